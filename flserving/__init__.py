@@ -1,0 +1,28 @@
+"""flserving: serve models that were trained by federated learning, and see how serving works.
+
+The names below are the whole public surface; everything else is imported from its room (``flserving.registry``,
+``flserving.federated``...).
+"""
+
+from flserving.cache import ModelCache, PredictionCache
+from flserving.config import ServingConfig
+from flserving.engine import InferenceEngine
+from flserving.errors import FlservingError
+from flserving.pipeline import create_serving_pipeline, demo_serving
+from flserving.registry import Registry
+from flserving.server import ModelServer
+from flserving.transforms import Postprocessor, Preprocessor
+
+__all__ = [
+    "FlservingError",
+    "InferenceEngine",
+    "ModelCache",
+    "ModelServer",
+    "Postprocessor",
+    "PredictionCache",
+    "Preprocessor",
+    "Registry",
+    "ServingConfig",
+    "create_serving_pipeline",
+    "demo_serving",
+]

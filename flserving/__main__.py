@@ -1,0 +1,8 @@
+"""``python -m flserving``: the same as the ``flserving`` command."""
+
+import sys
+
+from flserving.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The catalogue: what the index alone can answer. Names, version numbers, aliases, and the log of their moves."""
+
+import operator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Self
+
+from flserving.errors import InvalidInputError, InvalidModelError, NotFoundError
+from flserving.index import Index, Transaction
+from flserving.manifest import MAX_VERSION, check_name, is_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_ALIAS = "default"
+
+
+class Catalogue:
+    """Names x integer versions x aliases. :class:`flserving.registry.Registry` adds the files."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def close(self) -> None:
+        """Close the index. Idempotent; artifacts that were read stay valid."""
+        self._index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def models(self) -> list[str]:
+        """Names with at least one version, sorted."""
+        return [str(name) for (name,) in self._index.query("SELECT DISTINCT name FROM versions ORDER BY name")]
+
+    def version_numbers(self, name: str) -> list[int]:
+        """Versions of ``name``, oldest first: 1, 2, ... without gaps. Empty if there is no such name."""
+        check_name("model name", name)
+        return [v for (v,) in self._index.query("SELECT version FROM versions WHERE name = ? ORDER BY version", name)]
+
+    def resolve(self, name: str, ref: int | str | None = None) -> int:
+        """The version that ``ref`` means: a number (3 or "3"), an alias, or None for the alias "default".
+
+        Raises:
+            NotFoundError: There is none. InvalidInputError: ``ref`` is neither a number, a string nor None.
+        """
+        check_name("model name", name)
+        ref = DEFAULT_ALIAS if ref is None else ref
+        found = None
+        if isinstance(ref, str) and not (ref.isascii() and ref.isdigit() and len(ref) < 20):
+            if is_name(ref):
+                sql = "SELECT to_version FROM moves WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
+                found = self._index.query(sql, name, ref)
+        else:
+            sql = "SELECT version FROM versions WHERE name = ? AND version = ?"
+            found = self._index.query(sql, name, checked_version(name, int(ref) if isinstance(ref, str) else ref))
+        if not found or found[0][0] is None:
+            raise self._missing(name, str(ref))
+        return int(found[0][0])
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Every alias of ``name`` and the version that it points at, sorted. Empty if there is none."""
+        check_name("model name", name)
+        last = "SELECT max(id) FROM moves WHERE name = ? GROUP BY alias"
+        rows = self._index.query(f"SELECT alias, to_version FROM moves WHERE id IN ({last}) ORDER BY alias", name)
+        return {alias: version for alias, version in rows if version is not None}
+
+    def set_alias(self, name: str, alias: str, version: int, *, who: str, why: str) -> int | None:
+        """Point an alias at an existing version, atomically; returns where it pointed before (None: nowhere).
+
+        A move to where it points already changes nothing and is not logged. NotFoundError: no such version.
+        """
+        wanted = self.resolve(name, checked_version(name, version))  # versions are never removed: no race
+        with self._move(name, alias, who, why) as transaction:
+            return transaction.set_alias(name, alias, wanted, who, why)
+
+    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, who: str, why: str) -> int:
+        """Undo the alias's last move; returns the version that it points at again.
+
+        It works like undo in an editor. Twice goes back two moves, not forth again; a new ``set_alias`` continues from
+        where the rollbacks led. A removed alias comes back; one that was set again after its removal goes back no
+        further than that. The log keeps every move, rollbacks included. NotFoundError: nothing (left) to undo.
+        """
+        with self._move(name, alias, who, why) as transaction:
+            return transaction.roll_back(name, alias, who, why)
+
+    def remove_alias(self, name: str, alias: str, *, who: str, why: str) -> int:
+        """Make an alias point nowhere; returns where it pointed. NotFoundError: no such alias."""
+        with self._move(name, alias, who, why) as transaction:
+            return transaction.remove_alias(name, alias, who, why)
+
+    @contextmanager
+    def _move(self, name: str, alias: str, who: str, why: str) -> Iterator[Transaction]:
+        check_name("model name", name)
+        check_move(alias, who, why)
+        with self._index.transaction() as transaction:
+            yield transaction
+
+    @property
+    def local_changes(self) -> int:
+        """How many changes were committed through this very object. Free: look here before :meth:`change_token`."""
+        return self._index.commits
+
+    def change_token(self) -> int:
+        """A number that grows whenever any process publishes or moves an alias. Cost: about 10 us, so poll it."""
+        sql = "SELECT (SELECT coalesce(max(id), 0) FROM versions) + (SELECT coalesce(max(id), 0) FROM moves)"
+        return int(self._index.query(sql)[0][0])
+
+    def history(self, name: str, alias: str | None = None) -> "pd.DataFrame":
+        """Every move, oldest first: when, alias, action, from, to, who, why. NotFoundError: no such name."""
+        from flserving import tables
+
+        if alias is not None:
+            check_name("alias", alias)
+        if not self.version_numbers(name):
+            raise self._missing(name, "any")
+        sql = "SELECT at, alias, action, from_version, to_version, who, why FROM moves WHERE name = ?1"
+        return tables.history(self._index.query(f"{sql} AND (?2 IS NULL OR alias = ?2) ORDER BY id", name, alias))
+
+    def _missing(self, name: str, ref: str) -> NotFoundError:
+        numbers = self.version_numbers(name)
+        if not numbers:
+            return NotFoundError(f"no model {name!r}; known: {_some(self.models()) or 'none yet, publish one'}")
+        known = f"versions 1 to {numbers[-1]}, aliases {_some(self.aliases(name)) or 'none'}"
+        return NotFoundError(f"{name!r} has no version or alias {ref[:80]!r}: it has {known}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first ten names, so that a message stays one."""
+    listed = list(map(str, names))
+    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
+
+
+def check_move(alias: str, who: str, why: str) -> None:
+    """Raise InvalidModelError unless ``alias`` may be one, and the log gets to know who moved it and why."""
+    if check_name("alias", alias).isdigit():
+        raise InvalidModelError(f"alias {alias!r} looks like a version number: put a letter in it")
+    for field, value, most in (("who", who, 200), ("why", why, 2000)):
+        if not isinstance(value, str) or not 0 < len(value.strip()) <= most or not value.isprintable():
+            raise InvalidModelError(f"{field} is {str(value)[:80]!r}: the log needs a line of 1 to {most} characters")
+
+
+def checked_version(name: str, version: object) -> int:
+    """``version`` as an int that may exist. InvalidInputError: not an integer. NotFoundError: out of range."""
+    try:
+        number = operator.index(version)  # type: ignore[arg-type]  # NumPy's integers too: they come out of DataFrames
+    except TypeError:
+        number = None
+    if number is None or isinstance(version, bool):
+        raise InvalidInputError(f"version {version!r} of {name!r}: give an integer (resolve takes aliases too)")
+    if not 0 < number <= MAX_VERSION:
+        raise NotFoundError(f"{name!r} has no version {str(number)[:80]}: versions start at 1")
+    return number

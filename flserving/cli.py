@@ -1,0 +1,46 @@
+"""The ``flserving`` command: a table of subcommands, each a thin call into the package.
+
+A new subcommand is one more entry in ``COMMANDS``: a function that adds its options to a parser, and one that runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand: one line of help, its options, and a function that returns the exit code."""
+
+    help: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    """The command takes none."""
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from flserving import doctor  # not before it is asked for: it loads torch
+
+    return doctor.report(sys.stdout)
+
+
+COMMANDS = {
+    "doctor": Command("check this installation; every line is ok or says what to do", _no_options, _doctor),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code; a wrong command line ends in ``SystemExit(2)`` with the usage.
+
+    Args:
+        argv: What follows the program's name; None takes the process's own.
+    """
+    parser = argparse.ArgumentParser(prog="flserving", description="Serve models that federated learning has trained.")
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.options(choices.add_parser(name, help=command.help, description=command.help))
+    arguments = parser.parse_args(argv)
+    return COMMANDS[arguments.command].run(arguments)

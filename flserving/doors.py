@@ -1,0 +1,104 @@
+"""How the one path of a request waits: a thread blocks, a coroutine awaits. Everything else they share.
+
+The path (``ModelServer._answer``) is a coroutine that waits only through a door. With the blocking door it never
+suspends, so a
+synchronous caller runs it with a single ``send(None)`` and needs no event loop. Source of the pattern: sans-I/O (C.
+Benfield, 2016).
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from flserving.cache import Lease
+from flserving.engine import Prediction
+from flserving.errors import DeadlineExceededError
+from flserving.routing import Key
+from flserving.transforms import Outputs
+
+if TYPE_CHECKING:
+    from flserving.server import ModelServer
+
+T = TypeVar("T")
+
+
+class Door(Protocol):
+    """The four places where a request may have to wait."""
+
+    async def find(self, version: str | int | None, model: str | None, deadline_s: float) -> Key:
+        """Look at the registries again, then find the version. Raises NotFoundError."""
+
+    async def load(self, key: Key, deadline_s: float) -> Lease:
+        """Load a version that is not in memory, and pin it."""
+
+    async def run(self, *request: Any) -> Prediction:
+        """Queue and run: the arguments of :meth:`Batcher.run`."""
+
+    async def follow(self, flight: Future[Outputs], deadline_s: float) -> bool:
+        """Wait for another request's identical computation; False when the deadline came first."""
+
+
+class Blocking:
+    """How a thread waits. Its coroutines never suspend."""
+
+    def __init__(self, server: "ModelServer") -> None:
+        self._server, self._run = server, server._batcher.run
+
+    async def run(self, *request: Any) -> Prediction:
+        return self._run(*request)  # type: ignore[no-any-return]
+
+    async def find(self, version: str | int | None, model: str | None, deadline_s: float) -> Key:
+        self._server._refresh(deadline_s)
+        return self._server._router.require(version, model)
+
+    async def load(self, key: Key, deadline_s: float) -> Lease:
+        return self._server._load(key, deadline_s)
+
+    async def follow(self, flight: Future[Outputs], deadline_s: float) -> bool:
+        return bool(wait([flight], max(0.0, deadline_s - self._server._clock())).done)
+
+
+class Awaiting:
+    """How a coroutine waits: whatever may block goes to a thread, and the event loop stays free."""
+
+    def __init__(self, server: "ModelServer") -> None:
+        self._server, self.run = server, server._batcher.arun
+
+    async def find(self, version: str | int | None, model: str | None, deadline_s: float) -> Key:
+        await self._in_thread(deadline_s, lambda nothing: None, self._server._refresh, deadline_s)
+        return self._server._router.require(version, model)
+
+    async def load(self, key: Key, deadline_s: float) -> Lease:
+        return await self._in_thread(deadline_s, self._server.model_cache.release, self._server._load, key, deadline_s)
+
+    async def follow(self, flight: Future[Any], deadline_s: float) -> bool:
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell(_: object) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits there any more
+                loop.call_soon_threadsafe(done.set)
+
+        flight.add_done_callback(tell)  # not asyncio.wrap_future: a cancelled follower must not cancel the leader's
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s - self._server._clock()):
+                await done.wait()
+        return flight.done()
+
+    async def _in_thread(self, deadline_s: float, undo: Callable[[T], object], call: Callable[..., T], *args: Any) -> T:
+        """``call(*args)`` on a loader thread; who is cancelled or late leaves what it brings to ``undo``."""
+        try:
+            job = self._server._loaders.submit(call, *args)
+        except RuntimeError:  # shut down since the request was let in
+            self._server._check_open()
+            raise
+        waited = False
+        try:
+            if not await self.follow(job, deadline_s):
+                raise DeadlineExceededError("a load took longer than timeout_ms: try again, or raise it")
+            waited = True
+        finally:
+            if not waited and not job.cancel():
+                job.add_done_callback(lambda late: late.exception() or undo(late.result()))
+        return job.result()

@@ -1,0 +1,75 @@
+"""Every error that flserving raises, in one tree. Each class carries its HTTP status and its gRPC code.
+
+::
+
+    FlservingError
+    ├── InvalidInputError          400 INVALID_ARGUMENT     a request that cannot be answered as it is
+    ├── ConfigError                400 INVALID_ARGUMENT     a setting out of range
+    ├── InvalidModelError          400 INVALID_ARGUMENT     a module, name or manifest that cannot be published
+    ├── NotFoundError              404 NOT_FOUND            no such model, version, alias or architecture
+    ├── ConflictError              409 ALREADY_EXISTS       the name is taken by something else
+    ├── OverloadedError            429 RESOURCE_EXHAUSTED   a queue is full; try again later
+    ├── CorruptArtifactError       500 DATA_LOSS            bytes on disk are not what was published
+    ├── ModelExecutionError        500 INTERNAL             the model raised, or answered something non-finite
+    ├── ServerClosedError          503 UNAVAILABLE          the server was closed
+    ├── ModelTooLargeError         503 RESOURCE_EXHAUSTED   a model does not fit the cache's byte budget
+    └── DeadlineExceededError      504 DEADLINE_EXCEEDED    the answer would come too late
+
+A message says what was wrong, the value seen, and what to change. Imports nothing.
+"""
+
+
+class FlservingError(Exception):
+    """Root of the tree. ``http_status`` and ``grpc_code`` are what REST and gRPC answer with."""
+
+    http_status: int = 500
+    grpc_code: str = "INTERNAL"
+
+    @property
+    def reason(self) -> str:
+        """Short label for statistics: a closed set of names, so that it can never grow a metric without bound."""
+        return type(self).__name__.removesuffix("Error")
+
+
+class InvalidInputError(FlservingError, ValueError):
+    http_status, grpc_code = 400, "INVALID_ARGUMENT"
+
+
+class ConfigError(FlservingError, ValueError):
+    http_status, grpc_code = 400, "INVALID_ARGUMENT"
+
+
+class InvalidModelError(FlservingError, ValueError):
+    http_status, grpc_code = 400, "INVALID_ARGUMENT"
+
+
+class NotFoundError(FlservingError, LookupError):
+    http_status, grpc_code = 404, "NOT_FOUND"
+
+
+class ConflictError(FlservingError):
+    http_status, grpc_code = 409, "ALREADY_EXISTS"
+
+
+class OverloadedError(FlservingError):
+    http_status, grpc_code = 429, "RESOURCE_EXHAUSTED"
+
+
+class CorruptArtifactError(FlservingError):
+    http_status, grpc_code = 500, "DATA_LOSS"
+
+
+class ModelExecutionError(FlservingError):
+    http_status, grpc_code = 500, "INTERNAL"
+
+
+class ServerClosedError(FlservingError):
+    http_status, grpc_code = 503, "UNAVAILABLE"
+
+
+class ModelTooLargeError(FlservingError):
+    http_status, grpc_code = 503, "RESOURCE_EXHAUSTED"
+
+
+class DeadlineExceededError(FlservingError, TimeoutError):
+    http_status, grpc_code = 504, "DEADLINE_EXCEEDED"

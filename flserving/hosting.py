@@ -1,0 +1,180 @@
+"""Which models a server has, and how they get into memory: sources, routes, the model cache, and who loads.
+
+``ModelServer`` (``server.py``) adds the way of a request.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from numpy.typing import ArrayLike
+from torch import nn
+
+from flserving.cache import Lease, ModelCache
+from flserving.config import ServingConfig
+from flserving.engine import InferenceEngine
+from flserving.errors import (
+    ConfigError,
+    ConflictError,
+    DeadlineExceededError,
+    FlservingError,
+    OverloadedError,
+    ServerClosedError,
+)
+from flserving.loader import ModuleStore, RegistrySource, Source, load_engine
+from flserving.routing import Key, Router
+from flserving.transforms import OutputType, Postprocessor, Preprocessor
+
+if TYPE_CHECKING:
+    from flserving.registry import Registry
+
+LOCAL = "local"
+"""Name of the model whose versions come from :meth:`ModelServer.load_model`."""
+
+
+class ModelHost:
+    """Models by name, their versions and aliases, and the few of them that are in memory."""
+
+    def __init__(self, config: ServingConfig | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.config, self._clock = config or ServingConfig(), clock
+        self.model_cache = ModelCache(self.config.cache_size, self.config.cache_bytes, clock)
+        self._store = ModuleStore()
+        self._sources: dict[str, Source] = {LOCAL: self._store}
+        self._router = Router(self._preload)
+        self._load_problems: dict[str, str] = {}  # why a version could not be loaded when it was last tried
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")  # starts no thread until used
+        self._closed = False
+
+    def load_model(
+        self,
+        version_id: str,
+        model: nn.Module,
+        feature_stats: Mapping[str, ArrayLike] | None = None,
+        *,
+        output_type: OutputType = "classification",
+        threshold: float = 0.0,
+        num_features: int | None = None,
+    ) -> InferenceEngine:
+        """Serve any module under ``version_id``, without a registry; the first one becomes the default.
+
+        It is copied to the server's temporary store, so it can be evicted and come back.
+
+        Args:
+            feature_stats: ``{"mean": [D], "std": [D]}`` of the training data.
+            num_features: D, where it cannot be told from the first layer.
+
+        Raises:
+            InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and ``transforms``.
+        """
+        self._check_open()
+        statistics = dict(feature_stats or {})
+        if unknown := set(statistics) - {"mean", "std"}:
+            raise ConfigError(f"feature_stats has {', '.join(sorted(unknown))}: it takes mean and std")
+        preprocessor = Preprocessor(mean=statistics.get("mean"), std=statistics.get("std"), num_features=num_features)
+        self._store.add(version_id, model, preprocessor, Postprocessor(output_type, threshold))
+        self._router.add((LOCAL, version_id))
+        if (LOCAL, "default") not in self._router.routes.aliases:
+            self._router.set_alias((LOCAL, version_id))
+        with self.lease(version_id, LOCAL) as engine:
+            return engine
+
+    def serve(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
+        """Serve every version of ``name`` in ``registry`` and follow its aliases, also those that other
+        processes move."""
+        self._check_open()
+        if name in self._sources:
+            raise ConflictError(f"model {name!r} is served already: use another server for another registry")
+        self._sources[name] = RegistrySource(registry, name, threshold)
+        try:
+            self._router.follow(registry, name)
+        except BaseException:
+            del self._sources[name]
+            raise
+
+    def set_default(self, version_id: str | int, model: str | None = None) -> None:
+        """Let ``version_id`` answer who names no version. It is loaded and warm before the route moves.
+
+        Raises:
+            NotFoundError: No such version. ConflictError: The model's aliases belong to its registry.
+        """
+        self._check_open()
+        self._router.set_alias((model or self._router.routes.model or LOCAL, str(version_id)))
+
+    def refresh(self) -> None:
+        """See now what other processes changed in the registries (the watcher does so four times a second)."""
+        self._check_open()
+        self._router.refresh(retry=True)
+
+    def _refresh(self, deadline_s: float) -> None:
+        self._check_open()
+        self._router.refresh(max(0.0, deadline_s - self._clock()))
+
+    @contextmanager
+    def lease(self, version: str | int | None = None, model: str | None = None) -> Iterator[InferenceEngine]:
+        """The loaded engine of a version, pinned in memory for the ``with`` block."""
+        self._check_open()
+        key = self._router.require(version, model)
+        lease = self.model_cache.acquire(key) or self._load(key, self._clock() + self.config.timeout_ms / 1e3)
+        try:
+            yield lease.value
+        finally:
+            self.model_cache.release(lease)
+
+    @property
+    def engines(self) -> Mapping[str, InferenceEngine]:
+        """Every version of the default model by its id; looking one up loads it."""
+        return _Engines(self)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ServerClosedError("the server was closed: open a new one")
+
+    def _load(self, key: Key, deadline_s: float) -> Lease:
+        problem = "/".join(key)
+        self._check_open()
+        try:
+            lease = self.model_cache.load(
+                key, lambda: load_engine(self._sources[key[0]], key[1], self.config), deadline_s - self._clock()
+            )
+        except FlservingError as error:
+            self._check_open()  # its files went while it loaded
+            if not isinstance(error, OverloadedError | DeadlineExceededError):  # those say nothing of the version
+                self._load_problems[problem] = str(error)  # bounded: only versions that exist are loaded
+            raise
+        self._load_problems.pop(problem, None)
+        return lease
+
+    def _preload(self, key: Key) -> None:
+        self.model_cache.release(
+            self.model_cache.acquire(key) or self._load(key, self._clock() + self.config.timeout_ms / 1e3)
+        )
+
+    def close(self) -> None:
+        """Forget the models and delete the temporary store. Idempotent."""
+        self._closed = True
+        self._router.close()
+        self._loaders.shutdown(wait=True)
+        self.model_cache.clear()
+        self._store.close()
+
+
+class _Engines(Mapping[str, InferenceEngine]):
+    def __init__(self, host: ModelHost) -> None:
+        self._host = host
+
+    def __getitem__(self, version: str) -> InferenceEngine:
+        with self._host.lease(version) as engine:
+            return engine
+
+    def __contains__(self, version: object) -> bool:
+        routes = self._host._router.routes
+        return (routes.model, version) in routes.targets
+
+    def __iter__(self) -> Iterator[str]:
+        routes = self._host._router.routes
+        return iter(routes.versions.get(routes.model or "", ()))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))

@@ -1,0 +1,249 @@
+"""The registry's index: which versions exist, where each alias points, and every move it ever made. SQLite, WAL.
+
+A version exists once its row is committed. An alias has no row of its own: it points where its last move points, so
+that the log and the state cannot disagree. Triggers refuse to change or delete what is in the tables. Imports
+``errors`` only.
+"""
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flserving.errors import (
+    ConfigError,
+    CorruptArtifactError,
+    FlservingError,
+    NotFoundError,
+    OverloadedError,
+    ServerClosedError,
+)
+
+FILE_NAME = "registry.sqlite3"
+_LAYOUT = 1
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS versions (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL CHECK (version > 0),
+    manifest_sha256 TEXT NOT NULL,
+    UNIQUE (name, version)
+) STRICT;
+CREATE TABLE IF NOT EXISTS moves (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL,
+    alias TEXT NOT NULL,
+    action TEXT NOT NULL CHECK (action IN ('set', 'rollback', 'remove')),
+    from_version INTEGER,
+    to_version INTEGER CHECK ((to_version IS NULL) = (action = 'remove')),
+    back INTEGER REFERENCES moves (id),  -- the move whose outcome a rollback brings back
+    who TEXT NOT NULL,
+    why TEXT NOT NULL,
+    at TEXT NOT NULL,
+    FOREIGN KEY (name, to_version) REFERENCES versions (name, version)
+) STRICT;
+CREATE INDEX IF NOT EXISTS moves_of_alias ON moves (name, alias, id);
+"""
+_APPEND_ONLY = """
+CREATE TRIGGER IF NOT EXISTS {0}_no_update BEFORE UPDATE ON {0}
+BEGIN SELECT RAISE(ABORT, '{0} is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS {0}_no_delete BEFORE DELETE ON {0}
+BEGIN SELECT RAISE(ABORT, '{0} is append-only'); END;
+-- INSERT OR REPLACE deletes the old row without asking the trigger above
+CREATE TRIGGER IF NOT EXISTS {0}_no_replace BEFORE INSERT ON {0}
+WHEN EXISTS (SELECT 1 FROM {0} WHERE {1})
+BEGIN SELECT RAISE(ABORT, '{0} is append-only'); END;
+"""
+_SCHEMA = (
+    _TABLES
+    + _APPEND_ONLY.format("versions", "id = NEW.id OR (name = NEW.name AND version = NEW.version)")
+    + _APPEND_ONLY.format("moves", "id = NEW.id")
+)
+
+
+class Transaction:
+    """What may be written, all or nothing. Made by :meth:`Index.transaction`, valid inside its ``with`` block."""
+
+    def __init__(self, connection: sqlite3.Connection, at: str) -> None:
+        self._connection, self.at = connection, at  # one time for all that happens inside, taken under the lock
+
+    def latest_version(self, name: str) -> int:
+        """The highest version of ``name``; 0 if it has none."""
+        rows = self._fetch("SELECT coalesce(max(version), 0) FROM versions WHERE name = ?", name)
+        return int(rows[0][0])
+
+    def add_version(self, name: str, version: int, manifest_sha256: str) -> None:
+        """Make a version exist."""
+        sql = "INSERT INTO versions (name, version, manifest_sha256) VALUES (?, ?, ?)"
+        self._fetch(sql, name, version, manifest_sha256)
+
+    def set_alias(self, name: str, alias: str, version: int, who: str, why: str) -> int | None:
+        """Point an alias at an existing version, unless it does already; returns where it pointed."""
+        last = self._last_move(name, alias)
+        before = last[1] if last else None
+        if before != version:
+            back = last[0] if last and before is not None else None  # a removed alias starts afresh
+            self._log(name, alias, "set", before, version, back, who, why)
+        return before
+
+    def roll_back(self, name: str, alias: str, who: str, why: str) -> int:
+        """Undo the alias's last move that is not undone yet; returns the version that it points at again."""
+        last = self._last_move(name, alias)
+        if last is None:
+            raise NotFoundError(f"{name!r} has no alias {alias!r}: set_alias makes one")
+        if last[2] is None:
+            raise NotFoundError(
+                f"alias {alias!r} of {name!r} points at version {last[1]} and has no earlier one to go back to: "
+                "move it with set_alias"
+            )
+        ((version, back),) = self._fetch("SELECT to_version, back FROM moves WHERE id = ?", last[2])
+        self._log(name, alias, "rollback", last[1], version, back, who, why)
+        return int(version)
+
+    def remove_alias(self, name: str, alias: str, who: str, why: str) -> int:
+        """Make an alias point nowhere; returns where it pointed."""
+        last = self._last_move(name, alias)
+        if last is None or last[1] is None:
+            raise NotFoundError(f"{name!r} has no alias {alias!r}: there is nothing to remove")
+        self._log(name, alias, "remove", last[1], None, last[0], who, why)
+        return last[1]
+
+    def _last_move(self, name: str, alias: str) -> tuple[int, int | None, int | None] | None:
+        rows = self._fetch(
+            "SELECT id, to_version, back FROM moves WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1", name, alias
+        )
+        return rows[0] if rows else None
+
+    def _log(
+        self, name: str, alias: str, action: str, old: int | None, new: int | None, back: int | None, who: str, why: str
+    ) -> None:
+        self._fetch(
+            "INSERT INTO moves (name, alias, action, from_version, to_version, back, who, why, at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(name, alias, action, old, new, back, who, why, self.at),
+        )
+
+    def _fetch(self, sql: str, *values: str | int | None) -> list[Any]:
+        return self._connection.execute(sql, values).fetchall()
+
+
+class Index:
+    """Two kept connections, so that a reader in this process never waits for a writer. For threads, not for forks.
+
+    Args:
+        root: The registry's folder; the database is ``registry.sqlite3`` inside.
+        busy_timeout_s: How long a writer waits for the writers before it.
+        timestamp: Gives the time of a transaction, UTC, ISO 8601.
+    """
+
+    def __init__(self, root: str, busy_timeout_s: float, timestamp: Callable[[], str]) -> None:
+        self._path, self._timeout_s, self._timestamp = f"{root}/{FILE_NAME}", busy_timeout_s, timestamp
+        self._pid, self.commits = os.getpid(), 0
+        self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
+        self._reader: sqlite3.Connection | None = None
+        self._writer: sqlite3.Connection | None = None
+        if os.path.islink(self._path):
+            raise CorruptArtifactError(f"{FILE_NAME} is a symbolic link: put the registry's own file there")
+        try:
+            with _typed_errors():
+                self._writer = self._connect_in_time()
+                self._reader = self._connect_in_time()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect_in_time(self) -> sqlite3.Connection:
+        """The change to WAL answers "busy" at once, whatever the timeout, where several processes open a new file."""
+        until_s = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return self._connect()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until_s:
+                    raise
+            time.sleep(0.01)
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, self._timeout_s, isolation_level=None, check_same_thread=False)
+        try:
+            for setting in ("foreign_keys = ON", "trusted_schema = OFF", "synchronous = FULL", "journal_mode = WAL"):
+                connection.execute(f"PRAGMA {setting}").fetchall()
+            ((layout,),) = connection.execute("PRAGMA user_version").fetchall()
+            if layout == 0:  # two processes may both come here: the second finds everything in place
+                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_LAYOUT}; COMMIT;")
+            elif layout != _LAYOUT:
+                raise ConfigError(
+                    f"{FILE_NAME} has layout {layout}, this flserving reads {_LAYOUT}: install the version that made it"
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def query(self, sql: str, *values: str | int | None) -> list[Any]:
+        """Rows of one SELECT, in a snapshot of its own. Cost: about 5 us."""
+        with self._read_lock, _typed_errors():
+            return self._usable(self._reader).execute(sql, values).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """The one writer of all processes, until the block ends: committed and on disk, or as if it never was.
+
+        Raises:
+            OverloadedError: Other writers kept the lock for ``busy_timeout_s``.
+        """
+        if not self._write_lock.acquire(timeout=self._timeout_s):
+            raise _busy()
+        try:
+            connection = self._usable(self._writer)
+            with _typed_errors():
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield Transaction(connection, self._timestamp())
+                    connection.execute("COMMIT")
+                    self.commits += 1
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+        finally:
+            self._write_lock.release()
+
+    def _usable(self, connection: sqlite3.Connection | None) -> sqlite3.Connection:
+        if connection is None:
+            raise ServerClosedError("the registry is closed: open another Registry on the same folder")
+        if os.getpid() != self._pid:  # SQLite's locks do not survive a fork
+            raise ServerClosedError("the registry was opened before a fork: open another Registry in the new process")
+        return connection
+
+    def close(self) -> None:
+        """Close both connections, after the calls that are using them. Idempotent."""
+        with self._write_lock, self._read_lock:
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    connection.close()
+            self._reader = self._writer = None
+
+
+def _busy() -> OverloadedError:
+    return OverloadedError("other processes keep writing to the registry: try again, or raise busy_timeout_s")
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:  # damage may reach the text of SQLite's own messages
+        raise CorruptArtifactError(f"{FILE_NAME} is damaged: restore it from a backup") from error
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        primary = code & 0xFF if code is not None else None
+        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise _busy() from error
+        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or primary == sqlite3.SQLITE_ERROR:
+            raise CorruptArtifactError(f"{FILE_NAME} is damaged ({error}): restore it from a backup") from error
+        raise FlservingError(f"{FILE_NAME} cannot be used ({error}): check free space and permissions") from error

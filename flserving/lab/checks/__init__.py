@@ -1,0 +1,12 @@
+"""Checks that teach: each takes a student's function or class and says what is wrong with it, not only that it is.
+
+A check raises ``AssertionError`` with a message that points at the mistake, lets the stub's ``NotImplementedError``
+through, and returns nothing when all is well. None of them knows how a solution is written.
+"""
+
+from flserving.lab.checks.batcher import check_batcher
+from flserving.lab.checks.latency import check_latency_budget
+from flserving.lab.checks.lru import check_lru
+from flserving.lab.checks.version import check_version_choice
+
+__all__ = ["check_batcher", "check_latency_budget", "check_lru", "check_version_choice"]

@@ -1,0 +1,104 @@
+"""Check of the exercise "where does the time go" (notebook 02)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flserving.lab.arrivals import Floats
+from flserving.lab.checks.asking import ask
+
+
+def check_latency_budget(latency_budget: Callable[[Mapping[str, Floats], float], Mapping[str, Any]]) -> None:
+    """Check ``latency_budget(stages, budget_ms) -> {"p99_ms", "share", "within"}``.
+
+    ``stages`` maps a stage's name to its time in ms per request, float64 [N], the same N requests in each. Right is:
+    ``p99_ms`` the 99th percentile of a request's total, ``share`` each stage's part of all time spent (a dict that sums
+    to 1), ``within`` the share of the requests whose total is at most ``budget_ms``.
+
+    Raises:
+        AssertionError: Recognises the usual mistakes by the number that they give.
+    """
+    stages, budget_ms = _stages(), 50.0
+    times = np.array(list(stages.values()))  # float64 [stages, N]
+    total_ms = times.sum(axis=0)
+    got = ask("latency_budget(stages, 50.0)", latency_budget, stages, budget_ms)
+    assert isinstance(got, Mapping) and {"p99_ms", "share", "within"} <= got.keys(), (
+        f"latency_budget returned {got!r}: return a dict with the keys p99_ms, share and within"
+    )
+    _p99(got["p99_ms"], times, total_ms)
+    _share(got["share"], stages, total_ms)
+    _within(got["within"], total_ms, budget_ms)
+
+
+def _stages() -> dict[str, Floats]:
+    # Whole milliseconds, so that sums are exact in any order; 1,001 requests, so that the 99th percentile is one
+    # of them, interpolated or not. The slow queue and the slow inference hit different requests, as in a real server.
+    rng = np.random.default_rng(42)
+    queue, infer = rng.integers(0, 12, 1001), rng.integers(4, 9, 1001)
+    queue[rng.permutation(500)[:30]] += rng.integers(40, 90, 30)
+    infer[500 + rng.permutation(500)[:30]] += rng.integers(30, 60, 30)
+    infer[-1] += 50 - (queue[-1] + infer[-1] + 2)  # one request exactly at the budget
+    stages = {"queue": queue, "preprocess": np.ones(1001), "infer": infer, "postprocess": np.ones(1001)}
+    return {name: np.asarray(times, np.float64) for name, times in stages.items()}
+
+
+def _p99(got: Any, times: Floats, total_ms: Floats) -> None:
+    mistakes = {
+        "the sum of the stages' own p99: the slow queue and the slow inference are not the same requests; "
+        "add the stages per request first, then take the percentile": np.percentile(times, 99, axis=1).sum(),
+        "the mean: half of the users see worse, and one in a hundred far worse": total_ms.mean(),
+        "the maximum: one outlier decides it": total_ms.max(),
+        "the median: half of the users see worse": np.median(total_ms),
+        "the p99 of single stage times: add the stages per request first": np.percentile(times, 99),
+        "the p99 of the slowest stage: a request waits for all of its stages": np.percentile(times, 99, axis=1).max(),
+        "the 0.99th percentile: np.percentile counts to 100, ask for 99": np.percentile(total_ms, 0.99),
+    }
+    for mistake, value in mistakes.items():
+        assert not _equal(got, value), f"p99_ms is {float(got):g}, which is {mistake}"
+    wanted = np.percentile(total_ms, 99)
+    assert _equal(got, wanted), f"p99_ms is {got!r}, the 99th percentile of the requests' totals is {wanted:g} ms"
+
+
+def _share(got: Any, stages: Mapping[str, Floats], total_ms: Floats) -> None:
+    assert isinstance(got, Mapping) and got.keys() == stages.keys(), (
+        f"share is {got!r}: it must be a dict with one number per stage, {list(stages)}"
+    )
+    p99 = {name: np.percentile(times, 99) for name, times in stages.items()}
+    mistakes: dict[str, dict[str, Any]] = {
+        "milliseconds, not shares: divide by the total time": {name: times.mean() for name, times in stages.items()},
+        "summed milliseconds, not shares: divide by the total time": {name: t.sum() for name, t in stages.items()},
+        "in percent: they must sum to 1": {name: 100 * t.sum() / total_ms.sum() for name, t in stages.items()},
+        "shares of the percentiles: percentiles do not add up to anything that a request ever took": {
+            name: value / sum(p99.values()) for name, value in p99.items()
+        },
+        "the mean of each request's own shares: it counts a 5 ms request as much as a 100 ms one; "
+        "divide the summed time of the stage by the summed total": {
+            name: (times / total_ms).mean() for name, times in stages.items()
+        },
+    }
+    for mistake, values in mistakes.items():
+        assert not all(_equal(got[name], values[name]) for name in stages), f"the shares are {mistake}"
+    for name, times in stages.items():
+        wanted = times.sum() / total_ms.sum()
+        assert _equal(got[name], wanted), f"the share of {name} is {got[name]!r}, of all time spent it has {wanted:.4f}"
+
+
+def _within(got: Any, total_ms: Floats, budget_ms: float) -> None:
+    inside = total_ms <= budget_ms
+    assert not _equal(got, inside.sum()), f"within is {got}, a number of requests: divide by all {len(total_ms)}"
+    assert not _equal(got, 1 - inside.mean()), (
+        "within is the share of requests OVER the budget: it must be those inside"
+    )
+    assert not _equal(got, (total_ms < budget_ms).mean()), "within leaves out a request of exactly 50 ms: it is inside"
+    assert not _equal(got, 100 * inside.mean()), "within is in percent: it must be a share in [0, 1]"
+    assert _equal(got, inside.mean()), (
+        f"within is {got!r}: {inside.mean():.4f} of the requests take at most 50 ms in all"
+    )
+
+
+def _equal(got: Any, wanted: Any) -> bool:
+    try:
+        return bool(abs(float(got) - float(wanted)) < 1e-6)
+    except (TypeError, ValueError):
+        return False

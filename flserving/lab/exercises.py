@@ -1,0 +1,189 @@
+"""Exercises in notebooks: nbgrader's cell format, its validation, and the copies that students get.
+
+A source notebook holds the solutions, between ``### BEGIN SOLUTION`` and ``### END SOLUTION``, and passes its checks.
+``python -m flserving.lab.exercises --out student`` writes the copies without them. The format is nbgrader's (schema 3),
+so that ``nbgrader generate_assignment`` and ``autograde`` read the same notebooks; nbgrader itself is not needed here.
+"""
+
+import argparse
+import ast
+import copy
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from flserving.errors import ConfigError, FlservingError
+
+BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+_REGION = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Exercise:
+    """One exercise: where its solution and its check stand (cell numbers from 0), and what it is worth."""
+
+    grade_id: str
+    solution: int
+    check: int
+    points: float
+
+
+def solution_cell(grade_id: str, source: str) -> NotebookNode:
+    """A code cell with one or more solution regions; students get the rest of it."""
+    return _code_cell(source, grade_id=grade_id, solution=True, grade=False, locked=False)
+
+
+def check_cell(grade_id: str, source: str, points: float) -> NotebookNode:
+    """The check of exercise ``grade_id``: visible, locked, worth ``points``. It must fail on the stub."""
+    return _code_cell(source, grade_id=f"{grade_id}-check", solution=False, grade=True, locked=True, points=points)
+
+
+def find_exercises(notebook: NotebookNode) -> list[Exercise]:
+    """The exercises of a notebook, in order, once everything about them is right.
+
+    Raises:
+        ConfigError: A grade_id is missing or used twice, markers are unbalanced or outside a solution cell, a region is
+            empty or not inside a function, points are not positive, or a solution has no check after it (or a check no
+            solution before it).
+    """
+    exercises: list[Exercise] = []
+    seen: set[str] = set()
+    open_solution: tuple[str, int] | None = None
+    for number, cell in enumerate(notebook.cells):
+        grading = cell.metadata.get("nbgrader", {})
+        if not grading.get("solution"):
+            leaks = BEGIN in cell.source or END in cell.source
+            _require(
+                not leaks, f"cell {number} holds a solution that students would get: make it with solution_cell(...)"
+            )
+        if not (grading.get("solution") or grading.get("grade")):
+            continue
+        grade_id = str(grading.get("grade_id") or "")
+        _require(grade_id, f"cell {number} has no grade_id: give it one")
+        _require(grade_id not in seen, f"grade_id {grade_id!r} is used twice: each needs its own")
+        _require(cell.cell_type == "code", f"exercise cell {grade_id!r} is {cell.cell_type}: only code can be checked")
+        seen.add(grade_id)
+        if grading.get("solution"):
+            _require(
+                open_solution is None, f"{grade_id!r} comes before the check of {open_solution}: add check_cell(...)"
+            )
+            _stub(cell.source, grade_id)
+            open_solution = (grade_id, number)
+            continue
+        if open_solution is None or grade_id != f"{open_solution[0]}-check":
+            raise ConfigError(
+                f"check {grade_id!r} does not follow its solution: that must be the exercise cell before it"
+            )
+        points = grading.get("points", 0)
+        _require(points > 0, f"check {grade_id!r} is worth {points!r} points: give it more than 0")
+        exercises.append(Exercise(open_solution[0], open_solution[1], number, points))
+        open_solution = None
+    _require(open_solution is None, f"solution {open_solution} has no check after it: add check_cell(...)")
+    return exercises
+
+
+def student_copy(notebook: NotebookNode) -> NotebookNode:
+    """The notebook as students get it: stubs for solutions, no output from the first exercise on, no cell numbers."""
+    exercises = find_exercises(notebook)
+    student = copy.deepcopy(notebook)
+    student.metadata.pop("widgets", None)
+    first = min((exercise.solution for exercise in exercises), default=len(student.cells))
+    for exercise in exercises:
+        cell = student.cells[exercise.solution]
+        cell.source = _stub(cell.source, exercise.grade_id)
+        student.cells[exercise.check].metadata.update(editable=False, deletable=False)
+    for number, cell in enumerate(student.cells):
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = cell.outputs if number < first else []
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = None
+    return student
+
+
+def write_student_copies(notebooks: Path, out: Path, *, force: bool = False) -> dict[Path, list[Exercise]]:
+    """Write the student copy of every notebook in a folder; all are checked before the first is written.
+
+    Raises:
+        ConfigError: No notebooks there, ``out`` is the same folder, a copy exists (somebody may have worked in it) and
+            ``force`` is off, or an exercise is malformed; the message names the notebook.
+    """
+    sources = sorted(notebooks.glob("*.ipynb"))
+    _require(sources, f"no notebooks in {notebooks}: give the folder with --notebooks")
+    _require(
+        notebooks.resolve() != out.resolve(), f"{out} holds the sources: write the student copies to another folder"
+    )
+    copies: dict[Path, tuple[NotebookNode, list[Exercise]]] = {}
+    for source in sources:
+        target = out / source.name
+        _require(force or not target.exists(), f"{target} exists and may hold somebody's work: move it, or use --force")
+        notebook = nbformat.read(source, as_version=4)  # type: ignore[no-untyped-call]
+        try:
+            copies[target] = student_copy(notebook), find_exercises(notebook)
+        except ConfigError as error:
+            raise ConfigError(f"{source.name}: {error}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    for target, (student, _) in copies.items():
+        nbformat.write(student, target)  # type: ignore[no-untyped-call]
+    return {target: exercises for target, (_, exercises) in copies.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m flserving.lab.exercises``: 0 when the copies are written, 1 with the reason when not."""
+    parser = argparse.ArgumentParser("python -m flserving.lab.exercises", description="Write the students' notebooks.")
+    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder with the sources (notebooks)")
+    parser.add_argument("--out", type=Path, default=Path("student"), help="folder for the copies (student)")
+    parser.add_argument("--force", action="store_true", help="overwrite copies that exist")
+    options = parser.parse_args(arguments)
+    try:
+        written = write_student_copies(options.notebooks, options.out, force=options.force)
+    except FlservingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for target, exercises in written.items():
+        told = ", ".join(f"{exercise.grade_id} ({exercise.points:g} points)" for exercise in exercises)
+        print(f"{target}: {told or 'no exercise'}")
+    return 0
+
+
+def _code_cell(source: str, **grading: Any) -> NotebookNode:
+    cell: NotebookNode = nbformat.v4.new_code_cell(source)  # type: ignore[no-untyped-call]
+    cell.metadata["nbgrader"] = {"schema_version": 3, "task": False, **grading}
+    return cell
+
+
+def _stub(source: str, grade_id: str) -> str:
+    """The source with each solution region replaced by a line that raises when it is called, not when it is defined."""
+    _require(source.count(BEGIN) == source.count(END) == len(_REGION.findall(source)) > 0,
+             f"solution {grade_id!r} needs pairs of the lines '{BEGIN}' and '{END}'")  # fmt: skip
+    _require(all(body.strip() for _, body in _REGION.findall(source)), f"solution {grade_id!r} has an empty region")
+    line = f'raise NotImplementedError("{grade_id}: replace this line with your code")'
+    stub = _REGION.sub(lambda region: region[1] + line, source)
+    try:
+        inside = [
+            node for node in ast.walk(ast.parse(stub)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+    except SyntaxError as error:
+        raise ConfigError(f"the stub of {grade_id!r} is no Python ({error}): mark whole statements") from None
+    for number, text in enumerate(stub.splitlines(), start=1):
+        held_back = any(node.lineno < number <= (node.end_lineno or 0) for node in inside)
+        _require(
+            text.strip() != line or held_back, f"{grade_id!r} has a region outside a function: a stub there raises"
+        )
+    return stub
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,103 @@
+"""One look for every figure: the style sheet, ``figure(...)`` that follows it, labels that name their unit.
+
+Figures are made without pyplot, so a notebook that draws a thousand of them keeps none alive.
+"""
+
+import io
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+_RC = matplotlib.rc_params_from_file(Path(__file__).with_name("flserving.mplstyle"), use_default_template=False)
+
+COLOURS: tuple[str, ...] = tuple(f"#{entry['color'].lstrip('#')}" for entry in _RC["axes.prop_cycle"])
+WIDTH_IN = 8.0  # fits a JupyterLab cell beside the file browser on a 1366 px screen
+
+_UNITS = {
+    "per_s": "per s",
+    "ms": "ms",
+    "us": "µs",
+    "s": "s",
+    "bytes": "bytes",
+    "kb": "kB",
+    "mb": "MB",
+    "percent": "%",
+    "rows": "rows",
+}
+
+
+class LabFigure(Figure):
+    """A figure that shows itself as a PNG at the end of a cell, with or without pyplot."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        FigureCanvasAgg(self)  # registers itself as self.canvas
+
+    def _repr_png_(self) -> bytes:
+        """The PNG that a notebook stores: 256 colours are enough for a plot, and a third of the bytes."""
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(png(self))) as picture:
+            picture.convert("RGB").quantize(256).save(buffer, "png", optimize=True, dpi=(self.dpi, self.dpi))
+        return buffer.getvalue()
+
+
+def styled() -> AbstractContextManager[None]:
+    """Context in which everything drawn follows the house style; leaves the caller's settings alone."""
+    return rc_context(dict(_RC))
+
+
+def use_style() -> None:
+    """Make the house style the default of this kernel, for plots that do not come from ``flserving.lab``."""
+    matplotlib.rcParams.update(_RC)
+
+
+def figure(
+    reuse: Figure | None = None,
+    *,
+    rows: int = 1,
+    cols: int = 1,
+    height_in: float = 3.2,
+    sharex: bool = False,
+    sharey: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """A figure in the house style and its axes, row by row.
+
+    Args:
+        reuse: A figure to clear and draw on again (a widget's); None makes a new one.
+        rows, cols: Grid of axes.
+        height_in: Height in inches; the width is ``WIDTH_IN``.
+        sharex, sharey: Share the axis between all axes.
+
+    Cost: about 20 ms for the axes, and 40 ms more once it is rendered (two slow cores).
+    """
+    with styled():
+        fig: Figure = LabFigure(figsize=(WIDTH_IN, height_in), layout="constrained") if reuse is None else reuse
+        if reuse is not None:
+            fig.clear()
+        axes = fig.subplots(rows, cols, squeeze=False, sharex=sharex, sharey=sharey)
+    return fig, list(axes.flat)
+
+
+def png(fig: Figure) -> bytes:
+    """The figure as PNG bytes at its own size, in pixels = inches x dpi."""
+    buffer = io.BytesIO()
+    canvas = fig.canvas if isinstance(fig.canvas, FigureCanvasAgg) else FigureCanvasAgg(fig)
+    with styled():
+        canvas.print_png(buffer)  # type: ignore[no-untyped-call]
+    return buffer.getvalue()
+
+
+def label(name: str) -> str:
+    """A readable axis or slider label from a name that carries its unit: ``rate_per_s`` -> ``rate (per s)``."""
+    for suffix, unit in _UNITS.items():
+        if name.endswith(f"_{suffix}"):
+            return f"{label(name[: -len(suffix) - 1])} ({unit})"
+    words = name.replace("_", " ").strip()
+    return f"number of {words[4:]}" if words.startswith("num ") else words

@@ -1,0 +1,246 @@
+"""From a stored version to an engine that is ready: read, verify, build, load strictly, check, freeze, warm up.
+
+Two sources, one way to load: :class:`RegistrySource` (durable versions of a registry) and :class:`ModuleStore` (any
+module that a notebook hands to a server, kept in a temporary directory, so that it too can be evicted and come back).
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from flserving import models
+from flserving.config import ServingConfig
+from flserving.engine import InferenceEngine, copy_of
+from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelError, NotFoundError
+from flserving.transforms import Postprocessor, Preprocessor
+from flserving.weights import first_non_finite
+
+if TYPE_CHECKING:
+    from flserving.registry import Registry
+
+_VERSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """What a source knows of one version: a module of its own, the tensors that must be finite, its transforms.
+
+    ``digest`` names the weights and the code that runs them: equal digests, equal answers.
+    """
+
+    module: nn.Module
+    tensors: Mapping[str, torch.Tensor]
+    preprocessor: Preprocessor
+    postprocessor: Postprocessor
+    digest: str
+
+
+class Source(Protocol):
+    """Where the versions of one model come from."""
+
+    def versions(self) -> list[str]:
+        """Ids of all versions, oldest first."""
+
+    def parts(self, version: str) -> Parts:
+        """Read and verify one version. Raises NotFoundError or CorruptArtifactError."""
+
+
+def load_engine(source: Source, version: str, config: ServingConfig) -> InferenceEngine:
+    """Make ``version`` ready to serve: nothing of it answers before all of it is right.
+
+    Raises:
+        NotFoundError: No such version. CorruptArtifactError: Its bytes or its weights are not whole.
+        ModelExecutionError: It does not answer a row of its own input width.
+
+    Cost: one pass over the weights for the digest and one for finiteness, then ``warmup_samples`` + 1 forwards.
+    """
+    parts = source.parts(version)
+    if (odd := first_non_finite(parts.tensors)) is not None:
+        raise CorruptArtifactError(f"version {version!r}: weights {odd!r} are not finite: publish a sound version")
+    engine = InferenceEngine(
+        parts.module, parts.preprocessor, parts.postprocessor, version=version, digest=parts.digest,
+        max_batch_size=config.max_batch_size, warmup_samples=config.warmup_samples, owned=True,
+    )  # fmt: skip
+    engine.warmup()
+    return engine
+
+
+class RegistrySource:
+    """The versions of one name in a registry."""
+
+    def __init__(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
+        self.registry, self.name, self.threshold = registry, name, threshold
+
+    def versions(self) -> list[str]:
+        return [str(number) for number in self.registry.version_numbers(self.name)]
+
+    def parts(self, version: str) -> Parts:
+        artifact = self.registry.read(self.name, int(version))
+        manifest = artifact.manifest
+        small = manifest.weights_nbytes < 1 << 18  # to initialise it takes less time than to prevent that
+        module = models.build(manifest.architecture, manifest.parameters, initialise=small)
+        if not small and any(part._non_persistent_buffers_set for part in module.modules()):
+            module = models.build(manifest.architecture, manifest.parameters)  # no file holds these buffers' values
+        try:
+            module.load_state_dict(artifact.tensors, strict=True, assign=True)
+        except RuntimeError as error:
+            raise CorruptArtifactError(
+                f"{self.name} version {version} does not fit its architecture {manifest.architecture!r}: {error}"
+            ) from None
+        statistics = manifest.preprocessing
+        preprocessor = Preprocessor(
+            mean=statistics.mean if statistics else None,
+            std=statistics.std if statistics else None,
+            num_features=manifest.signature.input_shape[-1],
+        )
+        postprocessor = Postprocessor(manifest.signature.output_type, self.threshold)
+        code = f"{manifest.architecture} {json.dumps(manifest.parameters, sort_keys=True)}"
+        digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
+        return Parts(module, artifact.tensors, preprocessor, postprocessor, digest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stored:
+    structure: nn.Module  # on the meta device: layers and attributes, no weights
+    code: list[Any]  # see _code
+    file: Path
+    digest: str
+    preprocessor: Preprocessor
+    postprocessor: Postprocessor
+
+    def answers_as(self, other: "_Stored") -> bool:
+        mine, theirs = (
+            (it.digest, it.code, it.preprocessor.digest, it.preprocessor.num_features, it.postprocessor.policy)
+            for it in (self, other)
+        )
+        return mine == theirs
+
+
+class ModuleStore:
+    """Versions of any ``nn.Module``, without a registry: the structure in memory, the weights in a temporary directory.
+
+    Its content lives as long as the process; a durable version needs an allow-listed architecture and a registry.
+    """
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="flserving-"))
+        # runs on close(), when the store is forgotten, and at exit
+        self.close = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._numbers = itertools.count()
+        self._stored: dict[str, _Stored] = {}
+        self._adding = threading.Lock()
+
+    def versions(self) -> list[str]:
+        return list(self._stored)
+
+    def add(self, version: str, module: nn.Module, preprocessor: Preprocessor, postprocessor: Postprocessor) -> None:
+        """Store a module under a new version id. The module is read, never changed.
+
+        Raises:
+            InvalidModelError: Not a module, an id outside ``[A-Za-z0-9._-]``, an unknown input width, or it fails on
+                one row.
+            ConflictError: The id is taken by another model (a version never changes); the same again is fine.
+        """
+        if not isinstance(module, nn.Module):
+            raise InvalidModelError(f"model is a {type(module).__name__}: pass a torch.nn.Module")
+        if not isinstance(version, str) or not _VERSION_ID.fullmatch(version) or ".." in version:
+            raise InvalidModelError(
+                f"version id {version!r}: use up to 64 letters, digits and . _ -, starting with a letter or digit"
+            )
+        if preprocessor.num_features is None:
+            preprocessor = Preprocessor(num_features=input_width(module))
+        try:
+            tensors = _named_tensors(module)
+            data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors})
+            structure = copy_of(module, {id(t): _like(t, t.detach().to("meta")) for _, t in tensors})
+        except Exception as error:
+            raise InvalidModelError(f"cannot store the {type(module).__name__}: {error}") from error
+        file, digest = self._folder / f"{next(self._numbers)}.safetensors", hashlib.sha256(data).hexdigest()
+        stored = _Stored(structure, _code(module), file, digest, preprocessor, postprocessor)
+        with self._adding:
+            if (held := self._stored.get(version)) is not None:
+                if held.answers_as(stored):
+                    return
+                raise ConflictError(f"version {version!r} exists and versions do not change: choose another id")
+            try:  # one row through a copy, so that a wrong width is told now and not to the first caller
+                file.write_bytes(data)
+                self._stored[version] = stored
+                load_engine(self, version, ServingConfig(warmup_samples=1, max_batch_size=1))
+            except BaseException as error:
+                self._stored.pop(version, None)
+                file.unlink(missing_ok=True)
+                if not isinstance(error, Exception):
+                    raise
+                raise InvalidModelError(
+                    f"the {type(module).__name__} does not answer a row of {preprocessor.num_features} features "
+                    f"({error.__cause__ or error}): it must take float32 [N, {preprocessor.num_features}]; pass "
+                    "num_features where that is wrong"
+                ) from error
+
+    def parts(self, version: str) -> Parts:
+        stored = self._stored.get(version)
+        if stored is None:
+            raise NotFoundError(f"no version {version!r}: loaded are {', '.join(self._stored) or 'none'}")
+        try:
+            data = stored.file.read_bytes()
+        except OSError as error:
+            raise CorruptArtifactError(
+                f"version {version!r}: its temporary file is gone ({error.strerror}): load the module again"
+            ) from None
+        if hashlib.sha256(data).hexdigest() != stored.digest:
+            raise CorruptArtifactError(f"version {version!r}: its temporary file was changed: load the module again")
+        tensors = safetensors.torch.load(data)
+        places = {id(place): _like(place, tensors[name]) for name, place in _named_tensors(stored.structure)}
+        module = copy_of(stored.structure, places)
+        finite = dict(module.named_parameters())  # a buffer may be a mask of minus infinities
+        digest = f"{stored.digest}/{stored.file.stem}"  # no text tells all of a module's code: never shared
+        return Parts(module, finite, stored.preprocessor, stored.postprocessor, digest)
+
+
+def input_width(module: nn.Module) -> int:
+    """Number of features that ``module`` takes, where its first layer with weights is linear.
+
+    Raises:
+        InvalidModelError: Its first layer is of another kind: only the caller can know the width.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+        if next(layer.parameters(recurse=False), None) is not None:
+            break
+    raise InvalidModelError(
+        f"the input width of {type(module).__name__} cannot be told from its first layer: pass num_features"
+    )
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer, also those that ``state_dict`` leaves out; a shared one under each of its names."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _like(original: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``values`` as a frozen parameter where ``original`` is a parameter."""
+    return nn.Parameter(values, requires_grad=False) if isinstance(original, nn.Parameter) else values
+
+
+def _code(module: nn.Module) -> list[Any]:
+    """What runs the weights, to be compared: the class of every part (a class defined anew is another), its attributes
+    and hooks."""
+    tensors = ("_parameters", "_buffers", "_modules", "training")
+    return [
+        (name, type(part), {key: repr(value) for key, value in vars(part).items() if key not in tensors})
+        for name, part in module.named_modules()
+    ]

@@ -1,0 +1,247 @@
+"""Architectures: code by name, never code from data. Imports ``errors`` only.
+
+A published version names its architecture and parameters in a manifest (plain JSON); only what was registered
+here, in code, can be built from it. Every built-in takes float32 [N, D] and returns logits float32 [N, C], and is
+split into ``body`` (shared by all clients) and ``head`` (the last linear layer, which a client may own).
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flserving.errors import ConflictError, InvalidModelError, NotFoundError
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+Shape: TypeAlias = tuple[int, ...]
+Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_MAX_PARAMETERS_CHARS = 65_536  # of JSON: a manifest is a page, not a book
+_MAX_LAYERS, _MAX_WIDTH = 64, 1 << 20  # of an mlp
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # eq=False: two definitions of one name stay two keys of a cache
+class Architecture:
+    """A registered architecture: how to build it, and the shapes of one row in and out."""
+
+    name: str
+    factory: Callable[..., nn.Module]
+    input_shape: Shape | Callable[..., Shape]
+    output_shape: Shape | Callable[..., Shape]
+    max_values: int
+
+
+_known: dict[str, Architecture] = {}
+
+
+def register(
+    name: str,
+    *,
+    input_shape: Shape | Callable[..., Shape],
+    output_shape: Shape | Callable[..., Shape],
+    max_values: int = 1 << 28,
+) -> Callable[[Factory], Factory]:
+    """Decorator: put an architecture of your own on the allow-list, so that the registry can store and rebuild it.
+
+    ::
+
+        @register("wide_mlp", input_shape=(64,), output_shape=(10,))
+        class WideMLP(nn.Module):
+            def __init__(self, width: int = 256): ...
+
+    Args:
+        name: Lower-case letters, digits, ``. _ -``; at most 64 characters. Running the same definition again (a
+            notebook cell) replaces it; a different function or class under a taken name is refused.
+        input_shape: Shape of one row without the batch, e.g. ``(64,)``; or a function of the parameters.
+        output_shape: The same for one row of the output.
+        max_values: Most numbers (weights and buffers) in a built module, so that a hostile manifest cannot fill the
+            memory. The default, 2**28, is 1 GiB of float32.
+
+    The decorated factory gets the manifest's parameters as keyword arguments. It must make its tensors through
+    torch, and must not read its tensors' values, because sizes are checked on torch's "meta" device first.
+
+    Raises:
+        InvalidModelError: A name outside the alphabet.
+        ConflictError: The name is taken by another definition.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidModelError(
+            f"architecture name {name!r}: use 1 to 64 lower-case letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit"
+        )
+
+    def add(factory: Factory) -> Factory:
+        taken = _known.get(name)
+        if taken is not None and _home(taken.factory) != _home(factory):
+            raise ConflictError(f"architecture {name!r} is taken by {_home(taken.factory)}: choose another name")
+        _known[name] = Architecture(name, factory, input_shape, output_shape, max_values)
+        return factory
+
+    return add
+
+
+def names() -> list[str]:
+    """Names of all registered architectures, sorted."""
+    return sorted(_known)
+
+
+def build(architecture: str, parameters: Mapping[str, JSON] | None = None, *, initialise: bool = True) -> nn.Module:
+    """Build a freshly initialised module. Cheap under ``torch.device("meta")``, where no memory is taken.
+
+    Args:
+        architecture: A registered name.
+        parameters: Keyword arguments of the factory, plain JSON. E.g. ``{"sizes": [784, 512, 512, 10]}`` for ``mlp``.
+        initialise: False leaves the weights as they lie in memory, for who loads others at once (large models: 10 x
+        faster).
+
+    Raises:
+        NotFoundError: The name is not registered; the message lists those that are.
+        InvalidModelError: The parameters are not JSON, do not fit the factory, or ask for too large a module.
+
+    Cost: a first dry run on the meta device per (architecture, parameters), remembered; then the build itself.
+    """
+    entry, text = _find(architecture), _canonical(architecture, parameters)
+    _checked_shapes(entry, text)
+    with contextlib.nullcontext() if initialise else _WithoutInit():
+        return _call(entry, entry.factory, text)
+
+
+class _WithoutInit(torch.overrides.TorchFunctionMode):
+    """Turns every function of ``torch.nn.init`` into a no-op."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def signature(architecture: str, parameters: Mapping[str, JSON] | None = None) -> tuple[Shape, Shape]:
+    """Shapes of one row in and one row out, without the batch: ``((64,), (10,))``. Raises as ``build``."""
+    return _checked_shapes(_find(architecture), _canonical(architecture, parameters))
+
+
+def _home(factory: Callable[..., nn.Module]) -> str:
+    return f"{factory.__module__}.{factory.__qualname__}"
+
+
+def _find(architecture: str) -> Architecture:
+    try:
+        return _known[architecture]
+    except (KeyError, TypeError):  # TypeError: not even a string
+        raise NotFoundError(
+            f"no architecture {architecture!r}; known: {', '.join(names())}. Add yours with models.register(name, ...)"
+        ) from None
+
+
+def _canonical(architecture: str, parameters: Mapping[str, JSON] | None) -> str:
+    try:
+        text = json.dumps(dict(parameters or {}), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidModelError(f"parameters of {architecture!r} must be plain JSON: {error}") from error
+    if len(text) > _MAX_PARAMETERS_CHARS:
+        raise InvalidModelError(
+            f"parameters of {architecture!r} are {len(text)} characters of JSON: the most is {_MAX_PARAMETERS_CHARS}"
+        )
+    return text
+
+
+T = TypeVar("T")
+
+
+def _call(entry: Architecture, function: Callable[..., T], text: str) -> T:
+    """Call with parameters from outside: whatever goes wrong is a typed error about them."""
+    parameters = json.loads(text)
+    try:
+        return function(**parameters)
+    except InvalidModelError:
+        raise
+    except Exception as error:
+        raise InvalidModelError(
+            f"architecture {entry.name!r} does not accept the parameters {text[:200]}: {error}"
+        ) from error
+
+
+@lru_cache(maxsize=1024)
+def _checked_shapes(entry: Architecture, text: str) -> tuple[Shape, Shape]:
+    """Dry run without memory: does it build, is it small enough, and what shapes does it declare?"""
+    with torch.device("meta"):
+        module = _call(entry, entry.factory, text)
+    if not isinstance(module, nn.Module):
+        raise InvalidModelError(f"architecture {entry.name!r} built a {type(module).__name__}: it must be an nn.Module")
+    values = sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
+    if values > entry.max_values:
+        raise InvalidModelError(
+            f"architecture {entry.name!r} with {text[:200]} has {values:,} values: the most is {entry.max_values:,} "
+            "(register(..., max_values=) raises it)"
+        )
+    return _shape(entry, entry.input_shape, text), _shape(entry, entry.output_shape, text)
+
+
+def _shape(entry: Architecture, declared: Shape | Callable[..., Shape], text: str) -> Shape:
+    shape = _call(entry, declared, text) if callable(declared) else declared
+    if not isinstance(shape, tuple) or not all(type(size) is int and size > 0 for size in shape):
+        raise InvalidModelError(f"architecture {entry.name!r} declares the shape {shape!r}: use a tuple of ints > 0")
+    return shape
+
+
+class SplitModel(nn.Module):
+    """``head(body(x))``: float32 [N, D] -> logits float32 [N, C] (no softmax)."""
+
+    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+
+@register("mlp", input_shape=lambda sizes: (sizes[0],), output_shape=lambda sizes: (sizes[-1],))
+def mlp(sizes: Sequence[int]) -> SplitModel:
+    """Linear layers with ReLU between: ``sizes = [D, hidden..., C]``; with two sizes the body is empty."""
+    whole = isinstance(sizes, (list, tuple)) and all(type(size) is int for size in sizes)
+    if not whole or not 2 <= len(sizes) <= _MAX_LAYERS or not all(1 <= size <= _MAX_WIDTH for size in sizes):
+        raise InvalidModelError(
+            f"sizes of an mlp are {str(sizes)[:80]}: use 2 to {_MAX_LAYERS} integers in [1, {_MAX_WIDTH}], "
+            "e.g. [784, 512, 512, 10]"
+        )
+    body = nn.Sequential()
+    for inputs, outputs in pairwise(sizes[:-1]):
+        body.extend((nn.Linear(inputs, outputs), nn.ReLU(inplace=True)))  # in place: one allocation less per layer
+    return SplitModel(body, nn.Linear(sizes[-2], sizes[-1]))
+
+
+@register("tutorial_mlp", input_shape=(32,), output_shape=(10,))
+def tutorial_mlp() -> SplitModel:
+    """The tutorial's model: 32-64-10."""
+    return mlp([32, 64, 10])
+
+
+@register("digits_mlp", input_shape=(64,), output_shape=(10,))
+def digits_mlp() -> SplitModel:
+    """For 8x8 digits, flattened: 64-64-10."""
+    return mlp([64, 64, 10])
+
+
+@register("digits_cnn", input_shape=(64,), output_shape=(10,))
+def digits_cnn() -> SplitModel:
+    """A small CNN for 8x8 digits: takes them flattened, [N, 64], and gives them their shape back inside."""
+    body = nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    )
+    return SplitModel(body, nn.Linear(32 * 2 * 2, 10))

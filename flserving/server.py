@@ -1,0 +1,261 @@
+"""The model server: the one place that answers a request. REST, gRPC, notebooks and edge devices all come through it.
+
+The way of a request: deadline -> route (alias -> version) -> pin the model (loading it on a miss) -> validate ->
+prediction cache -> queue and batch -> preprocess -> infer -> postprocess -> respond. The route comes before the cache
+because the cache's key holds the model's digest: an alias that moved asks under another key, so nothing stale can be
+found.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from flserving.cache import PredictionCache
+from flserving.config import ServingConfig
+from flserving.doors import Awaiting, Blocking, Door
+from flserving.engine import Execution, InferenceEngine, Prediction
+from flserving.errors import DeadlineExceededError, FlservingError, InvalidInputError, OverloadedError
+from flserving.hosting import ModelHost
+from flserving.telemetry import STAGES, Telemetry
+from flserving.transforms import Floats, Outputs, Preprocessor
+from flserving.workers import Batcher
+
+if TYPE_CHECKING:
+    from flserving.registry import Registry
+
+
+class ModelServer(ModelHost):
+    """Serves several models, several versions of each at once, from one cache of loaded models and one pool of workers.
+
+    Args:
+        config: Settings; the defaults of :class:`ServingConfig` when not given.
+        registry: Where durable versions come from; ``model`` is the one name to serve, all of them when not given.
+        clock: Monotonic seconds.
+
+    Sets torch to one intra-op thread for the whole process: faster for small models, and workers never
+    oversubscribe the cores. Use as a context manager, or call :meth:`close`. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig | None = None,
+        registry: "Registry | None" = None,
+        model: str | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        torch.set_num_threads(1)
+        super().__init__(config, clock=clock)
+        budget = self.config.prediction_cache_bytes
+        self.prediction_cache: PredictionCache[Outputs] | None = (
+            PredictionCache(budget, self.config.prediction_cache_ttl_s, clock) if budget else None
+        )
+        self.telemetry = Telemetry()
+        self._batcher = Batcher(self.config, self.telemetry.executions.add, clock)
+        self._blocking, self._awaiting = Blocking(self), Awaiting(self)
+        self._started_s = clock()
+        if registry is not None:
+            for name in registry.models() if model is None else [model]:
+                self.serve(registry, name)
+
+    # Requests
+
+    def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
+                timeout_ms: float | None = None, stages: bool = False) -> dict[str, Any]:  # fmt: skip
+        """Answer one request: a row [D] or rows [N, D].
+
+        Args:
+            version: A version id or an alias; the alias ``default`` when not given.
+            model: Name of the model; the first one served when not given.
+            timeout_ms: Deadline, from now to the answer; the config's ``timeout_ms`` when not given.
+            stages: Add ``stages_ms``, where the time of this request went.
+
+        Returns:
+            ``predictions`` [N], ``confidences`` [N] and ``probabilities`` [N][C] (classification only) as lists,
+            ``latency_ms``, ``model_version``, ``model_type`` ("global").
+
+        Raises:
+            InvalidInputError, NotFoundError, OverloadedError, DeadlineExceededError, ModelExecutionError,
+            CorruptArtifactError, ServerClosedError: Each counted under its reason in the statistics.
+        """
+        try:  # the blocking door never suspends, so one step runs the whole coroutine
+            self._answer(features, version, model, timeout_ms, stages, self._blocking).send(None)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        raise AssertionError("a blocking request suspended")
+
+    async def apredict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
+                       timeout_ms: float | None = None, stages: bool = False) -> dict[str, Any]:  # fmt: skip
+        """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
+        return await self._answer(features, version, model, timeout_ms, stages, self._awaiting)
+
+    def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, *, model: str | None = None,
+                      timeout_ms: float | None = None) -> list[dict[str, Any]]:  # fmt: skip
+        """Answer several requests, each a row or rows, as one: they are admitted, run and fail together.
+
+        Returns:
+            One answer per request, in their order; their ``latency_ms`` is that of the whole.
+        """
+        check = Preprocessor().validate
+        try:
+            if not isinstance(batch, Iterable):
+                raise InvalidInputError(f"batch is a {type(batch).__name__}: send a list of requests")
+            parts = [check(features) for features in batch]
+            if not parts:
+                raise InvalidInputError("the batch is empty: send at least one request")
+            if len(widths := {part.shape[1] for part in parts}) > 1:
+                raise InvalidInputError(f"rows have {sorted(widths)} features: every request needs the model's number")
+        except FlservingError as error:
+            self.telemetry.failure(error.reason)
+            raise
+        answer = self.predict(np.concatenate(parts), version, model=model, timeout_ms=timeout_ms)
+        lists = {name: value for name, value in answer.items() if isinstance(value, list)}
+        answers, start = [], 0
+        for part in parts:
+            stop = start + len(part)
+            answers.append(answer | {name: values[start:stop] for name, values in lists.items()})
+            start = stop
+        return answers
+
+    async def _answer(self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
+                      stages: bool, door: Door) -> dict[str, Any]:  # fmt: skip
+        """The one path. ``door`` knows how to wait: blocking or awaiting."""
+        started_s = self._clock()
+        try:
+            deadline_s = started_s + self._timeout_s(timeout_ms)
+            key = self._router.find(version, model) or await door.find(version, model, deadline_s)
+            entry = self.model_cache.acquire(key) or await door.load(key, deadline_s)
+            try:
+                engine: InferenceEngine = entry.value
+                rows = engine.preprocessor.validate(features, self.config.max_request_rows)
+                validated_s = looked_up_s = self._clock()
+                if self.prediction_cache is None:
+                    prediction = await door.run(engine, rows, len(rows), started_s, deadline_s)
+                else:
+                    prediction, looked_up_s = await self._through_cache(
+                        self.prediction_cache, door, engine, rows, started_s, deadline_s
+                    )
+                answer: dict[str, Any] = prediction.lists()
+            finally:
+                self.model_cache.release(entry)
+            answered_s = self._clock()
+            if answered_s > deadline_s:
+                raise DeadlineExceededError(
+                    f"the answer took {(answered_s - started_s) * 1e3:.1f} ms, the deadline was "
+                    f"{(deadline_s - started_s) * 1e3:.0f} ms: raise timeout_ms"
+                )
+            marks = (started_s, validated_s, looked_up_s, *prediction.execution.marks_s, answered_s)
+            self.telemetry.success("/".join(key), len(rows), marks)
+        except FlservingError as error:
+            self.telemetry.failure(error.reason)
+            raise
+        except BaseException as error:
+            gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
+            self.telemetry.failure("Cancelled" if gone else "Internal")
+            raise
+        answer["latency_ms"] = (answered_s - started_s) * 1e3
+        answer["model_version"], answer["model_type"] = key[1], "global"
+        if stages:
+            answer["stages_ms"] = {name: (b - a) * 1e3 for name, (a, b) in zip(STAGES, pairwise(marks), strict=True)}
+        return answer
+
+    async def _through_cache(
+        self, cache: PredictionCache[Outputs], door: Door, engine: InferenceEngine, rows: Floats,
+        started_s: float, deadline_s: float, scope: str = "public",
+    ) -> tuple[Prediction, float]:  # fmt: skip
+        """The prediction, and when the look-up ended. ``scope`` says who may share the entry."""
+        rows = rows.copy()  # what was hashed is what runs, whatever the caller does to its array meanwhile
+        key = (scope, engine.identity, rows.shape, hashlib.blake2b(rows.data, digest_size=32).digest())
+        while True:
+            value, flight, leads = cache.begin(key)
+            looked_up_s = self._clock()
+            try:
+                if flight is not None and leads:
+                    try:
+                        prediction = await door.run(engine, rows, len(rows), started_s, deadline_s)
+                        value = prediction.execution.outputs.copy_rows(prediction.start, prediction.stop)
+                    except BaseException as error:
+                        cancelled = OverloadedError("the request that computed this was cancelled: try again")
+                        cache.finish(key, flight, error=error if isinstance(error, Exception) else cancelled)
+                        raise
+                    cache.finish(key, flight, value)
+                    return prediction, looked_up_s
+                if flight is not None:
+                    if not await door.follow(flight, deadline_s):
+                        raise DeadlineExceededError("an identical request took longer than timeout_ms: raise it")
+                    if isinstance(flight.exception(), OverloadedError | DeadlineExceededError):
+                        continue  # the leader's own bad luck: look again, and lead
+                    value = flight.result()
+            finally:
+                del flight  # an error's frames must not hold what holds the error: it would keep models alive
+            assert value is not None
+            return Prediction(Execution(value, (self._clock(),) * 4), 0, len(rows)), looked_up_s
+
+    def _timeout_s(self, timeout_ms: float | None) -> float:
+        self._check_open()
+        if timeout_ms is None:
+            return self.config.timeout_ms / 1e3
+        if isinstance(timeout_ms, bool) or not isinstance(timeout_ms, int | float) or not 0 < timeout_ms <= 3_600_000:
+            raise InvalidInputError(
+                f"timeout_ms is {timeout_ms!r}: it must be a number of milliseconds in (0, 3600000]"
+            )
+        return timeout_ms / 1e3
+
+    # What operators see
+
+    def health_check(self) -> dict[str, Any]:
+        """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
+        default model can answer), models with their versions and aliases, the versions in memory, the uptime."""
+        routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
+        ready = not self._closed and (routes.model, "default") in routes.aliases
+        models = {
+            name: {
+                "versions": list(versions),
+                "aliases": {alias: v for (model, alias), v in routes.aliases.items() if model == name},
+            }
+            for name, versions in routes.versions.items()
+        }
+        return {
+            "status": "unavailable" if not ready else "degraded" if problems else "healthy",
+            "ready": ready,
+            "default_model": routes.model,
+            "models": models,
+            "in_memory": ["/".join(key) for key, _ in self.model_cache.items()],
+            "problems": problems,
+            "uptime_s": self._clock() - self._started_s,
+        }
+
+    def get_all_stats(self) -> dict[str, Any]:
+        """Counters and durations of the server, its queue, its caches, and the engines in memory."""
+        engines = {"/".join(key): engine.get_stats() for key, engine in self.model_cache.items()}
+        queue = {
+            "waiting_rows": self._batcher.queue.rows,
+            "running": self._batcher.busy,
+            "max_queue_rows": self.config.max_queue_rows,
+        }
+        predictions = None if self.prediction_cache is None else self.prediction_cache.stats()
+        return {
+            "server": self.telemetry.snapshot(),
+            "queue": queue,
+            "model_cache": self.model_cache.stats(),
+            "prediction_cache": predictions,
+            "engines": engines,
+        }
+
+    def close(self, drain_s: float = 5.0) -> None:
+        """Refuse new requests, finish the admitted ones, end threads, delete the temporary store. Idempotent."""
+        self._closed = True
+        self._batcher.close(drain_s)
+        super().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

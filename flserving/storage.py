@@ -1,0 +1,191 @@
+"""Files that survive a crash: durable writes, staging that outlives nobody, reads that trust nothing.
+
+Imports ``errors`` and ``weights``. Relative paths in messages: where a registry lies on the disk is nobody's business.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+import sys
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from flserving.errors import CorruptArtifactError, FlservingError
+from flserving.weights import as_bytes
+
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO must not hang
+_BINARY = getattr(os, "O_BINARY", 0)  # only on Windows
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(fd: int) -> bool:
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+
+def write_file(path: str, data: bytes | memoryview) -> None:
+    """Create ``path``, write it whole and wait until the disk has it. OSError if it exists, or on a full disk."""
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, 0o644)
+    try:
+        rest = memoryview(data)
+        while rest:  # one write takes at most 2 GiB
+            rest = rest[os.write(fd, rest) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_directory(path: str) -> None:
+    """Wait until the disk has the names in a directory. Windows has no such call, and journals its names itself."""
+    if sys.platform == "win32":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check_folders(root: str, *relatives: str) -> None:
+    """Raise CorruptArtifactError unless these are real directories under ``root``, not symbolic links."""
+    for relative in relatives:
+        try:
+            real = stat.S_ISDIR(os.lstat(f"{root}/{relative}").st_mode)
+        except OSError:
+            real = False
+        if not real:
+            raise _corrupt(relative, "is missing, or not a folder of its own")
+
+
+def read_file(root: str, relative: str, max_nbytes: int) -> Tensor:
+    """Read a file of a registry once, into 64-byte aligned memory that nobody else can change: uint8 [nbytes].
+
+    Nothing but a regular file is read (a symbolic link, a FIFO or a device is refused), and memory is taken only after
+    its size was checked.
+
+    Raises:
+        CorruptArtifactError: It is missing, of another kind, empty, or larger than ``max_nbytes``.
+        FlservingError: No file may be opened at the moment, or not this one.
+    """
+    path = f"{root}/{relative}"
+    try:
+        fd = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _BINARY)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES):  # the file may be as sound as ever
+            raise FlservingError(
+                f"{relative} cannot be opened ({error.strerror}): check limits and permissions"
+            ) from None
+        why = "is a symbolic link" if os.path.islink(path) else f"cannot be opened ({error.strerror})"
+        raise _corrupt(relative, why) from None
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise _corrupt(relative, "is not a regular file")
+        if not 0 < status.st_size <= max_nbytes:
+            raise _corrupt(relative, f"has {status.st_size:,} bytes, expected 1 to {max_nbytes:,}")
+        buffer = torch.empty(status.st_size, dtype=torch.uint8, device="cpu")
+        rest = as_bytes(buffer)
+        with open(fd, "rb", buffering=0, closefd=False) as file:
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise _corrupt(relative, f"ended {len(rest):,} bytes early")
+                rest = rest[count:]
+    finally:
+        os.close(fd)
+    return buffer
+
+
+def _corrupt(relative: str, why: str) -> CorruptArtifactError:
+    return CorruptArtifactError(f"{relative} {why}: restore it from a backup, or publish again")
+
+
+def install(staged: str, target: str) -> None:
+    """Move a staged directory to its final place, durably and in one step.
+
+    Whatever is at ``target`` is the leftover of a publisher that died before it was visible, and goes first. So call
+    this only under the lock that gives out ``target``.
+    """
+    parent = os.path.dirname(target)
+    if not os.path.isdir(parent):
+        os.mkdir(parent)
+        sync_directory(os.path.dirname(parent))
+    if os.path.islink(target) or os.path.isfile(target):
+        os.unlink(target)
+    elif os.path.isdir(target):
+        shutil.rmtree(target)
+    os.rename(staged, target)
+    sync_directory(parent)
+
+
+class Staging:
+    """A private directory for one publish: ``with Staging(folder) as path``. Gone afterwards, whatever happens.
+
+    A lock file beside it is held as long as its process lives; the operating system lets go of it at a kill -9 as
+    well. What is not locked is therefore nobody's, and :func:`sweep` may remove it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> str:
+        while True:
+            self.path = f"{self._folder}/{secrets.token_hex(8)}"
+            self._lock = os.open(f"{self.path}.lock", os.O_CREAT | os.O_EXCL | os.O_RDWR | _BINARY, 0o600)
+            # a sweep may have found the file before it was locked, and have removed it: then start again
+            if _try_lock(self._lock) and os.fstat(self._lock).st_nlink:
+                break
+            os.close(self._lock)
+        try:
+            os.mkdir(self.path)
+        except BaseException:
+            _discard(self.path, self._lock)
+            raise
+        return self.path
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _discard(self.path, self._lock)
+
+
+def sweep(folder: str) -> None:
+    """Remove what dead publishers left in a staging folder. Leaves alone whatever a living process has locked."""
+    for token in {entry.name.removesuffix(".lock") for entry in os.scandir(folder)}:
+        path = f"{folder}/{token}"
+        try:  # creates the lock where a power cut took it and left the directory
+            lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | _NOFOLLOW | _BINARY, 0o600)
+        except OSError:
+            continue
+        if _try_lock(lock):
+            _discard(path, lock)
+        else:
+            os.close(lock)
+
+
+def _discard(path: str, lock: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    if sys.platform == "win32":  # an open file cannot be removed there
+        os.close(lock)
+        Path(f"{path}.lock").unlink(missing_ok=True)
+    else:
+        Path(f"{path}.lock").unlink(missing_ok=True)  # before the lock is let go: nobody may lock a doomed file
+        os.close(lock)

@@ -1,0 +1,48 @@
+"""Run notebooks top to bottom and store them as the gates want them: outputs and counts, no widget state.
+
+python tests/store_notebooks.py notebooks/03_caching.ipynb [...]      # all of notebooks/ when none is named
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from notebook_gates import problems
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def stored(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """The notebook, executed in ``folder`` by this interpreter's kernel, without what only a live page can show."""
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["language_info"] = {"name": "python"}  # not the patch version of whoever ran it last
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if VIEW not in output.get("data", {})]
+    return notebook
+
+
+def main() -> int:
+    root = Path(__file__).resolve().parent.parent
+    paths = [Path(argument) for argument in sys.argv[1:]] or sorted((root / "notebooks").glob("*.ipynb"))
+    found = 0
+    for path in paths:
+        began_s = time.monotonic()
+        notebook = stored(nbformat.read(path, as_version=4), path.parent)
+        nbformat.write(notebook, path)
+        wrong = problems(notebook, name=path.name, nbytes=path.stat().st_size)
+        found += len(wrong)
+        print(f"{path.name}: {time.monotonic() - began_s:.0f} s, {path.stat().st_size // 1000} kB", *wrong, sep="\n  ")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Exercises in notebooks: the format, its validation, the students' copies, and trying solutions in a real kernel."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from flserving.errors import ConfigError
+from flserving.lab import exercises
+from flserving.lab.exercises import BEGIN, END, Exercise, check_cell, find_exercises, solution_cell, student_copy
+from flserving.lab.grading import failure_messages
+from wrong_solutions import CHECKS, SOLUTIONS
+
+DOUBLE = '''\
+def double(x):
+    """Twice x."""
+    ### BEGIN SOLUTION
+    if x:
+        return 2 * x
+    return 0
+    ### END SOLUTION
+'''
+
+
+def notebook():
+    shown = new_output("execute_result", {"text/plain": "1"}, execution_count=1)
+    cells = [
+        new_markdown_cell("# Title"),
+        new_code_cell("step = 1", execution_count=1, outputs=[shown]),
+        solution_cell("double", DOUBLE),
+        check_cell("double", "assert double(step + 1) == 4, f'expected 4, got {double(step + 1)}'", 2),
+        new_code_cell("step += 1", execution_count=4, outputs=[new_output("stream", name="stdout", text="4\n")]),
+        solution_cell("triple", DOUBLE.replace("double", "triple").replace("2", "3")),
+        new_markdown_cell("Now the check."),
+        check_cell("triple", "assert triple(step) == 6", 1.5),
+    ]  # fmt: skip
+    made = new_notebook(
+        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "widgets": {}}
+    )
+    for number in (2, 3):
+        made.cells[number].update(execution_count=number, outputs=[new_output("stream", name="stdout", text="2 * x\n")])
+    nbformat.validate(made)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------- format
+
+
+def test_cells_carry_nbgraders_metadata():
+    solution, check = solution_cell("double", DOUBLE), check_cell("double", "assert True", 2)
+    assert solution.metadata["nbgrader"] == {
+        "schema_version": 3, "grade_id": "double", "solution": True, "grade": False, "locked": False, "task": False,
+    }  # fmt: skip
+    assert check.metadata["nbgrader"] == {
+        "schema_version": 3, "grade_id": "double-check", "solution": False, "grade": True, "locked": True,
+        "task": False, "points": 2,
+    }  # fmt: skip
+
+
+def test_exercises_are_found_in_order():
+    assert find_exercises(notebook()) == [Exercise("double", 2, 3, 2), Exercise("triple", 5, 7, 1.5)]
+    assert find_exercises(new_notebook(cells=[new_markdown_cell("no exercise")])) == []
+
+
+def without(cells, *numbers):
+    return [cell for number, cell in enumerate(cells) if number not in numbers]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda cells: [*cells, solution_cell("double", DOUBLE)], "grade_id 'double' is used twice"),
+        (lambda cells: without(cells, 3), "comes before the check of \\('double', 2\\)"),
+        (lambda cells: without(cells, 7), "solution \\('triple', 5\\) has no check after it"),
+        (lambda cells: without(cells, 2), "check 'double-check' does not follow its solution"),
+        (lambda cells: [cells[5], cells[3]], "check 'double-check' does not follow its solution"),
+        (lambda cells: [new_code_cell(DOUBLE)], "cell 0 holds a solution that students would get"),
+        (lambda cells: [new_markdown_cell("### END SOLUTION")], "cell 0 holds a solution that students would get"),
+        (lambda cells: [solution_cell("", DOUBLE)], "cell 0 has no grade_id"),
+        (lambda cells: [cells[2], check_cell("double", "assert 1", 0)], "worth 0 points"),
+        (lambda cells: [solution_cell("a", "def f():\n    pass")], "'a' needs pairs of the lines"),
+        (lambda cells: [solution_cell("a", DOUBLE.replace("### END SOLUTION", ""))], "needs pairs"),
+        (lambda cells: [solution_cell("a", DOUBLE.replace("    ### BEGIN", "    x = 1  ### BEGIN"))], "needs pairs"),
+        (lambda cells: [solution_cell("a", f"def f():\n    {BEGIN}\n\n    {END}")], "empty region"),
+        (lambda cells: [solution_cell("a", f"{BEGIN}\nx = 1\n{END}")], "'a' has a region outside"),
+        (lambda cells: [solution_cell("a", f"class A:\n    {BEGIN}\n    b = 1\n    {END}")], "outside a function"),
+        (lambda cells: [solution_cell("a", DOUBLE.replace("def double(x):", "if True:"))], "outside a function"),
+        (lambda cells: [solution_cell("a", DOUBLE + "    else:\n        pass")], "is no Python"),
+    ],
+)  # fmt: skip
+def test_a_malformed_exercise_is_refused(damage, message):
+    with pytest.raises(ConfigError, match=message):
+        find_exercises(new_notebook(cells=damage(notebook().cells)))
+
+
+def test_an_exercise_in_prose_is_refused():
+    made = notebook()
+    made.cells[0].metadata["nbgrader"] = {"solution": True, "grade_id": "essay", "grade": True, "points": 1}
+    with pytest.raises(ConfigError, match="exercise cell 'essay' is markdown"):
+        find_exercises(made)
+
+
+# ----------------------------------------------------------------------------------------- student copies
+
+
+def test_student_copy_holds_stubs_and_no_trace_of_the_solution():
+    source = notebook()
+    before = json.dumps(source)
+    student = student_copy(source)
+    assert json.dumps(source) == before
+    nbformat.validate(student)
+    stub = 'raise NotImplementedError("double: replace this line with your code")'
+    assert student.cells[2].source == f'def double(x):\n    """Twice x."""\n    {stub}\n'
+    assert "2 * x" not in json.dumps(student) and "SOLUTION" not in json.dumps(student)
+    assert student.cells[1].outputs[0].data["text/plain"] == "1"  # before the first exercise: still to be looked at
+    assert all(not cell.outputs for cell in student.cells[2:] if cell.cell_type == "code")
+    assert 'execution_count": 1' not in json.dumps(student) and "widgets" not in student.metadata
+    assert all(cell.get("execution_count") is None for cell in student.cells)
+    assert [cell.metadata.get("editable", True) for cell in student.cells] == [True] * 3 + [False] + [True] * 3 + [
+        False
+    ]
+    assert student.cells[3].source == source.cells[3].source
+
+
+def test_every_region_becomes_a_stub_at_its_own_indentation():
+    student = student_copy(
+        new_notebook(cells=[solution_cell("lru", SOLUTIONS["lru"]), check_cell("lru", CHECKS["lru"], 3)])
+    )
+    stub = student.cells[0].source
+    assert stub.count('\n        raise NotImplementedError("lru: replace this line with your code")\n') == 2
+    namespace = {}
+    exec(stub, namespace)
+    with pytest.raises(NotImplementedError):
+        namespace["LRU"](2).get("a")
+
+
+def test_command_writes_the_copies_and_keeps_somebodys_work(tmp_path, capsys):
+    sources, out = tmp_path / "notebooks", tmp_path / "deep" / "student"
+    sources.mkdir()
+    nbformat.write(notebook(), sources / "03_b.ipynb")
+    nbformat.write(new_notebook(cells=[new_markdown_cell("Hello")]), sources / "00_a.ipynb")
+    arguments = ["--notebooks", str(sources), "--out", str(out)]
+    assert exercises.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "00_a.ipynb: no exercise" in told and "03_b.ipynb: double (2 points), triple (1.5 points)" in told
+    assert nbformat.read(out / "03_b.ipynb", as_version=4).cells[2].source == student_copy(notebook()).cells[2].source
+
+    (out / "03_b.ipynb").write_text("my work")
+    (out / "00_a.ipynb").unlink()
+    assert exercises.main(arguments) == 1
+    assert "may hold somebody's work: move it, or use --force" in capsys.readouterr().err
+    assert (out / "03_b.ipynb").read_text() == "my work" and not (out / "00_a.ipynb").exists()
+    assert exercises.main([*arguments, "--force"]) == 0
+    assert (out / "03_b.ipynb").read_text() != "my work"
+
+
+def test_command_refuses_what_it_cannot_do(tmp_path, capsys):
+    assert exercises.main(["--notebooks", str(tmp_path)]) == 1
+    assert "no notebooks in" in capsys.readouterr().err
+    nbformat.write(new_notebook(cells=[new_code_cell(DOUBLE)]), tmp_path / "bad.ipynb")
+    assert exercises.main(["--notebooks", str(tmp_path), "--out", str(tmp_path), "--force"]) == 1
+    assert "write the student copies to another folder" in capsys.readouterr().err
+    assert exercises.main(["--notebooks", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "bad.ipynb: cell 0 holds a solution" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_module_runs_as_a_command_without_a_warning(tmp_path):
+    nbformat.write(notebook(), tmp_path / "one.ipynb")
+    command = [sys.executable, "-W", "error", "-m", "flserving.lab.exercises", "--notebooks", ".", "--out", "student"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "student" / "one.ipynb").exists()
+
+
+# ----------------------------------------------------------------------------- solutions in a real kernel
+
+
+def test_solutions_are_tried_in_the_notebook_itself(tmp_path):
+    made = notebook()
+    made.cells[6] = new_code_cell("import os\nassert os.environ['FLSERVING_STATIC'] == '1'")  # widgets stay away
+    made.cells[7] = check_cell("triple", "assert triple(double(step)) == 12, f'expected 12, got {triple(4)}'", 1)
+    path = tmp_path / "tries.ipynb"
+    nbformat.write(made, path)
+    right, forever = made.cells[5].source, "def triple(x):\n    while True:\n        pass"
+    solutions = {"right": right, "wrong": "triple = lambda x: x", "syntax": "def", "forever": forever}
+    told = failure_messages(path, "triple", solutions | {"right again": right}, cell_timeout_s=6)
+    assert told["right"] is None and told["right again"] is None  # the kernel survives an endless loop
+    assert told["wrong"] == "AssertionError: expected 12, got 4"
+    assert told["forever"].startswith("KeyboardInterrupt")
+    assert told["syntax"].startswith("SyntaxError")
+    assert nbformat.read(path, as_version=4) == made  # the file stays as it was
+
+
+def test_an_unknown_exercise_is_refused(tmp_path):
+    nbformat.write(notebook(), tmp_path / "tries.ipynb")
+    with pytest.raises(ConfigError, match=r"tries.ipynb has no exercise 'quadruple'"):
+        failure_messages(tmp_path / "tries.ipynb", "quadruple", {})

@@ -1,0 +1,96 @@
+"""The README is true: its code runs, its commands exist, its links lead somewhere, its table is the course."""
+
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
+LINES = [line.partition("  #")[0].strip() for kind, code in BLOCKS if kind == "sh" for line in code.splitlines()]
+COMMANDS = list(dict.fromkeys(line.replace(".venv/bin/python", "python") for line in LINES if line))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ROWS = re.findall(r"^\| \[(\d\d) (.+?)\]\((.+?)\) \| .+? \| (\d+) \|$", README, re.MULTILINE)
+
+
+def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_there_is_something_to_check():
+    assert len(PYTHON_BLOCKS) == 1 and len(COMMANDS) >= 10
+    assert {language for language, _ in BLOCKS} == {"python", "sh"}
+
+
+@pytest.mark.parametrize("code", PYTHON_BLOCKS)
+def test_the_python_code_runs(code, tmp_path):
+    result = run_python("-W", "error", "-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\[\d, \d, \d\] by version 10 expected \[0, 1, 2\]", result.stdout), result.stdout
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_command_exists(line):
+    """run.py, our modules and scripts answer --help; of everything else the files that it names are there."""
+    words = shlex.split(line)
+    assert words[0] in {"python", "conda"}, f"no rule for {words[0]!r}: add one"
+    for word in words[1:]:
+        named_file = re.fullmatch(r"[\w./-]+\.(py|yml|ipynb)", word)
+        if named_file and word.startswith("student/"):
+            word = word.replace("student/", "notebooks/")  # a student copy has its source's name
+        if named_file and (NOTEBOOKS or not word.endswith(".ipynb")):
+            assert (ROOT / word).is_file(), f"{word} does not exist"
+    if words[1] == "run.py":
+        assert runpy.run_path(str(ROOT / "run.py"))["main"]([words[2], "--help"]) == 0
+    elif words[0] == "python":
+        program = words[1:3] if words[1] == "-m" else words[1:2]
+        shown = run_python(*program, *(["install"] if program[-1] == "pip" else []), "--help")
+        assert shown.returncode == 0, shown.stderr
+        assert all(word in shown.stdout for word in words if word.startswith("--"))
+
+
+def test_links_and_names_of_the_layout_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    code = re.findall(r"`([\w./]+)`", README)
+    names = [name for name in code if "/" in name or name.endswith((".py", ".toml", ".yml"))]
+    assert len(links) > 5 and len(names) > 5
+    for name in [*links, *names]:
+        if name.endswith(".ipynb") and not NOTEBOOKS:
+            continue
+        assert (ROOT / name).exists(), f"the README names {name}"
+
+
+@pytest.mark.skipif(not NOTEBOOKS, reason="no notebooks yet")
+def test_the_table_is_the_course():
+    assert [row[2] for row in ROWS] == [path.relative_to(ROOT).as_posix() for path in NOTEBOOKS]
+    for number, title, link, minutes in ROWS:
+        opening = nbformat.read(ROOT / link, as_version=4).cells[0].source
+        assert opening.startswith(f"# {number} "), f"{link}: the table says {number} {title}"
+        told = re.search(r"\*\*Time\*\*\D*(\d+) min", opening)
+        assert told, f"{link}: the opening says no minutes after **Time**"
+        assert told[1] == minutes, f"{link}: {told[1]} min in the notebook, {minutes} in the README"
+
+
+def test_the_picture_is_the_one_that_notebook_00_draws():
+    from PIL import Image, ImageChops
+
+    from flserving.lab.figures_00 import stack_figure
+    from flserving.lab.style import png
+
+    with Image.open(ROOT / "notebooks" / "stack.png") as stored, Image.open(io.BytesIO(png(stack_figure()))) as drawn:
+        assert stored.size == drawn.size
+        difference = ImageChops.difference(stored.convert("L"), drawn.convert("L"))
+        changed = sum(count for level, count in enumerate(difference.histogram()) if level > 64)
+    assert changed < 0.01 * drawn.width * drawn.height, "store stack_figure()._repr_png_() as notebooks/stack.png again"

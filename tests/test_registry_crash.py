@@ -1,0 +1,233 @@
+"""A publisher may die at any instant: what is visible afterwards is whole, and nothing else is left for long."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import registry_crash
+from flserving import storage, weights
+from flserving.errors import FlservingError
+from flserving.index import Index
+from flserving.registry import Registry
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+
+
+def test_kill_at_random_instants(tmp_path: Path) -> None:
+    result = registry_crash.start("random", tmp_path / "registry", 120, int.from_bytes(os.urandom(4), "little"))
+    assert result["kills"] == 120
+    assert result["interrupted"] >= 5, f"the kills hit hardly any publish: {result}"
+    assert result["versions"] >= 5, f"hardly any publish came through: {result}"
+
+
+def test_kill_at_lines_of_the_protocol(tmp_path: Path) -> None:
+    result = registry_crash.start("lines", tmp_path, 11)
+    assert result["lines"] > 200 and result["before"] > 10, result
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kill_at_every_line_of_the_protocol(tmp_path: Path) -> None:
+    result = registry_crash.start("lines", tmp_path, 1)
+    assert result["before"] + result["after"] == result["lines"] - 1 and result["after"] > 5, result
+
+
+def test_the_disk_has_everything_before_the_version_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 loses no written page, a power cut does: so the order of the waits is a test of its own."""
+    events: list[str] = []
+    staged = ["?"]
+    fsync, rename, mkdir = os.fsync, os.rename, os.mkdir
+
+    def recording_fsync(fd: int) -> None:
+        target = Path(f"/proc/self/fd/{fd}").readlink().relative_to(tmp_path)
+        events.append(f"sync {target}".replace(staged[0], "<token>"))
+        fsync(fd)
+
+    def recording_rename(source: str, target: str) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    def recording_mkdir(path: str) -> None:
+        staged[0] = Path(path).name if "staging" in path else staged[0]
+        mkdir(path)
+
+    def recording_sql(sql: str) -> None:
+        for event in ("COMMIT", "INSERT INTO versions"):
+            if sql.startswith(event) and event not in events:  # SQLite tells an INSERT's triggers by the same text
+                events.append(event)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("tells file descriptors apart by /proc")
+    with Registry(tmp_path) as registry:
+        assert registry._index._writer is not None
+        registry._index._writer.set_trace_callback(recording_sql)
+        monkeypatch.setattr(os, "mkdir", recording_mkdir)
+        monkeypatch.setattr(os, "fsync", recording_fsync)
+        monkeypatch.setattr(os, "rename", recording_rename)
+        registry_crash.publish_next(registry)
+    assert events == [
+        "sync staging/<token>/weights.safetensors",
+        "sync staging/<token>/manifest.json",
+        "sync staging/<token>",
+        "sync models",  # the new folder of the name
+        "rename",
+        "sync models/m",
+        "INSERT INTO versions",
+        "COMMIT",
+    ]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "write", "fsync", "rename"])
+def test_a_full_disk_is_an_error_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    with Registry(tmp_path) as registry:
+        registry_crash.publish_next(registry)
+        real, calls = getattr(os, call), 0
+        for failing in range(1, 10):
+            calls = 0
+
+            def full(*args: Any, failing: int = failing) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == failing:
+                    raise OSError(28, "No space left on device")
+                return real(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, call, full)
+                if failing_publish := _fails(registry):
+                    assert "No space left on device" in failing_publish and "free space" in failing_publish
+                    assert registry.version_numbers("m") == [1] and not os.listdir(tmp_path / "staging")
+            if calls < failing:
+                break
+        assert failing > 1, f"publish never called os.{call}"
+        assert registry.version_numbers("m") == [1, 2]  # the last round did not fail
+    assert registry_crash.check(tmp_path, 0) == 2
+
+
+def _fails(registry: Registry) -> str | None:
+    try:
+        registry_crash.publish_next(registry)
+    except FlservingError as error:
+        return str(error)
+    return None
+
+
+def test_a_failed_commit_leaves_no_version_and_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Registry(tmp_path) as registry:
+        with monkeypatch.context() as patch:
+            patch.setattr("flserving.index.Transaction.set_alias", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                registry_crash.publish_next(registry)
+        assert registry.version_numbers("m") == [] and registry.models() == []
+        assert (tmp_path / "models" / "m" / "1").is_dir()  # in place, but without a row it does not exist
+        registry_crash.publish_next(registry)
+    assert registry_crash.check(tmp_path, 0) == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_publish_replaces_whatever_has_taken_its_place(tmp_path: Path, kind: str) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "data").write_text("mine")
+    with Registry(tmp_path / "registry") as registry:
+        place = tmp_path / "registry" / "models" / "m" / "1"
+        place.parent.mkdir()
+        place.write_text("") if kind == "file" else place.symlink_to(precious)
+        registry_crash.publish_next(registry)
+    assert registry_crash.check(tmp_path / "registry", 0) == 1
+    assert (precious / "data").read_text() == "mine"
+
+
+def test_staging_of_the_living_is_left_alone_and_of_the_dead_is_removed(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    reports, report = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with storage.Staging(folder):
+            os.write(report, b"x")
+            while True:
+                time.sleep(60)  # it is killed inside
+    try:
+        assert os.read(reports, 1) == b"x"
+        with storage.Staging(folder) as own:
+            before = sorted(os.listdir(folder))
+            storage.sweep(folder)
+            assert sorted(os.listdir(folder)) == before and len(before) == 4  # two directories, two locks
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            pid = 0
+            storage.sweep(folder)
+            assert sorted(os.listdir(folder)) == sorted([Path(own).name, Path(own).name + ".lock"])
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(reports)
+        os.close(report)
+    assert os.listdir(folder) == []
+
+
+def test_a_directory_that_lost_its_lock_file_is_removed_too(tmp_path: Path) -> None:
+    (tmp_path / "0123").mkdir()
+    (tmp_path / "0123" / "weights.safetensors").write_bytes(b"half")
+    storage.sweep(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_sweep_between_creating_and_locking_costs_only_a_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, swept = storage._try_lock, 0
+
+    def sweep_first(fd: int) -> bool:
+        nonlocal swept
+        if swept == 0:
+            swept += 1
+            monkeypatch.setattr(storage, "_try_lock", lock)
+            storage.sweep(str(tmp_path))  # sees an unlocked file, and takes it for a dead publisher's
+            monkeypatch.setattr(storage, "_try_lock", sweep_first)
+        return lock(fd)
+
+    monkeypatch.setattr(storage, "_try_lock", sweep_first)
+    with storage.Staging(str(tmp_path)) as path:
+        assert swept == 1 and sorted(os.listdir(tmp_path)) == [Path(path).name, Path(path).name + ".lock"]
+
+
+def test_a_snapshot_is_published_although_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked, hashed and written is one copy: a module that changes meanwhile cannot tear it."""
+    state, expected = registry_crash.tensors_of(1), registry_crash.tensors_of(1)
+    body, head = weights.split(expected)
+    with Registry(tmp_path) as registry:
+
+        def train_meanwhile(_: str) -> None:
+            for tensor in state.values():
+                tensor.fill_(float("nan"))
+
+        monkeypatch.setattr(storage, "sweep", train_meanwhile)  # after the checks, before hashing and writing
+        registry.publish("m", state, architecture="mlp", parameters={"sizes": registry_crash.SIZES})
+        artifact = registry.read("m", 1)
+    assert all(bool(tensor.isnan().all()) for tensor in state.values())
+    assert all(torch.equal(artifact.tensors[name], expected[name]) for name in expected)
+    assert artifact.manifest.digests.body == weights.digest(body)
+    assert artifact.manifest.digests.head == weights.digest(head)
+
+
+def test_an_index_that_cannot_be_opened_leaks_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, opened = Index._connect, []
+
+    def second_fails(self: Index) -> Any:
+        if opened:
+            raise KeyboardInterrupt
+        opened.append(connect(self))
+        return opened[0]
+
+    monkeypatch.setattr(Index, "_connect", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        Registry(tmp_path)
+    with pytest.raises(Exception, match="closed database"):
+        opened[0].execute("SELECT 1")

@@ -1,0 +1,209 @@
+"""Telemetry: percentiles against numpy, and accounts that balance whatever the threads do."""
+
+import itertools
+import math
+import random
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flserving.telemetry import _PENDING, STAGES, Executions, Histogram, Telemetry
+
+
+def histogram_of(seconds: np.ndarray) -> Histogram:
+    histogram = Histogram()
+    histogram.record(np.asarray(seconds, np.float64))
+    return histogram
+
+
+def marks(start_s: float, *stages_s: float) -> tuple[float, ...]:
+    """Marks of a request with these stage times, the rest zero."""
+    padded = [*stages_s, *[0.0] * (len(STAGES) - len(stages_s))]
+    return tuple(itertools.accumulate(padded, initial=start_s))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("median_s", "sigma"), [(50e-6, 0.3), (2e-3, 1.0), (0.8, 2.0)])
+def test_percentiles_of_lognormal_latencies_are_right_to_two_and_a_half_percent(seed, median_s, sigma):
+    samples = np.random.default_rng(seed).lognormal(math.log(median_s), sigma, 20_000).clip(1e-6, 1e3)
+    histogram = histogram_of(samples)
+    for q in (0.0, 0.01, 0.5, 0.9, 0.95, 0.99, 0.999, 1.0):
+        exact = np.quantile(samples, q, method="inverted_cdf")  # nearest rank
+        assert histogram.percentile_s(q) == pytest.approx(exact, rel=0.025)
+    assert histogram.percentile_s(1.0) <= histogram.highest_s == samples.max()
+
+
+@given(st.lists(st.floats(1e-6, 900), min_size=1, max_size=200), st.floats(0, 1))
+def test_any_percentile_of_any_samples_is_right_to_two_and_a_half_percent(seconds, q):
+    rank = max(1, math.ceil(q * len(seconds)))
+    assert histogram_of(np.array(seconds)).percentile_s(q) == pytest.approx(sorted(seconds)[rank - 1], rel=0.025)
+
+
+@given(st.lists(st.lists(st.floats(0, 2000), max_size=20), max_size=6))
+def test_recording_in_parts_is_recording_at_once(parts):
+    whole, pieces = histogram_of(np.array([s for part in parts for s in part], np.float64)), Histogram()
+    for part in parts:
+        pieces.record(np.array(part, np.float64))
+    assert (whole.counts == pieces.counts).all() and (whole.count, whole.highest_s) == (pieces.count, pieces.highest_s)
+    assert whole.total_s == pytest.approx(pieces.total_s)
+
+
+def test_durations_outside_the_buckets_are_counted_and_no_percentile_exceeds_the_maximum():
+    histogram = histogram_of(np.array([0.0, 1e-9, 5e4]))
+    assert histogram.count == 3 and histogram.highest_s == 5e4 and histogram.total_s == pytest.approx(5e4)
+    assert histogram.percentile_s(0.5) <= 1.03e-6 and histogram.percentile_s(1.0) >= 1e3
+    assert histogram_of(np.array([1.001e-3])).percentile_s(0.99) <= 1.001e-3
+
+
+def test_nothing_recorded_is_nan_not_zero():
+    summary = Histogram().summary_ms()
+    assert summary["count"] == 0 == summary["max_ms"]
+    assert all(math.isnan(summary[name]) for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms"))
+
+
+def test_a_summary_is_in_milliseconds():
+    summary = histogram_of(np.full(100, 0.02)).summary_ms()
+    assert summary == {
+        "count": 100, "mean_ms": pytest.approx(20), "p50_ms": pytest.approx(20, rel=0.025),
+        "p95_ms": pytest.approx(20, rel=0.025), "p99_ms": pytest.approx(20, rel=0.025), "max_ms": pytest.approx(20),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, _PENDING - 1, _PENDING, _PENDING + 1, 2 * _PENDING, 3 * _PENDING + 7])
+def test_nothing_is_lost_or_doubled_where_pending_records_are_folded(count):
+    telemetry, executions = Telemetry(), Executions()
+    for i in range(count):
+        telemetry.success("m/1", 3, marks(i, 0.001, 0.002))
+        executions.add(2, 0.001)
+    assert len(telemetry._pending) < _PENDING and len(executions._pending) < _PENDING, "memory is bounded"
+    for _ in range(2):  # reading changes nothing
+        seen, runs = telemetry.snapshot(), executions.summary()
+        assert (seen["requests"], seen["succeeded"], seen["rows"]) == (count, count, 3 * count)
+        assert (runs["executions"], runs["rows"], runs["execution"]["count"]) == (count, 2 * count, count)
+        assert seen["latency_total_ms"] == pytest.approx(3 * count)
+
+
+class Meddler(list):
+    """A list to which another thread adds a record in the middle of a fold."""
+
+    def __getitem__(self, place):
+        taken = super().__getitem__(place)
+        self.append(self.late)
+        return taken
+
+
+def test_a_record_that_arrives_during_a_fold_waits_for_the_next():
+    telemetry, executions = Telemetry(), Executions()
+    telemetry._pending, executions._pending = Meddler(), Meddler()
+    telemetry._pending.late, executions._pending.late = ("m/1", 1, marks(0.0, 0.001)), (1, 0.001)
+    telemetry.success("m/1", 1, marks(0.0, 0.001))
+    executions.add(1, 0.001)
+    assert [telemetry.snapshot()["requests"] for _ in range(3)] == [1, 2, 3]
+    assert [executions.summary()["executions"] for _ in range(3)] == [1, 2, 3]
+
+
+@given(st.lists(st.lists(st.floats(0, 5), min_size=len(STAGES), max_size=len(STAGES)), min_size=1, max_size=30))
+def test_the_stages_of_requests_add_up_to_their_latencies(requests):
+    telemetry = Telemetry()
+    for stages_s in requests:
+        telemetry.success("m/1", 1, marks(1000.0, *stages_s))
+    seen = telemetry.snapshot()
+    expected_ms = sum(map(sum, requests)) * 1e3
+    assert seen["stages_total_ms"] == pytest.approx(seen["latency_total_ms"], abs=1e-6)
+    assert seen["latency_total_ms"] == pytest.approx(expected_ms, abs=1e-6)
+    for place, name in enumerate(STAGES):
+        taken_s = [stages_s[place] for stages_s in requests if stages_s[place] > 1e-9]
+        assert seen["stages"][name]["count"] >= len(taken_s)
+        assert seen["stages"][name]["max_ms"] == pytest.approx(max(taken_s, default=0) * 1e3, abs=1e-6)
+
+
+def test_each_stage_gets_its_own_time_and_one_that_was_not_entered_none():
+    telemetry = Telemetry()
+    telemetry.success("m/1", 1, marks(7.0, 0.1, 0.0, 0.3, 0.4, 0.5, 0.6, 0.7))
+    stages = telemetry.snapshot()["stages"]
+    assert list(stages) == list(STAGES) == [
+        "validate", "cache", "queue", "preprocess", "infer", "postprocess", "respond"
+    ]  # fmt: skip
+    assert stages["cache"]["count"] == 0
+    assert [stages[name]["mean_ms"] for name in STAGES if name != "cache"] == pytest.approx(
+        [100, 300, 400, 500, 600, 700]
+    )
+
+
+def test_counts_by_version_by_reason_and_the_mean_batch():
+    telemetry = Telemetry()
+    for version, rows in (("m/1", 1), ("m/2", 5), ("m/1", 2)):
+        telemetry.success(version, rows, marks(0.0, 0.001))
+    for reason in ("InvalidInput", "Overloaded", "InvalidInput"):
+        telemetry.failure(reason)
+    telemetry.executions.add(6, 0.001)
+    telemetry.executions.add(2, 0.003)
+    seen = telemetry.snapshot()
+    assert (seen["requests"], seen["succeeded"], seen["failed"], seen["rows"]) == (6, 3, 3, 8)
+    assert seen["requests_by_version"] == {"m/1": 2, "m/2": 1}
+    assert seen["failed_by_reason"] == {"InvalidInput": 2, "Overloaded": 1}
+    assert (seen["executions"], seen["mean_batch_rows"]) == (2, 4.0)
+    seen["requests_by_version"]["m/1"] = 99
+    seen["failed_by_reason"].clear()
+    assert telemetry.snapshot()["requests_by_version"]["m/1"] == 2 and telemetry.snapshot()["failed"] == 3
+
+
+def test_an_unused_server_has_zeros():
+    seen = Telemetry().snapshot()
+    assert (seen["requests"], seen["succeeded"], seen["failed"], seen["executions"]) == (0, 0, 0, 0)
+    assert (seen["mean_batch_rows"], seen["stages_total_ms"], seen["latency_total_ms"]) == (0, 0, 0)
+
+
+@pytest.fixture
+def restless():
+    """Threads change places as often as the interpreter lets them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_the_accounts_balance_in_every_snapshot_under_eight_threads(restless):
+    telemetry, barrier, done = Telemetry(), threading.Barrier(9), threading.Event()
+    per_thread = 3000
+
+    def work(seed: int) -> tuple[int, int, float]:
+        rng, good, rows, busy_s = random.Random(seed), 0, 0, 0.0
+        barrier.wait(20)
+        for _ in range(per_thread):
+            if rng.random() < 0.1:
+                telemetry.failure(rng.choice(["InvalidInput", "Overloaded"]))
+                continue
+            stages_s = [rng.random() * 1e-3 for _ in STAGES]
+            telemetry.success(f"m/{rng.randrange(3)}", size := rng.randint(1, 8), marks(0.0, *stages_s))
+            telemetry.executions.add(size, stages_s[4])
+            good, rows, busy_s = good + 1, rows + size, busy_s + sum(stages_s)
+        return good, rows, busy_s
+
+    def watch() -> int:
+        barrier.wait(20)
+        looks, before = 0, 0
+        while not done.is_set() or not looks:
+            seen = telemetry.snapshot()
+            assert seen["succeeded"] + sum(seen["failed_by_reason"].values()) == seen["requests"] >= before
+            assert seen["latency"]["count"] == seen["succeeded"] == sum(seen["requests_by_version"].values())
+            assert seen["stages_total_ms"] == pytest.approx(seen["latency_total_ms"])
+            looks, before = looks + 1, seen["requests"]
+        return looks
+
+    with ThreadPoolExecutor(9) as pool:
+        watching = pool.submit(watch)
+        outcomes = list(pool.map(work, range(8)))
+        done.set()
+        assert watching.result(20) > 0
+    good, rows, busy_s = map(sum, zip(*outcomes, strict=True))
+    seen = telemetry.snapshot()
+    assert (seen["requests"], seen["succeeded"], seen["rows"]) == (8 * per_thread, good, rows)
+    assert (seen["executions"], seen["mean_batch_rows"]) == (good, pytest.approx(rows / good))
+    assert seen["latency_total_ms"] == pytest.approx(busy_s * 1e3)
+    assert {name: stage["count"] for name, stage in seen["stages"].items()} == dict.fromkeys(STAGES, good)
