@@ -10,7 +10,7 @@ full or somebody reads.
 import math
 import threading
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 STAGES = ("validate", "cache", "queue", "preprocess", "infer", "postprocess", "respond")
 """The way of a request, in order. ``validate`` includes the route and the pin on the model (a cold start shows here),
 ``queue`` the hand-over to a worker, ``respond`` everything from the end of the execution to the answer object."""
+
+Protocol = Literal["rest", "grpc"]
 
 _LOWEST_S, _GROWTH = 1e-6, 1.05
 _PER_LOG = 1.0 / math.log(_GROWTH)
@@ -102,6 +104,8 @@ class Telemetry:
         self._latency = Histogram()
         self._stages = [Histogram() for _ in STAGES]
         self._pending: list[tuple[str, int, tuple[float, ...]]] = []
+        self._refused: Counter[tuple[str, str]] = Counter()
+        self._doors: list[tuple[str, float, float]] = []
         self.executions = Executions()
 
     def success(self, version: str, rows: int, marks_s: tuple[float, ...]) -> None:
@@ -115,6 +119,15 @@ class Telemetry:
         """Count one request that got an error; ``reason`` is an error class, so the set of labels is closed."""
         with self._lock:
             self._failed[reason] += 1
+
+    def refusal(self, protocol: Protocol, reason: str) -> None:
+        """Count one call that a door refused itself, so that no request came of it; ``reason`` as in :meth:`failure`."""
+        with self._lock:
+            self._refused[protocol, reason] += 1
+
+    def door(self, protocol: Protocol, parse_s: float, serialise_s: float) -> None:
+        """Time what a door did around one answered request: bytes to arrays, and arrays to bytes."""
+        self._doors.append((protocol, parse_s, serialise_s))
 
     def snapshot(self) -> dict[str, Any]:
         """One consistent copy of everything, durations in milliseconds."""
