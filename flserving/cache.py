@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -80,10 +80,10 @@ class ModelCache:
         with self._lock:
             self._insert(key, value, self._clock() + timeout_s)
 
-    def clear(self) -> None:
-        """Drop every model; one in use goes when it is released."""
+    def clear(self, keys: Iterable[Hashable] | None = None) -> None:
+        """Drop the models under ``keys``, all of them when not given; one in use goes when it is released."""
         with self._lock:
-            for key in list(self._entries):
+            for key in self._entries.keys() & (self._entries if keys is None else keys):
                 self._drop(key)
 
     @contextmanager

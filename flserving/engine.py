@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from flserving.cache import nbytes_of
@@ -41,6 +42,10 @@ class Prediction(NamedTuple):
         if self.stop - self.start == len(self.execution.outputs):
             return dict(lists)
         return {name: values[self.start : self.stop] for name, values in lists.items()}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The same as views of the batch's arrays: read them, do not write to them."""
+        return {name: values[self.start : self.stop] for name, values in self.execution.outputs.arrays().items()}
 
 
 def copy_of(module: nn.Module, tensors: dict[int, torch.Tensor] | None = None) -> nn.Module:

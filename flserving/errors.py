@@ -6,12 +6,18 @@
     ├── InvalidInputError          400 INVALID_ARGUMENT     a request that cannot be answered as it is
     ├── ConfigError                400 INVALID_ARGUMENT     a setting out of range
     ├── InvalidModelError          400 INVALID_ARGUMENT     a module, name or manifest that cannot be published
+    ├── UnauthorizedError          401 UNAUTHENTICATED      no credential, or one that is not known
+    ├── ForbiddenError             403 PERMISSION_DENIED    neither this role, host nor origin may do this
     ├── NotFoundError              404 NOT_FOUND            no such model, version, alias or architecture
     ├── ConflictError              409 ALREADY_EXISTS       the name is taken by something else
+    ├── TooLargeError              413 RESOURCE_EXHAUSTED   a message over a limit on its size
+    ├── UnsupportedEncodingError   415 INVALID_ARGUMENT     a content type or encoding that is not read here
     ├── OverloadedError            429 RESOURCE_EXHAUSTED   a queue is full; try again later
     ├── CorruptArtifactError       500 DATA_LOSS            bytes on disk are not what was published
     ├── ModelExecutionError        500 INTERNAL             the model raised, or answered something non-finite
+    ├── NotSupportedError          501 UNIMPLEMENTED        a part of the protocol that is not offered here
     ├── ServerClosedError          503 UNAVAILABLE          the server was closed
+    ├── ModelUnloadedError         503 UNAVAILABLE          an operator took the model out of service
     ├── ModelTooLargeError         503 RESOURCE_EXHAUSTED   a model does not fit the cache's byte budget
     └── DeadlineExceededError      504 DEADLINE_EXCEEDED    the answer would come too late
 
@@ -43,12 +49,28 @@ class InvalidModelError(FlservingError, ValueError):
     http_status, grpc_code = 400, "INVALID_ARGUMENT"
 
 
+class UnauthorizedError(FlservingError):
+    http_status, grpc_code = 401, "UNAUTHENTICATED"
+
+
+class ForbiddenError(FlservingError):
+    http_status, grpc_code = 403, "PERMISSION_DENIED"
+
+
 class NotFoundError(FlservingError, LookupError):
     http_status, grpc_code = 404, "NOT_FOUND"
 
 
 class ConflictError(FlservingError):
     http_status, grpc_code = 409, "ALREADY_EXISTS"
+
+
+class TooLargeError(FlservingError):
+    http_status, grpc_code = 413, "RESOURCE_EXHAUSTED"
+
+
+class UnsupportedEncodingError(FlservingError):
+    http_status, grpc_code = 415, "INVALID_ARGUMENT"
 
 
 class OverloadedError(FlservingError):
@@ -63,7 +85,15 @@ class ModelExecutionError(FlservingError):
     http_status, grpc_code = 500, "INTERNAL"
 
 
+class NotSupportedError(FlservingError):
+    http_status, grpc_code = 501, "UNIMPLEMENTED"
+
+
 class ServerClosedError(FlservingError):
+    http_status, grpc_code = 503, "UNAVAILABLE"
+
+
+class ModelUnloadedError(FlservingError):
     http_status, grpc_code = 503, "UNAVAILABLE"
 
 

@@ -6,7 +6,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from numpy.typing import ArrayLike
@@ -24,6 +24,7 @@ from flserving.errors import (
     ServerClosedError,
 )
 from flserving.loader import ModuleStore, RegistrySource, Source, load_engine
+from flserving.manifest import Signature
 from flserving.routing import Key, Router
 from flserving.transforms import OutputType, Postprocessor, Preprocessor
 
@@ -77,7 +78,7 @@ class ModelHost:
         self._router.add((LOCAL, version_id))
         if (LOCAL, "default") not in self._router.routes.aliases:
             self._router.set_alias((LOCAL, version_id))
-        with self.lease(version_id, LOCAL) as engine:
+        with self._pinned((LOCAL, version_id)) as engine:
             return engine
 
     def serve(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
@@ -102,6 +103,35 @@ class ModelHost:
         self._check_open()
         self._router.set_alias((model or self._router.routes.model or LOCAL, str(version_id)))
 
+    def resolve(self, version: str | int | None = None, model: str | None = None) -> Key:
+        """The (model, version) that a version id or alias leads to now. Raises NotFoundError, ModelUnloadedError."""
+        return self._router.require(version, model)
+
+    def signature(self, key: Key) -> Signature:
+        """What a version takes and gives, without loading it. Raises NotFoundError, CorruptArtifactError."""
+        return self._sources[key[0]].signature(key[1])
+
+    @property
+    def unloaded(self) -> frozenset[str]:
+        """Models that :meth:`unload` took out of service."""
+        return self._router.routes.withdrawn
+
+    def unload(self, model: str) -> None:
+        """Take a model out of service and out of memory: who asks it gets ModelUnloadedError, requests that run
+        finish. Raises NotFoundError."""
+        self._check_open()
+        self._router.withdraw(model)
+        self.model_cache.clear([key for key, _ in self.model_cache.items() if key[0] == model])
+
+    def reload(self, model: str) -> None:
+        """Read its registry again, load its default version, and put a model (back) into service.
+
+        Raises:
+            NotFoundError, CorruptArtifactError, OverloadedError: It stays as it was.
+        """
+        self._check_open()
+        self._router.restore(model)
+
     def refresh(self) -> None:
         """See now what other processes changed in the registries (the watcher does so four times a second)."""
         self._check_open()
@@ -111,11 +141,15 @@ class ModelHost:
         self._check_open()
         self._router.refresh(max(0.0, deadline_s - self._clock()))
 
-    @contextmanager
-    def lease(self, version: str | int | None = None, model: str | None = None) -> Iterator[InferenceEngine]:
+    def lease(
+        self, version: str | int | None = None, model: str | None = None
+    ) -> AbstractContextManager[InferenceEngine]:
         """The loaded engine of a version, pinned in memory for the ``with`` block."""
         self._check_open()
-        key = self._router.require(version, model)
+        return self._pinned(self._router.require(version, model))
+
+    @contextmanager
+    def _pinned(self, key: Key) -> Iterator[InferenceEngine]:
         lease = self.model_cache.acquire(key) or self._load(key, self._clock() + self.config.timeout_ms / 1e3)
         try:
             yield lease.value
@@ -147,9 +181,8 @@ class ModelHost:
         return lease
 
     def _preload(self, key: Key) -> None:
-        self.model_cache.release(
-            self.model_cache.acquire(key) or self._load(key, self._clock() + self.config.timeout_ms / 1e3)
-        )
+        with self._pinned(key):
+            pass
 
     def close(self) -> None:
         """Forget the models and delete the temporary store. Idempotent."""

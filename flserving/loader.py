@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from flserving import models
 from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine, copy_of
 from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelError, NotFoundError
+from flserving.manifest import Signature
 from flserving.transforms import Postprocessor, Preprocessor
 from flserving.weights import first_non_finite
 
@@ -56,6 +58,9 @@ class Source(Protocol):
 
     def parts(self, version: str) -> Parts:
         """Read and verify one version. Raises NotFoundError or CorruptArtifactError."""
+
+    def signature(self, version: str) -> Signature:
+        """What one version takes and gives, without loading it. Raises NotFoundError or CorruptArtifactError."""
 
 
 def load_engine(source: Source, version: str, config: ServingConfig) -> InferenceEngine:
@@ -111,6 +116,9 @@ class RegistrySource:
         digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
         return Parts(module, artifact.tensors, preprocessor, postprocessor, digest)
 
+    def signature(self, version: str) -> Signature:
+        return self.registry.manifest(self.name, int(version)).signature
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stored:
@@ -141,6 +149,7 @@ class ModuleStore:
         self.close = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._numbers = itertools.count()
         self._stored: dict[str, _Stored] = {}
+        self._signatures: dict[str, Signature] = {}
         self._adding = threading.Lock()
 
     def versions(self) -> list[str]:
@@ -178,7 +187,8 @@ class ModuleStore:
             try:  # one row through a copy, so that a wrong width is told now and not to the first caller
                 file.write_bytes(data)
                 self._stored[version] = stored
-                load_engine(self, version, ServingConfig(warmup_samples=1, max_batch_size=1))
+                engine = load_engine(self, version, ServingConfig(warmup_samples=1, max_batch_size=1))
+                self._signatures[version] = _signature_of(engine)
             except BaseException as error:
                 self._stored.pop(version, None)
                 file.unlink(missing_ok=True)
@@ -190,10 +200,12 @@ class ModuleStore:
                     "num_features where that is wrong"
                 ) from error
 
+    def signature(self, version: str) -> Signature:
+        self._find(version)
+        return self._signatures[version]
+
     def parts(self, version: str) -> Parts:
-        stored = self._stored.get(version)
-        if stored is None:
-            raise NotFoundError(f"no version {version!r}: loaded are {', '.join(self._stored) or 'none'}")
+        stored = self._find(version)
         try:
             data = stored.file.read_bytes()
         except OSError as error:
@@ -208,6 +220,19 @@ class ModuleStore:
         finite = dict(module.named_parameters())  # a buffer may be a mask of minus infinities
         digest = f"{stored.digest}/{stored.file.stem}"  # no text tells all of a module's code: never shared
         return Parts(module, finite, stored.preprocessor, stored.postprocessor, digest)
+
+    def _find(self, version: str) -> _Stored:
+        if (stored := self._stored.get(version)) is None:
+            raise NotFoundError(f"no version {version!r}: loaded are {', '.join(self._stored) or 'none'}")
+        return stored
+
+
+def _signature_of(engine: InferenceEngine) -> Signature:
+    """What a row of zeros shows of a module that no registry describes."""
+    width = engine.preprocessor.num_features or 0
+    outputs = engine.execute([np.zeros((1, width), np.float32)])[0].arrays()
+    seen = outputs.get("probabilities", outputs["predictions"])
+    return Signature((width,), seen.shape[1:], output_type=engine.postprocessor.output_type)
 
 
 def input_width(module: nn.Module) -> int:

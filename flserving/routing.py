@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from flserving.errors import ConflictError, DeadlineExceededError, NotFoundError
+from flserving.errors import ConflictError, DeadlineExceededError, ModelUnloadedError, NotFoundError
 
 Key = tuple[str, str]
 """(model, version)."""
@@ -35,6 +35,7 @@ class Routes:
     targets: Mapping[tuple[str, str], Key] = field(default_factory=dict)  # (model, version or alias) -> key
     aliases: Mapping[tuple[str, str], str] = field(default_factory=dict)  # (model, alias) -> version
     model: str | None = None  # answers when the caller names none
+    withdrawn: frozenset[str] = frozenset()  # models that an operator took out of service
 
 
 class Router:
@@ -74,8 +75,9 @@ class Router:
         ref = "default" if version is None else str(version)
         if (key := routes.targets.get((name, ref))) is not None:
             return key
-        if name not in routes.versions:
-            raise NotFoundError(f"no model {name[:80]!r}: served are {', '.join(routes.versions) or 'none'}")
+        if name in routes.withdrawn:
+            raise ModelUnloadedError(f"model {name!r} was unloaded: load it again")
+        self._known(name)
         known = f"versions {', '.join(routes.versions[name][-10:]) or 'none'}"
         known += f", aliases {', '.join(self._aliases_of(name)) or 'none'}"
         why = f" ({self.problems[problem]})" if (problem := f"{name}/{ref}") in self.problems else ""
@@ -89,7 +91,7 @@ class Router:
             name, version = key
             known = self.routes.versions.get(name, ())
             if version not in known:
-                self._replace(name, (*known, version), self._aliases_of(name))
+                self._replace(name, (*known, version))
 
     def set_alias(self, key: Key, alias: str = "default") -> None:
         """Load a version, then let ``alias`` lead to it.
@@ -107,7 +109,23 @@ class Router:
                 )
             version = self.require(version, name)[1]
             self._preload((name, version))
-            self._replace(name, self.routes.versions[name], self._aliases_of(name) | {alias: version})
+            self._replace(name, aliases=self._aliases_of(name) | {alias: version})
+
+    def withdraw(self, name: str) -> None:
+        """Let no request reach ``name`` until :meth:`restore`. Raises NotFoundError."""
+        with self._admin:
+            self._known(name)
+            self._replace(name, withdrawn=self.routes.withdrawn | {name})
+
+    def restore(self, name: str) -> None:
+        """Read the registry again, load the default version, then answer. Raises NotFoundError, or what the load
+        raises: then ``name`` stays as it was."""
+        with self._admin:
+            self._known(name)
+            self.refresh(retry=True)
+            if (version := self.routes.aliases.get((name, "default"))) is not None:
+                self._preload((name, version))
+            self._replace(name, withdrawn=self.routes.withdrawn - {name})
 
     def follow(self, registry: Followed, name: str) -> None:
         """Serve every version of ``name`` and follow its aliases, also those that other processes move."""
@@ -161,7 +179,7 @@ class Router:
         versions = tuple(map(str, registry.version_numbers(name)))
         aliases = {alias: str(number) for alias, number in registry.aliases(name).items()}
         before, problem = self._aliases_of(name), f"{name}/default"
-        self._replace(name, versions, before)
+        self._replace(name, versions)
         problems = ""
         if (wanted := aliases.get("default")) not in (None, before.get("default")):
             try:
@@ -179,16 +197,27 @@ class Router:
     def _aliases_of(self, name: str) -> dict[str, str]:
         return {alias: version for (model, alias), version in self.routes.aliases.items() if model == name}
 
-    def _replace(self, name: str, versions: tuple[str, ...], aliases: Mapping[str, str]) -> None:
-        """Swap the reference: a reader sees the old table or the new one."""
+    def _known(self, name: str) -> None:
+        if name not in self.routes.versions:
+            raise NotFoundError(f"no model {name[:80]!r}: served are {', '.join(self.routes.versions) or 'none'}")
+
+    def _replace(
+        self, name: str, versions: tuple[str, ...] | None = None, aliases: Mapping[str, str] | None = None,
+        withdrawn: frozenset[str] | None = None,
+    ) -> None:  # fmt: skip
+        """Swap the reference: a reader sees the old table or the new one. What is not given stays."""
         old = self.routes
+        versions = old.versions[name] if versions is None else versions
+        aliases = self._aliases_of(name) if aliases is None else aliases
+        withdrawn = old.withdrawn if withdrawn is None else withdrawn
         others = {key: version for key, version in old.aliases.items() if key[0] != name}
         targets = {key: target for key, target in old.targets.items() if key[0] != name}
-        targets |= {
-            (name, ref): (name, version) for ref, version in [*zip(versions, versions, strict=True), *aliases.items()]
-        }
+        if name not in withdrawn:
+            own = [*zip(versions, versions, strict=True), *aliases.items()]
+            targets |= {(name, ref): (name, version) for ref, version in own}
         self.routes = replace(
-            old, model=old.model or name, versions={**old.versions, name: versions}, targets=targets,
+            old, withdrawn=withdrawn, model=old.model or name, targets=targets,
+            versions={**old.versions, name: versions},
             aliases=others | {(name, alias): version for alias, version in aliases.items()},
         )  # fmt: skip
 

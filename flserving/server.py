@@ -67,7 +67,8 @@ class ModelServer(ModelHost):
     # Requests
 
     def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                timeout_ms: float | None = None, stages: bool = False) -> dict[str, Any]:  # fmt: skip
+                timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
+                client: str | None = None) -> dict[str, Any]:  # fmt: skip
         """Answer one request: a row [D] or rows [N, D].
 
         Args:
@@ -75,6 +76,8 @@ class ModelServer(ModelHost):
             model: Name of the model; the first one served when not given.
             timeout_ms: Deadline, from now to the answer; the config's ``timeout_ms`` when not given.
             stages: Add ``stages_ms``, where the time of this request went.
+            arrays: Give numpy arrays, views of the whole batch's and only to be read, in place of lists.
+            client: Who asks, by its credential: its cached predictions are its own.
 
         Returns:
             ``predictions`` [N], ``confidences`` [N] and ``probabilities`` [N][C] (classification only) as lists,
@@ -85,15 +88,16 @@ class ModelServer(ModelHost):
             CorruptArtifactError, ServerClosedError: Each counted under its reason in the statistics.
         """
         try:  # the blocking door never suspends, so one step runs the whole coroutine
-            self._answer(features, version, model, timeout_ms, stages, self._blocking).send(None)
+            self._answer(features, version, model, timeout_ms, stages, arrays, client, self._blocking).send(None)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
         raise AssertionError("a blocking request suspended")
 
     async def apredict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                       timeout_ms: float | None = None, stages: bool = False) -> dict[str, Any]:  # fmt: skip
+                       timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
+                       client: str | None = None) -> dict[str, Any]:  # fmt: skip
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
-        return await self._answer(features, version, model, timeout_ms, stages, self._awaiting)
+        return await self._answer(features, version, model, timeout_ms, stages, arrays, client, self._awaiting)
 
     def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, *, model: str | None = None,
                       timeout_ms: float | None = None) -> list[dict[str, Any]]:  # fmt: skip
@@ -124,7 +128,7 @@ class ModelServer(ModelHost):
         return answers
 
     async def _answer(self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
-                      stages: bool, door: Door) -> dict[str, Any]:  # fmt: skip
+                      stages: bool, arrays: bool, client: str | None, door: Door) -> dict[str, Any]:  # fmt: skip
         """The one path. ``door`` knows how to wait: blocking or awaiting."""
         started_s = self._clock()
         try:
@@ -139,9 +143,9 @@ class ModelServer(ModelHost):
                     prediction = await door.run(engine, rows, len(rows), started_s, deadline_s)
                 else:
                     prediction, looked_up_s = await self._through_cache(
-                        self.prediction_cache, door, engine, rows, started_s, deadline_s
+                        self.prediction_cache, door, engine, rows, started_s, deadline_s, client
                     )
-                answer: dict[str, Any] = prediction.lists()
+                answer: dict[str, Any] = prediction.arrays() if arrays else prediction.lists()
             finally:
                 self.model_cache.release(entry)
             answered_s = self._clock()
@@ -167,11 +171,11 @@ class ModelServer(ModelHost):
 
     async def _through_cache(
         self, cache: PredictionCache[Outputs], door: Door, engine: InferenceEngine, rows: Floats,
-        started_s: float, deadline_s: float, scope: str = "public",
+        started_s: float, deadline_s: float, client: str | None,
     ) -> tuple[Prediction, float]:  # fmt: skip
-        """The prediction, and when the look-up ended. ``scope`` says who may share the entry."""
+        """The prediction, and when the look-up ended. A client shares its entries with nobody, None with all."""
         rows = rows.copy()  # what was hashed is what runs, whatever the caller does to its array meanwhile
-        key = (scope, engine.identity, rows.shape, hashlib.blake2b(rows.data, digest_size=32).digest())
+        key = (client, engine.identity, rows.shape, hashlib.blake2b(rows.data, digest_size=32).digest())
         while True:
             value, flight, leads = cache.begin(key)
             looked_up_s = self._clock()
@@ -213,7 +217,7 @@ class ModelServer(ModelHost):
         """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
         default model can answer), models with their versions and aliases, the versions in memory, the uptime."""
         routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
-        ready = not self._closed and (routes.model, "default") in routes.aliases
+        ready = not self._closed and (routes.model, "default") in routes.targets
         models = {
             name: {
                 "versions": list(versions),

@@ -17,7 +17,7 @@ CLASSES = {
 ROWS = re.findall(r"[├└]── (\w+) +(\d{3}) ([A-Z_]+) +(\S.*)", errors.__doc__)
 GRPC_CODES = {
     *("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "DATA_LOSS", "INTERNAL"),
-    *("UNAVAILABLE", "DEADLINE_EXCEEDED"),
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED"),
 }
 
 
@@ -26,7 +26,8 @@ def test_the_table_is_the_classes():
         name: (kind.http_status, kind.grpc_code) for name, kind in CLASSES.items()
     }
     statuses = [int(status) for _, status, _, _ in ROWS]
-    assert statuses == sorted(statuses) and set(statuses) == {400, 404, 409, 429, 500, 503, 504}
+    assert statuses == sorted(statuses)
+    assert set(statuses) == {400, 401, 403, 404, 409, 413, 415, 429, 500, 501, 503, 504}
     assert {code for _, _, code, _ in ROWS} <= GRPC_CODES
 
 
@@ -46,7 +47,8 @@ def test_reasons_are_a_closed_set_of_labels():
     reasons = {kind("different each time: " + name).reason for name, kind in CLASSES.items()}
     assert reasons == {
         *("InvalidInput", "Config", "InvalidModel", "NotFound", "Conflict", "Overloaded", "CorruptArtifact"),
-        *("ModelExecution", "ServerClosed", "ModelTooLarge", "DeadlineExceeded"),
+        *("ModelExecution", "ServerClosed", "ModelTooLarge", "DeadlineExceeded", "Unauthorized", "Forbidden"),
+        *("TooLarge", "UnsupportedEncoding", "NotSupported", "ModelUnloaded"),
     }
 
 

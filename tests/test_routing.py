@@ -17,6 +17,7 @@ from flserving.errors import (
     CorruptArtifactError,
     DeadlineExceededError,
     FlservingError,
+    ModelUnloadedError,
     NotFoundError,
 )
 from flserving.routing import Router
@@ -612,3 +613,70 @@ def test_a_forgotten_server_of_a_registry_is_collected(published, quick):
     forgotten = weakref.ref(server)
     del server
     wait_until(lambda: collected(forgotten), "its collection")
+
+
+# Out of service and back
+
+
+def test_an_unloaded_model_answers_nobody_and_leaves_memory_until_it_is_loaded_again():
+    with serving(Constant(1), version="a") as server:
+        server.unload("local")
+        for version in (None, "a", "nothing"):
+            with pytest.raises(ModelUnloadedError, match="'local' was unloaded: load it again"):
+                server.predict(row(1), version)
+        assert not server.model_cache.items() and not server.health_check()["ready"]
+        server.load_model("b", Constant(2), num_features=1)  # a new version does not put the model back by itself
+        with pytest.raises(ModelUnloadedError):
+            server.predict(row(1), "b")
+        server.reload("local")
+        assert server.predict(row(1))["model_version"] == "a" and server.health_check()["ready"]
+
+
+def test_a_model_whose_default_cannot_be_loaded_stays_out_of_service():
+    def fail(key):
+        raise CorruptArtifactError("broken")
+
+    registry = FakeRegistry(default=1)
+    router = Router(lambda key: None)
+    router.follow(registry, "m")
+    router.withdraw("m")
+    router._preload = fail
+    with pytest.raises(CorruptArtifactError):
+        router.restore("m")
+    with pytest.raises(ModelUnloadedError):
+        router.require(None, "m")
+    router._preload = lambda key: None
+    registry.token, registry.moved = 1, {"default": 2}  # what happened meanwhile is seen before it answers
+    router.restore("m")
+    assert router.require(None, "m") == ("m", "2")
+    router.close()
+
+
+@pytest.mark.parametrize("act", ["unload", "reload"])
+def test_only_a_model_that_is_served_can_be_taken_out_of_service(act):
+    with serving(Constant(1)) as server, pytest.raises(NotFoundError, match="no model 'x': served are local"):
+        getattr(server, act)("x")
+
+
+# Signatures
+
+
+def test_a_signature_is_known_without_loading_the_model(tmp_path):
+    config = ServingConfig(cache_size=1)
+    with Registry(tmp_path) as registry, ModelServer(config) as server:
+        registry.publish("digits", models.build("digits_mlp"), architecture="digits_mlp", alias="default")
+        server.serve(registry, "digits")
+        server.load_model("wide", torch.nn.Linear(7, 3))
+        server.load_model("value", torch.nn.Linear(5, 1), output_type="regression")
+        loads = server.model_cache.loads
+        seen = [
+            server.signature(server.resolve(v, m)) for v, m in ((None, "digits"), ("wide", "local"), ("value", "local"))
+        ]
+        assert [(s.input_shape, s.output_shape, s.output_type) for s in seen] == [
+            ((64,), (10,), "classification"),
+            ((7,), (3,), "classification"),
+            ((5,), (), "regression"),
+        ]
+        assert server.model_cache.loads == loads
+        with pytest.raises(NotFoundError):
+            server.resolve("none", "digits")

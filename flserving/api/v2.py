@@ -1,0 +1,263 @@
+"""The Open Inference Protocol (V2) over numpy: what REST and gRPC both do, once they have read the bytes.
+
+Nothing here knows a wire format. Names and meanings are the protocol's; where Triton's extensions fill it out
+(statistics, configuration, repository), they are Triton's.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flserving.errors import ForbiddenError, InvalidInputError, NotSupportedError
+from flserving.manifest import Signature
+from flserving.server import ModelServer
+
+INPUT = "features"
+Value = bool | int | float | str
+_UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
+_STAGES = {"queue": "queue", "compute_input": "preprocess", "compute_infer": "infer", "compute_output": "postprocess"}
+
+
+@dataclass(slots=True)
+class Call:
+    """One inference request, read from the wire. ``outputs`` None asks for all of them."""
+
+    model: str
+    version: str | None
+    inputs: Mapping[str, NDArray[Any]]
+    outputs: Sequence[str] | None
+    parameters: Mapping[str, Value]
+    client: str | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What is to be written to the wire. The arrays are only to be read."""
+
+    model: str
+    version: str
+    outputs: dict[str, NDArray[Any]]
+    parameters: dict[str, bool | int | str]
+
+
+class V2:
+    """The protocol's operations on one server.
+
+    Args:
+        admin: Whether models may be loaded and unloaded over the network.
+    """
+
+    def __init__(self, server: ModelServer, admin: bool = False) -> None:
+        self.server, self.admin = server, admin
+        self.draining = False  # not ready any more, though what was let in is still answered
+
+    # Health
+
+    def live(self) -> bool:
+        return True  # whoever can ask gets an answer: nothing here blocks
+
+    def ready(self) -> bool:
+        return not self.draining and bool(self.server.health_check()["ready"])
+
+    def model_ready(self, model: str, version: str | None = None) -> bool:
+        """Whether a version can answer. Raises NotFoundError, ModelUnloadedError."""
+        key = self.server.resolve(version, model)
+        return not self.draining and "/".join(key) not in self.server.health_check()["problems"]
+
+    # What there is
+
+    def server_metadata(self) -> dict[str, Any]:
+        extensions = ["binary_tensor_data", "parameters", "statistics", "model_configuration", "model_repository"]
+        return {"name": "flserving", "version": installed_version("flserving"), "extensions": extensions}
+
+    def models(self) -> list[str]:
+        return list(self.server.health_check()["models"])
+
+    def model_metadata(self, model: str, version: str | None = None) -> dict[str, Any]:
+        """Raises NotFoundError, ModelUnloadedError, CorruptArtifactError."""
+        key = self.server.resolve(version, model)
+        inputs, outputs = _tensors(self.server.signature(key))
+        versions = self.server.health_check()["models"][model]["versions"] if version is None else [key[1]]
+        return {
+            "name": model,
+            "versions": versions,
+            "platform": "pytorch_safetensors",
+            "inputs": [{"name": n, "datatype": kind, "shape": [-1, *dims]} for n, (kind, dims) in inputs.items()],
+            "outputs": [{"name": n, "datatype": kind, "shape": [-1, *dims]} for n, (kind, dims) in outputs.items()],
+        }
+
+    def model_config(self, model: str, version: str | None = None) -> dict[str, Any]:
+        """What perf_analyzer asks for. Raises as :meth:`model_metadata`."""
+        inputs, outputs = _tensors(self.server.signature(self.server.resolve(version, model)))
+        config = self.server.config
+        queue = {
+            "timeout_action": "REJECT",
+            "default_timeout_microseconds": int(config.timeout_ms * 1e3),
+            "allow_timeout_override": True,
+            "max_queue_size": config.max_queue_rows,
+        }
+        held_ms = config.max_wait_time_ms if config.batching == "hold_until_full" else 0
+        return {
+            "name": model,
+            "platform": "pytorch_safetensors",
+            "backend": "flserving",
+            "version_policy": {"all": {}},
+            "max_batch_size": config.max_batch_size,
+            "input": [{"name": n, "data_type": f"TYPE_{kind}", "dims": dims} for n, (kind, dims) in inputs.items()],
+            "output": [{"name": n, "data_type": f"TYPE_{kind}", "dims": dims} for n, (kind, dims) in outputs.items()],
+            "dynamic_batching": {"max_queue_delay_microseconds": int(held_ms * 1e3), "default_queue_policy": queue},
+            "model_transaction_policy": {"decoupled": False},
+            "response_cache": {"enable": self.server.prediction_cache is not None},
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """The server's :class:`ServingConfig`."""
+        return asdict(self.server.config)
+
+    def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Any]:
+        """Counters since the start, durations in nanoseconds; every version that was asked, or one that is named.
+
+        Raises:
+            NotFoundError, ModelUnloadedError: The named model or version is not served.
+        """
+        totals = self.server.telemetry.totals()
+        names = {name for name in (*totals["versions"], *totals["failures"]) if name}
+        if model is not None:
+            known = self.server.health_check()["models"]
+            if version is not None or model not in known:
+                names = {"/".join(self.server.resolve(version, model))}
+            else:
+                names = {f"{model}/{number}" for number in known[model]["versions"]} & names
+                names = names or {"/".join(self.server.resolve(None, model))}
+        return {"model_stats": [_statistics(name, totals) for name in sorted(names)]}
+
+    # The repository
+
+    def index(self, ready: bool = False) -> list[dict[str, str]]:
+        """Every version of every model, with its state and, where it cannot answer, the reason."""
+        health = self.server.health_check()
+        withdrawn, rows = self.server.unloaded, list[dict[str, str]]()
+        for model, known in health["models"].items():
+            for version in known["versions"]:
+                problem = health["problems"].get(f"{model}/{version}", "")
+                reason = "unloaded" if model in withdrawn else problem
+                if not (ready and reason):
+                    state = "UNAVAILABLE" if reason else "READY"
+                    rows.append({"name": model, "version": version, "state": state, "reason": reason})
+        return rows
+
+    async def load(self, model: str) -> None:
+        """Read the model's registry again, load its default version, and put it (back) into service.
+
+        Raises:
+            ForbiddenError: Not switched on. NotFoundError, CorruptArtifactError, OverloadedError: Nothing changed.
+        """
+        self._check_admin()
+        await asyncio.to_thread(self.server.reload, model)
+
+    async def unload(self, model: str) -> None:
+        """Take a model out of service and out of memory. Raises ForbiddenError, NotFoundError."""
+        self._check_admin()
+        await asyncio.to_thread(self.server.unload, model)
+
+    def _check_admin(self) -> None:
+        if not self.admin:
+            raise ForbiddenError("loading and unloading over the network is off: start the server with admin=True")
+
+    # Inference
+
+    async def infer(self, call: Call) -> Answer:
+        """Answer one request. Raises what :meth:`ModelServer.predict` raises, and InvalidInputError, NotSupportedError
+        or ForbiddenError for what the protocol lets a caller ask and this server does not answer."""
+        features = call.inputs.get(INPUT)
+        if features is None or len(call.inputs) != 1:
+            raise InvalidInputError(f"inputs are {', '.join(map(repr, call.inputs)) or 'none'}: send one, {INPUT!r}")
+        version, timeout_ms, stages, client = call.version, None, False, None
+        if call.parameters:
+            version, timeout_ms, stages, client = _understood(call)
+        answer = await self.server.apredict(
+            features, version, model=call.model, timeout_ms=timeout_ms, stages=stages, arrays=True, client=client
+        )
+        outputs = {name: value for name, value in answer.items() if type(value) is np.ndarray}
+        if call.outputs is not None:
+            try:
+                outputs = {name: outputs[name] for name in call.outputs}
+            except KeyError as error:
+                raise InvalidInputError(f"no output {str(error)[:80]}: there are {', '.join(outputs)}") from None
+        parameters = {"model_type": answer["model_type"], "latency_us": round(answer["latency_ms"] * 1e3)}
+        if stages:
+            parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
+        return Answer(call.model, answer["model_version"], outputs, parameters)
+
+
+def _understood(call: Call) -> tuple[str | None, float | None, bool, str | None]:
+    """Version, timeout in ms, stages, client: what the request's parameters say. Unknown names are the caller's own."""
+    said = call.parameters
+    for name in _UNSUPPORTED:
+        if said.get(name):
+            raise NotSupportedError(f"parameter {name!r} is not supported: leave it out")
+    if said.get("priority"):
+        raise NotSupportedError(f"priority is {said['priority']!r}: requests have no priorities here, send 0 or none")
+    version, timeout_ms, client = call.version, None, None
+    if "alias" in said:
+        if version is not None or not isinstance(said["alias"], str):
+            raise InvalidInputError(f"alias is {said['alias']!r}: send a string, and no version in the path")
+        version = said["alias"]
+    if timeout_us := said.get("timeout"):  # 0 is the protocol's "none"
+        if type(timeout_us) is not int:
+            raise InvalidInputError(f"timeout is {timeout_us!r}: send an integer of microseconds")
+        timeout_ms = timeout_us / 1e3
+    flags = {name: said.get(name, False) for name in ("stages", "personal")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise InvalidInputError(f"{name} is {value!r}: send true or false")
+    if flags["personal"]:
+        if call.client is None:
+            raise ForbiddenError("personal answers need a credential of a client: ask for a token that names you")
+        client = call.client
+    return version, timeout_ms, bool(flags["stages"]), client
+
+
+def _tensors(signature: Signature) -> tuple[dict[str, tuple[str, list[int]]], dict[str, tuple[str, list[int]]]]:
+    """Inputs and outputs: datatype and dimensions without the batch."""
+    inputs = {INPUT: ("FP32", list(signature.input_shape))}
+    shape = list(signature.output_shape)
+    if signature.output_type == "regression":
+        return inputs, {"predictions": ("FP32", [] if shape == [1] else shape)}
+    return inputs, {"predictions": ("INT64", []), "confidences": ("FP32", []), "probabilities": ("FP32", shape)}
+
+
+def _duration(count: float, seconds: float) -> dict[str, int]:
+    return {"count": int(count), "ns": round(seconds * 1e9)}
+
+
+def _statistics(name: str, totals: Mapping[str, Any]) -> dict[str, Any]:
+    model, _, version = name.partition("/")
+    failed = totals["failures"].get(name, {}).values()
+    fail = _duration(sum(n for n, _ in failed), sum(seconds for _, seconds in failed))
+    served = totals["versions"].get(name) or {}
+    stages, cache, batches = served.get("stages", {}), served.get("cache", {}), served.get("batches", {})
+    return {
+        "name": model,
+        "version": version,
+        "last_inference": served.get("last_inference_ms", 0),
+        "inference_count": sum(int(rows) * runs[0] for rows, runs in batches.items()),
+        "execution_count": sum(runs[0] for runs in batches.values()),
+        "inference_stats": {
+            "success": _duration(served.get("requests", 0), served.get("seconds", 0)),
+            "fail": fail,
+            **{theirs: _duration(*stages.get(ours, (0, 0))) for theirs, ours in _STAGES.items()},
+            "cache_hit": _duration(*cache.get("hit", (0, 0))),
+            "cache_miss": _duration(*cache.get("miss", (0, 0))),
+        },
+        "batch_stats": [
+            {"batch_size": int(rows)}
+            | {name: _duration(runs[0], s) for name, s in zip(list(_STAGES)[1:], runs[1:], strict=True)}
+            for rows, runs in batches.items()
+        ],
+    }
