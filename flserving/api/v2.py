@@ -54,6 +54,7 @@ class V2:
 
     def __init__(self, server: ModelServer, admin: bool = False) -> None:
         self.server, self.admin = server, admin
+        self.origins = set[str]()  # web pages that may call, beside those of the options: a notebook's widget, added live
         self.draining = False  # not ready any more, though what was let in is still answered
 
     # Health
