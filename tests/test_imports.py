@@ -30,10 +30,10 @@ FLOORS = {
         *("routing", "transforms", "models", "datasets", "config"),
     },
     1: {"cache", "telemetry", "network"},
-    0: {"errors"},
+    0: {"errors", "accounts"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-NOT_AT_IMPORT = {"pandas", "sklearn", "matplotlib", "ipywidgets", "grpc", "starlette", "IPython", "tqdm"}
+NOT_AT_IMPORT = {"pandas", "sklearn", "matplotlib", "ipywidgets", "grpc", "starlette", "uvicorn", "httpx", "IPython", "tqdm"}
 # Lines of code: blank lines, comments and docstrings are free. The aim is 2,500 and 5,000; what stands now is above it,
 # so these are a ratchet: lower them when something is deleted, and pay for something new by deleting.
 LIMITS = {"core": 3_530, "package": 5_950}
@@ -94,8 +94,8 @@ def test_imports_run_down():
 
 def test_the_ground_imports_nothing_but_errors():
     graph = all_imports(type_checking=True)
-    assert {room: graph[room] for room in FLOORS[1] & graph.keys() if graph[room] - {"errors"}} == {}
-    assert graph["errors"] == set()
+    assert {room: graph[room] for room in FLOORS[1] & graph.keys() if graph[room] - FLOORS[0]} == {}
+    assert graph["errors"] == graph["accounts"] == set()
 
 
 def test_no_circles():
