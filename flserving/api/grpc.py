@@ -1,0 +1,74 @@
+"""The gRPC server: where it listens, and the limits that gRPC itself keeps. The methods are in ``grpc_service``.
+
+It runs on the event loop that starts it: callers of one turn of the loop share a batch with those of REST.
+"""
+
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from flserving.api.auth import Tokens
+from flserving.api.grpc_service import Service
+from flserving.api.options import ApiOptions
+from flserving.api.v2 import V2
+from flserving.errors import ConfigError
+
+
+class GrpcDoor:
+    """A gRPC server that runs. ``port`` is where."""
+
+    def __init__(self, server: grpc.aio.Server, service: "Service", port: int) -> None:
+        self._server, self._service, self.port = server, service, port
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Take no new calls; those under way have ``grace_s`` to end, then they are cancelled. Idempotent."""
+        self._service.stopping.set()  # watchers would stay to the end of the grace
+        await self._server.stop(grace_s)
+
+
+async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -> GrpcDoor:
+    """Serve ``v2`` on ``options.host`` and ``options.grpc_port``, in the running event loop.
+
+    Args:
+        options: Their ``tokens`` say who may ask what; None lets nobody in but to the health checks.
+        reuse_port: Let several processes listen on one port.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+    """
+    service = Service(v2, options.tokens or Tokens())
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=options.max_connections, options=_channel_options(options, reuse_port)
+    )
+    server.add_generic_rpc_handlers(service.handlers())
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{host}:{options.grpc_port or 0}"
+    try:
+        if options.certificate is None or options.key is None:
+            port = server.add_insecure_port(address)
+        else:
+            pair = Path(options.key).read_bytes(), Path(options.certificate).read_bytes()
+            port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"gRPC cannot listen on {address}: is the port taken, or the address not this computer's?"
+        ) from error
+    await server.start()
+    return GrpcDoor(server, service, port)
+
+
+def _channel_options(options: ApiOptions, reuse_port: bool) -> list[tuple[str, int]]:
+    """Limits of gRPC itself: every one of them bounds what a stranger can make the process hold."""
+    return [
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.max_receive_message_length", options.max_body_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", 1024),  # of one connection
+        ("grpc.max_allowed_incoming_connections", options.max_connections),
+        ("grpc.server_handshake_timeout_ms", int(options.slow_client_s * 1e3)),
+        ("grpc.keepalive_time_ms", 60_000),  # finds connections whose other end is gone
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # more often is a flood: two strikes, then goodbye
+        ("grpc.http2.max_ping_strikes", 2),
+    ]

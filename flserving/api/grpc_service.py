@@ -1,0 +1,221 @@
+"""The methods of gRPC: the Open Inference Protocol V2 and grpc.health.v1, over the same operations as REST.
+
+They take and give bytes, so that a message which cannot be read is answered with INVALID_ARGUMENT and a reason.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Any
+
+import grpc
+
+from flserving.api import messages
+from flserving.api.auth import Role, Tokens
+from flserving.api.v2 import V2, Call
+from flserving.errors import (
+    DeadlineExceededError,
+    FlservingError,
+    InvalidInputError,
+    NotFoundError,
+    NotSupportedError,
+    OverloadedError,
+)
+
+_LOG = logging.getLogger(__name__)
+_LONGEST_DETAIL = 2000  # characters: clients refuse more than 8 KiB of trailers, and hide the reason
+_LONGEST_WAIT_S = 3600.0  # a deadline beyond the longest timeout is none
+_MOST_WATCHERS = 64  # they need no credential and stay for as long as they like
+_POLL_S = 0.1
+
+_REASON = "flserving-error"  # trailing metadata: which class of error this was, for clients that know them
+_HealthRequest = messages.message("grpc.health.v1.HealthCheckRequest")
+_HealthResponse = messages.message("grpc.health.v1.HealthCheckResponse")
+
+Unary = Callable[[bytes, Any], Awaitable[bytes]]
+
+
+class Service:
+    """The methods of both services: bytes in, bytes out."""
+
+    def __init__(self, v2: V2, tokens: Tokens) -> None:
+        self._v2, self._tokens, self._watchers = v2, tokens, 0
+        self._telemetry = v2.server.telemetry
+        self.stopping = asyncio.Event()
+
+    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        v2 = self._v2
+        # method -> (least role, None: no credential is asked; its answer, by the names of the JSON fields)
+        plain: dict[str, tuple[Role | None, Callable[[Any], Mapping[str, Any]]]] = {
+            "ServerLive": (None, lambda r: {"live": v2.live()}),
+            "ServerReady": (None, lambda r: {"ready": v2.ready()}),
+            "ModelReady": (None, lambda r: {"ready": v2.model_ready(r.name, r.version or None)}),
+            "ServerMetadata": (Role.READ, lambda r: v2.server_metadata()),
+            "ModelMetadata": (Role.READ, lambda r: v2.model_metadata(r.name, r.version or None)),
+            "ModelConfig": (Role.READ, lambda r: {"config": v2.model_config(r.name, r.version or None)}),
+            "ModelStatistics": (Role.READ, lambda r: v2.statistics(r.name or None, r.version or None)),
+            "RepositoryIndex": (Role.READ, lambda r: {"models": v2.index(_only_repository(r).ready)}),
+        }
+        inference = {name: self._plain(name, role, answer) for name, (role, answer) in plain.items()}
+        inference["ModelInfer"] = self._infer
+        inference["RepositoryModelLoad"] = self._administer("RepositoryModelLoad", v2.load, "isLoaded")
+        inference["RepositoryModelUnload"] = self._administer("RepositoryModelUnload", v2.unload, "isUnloaded")
+        health = {
+            "Check": grpc.unary_unary_rpc_method_handler(_told(self._check)),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+        }
+        return (
+            grpc.method_handlers_generic_handler(
+                messages.SERVICE,
+                {name: grpc.unary_unary_rpc_method_handler(_told(call)) for name, call in inference.items()},
+            ),
+            grpc.method_handlers_generic_handler(messages.HEALTH, health),
+        )
+
+    async def _infer(self, body: bytes, context: Any) -> bytes:
+        came_s = time.perf_counter()
+        with self._refusals():
+            identity = self._tokens.check(_authorization(context), Role.INFER)
+            request = messages.decode(messages.InferRequest, body)
+            call = Call(
+                model=request.model_name,
+                version=request.model_version or None,
+                inputs=messages.inputs(request),
+                outputs=messages.requested(request),
+                parameters=_within(context.time_remaining(), messages.parameters(request.parameters)),
+                client=identity.client,
+            )
+        parsed_s = time.perf_counter()
+        answer = await self._v2.infer(call)
+        answered_s = time.perf_counter()
+        reply = messages.response(answer.model, answer.version, request.id, answer.outputs, answer.parameters)
+        self._telemetry.door("grpc", parsed_s - came_s, time.perf_counter() - answered_s)
+        return reply
+
+    def _plain(self, method: str, role: Role | None, answer: Callable[[Any], Mapping[str, Any]]) -> Unary:
+        """A method that asks the server and waits for nothing."""
+        kind, reply = _kinds(method)
+
+        async def call(body: bytes, context: Any) -> bytes:
+            with self._refusals():
+                if role is not None:
+                    self._tokens.check(_authorization(context), role)
+                return messages.encode(reply, answer(messages.decode(kind, body)))
+
+        return call
+
+    def _administer(self, method: str, change: Callable[[str], Awaitable[None]], done: str) -> Unary:
+        """Load or unload; the name of the model is read from either of the two fields where clients put it."""
+        kind, reply = _kinds(method)
+
+        async def call(body: bytes, context: Any) -> bytes:
+            with self._refusals():
+                self._tokens.check(_authorization(context), Role.ADMIN)
+                request = messages.decode(kind, body)
+                name = request.model_name or request.repository_name
+                if not name:
+                    raise InvalidInputError("model_name is empty: name the model")
+                if request.model_name:
+                    _only_repository(request)
+                for key in request.parameters:
+                    if key != "unload_dependents":
+                        raise NotSupportedError(
+                            f"parameter {key!r} is not supported: a model loads as it was published"
+                        )
+                await change(name)
+                return messages.encode(reply, {"model_name": name, done: True})
+
+        return call
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Count what the door refuses itself: no request of the server came of it."""
+        try:
+            yield
+        except FlservingError as error:
+            self._telemetry.refusal("grpc", error.reason)
+            raise
+
+    async def _check(self, body: bytes, context: Any) -> bytes:
+        service = messages.decode(_HealthRequest, body).service
+        if (status := self._status(service)) == "SERVICE_UNKNOWN":
+            raise NotFoundError(f"no service {service[:80]!r} here: ask for {messages.SERVICE!r} or ''")
+        return messages.encode(_HealthResponse, {"status": status})
+
+    async def _watch(self, body: bytes, context: Any) -> AsyncIterator[bytes]:
+        """The status now, and again each time that it changes."""
+        try:
+            service = messages.decode(_HealthRequest, body).service
+            if self._watchers >= _MOST_WATCHERS:
+                raise OverloadedError(f"{_MOST_WATCHERS} callers watch already: ask Check now and then instead")
+        except FlservingError as error:
+            await _abort(context, error)
+        self._watchers += 1
+        told = None
+        try:
+            while not self.stopping.is_set():
+                if (status := self._status(service)) != told:
+                    yield messages.encode(_HealthResponse, {"status": status})
+                    told = status
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.stopping.wait(), _POLL_S)
+        finally:
+            self._watchers -= 1
+
+    def _status(self, service: str) -> str:
+        if service not in ("", messages.SERVICE, messages.HEALTH):
+            return "SERVICE_UNKNOWN"
+        return "SERVING" if self._v2.ready() else "NOT_SERVING"
+
+
+def _told(call: Unary) -> Unary:
+    """``call``, whose errors become a status: one of ours by its table, anything else without a detail."""
+
+    async def guarded(body: bytes, context: Any) -> bytes:
+        try:
+            return await call(body, context)
+        except FlservingError as error:
+            await _abort(context, error)
+        except Exception:
+            _LOG.exception("a call failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+        raise AssertionError("abort raises")
+
+    return guarded
+
+
+async def _abort(context: Any, error: FlservingError) -> None:
+    code, detail = grpc.StatusCode[error.grpc_code], str(error)[:_LONGEST_DETAIL]
+    await context.abort(code, detail, ((_REASON, error.reason),))
+
+
+def _authorization(context: Any) -> str | bytes | None:
+    for name, value in context.invocation_metadata():
+        if name == "authorization":
+            return value  # type: ignore[no-any-return]
+    return None
+
+
+def _within(remaining_s: float | None, said: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a request with its ``timeout`` (in us) cut to what the call's own deadline leaves."""
+    if remaining_s is None or remaining_s > _LONGEST_WAIT_S:
+        return said
+    if remaining_s <= 0:
+        raise DeadlineExceededError("the call's deadline had passed when its message came: allow it more time")
+    left_us, timeout_us = math.ceil(remaining_s * 1e6), said.get("timeout", 0)
+    if type(timeout_us) is int and (timeout_us == 0 or timeout_us > left_us):  # others are refused where they are read
+        said["timeout"] = left_us
+    return said
+
+
+def _kinds(method: str) -> tuple[Any, Any]:
+    return messages.message(f"inference.{method}Request"), messages.message(f"inference.{method}Response")
+
+
+def _only_repository(request: Any) -> Any:
+    if request.repository_name:
+        raise NotSupportedError(f"there are no named repositories here: leave out {request.repository_name[:80]!r}")
+    return request
