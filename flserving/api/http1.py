@@ -1,0 +1,158 @@
+"""uvicorn's HTTP/1.1 with the limits that it leaves to a proxy: header bytes, chunks, connections, slow clients.
+
+What is refused before there is a request is answered in the same form as everything else: ``{"error": "..."}``.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from flserving.api.guard import Receive, Scope, Send
+from flserving.api.options import ApiOptions
+
+GONE = "the client is gone"
+"""With what a request's task is cancelled when its connection is lost."""
+_MOST_HEADER_BYTES, _MOST_CHUNKS = 64 << 10, 1 << 16
+
+
+class Http1(HttpToolsProtocol):
+    """One connection. :func:`protocol_class` makes a class of its own for each endpoint.
+
+    A client has ``slow_client_s`` from its first byte to the last one of a request, and as long to take an answer. One
+    sweep over all connections looks after that, instead of a timer per request.
+    """
+
+    slow_client_s: ClassVar[float]
+    max_connections: ClassVar[int]
+    sweeping: ClassVar[asyncio.TimerHandle | None] = None
+
+    _task: asyncio.Task[None] | None = None
+    _waits_since_s: float | None = None  # for the rest of a request
+    _stalled_since_s: float | None = None  # nobody takes the answer
+    _head_bytes = _chunks = 0
+    _in_head = True
+    _problem: tuple[int, str] | None = None
+
+    @staticmethod
+    def refused(reason: str) -> None:
+        """Told of each refusal that the application never saw."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._waits_since_s = self.loop.time()
+        if len(self.connections) > self.max_connections:
+            self.app = self._crowded
+        if self.sweeping is None:
+            type(self).sweeping = self.loop.call_later(self.slow_client_s / 4, self._sweep)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._task is not None and self.cycle.disconnected:
+            self._task.cancel(GONE)
+        self.pipeline.clear()
+
+    def data_received(self, data: bytes) -> None:
+        if self._waits_since_s is None:
+            self._waits_since_s = self.loop.time()
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > _MOST_HEADER_BYTES and self._problem is None:
+            self._problem = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._waits_since_s, self._in_head, self._chunks = self.loop.time(), True, 0
+
+    def on_headers_complete(self) -> None:
+        if self._head_bytes > _MOST_HEADER_BYTES:  # that counts a part of the body too: look closer
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > _MOST_HEADER_BYTES:
+                self._problem = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
+                raise ValueError(self._problem)
+        self._in_head, self._head_bytes = False, 0
+        super().on_headers_complete()
+
+    def on_chunk_header(self) -> None:
+        self._chunks += 1
+        if self._chunks > _MOST_CHUNKS:
+            self._problem = 413, f"the body has more than {_MOST_CHUNKS} chunks: send larger ones"
+            raise ValueError(self._problem)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._waits_since_s, self._in_head = None, True
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled_since_s = self.loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled_since_s = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._task = task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's one way out of what is no HTTP: answer, and close the connection."""
+        status, text = self._problem or (400, "the request is not HTTP/1.1: send a request line, headers and a body")
+        if self._answering and not self.cycle.more_body:
+            self.cycle.keep_alive = False  # an earlier request is still to be answered: that is the last one then
+            self.pipeline.clear()
+            self.flow.pause_reading()
+            return
+        self.refused({400: "InvalidInput", 408: "DeadlineExceeded"}.get(status, "TooLarge"))
+        if not (self._answering and self.cycle.response_started):
+            body = orjson.dumps({"error": text})
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            self.transport.write(STATUS_LINE[status] + head + body)
+        if self._answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    async def _crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.refused("Overloaded")
+        body = orjson.dumps({"error": f"more than {self.max_connections} connections: close some, or try again later"})
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
+                   (b"retry-after", b"1"), (b"connection", b"close")]  # fmt: skip
+        await send({"type": "http.response.start", "status": 429, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _sweep(self) -> None:
+        """Close who has kept us waiting for too long; again soon, while there is a connection."""
+        now_s = self.loop.time()
+        for connection in list(self.connections):
+            assert isinstance(connection, Http1)
+            connection._check_pace(now_s - self.slow_client_s)
+        kind = type(self)
+        kind.sweeping = self.loop.call_later(self.slow_client_s / 4, self._sweep) if self.connections else None
+
+    def _check_pace(self, before_s: float) -> None:
+        if self._stalled_since_s is not None and self._stalled_since_s < before_s:
+            self.transport.abort()
+        elif self._waits_since_s is not None and self._waits_since_s < before_s and self._problem is None:
+            if self._answering and not self.cycle.more_body:
+                return  # it is we who are late
+            if self._in_head and not self._head_bytes:
+                self.transport.close()  # it never said a word
+            else:
+                self._problem = 408, f"the request did not end within {self.slow_client_s:g} s: send it faster"
+                self.send_400_response("")
+
+
+def protocol_class(options: ApiOptions, refused: Callable[[str], None] = lambda reason: None) -> type[Http1]:
+    """The protocol of one endpoint. ``refused`` is told the reason of each refusal that the application never saw."""
+    limits = {"slow_client_s": options.slow_client_s, "max_connections": options.max_connections}
+    return type("Http1", (Http1,), {**limits, "refused": staticmethod(refused)})
