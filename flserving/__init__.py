@@ -4,6 +4,7 @@ The names below are the whole public surface; everything else is imported from i
 ``flserving.federated``...).
 """
 
+from flserving.api import serve
 from flserving.cache import ModelCache, PredictionCache
 from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine
@@ -25,4 +26,5 @@ __all__ = [
     "ServingConfig",
     "create_serving_pipeline",
     "demo_serving",
+    "serve",
 ]

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from flserving.api import commands
+from flserving.errors import FlservingError
+
 
 class Command(NamedTuple):
     """A subcommand: one line of help, its options, and a function that returns the exit code."""
@@ -29,11 +32,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "doctor": Command("check this installation; every line is ok or says what to do", _no_options, _doctor),
+    "serve": Command("serve a registry over REST and gRPC", commands.serve_options, commands.serve),
+    "demo": Command("train, publish, serve, and print how to call it", commands.demo_options, commands.demo),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code; a wrong command line ends in ``SystemExit(2)`` with the usage.
+    """Run one subcommand and return its exit code: 1 with the reason on stderr where it cannot do what was asked.
+
+    A wrong command line ends in ``SystemExit(2)`` with the usage.
 
     Args:
         argv: What follows the program's name; None takes the process's own.
@@ -43,4 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         command.options(choices.add_parser(name, help=command.help, description=command.help))
     arguments = parser.parse_args(argv)
-    return COMMANDS[arguments.command].run(arguments)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except FlservingError as error:
+        print(f"flserving: {error}", file=sys.stderr)
+        return 1

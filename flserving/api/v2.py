@@ -5,7 +5,7 @@ Nothing here knows a wire format. Names and meanings are the protocol's; where T
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed_version
 from typing import Any
@@ -56,6 +56,7 @@ class V2:
         self.server, self.admin = server, admin
         self.origins = set[str]()  # web pages that may call, beside those of the options: a notebook's widget, added live
         self.draining = False  # not ready any more, though what was let in is still answered
+        self.others: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # totals of other processes behind this address
 
     # Health
 

@@ -1,0 +1,211 @@
+"""How a client's call travels: bytes to a path and back, over HTTP by httpcore or over gRPC, blocking or awaiting.
+
+Every failure leaves here as :class:`Refused` around an error of the package's own tree.
+"""
+
+import asyncio
+import contextlib
+import json
+import ssl
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import httpcore
+
+from flserving.api.retries import Refused
+from flserving.errors import DeadlineExceededError, FlservingError, OverloadedError, ServerClosedError
+
+
+class Sent(NamedTuple):
+    """One call: a gRPC method or a REST route, its bytes and its headers; REST without a body is a GET."""
+
+    path: str
+    body: bytes | None
+    headers: dict[str, str] = {}  # noqa: RUF012  # never changed
+
+
+class Received(NamedTuple):
+    """What came back."""
+
+    body: bytes
+    headers: Mapping[str, str] = {}
+
+
+class Carrier(Protocol):
+    """Blocking; the awaiting one has coroutines of the same names."""
+
+    def send(self, call: Sent, timeout_s: float) -> Received: ...
+    def close(self) -> None: ...
+
+
+def _tree(root: type[FlservingError] = FlservingError) -> Iterator[type[FlservingError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from _tree(child)
+
+
+# A status stands for several classes: the first in the tree's order, where a server does not name the class itself.
+# RESOURCE_EXHAUSTED without a name is what other servers say when they are busy.
+_BY_REASON = {kind().reason: kind for kind in _tree()}
+_BY_STATUS = {kind.http_status: kind for kind in reversed(list(_tree()))}
+_BY_CODE = {kind.grpc_code: kind for kind in reversed(list(_tree()))} | {"RESOURCE_EXHAUSTED": OverloadedError}
+REASON = "flserving-error"
+"""Response header and trailing metadata with :attr:`FlservingError.reason`."""
+
+
+def _refusal(kind: type[FlservingError], text: str, headers: Mapping[str, str], again: bool = False) -> Refused:
+    kind = _BY_REASON.get(headers.get(REASON, ""), kind)
+    try:
+        after_s = max(0.0, float(headers["retry-after"]))
+    except (KeyError, ValueError):
+        return Refused(kind(text), again)
+    return Refused(kind(text), again or kind.http_status in (429, 503), after_s)
+
+
+def _unanswered(where: str, error: BaseException) -> Refused:
+    """No answer came. To ask again is safe: a prediction changes nothing."""
+    return Refused(ServerClosedError(f"no answer from {where} ({type(error).__name__}: {error})"), again=True)
+
+
+def _late(timeout_s: float) -> Refused:
+    error = DeadlineExceededError(f"no answer in the {timeout_s * 1e3:.0f} ms left: raise timeout_ms")
+    return Refused(error, again=False)
+
+
+# REST
+
+
+def _options(ca: bytes | None, secure: bool) -> dict[str, Any]:
+    context = ssl.create_default_context(cadata=None if ca is None else ca.decode()) if secure else None
+    # uvicorn closes a connection that was idle for 5 s: be sure to let go of it first
+    return {"ssl_context": context, "max_connections": 100, "keepalive_expiry": 4.0}
+
+
+def _request(base: str, call: Sent, timeout_s: float) -> dict[str, Any]:
+    return {
+        "method": "GET" if call.body is None else "POST",
+        "url": base + call.path,
+        "headers": call.headers,
+        "content": call.body,
+        "extensions": {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)},
+    }
+
+
+def _read(response: httpcore.Response) -> Received:
+    headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in response.headers}
+    if response.status == 200:
+        return Received(response.content, headers)
+    try:
+        text = str(json.loads(response.content)["error"])
+    except (ValueError, KeyError, TypeError):  # not a server of this protocol, or a proxy in front of it
+        text = f"status {response.status}"
+    kind = _BY_STATUS.get(response.status, FlservingError)
+    raise _refusal(kind, text, headers)
+
+
+@contextlib.contextmanager
+def _failures(where: str, timeout_s: float) -> Iterator[None]:
+    try:
+        yield
+    except (httpcore.TimeoutException, TimeoutError) as error:
+        raise _late(timeout_s) from error
+    except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
+        raise _unanswered(where, error) from error
+
+
+class Rest:
+    """REST, blocking. Connections are kept and shared between threads."""
+
+    def __init__(self, base: str, ca: bytes | None) -> None:
+        self._base, self._pool = base, httpcore.ConnectionPool(**_options(ca, base.startswith("https")))
+
+    def send(self, call: Sent, timeout_s: float) -> Received:
+        with _failures(self._base, timeout_s):
+            return _read(self._pool.request(**_request(self._base, call, timeout_s)))
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class AsyncRest:
+    """REST, awaiting."""
+
+    def __init__(self, base: str, ca: bytes | None) -> None:
+        self._base, self._pool = base, httpcore.AsyncConnectionPool(**_options(ca, base.startswith("https")))
+
+    async def send(self, call: Sent, timeout_s: float) -> Received:
+        with _failures(self._base, timeout_s):
+            async with asyncio.timeout(timeout_s):
+                return _read(await self._pool.request(**_request(self._base, call, timeout_s)))
+
+    async def close(self) -> None:
+        await self._pool.aclose()
+
+
+# gRPC
+
+_CHANNEL = {
+    "grpc.enable_retries": 0,  # retries are ours: they know the budget
+    "grpc.max_receive_message_length": -1,
+    "grpc.initial_reconnect_backoff_ms": 50,
+    "grpc.min_reconnect_backoff_ms": 50,
+    "grpc.max_reconnect_backoff_ms": 1000,
+}
+
+
+def _channel(kind: Any, target: str, secure: bool, ca: bytes | None) -> Any:
+    import grpc  # a client of REST does not load it
+
+    if not secure:
+        return kind.insecure_channel(target, list(_CHANNEL.items()))
+    return kind.secure_channel(target, grpc.ssl_channel_credentials(ca), list(_CHANNEL.items()))
+
+
+def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
+    code = error.code().name
+    trailing: Iterable[tuple[str, Any]] = error.trailing_metadata() or ()
+    headers = {name: value for name, value in trailing if isinstance(value, str)}
+    if code == "DEADLINE_EXCEEDED" and REASON not in headers:
+        return _late(timeout_s)
+    text = error.details() or code
+    kind = _BY_CODE.get(code, FlservingError)
+    return _refusal(kind, text if REASON in headers else f"{where}: {text}", headers, again=code == "UNAVAILABLE")
+
+
+class Grpc:
+    """gRPC, blocking: one connection, shared between threads."""
+
+    def __init__(self, target: str, secure: bool, ca: bytes | None) -> None:
+        import grpc
+
+        self._target, self._error, self._channel = target, grpc.RpcError, _channel(grpc, target, secure, ca)
+
+    def send(self, call: Sent, timeout_s: float) -> Received:
+        method = self._channel.unary_unary(call.path, None, None)
+        try:
+            return Received(method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
+        except self._error as error:
+            raise _grpc_refusal(self._target, error, timeout_s) from error
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class AsyncGrpc:
+    """gRPC, awaiting."""
+
+    def __init__(self, target: str, secure: bool, ca: bytes | None) -> None:
+        import grpc.aio
+
+        self._target, self._error = target, grpc.aio.AioRpcError
+        self._channel = _channel(grpc.aio, target, secure, ca)
+
+    async def send(self, call: Sent, timeout_s: float) -> Received:
+        method = self._channel.unary_unary(call.path, None, None)
+        try:
+            return Received(await method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
+        except self._error as error:
+            raise _grpc_refusal(self._target, error, timeout_s) from error
+
+    async def close(self) -> None:
+        await self._channel.close()

@@ -1,0 +1,240 @@
+"""Clients of a server, blocking and awaiting, over REST and gRPC: the same answers and errors as the server itself.
+
+::
+
+    with Client(endpoint.url, endpoint.token) as client:
+        client.predict([[0.0] * 64])["predictions"]
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from flserving.api import carriers
+from flserving.api.calls import GrpcCalls, RestCalls, Where
+from flserving.api.carriers import Received, Sent
+from flserving.api.retries import Attempts, Refused, Retries
+from flserving.errors import ConfigError, InvalidInputError, NotFoundError, ServerClosedError
+from flserving.transforms import Preprocessor
+
+_PORTS = {"http": 80, "https": 443, "grpc": None, "grpcs": None}
+
+
+class _Calls:
+    """What both clients share: what is sent and how an answer is read, but not how to wait."""
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        timeout_ms: float = 5000,
+        retries: Retries | None = None,
+        ca: str | Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        try:
+            parts = urlsplit(url)
+            known = parts.scheme in _PORTS and parts.hostname and (parts.port or _PORTS[parts.scheme])
+        except ValueError:
+            known = None
+        if not known or parts.path not in {"", "/"} or parts.query or parts.username is not None:
+            raise ConfigError(f"url {url!r} cannot be called: write http, https, grpc or grpcs ://host:port")
+        if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
+            raise ConfigError("the token holds characters that a header cannot: check where it was copied from")
+        try:
+            self._ca = None if ca is None else Path(ca).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"ca {str(ca)!r} cannot be read: {error.strerror}") from error
+        self.url, self.timeout_ms = f"{parts.scheme}://{parts.netloc}", timeout_ms
+        self._retries, self._clock, self._default = retries or Retries(), clock, ""
+        self._secure, self._target = parts.scheme.endswith("s"), parts.netloc
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        self._rest = parts.scheme.startswith("http")
+        self._calls: RestCalls | GrpcCalls = RestCalls(headers) if self._rest else GrpcCalls(headers)
+
+    def _attempts(self, timeout_ms: float | None) -> Attempts:
+        timeout_ms = self.timeout_ms if timeout_ms is None else timeout_ms
+        if isinstance(timeout_ms, bool) or not isinstance(timeout_ms, int | float) or not 0 < timeout_ms <= 3_600_000:
+            raise InvalidInputError(
+                f"timeout_ms is {timeout_ms!r}: it must be a number of milliseconds in (0, 3600000]"
+            )
+        return Attempts(self._retries, timeout_ms / 1e3, self._clock)
+
+    def _infer(self, features: Any, model: str, version: str | int | None, stages: bool,
+               personal: bool) -> Callable[[float], Sent]:  # fmt: skip
+        """The call as a function of the seconds that are left: the server is told its deadline."""
+        rows, parameters = Preprocessor().validate(features), dict[str, Any]()
+        number = None if version is None else str(version)
+        if number is not None and not number.isdecimal():
+            parameters["alias"], number = number, None
+        parameters |= {name: True for name, wanted in (("stages", stages), ("personal", personal)) if wanted}
+        return lambda left_s: self._calls.infer(
+            (model, number), rows, {**parameters, "timeout": max(1, int(left_s * 1e6))}
+        )
+
+    def _first_model(self, index: list[dict[str, Any]]) -> str:
+        if not index:
+            raise NotFoundError(f"no model is served at {self.url}: publish one first")
+        self._default = index[0]["name"]
+        return self._default
+
+    @staticmethod
+    def _where(model: str | None, version: str | int | None) -> Where | None:
+        return None if model is None else (model, None if version is None else str(version))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"
+
+
+class Client(_Calls):
+    """Calls a server and waits. Thread-safe; connections are kept, so make one and use it many times.
+
+    Args:
+        url: ``http://``, ``https://``, ``grpc://`` or ``grpcs://`` host:port.
+        timeout_ms: Deadline of a call, retries included; the server is told what is left of it.
+        retries: How often and when to try again; ``Retries(attempts=1)`` for never.
+        ca: PEM file of the authority to trust instead of the system's: for a certificate that you signed yourself.
+        clock: Monotonic seconds. ``sleep`` waits so many of them.
+
+    Raises:
+        ConfigError: The URL, the token or ``ca`` cannot be used.
+    """
+
+    def __init__(
+        self, url: str, token: str | None = None, *, sleep: Callable[[float], None] = time.sleep, **options: Any
+    ) -> None:
+        super().__init__(url, token, **options)
+        self._sleep = sleep
+        self._carrier: carriers.Carrier = (
+            carriers.Rest(self.url, self._ca) if self._rest else carriers.Grpc(self._target, self._secure, self._ca)
+        )
+
+    def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
+                timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
+                personal: bool = False) -> dict[str, Any]:  # fmt: skip
+        """Answer and errors of :meth:`ModelServer.predict`; ``latency_ms`` is the server's part.
+
+        Args:
+            personal: Ask for the private answers of the client that the token names.
+        """
+        attempts = self._attempts(timeout_ms)
+        model = model or self._default or self._first_model(self._read(self._calls.models(), attempts))
+        call = self._infer(features, model, version, stages, personal)
+        return self._calls.read_infer(self._try(call, attempts), arrays)
+
+    def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
+        """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
+        try:
+            attempts = Attempts(Retries(attempts=1), self.timeout_ms / 1e3, self._clock)
+            return bool(self._read(self._calls.ready(self._where(model, version)), attempts)["ready"])
+        except (ServerClosedError, TimeoutError):
+            return False
+
+    def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
+        """Name, version and extensions of the server; of a model its versions, inputs and outputs."""
+        return dict(self._read(self._calls.metadata(self._where(model, version)), self._attempts(None)))
+
+    def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+        """Counters of each version: requests, rows, executions, nanoseconds by stage."""
+        return list(
+            self._read(self._calls.statistics(self._where(model, version)), self._attempts(None))["model_stats"]
+        )
+
+    def models(self) -> list[dict[str, Any]]:
+        """Every version of every model: ``name``, ``version``, ``state``, ``reason``."""
+        return list(self._read(self._calls.models(), self._attempts(None)))
+
+    def _read(self, call: Sent, attempts: Attempts) -> Any:
+        return self._calls.read(call.path, self._try(lambda _: call, attempts))
+
+    def _try(self, call: Callable[[float], Sent], attempts: Attempts) -> Received:
+        while True:
+            try:
+                received = self._carrier.send(call(left_s := attempts.left_s()), left_s)
+            except Refused as refused:
+                self._sleep(attempts.failed(refused))
+            else:
+                attempts.succeeded()
+                return received
+
+    def close(self) -> None:
+        """Let go of the connections. Idempotent."""
+        self._carrier.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncClient(_Calls):
+    """:class:`Client` for coroutines; make it and use it in one event loop, with ``async with``."""
+
+    def __init__(
+        self, url: str, token: str | None = None, *, sleep: Callable[[float], Any] = asyncio.sleep, **options: Any
+    ) -> None:
+        super().__init__(url, token, **options)
+        self._sleep = sleep
+        self._carrier: carriers.AsyncRest | carriers.AsyncGrpc = (
+            carriers.AsyncRest(self.url, self._ca)
+            if self._rest
+            else carriers.AsyncGrpc(self._target, self._secure, self._ca)
+        )
+
+    async def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
+                      timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
+                      personal: bool = False) -> dict[str, Any]:  # fmt: skip
+        """See :meth:`Client.predict`."""
+        attempts = self._attempts(timeout_ms)
+        model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
+        call = self._infer(features, model, version, stages, personal)
+        return self._calls.read_infer(await self._try(call, attempts), arrays)
+
+    async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
+        """See :meth:`Client.ready`."""
+        try:
+            attempts = Attempts(Retries(attempts=1), self.timeout_ms / 1e3, self._clock)
+            return bool((await self._read(self._calls.ready(self._where(model, version)), attempts))["ready"])
+        except (ServerClosedError, TimeoutError):
+            return False
+
+    async def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
+        """See :meth:`Client.metadata`."""
+        return dict(await self._read(self._calls.metadata(self._where(model, version)), self._attempts(None)))
+
+    async def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+        """See :meth:`Client.statistics`."""
+        stats = await self._read(self._calls.statistics(self._where(model, version)), self._attempts(None))
+        return list(stats["model_stats"])
+
+    async def models(self) -> list[dict[str, Any]]:
+        """See :meth:`Client.models`."""
+        return list(await self._read(self._calls.models(), self._attempts(None)))
+
+    async def _read(self, call: Sent, attempts: Attempts) -> Any:
+        return self._calls.read(call.path, await self._try(lambda _: call, attempts))
+
+    async def _try(self, call: Callable[[float], Sent], attempts: Attempts) -> Received:
+        while True:
+            try:
+                received = await self._carrier.send(call(left_s := attempts.left_s()), left_s)
+            except Refused as refused:
+                await self._sleep(attempts.failed(refused))
+            else:
+                attempts.succeeded()
+                return received
+
+    async def close(self) -> None:
+        """Let go of the connections. Idempotent."""
+        await self._carrier.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

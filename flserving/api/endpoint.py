@@ -1,0 +1,249 @@
+"""The doors of a server, opened and closed: REST by uvicorn and gRPC, in one event loop in a thread of their own."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import uvicorn
+
+from flserving.api.auth import Role, Tokens
+from flserving.api.options import ApiOptions, check_origin
+from flserving.api.v2 import V2
+from flserving.errors import ConfigError, ConflictError
+
+if TYPE_CHECKING:
+    from flserving.server import ModelServer
+
+DRAIN_S = 5.0
+"""How long admitted requests may take to finish when an endpoint closes."""
+
+
+class Endpoint:
+    """Where a server can be reached. Made by :func:`flserving.serve`; closing it leaves the server itself open.
+
+    Attributes:
+        url: Of REST. ``grpc_url`` is "host:port", None without gRPC.
+        token: The random one; None where the options brought their own credentials.
+        v2: The operations behind both doors.
+
+    Closed at the end of a ``with`` block, by :meth:`close`, when nobody holds it any more, and when Python ends.
+    """
+
+    def __init__(self, server: "ModelServer", options: ApiOptions, *, reuse_port: bool = False) -> None:
+        self.token: str | None = None
+        if options.tokens is None:
+            tokens, self.token = Tokens.random(Role.ADMIN if options.admin else Role.INFER)
+            options = replace(options, tokens=tokens)
+        self.v2, self.options = V2(server, options.admin), options
+        self._doors = _Doors(self.v2, options, listen(options.host, options.port, reuse_port), reuse_port)
+        self._finalize = weakref.finalize(self, self._doors.close, 0.0, 0.0)
+        port, grpc_port = self._doors.open()
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+        host = f"[{host}]" if ":" in host else host
+        self.url = f"{'https' if options.secure else 'http'}://{host}:{port}"
+        self.grpc_url = None if grpc_port is None else f"{host}:{grpc_port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request of the default role has to send; empty where the options brought their own credentials."""
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+
+    def allow_origin(self, origin: str) -> None:
+        """Let web pages of ``origin`` (``http://host[:port]``) call from now on."""
+        self.v2.origins.add(check_origin(origin))
+
+    def close(self, drain_s: float = DRAIN_S, notice_s: float = 0.0) -> None:
+        """Stop listening, let admitted requests finish, end the thread. Idempotent.
+
+        Args:
+            drain_s: Longest wait for admitted requests; what is left then is cut off.
+            notice_s: How long before that to go on answering with readiness false, so that a load balancer turns away.
+        """
+        if self._finalize.detach() is not None:
+            self._doors.close(drain_s, notice_s)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has stopped listening."""
+        return not self._finalize.alive
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:  # a notebook shows it: it must not hold the token
+        grpc = "" if self.grpc_url is None else f", gRPC {self.grpc_url}"
+        return f"<Endpoint {self.url}{grpc}{' (closed)' if self.closed else ''}>"
+
+
+class _Doors:
+    """What runs in the thread. It knows nothing of the Endpoint, which can so be collected."""
+
+    def __init__(self, v2: V2, options: ApiOptions, listener: socket.socket, reuse_port: bool) -> None:
+        self._v2, self._options, self._listener, self._reuse_port = v2, options, listener, reuse_port
+        self._opened: Future[tuple[int, int | None]] = Future()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop, self._notice_s, self._drain_s = asyncio.Event(), 0.0, 0.0
+        self._thread = threading.Thread(target=self._run, name="flserving-doors", daemon=True)
+
+    def open(self) -> tuple[int, int | None]:
+        """Start; the ports once both doors answer. Raises what kept them from opening."""
+        self._thread.start()
+        try:
+            return self._opened.result()
+        except BaseException:
+            self.close(0.0, 0.0)
+            raise
+
+    def close(self, drain_s: float, notice_s: float) -> None:
+        """Drain and join. Called again, or from the thread itself (by the garbage collector), it waits for nothing."""
+        self._drain_s, self._notice_s = drain_s, notice_s
+        self._v2.draining = True
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._stop.set)
+        if self._thread is not threading.current_thread() and self._thread.ident is not None:
+            self._thread.join()
+        self._listener.close()
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                runner.run(self._serve())
+        except BaseException as error:
+            if self._opened.done():
+                raise
+            self._opened.set_exception(error)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        rest, grpc = _Rest(self._v2, self._options), None
+        try:
+            if self._options.grpc_port is not None:
+                from flserving.api.grpc import start_grpc  # an endpoint without gRPC does not load grpcio
+
+                grpc = await start_grpc(self._v2, self._options, reuse_port=self._reuse_port)
+            await rest.open(self._listener)
+            self._opened.set_result((self._listener.getsockname()[1], None if grpc is None else grpc.port))
+            while not self._stop.is_set():
+                await rest.tick()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), 1.0)
+            rest.turn_away()
+            await asyncio.sleep(self._notice_s)
+        finally:
+            closing: list[Awaitable[None]] = [rest.close(self._drain_s)]
+            if grpc is not None:
+                closing.append(grpc.stop(self._drain_s))
+            await asyncio.gather(*closing)
+
+
+class _Rest:
+    """uvicorn's protocol and listener under our own loop: its ``Server.serve`` polls ten times a second, and closes
+    idle connections without having told their clients."""
+
+    POLL_S = 0.005
+
+    def __init__(self, v2: V2, options: ApiOptions) -> None:
+        from flserving.api.http1 import protocol_class
+        from flserving.api.rest import rest_app
+
+        def refused(reason: str) -> None:
+            v2.server.telemetry.refusal("rest", reason)
+
+        context = options.ssl_context() if options.secure else None
+        self._config = uvicorn.Config(
+            rest_app(v2, options), http=protocol_class(options, refused), ws="none", lifespan="off", interface="asgi3",
+            access_log=False, log_config=None, server_header=False, proxy_headers=False,
+            ssl_context_factory=None if context is None else lambda *_: context,
+        )  # fmt: skip
+        self._server = uvicorn.Server(self._config)
+
+    async def open(self, listener: socket.socket) -> None:
+        self._config.load()
+        self._server.lifespan = self._config.lifespan_class(self._config)
+        await self.tick()
+        await self._server.startup([listener])
+
+    async def tick(self) -> None:
+        """Once a second: the Date header."""
+        await self._server.on_tick(0)
+
+    def turn_away(self) -> None:
+        """From now on each answer is the last one of its connection."""
+        state = self._server.server_state
+        state.default_headers = [*state.default_headers, (b"connection", b"close")]
+
+    async def close(self, drain_s: float) -> None:
+        """Close the listener and idle connections, wait for the busy ones, cut off what is left after ``drain_s``."""
+        if not self._server.started:
+            return
+        for listener in self._server.servers:
+            listener.close()
+        state, end_s = self._server.server_state, time.monotonic() + drain_s
+        for connection in list(state.connections):
+            connection.shutdown()
+        while (state.connections or state.tasks) and time.monotonic() < end_s:
+            await asyncio.sleep(self.POLL_S)
+        for task in (left := list(state.tasks)):
+            task.cancel()
+        for connection in list(state.connections):
+            connection.transport.abort()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) -> socket.socket:
+    """A socket that listens on the port; with ``backlog`` 0 it only keeps the port for sockets with ``reuse_port``.
+
+    Raises:
+        ConflictError: The port is in use. ConfigError: There is no such address here, or the port needs more rights.
+    """
+    listener = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # on Windows it would let two servers share a port by accident
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+        if backlog:
+            listener.listen(backlog)
+        return listener
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConflictError(f"port {port} of {host} is in use: stop what listens there, or take port 0") from error
+        raise ConfigError(
+            f"cannot listen on {host} port {port} ({error.strerror}): take 127.0.0.1 or an address of this computer, "
+            "and a port above 1023"
+        ) from error
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:  # Windows
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+def open_endpoint(server: "ModelServer", **options: Any) -> Endpoint:
+    """:func:`flserving.serve`."""
+    if unknown := options.keys() - ApiOptions.__dataclass_fields__.keys():
+        raise ConfigError(
+            f"serve has no option {', '.join(sorted(unknown))}: it takes {', '.join(ApiOptions.__dataclass_fields__)}"
+        )
+    return Endpoint(server, ApiOptions(**options))

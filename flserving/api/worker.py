@@ -1,0 +1,110 @@
+"""One worker process: a server and its doors, until SIGTERM or until its supervisor is gone.
+
+Workers tell each other their totals through one file each, so that ``/metrics`` of any of them shows the sum. What it
+shows of the others is at most ``EXCHANGE_S`` old; what has been shown never goes down, also when a worker is killed.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flserving.accounts import merged
+from flserving.api.endpoint import DRAIN_S, Endpoint
+from flserving.api.options import ApiOptions
+from flserving.config import ServingConfig
+from flserving.errors import ConfigError, FlservingError
+from flserving.index import FILE_NAME
+from flserving.registry import Registry
+from flserving.server import ModelServer
+
+EXCHANGE_S = 1.0
+BUSY_TIMEOUT_S = 5.0  # how long a locked registry keeps a worker waiting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What every worker serves. ``model`` None: every model of the registry."""
+
+    registry: str
+    model: str | None = None
+    config: ServingConfig = field(default_factory=ServingConfig)
+    options: ApiOptions = field(default_factory=ApiOptions)
+    folder: str = ""  # for the totals
+    drain_s: float = DRAIN_S
+    notice_s: float = 0.0
+
+
+class Totals:
+    """The totals of this worker, and of those that filled its place before it, in a file; and those of the others."""
+
+    def __init__(self, folder: str, place: int, server: ModelServer) -> None:
+        self._path, self._server = Path(folder) / f"{place}.json", server
+        self._before = _read(self._path)
+
+    def others(self) -> list[Mapping[str, Any]]:
+        """All but this server's own. Writes first: what is shown now must not be lost when this worker is killed."""
+        self.write()
+        paths = self._path.parent.glob("[0-9]*.json")
+        return [self._before, *(_read(path) for path in paths if path != self._path)]
+
+    def write(self) -> None:
+        whole = merged([self._before, json.loads(json.dumps(self._server.telemetry.totals()))])
+        fresh = self._path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(whole), encoding="ascii")
+        os.replace(fresh, self._path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return {}
+
+
+def work(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
+    """Run a worker; tell the pipe (url, grpc_url) when it answers, or in words why it cannot."""
+    signal.set_wakeup_fd(-1)  # the supervisor's, if forked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the supervisor decides
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        _serve(plan, place, pipe, supervisor)
+    except (FlservingError, OSError) as error:
+        with pipe:
+            if not pipe.closed:
+                pipe.send(str(error))
+        raise SystemExit(1) from None
+
+
+def _serve(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
+    if not (Path(plan.registry) / FILE_NAME).is_file():
+        raise ConfigError(f"no registry in {plan.registry!r}: name the folder that versions were published to")
+    with (
+        Registry(plan.registry, busy_timeout_s=BUSY_TIMEOUT_S) as registry,
+        ModelServer(plan.config, registry, plan.model) as server,
+    ):
+        if not registry.models():
+            raise ConfigError(f"the registry in {plan.registry!r} is empty: publish a version first")
+        totals = Totals(plan.folder, place, server)
+        endpoint = Endpoint(server, plan.options, reuse_port=hasattr(os, "fork"))
+        try:
+            endpoint.v2.others = totals.others
+            pipe.send((endpoint.url, endpoint.grpc_url))
+            pipe.close()
+            while os.getppid() == supervisor:  # else it was killed: nobody would stop us
+                totals.write()
+                time.sleep(EXCHANGE_S)
+        finally:
+            endpoint.close(plan.drain_s, plan.notice_s)
+            totals.write()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise SystemExit(0)
