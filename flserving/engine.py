@@ -100,6 +100,7 @@ class InferenceEngine:
         ServingConfig(max_batch_size=max_batch_size, warmup_samples=warmup_samples)  # the same bounds
         self.model = model.eval().requires_grad_(False) if owned else copy_of(model)
         self.preprocessor, self.postprocessor = preprocessor or Preprocessor(), postprocessor or Postprocessor()
+        self.served_as = version  # what a server's statistics call it
         self.version, self.max_batch_size, self.warmup_samples = version, max_batch_size, warmup_samples
         self._clock = clock
         self.nbytes = nbytes_of(self.model)

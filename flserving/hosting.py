@@ -169,9 +169,7 @@ class ModelHost:
         problem = "/".join(key)
         self._check_open()
         try:
-            lease = self.model_cache.load(
-                key, lambda: load_engine(self._sources[key[0]], key[1], self.config), deadline_s - self._clock()
-            )
+            lease = self.model_cache.load(key, lambda: self._build(key), deadline_s - self._clock())
         except FlservingError as error:
             self._check_open()  # its files went while it loaded
             if not isinstance(error, OverloadedError | DeadlineExceededError):  # those say nothing of the version
@@ -179,6 +177,11 @@ class ModelHost:
             raise
         self._load_problems.pop(problem, None)
         return lease
+
+    def _build(self, key: Key) -> InferenceEngine:
+        engine = load_engine(self._sources[key[0]], key[1], self.config)
+        engine.served_as = "/".join(key)
+        return engine
 
     def _preload(self, key: Key) -> None:
         with self._pinned(key):

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
+from flserving.accounts import STAGES
 from flserving.cache import PredictionCache
 from flserving.config import ServingConfig
 from flserving.doors import Awaiting, Blocking, Door
 from flserving.engine import Execution, InferenceEngine, Prediction
 from flserving.errors import DeadlineExceededError, FlservingError, InvalidInputError, OverloadedError
 from flserving.hosting import ModelHost
-from flserving.telemetry import STAGES, Telemetry
+from flserving.telemetry import Telemetry
 from flserving.transforms import Floats, Outputs, Preprocessor
 from flserving.workers import Batcher
 
@@ -56,8 +57,8 @@ class ModelServer(ModelHost):
         self.prediction_cache: PredictionCache[Outputs] | None = (
             PredictionCache(budget, self.config.prediction_cache_ttl_s, clock) if budget else None
         )
-        self.telemetry = Telemetry()
-        self._batcher = Batcher(self.config, self.telemetry.executions.add, clock)
+        self.telemetry = Telemetry(clock, self.config.max_batch_size)
+        self._batcher = Batcher(self.config, self.telemetry.execution, clock)
         self._blocking, self._awaiting = Blocking(self), Awaiting(self)
         self._started_s = clock()
         if registry is not None:
@@ -130,7 +131,7 @@ class ModelServer(ModelHost):
     async def _answer(self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
                       stages: bool, arrays: bool, client: str | None, door: Door) -> dict[str, Any]:  # fmt: skip
         """The one path. ``door`` knows how to wait: blocking or awaiting."""
-        started_s = self._clock()
+        started_s, key = self._clock(), None
         try:
             deadline_s = started_s + self._timeout_s(timeout_ms)
             key = self._router.find(version, model) or await door.find(version, model, deadline_s)
@@ -156,12 +157,10 @@ class ModelServer(ModelHost):
                 )
             marks = (started_s, validated_s, looked_up_s, *prediction.execution.marks_s, answered_s)
             self.telemetry.success("/".join(key), len(rows), marks)
-        except FlservingError as error:
-            self.telemetry.failure(error.reason)
-            raise
         except BaseException as error:
             gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
-            self.telemetry.failure("Cancelled" if gone else "Internal")
+            reason = error.reason if isinstance(error, FlservingError) else "Cancelled" if gone else "Internal"
+            self.telemetry.failure(reason, "/".join(key or ()), self._clock() - started_s)
             raise
         answer["latency_ms"] = (answered_s - started_s) * 1e3
         answer["model_version"], answer["model_type"] = key[1], "global"

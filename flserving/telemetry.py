@@ -1,64 +1,32 @@
 """What a server counts and times: histograms with percentiles, requests by outcome, seconds by stage.
 
-Imports nothing of the package. A request is timed by *marks* of one monotonic clock, one mark between two stages,
+Imports ``accounts`` only. A request is timed by *marks* of one monotonic clock, one mark between two stages,
 so the stages of a request add up to its latency exactly, by construction.
 
 Recording appends to a list, which needs no lock; numpy sorts hundreds of records into buckets at once, when the list is
 full or somebody reads.
 """
 
-import math
 import threading
+import time
 from collections import Counter
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-STAGES = ("validate", "cache", "queue", "preprocess", "infer", "postprocess", "respond")
-"""The way of a request, in order. ``validate`` includes the route and the pin on the model (a cold start shows here),
-``queue`` the hand-over to a worker, ``respond`` everything from the end of the execution to the answer object."""
+from flserving.accounts import STAGES, Account, Histogram, record
 
 Protocol = Literal["rest", "grpc"]
 
-_LOWEST_S, _GROWTH = 1e-6, 1.05
-_PER_LOG = 1.0 / math.log(_GROWTH)
-_LAST = math.ceil(math.log(1e3 / _LOWEST_S) * _PER_LOG)  # about 1,000 s
+Observer = Callable[[str, int, tuple[float, ...], str], None]
+"""Told of every request on its own thread or task: version, rows, marks (of a failed one start and end), reason."""
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
 _PENDING = 512  # records folded at once: about 0.5 us each instead of 5
-
-
-class Histogram:
-    """Durations in log-spaced buckets: a percentile is right to 2.5 % from 1 us to 1,000 s, however many the samples.
-
-    Memory is constant (about 430 counters). Not locked: the owner locks. Source: the idea of HdrHistogram (Gil Tene).
-    """
-
-    def __init__(self) -> None:
-        self.counts = np.zeros(_LAST + 1, np.int64)
-        self.count, self.total_s, self.highest_s = 0, 0.0, 0.0
-
-    def record(self, seconds: NDArray[np.float64]) -> None:
-        """Add durations, float64 [N], in seconds."""
-        if seconds.size:
-            buckets = np.log(np.maximum(seconds, _LOWEST_S) / _LOWEST_S) * _PER_LOG
-            self.counts += np.bincount(np.minimum(buckets, _LAST).astype(np.int64), minlength=_LAST + 1)
-            self.count += seconds.size
-            self.total_s += float(seconds.sum())
-            self.highest_s = max(self.highest_s, float(seconds.max()))
-
-    def percentile_s(self, q: float) -> float:
-        """Seconds that a share ``q`` of [0, 1] of the samples does not exceed (nearest rank); NaN if empty."""
-        if not self.count:
-            return math.nan
-        rank = max(1, math.ceil(q * self.count))
-        bucket = int(np.searchsorted(np.cumsum(self.counts), rank))
-        return float(min(_LOWEST_S * _GROWTH ** (bucket + 0.5), self.highest_s))
-
-    def summary_ms(self) -> dict[str, float]:
-        """``count``, ``mean_ms``, ``p50_ms``, ``p95_ms``, ``p99_ms`` and ``max_ms``; NaN where nothing was recorded."""
-        percentiles = {f"p{q}_ms": self.percentile_s(q / 100) * 1e3 for q in (50, 95, 99)}
-        mean = self.total_s / self.count * 1e3 if self.count else math.nan
-        return {"count": self.count, "mean_ms": mean, **percentiles, "max_ms": self.highest_s * 1e3}
 
 
 class Executions:
@@ -94,72 +62,169 @@ class Telemetry:
 
     Holds by construction: ``succeeded + sum(failed.values()) == requests``; the latency histogram's count equals
     ``succeeded``; the stages' seconds add up to the latency's.
+
+    Args:
+        clock: The clock of the marks. ``largest_batch``: most rows in one forward of a model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, largest_batch: int = 1 << 62) -> None:
+        self._clock, self._largest_batch = clock, largest_batch
+        self.observer: Observer | None = None
         self._lock = threading.Lock()
-        self._rows = 0
-        self._failed: Counter[str] = Counter()
-        self._by_version: Counter[str] = Counter()
+        self._served: dict[str, Account] = {}
+        self._failed: dict[tuple[str, str], list[float]] = {}  # (version, reason) -> how many, seconds
+        self._refused: Counter[tuple[str, str]] = Counter()  # (protocol, reason)
+        self._at_doors: dict[str, NDArray[np.float64]] = {}  # protocol -> how many, parse seconds, serialise seconds
         self._latency = Histogram()
         self._stages = [Histogram() for _ in STAGES]
+        self._runs = self._run_rows = 0
         self._pending: list[tuple[str, int, tuple[float, ...]]] = []
-        self._refused: Counter[tuple[str, str]] = Counter()
-        self._doors: list[tuple[str, float, float]] = []
-        self.executions = Executions()
+        self._pending_runs: list[tuple[str, int, tuple[float, float, float, float]]] = []
+        self._pending_doors: list[tuple[str, float, float]] = []
 
     def success(self, version: str, rows: int, marks_s: tuple[float, ...]) -> None:
         """Count one answered request. ``marks_s`` are the ``len(STAGES) + 1`` ascending times between its stages."""
         self._pending.append((version, rows, marks_s))
+        if self.observer is not None:
+            self.observer(version, rows, marks_s, "")
         if len(self._pending) >= _PENDING:
             with self._lock:
                 self._fold()
 
-    def failure(self, reason: str) -> None:
-        """Count one request that got an error; ``reason`` is an error class, so the set of labels is closed."""
+    def failure(self, reason: str, version: str = "", seconds: float = 0.0) -> None:
+        """Count one request that got an error after ``seconds``.
+
+        ``reason`` is an error class, ``version`` one that the router knows, or "" where the request named none of them:
+        so the sets of labels are closed.
+        """
         with self._lock:
-            self._failed[reason] += 1
+            account = self._failed.setdefault((version, reason), [0, 0.0])
+            account[0] += 1
+            account[1] += seconds
+        if self.observer is not None:
+            self.observer(version, 0, ((now_s := self._clock()) - seconds, now_s), reason)
+
+    def execution(self, engine: Any, rows: int, predictions: Sequence[Any]) -> None:
+        """Count one run of an :class:`~flserving.engine.InferenceEngine`, which gave these predictions."""
+        self._pending_runs.append((engine.served_as, rows, predictions[0].execution.marks_s))
+        if len(self._pending_runs) >= _PENDING:
+            with self._lock:
+                self._fold_runs()
 
     def refusal(self, protocol: Protocol, reason: str) -> None:
-        """Count one call that a door refused itself, so that no request came of it; ``reason`` as in :meth:`failure`."""
+        """Count a call that a door refused itself: no request came of it. ``reason`` as in :meth:`failure`."""
         with self._lock:
             self._refused[protocol, reason] += 1
 
     def door(self, protocol: Protocol, parse_s: float, serialise_s: float) -> None:
         """Time what a door did around one answered request: bytes to arrays, and arrays to bytes."""
-        self._doors.append((protocol, parse_s, serialise_s))
+        self._pending_doors.append((protocol, parse_s, serialise_s))
+        if len(self._pending_doors) >= _PENDING:
+            with self._lock:
+                self._fold_doors()
 
     def snapshot(self) -> dict[str, Any]:
-        """One consistent copy of everything, durations in milliseconds."""
-        executions = self.executions.summary()
+        """One consistent copy of everything since the start, durations in milliseconds."""
         with self._lock:
-            self._fold()
-            succeeded, failed = self._latency.count, sum(self._failed.values())
+            self._fold_all()
+            by_reason: Counter[str] = Counter()
+            for (_, reason), (count, _) in self._failed.items():
+                by_reason[reason] += int(count)
+            succeeded, failed = self._latency.count, sum(by_reason.values())
             return {
                 "requests": succeeded + failed,
                 "succeeded": succeeded,
                 "failed": failed,
-                "failed_by_reason": dict(self._failed),
-                "rows": self._rows,
-                "executions": executions["executions"],
-                "mean_batch_rows": executions["rows"] / max(1, executions["executions"]),
-                "requests_by_version": dict(self._by_version),
+                "failed_by_reason": dict(by_reason),
+                "rows": sum(served.rows for served in self._served.values()),
+                "executions": self._runs,
+                "mean_batch_rows": self._run_rows / max(1, self._runs),
+                "requests_by_version": {
+                    name: served.requests for name, served in self._served.items() if served.requests
+                },
                 "latency": self._latency.summary_ms(),
                 "stages": {name: h.summary_ms() for name, h in zip(STAGES, self._stages, strict=True)},
                 "stages_total_ms": sum(h.total_s for h in self._stages) * 1e3,
                 "latency_total_ms": self._latency.total_s * 1e3,
             }
 
+    def totals(self) -> dict[str, Any]:
+        """One consistent copy of the sums behind every statistic: plain numbers that only grow.
+
+        Those of several processes are added by :func:`~flserving.accounts.merged`.
+        ``versions`` by "model/version": answered ``requests``, their ``rows`` and ``seconds``; ``at_most``: how many
+        took at most each of ``BOUNDS_S`` but more than the one before, then the rest; ``stages`` and ``cache``: [how
+        many, seconds]; ``batches`` by rows: [executions, preprocess, infer, postprocess seconds];
+        ``last_inference_ms``: the time of day.
+        ``failures`` by version ("": none that is known), then reason: [how many, seconds]. ``stages``:
+        [seconds, ``at_most``]. ``doors`` by protocol: [answers, parse seconds, serialise seconds]. ``refusals`` by
+        protocol, then reason.
+        """
+        failures: dict[str, Any] = {}
+        refusals: dict[str, Any] = {}
+        with self._lock:
+            self._fold_all()
+            for (version, reason), account in self._failed.items():
+                failures.setdefault(version, {})[reason] = list(account)
+            for (protocol, reason), count in self._refused.items():
+                refusals.setdefault(protocol, {})[reason] = count
+            return {
+                "versions": {name: served.totals() for name, served in self._served.items()},
+                "stages": {n: [h.total_s, h.at_most.tolist()] for n, h in zip(STAGES, self._stages, strict=True)},
+                "failures": failures,
+                "doors": {protocol: account.tolist() for protocol, account in self._at_doors.items()},
+                "refusals": refusals,
+            }
+
+    # The rest runs under the lock: sort what is pending into the accounts.
+
+    def _fold_all(self) -> None:
+        self._fold()
+        self._fold_runs()
+        self._fold_doors()
+
+    def _of(self, version: str) -> Account:
+        return self._served.get(version) or self._served.setdefault(version, Account())
+
     def _fold(self) -> None:
-        """Under the lock: sort what is pending into the histograms."""
-        n = len(self._pending)
-        taken = self._pending[:n]
-        del self._pending[:n]
+        taken = _take(self._pending)
         if not taken:
             return
         marks = np.array([marks_s for _, _, marks_s in taken])  # [n, stages + 1]
-        self._rows += sum(rows for _, rows, _ in taken)
-        self._by_version.update(version for version, _, _ in taken)
-        self._latency.record(marks[:, -1] - marks[:, 0])
-        for histogram, seconds in zip(self._stages, np.diff(marks).T, strict=True):
-            histogram.record(seconds[seconds > 0])  # a stage that was not entered takes no time and is not counted
+        spent = np.column_stack([np.diff(marks), marks[:, -1] - marks[:, 0]])  # [n, stages and the whole]
+        entered = spent > 0  # a stage that was not entered takes no time and is not counted
+        entered[:, -1] = True
+        record([*self._stages, self._latency], spent, entered)
+        now_ms = int((time.time() - self._clock() + marks[-1, -1]) * 1e3)
+        for version, places in _places([version for version, _, _ in taken]).items():
+            rows = sum([taken[place][1] for place in places])
+            self._of(version).add_requests(rows, spent if len(places) == len(taken) else spent[places], now_ms)
+
+    def _fold_runs(self) -> None:
+        taken = _take(self._pending_runs)
+        seconds = np.diff(np.array([marks_s for _, _, marks_s in taken]).reshape(-1, 4))
+        for (version, rows), places in _places((version, rows) for version, rows, _ in taken).items():
+            self._of(version).add_runs(rows, self._largest_batch, len(places), seconds[places].sum(axis=0))
+            self._runs, self._run_rows = self._runs + len(places), self._run_rows + rows * len(places)
+
+    def _fold_doors(self) -> None:
+        taken = _take(self._pending_doors)
+        seconds = np.array([(parse_s, serialise_s) for _, parse_s, serialise_s in taken])
+        for protocol, places in _places(protocol for protocol, _, _ in taken).items():
+            account = self._at_doors.setdefault(protocol, np.zeros(3))
+            account += len(places), *seconds[places].sum(axis=0)
+
+
+def _take(pending: list[T]) -> list[T]:
+    """Empty a list to which others may append meanwhile."""
+    taken = pending[: len(pending)]
+    del pending[: len(taken)]
+    return taken
+
+
+def _places(keys: Iterable[K]) -> dict[K, list[int]]:
+    """Where each key stands."""
+    places: dict[K, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return places

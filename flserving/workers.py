@@ -43,7 +43,7 @@ class Batcher:
     def __init__(
         self,
         config: ServingConfig,
-        on_execution: Callable[[int, float], None] = lambda rows, seconds: None,
+        on_execution: Callable[[Any, int, Sequence[Any]], None] = lambda lane, rows, results: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config, self._on_execution, self._clock = config, on_execution, clock
@@ -244,9 +244,8 @@ class Batcher:
                 self._call_worker()
 
     def _run_on_lane(self, lane: Lane, payloads: Sequence[Any], rows: int) -> Sequence[Any]:
-        began_s = self._clock()
         results = lane.execute(payloads)
-        self._on_execution(rows, self._clock() - began_s)
+        self._on_execution(lane, rows, results)
         return results
 
     def _run_or_halve(self, batch: Sequence[Request[Lane]]) -> None:

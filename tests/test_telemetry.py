@@ -6,13 +6,16 @@ import random
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flserving.telemetry import _PENDING, STAGES, Executions, Histogram, Telemetry
+from flserving.accounts import STAGES, Histogram
+from flserving.engine import Execution, Prediction
+from flserving.telemetry import _PENDING, Executions, Telemetry
 
 
 def histogram_of(seconds: np.ndarray) -> Histogram:
@@ -25,6 +28,12 @@ def marks(start_s: float, *stages_s: float) -> tuple[float, ...]:
     """Marks of a request with these stage times, the rest zero."""
     padded = [*stages_s, *[0.0] * (len(STAGES) - len(stages_s))]
     return tuple(itertools.accumulate(padded, initial=start_s))
+
+
+def ran(telemetry: Telemetry, version: str, rows: int, *stages_s: float) -> None:
+    """One run of a model with these stage times, the rest zero."""
+    engine, marks_s = SimpleNamespace(served_as=version), marks(5.0, *stages_s)[:4]
+    telemetry.execution(engine, rows, [Prediction(Execution(None, marks_s), 0, rows)])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -141,8 +150,8 @@ def test_counts_by_version_by_reason_and_the_mean_batch():
         telemetry.success(version, rows, marks(0.0, 0.001))
     for reason in ("InvalidInput", "Overloaded", "InvalidInput"):
         telemetry.failure(reason)
-    telemetry.executions.add(6, 0.001)
-    telemetry.executions.add(2, 0.003)
+    ran(telemetry, "m/1", 6, 0.0, 0.001)
+    ran(telemetry, "m/2", 2, 0.0, 0.003)
     seen = telemetry.snapshot()
     assert (seen["requests"], seen["succeeded"], seen["failed"], seen["rows"]) == (6, 3, 3, 8)
     assert seen["requests_by_version"] == {"m/1": 2, "m/2": 1}
@@ -181,7 +190,7 @@ def test_the_accounts_balance_in_every_snapshot_under_eight_threads(restless):
                 continue
             stages_s = [rng.random() * 1e-3 for _ in STAGES]
             telemetry.success(f"m/{rng.randrange(3)}", size := rng.randint(1, 8), marks(0.0, *stages_s))
-            telemetry.executions.add(size, stages_s[4])
+            ran(telemetry, "m/1", size, 0.0, stages_s[4])
             good, rows, busy_s = good + 1, rows + size, busy_s + sum(stages_s)
         return good, rows, busy_s
 

@@ -43,7 +43,7 @@ class Harness:
 
     def __init__(self, **settings):
         self.executions = []
-        self.batcher = Batcher(ServingConfig(**settings), lambda rows, seconds: self.executions.append((rows, seconds)))
+        self.batcher = Batcher(ServingConfig(**settings), lambda lane, rows, _: self.executions.append((rows, lane)))
         self.threads = Threads()
 
     def arguments(self, lane, payload, rows=1, timeout_s=PATIENCE_S):
