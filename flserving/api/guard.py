@@ -54,7 +54,7 @@ class Guard:
             for name in _ONCE:
                 if names.count(name) > 1:
                     raise InvalidInputError(f"the header {name.decode()} is there twice: send it once")
-        host, server = headers.get(b"host"), scope.get("server")
+        host, server = headers.get(b"host"), tuple(scope.get("server") or ("", None))
         if host is None:
             raise InvalidInputError("the header Host is missing: send the address that you call")
         if (host, server) not in self._known:
@@ -64,9 +64,9 @@ class Guard:
             self._known.add((host, server))
         return headers
 
-    def _check_host(self, header: bytes, server: Any) -> None:
+    def _check_host(self, header: bytes, server: tuple[Any, ...]) -> None:
         text = header.decode("latin-1").lower()
-        address, our_port = server or ("", None)
+        address, our_port = server
         try:
             parts = urlsplit(f"//{text}")
             name, port, plain = parts.hostname or "", parts.port, parts.netloc == text and "@" not in text

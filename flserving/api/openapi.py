@@ -1,5 +1,7 @@
 """The routes of the REST door, and their OpenAPI document, which is made from them and from the messages' types."""
 
+from functools import cache
+from html import escape
 from typing import Any, NamedTuple
 
 import msgspec
@@ -127,11 +129,110 @@ OPERATIONS = (
     Operation("GET", "/docs", "page", None, "This document, to read"),
 )
 
+_STATUSES = {
+    400: "The request cannot be answered as it is",
+    401: "No credential, or one that is not known",
+    403: "The credential's role, the Host or the Origin may not do this",
+    404: "No such model, version or route",
+    405: "The route takes another method",
+    413: "The body is over the limit",
+    415: "A content type or encoding that is not read here",
+    429: "A queue is full: try again after Retry-After seconds",
+    501: "A part of the protocol that is not offered here",
+    503: "Not ready, or closed: try again after Retry-After seconds",
+    504: "The deadline passed",
+}
+_TEXT = {"metrics": "text/plain", "page": "text/html"}
+_RAW = {"schema": {"type": "string", "format": "binary"}}
+_JSON_BYTES = {"name": "Inference-Header-Content-Length", "in": "header", "required": False,
+               "schema": {"type": "integer", "minimum": 0},
+               "description": "Bytes of the JSON, where bytes of tensors follow; 0: a bare row of FP32"}  # fmt: skip
 
-def document(title: str = "flserving") -> dict[str, Any]:
+
+@cache
+def document() -> dict[str, Any]:
     """The OpenAPI 3.1 document of :data:`OPERATIONS`."""
-    return {"openapi": "3.1.0", "info": {"title": title, "version": "2"}, "paths": {}}
+    types = list({repr(kind): kind for o in OPERATIONS for kind in (o.answers, o.takes) if kind is not None}.values())
+    schemas, components = msgspec.json.schema_components([*types, Error], ref_template="#/components/schemas/{name}")
+    schema_of = {repr(kind): schema for kind, schema in zip([*types, Error], schemas, strict=True)}
+    error = {"application/json": {"schema": schema_of[repr(Error)]}}
+    responses = {str(code): {"description": why, "content": error} for code, why in _STATUSES.items()}
+    paths: dict[str, Any] = {}
+    for o in OPERATIONS:
+        media: dict[str, Any] = {_TEXT.get(o.name, "application/json"): {"schema": {"type": "string"}}}
+        if o.answers is not None:
+            media = {"application/json": {"schema": schema_of[repr(o.answers)]}}
+        names = [part[1:-1] for part in o.path.split("/") if part.startswith("{")]
+        entry: dict[str, Any] = {
+            "operationId": f"{o.name}{''.join(f'_by_{name}' for name in names)}{'_slash' if o.path == '/v2/' else ''}",
+            "summary": o.summary,
+            "description": "No credential." if o.role is None else f"Role: {o.role.name.lower()}.",
+            "security": [] if o.role is None else [{"bearer": []}],
+            "parameters": [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+                for name in names
+            ],
+            "responses": {
+                "200": {"description": o.summary, "content": media},
+                **{str(code): {"$ref": f"#/components/responses/{code}"} for code in _STATUSES},
+            },
+        }
+        if o.takes is not None:
+            body = {"application/json": {"schema": schema_of[repr(o.takes)]}}
+            entry["requestBody"] = {"required": o.takes is InferRequest, "content": body}
+        if o.takes is InferRequest:
+            media["application/octet-stream"] = entry["requestBody"]["content"]["application/octet-stream"] = _RAW
+            entry["parameters"].append(_JSON_BYTES)
+        paths.setdefault(o.path, {})[o.method.lower()] = entry
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "flserving", "version": "2", "summary": "Open Inference Protocol V2 over REST"},
+        "security": [{"bearer": []}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "responses": responses,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
 
 
-def page(doc: dict[str, Any]) -> str:
-    return "<!doctype html>"
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>flserving: REST</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }}
+summary {{ padding: .4rem; cursor: pointer; }} summary b {{ display: inline-block; width: 4rem; }}
+pre {{ background: #8881; padding: .8rem; overflow: auto; }} :root {{ color-scheme: light dark; }}
+</style>
+<h1>flserving: Open Inference Protocol V2 over REST</h1>
+<p>Send the token as <code>Authorization: Bearer TOKEN</code>. Every answer that is not 200 is
+<code>{{"error": "..."}}</code>. The same as a document: <a href="openapi.json">openapi.json</a>.</p>
+<pre>curl -H "Authorization: Bearer $TOKEN" $URL/v2/models/MODEL/infer \\
+  -d '{{"inputs": [{{"name": "features", "shape": [1, 2], "datatype": "FP32", "data": [0.5, 1.5]}}]}}'</pre>
+<h2>Routes</h2>
+{routes}
+<h2>Messages</h2>
+{messages}
+</html>"""
+
+
+@cache
+def page() -> str:
+    """The document as a page that needs nothing else: no script, no other file."""
+    doc = document()
+
+    def folded(title: str, content: Any) -> str:
+        text = escape(msgspec.json.format(msgspec.json.encode(content)).decode(), quote=False)
+        return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
+
+    routes = [
+        folded(
+            f"<b>{method.upper()}</b> <code>{escape(path)}</code> {escape(entry['summary'])}. {entry['description']}",
+            {part: entry[part] for part in ("parameters", "requestBody", "responses") if part in entry},
+        )
+        for path, methods in doc["paths"].items()
+        for method, entry in methods.items()
+    ]
+    messages = [folded(f"<code>{name}</code>", schema) for name, schema in doc["components"]["schemas"].items()]
+    return _PAGE.format(routes="\n".join(routes), messages="\n".join(messages))

@@ -196,7 +196,7 @@ class RestApp:
 
     async def _page(self, request: Request) -> Any:
         policy = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        return Response(page(document()), headers=policy, media_type="text/html")
+        return Response(page(), headers=policy, media_type="text/html")
 
 
 def rest_app(v2: V2, options: ApiOptions) -> RestApp:

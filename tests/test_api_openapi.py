@@ -1,0 +1,78 @@
+"""The OpenAPI document: valid, complete, true of the server, and readable without a network."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import checks
+
+from flserving.api.auth import Role, Tokens
+from flserving.api.openapi import OPERATIONS, document, page
+from flserving.api.options import ApiOptions
+from flserving.api.rest import rest_app
+from flserving.api.v2 import V2
+from serving_models import Constant, serving
+
+TOKENS = Tokens()
+TOKENS.add("secret", Role.ADMIN)
+CHECKS = [checks.not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+          checks.response_schema_conformance, checks.unsupported_method]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def app():
+    with serving(Constant(3)) as server:
+        yield rest_app(V2(server), ApiOptions(tokens=TOKENS))
+
+
+@pytest.fixture(scope="module")
+def described(app):
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@pytest.mark.parametrize("o", OPERATIONS, ids=lambda o: f"{o.method} {o.path}")
+def test_every_route_does_what_the_document_says(described, o):
+    if o.name == "metrics":
+        pytest.importorskip("flserving.api.metrics")
+
+    @settings(max_examples=12, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=described[o.path][o.method].as_strategy(), exists=st.booleans())
+    def conforms(case, exists):
+        if exists and "{model}" in o.path:
+            case.path_parameters |= {"model": "local"} | ({"version": "v1.0"} if "{version}" in o.path else {})
+        case.call_and_validate(checks=CHECKS, headers={"Authorization": "Bearer secret"})
+
+    conforms()
+
+
+def test_every_route_and_status_is_in_the_document():
+    doc = document()
+    assert {(o.method.lower(), o.path) for o in OPERATIONS} == {
+        (method, path) for path, methods in doc["paths"].items() for method in methods
+    }
+    for o in OPERATIONS:
+        entry = doc["paths"][o.path][o.method.lower()]
+        assert entry["security"] == ([] if o.role is None else [{"bearer": []}])
+        assert {"200", "400", "401", "403", "404", "405", "413", "415", "429", "503", "504"} <= entry[
+            "responses"
+        ].keys()
+    names = [e["operationId"] for methods in doc["paths"].values() for e in methods.values()]
+    assert len(names) == len(set(names))
+
+
+def test_the_page_names_every_route_and_loads_nothing():
+    text = page()
+    assert all(f"<code>{o.path}</code>" in text for o in OPERATIONS)
+    loaded = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            loaded.extend((tag, value) for name, value in attrs if name in ("src", "href"))
+            assert tag not in ("script", "link", "img", "iframe")
+
+    Links().feed(text)
+    assert loaded == [("a", "openapi.json")]
+    assert not re.search(r"https?://|@import|url\(", text.replace("http://json-schema", ""))
