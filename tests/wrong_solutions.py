@@ -451,3 +451,5 @@ WRONG["batcher"] = {
         edited("batcher", (f"return {_ANSWER}", "return list(outputs)")), "return a dict request_id -> output"
     ),
 }
+
+import wrong_solutions_05  # noqa: E402, F401  # registers itself above

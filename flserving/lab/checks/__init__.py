@@ -7,6 +7,7 @@ through, and returns nothing when all is well. None of them knows how a solution
 from flserving.lab.checks.batcher import check_batcher
 from flserving.lab.checks.latency import check_latency_budget
 from flserving.lab.checks.lru import check_lru
+from flserving.lab.checks.retry import check_retry
 from flserving.lab.checks.version import check_version_choice
 
-__all__ = ["check_batcher", "check_latency_budget", "check_lru", "check_version_choice"]
+__all__ = ["check_batcher", "check_latency_budget", "check_lru", "check_retry", "check_version_choice"]
