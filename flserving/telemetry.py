@@ -157,7 +157,7 @@ class Telemetry:
         many, seconds]; ``batches`` by rows: [executions, preprocess, infer, postprocess seconds];
         ``last_inference_ms``: the time of day.
         ``failures`` by version ("": none that is known), then reason: [how many, seconds]. ``stages``:
-        [seconds, ``at_most``]. ``doors`` by protocol: [answers, parse seconds, serialise seconds]. ``refusals`` by
+        ``seconds`` and ``at_most``. ``doors`` by protocol: [answers, parse seconds, serialise seconds]. ``refusals`` by
         protocol, then reason.
         """
         failures: dict[str, Any] = {}
@@ -170,7 +170,10 @@ class Telemetry:
                 refusals.setdefault(protocol, {})[reason] = count
             return {
                 "versions": {name: served.totals() for name, served in self._served.items()},
-                "stages": {n: [h.total_s, h.at_most.tolist()] for n, h in zip(STAGES, self._stages, strict=True)},
+                "stages": {
+                    name: {"seconds": histogram.total_s, "at_most": histogram.at_most.tolist()}
+                    for name, histogram in zip(STAGES, self._stages, strict=True)
+                },
                 "failures": failures,
                 "doors": {protocol: account.tolist() for protocol, account in self._at_doors.items()},
                 "refusals": refusals,

@@ -1,0 +1,222 @@
+"""What ``/metrics`` shows: the server's totals as Prometheus reads them, base units, labels only from closed sets.
+
+Models and versions come from the router, reasons are error classes, stages and protocols are fixed: no caller can add a
+series. Nothing is counted here; every scrape reads :meth:`Telemetry.totals` and the caches' own counters.
+"""
+
+import platform
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version as version_of
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from flserving.accounts import BOUNDS_S, merged
+from flserving.errors import FlservingError
+
+if TYPE_CHECKING:
+    from flserving.server import ModelServer
+
+BATCH_ROWS = tuple(2**i for i in range(11))
+OUTCOMES = ("ok", "client_error", "overloaded", "server_error")
+_CACHES = {
+    "model_cache": ("loads", "failed_loads", "hits", "misses", "evictions"),
+    "prediction_cache": ("hits", "misses", "shared", "evictions", "expirations"),
+}
+_MEANING = {
+    "loads": "Models read from disk and warmed up.",
+    "failed_loads": "Loads that ended in an error.",
+    "hits": "Look-ups that found what they sought.",
+    "misses": "Look-ups that did not.",
+    "shared": "Requests that waited for an identical one that ran.",
+    "evictions": "Entries dropped to make room.",
+    "expirations": "Entries found too old.",
+}
+_GAUGES = {
+    "ready": "Processes whose default model can answer.",
+    "processes": "Processes that answer at this address.",
+    "problems": "Versions and registries that need a look (health_check names them).",
+    "queue_rows": "Rows waiting for a worker.",
+    "queue_limit_rows": "Rows that may wait; beyond it a request is refused.",
+    "executions_running": "Batches that run now.",
+    "execution_slots": "Batches that may run at once.",
+    "model_cache_entries": "Models in memory.",
+    "model_cache_bytes": "Bytes of the models in memory.",
+    "model_cache_limit_bytes": "Byte budget of the model cache.",
+    "prediction_cache_entries": "Predictions in memory.",
+    "prediction_cache_bytes": "Bytes of the predictions in memory.",
+    "prediction_cache_limit_bytes": "Byte budget of the prediction cache.",
+}
+
+
+def totals(server: "ModelServer") -> dict[str, Any]:
+    """Everything that processes add up to show as one: :meth:`Telemetry.totals`, the caches' counters, and under
+    ``now`` what may also fall: leave that out of what a process that ended has left behind."""
+    stats, health = server.get_all_stats(), server.health_check()
+    caches = {name: stats[name] or {} for name in _CACHES}
+    now: dict[str, float] = {
+        "ready": int(health["ready"]),
+        "processes": 1,
+        "problems": len(health["problems"]),
+        "queue_rows": stats["queue"]["waiting_rows"],
+        "queue_limit_rows": stats["queue"]["max_queue_rows"],
+        "executions_running": stats["queue"]["running"],
+        "execution_slots": server.config.num_workers,
+    }
+    for name, cache in caches.items():
+        for theirs, ours in (("size", "entries"), ("nbytes", "bytes"), ("max_bytes", "limit_bytes")):
+            now[f"{name}_{ours}"] = cache.get(theirs, 0)
+    counters = {name: {key: cache.get(key, 0) for key in _CACHES[name]} for name, cache in caches.items()}
+    return server.telemetry.totals() | {"caches": counters, "now": now}
+
+
+def exposition(server: "ModelServer", accept: str = "", others: Sequence[Mapping[str, Any]] = ()) -> tuple[bytes, str]:
+    """What ``/metrics`` answers, and its content type: OpenMetrics where ``accept`` asks for it.
+
+    Args:
+        others: :func:`totals` of the other processes behind the same address. ``process_...`` stays this one's.
+
+    Thread-safe. Cost: about 1 ms, and 30 us for each version that was asked.
+    """
+    registry = CollectorRegistry()
+    registry.register(ServerCollector(server, others))
+    ProcessCollector(registry=registry)
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
+class ServerCollector(Collector):
+    """A server for prometheus-client's registries: ``registry.register(ServerCollector(server))``."""
+
+    def __init__(self, server: "ModelServer", others: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._server, self._others = server, others
+
+    def collect(self) -> Iterator[Metric]:
+        whole = merged([totals(self._server), *self._others])
+        for name, value in whole["now"].items():
+            yield GaugeMetricFamily(f"flserving_{name}", _GAUGES[name], value=value)
+        for cache, counters in whole["caches"].items():
+            for name, value in counters.items():
+                yield CounterMetricFamily(f"flserving_{cache}_{name}", _MEANING[name], value=value)
+        yield from self._versions()
+        yield from _requests(whole)
+        yield from _inference(whole["versions"])
+        yield from _doors(whole)
+
+    def _versions(self) -> Iterator[Metric]:
+        labels = {name: version_of(name) for name in ("flserving", "torch")} | {"python": platform.python_version()}
+        yield _gauge("build_info", "Versions of the software.", labels, [(tuple(labels.values()), 1)])
+        served = {
+            (model, version, alias): 1
+            for model, known in self._server.health_check()["models"].items()
+            for alias, version in [*known["aliases"].items(), *(("", version) for version in known["versions"])]
+        }
+        help_text = "Versions that can be asked for, each also once for every alias that leads to it."
+        yield _gauge("model_version_info", help_text, ("model", "version", "alias"), served.items())
+
+
+def _requests(whole: Mapping[str, Any]) -> Iterator[Metric]:
+    answered, failures, refusals = whole["versions"], whole["failures"], whole["refusals"]
+    requests = Counter({name: account["requests"] for name, account in answered.items()})
+    outcomes = Counter(dict.fromkeys(OUTCOMES, 0) | {"ok": sum(requests.values())})
+    failed = {(*_split(""), reason, str(_status(reason))): 0 for reason in ("Internal", "Overloaded")}
+    for name, reasons in failures.items():
+        for reason, (count, _) in reasons.items():
+            requests[name] += count
+            outcomes[_outcome(reason)] += count
+            failed[*_split(name), reason, str(_status(reason))] = count
+    refused = {}
+    for protocol, reasons in refusals.items():
+        for reason, count in reasons.items():
+            outcomes[_outcome(reason)] += count
+            refused[protocol, reason, str(_status(reason))] = count
+    yield _counter("requests", "Requests, answered or failed.", ("model", "version"),
+                   ((_split(name), n) for name, n in requests.items()))  # fmt: skip
+    yield _counter("request_failures", "Requests that got an error, by its class and HTTP status.",
+                   ("model", "version", "reason", "code"), failed.items())  # fmt: skip
+    yield _counter("refusals", "Calls that a door refused, so that no request came of them.",
+                   ("protocol", "reason", "code"), refused.items())  # fmt: skip
+    yield _counter("outcomes", "Requests and refusals by who must act: nobody, the client, capacity, the server.",
+                   ("outcome",), (((outcome,), n) for outcome, n in outcomes.items()))  # fmt: skip
+    yield _counter("request_rows", "Rows of the answered requests.", ("model", "version"),
+                   ((_split(name), account["rows"]) for name, account in answered.items()))  # fmt: skip
+    seconds = HistogramMetricFamily("flserving_request_seconds", "Duration of the answered requests.",
+                                    labels=("model", "version"))  # fmt: skip
+    for name, account in answered.items():
+        seconds.add_metric(_split(name), _buckets(BOUNDS_S, account["at_most"]), account["seconds"])
+    stages = HistogramMetricFamily("flserving_stage_seconds", "Duration of the stages that answered requests entered.",
+                                   labels=("stage",))  # fmt: skip
+    for stage, spent in whole["stages"].items():
+        stages.add_metric([stage], _buckets(BOUNDS_S, spent["at_most"]), spent["seconds"])
+    yield from (seconds, stages)
+
+
+def _inference(versions: Mapping[str, Any]) -> Iterator[Metric]:
+    rows = HistogramMetricFamily("flserving_batch_rows", "Rows of each execution of a model.",
+                                 labels=("model", "version"))  # fmt: skip
+    seconds = {}
+    for name, account in versions.items():
+        batches = {int(size): batch for size, batch in account["batches"].items()}
+        counts = [0] * (len(BATCH_ROWS) + 1)
+        for size, batch in batches.items():
+            counts[sum(size > bound for bound in BATCH_ROWS)] += batch[0]
+        rows.add_metric(_split(name), _buckets(BATCH_ROWS, counts), sum(n * b[0] for n, b in batches.items()))
+        for place, stage in enumerate(("preprocess", "infer", "postprocess"), start=1):
+            seconds[*_split(name), stage] = sum(batch[place] for batch in batches.values())
+    yield rows
+    yield _counter("execution_seconds", "Time that executions took: busy slots, when divided by time.",
+                   ("model", "version", "stage"), seconds.items())  # fmt: skip
+
+
+def _doors(whole: Mapping[str, Any]) -> Iterator[Metric]:
+    parts = ("parse", "serialise")
+    yield _counter("door_answers", "Inference calls that a door answered.", ("protocol",),
+                   (((protocol,), account[0]) for protocol, account in whole["doors"].items()))  # fmt: skip
+    spent = {
+        (protocol, part): s
+        for protocol, (_, *both) in whole["doors"].items()
+        for part, s in zip(parts, both, strict=True)
+    }
+    yield _counter("door_seconds", "Bytes to arrays, and arrays to bytes.", ("protocol", "part"), spent.items())
+
+
+def _counter(name: str, text: str, labels: Iterable[str], values: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    family = CounterMetricFamily(f"flserving_{name}", text, labels=tuple(labels))
+    for key, value in values:
+        family.add_metric(key, value)
+    return family
+
+
+def _gauge(name: str, text: str, labels: Iterable[str], values: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
+    family = GaugeMetricFamily(f"flserving_{name}", text, labels=tuple(labels))
+    for key, value in values:
+        family.add_metric(key, value)
+    return family
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    return list(zip([*(str(float(bound)) for bound in bounds), "+Inf"], accumulate(counts), strict=True))
+
+
+def _split(name: str) -> tuple[str, str]:
+    model, _, version = name.partition("/")
+    return model, version
+
+
+def _statuses(root: type[FlservingError] = FlservingError) -> dict[str, int]:
+    found = {cls.__name__.removesuffix("Error"): cls.http_status for cls in root.__subclasses__()}
+    return {"Cancelled": 499, "Internal": 500} | found
+
+
+def _status(reason: str) -> int:
+    return _statuses().get(reason, 500)
+
+
+def _outcome(reason: str) -> str:
+    status = _status(reason)
+    return "overloaded" if status == 429 else "client_error" if status < 500 else "server_error"
