@@ -1,0 +1,132 @@
+"""Spans against the SDK's own exporter: stages inside their request, traces that go on, nothing when not asked."""
+
+import asyncio
+import itertools
+
+import pytest
+
+pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
+
+from opentelemetry import trace as otel
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+from flserving.accounts import STAGES
+from flserving.api.tracing import continued, trace
+from flserving.errors import InvalidInputError, NotFoundError
+from serving_models import Tagged, row, serving
+
+PARENT = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+
+
+@pytest.fixture
+def exporter():
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def provider(exporter):
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    yield provider
+    provider.shutdown()
+
+
+def by_parent(exporter):
+    """Request span -> its stages, in order of their start."""
+    spans = exporter.get_finished_spans()
+    requests = [span for span in spans if span.name == "predict"]
+    inside = {
+        request.context.span_id: sorted(
+            (span for span in spans if span.parent and span.parent.span_id == request.context.span_id),
+            key=lambda span: span.start_time,
+        )
+        for request in requests
+    }
+    assert len(spans) == len(requests) + sum(map(len, inside.values())), "a span without its request"
+    return requests, inside
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20], ids=["no-cache", "cache"])
+def test_the_stages_tile_their_request(exporter, provider, cache_bytes):
+    with serving(Tagged(), prediction_cache_bytes=cache_bytes) as server:
+        server.predict(row(0.0))
+        trace(server, provider)
+        answer = server.predict(row(1.0), stages=True)
+        again = server.predict(row(1.0), stages=True)
+    requests, inside = by_parent(exporter)
+    assert len(requests) == 2, "what came before is not traced"
+    for request, told in zip(requests, (answer, again), strict=True):
+        stages = inside[request.context.span_id]
+        assert [span.name for span in stages] == [name for name in STAGES if told["stages_ms"][name] > 0]
+        assert (stages[0].start_time, stages[-1].end_time) == (request.start_time, request.end_time)
+        assert all(before.end_time == after.start_time for before, after in itertools.pairwise(stages))
+        assert (request.end_time - request.start_time) / 1e6 == pytest.approx(told["latency_ms"], abs=1e-3)
+        assert dict(request.attributes) == {
+            "flserving.model": "local", "flserving.version": "v1.0", "flserving.rows": 1
+        }  # fmt: skip
+    assert ("infer" in {span.name for span in inside[requests[1].context.span_id]}) is (cache_bytes == 0)
+
+
+def test_a_failed_request_is_an_error_with_its_reason_and_no_stage(exporter, provider):
+    with serving(Tagged()) as server:
+        trace(server, provider)
+        with pytest.raises(InvalidInputError):
+            server.predict([[1.0, 2.0, 3.0]])
+        with pytest.raises(NotFoundError):
+            server.predict(row(1.0), model="somebody-elses-name")
+    requests, inside = by_parent(exporter)
+    assert not any(inside.values())
+    known, unknown = (dict(request.attributes) for request in requests)
+    assert known == {"flserving.model": "local", "flserving.version": "v1.0", "error.type": "InvalidInput"}
+    assert unknown == {"error.type": "NotFound"}
+    assert all(not request.status.is_ok and request.end_time > request.start_time for request in requests)
+
+
+def test_concurrent_requests_continue_the_traces_of_their_callers(exporter, provider):
+    tracer = otel.get_tracer("test", tracer_provider=provider)
+    callers = {}
+
+    async def call(server, number):
+        with tracer.start_as_current_span(f"caller-{number}") as caller:
+            callers[number] = caller.get_span_context()
+            await asyncio.sleep(0)
+            await server.apredict(row(number))
+
+    async def crowd(server):
+        await asyncio.gather(*(call(server, number) for number in range(20)))
+
+    with serving(Tagged()) as server:
+        trace(server, provider)
+        asyncio.run(crowd(server))
+    parents = {span.parent.span_id: span.context.trace_id for span in exporter.get_finished_spans()
+               if span.name == "predict"}  # fmt: skip
+    assert parents == {caller.span_id: caller.trace_id for caller in callers.values()}
+
+
+def test_a_w3c_header_names_the_parent(exporter, provider):
+    with serving(Tagged()) as server:
+        trace(server, provider)
+        with continued(PARENT):
+            server.predict(row(1.0))
+        server.predict(row(2.0))
+        with continued({"traceparent": "nonsense"}):
+            server.predict(row(3.0))
+    requests, _ = by_parent(exporter)
+    first, *others = requests
+    assert (f"{first.context.trace_id:032x}", f"{first.parent.span_id:016x}") == tuple(
+        PARENT["traceparent"].split("-")[1:3]
+    )
+    assert all(request.parent is None for request in others)
+
+
+def test_who_is_not_sampled_costs_no_stage_spans(exporter):
+    provider = TracerProvider(sampler=ALWAYS_OFF)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with serving(Tagged()) as server:
+        trace(server, provider)
+        assert server.predict(row(1.0))["predictions"]
+    provider.shutdown()
+    assert not exporter.get_finished_spans()
