@@ -188,7 +188,8 @@ class RestApp:
     async def _metrics(self, request: Request) -> Any:
         from flserving.api.metrics import exposition  # prometheus-client is loaded when somebody asks
 
-        content, media_type = await asyncio.to_thread(exposition, self._v2.server)
+        accept, others = request.headers.get("accept", ""), self._v2.others
+        content, media_type = await asyncio.to_thread(lambda: exposition(self._v2.server, accept, others()))
         return Response(content, media_type=media_type)
 
     async def _document(self, request: Request) -> Any:
