@@ -1,0 +1,201 @@
+"""Where a request's time goes, from the caller's line of code and back: a stopwatch at each way into one server.
+
+Client and server share a process here, and so a clock: what lies between them can be told apart into the way there and
+the way back.
+"""
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from flserving.accounts import STAGES
+from flserving.api.calls import GrpcCalls, RestCalls, Where
+from flserving.api.carriers import Carrier, Grpc, Received, Rest, Sent
+from flserving.errors import ConfigError
+from flserving.lab.arrivals import Floats
+from flserving.transforms import Floats as Rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flserving.api.endpoint import Endpoint
+    from flserving.server import ModelServer
+
+WAYS = ("in process", "gRPC", "REST, binary", "REST, JSON")
+SPANS = ("encode", "wire out", "parse", *STAGES, "serialise", "wire back", "decode")
+"""The way of a request over the network, in order: what the client, the wire, the door and the server do."""
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "client": ("encode", "decode"),
+    "wire": ("wire out", "wire back"),
+    "parse": ("parse", "validate", "cache"),
+    "queue": ("queue",),
+    "preprocess": ("preprocess",),
+    "infer": ("infer",),
+    "postprocess": ("postprocess",),
+    "serialise": ("respond", "serialise"),
+}
+"""The eight parts of a breakdown, and which spans each is made of."""
+
+EXECUTION = ("preprocess", "infer", "postprocess")
+"""The parts that a batch of requests goes through once, whatever their number."""
+
+
+class Stamp(nn.Module):
+    """A layer that changes nothing and notes when a batch came through (the last 1,000 times)."""
+
+    seen: ClassVar[deque[float]] = deque(maxlen=1000)  # of the class: a server works on a copy of the module
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.seen.append(time.perf_counter())
+        return rows
+
+
+class _JsonCalls(RestCalls):
+    """REST with the numbers as text, as curl sends them."""
+
+    def infer(self, where: Where, rows: Rows, parameters: Mapping[str, Any]) -> Sent:
+        tensor = {"name": "features", "shape": list(rows.shape), "datatype": "FP32", "data": rows.ravel().tolist()}
+        body = json.dumps({"inputs": [tensor], "parameters": dict(parameters)}).encode()
+        return Sent(self._path(where) + "/infer", body, self._headers | {"content-type": "application/json"})
+
+    def read_infer(self, received: Received, arrays: bool) -> dict[str, Any]:
+        parameters = json.loads(received.body)["parameters"]
+        return {"stages_ms": {name: parameters[f"stage_{name}_us"] / 1e3 for name in STAGES}}
+
+
+class Stopwatch:
+    """Asks one server by four ways, one request at a time, and takes the time of each apart.
+
+    Args:
+        server: Its models begin with a :class:`Stamp`, and were loaded by ``load_model``.
+        endpoint: Its doors; both must be open.
+
+    The calls are those of :class:`~flserving.api.client.Client`, step by step. Use as a context manager.
+    """
+
+    def __init__(self, server: "ModelServer", endpoint: "Endpoint") -> None:
+        if endpoint.grpc_url is None:
+            raise ConfigError("the endpoint has no gRPC door: serve without grpc_port=None")
+        headers = {name.lower(): value for name, value in endpoint.headers.items()}
+        rest, self._server = Rest(endpoint.url, None), server
+        self._doors: dict[str, tuple[str, RestCalls | GrpcCalls, Carrier]] = {
+            "gRPC": ("grpc", GrpcCalls(headers), Grpc(endpoint.grpc_url, False, None)),
+            "REST, binary": ("rest", RestCalls(headers), rest),
+            "REST, JSON": ("rest", _JsonCalls(headers), rest),
+        }
+
+    def ask(self, way: str, rows: Rows, version: str = "v1.0") -> dict[str, float]:
+        """One request of ``rows``, float32 [N, D]: its spans in microseconds, in the order of ``SPANS``."""
+        if way not in WAYS:
+            raise ConfigError(f"there is no way {way!r} into a server here: use one of {WAYS}")
+        Stamp.seen.clear()
+        if way == "in process":
+            began_s = time.perf_counter()
+            stages_ms = self._server.predict(rows, version, stages=True)["stages_ms"]
+            taken_us = (time.perf_counter() - began_s) * 1e6
+            return _spans(stages_ms, encode=taken_us - 1e3 * sum(stages_ms.values()))
+        protocol, calls, carrier = self._doors[way]
+        before = self._at_door(protocol)
+        began_s = time.perf_counter()
+        sent = calls.infer(("local", version), rows, {"stages": True})
+        sent_s = time.perf_counter()
+        received = carrier.send(sent, 30.0)
+        received_s = time.perf_counter()
+        stages_ms = calls.read_infer(received, arrays=False)["stages_ms"]
+        ended_s = time.perf_counter()
+        _, parse_s, serialise_s = self._at_door(protocol) - before
+        # The stamp is where preprocessing ends: the server's first and last moment follow from its stages.
+        until_s = sum(stages_ms[name] for name in STAGES[: STAGES.index("infer")]) / 1e3
+        came_s = Stamp.seen[0] - until_s
+        left_s = came_s + sum(stages_ms.values()) / 1e3
+        return _spans(
+            stages_ms,
+            encode=(sent_s - began_s) * 1e6,
+            parse=parse_s * 1e6,
+            serialise=serialise_s * 1e6,
+            decode=(ended_s - received_s) * 1e6,
+            **{"wire out": (came_s - parse_s - sent_s) * 1e6, "wire back": (received_s - left_s - serialise_s) * 1e6},
+        )
+
+    def table(self, payloads: Sequence[tuple[Rows, str]], repeats: int, ways: Sequence[str] = WAYS) -> "pd.DataFrame":
+        """Many requests, one row each: ``way``, ``rows``, ``features``, and the spans in microseconds.
+
+        Args:
+            payloads: Rows to send, and the version that answers them. They and the ways take turns, so that other load
+                on the machine hits all alike.
+        """
+        import pandas as pd
+
+        for rows, version in payloads:
+            for way in ways:
+                self.ask(way, rows, version)  # not counted: the first one makes connections and buffers
+        return pd.DataFrame(
+            {"way": way, "rows": len(rows), "features": rows.shape[1]} | self.ask(way, rows, version)
+            for _ in range(repeats)
+            for rows, version in payloads
+            for way in ways
+        )
+
+    def close(self) -> None:
+        """Let go of the connections. Idempotent."""
+        for _, _, carrier in self._doors.values():
+            carrier.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _at_door(self, protocol: str) -> Floats:
+        return np.array(self._server.telemetry.totals()["doors"].get(protocol, (0, 0, 0)), np.float64)
+
+
+def _spans(stages_ms: Mapping[str, float], **around_us: float) -> dict[str, float]:
+    times_us = {name: ms * 1e3 for name, ms in stages_ms.items()} | around_us
+    return {name: max(0.0, times_us.get(name, 0.0)) for name in SPANS}
+
+
+def parts(spans: "pd.DataFrame") -> "pd.DataFrame":
+    """The spans of N requests summed to the eight ``PARTS``, one row per request."""
+    import pandas as pd
+
+    return pd.DataFrame({part: spans[list(of)].sum(axis=1) for part, of in PARTS.items()})
+
+
+def between(times: "pd.DataFrame", low: float, high: float) -> "pd.Series[float]":
+    """Mean of each column over the requests whose total lies from the ``low`` to the ``high`` percentile.
+
+    Means of the same requests add up to their mean total; percentiles of columns would not.
+    """
+    total = times.sum(axis=1)
+    ends = np.percentile(total, [low, high])
+    chosen: pd.Series[float] = times[(total >= ends[0]) & (total <= ends[1])].mean()
+    return chosen
+
+
+@contextmanager
+def counted_in_queue(server: "ModelServer", every_s: float = 0.005) -> Iterator[list[int]]:
+    """Note how many rows wait in the server's queue, again and again, in a thread of its own, until the block ends."""
+    seen, ended = list[int](), threading.Event()
+
+    def count() -> None:
+        while not ended.wait(every_s):
+            seen.append(server.get_all_stats()["queue"]["waiting_rows"])
+
+    thread = threading.Thread(target=count, name="queue-counter", daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
