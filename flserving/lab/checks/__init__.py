@@ -5,9 +5,19 @@ through, and returns nothing when all is well. None of them knows how a solution
 """
 
 from flserving.lab.checks.batcher import check_batcher
+from flserving.lab.checks.breakdown import check_bottleneck
 from flserving.lab.checks.latency import check_latency_budget
 from flserving.lab.checks.lru import check_lru
+from flserving.lab.checks.metrics import check_metrics
 from flserving.lab.checks.retry import check_retry
 from flserving.lab.checks.version import check_version_choice
 
-__all__ = ["check_batcher", "check_latency_budget", "check_lru", "check_retry", "check_version_choice"]
+__all__ = [
+    "check_batcher",
+    "check_bottleneck",
+    "check_latency_budget",
+    "check_lru",
+    "check_metrics",
+    "check_retry",
+    "check_version_choice",
+]
