@@ -42,8 +42,8 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-host", action="append", default=[], help="one more name for the Host header")
     for name, text in _API.items():
         default = _PORTS.get(name, _default(ApiOptions, name))
-        shown = "" if default is None else f" (default {default})"
-        parser.add_argument(_flag(name), type=str if default is None else type(default), default=default, help=text + shown)
+        kind, shown = (str, "") if default is None else (type(default), f" (default {default})")
+        parser.add_argument(_flag(name), type=kind, default=default, help=text + shown)
     settings = parser.add_argument_group("batching, caches and limits (see flserving.ServingConfig)")
     for field in dataclasses.fields(ServingConfig):
         choices = get_args(BatchingPolicy) if field.name == "batching" else None

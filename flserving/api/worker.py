@@ -4,6 +4,7 @@ Workers tell each other their totals through one file each, so that ``/metrics``
 shows of the others is at most ``EXCHANGE_S`` old; what has been shown never goes down, also when a worker is killed.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 from flserving.accounts import merged
 from flserving.api.endpoint import DRAIN_S, Endpoint
+from flserving.api.metrics import totals
 from flserving.api.options import ApiOptions
 from flserving.config import ServingConfig
 from flserving.errors import ConfigError, FlservingError
@@ -47,6 +49,7 @@ class Totals:
     def __init__(self, folder: str, place: int, server: ModelServer) -> None:
         self._path, self._server = Path(folder) / f"{place}.json", server
         self._before = _read(self._path)
+        self._before.pop("now", None)  # memory, queue: of a process that is gone
 
     def others(self) -> list[Mapping[str, Any]]:
         """All but this server's own. Writes first: what is shown now must not be lost when this worker is killed."""
@@ -55,7 +58,7 @@ class Totals:
         return [self._before, *(_read(path) for path in paths if path != self._path)]
 
     def write(self) -> None:
-        whole = merged([self._before, json.loads(json.dumps(self._server.telemetry.totals()))])
+        whole = merged([self._before, totals(self._server)])
         fresh = self._path.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(whole), encoding="ascii")
         os.replace(fresh, self._path)
@@ -98,11 +101,13 @@ def _serve(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
             pipe.send((endpoint.url, endpoint.grpc_url))
             pipe.close()
             while os.getppid() == supervisor:  # else it was killed: nobody would stop us
-                totals.write()
+                with contextlib.suppress(OSError):  # a full disk makes the others' sums older, and stops nobody
+                    totals.write()
                 time.sleep(EXCHANGE_S)
         finally:
             endpoint.close(plan.drain_s, plan.notice_s)
-            totals.write()
+            with contextlib.suppress(OSError):
+                totals.write()
 
 
 def _end(number: int, frame: FrameType | None) -> None:
