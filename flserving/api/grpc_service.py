@@ -8,7 +8,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -41,12 +42,14 @@ Unary = Callable[[bytes, Any], Awaitable[bytes]]
 class Service:
     """The methods of both services: bytes in, bytes out."""
 
-    def __init__(self, v2: V2, tokens: Tokens) -> None:
-        self._v2, self._tokens, self._watchers = v2, tokens, 0
+    def __init__(self, v2: V2, tokens: Tokens, most_calls: int) -> None:
+        self._v2, self._tokens, self._most_calls = v2, tokens, most_calls
+        self._inside = self._watchers = 0
         self._telemetry = v2.server.telemetry
         self.stopping = asyncio.Event()
 
-    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+    def methods(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+        """Handlers by service and method."""
         v2 = self._v2
         # method -> (least role, None: no credential is asked; its answer, by the names of the JSON fields)
         plain: dict[str, tuple[Role | None, Callable[[Any], Mapping[str, Any]]]] = {
@@ -67,17 +70,14 @@ class Service:
             "Check": grpc.unary_unary_rpc_method_handler(_told(self._check)),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
         }
-        return (
-            grpc.method_handlers_generic_handler(
-                messages.SERVICE,
-                {name: grpc.unary_unary_rpc_method_handler(_told(call)) for name, call in inference.items()},
-            ),
-            grpc.method_handlers_generic_handler(messages.HEALTH, health),
-        )
+        unary = {name: grpc.unary_unary_rpc_method_handler(_told(call)) for name, call in inference.items()}
+        return {messages.SERVICE: unary, messages.HEALTH: health}
 
     async def _infer(self, body: bytes, context: Any) -> bytes:
         came_s = time.perf_counter()
-        with self._refusals():
+        try:
+            if self._inside >= self._most_calls:
+                raise OverloadedError(f"{self._inside} calls are under way, the most that are let in: try again later")
             identity = self._tokens.check(_authorization(context), Role.INFER)
             request = messages.decode(messages.InferRequest, body)
             call = Call(
@@ -88,22 +88,30 @@ class Service:
                 parameters=_within(context.time_remaining(), messages.parameters(request.parameters)),
                 client=identity.client,
             )
+        except FlservingError as error:
+            self._telemetry.refusal("grpc", error.reason)
+            raise
         parsed_s = time.perf_counter()
-        answer = await self._v2.infer(call)
+        self._inside += 1
+        try:
+            answer = await self._v2.infer(call)
+        finally:
+            self._inside -= 1
         answered_s = time.perf_counter()
         reply = messages.response(answer.model, answer.version, request.id, answer.outputs, answer.parameters)
         self._telemetry.door("grpc", parsed_s - came_s, time.perf_counter() - answered_s)
         return reply
 
     def _plain(self, method: str, role: Role | None, answer: Callable[[Any], Mapping[str, Any]]) -> Unary:
-        """A method that asks the server and waits for nothing."""
+        """A method that only asks the server: in a thread where the answer may be on the disk."""
         kind, reply = _kinds(method)
 
         async def call(body: bytes, context: Any) -> bytes:
-            with self._refusals():
-                if role is not None:
-                    self._tokens.check(_authorization(context), role)
-                return messages.encode(reply, answer(messages.decode(kind, body)))
+            if role is not None:
+                self._tokens.check(_authorization(context), role)
+            request = messages.decode(kind, body)
+            inline = method in ("ServerLive", "ServerReady")
+            return messages.encode(reply, answer(request) if inline else await asyncio.to_thread(answer, request))
 
         return call
 
@@ -112,32 +120,19 @@ class Service:
         kind, reply = _kinds(method)
 
         async def call(body: bytes, context: Any) -> bytes:
-            with self._refusals():
-                self._tokens.check(_authorization(context), Role.ADMIN)
-                request = messages.decode(kind, body)
-                name = request.model_name or request.repository_name
-                if not name:
-                    raise InvalidInputError("model_name is empty: name the model")
-                if request.model_name:
-                    _only_repository(request)
-                for key in request.parameters:
-                    if key != "unload_dependents":
-                        raise NotSupportedError(
-                            f"parameter {key!r} is not supported: a model loads as it was published"
-                        )
-                await change(name)
-                return messages.encode(reply, {"model_name": name, done: True})
+            self._tokens.check(_authorization(context), Role.ADMIN)
+            request = messages.decode(kind, body)
+            name = request.model_name or request.repository_name
+            if not name:
+                raise InvalidInputError("model_name is empty: name the model")
+            if request.model_name:
+                _only_repository(request)
+            if extra := set(request.parameters) - {"unload_dependents"}:
+                raise NotSupportedError(f"parameter {min(extra)[:80]!r} is not supported: a model loads as published")
+            await change(name)
+            return messages.encode(reply, {"model_name": name, done: True})
 
         return call
-
-    @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
-        """Count what the door refuses itself: no request of the server came of it."""
-        try:
-            yield
-        except FlservingError as error:
-            self._telemetry.refusal("grpc", error.reason)
-            raise
 
     async def _check(self, body: bytes, context: Any) -> bytes:
         service = messages.decode(_HealthRequest, body).service
@@ -179,8 +174,9 @@ def _told(call: Unary) -> Unary:
             return await call(body, context)
         except FlservingError as error:
             await _abort(context, error)
-        except Exception:
-            _LOG.exception("a call failed")
+        except Exception as error:  # its message may hold what the caller sent: only where it happened is logged
+            where = "".join(traceback.format_tb(error.__traceback__))
+            _LOG.error("a call failed with %s at\n%s", type(error).__name__, where)
             await context.abort(grpc.StatusCode.INTERNAL, "internal error")
         raise AssertionError("abort raises")
 

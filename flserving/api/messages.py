@@ -55,7 +55,7 @@ def decode(kind: Any, body: bytes) -> Any:
 def encode(kind: Any, fields: Mapping[str, Any]) -> bytes:
     """A message with these fields, named as in JSON; a field that this copy of the protocol lacks is left out."""
     filled: Message = json_format.ParseDict(fields, kind(), ignore_unknown_fields=True)
-    return filled.SerializeToString()
+    return bytes(filled.SerializeToString())
 
 
 def parameters(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
