@@ -47,8 +47,10 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("batching, caches and limits (see flserving.ServingConfig)")
     for field in dataclasses.fields(ServingConfig):
         choices = get_args(BatchingPolicy) if field.name == "batching" else None
-        shown, kind = f"default {field.default}", str if choices else _number
-        settings.add_argument(_flag(field.name), type=kind, default=field.default, choices=choices, help=shown)
+        settings.add_argument(
+            _flag(field.name), type=str if choices else _number, default=field.default, choices=choices,
+            help=f"default {field.default}",
+        )  # fmt: skip
 
 
 def serve(arguments: argparse.Namespace) -> int:

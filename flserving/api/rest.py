@@ -104,6 +104,7 @@ class RestApp:
         extra: list[tuple[bytes, bytes]] = []
         if isinstance(error, FlservingError):
             status, text = error.http_status, str(error) or error.reason
+            extra = [(b"flserving-error", error.reason.encode())]  # which class of those with this status
         elif isinstance(error, HTTPException):
             status, text = error.status_code, f"{error.detail}: GET /docs shows the routes"
             extra = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,27 +49,29 @@ class Totals:
 
     def __init__(self, folder: str, place: int, server: ModelServer) -> None:
         self._path, self._server = Path(folder) / f"{place}.json", server
-        self._before = _read(self._path)
-        self._before.pop("now", None)  # memory, queue: of a process that is gone
+        self._before = _read(self._path, gone=True)
+        self._lock = threading.Lock()  # a scrape writes too: the newer sums must be written last
 
     def others(self) -> list[Mapping[str, Any]]:
         """All but this server's own. Writes first: what is shown now must not be lost when this worker is killed."""
         self.write()
-        paths = self._path.parent.glob("[0-9]*.json")
+        paths = sorted(self._path.parent.glob("[0-9]*.json"))
         return [self._before, *(_read(path) for path in paths if path != self._path)]
 
     def write(self) -> None:
-        whole = merged([self._before, totals(self._server)])
         fresh = self._path.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(whole), encoding="ascii")
-        os.replace(fresh, self._path)
+        with self._lock:
+            fresh.write_text(json.dumps(merged([self._before, totals(self._server)])), encoding="ascii")
+            os.replace(fresh, self._path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, gone: bool = False) -> dict[str, Any]:
+    """One file; of a worker that is gone only what never falls, not what it held at that moment (``now``)."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        age_s, found = time.time() - path.stat().st_mtime, dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return {}
+    return found | {"now": {}} if gone or age_s > 3 * EXCHANGE_S else found
 
 
 def work(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
@@ -94,20 +97,20 @@ def _serve(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
     ):
         if not registry.models():
             raise ConfigError(f"the registry in {plan.registry!r} is empty: publish a version first")
-        totals = Totals(plan.folder, place, server)
+        exchange = Totals(plan.folder, place, server)
         endpoint = Endpoint(server, plan.options, reuse_port=hasattr(os, "fork"))
         try:
-            endpoint.v2.others = totals.others
+            endpoint.v2.others = exchange.others
             pipe.send((endpoint.url, endpoint.grpc_url))
             pipe.close()
             while os.getppid() == supervisor:  # else it was killed: nobody would stop us
                 with contextlib.suppress(OSError):  # a full disk makes the others' sums older, and stops nobody
-                    totals.write()
+                    exchange.write()
                 time.sleep(EXCHANGE_S)
         finally:
             endpoint.close(plan.drain_s, plan.notice_s)
             with contextlib.suppress(OSError):
-                totals.write()
+                exchange.write()
 
 
 def _end(number: int, frame: FrameType | None) -> None:
