@@ -198,10 +198,11 @@ class Telemetry:
         entered = spent > 0  # a stage that was not entered takes no time and is not counted
         entered[:, -1] = True
         record([*self._stages, self._latency], spent, entered)
-        now_ms = int((time.time() - self._clock() + marks[-1, -1]) * 1e3)
+        to_unix_s = time.time() - self._clock()
         for version, places in _places([version for version, _, _ in taken]).items():
             rows = sum([taken[place][1] for place in places])
-            self._of(version).add_requests(rows, spent if len(places) == len(taken) else spent[places], now_ms)
+            last_ms = int((marks[places[-1], -1] + to_unix_s) * 1e3)
+            self._of(version).add_requests(rows, spent if len(places) == len(taken) else spent[places], last_ms)
 
     def _fold_runs(self) -> None:
         taken = _take(self._pending_runs)

@@ -1,10 +1,12 @@
 """Telemetry: percentiles against numpy, and accounts that balance whatever the threads do."""
 
 import itertools
+import json
 import math
 import random
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flserving.accounts import STAGES, Histogram
+from flserving.accounts import BOUNDS_S, STAGES, Histogram, merged
 from flserving.engine import Execution, Prediction
 from flserving.telemetry import _PENDING, Executions, Telemetry
 
@@ -88,13 +90,18 @@ def test_nothing_is_lost_or_doubled_where_pending_records_are_folded(count):
     telemetry, executions = Telemetry(), Executions()
     for i in range(count):
         telemetry.success("m/1", 3, marks(i, 0.001, 0.002))
+        ran(telemetry, "m/1", 2, 0.001, 0.002, 0.003)
+        telemetry.door("rest", 0.25, 0.5)
         executions.add(2, 0.001)
-    assert len(telemetry._pending) < _PENDING and len(executions._pending) < _PENDING, "memory is bounded"
+    pending = (telemetry._pending, telemetry._pending_runs, telemetry._pending_doors, executions._pending)
+    assert max(map(len, pending)) < _PENDING, "memory is bounded"
     for _ in range(2):  # reading changes nothing
         seen, runs = telemetry.snapshot(), executions.summary()
         assert (seen["requests"], seen["succeeded"], seen["rows"]) == (count, count, 3 * count)
         assert (runs["executions"], runs["rows"], runs["execution"]["count"]) == (count, 2 * count, count)
         assert seen["latency_total_ms"] == pytest.approx(3 * count)
+        assert (seen["executions"], seen["mean_batch_rows"]) == (count, 2 * bool(count))
+        assert telemetry.totals()["doors"] == ({"rest": [count, 0.25 * count, 0.5 * count]} if count else {})
 
 
 class Meddler(list):
@@ -216,3 +223,101 @@ def test_the_accounts_balance_in_every_snapshot_under_eight_threads(restless):
     assert (seen["executions"], seen["mean_batch_rows"]) == (good, pytest.approx(rows / good))
     assert seen["latency_total_ms"] == pytest.approx(busy_s * 1e3)
     assert {name: stage["count"] for name, stage in seen["stages"].items()} == dict.fromkeys(STAGES, good)
+
+
+# Totals: the sums behind the statistics, as other processes add them
+
+
+bounds = st.sampled_from(BOUNDS_S)
+just_beside = st.tuples(bounds, st.sampled_from([0.0, 100.0])).map(lambda pair: float(np.nextafter(*pair)))
+
+
+@given(st.lists(st.one_of(bounds, just_beside, st.floats(0, 20)), max_size=40))
+def test_exact_buckets_count_what_is_at_most_their_bound(seconds):
+    """As Prometheus defines ``le``: a duration of exactly 0.05 s is within 0.05 s."""
+    telemetry = Telemetry()
+    for latency_s in seconds:
+        telemetry.success("m/1", 1, marks(0.0, latency_s))
+    totals = telemetry.totals()
+    account = totals["versions"]["m/1"] if seconds else {"at_most": [0] * (len(BOUNDS_S) + 1)}
+    cumulated = list(itertools.accumulate(account["at_most"]))
+    assert cumulated == [*(sum(s <= bound for s in seconds) for bound in BOUNDS_S), len(seconds)]
+    stage = list(itertools.accumulate(totals["stages"]["validate"]["at_most"]))
+    assert stage == [*(sum(0 < s <= bound for s in seconds) for bound in BOUNDS_S), sum(s > 0 for s in seconds)]
+
+
+def test_totals_hold_what_the_statistics_of_a_version_need():
+    telemetry, before_ms = Telemetry(lambda: 100.0, largest_batch=8), int(time.time() * 1e3)
+    telemetry.success("m/1", 2, marks(90.0, 0.1, 0.0, 0.3, 0.4, 0.5, 0.6, 0.7))  # no prediction cache
+    telemetry.success("m/2", 1, marks(95.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7))  # a miss
+    telemetry.success("m/2", 1, marks(99.0, 0.1, 0.25, 0.125, 0.0, 0.0, 0.0, 0.125))  # a hit
+    telemetry.failure("Overloaded", "m/2", 0.5)
+    telemetry.failure("Overloaded", "m/2", 0.25)
+    telemetry.failure("NotFound", seconds=0.125)
+    ran(telemetry, "m/1", 2, 0.25, 0.5, 0.125)
+    ran(telemetry, "m/1", 2, 0.25, 0.5, 0.125)
+    ran(telemetry, "m/1", 20, 1.0, 2.0, 4.0)  # 8 + 8 + 4
+    telemetry.refusal("grpc", "Unauthorized")
+    telemetry.refusal("grpc", "Unauthorized")
+    totals, after_ms = json.loads(json.dumps(telemetry.totals())), int(time.time() * 1e3)
+    one, two = totals["versions"]["m/1"], totals["versions"]["m/2"]
+    assert (one["requests"], one["rows"], one["seconds"]) == (1, 2, pytest.approx(2.6))
+    assert (two["requests"], two["rows"], two["seconds"]) == (2, 2, pytest.approx(3.4))
+    assert one["cache"] == {"hit": [0, 0], "miss": [0, 0]}
+    assert two["cache"] == {"hit": [1, 0.375], "miss": [1, pytest.approx(0.2)]}
+    assert {name: stage[0] for name, stage in two["stages"].items()} == dict.fromkeys(
+        ("validate", "cache", "queue", "respond"), 2
+    ) | dict.fromkeys(("preprocess", "infer", "postprocess"), 1)
+    assert two["stages"]["queue"] == [2, pytest.approx(0.425)] and two["stages"]["infer"] == [1, pytest.approx(0.5)]
+    assert one["batches"] == {
+        "2": [2, 0.5, 1.0, 0.25],
+        "4": [1, 0.2, 0.4, 0.8],
+        "8": [2, *map(pytest.approx, (0.8, 1.6, 3.2))],
+    }
+    assert totals["failures"] == {"m/2": {"Overloaded": [2, 0.75]}, "": {"NotFound": [1, 0.125]}}
+    assert totals["refusals"] == {"grpc": {"Unauthorized": 2}} and totals["doors"] == {}
+    ended_ago_ms = {"m/1": 7400, "m/2": 400}
+    for name, ago_ms in ended_ago_ms.items():
+        last_ms = totals["versions"][name]["last_inference_ms"]
+        assert before_ms - ago_ms - 2 <= last_ms <= after_ms - ago_ms + 2, (
+            "the time of day at which the answer was there"
+        )
+
+
+outcomes = st.lists(
+    st.tuples(
+        st.sampled_from(["m/1", "m/2", "n/1"]), st.integers(1, 9), st.booleans(), st.sampled_from([0.25, 0.5, 1.0])
+    ),
+    max_size=30,
+)
+
+
+@given(outcomes, st.integers(1, 4))
+def test_totals_of_processes_add_up_to_those_of_one(requests, processes):
+    """Quarters of seconds add up without rounding."""
+    alone, several = Telemetry(), [Telemetry() for _ in range(processes)]
+    for i, (version, rows, good, seconds) in enumerate(requests):
+        for telemetry in (alone, several[i % processes]):
+            if good:
+                telemetry.success(version, rows, marks(0.0, 0.25, 0.0, 0.25, 0.25, seconds))
+                ran(telemetry, version, rows, 0.25, seconds)
+            else:
+                telemetry.failure("InvalidInput", version, seconds)
+                telemetry.refusal("rest", "Unauthorized")
+            telemetry.door("grpc", seconds, 0.25)
+    one, sums = alone.totals(), merged([telemetry.totals() for telemetry in several])
+    for account in (*one["versions"].values(), *sums["versions"].values()):
+        del account["last_inference_ms"]
+    assert sums == one
+
+
+def test_an_observer_is_told_of_every_request_and_of_none_when_there_is_none():
+    telemetry, told = Telemetry(lambda: 50.0), []
+    telemetry.success("m/1", 1, marks(0.0, 0.5))
+    telemetry.observer = lambda *request: told.append(request)
+    telemetry.success("m/1", 3, marks(1.0, 0.5))
+    telemetry.failure("NotFound", seconds=0.5)
+    telemetry.observer = None
+    telemetry.failure("NotFound")
+    assert told == [("m/1", 3, marks(1.0, 0.5), ""), ("", 0, (49.5, 50.0), "NotFound")]
+    assert telemetry.snapshot()["requests"] == 4
