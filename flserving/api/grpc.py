@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from flserving.api.auth import Tokens
-from flserving.api.grpc_service import Service
+from flserving.api.grpc_service import MOST_WATCHERS, Service
 from flserving.api.options import ApiOptions
 from flserving.api.v2 import V2
 from flserving.errors import ConfigError
@@ -65,7 +65,7 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False, n
 def _server(options: ApiOptions, reuse_port: bool, native: bool) -> grpc.aio.Server:
     limits = _channel_options(options, reuse_port)
     if not native:
-        return grpc.aio.server(options=limits, maximum_concurrent_rpcs=options.max_connections)
+        return grpc.aio.server(options=limits, maximum_concurrent_rpcs=options.max_connections + MOST_WATCHERS + 64)
     if options.secure:
         raise ConfigError("native gRPC has no TLS: leave native out, or put a proxy in front")
     try:

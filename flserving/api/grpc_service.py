@@ -29,7 +29,7 @@ from flserving.errors import (
 _LOG = logging.getLogger(__name__)
 _LONGEST_DETAIL = 2000  # characters: clients refuse more than 8 KiB of trailers, and hide the reason
 _LONGEST_WAIT_S = 3600.0  # a deadline beyond the longest timeout is none
-_MOST_WATCHERS = 64  # they need no credential and stay for as long as they like
+MOST_WATCHERS = 64  # they need no credential and stay for as long as they like
 _POLL_S = 0.1
 
 _REASON = "flserving-error"  # trailing metadata: which class of error this was, for clients that know them
@@ -144,8 +144,8 @@ class Service:
         """The status now, and again each time that it changes."""
         try:
             service = messages.decode(_HealthRequest, body).service
-            if self._watchers >= _MOST_WATCHERS:
-                raise OverloadedError(f"{_MOST_WATCHERS} callers watch already: ask Check now and then instead")
+            if self._watchers >= MOST_WATCHERS:
+                raise OverloadedError(f"{MOST_WATCHERS} callers watch already: ask Check now and then instead")
         except FlservingError as error:
             await _abort(context, error)
         self._watchers += 1
