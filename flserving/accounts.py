@@ -83,12 +83,12 @@ def record(
     counts = np.bincount(columns * (_LAST + 1) + logs, minlength=k * (_LAST + 1)).reshape(k, -1)
     exact = np.searchsorted(_BOUNDS, values)  # side "left": a duration equal to a bound is within it, as in Prometheus
     at_most = np.bincount(columns * _BUCKETS + exact, minlength=k * _BUCKETS).reshape(k, -1)
-    for i, histogram in enumerate(histograms):
+    sums = at_most.sum(axis=1).tolist(), seconds.sum(axis=0).tolist(), seconds.max(axis=0, initial=0).tolist()
+    for i, (histogram, count, total_s, highest_s) in enumerate(zip(histograms, *sums, strict=True)):
         histogram.counts += counts[i]
         histogram.at_most += at_most[i]
-        histogram.count += int(at_most[i].sum())
-        histogram.total_s += float(seconds[:, i].sum())
-        histogram.highest_s = max(histogram.highest_s, float(seconds[:, i].max(initial=0)))
+        histogram.count, histogram.total_s = histogram.count + count, histogram.total_s + total_s
+        histogram.highest_s = max(histogram.highest_s, highest_s)
 
 
 class Account:
