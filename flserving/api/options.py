@@ -3,13 +3,10 @@
 import ssl
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from flserving.api.auth import Tokens
 from flserving.errors import ConfigError
-
-if TYPE_CHECKING:
-    from flserving.api.auth import Tokens
 
 # name -> (lowest, highest, what the bound protects from)
 _BOUNDS: dict[str, tuple[float, float, str]] = {
@@ -46,7 +43,7 @@ class ApiOptions:
     host: str = "127.0.0.1"
     port: int = 0
     grpc_port: int | None = 0
-    tokens: "Tokens | None" = None
+    tokens: Tokens | None = None
     admin: bool = False
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -77,6 +74,10 @@ class ApiOptions:
         for host in self.hosts:
             if not host or any(c.isspace() or c in "/@*" for c in host):
                 raise ConfigError(f"hosts holds {host!r}: give a name or name:port, for example models.example.org")
+        if not isinstance(self.tokens, Tokens | None):
+            raise ConfigError(
+                f"tokens is a {type(self.tokens).__name__}: make a Tokens object"
+            )
         if (self.certificate is None) != (self.key is None):
             given, missing = ("certificate", "key") if self.key is None else ("key", "certificate")
             raise ConfigError(f"{given} is given without {missing}: TLS needs both PEM files")
