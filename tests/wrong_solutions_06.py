@@ -21,7 +21,7 @@ def bottleneck(marks_s, names, times_faster):
     mean_ms = times_ms.mean(axis=0)
     share = mean_ms.max() / mean_ms.sum()
     return {
-        "mean_ms": dict(zip(names, mean_ms)),
+        "mean_ms": dict(zip(names, mean_ms, strict=True)),
         "p99_ms": np.percentile(total_ms, 99),
         "worst": names[mean_ms.argmax()],
         "speed_up": 1 / ((1 - share) + share / times_faster),
@@ -36,7 +36,7 @@ check_bottleneck(bottleneck)"""
 _TIMES = "np.diff(marks_s, axis=1) * 1e3"
 _P99, _UP = "np.percentile(total_ms, 99)", "1 / ((1 - share) + share / times_faster)"
 _SHARE = "mean_ms.max() / mean_ms.sum()"
-_MEANS = '"mean_ms": dict(zip(names, mean_ms))'
+_MEANS = '"mean_ms": dict(zip(names, mean_ms, strict=True))'
 
 
 def _with(*edits: tuple[str, str]) -> str:

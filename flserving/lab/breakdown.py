@@ -183,6 +183,23 @@ def between(times: "pd.DataFrame", low: float, high: float) -> "pd.Series[float]
     return chosen
 
 
+def from_outside(calls: "Sequence[Mapping[str, float]]") -> "pd.DataFrame":
+    """What a client on another machine can know of N requests, in ms, one row each.
+
+    Args:
+        calls: Of each request ``total``, the milliseconds that its caller waited, and the server's stages.
+
+    Returns:
+        The parts that the server timed, and ``outside``: the rest, which is client, wire and doors.
+    """
+    import pandas as pd
+
+    spans = pd.DataFrame(calls).reindex(columns=["total", *SPANS], fill_value=0.0)
+    inside = parts(spans).drop(columns=["client", "wire"])
+    inside.insert(0, "outside", spans["total"] - inside.sum(axis=1))
+    return inside
+
+
 @contextmanager
 def counted_in_queue(server: "ModelServer", every_s: float = 0.005) -> Iterator[list[int]]:
     """Note how many rows wait in the server's queue, again and again, in a thread of its own, until the block ends."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -68,12 +69,13 @@ def _waterfall(ax: Axes, names: Sequence[str], times_us: Floats, colours: Sequen
     ends, total = times_us.cumsum(), max(float(times_us.sum()), 1e-9)
     unit, scale = ("ms", 1e3) if total >= _LONG_US else ("µs", 1.0)
     ax.barh(list(names), times_us, left=ends - times_us, color=list(colours), height=0.68)
-    for place, (end, took) in enumerate(zip(ends, times_us, strict=True)):
+    for place, (end, took, fill) in enumerate(zip(ends, times_us, colours, strict=True)):
         text = f"{_micro(took)}, {took / total:.0%}" if took else "not entered"
         x, dx, align = (end, 5, "left") if end <= 0.72 * total else (end - took, -5, "right")
         colour = "#222222"
         if align == "right" and x < 0.25 * total:  # a bar across nearly everything: inside
-            x, dx, align, colour = end - took / 2, 0, "center", "white"
+            dark = sum(to_rgb(fill)) < 1.5
+            x, dx, align, colour = end - took / 2, 0, "center", "white" if dark else "#222222"
         ax.annotate(text, (x, place), (dx, 0), textcoords="offset points", ha=align, va="center", fontsize=9.5,
                     color=colour)  # fmt: skip
     ax.invert_yaxis()
@@ -153,7 +155,9 @@ def generators_figure(runs: "Mapping[str, tuple[Floats, Floats]]") -> Figure:
 
 def seen(report: LoadReport, *, omits: bool = False) -> tuple[Floats, Floats]:
     """When and how slow (ms) the answered requests were; ``omits``: from the sending on, not from the plan."""
-    return report.arrival_s[report.ok], report.service_ms if omits else report.latency_ms
+    if omits:
+        return report.start_s[report.ok], report.service_ms
+    return report.arrival_s[report.ok], report.latency_ms
 
 
 class Prediction(NamedTuple):

@@ -43,18 +43,22 @@ class WayModel:
 
         Args:
             batch: How many such requests share an execution: each waits for the rows of all of them.
-            load: Utilisation in [0, 1) of the one core that parses, runs the model and serialises. The wait for it is
-                that of M/D/1, with a batch as the customer.
+            load: Utilisation in [0, 1) of the server's core (:meth:`busy_us`). The wait for it is that of M/D/1, with
+                a batch as the customer; the wait for a batch to fill is left out.
         """
         alone, shared = self._times(way, rows, features), self._times(way, rows * batch, features)
         times = {part: shared[part] if part in EXECUTION else alone[part] for part in PARTS}
         busy_us = self.busy_us(way, rows, features, batch)
-        return times | {"queue": times["queue"] + md1_wait_s(load / busy_us, busy_us)}  # any unit of time will do
+        wait_us = md1_wait_s(load / busy_us, busy_us) if load else 0.0  # any unit of time will do
+        return times | {"queue": times["queue"] + wait_us}
 
     def busy_us(self, way: str, rows: int, features: int, batch: int = 1) -> float:
-        """How long one core is busy with ``batch`` requests that share an execution."""
+        """How long the server's core is busy with ``batch`` requests that share an execution: it does half of the wire
+        (the client does the other half: an assumption), parses, runs the model, and serialises."""
         alone, shared = self._times(way, rows, features), self._times(way, rows * batch, features)
-        return sum(shared[part] for part in EXECUTION) + batch * (alone["parse"] + alone["serialise"])
+        return sum(shared[part] for part in EXECUTION) + batch * (
+            alone["wire"] / 2 + alone["parse"] + alone["serialise"]
+        )
 
     def _times(self, way: str, rows: int, features: int) -> dict[str, float]:
         times: list[float] = (self.terms[way] @ (1, rows, rows * features)).tolist()
