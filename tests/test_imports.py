@@ -29,11 +29,14 @@ FLOORS = {
         *("registry", "catalogue", "draft", "index", "manifest", "storage", "tables", "weights"),
         *("routing", "transforms", "models", "datasets", "config"),
     },
-    1: {"cache", "telemetry", "network"},
+    1: {"cache", "telemetry", "network", "monitoring"},
     0: {"errors", "accounts"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-NOT_AT_IMPORT = {"pandas", "sklearn", "matplotlib", "ipywidgets", "grpc", "starlette", "uvicorn", "httpx", "IPython", "tqdm"}
+NOT_AT_IMPORT = {
+    *("pandas", "sklearn", "matplotlib", "ipywidgets", "IPython", "tqdm"),
+    *("grpc", "starlette", "uvicorn", "httpx", "prometheus_client"),
+}
 # Lines of code: blank lines, comments and docstrings are free. The aim is 2,500 and 5,000; what stands now is above it,
 # so these are a ratchet: lower them when something is deleted, and pay for something new by deleting.
 LIMITS = {"core": 3_530, "package": 5_950}

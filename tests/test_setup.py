@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(PYPROJECT)["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-CONDA_NAME = {"torch": "pytorch-cpu", "prometheus-client": "prometheus_client"}  # where conda-forge has another name than PyPI
+# where conda-forge has another name than PyPI
+CONDA_NAME = {"torch": "pytorch-cpu", "prometheus-client": "prometheus_client"}
 
 
 def tracked_files() -> list[Path]:
@@ -59,7 +60,7 @@ def test_every_dependency_says_why_and_from_which_version_on():
         entry = re.search(rf'^    "{re.escape(requirement)}",\s+# \S.+$', PYPROJECT, re.MULTILINE)
         assert entry, f"{requirement}: say in a comment on its line why it is there"
         assert ">=" in requirement, f"{requirement}: no lower bound"
-    assert set(extras) == {"test", "otel", "grading"}
+    assert set(extras) == {"test", "otel", "native", "grading"}
 
 
 def test_every_data_file_of_the_package_is_installed_with_it():

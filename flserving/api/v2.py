@@ -54,7 +54,7 @@ class V2:
 
     def __init__(self, server: ModelServer, admin: bool = False) -> None:
         self.server, self.admin = server, admin
-        self.origins = set[str]()  # web pages that may call, beside those of the options: a notebook's widget, added live
+        self.origins = set[str]()  # web pages that may call, beside those of the options; may grow while serving
         self.draining = False  # not ready any more, though what was let in is still answered
         self.others: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # totals of other processes behind this address
 

@@ -93,7 +93,7 @@ def _wrk(target: Target, connections: int, seconds: float) -> tuple[int, float, 
         output = _run(command)
     found = re.search(r"RESULT (\d+) ([\d.]+) ([\d.]+) ([\d.]+) (\d+)", output)
     if found is None or int(found[5]) or "Non-2xx" in output:
-        raise RuntimeError(f"the load was not answered as it should be:\n{output}")
+        raise RuntimeError(f"the load on {target.url} was not answered as it should be:\n{output}")
     return int(found[1]), float(found[2]), float(found[3]), float(found[4])
 
 
@@ -109,7 +109,7 @@ def _h2load(target: Target, connections: int, seconds: float) -> tuple[int, floa
     counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", output)
     rate = re.search(r"finished in [^,]+, ([\d.]+) req/s", output)
     if counts is None or rate is None or int(counts[2]) or int(counts[3]) or not latency_us:
-        raise RuntimeError(f"the load was not answered as it should be:\n{output}")
+        raise RuntimeError(f"the load on {target.url} was not answered as it should be:\n{output}")
     middle, late = latency_us[len(latency_us) // 2], latency_us[int(len(latency_us) * 0.99)]
     return len(latency_us), float(rate[1]), middle / 1e3, late / 1e3
 
