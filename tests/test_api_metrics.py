@@ -184,12 +184,16 @@ def test_several_processes_show_as_one():
             with pytest.raises(FlservingError):
                 server.predict(row(0.0), model="unknown")
         theirs = json.loads(json.dumps(totals(two)))
+        theirs["process"]["process_cpu_seconds_total"] += 1e6
         found, gone = series(one, others=[theirs]), series(one, others=[{**theirs, "now": {}}])
     assert total(found, "flserving_requests_total") == 10 == total(gone, "flserving_requests_total")
     assert total(found, "flserving_outcomes_total", outcome="ok") == 8
     assert total(found, "flserving_model_cache_loads_total") == 2
     assert [total(shown, "flserving_processes") for shown in (found, gone)] == [2, 1]
     assert total(found, "flserving_request_seconds_bucket", le="+Inf") == 8
+    assert total(found, "process_cpu_seconds_total") > 1e6 < total(gone, "process_cpu_seconds_total")
+    memory = [total(shown, "process_resident_memory_bytes") for shown in (found, gone)]
+    assert memory[0] == pytest.approx(2 * memory[1], rel=0.2), "of the processes that live"
     assert found.keys() == series(one).keys() == gone.keys()
 
 
