@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import threading
 
 import grpc
@@ -15,6 +16,8 @@ from flserving.api.v2 import V2
 from serving_models import PATIENCE_S
 
 ROLES = {"read": Role.READ, "infer": Role.INFER, "admin": Role.ADMIN}
+STACKS = {"grpcio": False} | ({"native": True} if importlib.util.find_spec("pygrpc_native") else {})
+"""What may lie below the door: the second is tested where its package is installed."""
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -110,3 +113,14 @@ class Caller:
 
     def __exit__(self, *_):
         self.channel.close()
+
+
+def health(channel, service="", method="Check"):
+    body = message("grpc.health.v1.HealthCheckRequest")(service=service).SerializeToString()
+    call = channel.unary_stream if method == "Watch" else channel.unary_unary
+    return call(f"/grpc.health.v1.Health/{method}")(body, timeout=PATIENCE_S)
+
+
+def status(body):
+    reply = message("grpc.health.v1.HealthCheckResponse")
+    return reply.DESCRIPTOR.enum_types_by_name["ServingStatus"].values_by_number[reply.FromString(body).status].name

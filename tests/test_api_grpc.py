@@ -1,12 +1,9 @@
 """The gRPC door to real clients: tritonclient and grpc.aio get what ``predict`` gives, whatever stack is below it."""
 
 import asyncio
-import contextlib
-import importlib.util
 import shutil
 import subprocess
 import sys
-import threading
 
 import grpc
 import numpy as np
@@ -21,21 +18,15 @@ from flserving.api import messages
 from flserving.config import ServingConfig
 from flserving.errors import ConfigError
 from flserving.server import ModelServer
-from grpc_door import INFER, Caller, arrays, metadata, open_door, request
-from serving_models import PATIENCE_S, Constant, Gated, Probe, Threads, serving, wait_until
+from grpc_door import INFER, STACKS, Caller, arrays, health, metadata, open_door, request, status
+from serving_models import PATIENCE_S, wait_until
 
 WIDTH, CLASSES = 6, 4
 HEADERS = {"authorization": "Bearer infer"}
-STACKS = [
-    False,
-    pytest.param(
-        True, marks=pytest.mark.skipif(not importlib.util.find_spec("pygrpc_native"), reason="needs pygrpc-native")
-    ),
-]
 X = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=STACKS, ids=["grpcio", "native"])
+@pytest.fixture(scope="module", params=STACKS.values(), ids=STACKS.keys())
 def native(request):
     return request.param
 
@@ -158,17 +149,6 @@ def test_load_and_unload_understand_both_numberings(server, target):
 # Health
 
 
-def health(channel, service="", method="Check"):
-    body = messages.message("grpc.health.v1.HealthCheckRequest")(service=service).SerializeToString()
-    call = channel.unary_stream if method == "Watch" else channel.unary_unary
-    return call(f"/grpc.health.v1.Health/{method}")(body, timeout=PATIENCE_S)
-
-
-def status(body):
-    reply = messages.message("grpc.health.v1.HealthCheckResponse")
-    return reply.DESCRIPTOR.enum_types_by_name["ServingStatus"].values_by_number[reply.FromString(body).status].name
-
-
 def test_health_needs_no_credential_and_follows_the_drain(door):
     v2, target = door
     with grpc.insecure_channel(target) as channel:
@@ -214,170 +194,6 @@ def test_watchers_are_bounded(target):
         wait_until(one_more, "room for another watcher")
 
 
-# Who may ask what
-
-LEAST = {
-    "ServerLive": None, "ServerReady": None, "ModelReady": None, "ServerMetadata": "read", "ModelMetadata": "read",
-    "ModelConfig": "read", "ModelStatistics": "read", "RepositoryIndex": "read", "ModelInfer": "infer",
-    "RepositoryModelLoad": "admin", "RepositoryModelUnload": "admin",
-}  # fmt: skip
-BODIES = {
-    "ModelInfer": request(X).SerializeToString(),
-    **dict.fromkeys(("ModelReady", "ModelMetadata", "ModelConfig", "RepositoryModelLoad"), b"\n\x05local"),
-    "RepositoryModelUnload": b"\n\x04nope",  # 404 once it is let in: the others go on
-}
-ORDER = [None, "read", "infer", "admin"]
-
-
-@pytest.mark.parametrize("token", [None, "wrong", "read", "infer", "admin"])
-@pytest.mark.parametrize("method", LEAST)
-def test_every_method_with_every_role(target, method, token):
-    with grpc.insecure_channel(target) as channel:
-        call = channel.unary_unary(f"/{messages.SERVICE}/{method}")
-        try:
-            call(BODIES.get(method, b""), metadata=metadata(token), timeout=PATIENCE_S)
-            got = "OK"
-        except grpc.RpcError as error:
-            got = error.code().name
-    least = LEAST[method]
-    if least is None or (token in ORDER and ORDER.index(token) >= ORDER.index(least)):
-        assert got == ("NOT_FOUND" if method == "RepositoryModelUnload" else "OK")
-    else:
-        assert got == ("PERMISSION_DENIED" if token in ("read", "infer") else "UNAUTHENTICATED")
-
-
-def test_personal_answers_take_the_client_of_the_credential(target):
-    personal = request(X, parameters={"personal": {"bool_param": True}})
-    with Caller(target) as caller:
-        assert caller.refused(INFER, personal)[0] == "PERMISSION_DENIED"
-        assert arrays(caller.call(INFER, personal, token="c-1"))["predictions"].shape == (3,)
-        lower = caller.channel.unary_unary(INFER)(BODIES["ModelInfer"], metadata=(("authorization", "bearer infer"),))
-        assert arrays(lower)["predictions"].shape == (3,)
-
-
-def test_without_tokens_only_the_health_checks_answer(server):
-    with open_door(server, tokens=None) as (_, target, _, _), Caller(target) as caller:
-        assert caller.ask("ServerReady").ready
-        assert caller.refused(INFER, request(X))[0] == "UNAUTHENTICATED"
-
-
-# Time
-
-
-@contextlib.contextmanager
-def held(native, probe):
-    """A server of one worker that is busy until the probe releases it: calls wait in the queue."""
-    with serving(Gated(probe), num_workers=1) as server, open_door(server, native=native) as (_, target, door, run):
-        probe.shut()
-        threads = Threads()
-        threads.start(server.predict, np.zeros((1, 2), np.float32))
-        probe.wait_inside(1)
-        with Caller(target) as caller:
-            yield server, caller, lambda: run(door.stop(PATIENCE_S))
-            probe.release()
-        threads.results()
-
-
-def waiting(server, rows):
-    wait_until(lambda: server.get_all_stats()["queue"]["waiting_rows"] == rows, f"{rows} rows in the queue")
-
-
-def failed(server):
-    return server.get_all_stats()["server"]["failed_by_reason"]
-
-
-ONE = np.full((1, 2), 7, np.float32)
-
-
-@pytest.mark.parametrize(("timeout_us", "deadline_s"), [(20_000, PATIENCE_S), (int(PATIENCE_S * 1e6), 0.05)])
-def test_the_smaller_of_timeout_and_deadline_wins(native, timeout_us, deadline_s):
-    probe = Probe()
-    with held(native, probe) as (server, caller, _):
-        late = request(ONE, parameters={"timeout": {"int64_param": timeout_us}})
-        assert caller.refused(INFER, late, timeout=deadline_s)[0] == "DEADLINE_EXCEEDED"
-        waiting(server, 0)
-        wait_until(lambda: sum(failed(server).values()) == 1)
-        probe.release()
-        assert caller.infer(ONE)["predictions"].tolist() == [[7.0, 7.0]]
-
-
-def test_a_cancelled_call_is_cancelled_in_the_server(native):
-    probe = Probe()
-    with held(native, probe) as (server, caller, _):
-        body = request(ONE).SerializeToString()
-        call = caller.channel.unary_unary(INFER).future(body, metadata=metadata("infer"))
-        waiting(server, 1)
-        call.cancel()
-        waiting(server, 0)
-        wait_until(lambda: failed(server).get("Cancelled") == 1, "the cancellation")
-        assert probe.calls == 1  # the model never saw it
-
-
-def test_stop_lets_admitted_calls_finish_and_ends_watches_at_once(native):
-    probe = Probe()
-    with held(native, probe) as (server, caller, stop):
-        body = request(ONE).SerializeToString()
-        call = caller.channel.unary_unary(INFER).future(body, metadata=metadata("infer"))
-        watch = health(caller.channel, method="Watch")
-        assert status(next(watch)) == "SERVING"
-        waiting(server, 1)
-        threads = Threads()
-        threads.start(stop)
-        assert list(watch) == []
-        probe.release()
-        assert arrays(call.result(PATIENCE_S))["predictions"].tolist() == [[7.0, 7.0]]
-        threads.results()
-
-
-def test_calls_beyond_the_limit_are_turned_away_and_health_is_not(native):
-    probe = Probe()
-    with serving(Gated(probe), num_workers=1) as server:
-        probe.shut()
-        threads = Threads()
-        threads.start(server.predict, np.zeros((1, 2), np.float32))
-        probe.wait_inside(1)
-        with open_door(server, native=native, max_connections=2) as (_, target, _, _), Caller(target) as caller:
-            body = request(ONE).SerializeToString()
-            calls = [caller.channel.unary_unary(INFER).future(body, metadata=metadata("infer")) for _ in range(2)]
-            waiting(server, 2)
-            assert caller.refused(INFER, body)[0] == "RESOURCE_EXHAUSTED"
-            assert status(health(caller.channel)) == "SERVING" and caller.ask("ServerReady").ready
-            probe.release()
-            assert [arrays(call.result(PATIENCE_S))["predictions"].tolist() for call in calls] == [[[7.0, 7.0]]] * 2
-            threads.results()
-
-
-def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing(native):
-    with serving(Constant(1), "v1") as server, open_door(server, native=native) as (_, target, _, _):
-        server.load_model("v2", Constant(2), output_type="regression", num_features=2)
-        seen, failures, stop = [], [], threading.Event()
-
-        async def ask(channel):
-            call, body = channel.unary_unary(INFER), request(np.zeros((4, 2), np.float32)).SerializeToString()
-            while not stop.is_set():
-                try:
-                    answer = messages.InferResponse.FromString(await call(body, metadata=metadata("infer")))
-                except grpc.RpcError as error:
-                    failures.append(error)
-                    return
-                seen.append((answer.model_version, *arrays(answer)["predictions"].tolist()))
-
-        async def load():
-            async with grpc.aio.insecure_channel(target) as channel:
-                await asyncio.gather(*(ask(channel) for _ in range(16)))
-
-        thread = threading.Thread(target=lambda: asyncio.run(load()))
-        thread.start()
-        for turn in range(20):
-            count, version = len(seen), ("v2", "v1")[turn % 2]
-            server.set_default(version)
-            wait_until(lambda n=count, v=version: failures or any(a[0] == v for a in seen[n:]), f"{version} in answers")
-        stop.set()
-        thread.join(PATIENCE_S)
-        assert not failures
-        assert set(seen) == {("v1", *[1.0] * 4), ("v2", *[2.0] * 4)}
-
-
 # The door itself
 
 
@@ -415,7 +231,9 @@ def test_tls(server, tmp_path):
     with open_door(server, **options) as (_, target, _, _):
         trusted = grpc.ssl_channel_credentials(cert.read_bytes())
         with grpc.secure_channel(target, trusted) as channel:
-            answer = channel.unary_unary(INFER)(BODIES["ModelInfer"], metadata=metadata("infer"), timeout=PATIENCE_S)
+            answer = channel.unary_unary(INFER)(
+                request(X).SerializeToString(), metadata=metadata("infer"), timeout=PATIENCE_S
+            )
             assert arrays(answer)["predictions"].tolist() == server.predict(X)["predictions"]
         with Caller(target) as plain:
             assert plain.refused(INFER, request(X))[0] == "UNAVAILABLE"

@@ -27,7 +27,9 @@ from flserving.errors import (
 )
 
 _LOG = logging.getLogger(__name__)
-_LONGEST_DETAIL = 2000  # characters: clients refuse more than 8 KiB of trailers, and hide the reason
+_LONGEST_DETAIL = (
+    600  # characters, of up to 12 bytes on the wire: clients refuse 8 KiB of trailers, and hide the reason
+)
 _LONGEST_WAIT_S = 3600.0  # a deadline beyond the longest timeout is none
 MOST_WATCHERS = 64  # they need no credential and stay for as long as they like
 _POLL_S = 0.1
