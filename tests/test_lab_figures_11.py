@@ -3,23 +3,24 @@
 import math
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flserving import create_serving_pipeline, models
+from flserving import create_serving_pipeline, models, monitoring
 from flserving.api.metrics import exposition
 from flserving.errors import ConfigError
 from flserving.lab import figures_11 as figures
 from flserving.lab.explore import corners
 from flserving.lab.slo import (
+    DAYS,
     FAST,
     PAIRS,
     SLO,
     SLOW,
-    TICKET,
     Incident,
     Slo,
     WindowPair,
@@ -33,11 +34,12 @@ LOADED = {"load_per_s": (10, 2000, 10), "failure_percent": (0.0, 10.0, 0.1), "la
 SPREAD = {"median_ms": (1, 60, 1), "spread": (0.1, 1.5, 0.1), "percentile": (50.0, 99.5, 0.5)}
 
 
-def promtool(tmp_path, series, checks):
+def promtool(tmp_path, series, checks, rules=""):
     """Have Prometheus' own engine evaluate expressions; ``checks``: (expression, when in minutes, value)."""
     if shutil.which("promtool") is None:
         pytest.skip("no promtool: Debian has it in the package prometheus")
-    lines = ["evaluation_interval: 1m", "tests:", "- interval: 1m", "  input_series:"]
+    (tmp_path / "rules.yml").write_text(rules or "groups: []")
+    lines = ["rule_files: [rules.yml]", "evaluation_interval: 1m", "tests:", "- interval: 1m", "  input_series:"]
     lines += [f"  - {{series: '{name}', values: '{values}'}}" for name, values in series.items()]
     lines += ["  promql_expr_test:"]
     for expression, minutes, value in checks:
@@ -59,10 +61,10 @@ def test_the_budget_of_three_nines_is_43_minutes_a_month():
 
 
 def test_the_window_pairs_are_those_of_the_workbook():
-    assert [round(pair.spent(), 3) for pair in PAIRS] == [0.02, 0.05, 0.1]
+    assert [round(pair.spent(), 3) for pair in PAIRS] == [0.02, 0.05, 0.1, 0.1]
     assert FAST.fires_after_s(1000) == pytest.approx(51.84)  # a total outage
     assert FAST.fires_after_s(14.4) == math.inf and FAST.fires_after_s(0) == math.inf
-    assert TICKET.fires_after_s(2) == pytest.approx(1.5 * 86_400)
+    assert DAYS.fires_after_s(2) == pytest.approx(1.5 * 86_400)
 
 
 @pytest.mark.parametrize("failed", [0.02, 0.05, 0.3, 1.0])
@@ -95,6 +97,26 @@ def test_what_is_left_of_the_budget_never_grows(failed, lasts_s):
         if (alert := case.alert_s(pair)) is not None:
             assert 1 - case.left(alert[0]) == pytest.approx(pair.spent())
             assert alert[0] < lasts_s < alert[1]
+
+
+def test_the_shipped_alert_comes_when_the_formula_says(tmp_path):
+    """flserving/monitoring/alerts.yml, evaluated by Prometheus over counters of one request a second."""
+    case = Incident(1, 0.05, 40 * 60)  # from 8:00 on, as in the notebook
+    fires, clears = (8 * 60 + seconds / 60 for seconds in case.alert_s(FAST))
+    assert case.alert_s(SLOW) is None
+    rules = Path(monitoring.__file__).with_name("alerts.yml").read_text(encoding="utf-8")
+    series = {
+        'flserving_outcomes_total{job="flserving",outcome="ok"}': "0+60x480 28857+57x39 31140+60x200",
+        'flserving_outcomes_total{job="flserving",outcome="server_error"}': "0x480 3+3x39 120x200",
+    }
+    on = 'count(ALERTS{alertname="FlservingErrorBudgetBurnsFast"}) or vector(0)'
+    checks = [
+        (on, round(fires) - 2, 0),
+        (on, round(fires) + 2, 1),
+        (on, round(clears) - 2, 1),
+        (on, round(clears) + 2, 0),
+    ]
+    promtool(tmp_path, series, checks, rules)
 
 
 def test_a_restart_is_no_negative_growth(tmp_path):
@@ -200,13 +222,15 @@ def test_counters_and_an_incident_are_drawn():
     times_s = np.arange(0.0, 3600, 15)
     fig = figures.rate_figure(times_s[:6], np.array([0, 10, 20, 5, 15, 25.0]))
     assert [ax.get_ylabel() for ax in fig.axes] == ["counter (requests)", "rate (requests per s)"]
-    fig = figures.incident_figure(times_s, 10 * times_s, times_s / 10, {"fails": (600, 1200), "fast page": (900, 1500)})
+    fig = figures.incident_figure(
+        times_s, 10 * times_s, times_s / 10, {"fails": (600, 1200)}, {"fast page": (900, 1500)}, (0, 1800)
+    )
     assert [ax.get_ylabel() for ax in fig.axes] == ["burn rate", "budget left (%)"]
 
 
 @pytest.mark.parametrize(
     ("seconds", "told"),
-    [(40, "40 s"), (259.2, "4.32 min"), (7199, "120 min"), (9000, "2.5 h"), (259_200, "3 days"), (math.inf, "never")],
+    [(40, "40 s"), (259.2, "4.32 min"), (7199, "2 h"), (9000, "2.5 h"), (259_200, "3 days"), (math.inf, "never")],
 )
 def test_durations_are_told_in_a_readable_unit(seconds, told):
     assert figures.duration(seconds) == told

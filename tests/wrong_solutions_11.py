@@ -9,23 +9,23 @@ from prometheus_client import Counter, Gauge, Histogram
 
 
 class WatchedServer:
-    """A bare server that can be watched: one counter, one histogram, one gauge in ``registry``."""
+    """A bare server that can be watched: a counter, a histogram, a gauge in ``registry``."""
 
     def __init__(self, model, registry, clock=time.perf_counter):
         self.model, self.clock = model, clock
         ### BEGIN SOLUTION
-        self.requests = Counter(
-            "bare_requests", "Requests by outcome.", ["outcome"], registry=registry
-        )
+        self.requests = Counter("bare_requests", "By outcome.", ["outcome"], registry=registry)
         self.seconds = Histogram(
-            "bare_request_seconds", "Time in the model, failed requests too.", registry=registry,
+            "bare_request_seconds",
+            "Time in the model, failed requests too.",
+            registry=registry,
             buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
         )
-        self.running = Gauge("bare_requests_in_progress", "In the model now.", registry=registry)
+        self.running = Gauge("bare_requests_in_progress", "In the model.", registry=registry)
         ### END SOLUTION
 
     def predict(self, features, client):
-        """``self.model(features)``, its answer or its error, and three metrics that know of it."""
+        """What ``self.model(features)`` answers or raises, and three metrics know of it."""
         ### BEGIN SOLUTION
         outcome, began_s = "failed", self.clock()
         self.running.inc()
@@ -46,9 +46,7 @@ check_metrics(WatchedServer)"""
 
 _COUNT, _OBSERVE = "self.requests.labels(outcome).inc()", "self.seconds.observe(self.clock() - began_s)"
 _BUCKETS = "            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),\n"
-_COUNTER = """Counter(
-            "bare_requests", "Requests by outcome.", ["outcome"], registry=registry
-        )"""
+_COUNTER = 'Counter("bare_requests", "By outcome.", ["outcome"], registry=registry)'
 _DONE, _FINALLY = '            outcome = "answered"\n', "        finally:\n            self.running.dec()\n"
 
 
@@ -93,7 +91,7 @@ WRONG["metrics"] = {
     ),
     "gauge per client": _wrong(
         "one value per client",
-        ('"In the model now.", ', '"In the model now.", ["who"], '),
+        ('"In the model.", ', '"In the model.", ["who"], '),
         ("self.running.inc()", "self.running.labels(client).inc()"),
         ("self.running.dec()", "self.running.labels(client).dec()"),
     ),
@@ -143,7 +141,7 @@ WRONG["metrics"] = {
     ),
     "no gauge": _wrong(
         "0 metrics of type gauge",
-        ('        self.running = Gauge("bare_requests_in_progress", "In the model now.", registry=registry)\n', ""),
+        ('        self.running = Gauge("bare_requests_in_progress", "In the model.", registry=registry)\n', ""),
         ("        self.running.inc()\n", ""),
         ("            self.running.dec()\n", ""),
     ),
@@ -162,8 +160,8 @@ WRONG["metrics"] = {
     "one global registry": _wrong(
         "pass registry=registry",
         ('["outcome"], registry=registry', '["outcome"]'),
-        ('failed requests too.", registry=registry', 'failed requests too."'),
-        ('"In the model now.", registry=registry', '"In the model now."'),
+        ('failed requests too.",\n            registry=registry', 'failed requests too."'),
+        ('"In the model.", registry=registry', '"In the model."'),
     ),
     "wrong number of labels": _wrong(
         "predict for client 'client 0' raised ValueError", ("labels(outcome)", "labels(outcome, client)")

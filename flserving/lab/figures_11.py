@@ -12,14 +12,25 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flserving.accounts import BOUNDS_S
 from flserving.lab.arrivals import Floats
-from flserving.lab.slo import FAST, SLO, SLOW, Incident, Slo, WindowPair, burn_rates, histogram_quantile, increases
+from flserving.lab.slo import (
+    FAST,
+    SLO,
+    SLOW,
+    Incident,
+    WindowPair,
+    burn_rates,
+    firing,
+    histogram_quantile,
+    increases,
+)
 from flserving.lab.style import COLOURS, figure, styled
 
 TARGET_S = 0.05
 BUCKETS_S: dict[str, tuple[float, ...]] = {
     "flserving": BOUNDS_S,
-    "prometheus-client's default": tuple(Histogram.DEFAULT_BUCKETS[:-1]),  # without the infinite one
+    "library default": tuple(Histogram.DEFAULT_BUCKETS[:-1]),  # without the infinite one
     "powers of ten": (0.001, 0.01, 0.1, 1, 10),
+    "up to 50 ms": (0.005, 0.01, 0.025, 0.05),
     "milliseconds by mistake": (1, 5, 10, 50, 100, 500),
 }
 
@@ -47,13 +58,26 @@ def buckets(scrape: Scrape, name: str, **labels: str) -> dict[float, float]:
     }  # fmt: skip
 
 
+def valid_requests(scrapes: Sequence[Scrape]) -> tuple[Floats, Floats]:
+    """How many requests counted for the promise, and how many of them failed, at each scrape, float64 [N] each."""
+    name = "flserving_outcomes_total"
+    ok, failed = (np.array([total(s, name, outcome=outcome) for s in scrapes]) for outcome in ("ok", "server_error"))
+    return ok + failed, failed
+
+
+def pages(times_s: Floats, asked: Floats, failed: Floats) -> dict[str, tuple[float, float]]:
+    """When the two pages were on, by name: the first and the last scrape. One that never fired is left out."""
+    found = {pair.name: times_s[firing(times_s, asked, failed, pair)] for pair in (FAST, SLOW)}
+    return {name: (float(on_s[0]), float(on_s[-1])) for name, on_s in found.items() if on_s.size}
+
+
 def rate_figure(times_s: Floats, values: Floats) -> Figure:
     """A counter at every scrape, and its rate with and without knowing that a fall is a restart."""
     fig, (left, right) = figure(cols=2, height_in=3.0)
     naive, rate = np.diff(values) / np.diff(times_s), increases(values) / np.diff(times_s)
     with styled():
         left.plot(times_s, values, "o-", markersize=4)
-        left.set(title="what is scraped", xlabel="time (s)", ylabel="counter (requests)")
+        left.set(title="what is scraped", xlabel="time (s)", ylabel="counter (requests)", ylim=(0, None))
         right.axhline(0, color="#999999", linewidth=1)
         right.plot(times_s[1:], naive, "x--", color=COLOURS[1], label="difference quotient")
         right.plot(times_s[1:], rate, "o-", color=COLOURS[0], markersize=4, label="a fall is a restart")
@@ -134,72 +158,81 @@ def incident(load_per_s: float, failure_percent: float, lasts_hours: float) -> I
 
 
 def budget_figure(case: Incident, fig: Figure | None = None) -> Figure:
-    """Burn rate as the windows of both pages see it, and what is left of 30 days' budget; bars where a page is on."""
-    fig, axes = figure(fig, cols=2, height_in=3.8)
-    left, right = axes
-    end_s = max(1.25 * case.lasts_s, case.lasts_s + 2700.0)
-    t_s = np.linspace(0, end_s, 600)
-    allowed = case.slo.failures(case.rate_per_s)
+    """Burn rate as the windows of both pages see it, and what is left of the budget; bars where a page is on."""
+    fig, (left, right) = figure(fig, cols=2, height_in=4.0)
+    t_s = np.linspace(0, max(1.25 * case.lasts_s, case.lasts_s + 2700.0), 600)
+    hours, kept = t_s / 3600, float(case.left(case.lasts_s))
+    lost, allowed = case.failed * case.rate_per_s * case.lasts_s, case.slo.failures(case.rate_per_s)
     with styled():
-        for pair, colour in ((FAST, COLOURS[1]), (SLOW, COLOURS[0])):
-            left.plot(t_s / 3600, case.seen(t_s, pair.long_s), color=colour, label=f"{pair.long_s / 3600:g} h window")
-            left.plot(t_s / 3600, case.seen(t_s, pair.short_s), color=colour, linestyle=":", linewidth=1.2,
-                      label=f"{pair.short_s / 60:g} min window")  # fmt: skip
+        for place, (pair, colour) in enumerate(((FAST, COLOURS[1]), (SLOW, COLOURS[0]))):
+            for window_s, dots in ((pair.long_s, "-"), (pair.short_s, ":")):
+                left.plot(hours, case.seen(t_s, window_s), dots, color=colour, label=f"over {duration(window_s)}")
             left.axhline(pair.burn_rate, color=colour, linestyle="--", linewidth=0.8)
-            _alert_bar(right, case, pair, colour)
-        left.set(title=f"burn rate {case.burn_rate:.3g}", xlabel="since it began (h)", ylabel="burn rate")
-        left.set(xlim=(0, end_s / 3600), ylim=(0, max(20.0, 1.08 * case.burn_rate)))
-        left.legend(fontsize=7, loc="upper right")
-        right.plot(t_s / 3600, 100 * case.left(t_s), color="#333333")
+            _alert_bar(right, case, pair, colour, 0.24 - 0.08 * place)
+        left.set_title(f"{case.failed:.1%} of the requests fail:\nburn rate {case.burn_rate:.3g}", fontsize=11)
+        left.set(xlabel="since it began (h)", ylabel="burn rate")
+        left.set(xlim=(0, hours[-1]), ylim=(0, max(20.0, 1.3 * case.burn_rate)))
+        left.legend(fontsize=8, loc="upper center", ncols=2)
+        right.plot(hours, 100 * case.left(t_s), color="#333333")
         right.axhline(0, color="#999999", linewidth=1)
-        kept = float(case.left(case.lasts_s))
-        lost = case.failed * case.rate_per_s * case.lasts_s
-        title = f"{kept:.1%} of the budget left\n{lost:,.0f} of {allowed:,.0f} failures used"
-        right.set(title=title, xlabel="since it began (h)", ylabel="error budget of 30 days left (%)")
-        right.set(xlim=(0, end_s / 3600), ylim=(min(-5.0, 105 * kept), 104))
-        if right.get_legend_handles_labels()[0]:
-            right.legend(fontsize=8, loc="lower left")
+        told = f"{kept:.1%} of the month's budget left" if kept >= 0 else f"month's budget overdrawn by {-kept:.0%}"
+        right.set_title(f"{told}\n{lost:,.0f} of {allowed:,.0f} failures", fontsize=11)
+        right.set(xlabel="since it began (h)", ylabel="error budget left (%)")
+        right.set(xlim=(0, hours[-1]), ylim=(min(-5.0, 105 * kept), 104))
+        right.legend(fontsize=8, loc="lower left")
     return fig
 
 
-def _alert_bar(ax: Axes, case: Incident, pair: WindowPair, colour: str) -> None:
-    if (alert := case.alert_s(pair)) is None:
-        ax.plot([], [], color=colour, linewidth=4, alpha=0.3, label=f"{pair.name}: does not fire")
-        return
-    on_s, off_s = alert
-    ax.axvspan(on_s / 3600, off_s / 3600, color=colour, alpha=0.18, label=f"{pair.name} after {duration(on_s)}")
+def _alert_bar(ax: Axes, case: Incident, pair: WindowPair, colour: str, height: float) -> None:
+    alert = case.alert_s(pair)
+    on_s, off_s = alert or (0.0, 0.0)
+    told = f"{pair.name} after {duration(on_s)}" if alert else f"{pair.name}: does not fire"
+    extent = [(on_s / 3600, (off_s - on_s) / 3600)]
+    ax.broken_barh(extent, (height, 0.06), color=colour, transform=ax.get_xaxis_transform(), label=told)
 
 
 def duration(seconds: float) -> str:
-    """4 min, 1.5 h, 2.1 days: to two digits."""
+    """Seconds in a readable unit: 4.32 min, 1.5 h, 3 days."""
     if math.isinf(seconds):
         return "never"
-    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= size * (2 if unit != "min" else 1):
+    for unit, size, least in (("days", 86_400, 172_800), ("h", 3600, 3600), ("min", 60, 60)):
+        if seconds >= least:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.2g} s"
 
 
 def incident_figure(
-    times_s: Floats, asked: Floats, failed: Floats, spans_s: Mapping[str, Sequence[float]], slo: Slo = SLO
+    times_s: Floats,
+    asked: Floats,
+    failed: Floats,
+    causes: Mapping[str, Sequence[float]],
+    on: Mapping[str, Sequence[float]],
+    zoom_s: Sequence[float],
 ) -> Figure:
-    """Burn rate of scraped counters over four windows, and the budget. ``spans_s``: name -> (from, to)."""
-    fig, (top, bottom) = figure(rows=2, height_in=4.8, sharex=True)
+    """Burn rate of scraped counters over four windows, from ``zoom_s[0]`` to ``zoom_s[1]``, and the budget all along.
+
+    ``causes`` (shaded) and ``on`` (pages, as bars): name -> (from, to) in seconds.
+    """
+    fig, (top, bottom) = figure(rows=2, height_in=5.2)
     hours = times_s / 3600
     with styled():
         for pair, colour in ((FAST, COLOURS[1]), (SLOW, COLOURS[0])):
             for window_s, dots in ((pair.long_s, "-"), (pair.short_s, ":")):
-                seen = burn_rates(times_s, asked, failed, window_s, slo)
-                name = f"{window_s / 60:g} min" if window_s < 3600 else f"{window_s / 3600:g} h"
-                top.plot(hours, seen, dots, color=colour, linewidth=1.3, label=f"over {name}")
+                seen = burn_rates(times_s, asked, failed, window_s)
+                top.plot(hours, seen, dots, color=colour, linewidth=1.5, label=f"over {duration(window_s)}")
             top.axhline(pair.burn_rate, color=colour, linestyle="--", linewidth=0.8)
-        top.set(ylabel="burn rate", title="burn rate over four windows, and the two thresholds (dashed)")
-        rate_per_s = asked[-1] / times_s[-1]
-        bottom.plot(hours, 100 * (1 - failed / slo.failures(rate_per_s)), color="#333333")
-        bottom.set(xlabel="time (h)", ylabel="budget left (%)", title="error budget of 30 days")
-        for (name, (begin_s, end_s)), colour in zip(spans_s.items(), ("#999999", *COLOURS[1:]), strict=False):
+            if pair.name in on:
+                begin_s, end_s = on[pair.name]
+                extent = [(begin_s / 3600, (end_s - begin_s) / 3600)]
+                top.broken_barh(extent, (0.9, 0.06), color=colour, transform=top.get_xaxis_transform(), label=pair.name)
+        top.set(ylabel="burn rate", xlim=[t_s / 3600 for t_s in zoom_s], title="burn rate, around the incident")
+        top.set_ylim(0, 1.15 * top.get_ylim()[1])
+        rate_per_s = (asked[-1] - asked[0]) / (times_s[-1] - times_s[0])
+        bottom.plot(hours, 100 * (1 - failed / SLO.failures(rate_per_s)), color="#333333")
+        bottom.set(xlabel="time (h)", ylabel="budget left (%)", title="error budget of 30 days, all hours")
+        for (name, (begin_s, end_s)), colour in zip(causes.items(), (COLOURS[2], "#999999"), strict=False):
             for ax in (top, bottom):
-                ax.axvspan(begin_s / 3600, end_s / 3600, color=colour, alpha=0.2, label=name if ax is bottom else None)
-        top.legend(fontsize=8)
+                ax.axvspan(begin_s / 3600, end_s / 3600, color=colour, alpha=0.25, label=name if ax is bottom else None)
+        top.legend(fontsize=8, loc="upper right")
         bottom.legend(fontsize=8, loc="lower left")
     return fig

@@ -75,8 +75,9 @@ class WindowPair:
 
 FAST = WindowPair("fast page", 3600, 300, 14.4)
 SLOW = WindowPair("slow page", 6 * 3600, 1800, 6)
-TICKET = WindowPair("ticket", 3 * DAY_S, 6 * 3600, 1)
-PAIRS = (FAST, SLOW, TICKET)
+DAY = WindowPair("ticket", DAY_S, 2 * 3600, 3)
+DAYS = WindowPair("slow ticket", 3 * DAY_S, 6 * 3600, 1)
+PAIRS = (FAST, SLOW, DAY, DAYS)
 
 
 @dataclass(frozen=True, slots=True)
