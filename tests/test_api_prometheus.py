@@ -180,11 +180,11 @@ def test_the_page_ends_soon_after_the_errors_end(folder):
 
 
 class Prometheus:
-    """One Prometheus on a free port, scraping ``target`` with and without ``token`` four times a second."""
+    """One Prometheus on a free port, scraping ``target`` with and without ``token`` twice a second."""
 
     def __init__(self, folder, target, token):
         config = yaml.safe_load(folder.joinpath("prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "250ms", "evaluation_interval": "500ms", "scrape_timeout": "250ms"}
+        config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "500ms"}
         config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
         refused = {"job_name": "stranger", "static_configs": [{"targets": [target]}]}
         config["scrape_configs"].append(refused)
