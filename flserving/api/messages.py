@@ -4,6 +4,7 @@ A private pool, because a process that serves may also hold another library's co
 that calls itself with tritonclient, say), and the default pool refuses a symbol that comes twice with other fields.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from importlib import resources
@@ -148,11 +149,25 @@ def requested(request: Any) -> list[str] | None:
 def response(model: str, version: str, request_id: str, outputs: Mapping[str, NDArray[Any]],
              values: Mapping[str, bool | int | str]) -> bytes:  # fmt: skip
     """A ModelInferResponse, the numbers in raw_output_contents: the only place where every client looks for them."""
-    answer = InferResponse(model_name=model, model_version=version, id=request_id)
-    for name, array in outputs.items():
-        answer.outputs.add(name=name, datatype=NAMES[array.dtype], shape=array.shape)
+    answer = InferResponse(id=request_id) if request_id else InferResponse()
+    parameters = answer.parameters
     for name, value in values.items():
-        kind = "bool" if isinstance(value, bool) else "int64" if isinstance(value, int) else "string"
-        setattr(answer.parameters[name], f"{kind}_param", value)
+        kind = type(value)
+        if kind is int:
+            parameters[name].int64_param = value
+        elif kind is str:
+            parameters[name].string_param = value
+        else:
+            parameters[name].bool_param = value
     answer.raw_output_contents.extend([array.tobytes() for array in outputs.values()])
-    return answer.SerializeToString()  # type: ignore[no-any-return]
+    tensors = tuple([(name, array.dtype, array.shape) for name, array in outputs.items()])
+    return _outline(model, version, tensors) + answer.SerializeToString()  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(1024)
+def _outline(model: str, version: str, tensors: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> bytes:
+    """What recurs in answers, as bytes: the wire format merges the parts of a message that follow each other."""
+    outline = InferResponse(model_name=model, model_version=version)
+    for name, dtype, shape in tensors:
+        outline.outputs.add(name=name, datatype=NAMES[dtype], shape=shape)
+    return outline.SerializeToString()  # type: ignore[no-any-return]
