@@ -1,11 +1,13 @@
 """Figures of notebook 05: bytes that are really those of the wire, storms that end or do not, and every drawing."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 from google.protobuf import json_format
 
+from flserving import create_serving_pipeline
 from flserving.api.messages import InferRequest, message
 from flserving.api.protocol import read_infer
 from flserving.errors import InvalidInputError, OverloadedError
@@ -156,15 +158,32 @@ def test_a_digit_is_shown_with_what_was_said_to_it():
     assert right.get_title(loc="left") == "version 3 says 0"
 
 
-def test_refusals_are_a_table_of_types_statuses_and_texts():
+def test_an_outcome_is_told_by_its_class_and_a_bug_shows_as_one():
     def busy():
         raise OverloadedError("full")
 
-    table = figures.refusals({"busy": busy, "fine": lambda: 1})
-    assert table.loc["busy"].tolist() == ["OverloadedError", 429, "RESOURCE_EXHAUSTED", "full"]
-    assert table.loc["fine"].tolist() == ["answered", 200, "OK", ""]
-    with pytest.raises(ZeroDivisionError):  # a bug shows as one
-        figures.refusals({"bug": lambda: 1 / 0})
+    assert [figures.outcome(busy), figures.outcome(lambda: 1)] == ["OverloadedError", "answered"]
+    with pytest.raises(ZeroDivisionError):
+        figures.outcome(lambda: 1 / 0)
+
+
+def test_callers_at_once_are_timed_from_the_call_to_its_end():
+    together = threading.Barrier(5, timeout=20)
+
+    def call():
+        if together.wait() == 0:
+            raise OverloadedError("full")
+
+    table = figures.at_once(call, callers=5)
+    assert sorted(table["end"]) == ["OverloadedError", *["answered"] * 4] and (table["ms"] > 0).all()
+
+
+def test_the_slow_model_counts_what_it_worked_on_in_the_servers_copy_too():
+    slow = figures.Slow(seconds_per_row=0)
+    with create_serving_pipeline(slow) as server:
+        slow.worked = 0
+        server.predict(np.ones((3, 4), np.float32))
+    assert slow.worked == 3
 
 
 def test_a_body_is_shortened_for_reading():

@@ -1,8 +1,10 @@
 """Figures and tables of notebook 05: bytes on the wire, a message byte by byte, retry storms, a drawn digit."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator
+from torch import Tensor, nn
 
 from flserving.errors import FlservingError
 from flserving.lab.storm import Storm
@@ -178,22 +181,44 @@ def digit_figure(pixels: Sequence[float], probabilities: Sequence[float], versio
     return fig
 
 
-def refusals(calls: Mapping[str, Callable[[], object]]) -> "pd.DataFrame":
-    """What each call of a client raised: the class, its status in both protocols, the text that came over the wire."""
+def outcome(call: Callable[[], object]) -> str:
+    """ "answered", or the class of the error that the call raised."""
+    try:
+        call()
+    except FlservingError as error:
+        return type(error).__name__
+    return "answered"
+
+
+def at_once(call: Callable[[], object], callers: int = 8) -> "pd.DataFrame":
+    """``call()`` by so many threads at the same time: the ``outcome`` of each, and after how many ms."""
     import pandas as pd
 
-    rows = []
-    for name, call in calls.items():
-        try:
-            call()
-        except FlservingError as error:
-            rows.append((name, type(error).__name__, error.http_status, error.grpc_code, str(error)))
-        else:
-            rows.append((name, "answered", 200, "OK", ""))
-    return pd.DataFrame(rows, columns=["the call", "raised", "HTTP", "gRPC", "message"]).set_index("the call")
+    def timed(_: int) -> tuple[str, float]:
+        began_s = time.perf_counter()
+        return outcome(call), (time.perf_counter() - began_s) * 1e3
+
+    with ThreadPoolExecutor(callers) as threads:
+        return pd.DataFrame(list(threads.map(timed, range(callers))), columns=["end", "ms"])
 
 
-def shortened(body: bytes, longest: int = 60) -> str:
+class Slow(nn.Linear):
+    """A model of 4 features that takes ``seconds_per_row``, and counts the rows that it ``worked`` on."""
+
+    def __init__(self, seconds_per_row: float) -> None:
+        super().__init__(4, 3)
+        self.seconds_per_row, self.worked = seconds_per_row, 0
+
+    def __deepcopy__(self, _: object) -> Self:  # the server's copy counts here
+        return self
+
+    def forward(self, rows: Tensor) -> Tensor:
+        time.sleep(self.seconds_per_row * len(rows))
+        self.worked += len(rows)
+        return super().forward(rows)
+
+
+def shortened(body: bytes | str, longest: int = 60) -> str:
     """A JSON body, indented, with long lists of numbers cut: for reading."""
 
     def cut(value: Any) -> Any:
