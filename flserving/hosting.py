@@ -105,10 +105,12 @@ class ModelHost:
 
     def resolve(self, version: str | int | None = None, model: str | None = None) -> Key:
         """The (model, version) that a version id or alias leads to now. Raises NotFoundError, ModelUnloadedError."""
+        self._check_open()
         return self._router.require(version, model)
 
     def signature(self, key: Key) -> Signature:
         """What a version takes and gives, without loading it. Raises NotFoundError, CorruptArtifactError."""
+        self._check_open()
         return self._sources[key[0]].signature(key[1])
 
     @property
@@ -145,8 +147,7 @@ class ModelHost:
         self, version: str | int | None = None, model: str | None = None
     ) -> AbstractContextManager[InferenceEngine]:
         """The loaded engine of a version, pinned in memory for the ``with`` block."""
-        self._check_open()
-        return self._pinned(self._router.require(version, model))
+        return self._pinned(self.resolve(version, model))
 
     @contextmanager
     def _pinned(self, key: Key) -> Iterator[InferenceEngine]:

@@ -103,6 +103,27 @@ def test_what_cannot_be_answered_is_told_by_its_type(v2, options, error, message
         infer(v2, **options)
 
 
+def test_every_request_is_counted_once_whatever_stops_it(v2):
+    infer(v2)
+    for options in ({"inputs": {"x": X}}, {"outputs": ["logits"]}, {"parameters": {"timeout": 1.5}}, {"version": "9"}):
+        with pytest.raises(FlservingError):
+            infer(v2, **options)
+    seen = v2.server.get_all_stats()["server"]
+    assert (seen["requests"], seen["failed_by_reason"]) == (5, {"InvalidInput": 3, "NotFound": 1})
+
+
+def test_statistics_are_those_of_all_processes_behind_the_address(v2):
+    infer(v2)
+    alone = v2.statistics("digits")["model_stats"][0]
+    v2.others = lambda: [v2.server.telemetry.totals(), {}]
+    both = v2.statistics("digits")["model_stats"][0]
+    assert both["inference_count"] == 2 * alone["inference_count"] == 6
+    assert both["inference_stats"]["success"]["ns"] == pytest.approx(
+        2 * alone["inference_stats"]["success"]["ns"], abs=2
+    )
+    assert both["last_inference"] == alone["last_inference"]
+
+
 def test_a_clients_cached_answers_are_its_own(v2):
     for client in ("a", "a", "b", None, None):
         infer(v2, {"personal": client is not None}, client=client)

@@ -650,6 +650,10 @@ def public_calls(server):
         "set_default": lambda: server.set_default("v1.0"),
         "refresh": lambda: server.refresh(),
         "lease": lambda: server.lease("v1.0").__enter__(),
+        "resolve": lambda: server.resolve(),
+        "signature": lambda: server.signature(("local", "v1.0")),
+        "unload": lambda: server.unload("local"),
+        "reload": lambda: server.reload("local"),
         "engines": lambda: server.engines["v1.0"],
         "unknown version": lambda: server.predict(row(0), "nope"),
     }

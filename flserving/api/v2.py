@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flserving.errors import ForbiddenError, InvalidInputError, NotSupportedError
+from flserving.accounts import merged
+from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotSupportedError
 from flserving.manifest import Signature
 from flserving.server import ModelServer
 
-INPUT = "features"
+INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
 Value = bool | int | float | str
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
 _STAGES = {"queue": "queue", "compute_input": "preprocess", "compute_infer": "infer", "compute_output": "postprocess"}
@@ -122,12 +123,14 @@ class V2:
         return asdict(self.server.config)
 
     def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Any]:
-        """Counters since the start, durations in nanoseconds; every version that was asked, or one that is named.
+        """Counters since the start, of all processes behind this address, durations in nanoseconds.
+
+        Of every version that was asked, or one that is named.
 
         Raises:
             NotFoundError, ModelUnloadedError: The named model or version is not served.
         """
-        totals = self.server.telemetry.totals()
+        totals = merged([self.server.telemetry.totals(), *self.others()])
         names = {name for name in (*totals["versions"], *totals["failures"]) if name}
         if model is not None:
             known = self.server.health_check()["models"]
@@ -176,12 +179,14 @@ class V2:
     async def infer(self, call: Call) -> Answer:
         """Answer one request. Raises what :meth:`ModelServer.predict` raises, and InvalidInputError, NotSupportedError
         or ForbiddenError for what the protocol lets a caller ask and this server does not answer."""
-        features = call.inputs.get(INPUT)
-        if features is None or len(call.inputs) != 1:
-            raise InvalidInputError(f"inputs are {', '.join(map(repr, call.inputs)) or 'none'}: send one, {INPUT!r}")
         version, timeout_ms, stages, client = call.version, None, False, None
-        if call.parameters:
-            version, timeout_ms, stages, client = _understood(call)
+        try:
+            features = _features(call)
+            if call.parameters:
+                version, timeout_ms, stages, client = _understood(call)
+        except FlservingError as error:
+            self.server.telemetry.failure(error.reason)  # from here on the server counts
+            raise
         answer = await self.server.apredict(
             features, version, model=call.model, timeout_ms=timeout_ms, stages=stages, arrays=True, client=client
         )
@@ -190,11 +195,19 @@ class V2:
             try:
                 outputs = {name: outputs[name] for name in call.outputs}
             except KeyError as error:
-                raise InvalidInputError(f"no output {str(error)[:80]}: there are {', '.join(outputs)}") from None
+                raise InvalidInputError(f"a regression has no output {error}: there are {', '.join(outputs)}") from None
         parameters = {"model_type": answer["model_type"], "latency_us": round(answer["latency_ms"] * 1e3)}
         if stages:
             parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
         return Answer(call.model, answer["model_version"], outputs, parameters)
+
+
+def _features(call: Call) -> NDArray[Any]:
+    if INPUT not in call.inputs or len(call.inputs) != 1:
+        raise InvalidInputError(f"inputs are {', '.join(map(repr, call.inputs)) or 'none'}: send one, {INPUT!r}")
+    if call.outputs is not None and (unknown := [name for name in call.outputs if name not in OUTPUTS]):
+        raise InvalidInputError(f"no output {unknown[0][:64]!r}: there are {', '.join(OUTPUTS)}")
+    return call.inputs[INPUT]
 
 
 def _understood(call: Call) -> tuple[str | None, float | None, bool, str | None]:
