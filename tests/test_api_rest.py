@@ -11,6 +11,7 @@ import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 
+from flserving.telemetry import STAGES
 from rest_door import CLASSES, WIDTH, bearer, binary, door, outputs_of, rows, tensor, text, two_versions
 
 INFER = "/v2/models/local/infer"
@@ -132,7 +133,10 @@ def test_a_version_an_alias_and_the_stages_are_asked_by_path_and_parameter(serve
     message, outputs = outputs_of(http.post("/v2/models/local/versions/v2/infer", content=text()))
     assert message["model_version"] == "v2"
     same(outputs, second)
-    message = http.post(INFER, content=text(parameters={"alias": "default", "stages": True})).json()
+    response = http.post(INFER, content=text(parameters={"alias": "default", "stages": True}))
+    message, spans = response.json(), response.headers["server-timing"].split(", ")
+    assert [span.split(";dur=")[0] for span in spans] == ["parse", *STAGES, "serialise"]
+    assert all(float(span.split(";dur=")[1]) >= 0 for span in spans)
     assert message["model_version"] == "v1" and message["parameters"]["stage_infer_us"] >= 0
 
 

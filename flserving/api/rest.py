@@ -96,7 +96,9 @@ class RestApp:
             if encoding is not None:
                 reply.append((b"content-encoding", encoding))
         reply.append((b"content-length", b"%d" % len(content)))
-        telemetry.door("rest", parse_s, time.perf_counter() - answered_s)
+        telemetry.door("rest", parse_s, serialise_s := time.perf_counter() - answered_s)
+        if asked.parameters.get("stages"):
+            reply.append((b"server-timing", _timing(parse_s, serialise_s, answer.parameters)))
         await _answer(send, 200, reply, content)
 
     async def _refuse(self, error: Exception, send: Send) -> None:
@@ -215,6 +217,13 @@ def _json_bytes(header: bytes | None) -> int | None:
     if header is not None and not (header.isdigit() and len(header) < 16):
         raise InvalidInputError(f"Inference-Header-Content-Length is {header[:32].decode('latin-1')!r}: send a length")
     return None if header is None else int(header)
+
+
+def _timing(parse_s: float, serialise_s: float, parameters: dict[str, Any]) -> bytes:
+    """Where the time went, in ms, as browsers show it beside a request."""
+    stages = {name[6:-3]: us / 1e3 for name, us in parameters.items() if name.startswith("stage_")}
+    spans = {"parse": parse_s * 1e3, **stages, "serialise": serialise_s * 1e3}
+    return ", ".join(f"{name};dur={ms:.3f}" for name, ms in spans.items()).encode()
 
 
 def _unready(**state: Any) -> Response:
