@@ -130,3 +130,14 @@ def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing(native):
         thread.join(PATIENCE_S)
         assert not failures
         assert set(seen) == {("v1", *[1.0] * 4), ("v2", *[2.0] * 4)}
+
+
+def test_two_doors_share_a_port_and_one_may_leave(native):
+    with serving(Constant(1)) as server, open_door(server, native=native, reuse_port=True) as (_, target, door, run):
+        port = int(target.rpartition(":")[2])
+        with open_door(server, native=native, reuse_port=True, grpc_port=port) as (_, other, _, _):
+            assert other == target
+            run(door.stop(0.0))
+            for _ in range(8):  # each time another connection, and so perhaps another door
+                with Caller(target) as caller:
+                    assert caller.infer(ONE)["predictions"].tolist() == [1.0]

@@ -34,8 +34,8 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False, n
     Args:
         options: Their ``tokens`` say who may ask what; None lets nobody in but to the health checks.
         reuse_port: Let several processes listen on one port.
-        native: Take the package pygrpc-native, whose HTTP/2 is written in Rust: about five times the requests per
-            second. For trusted networks: it reads a message of any size before it refuses it, limits neither
+        native: Take the package pygrpc-native, whose HTTP/2 is written in Rust: a fifth of the CPU time per
+            request. For trusted networks: it reads a message of any size before it refuses it, limits neither
             connections nor pings, and has no TLS.
 
     Raises:
