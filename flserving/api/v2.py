@@ -125,7 +125,7 @@ class V2:
     def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Any]:
         """Counters since the start, of all processes behind this address, durations in nanoseconds.
 
-        Of every version that was asked, or one that is named.
+        One entry for each version that was asked, or for the one that is named.
 
         Raises:
             NotFoundError, ModelUnloadedError: The named model or version is not served.
