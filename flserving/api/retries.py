@@ -75,8 +75,9 @@ class Attempts:
         if not refused.again:
             raise refused.error
         self._retries.left = max(0.0, self._retries.left - 1)
+        if self._failures >= self._retries.attempts or self._retries.left <= self._retries.budget / 2:
+            raise refused.error
         wait_s = refused.after_s + self._retries.wait_s(self._failures)
-        spent = self._failures >= self._retries.attempts or self._retries.left <= self._retries.budget / 2
-        if spent or self._clock() + wait_s >= self._deadline_s:
+        if self._clock() + wait_s >= self._deadline_s:
             raise refused.error
         return wait_s

@@ -58,6 +58,9 @@ class Supervisor:
     ) -> None:  # fmt: skip
         if not 1 <= workers <= 256:
             raise ConfigError(f"workers is {workers}: it must lie in [1, 256]")
+        for name, seconds in (("grace-s", drain_s), ("notice-s", notice_s)):
+            if not 0 <= seconds <= 3600:
+                raise ConfigError(f"{name} is {seconds}: it must lie in [0, 3600] seconds")
         if plan.options.admin and workers > 1:
             raise ConfigError(f"admin with {workers} workers: a load would reach one of them only; take one worker")
         if workers > 1 and not hasattr(socket, "SO_REUSEPORT"):

@@ -1,0 +1,110 @@
+"""``flserving serve`` in a process of its own, and callers that keep it busy."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import torch
+
+from flserving import Registry, models
+from flserving.api.client import Client
+from serving_models import wait_until
+
+X = np.random.default_rng(0).standard_normal((1, 64), dtype=np.float32)
+
+
+def two_versions(root):
+    """A registry with two versions of "digits" whose answers differ; the first one is the default."""
+    with Registry(root) as registry:
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            state = models.build("digits_mlp").state_dict()
+            registry.publish("digits", state, architecture="digits_mlp", alias="default" if seed == 1 else None)
+    return root
+
+
+class Running:
+    """A command that serves; ``url``, ``grpc_url`` and ``token`` as it printed them."""
+
+    def __init__(self, root, *options, **environment):
+        command = [sys.executable, "-m", "flserving", "serve", "--registry", str(root), "--port", "0"]
+        self.process = subprocess.Popen(
+            [*command, "--grpc-port", "0", *map(str, options)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        )  # fmt: skip
+        lines = [self.process.stdout.readline() for _ in range(3)]
+        assert lines[0].startswith("REST"), self.process.communicate()
+        self.url, self.grpc_url, self.token = (line.split()[1] for line in lines)
+
+    def client(self, place, **options):
+        """Every second one over gRPC."""
+        return Client((self.url, f"grpc://{self.grpc_url}")[place % 2], self.token, **options)
+
+    def workers(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children()
+            return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return []
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self):
+        _, self.stderr = self.process.communicate(timeout=20)
+        return self.process.returncode
+
+
+@contextlib.contextmanager
+def running(root, *options, **environment):
+    served = Running(root, *options, **environment)
+    workers = served.workers()
+    try:
+        yield served
+    finally:
+        served.process.kill()
+        served.process.wait(20)
+        served.process.stdout.close()
+        served.process.stderr.close()
+        for worker in workers:  # none outlives its supervisor
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.wait(20)
+
+
+class Load:
+    """Threads that ask until told to stop, each with one client; what they got is in ``answers`` and ``errors``."""
+
+    def __init__(self, make_client, threads=4):
+        self.answers, self.errors, self._stop = [], [], threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(make_client(n),)) for n in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, client):
+        with client:
+            while not self._stop.is_set():
+                try:
+                    self.answers.append((time.monotonic(), client.predict(X)["model_version"]))
+                except Exception as error:
+                    self.errors.append(error)
+                    self._stop.wait(0.01)
+
+    def stop(self):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def kill_one(served):
+    """Kill the first of two workers and wait for the process in its place; the other one."""
+    victim, other = served.workers()
+    victim.kill()
+    wait_until(lambda: len(served.workers()) == 2 and victim not in served.workers())
+    return other

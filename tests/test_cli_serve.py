@@ -1,0 +1,162 @@
+"""``flserving serve`` and ``flserving demo`` as an operator runs them: real processes, signals, messages."""
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import fields
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from flserving import Registry, ServingConfig, cli
+from flserving.api.client import Client
+from flserving.api.options import ApiOptions
+from serving_models import wait_until
+from serving_processes import X, kill_one, running, two_versions
+
+
+@pytest.fixture(scope="module")
+def registry_root(tmp_path_factory):
+    return two_versions(tmp_path_factory.mktemp("serve") / "registry")
+
+
+def test_every_worker_shows_the_sum_and_it_never_goes_down(registry_root):
+    with running(registry_root, "--workers", 2) as served:
+        headers = {"authorization": f"Bearer {served.token}"}
+        seen = []
+
+        def requests():
+            text = httpx.get(f"{served.url}/metrics", headers=headers).text  # a new connection: any worker
+            found = {
+                sample.name: sample.value
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+                if sample.name in {"flserving_requests_total", "flserving_processes"}
+                and sample.labels.get("outcome", "ok") == "ok"
+            }
+            seen.append(found["flserving_requests_total"])
+            return found
+
+        for _ in range(40):
+            with Client(served.url, served.token) as client:  # a connection each: both workers get some
+                client.predict(X)
+        wait_until(lambda: requests() == {"flserving_requests_total": 40, "flserving_processes": 2})
+        kill_one(served)
+        with Client(served.url, served.token) as client:
+            client.predict(X)
+        wait_until(lambda: requests() == {"flserving_requests_total": 41, "flserving_processes": 2})
+        assert seen == sorted(seen)
+
+
+def test_ctrl_c_reaches_the_group_and_still_drains(registry_root):
+    with running(registry_root, FLSERVING_TOKEN="from-the-environment") as served:
+        workers = served.workers()
+        assert served.token == "the" and "from-the-environment" not in served.url
+        with Client(served.url, "from-the-environment") as client:
+            assert client.predict(X)["model_version"] in {"1", "2"}
+        for worker in workers:
+            worker.send_signal(signal.SIGINT)
+        assert served.end(signal.SIGINT) == 0 and served.stderr == ""
+
+
+def test_workers_end_when_their_supervisor_is_killed(registry_root):
+    with running(registry_root) as served:
+        workers = served.workers()
+        served.process.kill()
+        psutil.wait_procs(workers, timeout=20)
+        assert not any(worker.is_running() for worker in workers)
+
+
+def test_a_second_signal_kills_at_once(registry_root):
+    with running(registry_root, "--notice-s", 15) as served:
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{served.url}/v2/health/ready").status_code == 503)
+        assert served.end(signal.SIGTERM) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--port", "{taken}"], "is in use: stop what listens there"),
+        (["--certificate", "{missing}", "--key", "{missing}"], "cannot be read"),
+        (["--admin", "--workers", "2"], "admin with 2 workers"),
+        (["--workers", "0"], "workers is 0"),
+        (["--max-batch-size", "0"], "max_batch_size is 0"),
+        (["--grace-s", "-1"], "grace-s is -1"),
+        (["--token-file", "{missing}"], "cannot read the tokens"),
+        (["--no-token", "--token-file", "{missing}"], "--no-token beside a token"),
+        (["--origin", "*"], "name each one"),
+    ],
+    ids=lambda value: "-".join(value).replace("{", "").replace("}", "") if isinstance(value, list) else "",
+)
+def test_what_cannot_be_served_says_why(registry_root, tmp_path, capsys, options, says):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        places = {"missing": tmp_path / "none", "taken": taken.getsockname()[1]}
+        filled = [option.format(**places) for option in options]
+        assert cli.main(["serve", "--registry", str(registry_root), "--port", "0", "--grpc-port", "0", *filled]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and re.fullmatch(r"flserving: [^\n]*\n", shown.err) and says in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--registry", "{missing}"], "no registry in"),
+        (["--registry", "{empty}"], "is empty: publish a version first"),
+        (["--registry", "{full}", "--model", "nothing"], "no version of 'nothing'"),
+    ],
+    ids=["missing", "empty", "unknown"],
+)
+def test_workers_that_cannot_start_say_why(registry_root, tmp_path, options, says):
+    Registry(tmp_path / "empty").close()
+    places = {"missing": tmp_path / "none", "empty": tmp_path / "empty", "full": registry_root}
+    filled = [option.format(**places) for option in options]
+    command = [sys.executable, "-m", "flserving", "serve", "--port", "0", "--grpc-port", "0", *filled]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"flserving: [^\n]*\n", done.stderr) and says in done.stderr
+    assert not (tmp_path / "none").exists(), "a wrong folder is not made into a registry"
+
+
+def test_every_setting_of_the_server_is_an_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    for field in (*fields(ServingConfig), *fields(ApiOptions)):
+        if field.name not in {"tokens", "origins", "hosts"}:  # --token-file, --origin, --allow-host
+            assert f"--{field.name.replace('_', '-')} " in shown
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_lines_of_the_demo_work_as_printed(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flserving", "demo", "--rounds", "1", "--directory", str(tmp_path)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if line.startswith("Ctrl-C"):
+                break
+        curls = [line for line in lines if line.startswith("curl")]
+        assert len(curls) == 4
+        ready, metadata, answer, metrics = (
+            subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=20, check=True).stdout
+            for curl in curls
+        )
+        assert json.loads(ready)["ready"] and json.loads(metadata)["name"] == "digits"
+        assert [output["name"] for output in json.loads(answer)["outputs"]][:1] == ["predictions"]
+        assert "flserving_requests_total" in metrics
+        assert any(line.startswith("promoted version 1") for line in lines)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0 and (tmp_path / "registry").is_dir()
+    finally:
+        process.kill()
+        process.communicate()
