@@ -22,7 +22,11 @@ COURSE = [
     "02_the_serving_stack",
     "03_caching",
     "04_dynamic_batching",
+    "05_rest_and_grpc",
+    "06_latency_breakdown",
+    "11_monitoring",
 ]
+PLANNED = range(7, 11)  # 11 came before them: it needs nothing of theirs
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -30,7 +34,8 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 def test_the_course_is_complete_and_numbered():
     names = [path.stem for path in NOTEBOOKS]
     assert names[: len(COURSE)] == COURSE
-    assert [name[:2] for name in names] == [f"{number:02d}" for number in range(len(names))]
+    wanted = [number for number in range(len(names) + len(PLANNED)) if number not in PLANNED]
+    assert [name[:2] for name in names] == [f"{number:02d}" for number in wanted]
 
 
 @each_notebook
