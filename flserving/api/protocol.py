@@ -193,7 +193,7 @@ def _from_list(tensor: InputTensor) -> NDArray[Any]:
         if values and type(values[0]) is list:
             sizes = {len(values)}
             for axis, wanted in enumerate(shape):
-                if sizes != {wanted}:
+                if sizes - {wanted}:  # no lists at all where an axis before is 0
                     raise InvalidInputError(f"input {name!r}: axis {axis} has {sorted(sizes)} items, shape is {shape}")
                 if axis < len(shape) - 1:
                     sizes = set(map(len, values))
