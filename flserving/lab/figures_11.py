@@ -148,7 +148,7 @@ def quantile_figure(case: QuantileCase, fig: Figure | None = None) -> Figure:
         error = estimate_ms / exact_ms - 1
         ax.set_title(f"p{case.percentile:g}: exact {exact_ms:.1f} ms, from buckets {estimate_ms:.1f} ms ({error:+.0%})")
         ax.set(xlabel="latency (ms)", ylabel="requests that are faster (%)", xlim=(0, right_ms), ylim=(0, 103))
-        ax.legend(loc="lower right", fontsize=8)
+        ax.legend(loc="center right", fontsize=8)
     return fig
 
 
