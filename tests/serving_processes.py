@@ -47,10 +47,12 @@ class Running:
         return Client((self.url, f"grpc://{self.grpc_url}")[place % 2], self.token, **options)
 
     def workers(self):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self.process.pid).children()
-            return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
-        return []
+        alive = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(child)
+        return alive
 
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(number)
@@ -103,8 +105,8 @@ class Load:
 
 
 def kill_one(served):
-    """Kill the first of two workers and wait for the process in its place; the other one."""
+    """Kill the first of two workers and wait for the process in its place; the other one and the new one."""
     victim, other = served.workers()
     victim.kill()
-    wait_until(lambda: len(served.workers()) == 2 and victim not in served.workers())
-    return other
+    wait_until(lambda: len(set(served.workers()) - {victim, other}) == 1)
+    return other, (set(served.workers()) - {victim, other}).pop()

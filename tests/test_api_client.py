@@ -151,6 +151,7 @@ def test_every_error_comes_back_as_its_own_type(kind):
         ("INTERNAL", FlservingError, False),
         ("NOT_FOUND", NotFoundError, False),
         ("DEADLINE_EXCEEDED", DeadlineExceededError, False),
+        ("CANCELLED", ServerClosedError, True),
         ("ABORTED", FlservingError, False),
     ],
 )

@@ -148,7 +148,7 @@ _CHANNEL = {
     "grpc.enable_retries": 0,  # retries are ours: they know the budget
     "grpc.max_receive_message_length": -1,
     "grpc.initial_reconnect_backoff_ms": 50,
-    "grpc.min_reconnect_backoff_ms": 50,
+    "grpc.min_reconnect_backoff_ms": 2000,  # in spite of its name, how long one attempt to connect may take
     "grpc.max_reconnect_backoff_ms": 1000,
 }
 
@@ -167,6 +167,8 @@ def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
     headers = {name: value for name, value in trailing if isinstance(value, str)}
     if code == "DEADLINE_EXCEEDED" and REASON not in headers:
         return _late(timeout_s)
+    if code == "CANCELLED":  # by a server that stops, in the moment in which the call came: it was not let in
+        code = "UNAVAILABLE"
     text = error.details() or code
     kind = _BY_CODE.get(code, FlservingError)
     return _refusal(kind, text if REASON in headers else f"{where}: {text}", headers, again=code == "UNAVAILABLE")
