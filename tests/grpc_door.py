@@ -34,7 +34,7 @@ def known_tokens():
 def open_door(server, *, native=False, reuse_port=False, **options):
     """``(V2, "host:port", door, run)`` of a gRPC door that answers while the block runs; ``run`` runs on its loop."""
     v2 = V2(server, admin=True)
-    chosen = ApiOptions(**{"tokens": known_tokens(), **options})
+    chosen = ApiOptions(**{"tokens": known_tokens(), "native_grpc": native, **options})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="grpc-door", daemon=True)
     thread.start()
@@ -43,7 +43,7 @@ def open_door(server, *, native=False, reuse_port=False, **options):
         def run(coroutine):
             return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
 
-        door = run(start_grpc(v2, chosen, native=native, reuse_port=reuse_port))
+        door = run(start_grpc(v2, chosen, reuse_port=reuse_port))
         try:
             yield v2, f"{chosen.host}:{door.port}", door, run
         finally:

@@ -37,6 +37,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token-file", metavar="FILE", help='JSON: [{"token": "...", "role": "infer"}, ...]')
     parser.add_argument("--no-token", action="store_true", help="let everybody in who can reach the port")
     parser.add_argument("--no-grpc", action="store_true", help="REST only")
+    parser.add_argument("--native-grpc", action="store_true", help="gRPC by pygrpc-native: fast, for trusted networks")
     parser.add_argument("--admin", action="store_true", help="let the role admin load and unload models")
     parser.add_argument("--origin", action="append", default=[], help="web page that may call: https://host[:port]")
     parser.add_argument("--allow-host", action="append", default=[], help="one more name for the Host header")
@@ -64,6 +65,7 @@ def serve(arguments: argparse.Namespace) -> int:
     options = ApiOptions(
         **{name: given[name] for name in _API if name != "grpc_port"},
         grpc_port=None if arguments.no_grpc else arguments.grpc_port,
+        native_grpc=arguments.native_grpc,
         tokens=tokens,
         admin=arguments.admin,
         origins=tuple(arguments.origin),

@@ -28,21 +28,18 @@ class GrpcDoor:
         await self._server.stop(grace_s)
 
 
-async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False, native: bool = False) -> GrpcDoor:
+async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -> GrpcDoor:
     """Serve ``v2`` on ``options.host`` and ``options.grpc_port``, in the running event loop.
 
     Args:
         options: Their ``tokens`` say who may ask what; None lets nobody in but to the health checks.
         reuse_port: Let several processes listen on one port.
-        native: Take the package pygrpc-native, whose HTTP/2 is written in Rust: a fifth of the CPU time per
-            request. For trusted networks: it reads a message of any size before it refuses it, limits neither
-            connections nor pings, and has no TLS.
 
     Raises:
-        ConfigError: The address cannot be listened on, or ``native`` cannot be had.
+        ConfigError: The address cannot be listened on, or ``native_grpc`` cannot be had.
     """
     service = Service(v2, options.tokens or Tokens(), options.max_connections)
-    server = _server(options, reuse_port, native)
+    server = _server(options, reuse_port)
     for name, methods in service.methods().items():
         server.add_registered_method_handlers(name, methods)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
@@ -62,17 +59,15 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False, n
     return GrpcDoor(server, service, port)
 
 
-def _server(options: ApiOptions, reuse_port: bool, native: bool) -> grpc.aio.Server:
+def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
     limits = _channel_options(options, reuse_port)
-    if not native:
+    if not options.native_grpc:
         return grpc.aio.server(options=limits, maximum_concurrent_rpcs=options.max_connections + MOST_WATCHERS + 64)
-    if options.secure:
-        raise ConfigError("native gRPC has no TLS: leave native out, or put a proxy in front")
     try:
         aio = importlib.import_module("pygrpc_native.aio")
     except ImportError as error:
         raise ConfigError(
-            f"native gRPC needs the package pygrpc-native: pip install pygrpc-native ({error})"
+            f"native_grpc needs the package pygrpc-native: pip install pygrpc-native ({error})"
         ) from error
     return aio.server(options=[limit for limit in limits if limit[0] != "grpc.max_allowed_incoming_connections"])
 
