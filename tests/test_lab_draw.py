@@ -287,7 +287,7 @@ def test_a_page_that_cannot_reach_the_endpoint_asks_the_kernel_and_says_so(opene
     assert "the kernel asked for your browser" in page.get_by_role("status").inner_text()
     assert page.get_by_text("Your browser got no answer from 127.0.0.1").is_visible()
     page.unroute("**/v2/models/**")
-    page.get_by_role("button", name="Ask by the browser").click()
+    page.get_by_role("button", name="By the browser").click()
     idle(page)
     assert shown(page)[0]["way"] == "browser" and not page.get_by_text("Your browser got no answer").is_visible()
 

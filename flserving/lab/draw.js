@@ -115,7 +115,7 @@ function render({ model, el }) {
 
   const showWay = () => {
     host.dataset.way = way;
-    wayButton.textContent = way === "browser" ? "Ask by the kernel" : "Ask by the browser";
+    wayButton.textContent = way === "browser" ? "By the kernel" : "By the browser";
     note.textContent = way === "kernel" && hurdle ? `${hurdle} So the kernel asks, and sends the answer here.` : "";
   };
   const show = (answer, ms) => {
