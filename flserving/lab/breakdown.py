@@ -130,19 +130,20 @@ class Stopwatch:
         """Many requests, one row each: ``way``, ``rows``, ``features``, and the spans in microseconds.
 
         Args:
-            payloads: Rows to send, and the version that answers them. They and the ways take turns, so that other load
-                on the machine hits all alike.
+            payloads: Rows to send, and the version that answers them. All of them go ``repeats`` times by every way, in
+                random order: neither other load nor what a large request leaves behind (a slow moment, measurably) may
+                always hit the same one.
         """
         import pandas as pd
 
         for rows, version in payloads:
             for way in ways:
                 self.ask(way, rows, version)  # not counted: the first one makes connections and buffers
+        kinds = [(way, rows, version) for rows, version in payloads for way in ways]
+        order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(kinds)), repeats))
         return pd.DataFrame(
             {"way": way, "rows": len(rows), "features": rows.shape[1]} | self.ask(way, rows, version)
-            for _ in range(repeats)
-            for rows, version in payloads
-            for way in ways
+            for way, rows, version in (kinds[number] for number in order)
         )
 
     def close(self) -> None:
