@@ -1,6 +1,7 @@
 """Notebook 05 in the real JupyterLab: a stroke on the canvas is answered by the REST API, which the browser calls."""
 
 import re
+import time
 
 import pytest
 
@@ -29,7 +30,7 @@ def stroke(lab, drawing):
     lab.page.wait_for_selector(".flserving-draw[data-state=idle]")
 
 
-def test_the_browser_itself_asks_the_rest_api_and_else_the_kernel_does(open_in_lab):
+def test_the_browser_itself_asks_the_rest_api_and_else_the_kernel_does(open_in_lab, served_folder):
     with open_in_lab(NOTEBOOK) as lab:
         lab.run_all()
         calls = []
@@ -42,12 +43,23 @@ def test_the_browser_itself_asks_the_rest_api_and_else_the_kernel_does(open_in_l
         stroke(lab, drawing)
         told = "print(server.get_all_stats()['server']['requests'], canvas.answer['way'], canvas.answer['requests'])"
         after, way, requests = lab.page.evaluate(ASK_KERNEL, told).split()
-        posts = calls.count("POST")
-        assert posts >= 1 and way == "browser" and int(after) - before == posts == int(requests)
+        assert way == "browser" and int(after) - before == int(requests) >= 1
+        end = time.monotonic() + 20
+        while (
+            calls.count("POST") < int(requests) and time.monotonic() < end
+        ):  # the browser tells of them a little later
+            lab.page.wait_for_timeout(50)
+        assert calls.count("POST") == int(requests)
         says = lab.page.evaluate(ASK_KERNEL, "print(server.predict(canvas.pixels)['predictions'][0])").strip()
         assert re.match(rf"{says}, says version \d+\. Request {requests}: your browser asked", status.inner_text())
         assert widget.locator(".flserving-draw-best").inner_text().split()[0] == says
         lab.shot("draw_browser", widget)
+
+        token = lab.page.evaluate(ASK_KERNEL, "print(endpoint.token)").strip()
+        lab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        lab.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
+        saved = (served_folder / NOTEBOOK).read_text()
+        assert 'execution_count": 5' in saved and len(token) > 30 and token not in saved
 
         lab.page.route("**/infer", lambda route: route.abort())
         widget.get_by_role("button", name="Clear").click()
@@ -59,17 +71,3 @@ def test_the_browser_itself_asks_the_rest_api_and_else_the_kernel_does(open_in_l
         assert widget.get_by_text("Your browser got no answer from 127.0.0.1").is_visible()
         lab.shot("draw_kernel", widget)
         assert not lab.page_errors
-
-
-def test_a_saved_notebook_does_not_hold_the_token(open_in_lab, served_folder):
-    with open_in_lab(NOTEBOOK) as lab:
-        lab.run_all()
-        lab.page.locator(".flserving-draw").get_by_role("button", name="Example").click()
-        lab.page.wait_for_selector(".flserving-draw[data-state=idle]")
-        token = lab.page.evaluate(ASK_KERNEL, "print(endpoint.token)").strip()
-        lab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-        lab.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
-        saved = (served_folder / NOTEBOOK).read_text()
-        assert len(token) > 30 and token not in saved and "digit_figure" in saved
-        manager = "JSON.stringify(window.jupyterapp.shell.currentWidget.content.model.metadata)"
-        assert token not in lab.page.evaluate(f"() => {manager}")
