@@ -20,9 +20,7 @@ pytest.importorskip("nbgrader", reason="needs the extra grading: pip install -e 
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 WITH_EXERCISES = [
-    path
-    for path in sorted(NOTEBOOKS.glob("*.ipynb"))
-    if exercises.find_exercises(nbformat.read(path, as_version=4))
+    path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if exercises.find_exercises(nbformat.read(path, as_version=4))
 ]
 
 

@@ -1,4 +1,5 @@
 """Arrival processes and popularity against the distributions that they claim to have (fixed seeds)."""
+
 import itertools
 import math
 

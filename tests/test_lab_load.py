@@ -1,4 +1,5 @@
 """The load generator: exact latencies in virtual time, nothing omitted, failures by reason."""
+
 import asyncio
 import collections
 import itertools

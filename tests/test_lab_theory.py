@@ -1,4 +1,5 @@
 """Closed forms and the simulator, each against an oracle that was derived or run independently."""
+
 import itertools
 import math
 

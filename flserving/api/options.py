@@ -26,8 +26,8 @@ class ApiOptions:
         host: Address to listen on; only this computer reaches the default.
         port: Port of REST, 0 takes a free one.
         grpc_port: Port of gRPC, 0 takes a free one; None leaves gRPC out.
-        native_grpc: Speak gRPC through the package pygrpc-native, several times faster. For trusted networks: it takes a
-            message of any size into memory before it refuses it, limits neither connections nor pings, and has no TLS.
+        native_grpc: Speak gRPC through the package pygrpc-native, several times faster. For trusted networks: it takes
+            a message of any size into memory before it refuses it, limits neither connections nor pings, has no TLS.
         tokens: Credentials; None makes a random token, ``Tokens.open()`` asks for none.
         admin: Whether the routes that load and unload models exist for the role admin.
         origins: Web pages that may call, as ``https://host[:port]``; none by default.
@@ -80,9 +80,7 @@ class ApiOptions:
             if not host or any(c.isspace() or c in "/@*" for c in host):
                 raise ConfigError(f"hosts holds {host!r}: give a name or name:port, for example models.example.org")
         if not isinstance(self.tokens, Tokens | None):
-            raise ConfigError(
-                f"tokens is a {type(self.tokens).__name__}: make a Tokens object"
-            )
+            raise ConfigError(f"tokens is a {type(self.tokens).__name__}: make a Tokens object")
         if (self.certificate is None) != (self.key is None):
             given, missing = ("certificate", "key") if self.key is None else ("key", "certificate")
             raise ConfigError(f"{given} is given without {missing}: TLS needs both PEM files")
