@@ -12,7 +12,6 @@ litserve or mlserver.
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import platform
@@ -35,7 +34,9 @@ from flserving import Registry, models
 from flserving.api import messages
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "servers"))
 from load import Load, Target, measure, missing_tools, pinned
+from network_model import build
 
 SERVERS = Path(__file__).parent / "servers"
 SIZES = {"small": [32, 64, 10], "large": [784, 512, 512, 10]}
@@ -140,7 +141,7 @@ def systems(size: str, pythons: list[str]) -> Iterator[list[System]]:
             found.append(System(f"constant gRPC answer, grpcio {kind}", process, target, None))
         for python in pythons:
             for name, script in PEERS.items():
-                if has_module(python, name):
+                if has_module(python, name) and name not in {system.name for system in found}:
                     port = free_port()
                     target = Target(f"http://127.0.0.1:{port}{infer}", plain, JSON_HEADERS)
                     found.append(System(name, start(python, script, port, text), target, "floor"))
@@ -151,12 +152,8 @@ def systems(size: str, pythons: list[str]) -> Iterator[list[System]]:
 
 def publish(folder: Path, sizes: list[int]) -> None:
     """The floor's own model as version 1 of "m"."""
-    spec = importlib.util.spec_from_file_location("floor", SERVERS / "floor.py")
-    assert spec and spec.loader
-    floor = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(floor)
     model = models.build("mlp", {"sizes": sizes})
-    values = floor.build(sizes).state_dict().values()
+    values = build(sizes).state_dict().values()
     model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
     with Registry(folder) as registry:
         registry.publish("m", model, architecture="mlp", parameters={"sizes": sizes}, alias="default")
@@ -218,7 +215,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if missing := missing_tools():
         parser.exit(1, f"{', '.join(missing)}: not found; on Debian: apt-get install wrk nghttp2-client\n")
-    turns, seconds = (1, 1) if arguments.quick else (5, 4)
+    turns, seconds = (1, 1) if arguments.quick else (5, 3)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, one core a server, {os.cpu_count()} cores")
     for size, sizes in SIZES.items():
         with systems(size, arguments.peers) as found:

@@ -8,7 +8,7 @@ import sys
 import torch
 import uvicorn
 from fastapi import FastAPI
-from floor import build
+from network_model import build
 from pydantic import BaseModel
 
 app = FastAPI()

@@ -5,19 +5,13 @@ python floor.py PORT SIZE,SIZE,...
 
 import asyncio
 import sys
-from itertools import pairwise
 
 import numpy as np
 import orjson
 import torch
 import uvicorn
+from network_model import build
 from torch import nn
-
-
-def build(sizes: list[int]) -> nn.Module:
-    torch.manual_seed(0)
-    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1]).eval().requires_grad_(False)
 
 
 class Floor:

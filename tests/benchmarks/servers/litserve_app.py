@@ -4,7 +4,7 @@ import sys
 
 import litserve
 import torch
-from floor import build
+from network_model import build
 
 
 class Api(litserve.LitAPI):

@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from floor import build
 from mlserver import MLModel
 from mlserver.codecs import NumpyCodec
 from mlserver.types import InferenceResponse
+from network_model import build
 
 
 class Model(MLModel):
@@ -40,4 +40,5 @@ if __name__ == "__main__":
         model = {"name": "m", "implementation": "mlserver_model.Model", "max_batch_size": 32, "max_batch_time": 0.002}
         Path(folder, "model-settings.json").write_text(json.dumps(model))
         environment = os.environ | {"SIZES": sys.argv[2], "PYTHONPATH": str(here)}
-        os.execve(sys.executable, [sys.executable, "-m", "mlserver", "start", folder], environment)
+        command = [sys.executable, "-c", "from mlserver.cli import main; main()", "start", folder]
+        os.execve(sys.executable, command, environment)
