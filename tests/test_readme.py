@@ -30,15 +30,18 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess
 
 
 def test_there_is_something_to_check():
-    assert len(PYTHON_BLOCKS) == 1 and len(COMMANDS) >= 10
+    assert len(PYTHON_BLOCKS) == 2 and len(COMMANDS) >= 10
     assert {language for language, _ in BLOCKS} == {"python", "sh"}
 
 
-@pytest.mark.parametrize("code", PYTHON_BLOCKS)
-def test_the_python_code_runs(code, tmp_path):
-    result = run_python("-W", "error", "-c", code, cwd=tmp_path)
+def test_the_python_code_runs(tmp_path):
+    """All blocks as one program: a later one goes on where the one before it ends."""
+    result = run_python("-W", "error", "-c", "\n".join(PYTHON_BLOCKS), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"\[\d, \d, \d\] by version 10 expected \[0, 1, 2\]", result.stdout), result.stdout
+    in_process, over_http = result.stdout.splitlines()[-2:]
+    assert re.fullmatch(r"\[\d, \d, \d\] by version 10 expected \[0, 1, 2\]", in_process), result.stdout
+    predictions = in_process.partition("]")[0] + "]"
+    assert re.fullmatch(re.escape(predictions) + r" http://127\.0\.0\.1:\d+/docs", over_http), result.stdout
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -56,7 +59,8 @@ def test_the_command_exists(line):
         assert runpy.run_path(str(ROOT / "run.py"))["main"]([words[2], "--help"]) == 0
     elif words[0] == "python":
         program = words[1:3] if words[1] == "-m" else words[1:2]
-        shown = run_python(*program, *(["install"] if program[-1] == "pip" else []), "--help")
+        subcommand = words[3:4] if program[-1] in ("pip", "flserving") else []
+        shown = run_python(*program, *subcommand, "--help")
         assert shown.returncode == 0, shown.stderr
         assert all(word in shown.stdout for word in words if word.startswith("--"))
 
