@@ -18,8 +18,8 @@ import pytest
 import flserving
 from flserving.api.auth import Role, Tokens
 from flserving.api.client import AsyncClient, Client
-from flserving.api.endpoint import listen
 from flserving.api.options import ApiOptions
+from flserving.api.ports import listen
 from flserving.api.retries import Retries
 from flserving.errors import ConfigError, ConflictError, ForbiddenError, ServerClosedError, UnauthorizedError
 from serving_models import Gated, Probe, Tagged, serving, wait_until

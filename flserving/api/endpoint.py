@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
-import os
 import socket
 import threading
 import time
@@ -17,8 +15,9 @@ import uvicorn
 
 from flserving.api.auth import Role, Tokens
 from flserving.api.options import ApiOptions, check_origin
+from flserving.api.ports import listen, refuse
 from flserving.api.v2 import V2
-from flserving.errors import ConfigError, ConflictError
+from flserving.errors import ConfigError
 
 if TYPE_CHECKING:
     from flserving.server import ModelServer
@@ -128,13 +127,13 @@ class _Doors:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        rest, grpc = _Rest(self._v2, self._options), None
+        rest, grpc = _Rest(self._v2, self._options, self._listener), None
         try:
             if self._options.grpc_port is not None:
                 from flserving.api.grpc import start_grpc  # an endpoint without gRPC does not load grpcio
 
                 grpc = await start_grpc(self._v2, self._options, reuse_port=self._reuse_port)
-            await rest.open(self._listener)
+            await rest.open()
             self._opened.set_result((self._listener.getsockname()[1], None if grpc is None else grpc.port))
             while not self._stop.is_set():
                 await rest.tick()
@@ -154,8 +153,10 @@ class _Rest:
     idle connections without having told their clients."""
 
     POLL_S = 0.005
+    FIRST_S = 0.5
+    """How long a client that has just connected may take to send its request when the endpoint closes."""
 
-    def __init__(self, v2: V2, options: ApiOptions) -> None:
+    def __init__(self, v2: V2, options: ApiOptions, listener: socket.socket) -> None:
         from flserving.api.http1 import protocol_class
         from flserving.api.rest import rest_app
 
@@ -168,13 +169,13 @@ class _Rest:
             access_log=False, log_config=None, server_header=False, proxy_headers=False,
             ssl_context_factory=None if context is None else lambda *_: context,
         )  # fmt: skip
-        self._server = uvicorn.Server(self._config)
+        self._server, self._listener = uvicorn.Server(self._config), listener
 
-    async def open(self, listener: socket.socket) -> None:
+    async def open(self) -> None:
         self._config.load()
         self._server.lifespan = self._config.lifespan_class(self._config)
         await self.tick()
-        await self._server.startup([listener])
+        await self._server.startup([self._listener])
 
     async def tick(self) -> None:
         """Once a second: the Date header."""
@@ -189,47 +190,20 @@ class _Rest:
         """Close the listener and idle connections, wait for the busy ones, cut off what is left after ``drain_s``."""
         if not self._server.started:
             return
+        state, end_s = self._server.server_state, time.monotonic() + drain_s
+        await refuse(self._listener, end_s)
         for listener in self._server.servers:
             listener.close()
-        state, end_s = self._server.server_state, time.monotonic() + drain_s
-        for connection in list(state.connections):
-            connection.shutdown()
+        await asyncio.sleep(self.POLL_S)  # what was accepted last is among the connections then
         while (state.connections or state.tasks) and time.monotonic() < end_s:
+            for connection in list(state.connections):
+                connection.retire(self.FIRST_S)  # type: ignore[union-attr]
             await asyncio.sleep(self.POLL_S)
         for task in (left := list(state.tasks)):
             task.cancel()
         for connection in list(state.connections):
             connection.transport.abort()
         await asyncio.gather(*left, return_exceptions=True)
-
-
-def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) -> socket.socket:
-    """A socket that listens on the port; with ``backlog`` 0 it only keeps the port for sockets with ``reuse_port``.
-
-    Raises:
-        ConflictError: The port is in use. ConfigError: There is no such address here, or the port needs more rights.
-    """
-    listener = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # on Windows it would let two servers share a port by accident
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(address)
-        if backlog:
-            listener.listen(backlog)
-        return listener
-    except OSError as error:
-        if listener is not None:
-            listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConflictError(f"port {port} of {host} is in use: stop what listens there, or take port 0") from error
-        raise ConfigError(
-            f"cannot listen on {host} port {port} ({error.strerror}): take 127.0.0.1 or an address of this computer, "
-            "and a port above 1023"
-        ) from error
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from flserving.api.guard import Receive, Scope, Send
 from flserving.api.options import ApiOptions
+from flserving.api.ports import readable
 
 GONE = "the client is gone"
 """With what a request's task is cancelled when its connection is lost."""
@@ -168,6 +169,16 @@ class Http1(HttpToolsProtocol):
                    (b"retry-after", b"1"), (b"connection", b"close")]  # fmt: skip
         await send({"type": "http.response.start", "status": 429, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    def retire(self, first_s: float) -> None:
+        """Close unless that would lose something: a client in the midst of a request, or one that waits for the answer,
+        still gets it, as the last one; one that has only connected gets ``first_s`` to begin."""
+        if self.transport.is_closing() or readable(self.transport.get_extra_info("socket")):
+            return
+        since_s = self._waits_since_s
+        begun = since_s is not None and (self._head_bytes > 0 or not self._in_head)
+        if not begun and (since_s is None or since_s < self.loop.time() - first_s):
+            self.shutdown()
 
     def _sweep(self) -> None:
         """Close who has kept us waiting for too long; again soon, while there is a connection."""

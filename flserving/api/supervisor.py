@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from flserving.api.endpoint import DRAIN_S, listen
+from flserving.api.endpoint import DRAIN_S
 from flserving.api.options import ApiOptions
+from flserving.api.ports import listen
 from flserving.api.worker import Plan, work
 from flserving.errors import ConfigError, FlservingError
 
