@@ -1,5 +1,8 @@
 """A server behind its REST door, and requests to it, for the tests of the door."""
 
+import contextlib
+import socket
+
 import numpy as np
 import orjson
 import torch
@@ -11,6 +14,7 @@ from serving_models import PATIENCE_S
 
 TOKENS = {"read": Role.READ, "infer": Role.INFER, "admin": Role.ADMIN, "client": Role.INFER}
 WIDTH, CLASSES = 6, 4
+INFER = "/v2/models/local/infer"
 
 
 def known_tokens():
@@ -85,3 +89,53 @@ def outputs_of(response):
         outputs[one["name"]] = array.reshape(one["shape"])
     assert at == len(response.content)
     return message, outputs
+
+
+class Wire:
+    """A connection on which anything can be said."""
+
+    def __init__(self, endpoint):
+        host, port = endpoint.url.removeprefix("http://").split(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+        self.host = f"{host}:{port}".encode()
+
+    def head(self, *headers):
+        first = f"POST {INFER} HTTP/1.1".encode()
+        lines = [first, b"Host: " + self.host, b"Authorization: Bearer infer", *headers]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def say(self, data):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # closed while we spoke: the answer tells why
+            self.socket.sendall(data)
+
+    def answer(self):
+        """Status and body of the next answer; (0, b"") where the connection was closed without one."""
+        received = b""
+        try:
+            while b"\r\n\r\n" not in received:
+                received += (more := self.socket.recv(65536))
+                if not more:
+                    return 0, received
+            head, _, body = received.partition(b"\r\n\r\n")
+            length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            while len(body) < length:
+                body += self.socket.recv(65536)
+            return int(head[9:12]), body
+        except ConnectionResetError:
+            return 0, received
+
+    def all(self):
+        """Everything until the connection is closed."""
+        return b"".join(iter(lambda: self.socket.recv(65536), b""))
+
+    def closed(self):
+        try:
+            return self.socket.recv(65536) == b""
+        except ConnectionResetError:
+            return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()

@@ -4,9 +4,11 @@ What is refused before there is a request is answered in the same form as everyt
 """
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -16,7 +18,9 @@ from flserving.api.ports import readable
 
 GONE = "the client is gone"
 """With what a request's task is cancelled when its connection is lost."""
-_MOST_HEADER_BYTES, _MOST_CHUNKS, _MOST_JOINED = 64 << 10, 1 << 16, 64 << 10
+HALF_CLOSED_S = 0.5  # how long to answer a client that has shut its side down: most of those have gone
+_MOST_HEADER_BYTES, _MOST_CHUNKS, _MOST_JOINED, _MOST_PIPELINED = 64 << 10, 1 << 16, 64 << 10, 128
+_LONG_HEAD = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
 
 
 class _Cycle(RequestResponseCycle):
@@ -38,7 +42,7 @@ class _Cycle(RequestResponseCycle):
             if head is not None:
                 await super().send(head)
             return await super().send(message)
-        parts, has_length, closes = [STATUS_LINE[head["status"]]], False, False
+        parts, has_length, closes = [STATUS_LINE[head["status"]]], head["status"] == 204, False
         for name, value in (*self.default_headers, *head["headers"]):
             parts += (name, b": ", value, b"\r\n")
             has_length = has_length or name == b"content-length"
@@ -69,9 +73,12 @@ class Http1(HttpToolsProtocol):
     sweeping: ClassVar[asyncio.TimerHandle | None] = None
 
     _task: asyncio.Task[None] | None = None
+    _running: RequestResponseCycle | None = None  # what ``_task`` answers; ``cycle`` is the newest, which may wait
+    _ended = False  # nothing more is read: what has come whole is answered, then the connection closes
     _waits_since_s: float | None = None  # for the rest of a request
     _stalled_since_s: float | None = None  # nobody takes the answer
     _head_bytes = _chunks = 0
+    _data = b""  # what the parser reads
     _in_head = True
     _problem: tuple[int, str] | None = None
 
@@ -89,30 +96,50 @@ class Http1(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._task is not None and self.cycle.disconnected:
+        if self._task is not None and self._running is not None and self._answering:
+            self._running.disconnected = True
             self._task.cancel(GONE)
         self.pipeline.clear()
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that says no more may still listen (``nc -N``), or be gone: an answer that comes soon is sent."""
+        if self._answering and not self._ended and not self.cycle.more_body and self.scheme == "http":
+            self._ended, self.cycle.keep_alive = True, False
+            self.loop.call_later(HALF_CLOSED_S, self.transport.close)
+        return self._answering and self._ended  # TLS has no half
+
     def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
         if self._waits_since_s is None:
             self._waits_since_s = self.loop.time()
         if self._in_head:
             self._head_bytes += len(data)
+        self._data = data
         super().data_received(data)
+        self._data = b""
         if self._in_head and self._head_bytes > _MOST_HEADER_BYTES and self._problem is None:
-            self._problem = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
+            self._problem = _LONG_HEAD
             self.send_400_response("")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._waits_since_s, self._in_head, self._chunks = self.loop.time(), True, 0
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # a trailer comes after all checks: it is no header, and nobody keeps it
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         if self._head_bytes > _MOST_HEADER_BYTES:  # that counts a part of the body too: look closer
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             if size > _MOST_HEADER_BYTES:
-                self._problem = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
+                self._problem = _LONG_HEAD
                 raise ValueError(self._problem)
+        if len(self.pipeline) >= _MOST_PIPELINED:
+            raise ValueError("too many requests wait on one connection")
+        if self.parser.should_upgrade():
+            return  # see _unsupported_upgrade_warning
         self._in_head, self._head_bytes = False, 0
         super().on_headers_complete()
         self.cycle.__class__ = _Cycle  # its task has not begun; uvicorn names the class in the midst of that method
@@ -124,8 +151,21 @@ class Http1(HttpToolsProtocol):
             raise ValueError(self._problem)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         self._waits_since_s, self._in_head = None, True
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Called in the handler of HttpParserUpgrade. The parser stops at an ``Upgrade`` (to HTTP/2: Java's client,
+        ``curl --http2``) and loses the body; the head without it, and what follows, go through a new one."""
+        stopped, method = sys.exc_info()[1], self.parser.get_method()
+        if method == b"CONNECT" or stopped is None:
+            return self.send_400_response("")
+        lines = [b"%s: %s\r\n" % pair for pair in self.headers if pair[0] != b"upgrade"]
+        head = b"".join((method, b" ", self.url, b" HTTP/1.1\r\n", *lines, b"\r\n"))
+        self.parser, self._data = httptools.HttpRequestParser(self), head + self._data[stopped.args[0] :]
+        super().data_received(self._data)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -136,23 +176,29 @@ class Http1(HttpToolsProtocol):
         self._stalled_since_s = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._task = task = self.loop.create_task(cycle.run_asgi(app))
+        self._running, self._task = cycle, (task := self.loop.create_task(cycle.run_asgi(app)))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's one way out of what is no HTTP: answer, and close the connection."""
+        if self.transport.is_closing():
+            return
         status, text = self._problem or (400, "the request is not HTTP/1.1: send a request line, headers and a body")
-        if self._answering and not self.cycle.more_body:
-            self.cycle.keep_alive = False  # an earlier request is still to be answered: that is the last one then
-            self.pipeline.clear()
+        self._ended = True
+        if self.pipeline and self.cycle.more_body:
+            self.pipeline.popleft()  # the newest, which will never be whole
+        earlier = self.pipeline[0][0] if self.pipeline else self._running
+        if earlier is not None and self._answering and not earlier.more_body:
+            earlier.keep_alive = False  # those before are still to be answered: that is the last one then
             self.flow.pause_reading()
             return
-        self.refused({400: "InvalidInput", 408: "DeadlineExceeded"}.get(status, "TooLarge"))
-        if not (self._answering and self.cycle.response_started):
+        if self._in_head or not self.cycle.response_complete:  # else in a body that nobody wanted
+            self.refused({400: "InvalidInput", 408: "DeadlineExceeded"}.get(status, "TooLarge"))
             body = orjson.dumps({"error": text})
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[status] + head + body)
+            if not (self._answering and self.cycle.response_started):
+                self.transport.write(STATUS_LINE[status] + head + body)
         if self._answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -160,7 +206,7 @@ class Http1(HttpToolsProtocol):
 
     @property
     def _answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return self._running is not None and not self._running.response_complete
 
     async def _crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.refused("Overloaded")
