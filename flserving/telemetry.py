@@ -10,7 +10,7 @@ full or somebody reads.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,6 +22,9 @@ Protocol = Literal["rest", "grpc"]
 
 Observer = Callable[[str, int, tuple[float, ...], str], None]
 """Told of every request on its own thread or task: version, rows, marks (of a failed one start and end), reason."""
+
+Continued = Callable[[Iterable[tuple[Any, Any]], Awaitable[Any]], Awaitable[Any]]
+"""Awaits a request in the trace that its headers name, where somebody traces."""
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -70,6 +73,7 @@ class Telemetry:
     def __init__(self, clock: Callable[[], float] = time.perf_counter, largest_batch: int = 1 << 62) -> None:
         self._clock, self._largest_batch = clock, largest_batch
         self.observer: Observer | None = None
+        self.continued: Continued | None = None
         self._lock = threading.Lock()
         self._served: dict[str, Account] = {}
         self._failed: dict[tuple[str, str], list[float]] = {}  # (version, reason) -> how many, seconds
@@ -217,6 +221,19 @@ class Telemetry:
         for protocol, places in _places([protocol for protocol, _, _ in taken]).items():
             account = self._at_doors.setdefault(protocol, np.zeros(3))
             account += len(places), *seconds[places].sum(axis=0)
+
+
+class Refusals:
+    """Counts what a door itself refuses, or breaks, in a ``with`` block. One for all requests: it holds no state."""
+
+    def __init__(self, telemetry: Telemetry, protocol: Protocol) -> None:
+        self._telemetry, self._protocol = telemetry, protocol
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ConnectionResetError):  # that one just left
+            self._telemetry.refusal(self._protocol, getattr(error, "reason", "Internal"))
 
 
 def _take(pending: list[T]) -> list[T]:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 
+import httpx
 import pytest
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
@@ -13,9 +14,16 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
+import flserving
 from flserving.accounts import STAGES
-from flserving.api.tracing import continued, trace
+from flserving.api.auth import Tokens
+from flserving.api.client import Client
+from flserving.api.options import ApiOptions
+from flserving.api.rest import rest_app
+from flserving.api.tracing import trace
+from flserving.api.v2 import V2
 from flserving.errors import InvalidInputError, NotFoundError
+from rest_door import text
 from serving_models import Tagged, row, serving
 
 PARENT = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
@@ -106,20 +114,35 @@ def test_concurrent_requests_continue_the_traces_of_their_callers(exporter, prov
     assert parents == {caller.span_id: caller.trace_id for caller in callers.values()}
 
 
-def test_a_w3c_header_names_the_parent(exporter, provider):
+def ids(span):
+    return f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}"
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc"])
+def test_a_w3c_header_names_the_parent_over_the_network(exporter, provider, scheme):
+    with serving(Tagged()) as server, flserving.serve(server) as endpoint:
+        url = endpoint.url if scheme == "http" else f"grpc://{endpoint.grpc_url}"
+        trace(server, provider)
+        for parent in (PARENT, {}, {"traceparent": "nonsense"}):
+            with Client(url, endpoint.token) as client:
+                client._calls._headers |= parent
+                client.predict(row(1.0))
+    first, *others = by_parent(exporter)[0]
+    assert ids(first) == tuple(PARENT["traceparent"].split("-")[1:3])
+    assert len(others) == 2 and all(request.parent is None for request in others)
+
+
+async def test_the_span_of_an_instrumented_web_server_stays_the_parent(exporter, provider):
     with serving(Tagged()) as server:
         trace(server, provider)
-        with continued(PARENT):
-            server.predict(row(1.0))
-        server.predict(row(2.0))
-        with continued({"traceparent": "nonsense"}):
-            server.predict(row(3.0))
-    requests, _ = by_parent(exporter)
-    first, *others = requests
-    assert (f"{first.context.trace_id:032x}", f"{first.parent.span_id:016x}") == tuple(
-        PARENT["traceparent"].split("-")[1:3]
-    )
-    assert all(request.parent is None for request in others)
+        app = rest_app(V2(server), ApiOptions(tokens=Tokens.open()))
+        transport = httpx.ASGITransport(app)  # in the task, and so in the span, of who asks
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            with otel.get_tracer("test", tracer_provider=provider).start_as_current_span("web server") as span:
+                answer = await http.post("/v2/models/local/infer", content=text(row(1.0)), headers=PARENT)
+    assert answer.status_code == 200
+    (request,) = (one for one in exporter.get_finished_spans() if one.name == "predict")
+    assert request.parent.span_id == span.get_span_context().span_id
 
 
 def test_who_is_not_sampled_costs_no_stage_spans(exporter):

@@ -25,6 +25,7 @@ from flserving.errors import (
     NotSupportedError,
     OverloadedError,
 )
+from flserving.telemetry import Refusals
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_DETAIL = (
@@ -47,7 +48,7 @@ class Service:
     def __init__(self, v2: V2, tokens: Tokens, most_calls: int) -> None:
         self._v2, self._tokens, self._most_calls = v2, tokens, most_calls
         self._inside = self._watchers = 0
-        self._telemetry = v2.server.telemetry
+        self._telemetry, self._refusals = v2.server.telemetry, Refusals(v2.server.telemetry, "grpc")
         self.stopping = asyncio.Event()
 
     def methods(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
@@ -69,7 +70,7 @@ class Service:
         inference["RepositoryModelLoad"] = self._administer("RepositoryModelLoad", v2.load, "isLoaded")
         inference["RepositoryModelUnload"] = self._administer("RepositoryModelUnload", v2.unload, "isUnloaded")
         health = {
-            "Check": grpc.unary_unary_rpc_method_handler(_told(self._check)),
+            "Check": grpc.unary_unary_rpc_method_handler(_told(self._health)),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
         }
         unary = {name: grpc.unary_unary_rpc_method_handler(_told(call)) for name, call in inference.items()}
@@ -77,7 +78,7 @@ class Service:
 
     async def _infer(self, body: bytes, context: Any) -> bytes:
         came_s = time.perf_counter()
-        try:
+        with self._refusals:
             if self._inside >= self._most_calls:
                 raise OverloadedError(f"{self._inside} calls are under way, the most that are let in: try again later")
             identity = self._tokens.check(_authorization(context), Role.INFER)
@@ -90,17 +91,16 @@ class Service:
                 parameters=_within(context.time_remaining(), messages.parameters(request.parameters)),
                 client=identity.client,
             )
-        except FlservingError as error:
-            self._telemetry.refusal("grpc", error.reason)
-            raise
         parsed_s = time.perf_counter()
         self._inside += 1
         try:
-            answer = await self._v2.infer(call)
+            continued, answering = self._telemetry.continued, self._v2.infer(call)
+            answer = await (answering if continued is None else continued(context.invocation_metadata(), answering))
         finally:
             self._inside -= 1
         answered_s = time.perf_counter()
-        reply = messages.response(answer.model, answer.version, request.id, answer.outputs, answer.parameters)
+        with self._refusals:
+            reply = messages.response(answer.model, answer.version, request.id, answer.outputs, answer.parameters)
         self._telemetry.door("grpc", parsed_s - came_s, time.perf_counter() - answered_s)
         return reply
 
@@ -110,7 +110,7 @@ class Service:
 
         async def call(body: bytes, context: Any) -> bytes:
             if role is not None:
-                self._tokens.check(_authorization(context), role)
+                self._check(context, role)
             request = messages.decode(kind, body)
             inline = method in ("ServerLive", "ServerReady")
             return messages.encode(reply, answer(request) if inline else await asyncio.to_thread(answer, request))
@@ -122,7 +122,7 @@ class Service:
         kind, reply = _kinds(method)
 
         async def call(body: bytes, context: Any) -> bytes:
-            self._tokens.check(_authorization(context), Role.ADMIN)
+            self._check(context, Role.ADMIN)
             request = messages.decode(kind, body)
             name = request.model_name or request.repository_name
             if not name:
@@ -136,7 +136,11 @@ class Service:
 
         return call
 
-    async def _check(self, body: bytes, context: Any) -> bytes:
+    def _check(self, context: Any, role: Role) -> None:
+        with self._refusals:
+            self._tokens.check(_authorization(context), role)
+
+    async def _health(self, body: bytes, context: Any) -> bytes:
         service = messages.decode(_HealthRequest, body).service
         if (status := self._status(service)) == "SERVICE_UNKNOWN":
             raise NotFoundError(f"no service {service[:80]!r} here: ask for {messages.SERVICE!r} or ''")

@@ -28,6 +28,7 @@ from flserving.api.options import ApiOptions
 from flserving.api.protocol import read_infer, read_json, write_infer
 from flserving.api.v2 import V2, Call
 from flserving.errors import FlservingError, InvalidInputError, NotSupportedError
+from flserving.telemetry import Refusals
 
 _log = logging.getLogger("flserving.api")
 _JSON, _BYTES = (b"content-type", b"application/json"), (b"content-type", b"application/octet-stream")
@@ -39,7 +40,7 @@ class RestApp:
 
     def __init__(self, v2: V2, options: ApiOptions) -> None:
         self._v2, self._options = v2, options
-        self._tokens = options.tokens or Tokens()
+        self._tokens, self._refusals = options.tokens or Tokens(), Refusals(v2.server.telemetry, "rest")
         v2.origins.update(options.origins)
         self._guard = Guard(options, v2.origins)
         routes = [self._route(o.method, o.path, o.name, o.role) for o in OPERATIONS if o.name != "infer"]
@@ -49,11 +50,12 @@ class RestApp:
         if scope["type"] != "http":
             return await self._router(scope, receive, send)
         try:
-            headers = self._guard.headers(scope)
-            if b"origin" in headers:
-                send = self._guard.cors(scope, headers, send)
-                if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
-                    return await _answer(send, 204, PREFLIGHT, b"")
+            with self._refusals:
+                headers = self._guard.headers(scope)
+                if b"origin" in headers:
+                    send = self._guard.cors(scope, headers, send)
+            if b"access-control-request-method" in headers and b"origin" in headers and scope["method"] == "OPTIONS":
+                return await _answer(send, 204, PREFLIGHT, b"")
             path = (scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0].decode("latin-1")
             if path.endswith("/infer"):
                 match path.split("/"):
@@ -77,25 +79,25 @@ class RestApp:
         if method != "POST":
             raise HTTPException(405, headers={"allow": "POST"})
         telemetry = self._v2.server.telemetry
-        try:
+        with self._refusals:
             who = self._tokens.check(headers.get(b"authorization"), Role.INFER)
             body = await read_body(headers, receive, self._options.max_body_bytes)
             started_s = time.perf_counter()
             asked = read_infer(body, _json_bytes(headers.get(b"inference-header-content-length")))
             parse_s = time.perf_counter() - started_s
-        except FlservingError as error:
-            telemetry.refusal("rest", error.reason)
-            raise
-        call = Call(model, version, asked.inputs, asked.outputs, asked.parameters, who.client)
-        answer = await self._v2.infer(call)
+            call = Call(model, version, asked.inputs, asked.outputs, asked.parameters, who.client)
+        continued, answering = telemetry.continued, self._v2.infer(call)
+        answer = await (answering if continued is None else continued(headers.items(), answering))
         answered_s = time.perf_counter()
-        content, json_bytes = write_infer(answer.model, answer.version, answer.outputs, answer.parameters, asked)
-        reply = [_JSON] if json_bytes is None else [_BYTES, (b"inference-header-content-length", b"%d" % json_bytes)]
-        if b"accept-encoding" in headers:
-            encoding, content = deflated(headers[b"accept-encoding"], content)
-            if encoding is not None:
-                reply.append((b"content-encoding", encoding))
-        reply.append((b"content-length", b"%d" % len(content)))
+        with self._refusals:
+            content, json_bytes = write_infer(answer.model, answer.version, answer.outputs, answer.parameters, asked)
+            length = b"inference-header-content-length"
+            reply = [_JSON] if json_bytes is None else [_BYTES, (length, b"%d" % json_bytes)]
+            if b"accept-encoding" in headers:
+                encoding, content = deflated(headers[b"accept-encoding"], content)
+                if encoding is not None:
+                    reply.append((b"content-encoding", encoding))
+            reply.append((b"content-length", b"%d" % len(content)))
         telemetry.door("rest", parse_s, serialise_s := time.perf_counter() - answered_s)
         if asked.parameters.get("stages"):
             reply.append((b"server-timing", _timing(parse_s, serialise_s, answer.parameters)))
@@ -126,7 +128,8 @@ class RestApp:
 
         async def endpoint(request: Request) -> Response:
             if role is not None:
-                self._tokens.check(request.headers.get("authorization"), role)
+                with self._refusals:
+                    self._tokens.check(request.headers.get("authorization"), role)
             content = await answer(request)
             if isinstance(content, Response):
                 return content

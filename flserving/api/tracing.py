@@ -1,19 +1,25 @@
 """OpenTelemetry spans: one a request, and in it one for each stage. Needs the extra ``otel``; costs nothing until used.
 
 The spans are made of the marks that time a request anyway, after its end, so tracing cannot change what it measures.
-A request continues the trace whose context is current where it was called: what a W3C ``traceparent`` header brought,
-when an instrumentation of the web server (``opentelemetry-instrumentation-asgi``, ``-grpc``) or :func:`continued`
-made it so. No span holds features, answers or tokens.
+A request continues the trace whose context is current where it was called. Over the network that is the one which its
+W3C ``traceparent`` header names, unless an instrumentation of the web server (``opentelemetry-instrumentation-asgi``,
+``-grpc``) has made a span already. No span holds features, answers or tokens.
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context, propagate
-from opentelemetry.trace import Status, StatusCode, TracerProvider, get_tracer, set_span_in_context
+from opentelemetry.trace import (
+    Status,
+    StatusCode,
+    TracerProvider,
+    get_current_span,
+    get_tracer,
+    set_span_in_context,
+)
 
 from flserving.accounts import STAGES
 
@@ -48,14 +54,19 @@ def trace(server: "ModelServer", tracer_provider: TracerProvider | None = None) 
                         tracer.start_span(stage, inside, start_time=began_ns).end(ended_ns)
         span.end(marks_ns[-1])
 
-    server.telemetry.observer = tell
+    server.telemetry.observer, server.telemetry.continued = tell, _continued
 
 
-@contextmanager
-def continued(headers: Mapping[str, str]) -> Iterator[None]:
-    """Make the trace that ``headers`` (lower-case names, gRPC metadata too) come from the current one."""
-    token = context.attach(propagate.extract(headers))
+async def _continued(headers: Iterable[tuple[Any, Any]], answer: Awaitable[Any]) -> Any:
+    """``await answer`` in the trace that the ``headers`` of REST, or the metadata of gRPC, come from."""
+    if get_current_span().get_span_context().is_valid:
+        return await answer
+    token = context.attach(propagate.extract({_text(name): _text(value) for name, value in headers}))
     try:
-        yield
+        return await answer
     finally:
         context.detach(token)
+
+
+def _text(part: str | bytes) -> str:
+    return part.decode("latin-1") if isinstance(part, bytes) else part
