@@ -1,5 +1,6 @@
 """The bodies of REST: read with a limit, inflated with a limit, deflated where it pays."""
 
+import asyncio
 import zlib
 
 from flserving.api.guard import Receive
@@ -8,6 +9,9 @@ from flserving.errors import InvalidInputError, TooLargeError, UnsupportedEncodi
 _WINDOW = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's wbits; deflate is zlib's framing
 _LEAST = 1400
 """Bytes of an answer that one packet carries anyway: compressing fewer gains nothing."""
+_QUICK = 16 << 10
+"""Compressed bytes that are inflated on the spot; more of them would hold up everybody for milliseconds. (Reading JSON
+in a thread frees nobody: it holds the interpreter lock.)"""
 
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, most_bytes: int) -> bytes:
@@ -37,7 +41,11 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, most_bytes: i
         raise ConnectionResetError("the client is gone")
     if len(body) > most_bytes:
         raise _too_large(most_bytes)
-    return body if encoding == b"identity" else _inflated(body, _WINDOW[encoding], most_bytes)
+    if encoding == b"identity":
+        return body
+    if len(body) <= _QUICK:
+        return _inflated(body, _WINDOW[encoding], most_bytes)
+    return await asyncio.to_thread(_inflated, body, _WINDOW[encoding], most_bytes)
 
 
 def _check_type(headers: dict[bytes, bytes]) -> None:
