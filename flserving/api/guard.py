@@ -27,7 +27,6 @@ PREFLIGHT = [
         b"authorization, content-type, content-encoding, inference-header-content-length",
     ),
     (b"access-control-max-age", b"600"),
-    (b"content-length", b"0"),
 ]
 
 
@@ -66,7 +65,7 @@ class Guard:
 
     def _check_host(self, header: bytes, server: tuple[Any, ...]) -> None:
         text = header.decode("latin-1").lower()
-        address, our_port = server
+        address, our_port = server[0].removeprefix("::ffff:"), server[1]  # IPv4 on a socket of IPv6
         try:
             parts = urlsplit(f"//{text}")
             name, port, plain = parts.hostname or "", parts.port, parts.netloc == text and "@" not in text

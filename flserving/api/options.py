@@ -124,4 +124,5 @@ def check_origin(origin: str) -> str:
         raise ConfigError(
             f"origin {origin!r} cannot be used: name each one as scheme://host or scheme://host:port, without a path"
         )
-    return origin.lower()
+    default = {"http": 80, "https": 443}[parts.scheme]
+    return origin.lower().removesuffix(f":{default}")  # browsers leave it out
