@@ -212,16 +212,21 @@ class ModelServer(ModelHost):
 
     # What operators see
 
+    @property
+    def ready(self) -> bool:
+        """Whether the default model can answer."""
+        routes = self._router.routes
+        return not self._closed and (routes.model, "default") in routes.targets
+
     def health_check(self) -> dict[str, Any]:
         """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
         default model can answer), models with their versions and aliases, the versions in memory, the uptime."""
         routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
-        ready = not self._closed and (routes.model, "default") in routes.targets
+        ready, aliases = self.ready, dict[str, dict[str, str]]()
+        for (model, alias), version in routes.aliases.items():
+            aliases.setdefault(model, {})[alias] = version
         models = {
-            name: {
-                "versions": list(versions),
-                "aliases": {alias: v for (model, alias), v in routes.aliases.items() if model == name},
-            }
+            name: {"versions": list(versions), "aliases": aliases.get(name, {})}
             for name, versions in routes.versions.items()
         }
         return {

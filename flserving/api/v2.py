@@ -5,6 +5,7 @@ Nothing here knows a wire format. Names and meanings are the protocol's; where T
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed_version
@@ -65,7 +66,7 @@ class V2:
         return True  # whoever can ask gets an answer: nothing here blocks
 
     def ready(self) -> bool:
-        return not self.draining and bool(self.server.health_check()["ready"])
+        return not self.draining and self.server.ready
 
     def model_ready(self, model: str, version: str | None = None) -> bool:
         """Whether a version can answer. Raises NotFoundError, ModelUnloadedError."""
@@ -76,7 +77,7 @@ class V2:
 
     def server_metadata(self) -> dict[str, Any]:
         extensions = ["binary_tensor_data", "parameters", "statistics", "model_configuration", "model_repository"]
-        return {"name": "flserving", "version": installed_version("flserving"), "extensions": extensions}
+        return {"name": "flserving", "version": _own_version(), "extensions": extensions}
 
     def models(self) -> list[str]:
         return list(self.server.health_check()["models"])
@@ -202,6 +203,11 @@ class V2:
         return Answer(call.model, answer["model_version"], outputs, parameters)
 
 
+@functools.cache
+def _own_version() -> str:
+    return installed_version("flserving")  # reads a file
+
+
 def _features(call: Call) -> NDArray[Any]:
     if INPUT not in call.inputs or len(call.inputs) != 1:
         raise InvalidInputError(f"inputs are {', '.join(map(repr, call.inputs)) or 'none'}: send one, {INPUT!r}")
@@ -217,20 +223,20 @@ def _understood(call: Call) -> tuple[str | None, float | None, bool, str | None]
         if said.get(name):
             raise NotSupportedError(f"parameter {name!r} is not supported: leave it out")
     if said.get("priority"):
-        raise NotSupportedError(f"priority is {said['priority']!r}: requests have no priorities here, send 0 or none")
+        raise NotSupportedError(f"priority is {said['priority']!r:.64}: there are no priorities here, send 0 or none")
     version, timeout_ms, client = call.version, None, None
     if "alias" in said:
         if version is not None or not isinstance(said["alias"], str):
-            raise InvalidInputError(f"alias is {said['alias']!r}: send a string, and no version in the path")
+            raise InvalidInputError(f"alias is {said['alias']!r:.64}: send a string, and no version in the path")
         version = said["alias"]
     if timeout_us := said.get("timeout"):  # 0 is the protocol's "none"
         if type(timeout_us) is not int:
-            raise InvalidInputError(f"timeout is {timeout_us!r}: send an integer of microseconds")
+            raise InvalidInputError(f"timeout is {timeout_us!r:.64}: send an integer of microseconds")
         timeout_ms = timeout_us / 1e3
     flags = {name: said.get(name, False) for name in ("stages", "personal")}
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} is {value!r}: send true or false")
+            raise InvalidInputError(f"{name} is {value!r:.64}: send true or false")
     if flags["personal"]:
         if call.client is None:
             raise ForbiddenError("personal answers need a credential of a client: ask for a token that names you")
