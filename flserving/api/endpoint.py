@@ -199,11 +199,9 @@ class _Rest:
             for connection in list(state.connections):
                 connection.retire(self.FIRST_S)  # type: ignore[union-attr]
             await asyncio.sleep(self.POLL_S)
-        for task in (left := list(state.tasks)):
-            task.cancel()
         for connection in list(state.connections):
-            connection.transport.abort()
-        await asyncio.gather(*left, return_exceptions=True)
+            connection.transport.abort()  # a lost connection takes its request with it
+        await asyncio.gather(*state.tasks, return_exceptions=True)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

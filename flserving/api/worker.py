@@ -55,7 +55,8 @@ class Totals:
 
     def others(self) -> list[Mapping[str, Any]]:
         """All but this server's own. Writes first: what is shown now must not be lost when this worker is killed."""
-        self.write()
+        with contextlib.suppress(OSError):  # a full disk must not hide the server from its operators
+            self.write()
         paths = sorted(self._path.parent.glob("[0-9]*.json"))
         return [self._before, *(_read(path) for path in paths if path != self._path)]
 
