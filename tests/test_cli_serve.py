@@ -1,6 +1,8 @@
 """``flserving serve`` and ``flserving demo`` as an operator runs them: real processes, signals, messages."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -12,46 +14,19 @@ from dataclasses import fields
 import httpx
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from flserving import Registry, ServingConfig, cli
 from flserving.api.client import Client
 from flserving.api.options import ApiOptions
+from flserving.api.worker import Plan, _serve
+from flserving.errors import ConfigError, NotFoundError
 from serving_models import wait_until
-from serving_processes import X, kill_one, running, two_versions
+from serving_processes import X, running, two_versions
 
 
 @pytest.fixture(scope="module")
 def registry_root(tmp_path_factory):
     return two_versions(tmp_path_factory.mktemp("serve") / "registry")
-
-
-def test_every_worker_shows_the_sum_and_it_never_goes_down(registry_root):
-    with running(registry_root, "--workers", 2) as served:
-        headers = {"authorization": f"Bearer {served.token}"}
-        seen = []
-
-        def requests():
-            text = httpx.get(f"{served.url}/metrics", headers=headers).text  # a new connection: any worker
-            found = {
-                sample.name: sample.value
-                for family in text_string_to_metric_families(text)
-                for sample in family.samples
-                if sample.name in {"flserving_requests_total", "flserving_processes"}
-                and sample.labels.get("outcome", "ok") == "ok"
-            }
-            seen.append(found["flserving_requests_total"])
-            return found
-
-        for _ in range(40):
-            with Client(served.url, served.token) as client:  # a connection each: both workers get some
-                client.predict(X)
-        wait_until(lambda: requests() == {"flserving_requests_total": 40, "flserving_processes": 2})
-        kill_one(served)
-        with Client(served.url, served.token) as client:
-            client.predict(X)
-        wait_until(lambda: requests() == {"flserving_requests_total": 41, "flserving_processes": 2})
-        assert seen == sorted(seen)
 
 
 def test_ctrl_c_reaches_the_group_and_still_drains(registry_root):
@@ -104,24 +79,24 @@ def test_what_cannot_be_served_says_why(registry_root, tmp_path, capsys, options
     assert shown.out == "" and re.fullmatch(r"flserving: [^\n]*\n", shown.err) and says in shown.err
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--registry", "{missing}"], "no registry in"),
-        (["--registry", "{empty}"], "is empty: publish a version first"),
-        (["--registry", "{full}", "--model", "nothing"], "no version of 'nothing'"),
-    ],
-    ids=["missing", "empty", "unknown"],
-)
-def test_workers_that_cannot_start_say_why(registry_root, tmp_path, options, says):
-    Registry(tmp_path / "empty").close()
-    places = {"missing": tmp_path / "none", "empty": tmp_path / "empty", "full": registry_root}
-    filled = [option.format(**places) for option in options]
-    command = [sys.executable, "-m", "flserving", "serve", "--port", "0", "--grpc-port", "0", *filled]
+def test_a_worker_that_cannot_start_says_why(tmp_path):
+    command = [sys.executable, "-m", "flserving", "serve", "--port", "0", "--grpc-port", "0"]
+    command += ["--registry", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"flserving: [^\n]*\n", done.stderr) and says in done.stderr
+    assert re.fullmatch(r"flserving: no registry in [^\n]*\n", done.stderr)
     assert not (tmp_path / "none").exists(), "a wrong folder is not made into a registry"
+
+
+def test_a_worker_refuses_an_empty_registry_and_a_model_that_nobody_published(registry_root, tmp_path):
+    Registry(tmp_path / "empty").close()
+    told, tell = multiprocessing.Pipe(duplex=False)
+    with told, tell:
+        with pytest.raises(ConfigError, match="is empty: publish a version first"):
+            _serve(Plan(registry=str(tmp_path / "empty")), 0, tell, os.getppid())
+        with pytest.raises(NotFoundError, match="no version of 'nothing'"):
+            _serve(Plan(registry=str(registry_root), model="nothing"), 0, tell, os.getppid())
+        assert not told.poll()
 
 
 def test_every_setting_of_the_server_is_an_option(capsys):

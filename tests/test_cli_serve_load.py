@@ -1,4 +1,4 @@
-"""``flserving serve`` under load: promotions, SIGTERM and killed workers, over REST and gRPC at once."""
+"""``flserving serve`` under load: promotions, killed workers and SIGTERM, over REST and gRPC at once."""
 
 import contextlib
 import re
@@ -8,12 +8,13 @@ import time
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from flserving import Registry
 from flserving.api.retries import Retries
 from flserving.errors import ServerClosedError
 from serving_models import wait_until
-from serving_processes import Load, kill_one, running, two_versions
+from serving_processes import Load, X, kill_one, running, two_versions
 
 NEVER = Retries(attempts=1)
 
@@ -23,57 +24,87 @@ def registry_root(tmp_path_factory):
     return two_versions(tmp_path_factory.mktemp("serve") / "registry")
 
 
-def test_a_promotion_reaches_every_worker_within_a_second_and_fails_no_request(registry_root):
+@pytest.fixture(scope="module")
+def served(registry_root):
+    """Two workers that all tests share; what they say at the end is what the tests did to them."""
     with running(registry_root, "--model", "digits", "--workers", 2) as served:
-        assert len(served.workers()) == 2
-        load = Load(lambda n: served.client(n, retries=NEVER), threads=6)
-        wait_until(lambda: len(load.answers) >= 100)
-        for version in (2, 1):
-            with Registry(registry_root) as registry:
-                registry.set_alias("digits", "default", version, who="test", why="promotion")
-            promoted_s = time.monotonic()
-            wait_until(lambda start=promoted_s: load.answers[-1][0] > start + 1.2)
-            late = {answer for at_s, answer in list(load.answers) if at_s > promoted_s + 1}
-            assert late == {str(version)}
-        load.stop()
-        assert load.errors == []
-        assert {version for _, version in load.answers} == {"1", "2"}
-        assert served.end() == 0 and served.stderr == ""
+        yield served
+        assert served.end() == 0
+        assert all("ended by signal 9: starting another" in line for line in served.stderr.splitlines())
+
+
+def test_every_worker_shows_the_sum_and_it_never_goes_down(served):
+    headers, seen = {"authorization": f"Bearer {served.token}"}, [0]
+
+    def shown():
+        text = httpx.get(f"{served.url}/metrics", headers=headers).text  # a new connection: any worker
+        found = {
+            sample.name: sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name in {"flserving_requests_total", "flserving_processes"}
+            and sample.labels.get("outcome", "ok") == "ok"
+        }
+        seen.append(found.get("flserving_requests_total", 0))
+        return seen[-1], found["flserving_processes"]
+
+    wait_until(lambda: shown()[1] == 2)
+    wait_until(lambda: len({shown()[0] for _ in range(4)}) == 1)
+    before = seen[-1]
+    for _ in range(40):
+        with served.client(0) as client:  # a connection each: both workers get some
+            client.predict(X)
+    wait_until(lambda: shown() == (before + 40, 2))
+    kill_one(served)
+    with served.client(0) as client:
+        client.predict(X)
+    wait_until(lambda: shown() == (before + 41, 2))
+    assert seen == sorted(seen)
+
+
+def test_a_promotion_reaches_every_worker_within_a_second_and_fails_no_request(served, registry_root):
+    load = Load(lambda n: served.client(n, retries=NEVER))
+    wait_until(lambda: len(load.answers) >= 50)
+    for version in (2, 1):
+        with Registry(registry_root) as registry:
+            registry.set_alias("digits", "default", version, who="test", why="promotion")
+        promoted_s = time.monotonic()
+        wait_until(lambda start=promoted_s: load.answers[-1][0] > start + 1.2)
+        assert {answer for at_s, answer in list(load.answers) if at_s > promoted_s + 1} == {str(version)}
+    load.stop()
+    assert load.errors == []
+    assert {version for _, version in load.answers} == {"1", "2"}
+
+
+def test_a_killed_worker_is_replaced_and_a_client_that_retries_sees_no_failure(served):
+    load = Load(lambda n: served.client(n, timeout_ms=10_000))
+    for _ in range(2):
+        answered = len(load.answers)
+        wait_until(lambda start=answered: len(load.answers) > start + 50)
+        killed_s = time.monotonic()
+        other, newest = kill_one(served)
+        wait_until(lambda worker=newest: _listening(worker))
+        assert time.monotonic() - killed_s < 2 and other in served.workers()
+    load.stop()
+    assert load.errors == []
 
 
 def test_sigterm_under_load_answers_all_that_was_admitted(registry_root):
-    with running(registry_root, "--workers", 2, "--notice-s", 2) as served:
+    with running(registry_root, "--workers", 2) as served:
         load = Load(lambda n: served.client(n, retries=NEVER))
         wait_until(lambda: len(load.answers) >= 100)
-        metrics = {"authorization": f"Bearer {served.token}"}
-        assert httpx.get(f"{served.url}/metrics", headers=metrics).status_code == 200
         served.process.send_signal(signal.SIGTERM)
-        probe = httpx.Client()
-        wait_until(lambda: probe.get(f"{served.url}/v2/health/ready").status_code == 503)
+        with httpx.Client() as probe:
+            wait_until(lambda: probe.get(f"{served.url}/v2/health/ready").status_code == 503)
         before = len(load.answers)
         wait_until(lambda: len(load.answers) > before + 10, "answers after readiness was false")
-        assert served.wait() == 0
+        assert served.wait() == 0 and served.stderr == ""
         load.stop()
-        # Nobody was cut off: what failed found nobody to take the request.
-        assert {type(error) for error in load.errors} <= {ServerClosedError}
-        cut = [str(error) for error in load.errors if not re.search("ConnectError|refused|Connect", str(error))]
-        assert len(cut) <= 4, cut  # a connection may close in the moment in which its client asks again: never sent
-
-
-def test_a_killed_worker_is_replaced_and_a_client_that_retries_sees_no_failure(registry_root):
-    with running(registry_root, "--workers", 2) as served:
-        load = Load(lambda n: served.client(n, timeout_ms=10_000))
-        for _ in range(3):
-            answered = len(load.answers)
-            wait_until(lambda start=answered: len(load.answers) > start + 50)
-            killed_s = time.monotonic()
-            other, newest = kill_one(served)
-            wait_until(lambda worker=newest: _listening(worker))
-            assert time.monotonic() - killed_s < 2 and other in served.workers()
-        load.stop()
-        assert load.errors == []
-        assert served.end() == 0
-        assert served.stderr.count("ended by signal 9: starting another") == 3
+    # Nobody was cut off: what failed found nobody to take the request. gRPC itself cancels what comes in the moment in
+    # which it closes, before we see it (test_api_closing counts that): at most the one call of each client.
+    assert {type(error) for error in load.errors} == {ServerClosedError}
+    cut = [str(error) for error in load.errors if not re.search("[Cc]onnection refused", str(error))]
+    assert len(cut) <= 2 and all(re.fullmatch(r"[\d.:]+: CANCELLED", text) for text in cut), cut
 
 
 def _listening(worker):
