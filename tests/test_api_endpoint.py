@@ -145,7 +145,7 @@ def test_readiness_is_false_first_and_each_answer_then_closes_its_connection(ser
         closing.join()
 
 
-def test_the_grace_time_ends():
+def test_the_grace_time_ends(caplog):
     probe = Probe()
     with gated(probe) as server:
         endpoint = flserving.serve(server, grpc_port=None)
@@ -160,6 +160,7 @@ def test_the_grace_time_ends():
             probe.release()
             with pytest.raises(ServerClosedError):
                 asked.result()
+    assert not caplog.records, "it was announced: no traceback in a notebook"
 
 
 def test_a_port_in_use_is_said_at_once(server):
@@ -208,6 +209,8 @@ def test_a_wrong_option_says_what_to_change(server, options, says):
 
 def test_origins_are_kept_as_browsers_send_them(server):
     assert ApiOptions(origins=["HTTPS://Example.org:8443"]).origins == ("https://example.org:8443",)
+    own_ports = ApiOptions(origins=["https://a.org:443", "http://a.org:80", "http://a.org:443"])
+    assert own_ports.origins == ("https://a.org", "http://a.org", "http://a.org:443")
     with flserving.serve(server) as endpoint:
         answer = httpx.get(f"{endpoint.url}/v2/health/live", headers={"origin": "http://Localhost:8888".lower()})
         assert answer.status_code == 403

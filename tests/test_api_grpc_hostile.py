@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from flserving.api import messages
 from flserving.api.messages import message
 from flserving.config import ServingConfig
 from flserving.server import ModelServer
@@ -126,6 +127,11 @@ def test_an_unexpected_error_is_told_without_a_detail(server, caller, monkeypatc
     monkeypatch.setattr(server, "apredict", broken)
     assert caller.refused(INFER, request(X)) == ("INTERNAL", "internal error")
     assert "secret 42" not in caplog.text and "RuntimeError" in caplog.text
+    assert "Internal" not in server.telemetry.totals()["refusals"]["grpc"], "of the server, not of the door"
+    monkeypatch.undo()
+    monkeypatch.setattr(messages, "response", None)
+    assert caller.refused(INFER, request(X)) == ("INTERNAL", "internal error")
+    assert server.telemetry.totals()["refusals"]["grpc"]["Internal"] == 1
 
 
 # Sizes and floods

@@ -1,5 +1,7 @@
 """JSON and binary tensors <-> numpy: nothing is lost on the way, in either form."""
 
+import gc
+
 import numpy as np
 import orjson
 import pytest
@@ -60,6 +62,19 @@ def test_a_byte_too_few_or_too_many_is_refused(name):
     for wrong in (size - 1, size + 1):
         with pytest.raises(InvalidInputError, match=f"takes {size}"):
             from_raw("x", name, [3], bytes(wrong))
+
+
+def test_many_lists_do_not_wake_the_garbage_collector_and_it_is_on_again():
+    collections, count = [], lambda phase, _: collections.append(phase)
+    one = {"name": "x", "shape": [100_000, 1], "datatype": "FP32", "data": [[1.0]] * 100_000}
+    gc.callbacks.append(count)
+    try:
+        read_infer(orjson.dumps({"inputs": [one]}))
+        with pytest.raises(InvalidInputError):
+            read_infer(b"[" + b"[]," * 100_000)
+    finally:
+        gc.callbacks.remove(count)
+    assert len(collections) < 20 and gc.isenabled()  # 100,000 lists would wake it 140 times
 
 
 def test_binary_tensors_are_views_of_the_body():

@@ -110,12 +110,21 @@ def test_a_named_page_may_ask_and_read(guarded):
     preflight = httpx.options(guarded.url + INFER, headers=asked)  # a browser sends no credential with it
     assert preflight.status_code == 204 and preflight.headers["access-control-allow-origin"] == page["Origin"]
     assert "authorization" in preflight.headers["access-control-allow-headers"]
+    assert "content-length" not in preflight.headers, "a 204 has none (RFC 9110, 8.6)"
     for token, status in (("infer", 200), (None, 401)):
         answer = httpx.post(guarded.url + INFER, headers=page | bearer(token), content=text())
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, page["Origin"])
         assert answer.headers["vary"] == "origin" and "access-control-allow-credentials" not in answer.headers
     form = page | bearer("infer") | {"Content-Type": "application/x-www-form-urlencoded"}
     assert httpx.post(guarded.url + INFER, headers=form, content=text()).status_code == 415
+
+
+def test_an_ipv4_address_is_a_name_of_a_socket_of_both_families(server):
+    with door(server, host="::") as endpoint:
+        port = endpoint.url.rpartition(":")[2]
+        for host, status in (("127.0.0.2", 200), ("evil.example", 403)):  # 127.0.0.2 is no name that we know beforehand
+            headers = {"Host": f"{host}:{port}"}
+            assert httpx.get(f"http://127.0.0.2:{port}/v2/health/live", headers=headers).status_code == status
 
 
 def test_our_own_page_may_call_and_a_page_can_be_named_while_serving(server):

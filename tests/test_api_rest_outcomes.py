@@ -9,7 +9,9 @@ import orjson
 import pytest
 
 from flserving import errors
+from flserving.api import rest
 from flserving.api.auth import Role, Tokens
+from flserving.api.metrics import exposition
 from flserving.api.options import ApiOptions
 from flserving.api.rest import rest_app
 from flserving.api.v2 import V2
@@ -159,6 +161,27 @@ def test_refusals_and_times_of_the_door_are_counted():
         assert totals["refusals"]["rest"] == {"Unauthorized": 1, "Forbidden": 1, "InvalidInput": 1}
         answers, parse_s, serialise_s = totals["doors"]["rest"]
         assert answers == 2 and 0 < parse_s < 1 and 0 < serialise_s < 1
+        httpx.post(url, content=text(), headers=bearer("infer") | {"Host": "evil.example"})
+        httpx.post(url, content=text(), headers=bearer("infer") | {"Origin": "https://evil.example"})
+        httpx.get(f"{endpoint.url}/metrics")
+        httpx.get(f"{endpoint.url}/nothing")  # no route is no refusal
+        assert server.telemetry.totals()["refusals"]["rest"] == {"Unauthorized": 2, "Forbidden": 3, "InvalidInput": 1}
+
+
+@pytest.mark.parametrize("part", ["read_infer", "write_infer"])
+def test_a_bug_of_the_door_itself_is_a_server_error_in_the_metrics(http, server, monkeypatch, part):
+    def broken(*_):
+        raise TypeError("a bug")
+
+    def counted():
+        found = [line for line in exposition(server)[0].decode().splitlines() if line.startswith("flserving_outcomes")]
+        return next(float(line.split()[1]) for line in found if "server_error" in line)
+
+    before = counted()
+    monkeypatch.setattr(rest, part, broken)
+    response = http.post(INFER, content=text())
+    assert (response.status_code, response.json()) == (500, {"error": "internal error"})
+    assert counted() == before + 1
 
 
 def test_no_log_holds_features_or_tokens(server, caplog, capfd):

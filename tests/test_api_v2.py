@@ -112,6 +112,21 @@ def test_every_request_is_counted_once_whatever_stops_it(v2):
     assert (seen["requests"], seen["failed_by_reason"]) == (5, {"InvalidInput": 3, "NotFound": 1})
 
 
+@pytest.mark.parametrize("name", ["alias", "timeout", "priority", "stages", "personal"])
+def test_what_a_caller_sent_is_not_sent_back_at_length(v2, name):
+    options = {"version": "1"} if name == "alias" else {}
+    with pytest.raises(FlservingError, match=f"^{name} is 'xxx") as error:
+        infer(v2, {name: "x" * 1_000_000}, **options)
+    assert len(str(error.value)) < 200
+
+
+def test_readiness_looks_at_one_route_however_many_models_there_are(v2, monkeypatch):
+    monkeypatch.setattr(v2.server, "health_check", None)
+    assert v2.ready()
+    monkeypatch.undo()
+    assert v2.server.ready == v2.server.health_check()["ready"]
+
+
 def test_statistics_are_those_of_all_processes_behind_the_address(v2):
     infer(v2)
     alone = v2.statistics("digits")["model_stats"][0]
