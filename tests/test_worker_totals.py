@@ -11,8 +11,6 @@ from serving_models import Tagged, row, serving
 def requests(exchange, server):
     whole = merged([server.telemetry.totals(), *exchange.others()])
     return sum(account["requests"] for account in whole["versions"].values())
-        account["requests"] for account in merged([server.telemetry.totals(), *exchange.others()])["versions"].values()
-    )
 
 
 def test_a_place_keeps_the_totals_of_who_filled_it_before(tmp_path):
