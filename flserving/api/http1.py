@@ -61,6 +61,12 @@ class _Cycle(RequestResponseCycle):
         self.on_response()
 
 
+class _Trailers(list[tuple[bytes, bytes]]):
+    """Where uvicorn puts what follows the chunks. It comes after all checks: it is no header, and nobody keeps it."""
+
+    def append(self, pair: tuple[bytes, bytes]) -> None: ...
+
+
 class Http1(HttpToolsProtocol):
     """One connection. :func:`protocol_class` makes a class of its own for each endpoint.
 
@@ -126,10 +132,6 @@ class Http1(HttpToolsProtocol):
         super().on_message_begin()
         self._waits_since_s, self._in_head, self._chunks = self.loop.time(), True, 0
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # a trailer comes after all checks: it is no header, and nobody keeps it
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         if self._head_bytes > _MOST_HEADER_BYTES:  # that counts a part of the body too: look closer
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
@@ -142,6 +144,7 @@ class Http1(HttpToolsProtocol):
             return  # see _unsupported_upgrade_warning
         self._in_head, self._head_bytes = False, 0
         super().on_headers_complete()
+        self.headers = _Trailers()
         self.cycle.__class__ = _Cycle  # its task has not begun; uvicorn names the class in the midst of that method
 
     def on_chunk_header(self) -> None:

@@ -32,7 +32,8 @@ class ApiOptions:
         admin: Whether the routes that load and unload models exist for the role admin.
         origins: Web pages that may call, as ``https://host[:port]``; none by default.
         hosts: More names that a request's Host header may hold (behind a proxy); the address itself always may.
-        max_body_bytes: Largest body of a request, also after decompression.
+        max_body_bytes: Largest body of a request, also after decompression. To read so much JSON holds up everybody
+            (16 MiB for about 0.1 s); binary tensors do not.
         max_connections: Most REST connections at once.
         slow_client_s: Longest wait for the rest of a request that has begun.
         certificate: PEM file with the certificate chain; given with ``key``, both doors speak TLS.
