@@ -223,19 +223,6 @@ class Telemetry:
             account += len(places), *seconds[places].sum(axis=0)
 
 
-class Refusals:
-    """Counts what a door itself refuses, or breaks, in a ``with`` block. One for all requests: it holds no state."""
-
-    def __init__(self, telemetry: Telemetry, protocol: Protocol) -> None:
-        self._telemetry, self._protocol = telemetry, protocol
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ConnectionResetError):  # that one just left
-            self._telemetry.refusal(self._protocol, getattr(error, "reason", "Internal"))
-
-
 def _take(pending: list[T]) -> list[T]:
     """Empty a list to which others may append meanwhile."""
     taken = pending[: len(pending)]

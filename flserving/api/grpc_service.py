@@ -16,6 +16,7 @@ import grpc
 
 from flserving.api import messages
 from flserving.api.auth import Role, Tokens
+from flserving.api.refusals import Refusals
 from flserving.api.v2 import V2, Call
 from flserving.errors import (
     DeadlineExceededError,
@@ -25,7 +26,6 @@ from flserving.errors import (
     NotSupportedError,
     OverloadedError,
 )
-from flserving.telemetry import Refusals
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_DETAIL = (

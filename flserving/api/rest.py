@@ -26,9 +26,9 @@ from flserving.api.http1 import GONE
 from flserving.api.openapi import OPERATIONS, IndexRequest, RepositoryRequest, document, page
 from flserving.api.options import ApiOptions
 from flserving.api.protocol import read_infer, read_json, write_infer
+from flserving.api.refusals import Refusals
 from flserving.api.v2 import V2, Call
 from flserving.errors import FlservingError, InvalidInputError, NotSupportedError
-from flserving.telemetry import Refusals
 
 _log = logging.getLogger("flserving.api")
 _JSON, _BYTES = (b"content-type", b"application/json"), (b"content-type", b"application/octet-stream")

@@ -12,14 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import context, propagate
-from opentelemetry.trace import (
-    Status,
-    StatusCode,
-    TracerProvider,
-    get_current_span,
-    get_tracer,
-    set_span_in_context,
-)
+from opentelemetry.trace import Status, StatusCode, TracerProvider, get_current_span, get_tracer, set_span_in_context
 
 from flserving.accounts import STAGES
 
