@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import signal
 import time
 
 import httpx
@@ -93,17 +92,14 @@ def test_sigterm_under_load_answers_all_that_was_admitted(registry_root):
     with running(registry_root, "--workers", 2) as served:
         load = Load(lambda n: served.client(n, retries=NEVER))
         wait_until(lambda: len(load.answers) >= 100)
-        served.process.send_signal(signal.SIGTERM)
-        with httpx.Client() as probe:
-            wait_until(lambda: probe.get(f"{served.url}/v2/health/ready").status_code == 503)
-        before = len(load.answers)
-        wait_until(lambda: len(load.answers) > before + 10, "answers after readiness was false")
-        assert served.wait() == 0 and served.stderr == ""
+        signalled_s = time.monotonic()
+        assert served.end() == 0 and served.stderr == ""
         load.stop()
+    assert max(at_s for at_s, _ in load.answers) > signalled_s + 0.3, "nobody was answered during the notice"
     # Nobody was cut off: what failed found nobody to take the request. gRPC itself cancels what comes in the moment in
     # which it closes, before we see it (test_api_closing counts that): at most the one call of each client.
     assert {type(error) for error in load.errors} == {ServerClosedError}
-    cut = [str(error) for error in load.errors if not re.search("[Cc]onnection refused", str(error))]
+    cut = [str(error) for error in load.errors if not re.search("[Cc]onnection refused|failed to connect", str(error))]
     assert len(cut) <= 2 and all(re.fullmatch(r"[\d.:]+: CANCELLED", text) for text in cut), cut
 
 
