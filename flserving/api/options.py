@@ -34,7 +34,7 @@ class ApiOptions:
         hosts: More names that a request's Host header may hold (behind a proxy); the address itself always may.
         max_body_bytes: Largest body of a request, also after decompression. To read so much JSON holds up everybody
             (16 MiB for about 0.1 s); binary tensors do not.
-        max_connections: Most REST connections at once.
+        max_connections: Most connections at once, and most gRPC calls under way; each door counts its own.
         slow_client_s: Longest wait for the rest of a request that has begun.
         certificate: PEM file with the certificate chain; given with ``key``, both doors speak TLS.
         key: PEM file with the private key of ``certificate``.

@@ -1,6 +1,6 @@
 """Speed over the network: flserving against a floor written by hand, and against what a user would pick instead.
 
-    python tests/benchmarks/network.py                          # REST and gRPC against their floors: 4 minutes
+    python tests/benchmarks/network.py                          # REST and gRPC against their floors: 6 minutes
     python tests/benchmarks/network.py --peers PYTHON [PYTHON]  # also FastAPI by hand, LitServe, MLServer
     python tests/benchmarks/network.py --quick                  # seconds; too short to quote
 
