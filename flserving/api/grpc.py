@@ -3,6 +3,7 @@
 It runs on the event loop that starts it: callers of one turn of the loop share a batch with those of REST.
 """
 
+import asyncio
 import importlib
 from pathlib import Path
 
@@ -16,15 +17,23 @@ from flserving.api.v2 import V2
 from flserving.errors import ConfigError
 
 
+_FLUSH_S = 0.25
+
+
 class GrpcDoor:
     """A gRPC server that runs. ``port`` is where."""
 
-    def __init__(self, server: grpc.aio.Server, service: "Service", port: int) -> None:
-        self._server, self._service, self.port = server, service, port
+    def __init__(self, server: grpc.aio.Server, service: "Service", port: int, native: bool = False) -> None:
+        self._server, self._service, self.port, self._native = server, service, port, native
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Take no new calls; those under way have ``grace_s`` to end, then they are cancelled. Idempotent."""
+        already = self._service.stopping.is_set()
         self._service.stopping.set()  # watchers would stay to the end of the grace
+        if self._native and not already:
+            # pygrpc-native 0.5 closes its sockets over answers that its threads have yet to write: one in eight got lost
+            await self._service.idle(grace_s)
+            await asyncio.sleep(_FLUSH_S)
         await self._server.stop(grace_s)
 
 
@@ -56,7 +65,7 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -
             f"gRPC cannot listen on {address}: is the port taken, or the address not this computer's?"
         ) from error
     await server.start()
-    return GrpcDoor(server, service, port)
+    return GrpcDoor(server, service, port, options.native_grpc)
 
 
 def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:

@@ -25,6 +25,7 @@ from flserving.errors import (
     NotFoundError,
     NotSupportedError,
     OverloadedError,
+    ServerClosedError,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -76,9 +77,17 @@ class Service:
         unary = {name: grpc.unary_unary_rpc_method_handler(_told(call)) for name, call in inference.items()}
         return {messages.SERVICE: unary, messages.HEALTH: health}
 
+    async def idle(self, most_s: float) -> None:
+        """Wait until no inference is under way, at most ``most_s``."""
+        end_s = time.monotonic() + most_s
+        while self._inside and time.monotonic() < end_s:
+            await asyncio.sleep(0.005)
+
     async def _infer(self, body: bytes, context: Any) -> bytes:
         came_s = time.perf_counter()
         with self._refusals:
+            if self.stopping.is_set():
+                raise ServerClosedError("the server is stopping: ask another one, or later")
             if self._inside >= self._most_calls:
                 raise OverloadedError(f"{self._inside} calls are under way, the most that are let in: try again later")
             identity = self._tokens.check(_authorization(context), Role.INFER)
