@@ -6,6 +6,8 @@ from typing import Literal, get_args
 from flserving.errors import ConfigError
 
 BatchingPolicy = Literal["work_conserving", "hold_until_full"]
+UnknownClient = Literal["global_head", "refuse"]
+CHOICES: dict[str, tuple[str, ...]] = {"batching": get_args(BatchingPolicy), "unknown_client": get_args(UnknownClient)}
 
 # name -> (lowest, highest, what the upper bound protects from)
 _BOUNDS: dict[str, tuple[int, int, str]] = {
@@ -20,6 +22,7 @@ _BOUNDS: dict[str, tuple[int, int, str]] = {
     "cache_bytes": (1, 1 << 50, "a byte budget"),
     "prediction_cache_bytes": (0, 1 << 50, "a byte budget"),
     "prediction_cache_ttl_s": (0, 31_536_000, "a year"),
+    "head_cache_bytes": (1, 1 << 50, "a byte budget"),
 }
 
 
@@ -44,6 +47,8 @@ class ServingConfig:
         cache_bytes: Byte budget of the model cache.
         prediction_cache_bytes: Byte budget of the prediction cache; 0 switches it off.
         prediction_cache_ttl_s: Age in seconds at which a cached prediction is forgotten; 0 means never.
+        head_cache_bytes: Byte budget of the personal heads that one loaded version keeps in memory.
+        unknown_client: What a client without a personal head gets: ``global_head``, or ``refuse``.
 
     Raises:
         ConfigError: A value has the wrong type or lies outside its bounds.
@@ -61,13 +66,15 @@ class ServingConfig:
     cache_bytes: int = 1 << 30
     prediction_cache_bytes: int = 0
     prediction_cache_ttl_s: float = 0
+    head_cache_bytes: int = 256 << 20
+    unknown_client: UnknownClient = "global_head"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "batching":
-                if not isinstance(value, str) or value not in get_args(BatchingPolicy):
-                    raise ConfigError(f"batching is {value!r}: choose one of {', '.join(get_args(BatchingPolicy))}")
+            if (choices := CHOICES.get(field.name)) is not None:
+                if not isinstance(value, str) or value not in choices:
+                    raise ConfigError(f"{field.name} is {value!r}: choose one of {', '.join(choices)}")
                 continue
             kinds, wanted = (int, "an int") if field.type is int else ((int, float), "an int or a float")
             if isinstance(value, bool) or not isinstance(value, kinds):

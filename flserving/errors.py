@@ -18,6 +18,7 @@
     ├── NotSupportedError          501 UNIMPLEMENTED        a part of the protocol that is not offered here
     ├── ServerClosedError          503 UNAVAILABLE          the server was closed
     ├── ModelUnloadedError         503 UNAVAILABLE          an operator took the model out of service
+    ├── StaleModelError            503 UNAVAILABLE          a device's model is older than it may answer with
     ├── ModelTooLargeError         503 RESOURCE_EXHAUSTED   a model does not fit the cache's byte budget
     └── DeadlineExceededError      504 DEADLINE_EXCEEDED    the answer would come too late
 
@@ -94,6 +95,10 @@ class ServerClosedError(FlservingError):
 
 
 class ModelUnloadedError(FlservingError):
+    http_status, grpc_code = 503, "UNAVAILABLE"
+
+
+class StaleModelError(FlservingError):
     http_status, grpc_code = 503, "UNAVAILABLE"
 
 

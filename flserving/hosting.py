@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 from torch import nn
@@ -46,7 +46,7 @@ class ModelHost:
         self._router = Router(self._preload)
         self._load_problems: dict[str, str] = {}  # why a version could not be loaded when it was last tried
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")  # starts no thread until used
-        self._closed = False
+        self._closed, self._started_s = False, clock()
 
     def load_model(
         self,
@@ -161,6 +161,33 @@ class ModelHost:
     def engines(self) -> Mapping[str, InferenceEngine]:
         """Every version of the default model by its id; looking one up loads it."""
         return _Engines(self)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the default model can answer."""
+        routes = self._router.routes
+        return not self._closed and (routes.model, "default") in routes.targets
+
+    def health_check(self) -> dict[str, Any]:
+        """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
+        default model can answer), models with their versions and aliases, the versions in memory, the uptime."""
+        routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
+        ready, aliases = self.ready, dict[str, dict[str, str]]()
+        for (model, alias), version in routes.aliases.items():
+            aliases.setdefault(model, {})[alias] = version
+        models = {
+            name: {"versions": list(versions), "aliases": aliases.get(name, {})}
+            for name, versions in routes.versions.items()
+        }
+        return {
+            "status": "unavailable" if not ready else "degraded" if problems else "healthy",
+            "ready": ready,
+            "default_model": routes.model,
+            "models": models,
+            "in_memory": ["/".join(key) for key, _ in self.model_cache.items()],
+            "problems": problems,
+            "uptime_s": self._clock() - self._started_s,
+        }
 
     def _check_open(self) -> None:
         if self._closed:

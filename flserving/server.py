@@ -9,19 +9,26 @@ found.
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flserving.accounts import STAGES
 from flserving.cache import PredictionCache
 from flserving.config import ServingConfig
 from flserving.doors import Awaiting, Blocking, Door
 from flserving.engine import Execution, InferenceEngine, Prediction
-from flserving.errors import DeadlineExceededError, FlservingError, InvalidInputError, OverloadedError
+from flserving.errors import (
+    DeadlineExceededError,
+    FlservingError,
+    InvalidInputError,
+    NotFoundError,
+    OverloadedError,
+)
 from flserving.hosting import ModelHost
 from flserving.telemetry import Telemetry
 from flserving.transforms import Floats, Outputs, Preprocessor
@@ -60,7 +67,6 @@ class ModelServer(ModelHost):
         self.telemetry = Telemetry(clock, self.config.max_batch_size)
         self._batcher = Batcher(self.config, self.telemetry.execution, clock)
         self._blocking, self._awaiting = Blocking(self), Awaiting(self)
-        self._started_s = clock()
         if registry is not None:
             for name in registry.models() if model is None else [model]:
                 self.serve(registry, name)
@@ -69,7 +75,7 @@ class ModelServer(ModelHost):
 
     def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
                 timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                client: str | None = None) -> dict[str, Any]:  # fmt: skip
+                client: str | Sequence[str] | None = None) -> dict[str, Any]:  # fmt: skip
         """Answer one request: a row [D] or rows [N, D].
 
         Args:
@@ -78,14 +84,19 @@ class ModelServer(ModelHost):
             timeout_ms: Deadline, from now to the answer; the config's ``timeout_ms`` when not given.
             stages: Add ``stages_ms``, where the time of this request went.
             arrays: Give numpy arrays, views of the whole batch's and only to be read, in place of lists.
-            client: Who asks, by its credential: its cached predictions are its own.
+            client: Who asks, by its credential: it gets its personal head where the version has one, and its cached
+                predictions are its own. One id a row lets rows of many clients share a batch.
 
         Returns:
             ``predictions`` [N], ``confidences`` [N] and ``probabilities`` [N][C] (classification only) as lists,
-            ``latency_ms``, ``model_version``, ``model_type`` ("global").
+            ``latency_ms``, ``model_version``, ``model_type`` ("global"; "personal" where every row got its client's
+            head; "mixed"). Where a client was given, ``head``: "own", or why the global head answered: "unknown" (no
+            head of this client), "stale" (its head was trained on another body), "none" (the version has no heads);
+            a list of them for one id a row.
 
         Raises:
-            InvalidInputError, NotFoundError, OverloadedError, DeadlineExceededError, ModelExecutionError,
+            InvalidInputError, NotFoundError (also an unknown client, where ``unknown_client`` is "refuse"),
+            OverloadedError, DeadlineExceededError, ModelExecutionError,
             CorruptArtifactError, ServerClosedError: Each counted under its reason in the statistics.
         """
         try:  # the blocking door never suspends, so one step runs the whole coroutine
@@ -96,7 +107,7 @@ class ModelServer(ModelHost):
 
     async def apredict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
                        timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                       client: str | None = None) -> dict[str, Any]:  # fmt: skip
+                       client: str | Sequence[str] | None = None) -> dict[str, Any]:  # fmt: skip
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
         return await self._answer(features, version, model, timeout_ms, stages, arrays, client, self._awaiting)
 
@@ -128,10 +139,12 @@ class ModelServer(ModelHost):
             start = stop
         return answers
 
-    async def _answer(self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
-                      stages: bool, arrays: bool, client: str | None, door: Door) -> dict[str, Any]:  # fmt: skip
+    async def _answer(
+        self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
+        stages: bool, arrays: bool, client: str | Sequence[str] | None, door: Door,
+    ) -> dict[str, Any]:  # fmt: skip
         """The one path. ``door`` knows how to wait: blocking or awaiting."""
-        started_s, key = self._clock(), None
+        started_s, key, found = self._clock(), None, None
         try:
             deadline_s = started_s + self._timeout_s(timeout_ms)
             key = self._router.find(version, model) or await door.find(version, model, deadline_s)
@@ -139,12 +152,16 @@ class ModelServer(ModelHost):
             try:
                 engine: InferenceEngine = entry.value
                 rows = engine.preprocessor.validate(features, self.config.max_request_rows)
+                lane, slots = engine, None
+                if client is not None:
+                    lane, slots, found = self._personal(engine, client, len(rows))
                 validated_s = looked_up_s = self._clock()
                 if self.prediction_cache is None:
-                    prediction = await door.run(engine, rows, len(rows), started_s, deadline_s)
+                    payload = rows if slots is None else (rows, slots)
+                    prediction = await door.run(lane, payload, len(rows), started_s, deadline_s)
                 else:
                     prediction, looked_up_s = await self._through_cache(
-                        self.prediction_cache, door, engine, rows, started_s, deadline_s, client
+                        self.prediction_cache, door, lane, rows, slots, started_s, deadline_s, client
                     )
                 answer: dict[str, Any] = prediction.arrays() if arrays else prediction.lists()
             finally:
@@ -164,24 +181,47 @@ class ModelServer(ModelHost):
             raise
         answer["latency_ms"] = (answered_s - started_s) * 1e3
         answer["model_version"], answer["model_type"] = key[1], "global"
+        if found is not None:
+            answer["head"] = found
+            if slots is not None:
+                answer["model_type"] = "personal" if set(_each(found)) == {"own"} else "mixed"
         if stages:
             answer["stages_ms"] = {name: (b - a) * 1e3 for name, (a, b) in zip(STAGES, pairwise(marks), strict=True)}
         return answer
 
+    def _personal(
+        self, engine: InferenceEngine, client: str | Sequence[str], rows: int
+    ) -> tuple[Any, NDArray[np.int64] | None, str | list[str]]:
+        """Where a client's rows run: the lane, the slots of their heads (None: on the global model), what was found."""
+        several = not isinstance(client, str)
+        if several and (len(client) != rows or not all(isinstance(one, str) for one in client)):
+            raise InvalidInputError(f"client names {len(client)} clients for {rows} rows: give one id, or one a row")
+        if engine.personal is None:
+            slots, found = None, ["none"] * rows if several else "none"
+        else:
+            slots, found = engine.personal.choose(client, rows)
+        if self.config.unknown_client == "refuse" and any(one in ("unknown", "none") for one in _each(found)):
+            raise NotFoundError("no personal head here for this client: train one, or let the global head answer")
+        if slots is None or (slots < 0).all():
+            return engine, None, found
+        return engine.personal, slots, found
+
     async def _through_cache(
-        self, cache: PredictionCache[Outputs], door: Door, engine: InferenceEngine, rows: Floats,
-        started_s: float, deadline_s: float, client: str | None,
+        self, cache: PredictionCache[Outputs], door: Door, lane: Any, rows: Floats, slots: NDArray[np.int64] | None,
+        started_s: float, deadline_s: float, client: str | Sequence[str] | None,
     ) -> tuple[Prediction, float]:  # fmt: skip
         """The prediction, and when the look-up ended. A client shares its entries with nobody, None with all."""
         rows = rows.copy()  # what was hashed is what runs, whatever the caller does to its array meanwhile
-        key = (client, engine.identity, rows.shape, hashlib.blake2b(rows.data, digest_size=32).digest())
+        payload = rows if slots is None else (rows, slots)
+        scope = client if client is None or isinstance(client, str) else tuple(client)
+        key = (scope, lane.identity, rows.shape, hashlib.blake2b(rows.data, digest_size=32).digest())
         while True:
             value, flight, leads = cache.begin(key)
             looked_up_s = self._clock()
             try:
                 if flight is not None and leads:
                     try:
-                        prediction = await door.run(engine, rows, len(rows), started_s, deadline_s)
+                        prediction = await door.run(lane, payload, len(rows), started_s, deadline_s)
                         value = prediction.execution.outputs.copy_rows(prediction.start, prediction.stop)
                     except BaseException as error:
                         cancelled = OverloadedError("the request that computed this was cancelled: try again")
@@ -212,33 +252,6 @@ class ModelServer(ModelHost):
 
     # What operators see
 
-    @property
-    def ready(self) -> bool:
-        """Whether the default model can answer."""
-        routes = self._router.routes
-        return not self._closed and (routes.model, "default") in routes.targets
-
-    def health_check(self) -> dict[str, Any]:
-        """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
-        default model can answer), models with their versions and aliases, the versions in memory, the uptime."""
-        routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
-        ready, aliases = self.ready, dict[str, dict[str, str]]()
-        for (model, alias), version in routes.aliases.items():
-            aliases.setdefault(model, {})[alias] = version
-        models = {
-            name: {"versions": list(versions), "aliases": aliases.get(name, {})}
-            for name, versions in routes.versions.items()
-        }
-        return {
-            "status": "unavailable" if not ready else "degraded" if problems else "healthy",
-            "ready": ready,
-            "default_model": routes.model,
-            "models": models,
-            "in_memory": ["/".join(key) for key, _ in self.model_cache.items()],
-            "problems": problems,
-            "uptime_s": self._clock() - self._started_s,
-        }
-
     def get_all_stats(self) -> dict[str, Any]:
         """Counters and durations of the server, its queue, its caches, and the engines in memory."""
         engines = {"/".join(key): engine.get_stats() for key, engine in self.model_cache.items()}
@@ -267,3 +280,7 @@ class ModelServer(ModelHost):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _each(found: str | list[str]) -> list[str]:
+    return [found] if isinstance(found, str) else found

@@ -21,6 +21,7 @@ BOUNDS = {  # field -> lowest, highest; written down again on purpose, the modul
     "cache_bytes": (1, 2**50),
     "prediction_cache_bytes": (0, 2**50),
     "prediction_cache_ttl_s": (0, 31_536_000),
+    "head_cache_bytes": (1, 2**50),
 }
 REAL = ["max_wait_time_ms", "timeout_ms", "prediction_cache_ttl_s"]
 WHOLE = sorted(BOUNDS.keys() - set(REAL))
@@ -31,11 +32,12 @@ def test_the_defaults_are_the_stated_ones():
         "max_batch_size": 32, "max_wait_time_ms": 100, "cache_size": 5, "warmup_samples": 10, "num_workers": 4,
         "timeout_ms": 5000, "batching": "work_conserving", "max_queue_rows": 4096, "max_request_rows": 16_384,
         "cache_bytes": 2**30, "prediction_cache_bytes": 0, "prediction_cache_ttl_s": 0,
+        "head_cache_bytes": 2**28, "unknown_client": "global_head",
     }  # fmt: skip
 
 
 def test_every_field_is_tested_here():
-    assert {field.name for field in dataclasses.fields(ServingConfig)} == {*BOUNDS, "batching"}
+    assert {field.name for field in dataclasses.fields(ServingConfig)} == {*BOUNDS, *CHOICES}
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -74,15 +76,20 @@ def test_counts_are_whole_python_numbers(name, value):
         ServingConfig(**{name: value})
 
 
-def test_there_are_two_batching_policies():
-    for policy in ("work_conserving", "hold_until_full"):
-        assert ServingConfig(batching=policy).batching == policy
+CHOICES = {"batching": ("work_conserving", "hold_until_full"), "unknown_client": ("global_head", "refuse")}
 
 
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_are_taken_by_their_names(name):
+    for choice in CHOICES[name]:
+        assert getattr(ServingConfig(**{name: choice}), name) == choice
+
+
+@pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("value", ["", "WORK_CONSERVING", "eager", None, 1, ["work_conserving"], np.array(["a", "b"])])
-def test_another_batching_policy_is_refused_and_the_two_are_named(value):
-    with pytest.raises(ConfigError, match=r"choose one of work_conserving, hold_until_full$"):
-        ServingConfig(batching=value)
+def test_another_choice_is_refused_and_all_are_named(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} is .*: choose one of {', '.join(CHOICES[name])}$"):
+        ServingConfig(**{name: value})
 
 
 def test_a_config_never_changes_and_works_as_a_key():

@@ -48,7 +48,7 @@ def test_reasons_are_a_closed_set_of_labels():
     assert reasons == {
         *("InvalidInput", "Config", "InvalidModel", "NotFound", "Conflict", "Overloaded", "CorruptArtifact"),
         *("ModelExecution", "ServerClosed", "ModelTooLarge", "DeadlineExceeded", "Unauthorized", "Forbidden"),
-        *("TooLarge", "UnsupportedEncoding", "NotSupported", "ModelUnloaded"),
+        *("TooLarge", "UnsupportedEncoding", "NotSupported", "ModelUnloaded", "StaleModel"),
     }
 
 

@@ -8,10 +8,10 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from flserving.api.options import ApiOptions
-from flserving.config import BatchingPolicy, ServingConfig
+from flserving.config import CHOICES, ServingConfig
 from flserving.errors import ConfigError
 
 _API = {  # field of ApiOptions -> its help
@@ -47,7 +47,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_flag(name), type=kind, default=default, help=text + shown)
     settings = parser.add_argument_group("batching, caches and limits (see flserving.ServingConfig)")
     for field in dataclasses.fields(ServingConfig):
-        choices = get_args(BatchingPolicy) if field.name == "batching" else None
+        choices = CHOICES.get(field.name)
         settings.add_argument(
             _flag(field.name), type=str if choices else _number, default=field.default, choices=choices,
             help=f"default {field.default}",

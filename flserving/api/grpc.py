@@ -16,7 +16,6 @@ from flserving.api.options import ApiOptions
 from flserving.api.v2 import V2
 from flserving.errors import ConfigError
 
-
 _FLUSH_S = 0.25
 
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from flserving.accounts import merged
 from flserving.api.statistics import model_statistics
-from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotSupportedError
+from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, NotSupportedError
 from flserving.manifest import Signature
 from flserving.server import ModelServer
 
 INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
 Value = bool | int | float | str
+_TOLD = ("head", "path", "round", "degraded", "arm")  # what an answer may say of itself, beside its tensors
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
 
 
@@ -198,6 +199,9 @@ class V2:
             except KeyError as error:
                 raise InvalidInputError(f"a regression has no output {error}: there are {', '.join(outputs)}") from None
         parameters = {"model_type": answer["model_type"], "latency_us": round(answer["latency_ms"] * 1e3)}
+        parameters |= {name: answer[name] for name in _TOLD if answer.get(name) is not None}
+        if answer.get("age_s") is not None:
+            parameters["age_s"] = round(answer["age_s"])
         if stages:
             parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
         return Answer(call.model, answer["model_version"], outputs, parameters)
@@ -237,9 +241,11 @@ def _understood(call: Call) -> tuple[str | None, float | None, bool, str | None]
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise InvalidInputError(f"{name} is {value!r:.64}: send true or false")
-    if flags["personal"]:
+    if flags["personal"] or "client" in said:
         if call.client is None:
             raise ForbiddenError("personal answers need a credential of a client: ask for a token that names you")
+        if said.get("client", call.client) != call.client:  # the same words whether or not there is such a client
+            raise NotFoundError("no personal head here under that name: leave the parameter client out")
         client = call.client
     return version, timeout_ms, bool(flags["stages"]), client
 

@@ -1,0 +1,100 @@
+"""A server of personal models: one shared body, one head per client."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flserving.datasets import Client
+from flserving.errors import InvalidInputError
+from flserving.server import ModelServer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class PersonalizedServer(ModelServer):
+    """A :class:`ModelServer` whose callers say who they are: each row is answered by its client's own head.
+
+    The heads are part of a version (``registry.publish(..., heads=)``), trained and never random. Who has none, or one
+    that was trained on another body, is answered by the global head, and the answer's ``head`` says so; with
+    ``ServingConfig(unknown_client="refuse")`` an unknown client is refused.
+    """
+
+    def predict(self, client_id: str | Sequence[str], features: Any, version: str | int | None = None,  # type: ignore[override]
+                **options: Any) -> dict[str, Any]:  # fmt: skip
+        """Answer a client: a row [D] or rows [N, D], by its own head.
+
+        Args:
+            client_id: Who asks; one id a row lets rows of many clients share a batch.
+            options: Those of :meth:`ModelServer.predict`.
+
+        Returns:
+            The answer of :meth:`ModelServer.predict`, with ``head``.
+
+        Raises:
+            NotFoundError: No such version, or an unknown client where the configuration refuses it. InvalidInputError:
+            Also ids that are not strings, or not one for each row.
+        """
+        return super().predict(features, version, client=client_id, **options)
+
+    def batch_predict(
+        self, batch: Iterable[tuple[str, Any]], version: str | int | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """Answer requests of many clients, each ``(client_id, row [D])``, as one batch: the body runs once.
+
+        Returns:
+            One answer per request, in their order; their ``latency_ms`` is that of the whole.
+        """
+        requests = list(batch)
+        if not requests:
+            raise InvalidInputError("the batch is empty: send at least one (client_id, row)")
+        try:
+            clients, rows = zip(*requests, strict=True)
+            table = np.stack([np.asarray(row, np.float32).reshape(-1) for row in rows])
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"the batch is not a list of (client_id, row [D]): {error}") from error
+        answer = self.predict(list(clients), table, version, **options)
+        lists = {name: value for name, value in answer.items() if isinstance(value, list)}
+        return [
+            answer | {name: values[i] if name == "head" else values[i : i + 1] for name, values in lists.items()}
+            | {"model_type": "personal" if answer["head"][i] == "own" else "global"}
+            for i in range(len(rows))
+        ]  # fmt: skip
+
+    def accuracy(self, clients: Sequence[Client], versions: Sequence[str | int] | None = None,
+                 model: str | None = None) -> "pd.DataFrame":  # fmt: skip
+        """How right each version is on the clients' held-out samples, measured by asking it.
+
+        Returns:
+            One row per version: ``global_accuracy`` (the global model, all samples together),
+            ``mean_client_accuracy`` and ``worst_client_accuracy`` (over clients, each by its own head),
+            ``worst_client`` (its id), ``own_heads`` (how many clients have one that fits).
+
+        Raises:
+            NotFoundError: No such version.
+        """
+        import pandas as pd
+
+        if versions is None:
+            served = self.health_check()["models"]
+            versions = served[model or self.resolve()[0]]["versions"]
+        table = []
+        for version in versions:
+            right, hits, own = dict[str, float](), 0, 0
+            for client in clients:
+                answer = self.predict(client.id, client.test_x, version, model=model, arrays=True)
+                right[client.id] = float((answer["predictions"] == client.test_y).mean())
+                own += answer["head"] == "own"
+                shared = ModelServer.predict(self, client.test_x, version, model=model, arrays=True)
+                hits += int((shared["predictions"] == client.test_y).sum())
+            worst = min(right, key=right.__getitem__)
+            table.append({
+                "version": str(version),
+                "global_accuracy": hits / sum(len(client.test_y) for client in clients),
+                "mean_client_accuracy": sum(right.values()) / len(right),
+                "worst_client_accuracy": right[worst],
+                "worst_client": worst,
+                "own_heads": own,
+            })  # fmt: skip
+        return pd.DataFrame(table).set_index("version")
