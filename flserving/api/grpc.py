@@ -30,7 +30,7 @@ class GrpcDoor:
         already = self._service.stopping.is_set()
         self._service.stopping.set()  # watchers would stay to the end of the grace
         if self._native and not already:
-            # pygrpc-native 0.5 closes its sockets over answers that its threads have yet to write: one in eight got lost
+            # pygrpc-native 0.5 closes its sockets over answers that its threads still hold: one in eight got lost
             await self._service.idle(grace_s)
             await asyncio.sleep(_FLUSH_S)
         await self._server.stop(grace_s)
