@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flserving import models, weights
 from flserving.errors import InvalidModelError
+from flserving.heads import HeadSet
 from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature, encode, plain_json, sha256
 from flserving.transforms import Preprocessor
 
@@ -57,6 +58,7 @@ def prepare(
     output_type: Literal["classification", "regression"],
     note: str,
     max_artifact_bytes: int,
+    heads: HeadSet | None = None,
 ) -> Draft:
     """Check and freeze what :meth:`Registry.publish` was given; its errors and arguments are described there.
 
@@ -72,9 +74,11 @@ def prepare(
             f"the weights of {name!r} take {image.numel():,} bytes: raise max_artifact_bytes = {max_artifact_bytes:,}"
         )
     tensors = weights.unpack(image, f"the weights of {name!r}")
-    _check_fit(architecture, parameters, tensors)
+    module = _check_fit(architecture, parameters, tensors)
     if (bad := weights.first_non_finite(tensors)) is not None:
         raise InvalidModelError(f"{bad} holds NaN or infinite values: publish a model that trained without overflow")
+    if heads is not None:
+        _check_heads(module, heads)
     statistics, digest = _statistics(preprocessing, prod(inputs))
     try:
         manifest = Manifest(
@@ -102,10 +106,11 @@ def _plain(value: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=lambda number: number.tolist())
 
 
-def _check_fit(architecture: str, parameters: Mapping[str, models.JSON], tensors: Mapping[str, Tensor]) -> None:
-    """The architecture asks for exactly these tensors: names, shapes, dtypes. Nothing is allocated."""
+def _check_fit(architecture: str, parameters: Mapping[str, models.JSON], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The architecture asks for exactly these tensors: names, shapes, dtypes. Returns it, on the meta device."""
     with torch.device("meta"):
-        wanted = models.build(architecture, parameters).state_dict()
+        module = models.build(architecture, parameters)
+    wanted = module.state_dict()
     wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     wrong += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
@@ -115,6 +120,19 @@ def _check_fit(architecture: str, parameters: Mapping[str, models.JSON], tensors
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InvalidModelError(f"the weights do not fit {architecture!r}: {'; '.join(sorted(wrong)[:5])}{more}")
+    return module
+
+
+def _check_heads(module: nn.Module, heads: HeadSet) -> None:
+    """Heads go on the input of the last linear layer, adapters on its output."""
+    if not isinstance(module, models.SplitModel):
+        raise InvalidModelError(f"a {type(module).__name__} is not a models.SplitModel: personal heads need one")
+    inputs, outputs = module.head.in_features, module.head.out_features
+    wanted = ((outputs if heads.layout == "adapter" else inputs) + 1, outputs)
+    if heads.weights.shape[1:] != wanted:
+        raise InvalidModelError(
+            f"heads are {heads.weights.shape[1:]}: layout {heads.layout!r} on this model takes {wanted}"
+        )
 
 
 def _statistics(given: Statistics | None, num_features: int) -> tuple[Preprocessing | None, str]:

@@ -63,7 +63,63 @@ def copy_of(module: nn.Module, tensors: dict[int, torch.Tensor] | None = None) -
         raise InvalidModelError(f"cannot copy the {type(module).__name__}: {type(error).__name__}: {error}") from error
 
 
-class InferenceEngine:
+class Lane:
+    """What runs validated rows as batches, in chunks of ``max_batch_size``, and counts how long that took."""
+
+    def __init__(
+        self, version: str, preprocessor: Preprocessor, postprocessor: Postprocessor, max_batch_size: int, clock: Clock
+    ) -> None:
+        self.version = self.served_as = version  # served_as: what a server's statistics call it
+        self.preprocessor, self.postprocessor, self.max_batch_size = preprocessor, postprocessor, max_batch_size
+        self.typical_s = math.inf
+        self._executions, self._clock = Executions(), clock
+
+    def run(self, rows: Floats, lengths: Sequence[int], forward: Callable[[int, int], Execution]) -> list[Prediction]:
+        """``forward(start, stop)`` of every chunk of ``rows``, dealt out to requests of these lengths."""
+        size = self.max_batch_size
+        executions = [forward(start, start + size) for start in range(0, len(rows), size)]
+        execution = executions[0] if len(executions) == 1 else _join(executions)
+        seconds = execution.marks_s[3] - execution.marks_s[0]
+        self._executions.add(len(rows), seconds)
+        # of one forward; moves slowly, so that one hiccup does not send a fast model to the worker threads
+        seconds /= len(executions)
+        self.typical_s = seconds if self.typical_s == math.inf else 0.9 * self.typical_s + 0.1 * seconds
+        if len(lengths) == 1:
+            return [Prediction(execution, 0, len(rows))]
+        results, start = [], 0
+        for length in lengths:
+            results.append(Prediction(execution, start, start := start + length))
+        return results
+
+    def forward(self, rows: Floats, in_place: bool, infer: Callable[[torch.Tensor], torch.Tensor]) -> Execution:
+        """Preprocess, ``infer`` (standardised rows [N, D] -> outputs), postprocess.
+
+        Raises:
+            ModelExecutionError: The model raised, or its output is not finite or not one row per input row.
+        """
+        started = self._clock()
+        try:
+            with torch.inference_mode():
+                values = self.preprocessor.standardise(rows, in_place)
+                preprocessed = self._clock()
+                values = infer(values)
+                inferred = self._clock()
+                if values.shape[0] != len(rows):
+                    raise ModelExecutionError(
+                        f"model {self.version!r} answered shape {tuple(values.shape)} to {len(rows)} rows: it must "
+                        "give one row of outputs each"
+                    )
+                outputs = self.postprocessor(values)
+        except FlservingError:
+            raise
+        except Exception as error:
+            raise ModelExecutionError(
+                f"model {self.version!r} failed on rows of shape {rows.shape}: {type(error).__name__}"
+            ) from error
+        return Execution(outputs, (started, preprocessed, inferred, self._clock()))
+
+
+class InferenceEngine(Lane):
     """A model that is ready to answer. It works on a frozen copy: the caller's module is never changed.
 
     Args:
@@ -98,17 +154,16 @@ class InferenceEngine:
         if not isinstance(model, nn.Module):
             raise InvalidModelError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
         ServingConfig(max_batch_size=max_batch_size, warmup_samples=warmup_samples)  # the same bounds
+        super().__init__(
+            version, preprocessor or Preprocessor(), postprocessor or Postprocessor(), max_batch_size, clock
+        )
         self.model = model.eval().requires_grad_(False) if owned else copy_of(model)
-        self.preprocessor, self.postprocessor = preprocessor or Preprocessor(), postprocessor or Postprocessor()
-        self.served_as = version  # what a server's statistics call it
-        self.version, self.max_batch_size, self.warmup_samples = version, max_batch_size, warmup_samples
-        self._clock = clock
+        self.warmup_samples = warmup_samples
         self.nbytes = nbytes_of(self.model)
         self.digest = digest or uuid.uuid4().hex
         self.identity = f"{self.digest}/{self.preprocessor.digest}/{self.postprocessor.policy}"
-        self.typical_s = math.inf
-        self._executions, self._warmups = Executions(), 0
-        self._steps = lean(self.model)
+        self._warmups, self._steps = 0, lean(self.model)
+        self.personal: Any = None  # flserving.personalization.PersonalEngine, where the version has heads
 
     # What callers use
 
@@ -161,8 +216,8 @@ class InferenceEngine:
             sample = np.zeros(self.preprocessor.num_features, np.float32)
         row = self.preprocessor.validate(sample)[:1]
         for _ in range(samples):
-            self._forward(row)
-        marks = self._forward(np.repeat(row, self.max_batch_size, axis=0)).marks_s
+            self.forward(row, False, self._infer)
+        marks = self.forward(np.repeat(row, self.max_batch_size, axis=0), True, self._infer).marks_s
         self._warmups += samples + 1
         self.typical_s = marks[-1] - marks[0]
         return self.typical_s
@@ -182,49 +237,12 @@ class InferenceEngine:
         """
         rows = payloads[0] if len(payloads) == 1 else np.concatenate(payloads)
         owned = len(payloads) > 1  # concatenated above: nobody else sees this array
-        if len(rows) <= self.max_batch_size:
-            executions = [self._forward(rows, owned)]
-        else:
-            executions = [
-                self._forward(rows[i : i + self.max_batch_size], owned)
-                for i in range(0, len(rows), self.max_batch_size)
-            ]
-        execution = executions[0] if len(executions) == 1 else _join(executions)
-        marks = execution.marks_s
-        seconds = marks[3] - marks[0]
-        self._executions.add(len(rows), seconds)
-        # of one forward; moves slowly, so that one hiccup does not send a fast model to the worker threads
-        seconds /= len(executions)
-        self.typical_s = seconds if self.typical_s == math.inf else 0.9 * self.typical_s + 0.1 * seconds
-        if len(payloads) == 1:
-            return [Prediction(execution, 0, len(rows))]
-        results, start = [], 0
-        for payload in payloads:
-            results.append(Prediction(execution, start, start := start + len(payload)))
-        return results
+        return self.run(rows, [len(p) for p in payloads], lambda i, j: self.forward(rows[i:j], owned, self._infer))
 
-    def _forward(self, rows: Floats, in_place: bool = False) -> Execution:
-        started = self._clock()
-        try:
-            with torch.inference_mode():
-                values = self.preprocessor.standardise(rows, in_place)
-                preprocessed = self._clock()
-                for step, arguments in self._steps:
-                    values = step(values, *arguments)
-                inferred = self._clock()
-                if values.shape[0] != len(rows):
-                    raise ModelExecutionError(
-                        f"model {self.version!r} answered shape {tuple(values.shape)} to {len(rows)} rows: it must "
-                        "give one row of outputs each"
-                    )
-                outputs = self.postprocessor(values)
-        except FlservingError:
-            raise
-        except Exception as error:
-            raise ModelExecutionError(
-                f"model {self.version!r} failed on rows of shape {rows.shape}: {type(error).__name__}"
-            ) from error
-        return Execution(outputs, (started, preprocessed, inferred, self._clock()))
+    def _infer(self, values: torch.Tensor) -> torch.Tensor:
+        for step, arguments in self._steps:
+            values = step(values, *arguments)
+        return values
 
 
 def lean(module: nn.Module) -> list[tuple[Callable[..., torch.Tensor], tuple[Any, ...]]]:

@@ -26,7 +26,9 @@ from flserving import models
 from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine, copy_of
 from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelError, NotFoundError
+from flserving.heads import HeadStore
 from flserving.manifest import Signature
+from flserving.personalization import PersonalEngine
 from flserving.transforms import Postprocessor, Preprocessor
 from flserving.weights import first_non_finite
 
@@ -48,6 +50,7 @@ class Parts:
     preprocessor: Preprocessor
     postprocessor: Postprocessor
     digest: str
+    heads: HeadStore | None = None
 
 
 class Source(Protocol):
@@ -80,6 +83,10 @@ def load_engine(source: Source, version: str, config: ServingConfig) -> Inferenc
         max_batch_size=config.max_batch_size, warmup_samples=config.warmup_samples, owned=True,
     )  # fmt: skip
     engine.warmup()
+    if parts.heads is not None:
+        parts.heads.resize(config.head_cache_bytes)
+        engine.personal = PersonalEngine(engine, parts.heads)
+        engine.nbytes += parts.heads.nbytes
     return engine
 
 
@@ -114,7 +121,7 @@ class RegistrySource:
         postprocessor = Postprocessor(manifest.signature.output_type, self.threshold)
         code = f"{manifest.architecture} {json.dumps(manifest.parameters, sort_keys=True)}"
         digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
-        return Parts(module, artifact.tensors, preprocessor, postprocessor, digest)
+        return Parts(module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads)
 
     def signature(self, version: str) -> Signature:
         return self.registry.manifest(self.name, int(version)).signature

@@ -79,6 +79,20 @@ class Digests(Struct, frozen=True, forbid_unknown_fields=True):
     preprocessing: Digest
 
 
+class HeadsEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """The personal heads beside the weights (see ``heads.py``): ``num_heads`` of float32 [inputs + 1, outputs].
+
+    ``index_sha256`` covers the file's header and index, and through the records' checksums the rest.
+    """
+
+    layout: Literal["head", "additive", "adapter"]
+    num_heads: Annotated[int, Meta(ge=1, le=1 << 31)]
+    inputs: Annotated[int, Meta(ge=1, le=1 << 20)]
+    outputs: Annotated[int, Meta(ge=1, le=1 << 20)]
+    nbytes: Annotated[int, Meta(ge=1)]
+    index_sha256: Digest
+
+
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One published version. Treat it as read-only, the dictionaries inside too."""
 
@@ -95,6 +109,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     weights_nbytes: Annotated[int, Meta(ge=1)]
     created_at: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")]  # UTC
     note: Text
+    heads: HeadsEntry | None = None  # manifests from before there were heads do not have it
 
 
 class _AnyFormat(Struct):
@@ -102,6 +117,11 @@ class _AnyFormat(Struct):
 
 
 _decoder = msgspec.json.Decoder(Manifest)
+
+
+def is_digest(value: object) -> bool:
+    """Whether ``value`` is a sha256 in lower-case hex."""
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
 
 
 def is_name(value: object) -> TypeGuard[str]:

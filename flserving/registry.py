@@ -4,6 +4,7 @@
 
     root/registry.sqlite3                       which versions exist, where aliases point, the log of moves
     root/models/<name>/<version>/weights.safetensors
+                                 heads.bin        where clients have heads of their own
                                  manifest.json
     root/staging/<token>/                       a publish under way; <token>.lock tells whether its process lives
 
@@ -34,6 +35,8 @@ from flserving.errors import (
     InvalidModelError,
     ModelTooLargeError,
 )
+from flserving.heads import FILE_NAME as HEADS
+from flserving.heads import HeadSet, HeadStore, neutral_head, trained_on
 from flserving.index import FILE_NAME, Index
 from flserving.manifest import MAX_MANIFEST_NBYTES, Digests, Lineage, Manifest, check_name, decode, encode, sha256
 from flserving.models import JSON
@@ -50,6 +53,7 @@ class Artifact:
 
     manifest: Manifest
     tensors: dict[str, Tensor]
+    heads: HeadStore | None = None
 
 
 class Registry(Catalogue):
@@ -108,6 +112,7 @@ class Registry(Catalogue):
         metrics: Mapping[str, float] | None = None,
         output_type: Literal["classification", "regression"] = "classification",
         note: str = "",
+        heads: HeadSet | None = None,
         alias: str | None = None,
         who: str = "publish",
         why: str = "",
@@ -120,6 +125,7 @@ class Registry(Catalogue):
             preprocessing: ``mean`` and ``std`` of the training data, one number per feature.
             lineage: The federated round; a ``parent_version`` must exist.
             metrics: Finite numbers; the course's are global_accuracy, mean_client_accuracy, worst_client_accuracy.
+            heads: Personal heads of its clients; they and the weights are one version.
             alias: Also pointed at the new version, in the same transaction; ``who`` and ``why`` go to the log.
 
         Raises:
@@ -142,6 +148,7 @@ class Registry(Catalogue):
             output_type=output_type,
             note=note,
             max_artifact_bytes=self.max_artifact_bytes,
+            heads=heads,
         )
         try:
             storage.sweep(self._staging)
@@ -152,7 +159,8 @@ class Registry(Catalogue):
                 file, parts = beside.submit(content.hash_file), beside.submit(content.hash_parts)
                 storage.write_file(f"{folder}/{WEIGHTS}", weights.as_bytes(content.image))
                 digests = Digests(file.result(), *parts.result(), content.manifest.digests.preprocessing)
-                manifest = msgspec.structs.replace(content.manifest, digests=digests)
+                entry = heads.write(f"{folder}/{HEADS}", trained_on(heads.layout, digests)) if heads else None
+                manifest = msgspec.structs.replace(content.manifest, digests=digests, heads=entry)
                 return self._commit(manifest, folder, alias, who, why)
         except OSError as error:
             raise FlservingError(
@@ -202,6 +210,8 @@ class Registry(Catalogue):
     def read(self, name: str, version: int) -> Artifact:
         """A whole version, read once and verified before it is parsed. The caller may keep and change the tensors.
 
+        Personal heads stay on the disk: their index is verified here, each of them when its client comes.
+
         Raises:
             NotFoundError: No such version. CorruptArtifactError: A file is not what was published.
             ModelTooLargeError: The weights are larger than ``max_artifact_bytes``.
@@ -217,7 +227,11 @@ class Registry(Catalogue):
         image = storage.read_file(self._models, path, nbytes)
         if sha256(weights.as_bytes(image)) != manifest.digests.weights:
             raise _changed(path)
-        return Artifact(manifest, weights.unpack(image, path))
+        tensors, heads = weights.unpack(image, path), None
+        if (entry := manifest.heads) is not None:
+            path, current = f"{name}/{manifest.version}/{HEADS}", trained_on(entry.layout, manifest.digests)
+            heads = HeadStore(self._models, path, entry, current, neutral_head(entry.layout, tensors))
+        return Artifact(manifest, tensors, heads)
 
     def versions(self, name: str) -> "pd.DataFrame":
         """One row per version: see :func:`flserving.tables.versions`. NotFoundError: no such name."""

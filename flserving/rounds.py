@@ -15,6 +15,7 @@ from flserving import models
 from flserving.aggregation import State
 from flserving.datasets import Client
 from flserving.errors import ConfigError
+from flserving.heads import HeadSet
 from flserving.manifest import Lineage, Manifest
 from flserving.registry import Registry
 
@@ -155,7 +156,8 @@ def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -
     """A callback for ``federated.train(on_round=...)``: every round becomes the next version of ``name``.
 
     Each version names the one before as its parent, and carries metrics, statistics and settings. ``alias`` is pointed
-    at each new version as it appears; without it nothing moves until somebody promotes a version.
+    at each new version as it appears; without it nothing moves until somebody promotes a version. Where clients have
+    heads of their own (and the rest in common), those go with the version.
     """
     parent: int | None = None
 
@@ -185,6 +187,7 @@ def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -
             preprocessing=result.preprocessing,
             lineage=lineage,
             metrics=result.metrics,
+            heads=_heads(result),
             note="; ".join(f"{client} rejected: {why}" for client, why in result.rejected.items())[:2000],
             alias=alias,
         )
@@ -192,3 +195,9 @@ def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -
         return manifest
 
     return publish
+
+
+def _heads(result: Round) -> HeadSet | None:
+    """The clients' heads, where these are all that sets their models apart from the global one."""
+    own = {client: state for client, state in result.personal.items() if state.keys() <= {"head.weight", "head.bias"}}
+    return HeadSet.from_states(own) if own else None

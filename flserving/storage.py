@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -45,14 +46,22 @@ else:
 
 def write_file(path: str, data: bytes | memoryview) -> None:
     """Create ``path``, write it whole and wait until the disk has it. OSError if it exists, or on a full disk."""
-    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, 0o644)
+    write_parts(path, [data])
+
+
+def write_parts(path: str, parts: Iterable[bytes | memoryview]) -> int:
+    """:func:`write_file` part by part, for what does not fit into memory at once. Returns the number of bytes."""
+    nbytes, fd = 0, os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, 0o644)
     try:
-        rest = memoryview(data)
-        while rest:  # one write takes at most 2 GiB
-            rest = rest[os.write(fd, rest) :]
+        for part in parts:
+            rest = memoryview(part)
+            nbytes += len(rest)
+            while rest:  # one write takes at most 2 GiB
+                rest = rest[os.write(fd, rest) :]
         os.fsync(fd)
     finally:
         os.close(fd)
+    return nbytes
 
 
 def sync_directory(path: str) -> None:
@@ -77,14 +86,13 @@ def check_folders(root: str, *relatives: str) -> None:
             raise _corrupt(relative, "is missing, or not a folder of its own")
 
 
-def read_file(root: str, relative: str, max_nbytes: int) -> Tensor:
-    """Read a file of a registry once, into 64-byte aligned memory that nobody else can change: uint8 [nbytes].
+def open_file(root: str, relative: str) -> tuple[int, int]:
+    """Open a file of a registry for reading: its descriptor, and its size in bytes.
 
-    Nothing but a regular file is read (a symbolic link, a FIFO or a device is refused), and memory is taken only after
-    its size was checked.
+    Nothing but a regular file is opened: a symbolic link, a FIFO or a device is refused.
 
     Raises:
-        CorruptArtifactError: It is missing, of another kind, empty, or larger than ``max_nbytes``.
+        CorruptArtifactError: It is missing, or of another kind.
         FlservingError: No file may be opened at the moment, or not this one.
     """
     path = f"{root}/{relative}"
@@ -97,13 +105,27 @@ def read_file(root: str, relative: str, max_nbytes: int) -> Tensor:
             ) from None
         why = "is a symbolic link" if os.path.islink(path) else f"cannot be opened ({error.strerror})"
         raise _corrupt(relative, why) from None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise _corrupt(relative, "is not a regular file")
+    return fd, status.st_size
+
+
+def read_file(root: str, relative: str, max_nbytes: int) -> Tensor:
+    """Read a file of a registry once, into 64-byte aligned memory that nobody else can change: uint8 [nbytes].
+
+    Memory is taken only after the size was checked.
+
+    Raises:
+        CorruptArtifactError: As :func:`open_file`, or it is empty or larger than ``max_nbytes``. FlservingError: As
+        :func:`open_file`.
+    """
+    fd, size = open_file(root, relative)
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise _corrupt(relative, "is not a regular file")
-        if not 0 < status.st_size <= max_nbytes:
-            raise _corrupt(relative, f"has {status.st_size:,} bytes, expected 1 to {max_nbytes:,}")
-        buffer = torch.empty(status.st_size, dtype=torch.uint8, device="cpu")
+        if not 0 < size <= max_nbytes:
+            raise _corrupt(relative, f"has {size:,} bytes, expected 1 to {max_nbytes:,}")
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         rest = as_bytes(buffer)
         with open(fd, "rb", buffering=0, closefd=False) as file:
             while rest:
