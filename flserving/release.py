@@ -1,0 +1,231 @@
+"""Signed releases: what a cloud says about the version that devices should run, in a form that nobody else can write.
+
+A statement is canonical JSON, signed with Ed25519 (RFC 8032) under a label of its kind. The private key lies in the
+registry's folder, readable by its owner alone; devices pin the public one. The ``serial`` grows with every change of
+the registry, so an older statement is known by it; the ``nonce`` is the asker's, so a statement that carries it was
+made after the question, whatever the clocks say. A lower round than one seen before is accepted only where ``rollback``
+is true: the operator took the higher one back with :meth:`Registry.rollback`.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from flserving import delta, storage, weights
+from flserving.catalogue import DEFAULT_ALIAS
+from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError, NotFoundError
+from flserving.manifest import MAX_MANIFEST_NBYTES, Count, Digest, Manifest, Version, sha256
+from flserving.registry import MANIFEST, Registry
+
+KEY_FILE = "release.key"
+MAX_RELEASE_NBYTES = 1 << 16
+Nonce = Annotated[str, Meta(pattern=r"^[0-9a-f]{0,64}$")]
+
+
+class Statement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The version to run. Times are whole seconds since 1970, UTC.
+
+    ``round`` is the lineage's; a version without one counts by its version number. ``int8_sha256`` is the digest of
+    the version's tensors as :func:`delta.quantised` makes them.
+    """
+
+    model: str
+    version: Version
+    round: Count
+    serial: Count
+    manifest_sha256: Digest
+    int8_sha256: Digest
+    issued_at: Count
+    expires_at: Count
+    rollback: bool
+    nonce: Nonce
+
+
+class HeadStatement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One client's head of one version: ``sha256`` is that of its bytes."""
+
+    model: str
+    manifest_sha256: Digest
+    client: str
+    sha256: Digest
+
+
+class Release(Struct, frozen=True, forbid_unknown_fields=True):
+    """A statement as it was signed, byte for byte; signature and public key in hex."""
+
+    statement: str
+    signature: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}$")]
+    key: Digest
+
+
+_Kind = TypeVar("_Kind", Statement, HeadStatement)
+
+
+class Signer:
+    """Signs what a registry releases: the version that its alias ``default`` points at. Thread-safe.
+
+    Args:
+        valid_s: How long a statement may be relied on.
+        now: Seconds since 1970.
+
+    Raises:
+        CorruptArtifactError: The key file is not one. FlservingError: It can be neither read nor made.
+    """
+
+    def __init__(self, registry: Registry, valid_s: int = 86_400, now: Callable[[], float] = time.time) -> None:
+        self._registry, self._valid_s, self._now = registry, valid_s, now
+        self._key = _private_key(registry.root)
+        self.public = self._key.public_key().public_bytes_raw().hex()
+        self._known: dict[str, Statement] = {}
+
+    def release(self, model: str, nonce: str = "") -> Release:
+        """The signed statement of ``model``. NotFoundError: no such model, or nothing is its default.
+
+        Cost: about 0.1 ms; after a change of the registry, a read of the weights beside it.
+        """
+        known = self._known.get(model)
+        while known is None or known.serial != self._registry.change_token():  # also where it changed meanwhile
+            known = self._known[model] = self._describe(model, self._registry.change_token())
+        issued = int(self._now())
+        made = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + self._valid_s, nonce=nonce)
+        return self.sign(made)
+
+    def sign(self, statement: Statement | HeadStatement) -> Release:
+        text = msgspec.json.encode(statement, order="deterministic")
+        signature = self._key.sign(_label(type(statement)) + text)
+        return Release(text.decode(), signature.hex(), self.public)
+
+    def _describe(self, model: str, serial: int) -> Statement:
+        registry = self._registry
+        version = registry.resolve(model, DEFAULT_ALIAS)
+        artifact = registry.read(model, version)
+        number = round_of(artifact.manifest)
+        back = any(round_of(registry.manifest(model, v)) > number for v in registry.rolled_back(model, DEFAULT_ALIAS))
+        return Statement(
+            model=model, version=version, round=number, serial=serial, rollback=back,
+            manifest_sha256=sha256(manifest_bytes(registry, model, version)),
+            int8_sha256=weights.digest(delta.quantised(artifact.tensors)),
+            issued_at=0, expires_at=0, nonce="",
+        )  # fmt: skip
+
+
+def manifest_bytes(registry: Registry, model: str, version: int) -> bytes:
+    """The manifest's file, byte for byte. Raises as :meth:`Registry.manifest`."""
+    registry.manifest(model, version)  # verifies the file
+    path = f"{model}/{version}/{MANIFEST}"
+    return bytes(weights.as_bytes(storage.read_file(f"{registry.root}/models", path, MAX_MANIFEST_NBYTES)))
+
+
+def round_of(manifest: Manifest) -> int:
+    """The federated round of a version; its version number where the lineage tells none."""
+    lineage = manifest.lineage
+    return manifest.version if lineage is None or lineage.round is None else lineage.round
+
+
+def verify(data: bytes, kind: type[_Kind], key: str | None) -> tuple[_Kind, str]:
+    """What a release says, and the public key that it was signed with.
+
+    Args:
+        key: The only key that is accepted, hex; None accepts any (trust on first use).
+
+    Raises:
+        CorruptArtifactError: Not a release of this kind.
+        ForbiddenError: Another key, or a signature that is not this key's.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    try:
+        release = msgspec.json.decode(data, type=Release)
+        text = release.statement.encode()
+        statement = msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise CorruptArtifactError(f"the release cannot be read ({error}): is this a cloud of flserving?") from None
+    if key is not None and release.key != key:
+        raise ForbiddenError(
+            f"the release is signed with the key {release.key[:12]}..., this device trusts {key[:12]}...: ask the "
+            "cloud's operator, and start in another directory where the key was changed on purpose"
+        )
+    try:
+        signed = bytes.fromhex(release.signature), _label(kind) + text
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(release.key)).verify(*signed)
+    except (InvalidSignature, ValueError):
+        raise ForbiddenError("the release's signature is not that of its key: it was changed on its way") from None
+    return statement, release.key
+
+
+class Seen(Struct, frozen=True, kw_only=True):
+    """The highest that a device has accepted: what comes later must not lie below it."""
+
+    serial: int = 0
+    round: int = 0
+    manifest_sha256: str = ""
+
+
+def check(statement: Statement, model: str, nonce: str, seen: Seen, now_s: float) -> None:
+    """Whether a device may follow a verified statement.
+
+    Clocks decide little: it is the nonce that tells a fresh answer from a recorded one. A device whose clock runs
+    ahead of the cloud's by more than the validity refuses what it gets; one whose clock was set back is fooled by
+    nothing.
+
+    Raises:
+        ForbiddenError: Another model's, an answer to another question, older than one seen before, expired, or a lower
+            round that nobody rolled back to.
+    """
+    if statement.model != model:
+        raise ForbiddenError(f"the release is of model {statement.model!r}, this device runs {model!r}")
+    if statement.nonce != nonce:
+        raise ForbiddenError("the release answers another question: somebody replays what was signed before")
+    if statement.serial < seen.serial:
+        raise ForbiddenError(
+            f"the release has serial {statement.serial}, {seen.serial} was seen before: it is replayed, or the cloud's "
+            "registry was restored from a backup"
+        )
+    if statement.serial == seen.serial and seen.manifest_sha256 not in ("", statement.manifest_sha256):
+        raise ForbiddenError(f"two releases of serial {statement.serial} name different versions: ask the operator")
+    if (late_s := max(now_s, statement.issued_at) - statement.expires_at) >= 0:
+        raise ForbiddenError(f"the release expired {late_s:.0f} s ago: check the clocks of this device and the cloud")
+    if statement.round < seen.round and not statement.rollback:
+        raise ForbiddenError(
+            f"the release has round {statement.round}, {seen.round} ran here before: a way back must be signed, by "
+            "registry.rollback() in the cloud"
+        )
+
+
+def _label(kind: type[Struct]) -> bytes:
+    return b"flserving %s 1\n" % kind.__name__.encode()  # a signature of one kind is none of another
+
+
+def _private_key(root: str) -> Any:
+    """The registry's key; made at the first call of any process."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    path = f"{root}/{KEY_FILE}"
+    try:
+        if not os.path.lexists(path):
+            fresh = f"{path}.{secrets.token_hex(8)}"
+            fd = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with open(fd, "wb") as file:
+                file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex().encode())
+                file.flush()
+                os.fsync(fd)
+            try:
+                os.link(fresh, path)  # unlike a rename it never replaces the key of another process
+            except FileExistsError:
+                pass
+            finally:
+                os.unlink(fresh)
+        if os.name == "posix" and os.stat(path).st_mode & 0o077:
+            raise ForbiddenError(f"{KEY_FILE} can be read by other users: chmod 600, and think about a new key")
+        with open(path, "rb") as opened:
+            return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(opened.read(65).decode()))
+    except ValueError:
+        raise CorruptArtifactError(f"{KEY_FILE} is not a key: restore it from a backup") from None
+    except OSError as error:
+        raise FlservingError(f"{KEY_FILE} cannot be used ({error.strerror}): check the folder") from error
