@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from flserving.api.carriers import Received, Sent
+from flserving.api.v2 import TOLD
 from flserving.errors import FlservingError
 from flserving.transforms import Floats
 
@@ -21,7 +22,7 @@ Where = tuple[str, str | None]
 
 
 def answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: str, arrays: bool) -> dict[str, Any]:
-    """The same keys as :meth:`ModelServer.predict`."""
+    """The same keys as the server's own answer."""
     result: dict[str, Any] = {name: value if arrays else value.tolist() for name, value in outputs.items()}
     stages = {
         name.removeprefix("stage_").removesuffix("_us"): us / 1e3
@@ -30,6 +31,7 @@ def answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: s
     }
     result["latency_ms"] = parameters.get("latency_us", 0) / 1e3
     result["model_version"], result["model_type"] = version, parameters.get("model_type", "global")
+    result |= {name: parameters[name] for name in TOLD if name in parameters}
     return result | {"stages_ms": stages} if stages else result
 
 

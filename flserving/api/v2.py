@@ -22,7 +22,8 @@ from flserving.server import ModelServer
 
 INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
 Value = bool | int | float | str
-_TOLD = ("head", "path", "round", "degraded", "arm")  # what an answer may say of itself, beside its tensors
+TOLD = ("head", "path", "round", "age_s", "degraded", "arm")
+"""What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's answer."""
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
 
 
@@ -199,9 +200,8 @@ class V2:
             except KeyError as error:
                 raise InvalidInputError(f"a regression has no output {error}: there are {', '.join(outputs)}") from None
         parameters = {"model_type": answer["model_type"], "latency_us": round(answer["latency_ms"] * 1e3)}
-        parameters |= {name: answer[name] for name in _TOLD if answer.get(name) is not None}
-        if answer.get("age_s") is not None:
-            parameters["age_s"] = round(answer["age_s"])
+        told = {name: answer[name] for name in TOLD if answer.get(name) is not None}
+        parameters |= {name: round(value) if isinstance(value, float) else value for name, value in told.items()}
         if stages:
             parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
         return Answer(call.model, answer["model_version"], outputs, parameters)
