@@ -130,7 +130,7 @@ class ModelServer(ModelHost):
         except FlservingError as error:
             self.telemetry.failure(error.reason)
             raise
-        answer = self.predict(np.concatenate(parts), version, model=model, timeout_ms=timeout_ms)
+        answer = self.predict(np.concatenate(parts), version=version, model=model, timeout_ms=timeout_ms)
         lists = {name: value for name, value in answer.items() if isinstance(value, list)}
         answers, start = [], 0
         for part in parts:

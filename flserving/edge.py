@@ -1,0 +1,273 @@
+"""The edge: a device that answers by itself, with the global model or with its client's own head.
+
+It is a :class:`ModelServer` over a registry in the device's own folder. What it serves comes in updates; each one is a
+version with the weights and the one client's head, so both change as one, and rollback and crash safety are the
+registry's. Every answer says which round it came from and how old that is.
+"""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from math import inf
+from typing import Any
+
+import msgspec
+from torch import Tensor, nn
+
+from flserving.config import ServingConfig
+from flserving.doors import Door
+from flserving.errors import ConfigError, InvalidInputError, InvalidModelError, StaleModelError
+from flserving.heads import HeadSet, Layout, trained_on
+from flserving.hosting import LOCAL
+from flserving.manifest import Lineage, Manifest
+from flserving.registry import Registry
+from flserving.server import ModelServer
+
+_NOBODY = ""  # stands in for a client where the global model was asked for
+_UPDATED_AT = "updated_at_s"  # in the lineage of a version that brought only a head
+_SLACK_S = 60.0  # a clock that was set back by less than this is taken as right: daemons that keep time do so
+
+
+class Age:
+    """How long ago a model was known to be the current one, by two clocks of which neither is trusted alone.
+
+    The wall clock may be set; the monotonic one stands still while a device sleeps and forgets at every start. So the
+    larger of the two spans counts: a jump backwards makes nothing look fresh, a jump forwards makes it look too old.
+
+    Args:
+        since_s: Unix seconds of that moment. ``clock``: monotonic seconds. ``wall``: Unix seconds.
+    """
+
+    def __init__(self, since_s: float, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+        self._since_s, self._clock, self._wall = since_s, clock, wall
+        self._at_s, by_wall = clock(), wall() - since_s
+        self._then_s = max(0.0, by_wall) if by_wall >= -_SLACK_S else None
+
+    def age_s(self) -> float | None:
+        """Seconds; None (older than any limit) as long as the wall clock shows a time before that moment, and has
+        since this object was made."""
+        by_wall = self._wall() - self._since_s
+        if self._then_s is None:
+            return by_wall if by_wall >= 0 else None
+        return max(self._then_s, self._then_s + self._clock() - self._at_s, by_wall)
+
+
+class EdgeModelServer(ModelServer):
+    """Serves the global or the personalised model of one client on its device.
+
+    Args:
+        config: See :class:`ModelServer`.
+        registry: The device's own; a temporary one when not given. It stays open when the server closes.
+        model: The one name that is served.
+        client: Whose device this is: its head is carried from update to update.
+        fresh_s: Soft limit: an answer from an older model says ``degraded``. None: no limit.
+        refuse_s: Hard limit: an older model answers no more.
+        clock: Monotonic seconds. ``wall``: Unix seconds.
+
+    A model's age counts from its update, or from the last :meth:`confirm`. One that was loaded by :meth:`load_model`,
+    or whose age cannot be told because the clock went backwards between two starts, is past both limits.
+
+    Raises:
+        ConfigError: A limit that is no positive number, or a soft one above the hard one.
+    """
+
+    def __init__(
+        self, config: ServingConfig | None = None, registry: Registry | None = None, model: str = "model", *,
+        client: str = "device", fresh_s: float | None = None, refuse_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        for name, limit in (("fresh_s", fresh_s), ("refuse_s", refuse_s)):
+            if limit is not None and (type(limit) not in (int, float) or not 0 < limit < inf):
+                raise ConfigError(f"{name} is {limit!r}: it must be a number of seconds above 0, or None")
+        if fresh_s is not None and refuse_s is not None and fresh_s > refuse_s:
+            raise ConfigError(f"fresh_s is {fresh_s}, refuse_s is {refuse_s}: flag an answer before refusing it")
+        if model == LOCAL or not client:
+            raise ConfigError(f"model is {model!r}, client is {client!r}: choose another name, and name a client")
+        super().__init__(config, clock=clock)
+        self._folder = None if registry else tempfile.TemporaryDirectory(prefix="flserving-edge-")
+        self.registry = registry or Registry(self._folder.name)  # type: ignore[union-attr]
+        self.model, self.client, self.fresh_s, self.refuse_s = model, client, fresh_s, refuse_s
+        self._wall, self._updating = wall, threading.Lock()
+        self._ages: dict[str, tuple[int | None, Age]] = {}  # version -> its round, its age
+        if self.registry.version_numbers(model):
+            self.serve(self.registry, model)
+
+    # Requests
+
+    def predict(  # type: ignore[override]
+        self, features: Any, use_personalized: bool = True, version: str | int | None = None, *,
+        client: str | Sequence[str] | None = None, **options: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Answer a row [D] or rows [N, D] on the device.
+
+        Args:
+            use_personalized: With the client's own head, where there is one that fits; False: with the global model.
+            version, client, options: Those of :meth:`ModelServer.predict`; ``client`` is the device's when not given.
+
+        Returns:
+            The answer of :meth:`ModelServer.predict`, with ``head`` unless the global model was asked for, and with
+            ``path`` ("local"), ``round`` (None where no update named one), ``age_s`` (None: cannot be told) and
+            ``degraded`` (older than ``fresh_s``).
+
+        Raises:
+            StaleModelError: Older than ``refuse_s``. What :meth:`ModelServer.predict` raises.
+        """
+        if not isinstance(use_personalized, bool):
+            raise InvalidInputError(f"use_personalized is {use_personalized!r:.64}: True or False; version has a name")
+        return super().predict(features, version, client=client if use_personalized else _NOBODY, **options)
+
+    async def _answer(
+        self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
+        stages: bool, arrays: bool, client: str | Sequence[str] | None, door: Door,
+    ) -> dict[str, Any]:  # fmt: skip
+        client = self.client if client is None else None if client == _NOBODY else client
+        if (key := self._router.find(version, model)) is not None:  # else the route is as new as can be
+            try:
+                self._told(key[1], key[0])
+            except StaleModelError as error:
+                self.telemetry.failure(error.reason, "/".join(key))
+                raise
+        answer = await super()._answer(features, version, model, timeout_ms, stages, arrays, client, door)
+        return answer | self._told(answer["model_version"], model or self._router.routes.model)
+
+    def _told(self, version: str, model: str | None) -> dict[str, Any]:
+        """What an answer says of the version that gave it. Raises StaleModelError."""
+        number, age = self._age_of(version) if model == self.model else (None, None)
+        age_s = None if age is None else age.age_s()
+        if self.refuse_s is not None and (age_s is None or age_s > self.refuse_s):
+            raise StaleModelError(
+                f"version {version} is {'of unknown age' if age_s is None else f'{age_s:.0f} s old'}, refuse_s is "
+                f"{self.refuse_s:g}: let the device reach its cloud, or raise refuse_s"
+            )
+        degraded = self.fresh_s is not None and (age_s is None or age_s > self.fresh_s)
+        return {"path": "local", "round": number, "age_s": age_s, "degraded": degraded}
+
+    def _age_of(self, version: str) -> tuple[int | None, Age]:
+        if (known := self._ages.get(version)) is None:
+            manifest = self.registry.manifest(self.model, int(version))
+            age = Age(_updated_at(manifest), self._clock, self._wall)
+            known = self._ages.setdefault(version, (_round_of(manifest), age))
+        return known
+
+    # Updates
+
+    def update_global(
+        self, state: nn.Module | Mapping[str, Tensor], *, round: int | None = None,
+        head: Mapping[str, Tensor] | HeadSet | None = None, **published: Any,
+    ) -> Manifest:  # fmt: skip
+        """Serve other weights from now on; every request sees all of the update or nothing of it.
+
+        The new version is stored, loaded and warm before the alias ``default`` moves to it, in one transaction: killed
+        anywhere before that, the device starts again with the model that it had.
+
+        Args:
+            state: A module or its state dict.
+            round: The federated round that made it.
+            head: The client's head for this model: ``{"head.weight": [C, F], "head.bias": [C]}``, or a
+                :class:`HeadSet` that holds it. When not given, the one it had is kept; it applies again where it was
+                trained on this very body, else answers say ``head``: "stale".
+            published: Arguments of :meth:`Registry.publish`. Architecture, parameters, preprocessing and output type
+                are those of the model before when not given.
+
+        Raises:
+            InvalidModelError: The first update names no architecture, or what :meth:`Registry.publish` raises; a
+            model that does not answer a row of zeros raises what it raised. The model before serves on.
+        """
+        with self._updating:
+            now = self._current()
+            if now is not None:
+                same = {name: getattr(now, name) for name in ("architecture", "parameters", "preprocessing")}
+                published = same | {"output_type": now.signature.output_type} | published
+            if "architecture" not in published:
+                raise InvalidModelError("the first update of a device names the architecture: pass architecture=")
+            if round is not None:
+                published["lineage"] = Lineage(round=round)
+            if head is None and now is not None:
+                store = self.registry.read(self.model, now.version).heads
+                head = None if store is None else store.take(self.client)
+            elif head is not None and not isinstance(head, HeadSet):
+                head = HeadSet.from_states({self.client: head})
+            return self._install(state, head, published)
+
+    def update_local(
+        self, head_state: Mapping[str, Tensor], *, version: str | int | None = None, layout: Layout = "head"
+    ) -> Manifest:
+        """Serve another head of the client on the same weights; seen whole or not at all, as :meth:`update_global`.
+
+        Args:
+            head_state: ``{"head.weight": [C, F], "head.bias": [C]}``.
+            version: The version of this device on whose body it was trained; the current one when not given. A head
+                of another body is kept, but it never answers: ``head`` is "stale".
+            layout: See :class:`HeadSet`.
+
+        Raises:
+            NotFoundError: There is no global model yet. InvalidModelError: The head is of the wrong shape.
+        """
+        with self._updating:
+            artifact = self.registry.read(self.model, self.registry.resolve(self.model))
+            now = artifact.manifest
+            trained = self.registry.manifest(self.model, self.registry.resolve(self.model, version))
+            heads = HeadSet.from_states({self.client: head_state}, layout, trained_on(layout, trained.digests))
+            kept = ("architecture", "parameters", "preprocessing", "metrics", "note")
+            published = {name: getattr(now, name) for name in kept} | {"output_type": now.signature.output_type}
+            lineage = now.lineage or Lineage()  # a new head makes the body no younger, not even after a restart
+            extra = {**lineage.extra, _UPDATED_AT: _updated_at(now)}
+            published["lineage"] = msgspec.structs.replace(lineage, extra=extra)
+            return self._install(artifact.tensors, heads, published, self._age_of(str(now.version)))
+
+    def confirm(self) -> None:
+        """The cloud has just said that nothing newer exists: the model's age counts from now.
+
+        It is not written down: after a restart, ages count from the updates again.
+        """
+        now = self._current()
+        if now is not None:
+            self._ages[str(now.version)] = _round_of(now), Age(self._wall(), self._clock, self._wall)
+
+    def _current(self) -> Manifest | None:
+        """What the alias leads to now, also where another process moved it."""
+        number = self.registry.aliases(self.model).get("default")
+        return None if number is None else self.registry.manifest(self.model, number)
+
+    def _install(
+        self, state: nn.Module | Mapping[str, Tensor], heads: HeadSet | None, published: Mapping[str, Any],
+        age: tuple[int | None, Age] | None = None,
+    ) -> Manifest:  # fmt: skip
+        manifest = self.registry.publish(self.model, state, heads=heads, **published)
+        version = str(manifest.version)
+        self._ages[version] = age or (_round_of(manifest), Age(self._wall(), self._clock, self._wall))
+        if self.model not in self._sources:
+            self.serve(self.registry, self.model)
+        self._preload((self.model, version))  # whatever does not answer raises here: no alias leads to it
+        self.registry.set_alias(self.model, "default", manifest.version, who="edge", why=f"update to version {version}")
+        self.refresh()
+        return manifest
+
+    # What operators see
+
+    def get_all_stats(self) -> dict[str, Any]:
+        """As :meth:`ModelServer.get_all_stats`; ``edge`` says what is served: version, round, age."""
+        served, version = None, self._router.routes.aliases.get((self.model, "default"))
+        if version is not None and not self._closed:
+            number, age = self._age_of(version)
+            served = {"model_version": version, "round": number, "age_s": age.age_s()}
+        return super().get_all_stats() | {"edge": served}
+
+    def close(self, drain_s: float = 5.0) -> None:
+        """As :meth:`ModelServer.close`; a temporary registry goes too. Idempotent."""
+        super().close(drain_s)
+        if self._folder is not None:
+            self.registry.close()
+            self._folder.cleanup()
+
+
+def _updated_at(manifest: Manifest) -> float:
+    """When the weights of a version came to the device, Unix seconds."""
+    said = (manifest.lineage or Lineage()).extra.get(_UPDATED_AT)
+    return said if isinstance(said, float) else datetime.fromisoformat(manifest.created_at).timestamp()
+
+
+def _round_of(manifest: Manifest) -> int | None:
+    return None if manifest.lineage is None else manifest.lineage.round
