@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flserving import storage
+from flserving import storage, weights
 from flserving.errors import CorruptArtifactError, InvalidModelError
 from flserving.manifest import Digests, HeadsEntry, is_digest, sha256
 
@@ -48,6 +48,12 @@ _Keys = NDArray[np.uint64]
 def trained_on(layout: str, digests: Digests) -> str:
     """Digest of what a head of this layout depends on: the body; the generic head too where it works on the logits."""
     return digests.body if layout == "head" else sha256(f"{digests.body} {digests.head}".encode())
+
+
+def trained_on_state(layout: str, tensors: Mapping[str, Tensor]) -> str:
+    """:func:`trained_on` of weights that no version holds yet."""
+    body, head = weights.split(tensors)
+    return trained_on(layout, Digests("", weights.digest(body), weights.digest(head) if head else None, ""))
 
 
 def neutral_head(layout: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -227,11 +233,11 @@ class HeadStore:
             raise self._corrupt("is not what was published (sha256 of its index differs)")
         columns = np.split(index, np.cumsum([8, 8, 8, 4]) * entry.num_heads)
         self._high, self._low, self._checks = (column.view(np.uint64) for column in columns[:3])
-        current = [bytes(row).hex() == digest for row in columns[4].reshape(-1, 32)]
-        numbers = columns[3].view(np.uint32)
-        if numbers.max() >= len(current):
+        self._digests = [bytes(row).hex() for row in columns[4].reshape(-1, 32)]
+        self._numbers = columns[3].view(np.uint32)
+        if self._numbers.max() >= len(self._digests):
             raise self._corrupt("names digests that it does not hold")
-        self._fits = np.array(current)[numbers]
+        self._fits = np.array([one == digest for one in self._digests])[self._numbers]
         self._index_nbytes, self._lock = index.nbytes + self._fits.nbytes, threading.Lock()
         self.resize(256 << 20)
 
@@ -251,13 +257,28 @@ class HeadStore:
 
     def find(self, client: str) -> int:
         """The slot of a client's head; UNKNOWN or STALE where the global head answers. Cost: a binary search."""
+        slot = self._slot(client)
+        return STALE if slot >= 0 and not self._fits[slot] else slot
+
+    def take(self, client: str) -> HeadSet | None:
+        """One client's head alone, with what it was trained on, also a stale one: to publish it again, or to send it.
+
+        Raises:
+            CorruptArtifactError: The record is not what was published.
+        """
+        if (slot := self._slot(client)) < 0:
+            return None
+        record = self._records(np.array([slot]))[:, : self._width].reshape(1, self.inputs + 1, self.outputs)
+        return HeadSet(self.layout, [client], record, self._digests[self._numbers[slot]])
+
+    def _slot(self, client: str) -> int:
         if len(client) > MAX_CLIENT_CHARS:
             return UNKNOWN
         high, low = struct.unpack(">QQ", _key(client))
         slot = bisect_left(self._high.data, high)
         while slot < self.num_heads and self._high[slot] == high:
             if self._low[slot] == low:
-                return slot if self._fits[slot] else STALE
+                return slot
             slot += 1
         return UNKNOWN
 
