@@ -1,0 +1,230 @@
+"""What a million clients need: servers for a latency target, bytes a day, cost, for the three architectures.
+
+Measure what a server takes for a batch, simulate a few servers at the busiest hour, multiply. Every price and size is
+a parameter with its unit; nothing is assumed about a provider.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+
+from flserving.errors import ConfigError
+from flserving.lab.arrivals import Poisson
+from flserving.lab.fleet import DAY_S, Architecture, Fleet, simulate_fleet
+from flserving.lab.theory import mmc_wait_quantile_s
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GB = 1e9
+SLICE = 4
+"""Servers that are simulated in place of many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """In any one currency: an hour of a server; a GB (1e9 bytes) out of the data centre; a GB into it."""
+
+    server_hour: float
+    egress_gb: float
+    ingress_gb: float
+
+    def __post_init__(self) -> None:
+        for price in fields(self):
+            if not 0 <= getattr(self, price.name) < math.inf:
+                raise ConfigError(f"{price.name} is {getattr(self, price.name)!r}: a finite price of at least 0")
+
+
+def measure_service_s(
+    call: Callable[[int], object],
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+    repeats: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[int, float]:
+    """Median seconds of ``call(n)``, which runs one batch of n rows: the input of :func:`service_table`."""
+    table = {}
+    for size in sizes:
+        times = [clock()]
+        for _ in range(repeats):
+            call(size)
+            times.append(clock())
+        table[size] = float(np.median(np.diff(times)))
+    return table
+
+
+def service_table(measured_s: Mapping[int, float]) -> Callable[[int], float]:
+    """Service times between and beyond measured batch sizes: straight lines, the last two points carried on.
+
+    Raises:
+        ConfigError: Nothing measured, a batch size below 1, or a time that is negative or not finite.
+    """
+    points = sorted(measured_s.items())
+    if not points or points[0][0] < 1 or not all(0 <= took_s < math.inf for _, took_s in points):
+        raise ConfigError(f"measured_s is {dict(measured_s)!r}: batch sizes from 1 on, with finite seconds")
+    sizes, times = zip(*points, strict=True)
+    slope: float = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]) if len(points) > 1 else times[-1] / sizes[-1]
+
+    @functools.cache
+    def service_s(size: int) -> float:
+        beyond_s: float = max(0, size - sizes[-1]) * max(0.0, slope)
+        return float(np.interp(size, sizes, times)) + beyond_s
+
+    return service_s
+
+
+def sustainable_per_s(
+    fleet: Fleet,
+    p99_s: float,
+    *,
+    headroom: float = 0.1,
+    servers: int = SLICE,
+    requests: int = 20_000,
+    seed: int = 0,
+) -> float:
+    """Highest rate of requests to the cloud at which ``servers`` keep the 99th percentile of its answers.
+
+    Nine bisections over the same draws, between nothing and what full batches allow: exact to 0.2 % of that.
+
+    Args:
+        fleet, servers, requests, seed: As in ``simulate_fleet``.
+        p99_s: The target, network included.
+        headroom: Share of what full batches allow that is never used: queues near it take longer to build up than a
+            run lasts.
+
+    Raises:
+        ConfigError: Not even a single request at a time makes it: the network or one execution is too slow.
+
+    Cost: ten simulations; 2 to 4 s for 20,000 requests.
+    """
+    size = fleet.config.max_batch_size
+    if not 0 <= headroom < 1:
+        raise ConfigError(f"headroom is {headroom!r}: it must lie in [0, 1), e.g. 0.1")
+    capacity_per_s = servers * fleet.config.num_workers * size / max(fleet.service_s(size), 1e-9)
+    low, high = 0.0, (1 - headroom) * capacity_per_s
+    if not (alone_s := _p99_s(fleet, 1e-3 * high, servers, requests, seed)) <= p99_s:
+        raise ConfigError(
+            f"the 99th percentile without load is {alone_s:.3g} s, the target is {p99_s:g} s: no number of servers "
+            "helps; look at the link, service_s(1) and deadline_s"
+        )
+    for _ in range(9):
+        middle = (low + high) / 2
+        enough = _p99_s(fleet, middle, servers, requests, seed) <= p99_s
+        low, high = (middle, high) if enough else (low, middle)
+    return low
+
+
+def pooled_servers(fleet: Fleet, rate_per_s: float, p99_s: float) -> int:
+    """Servers by Erlang C: all workers behind one queue, no batching, exponential service times of mean service_s(1).
+
+    A check from the other side than the simulation: batching needs fewer, two random choices need more. Near
+    R + b sqrt(R) workers for R = rate * service time: Halfin and Whitt, Operations Research 29(3), 1981.
+    """
+    service_s = fleet.service_s(1)
+    spare_s = p99_s - fleet.link.mean_exchange_s(fleet.request_nbytes, fleet.response_nbytes) - service_s
+    low, high = 0, max(1, 2 * math.ceil(rate_per_s * service_s + 10))
+    if not mmc_wait_quantile_s(rate_per_s, service_s, high, 0.99) <= spare_s:
+        raise ConfigError(f"{p99_s:g} s leave {spare_s:.3g} s for waiting: raise the target or shorten the path")
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = mmc_wait_quantile_s(rate_per_s, service_s, middle, 0.99) <= spare_s
+        low, high = (low, middle) if enough else (middle, high)
+    return math.ceil(high / fleet.config.num_workers)
+
+
+def plan(
+    fleet: Fleet,
+    *,
+    clients: int,
+    requests_per_client_day: float,
+    peak_to_mean: float,
+    p99_s: float,
+    update_nbytes: float,
+    updates_per_day: float,
+    server_egress_bytes_s: float,
+    cloud_away: float,
+    prices: Prices,
+    headroom: float = 0.1,
+    requests: int = 20_000,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Servers, latency, traffic and cost of a day, one row an architecture.
+
+    Servers are bought for the busiest hour and paid all day. Enough of them that the cloud's own answers keep
+    ``p99_s``; for models sent to devices, evenly over the day, enough that each sends at most ``server_egress_bytes_s``
+    bytes a second.
+
+    Args:
+        fleet: Devices, link and one server. An outage in its link would be one of the busiest hour: see ``cloud_away``.
+        clients, requests_per_client_day: Whose product is the day's requests.
+        peak_to_mean: Rate of the busiest hour over the day's mean, at least 1.
+        p99_s: Target for what the cloud answers, network included.
+        update_nbytes: What a device pulls per update: the whole model, or a delta.
+        updates_per_day: Rounds published a day. Devices of ``central`` pull nothing.
+        cloud_away: Share of the day in which the cloud cannot be reached, e.g. 0.001.
+        prices: What servers and traffic cost.
+        headroom: See :func:`sustainable_per_s`.
+        requests, seed: Of each simulation.
+
+    Returns:
+        Indexed by architecture: ``peak_per_s`` (requests that reach the cloud), ``servers`` (simulated),
+        ``servers_erlang_c`` (see :func:`pooled_servers`), ``utilisation``, ``p50_ms``, ``p99_ms`` (of all requests, at
+        the busiest hour), ``availability`` and ``degraded`` (shares), ``up_gb``, ``down_gb``, ``updates_gb`` a day,
+        ``cost_per_day``, ``cost_per_million`` (requests).
+
+    Raises:
+        ConfigError: A number out of range, or a target that no number of servers meets.
+    """
+    import pandas as pd
+
+    numbers = {"clients": clients, "requests_per_client_day": requests_per_client_day, "p99_s": p99_s}
+    for name, value in {**numbers, "server_egress_bytes_s": server_egress_bytes_s, "requests": requests}.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value!r}: it must be a finite number above 0")
+    if not 1 <= peak_to_mean < math.inf or not 0 <= cloud_away <= 1:
+        raise ConfigError(f"peak_to_mean {peak_to_mean!r} must be at least 1, cloud_away {cloud_away!r} in [0, 1]")
+    if not 0 <= update_nbytes * updates_per_day < math.inf:
+        raise ConfigError(f"update_nbytes {update_nbytes!r} and updates_per_day {updates_per_day!r}: at least 0")
+    per_day = clients * requests_per_client_day
+    peak_per_s = per_day / DAY_S * peak_to_mean
+    per_server = sustainable_per_s(fleet, p99_s, headroom=headroom, requests=requests, seed=seed) / SLICE
+    rows = {}
+    for architecture, goes_up in zip(get_args(Architecture), (1.0, 0.0, 1 - fleet.local_share), strict=True):
+        updates_nbytes = clients * update_nbytes * updates_per_day * (architecture != "central")
+        to_cloud = peak_per_s * goes_up
+        servers = max(math.ceil(to_cloud / per_server), math.ceil(updates_nbytes / DAY_S / server_egress_bytes_s))
+        while to_cloud and servers < SLICE and _p99_s(fleet, to_cloud, servers, requests, seed) > p99_s:
+            servers += 1  # so few share the load less well than the slice did
+        few = min(max(servers, 1), SLICE)
+        arrivals = Poisson(peak_per_s * few / max(servers, 1))
+        run = simulate_fleet(fleet, architecture, arrivals, servers=few, requests=requests, seed=seed)
+        lost = cloud_away * run.shares["cloud"]  # failed where the cloud is all there is, degraded in a hybrid
+        up_gb, down_gb = (goes_up * per_day * nbytes / GB for nbytes in (fleet.request_nbytes, fleet.response_nbytes))
+        cost = servers * 24 * prices.server_hour + up_gb * prices.ingress_gb
+        cost += (down_gb + updates_nbytes / GB) * prices.egress_gb
+        rows[architecture] = {
+            "peak_per_s": to_cloud,
+            "servers": servers,
+            "servers_erlang_c": pooled_servers(fleet, to_cloud, p99_s) if to_cloud else 0,
+            "utilisation": run.utilisation,
+            "p50_ms": run.quantile_s(0.5) * 1e3,
+            "p99_ms": run.quantile_s(0.99) * 1e3,
+            "availability": run.availability - lost * (architecture == "central"),
+            "degraded": run.shares["degraded"] + lost * (architecture == "hybrid"),
+            "up_gb": up_gb,
+            "down_gb": down_gb,
+            "updates_gb": updates_nbytes / GB,
+            "cost_per_day": cost,
+            "cost_per_million": cost / per_day * 1e6,
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("architecture")
+    return table.astype({"servers": int, "servers_erlang_c": int})
+
+
+def _p99_s(fleet: Fleet, rate_per_s: float, servers: int, requests: int, seed: int) -> float:
+    run = simulate_fleet(fleet, "central", Poisson(rate_per_s), servers=servers, requests=requests, seed=seed)
+    return run.quantile_s(0.99)
