@@ -194,8 +194,9 @@ class ModelServer(ModelHost):
     ) -> tuple[Any, NDArray[np.int64] | None, str | list[str]]:
         """Where a client's rows run: the lane, the slots of their heads (None: on the global model), what was found."""
         several = not isinstance(client, str)
-        if several and (len(client) != rows or not all(isinstance(one, str) for one in client)):
-            raise InvalidInputError(f"client names {len(client)} clients for {rows} rows: give one id, or one a row")
+        named = list(client) if isinstance(client, Sequence) else []
+        if several and (len(named) != rows or not all(isinstance(one, str) for one in named)):
+            raise InvalidInputError(f"client is {str(client)[:80]!r} for {rows} rows: give one id, or one for each row")
         if engine.personal is None:
             slots, found = None, ["none"] * rows if several else "none"
         else:
