@@ -6,6 +6,7 @@ through, and returns nothing when all is well. None of them knows how a solution
 
 from flserving.lab.checks.batcher import check_batcher
 from flserving.lab.checks.breakdown import check_bottleneck
+from flserving.lab.checks.heads import check_head_choice, check_heads
 from flserving.lab.checks.latency import check_latency_budget
 from flserving.lab.checks.lru import check_lru
 from flserving.lab.checks.metrics import check_metrics
@@ -15,6 +16,8 @@ from flserving.lab.checks.version import check_version_choice
 __all__ = [
     "check_batcher",
     "check_bottleneck",
+    "check_head_choice",
+    "check_heads",
     "check_latency_budget",
     "check_lru",
     "check_metrics",
