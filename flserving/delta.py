@@ -12,7 +12,6 @@ compared with a signed digest by the caller.
 a float32 matrix is 127 steps of its largest magnitude (symmetric, per row: Jacob et al., CVPR 2018, arXiv 1712.05877).
 """
 
-import io
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -72,7 +71,9 @@ def encode(target: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, form
     return zstandard.ZstdCompressor(level=_LEVEL).compress(b"".join(body))
 
 
-def apply(data: bytes, base: Mapping[str, Tensor] | None, like: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
+def apply(
+    data: bytes | memoryview, base: Mapping[str, Tensor] | None, like: Mapping[str, Tensor], form: Form
+) -> dict[str, Tensor]:
     """The tensors that a delta leads to. Compare their digest with a signed one before they are used.
 
     Args:
@@ -91,7 +92,7 @@ def apply(data: bytes, base: Mapping[str, Tensor] | None, like: Mapping[str, Ten
         raise _corrupt("it starts from other tensors than the version has")
     parts = _parts(start, form)
     most = 4 + MAX_HEADER_NBYTES + sum(part.nbytes for part in parts.values())
-    reader = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(io.BytesIO(data))
+    reader = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(data)
     try:
         length = int.from_bytes(_exactly(reader, 4), "little")
         if not 0 < length <= MAX_HEADER_NBYTES:
@@ -99,7 +100,9 @@ def apply(data: bytes, base: Mapping[str, Tensor] | None, like: Mapping[str, Ten
         header = msgspec.json.decode(_exactly(reader, length), type=_Header)
         expected = None if base is None else digest(base)
         if (header.form, header.base) != (form, expected):
-            raise _corrupt(f"it is {header.form!r} from {str(header.base)[:12]}, not {form!r} from {str(expected)[:12]}")
+            raise _corrupt(
+                f"it is {header.form!r} from {str(header.base)[:12]}, not {form!r} from {str(expected)[:12]}"
+            )
         if len(set(header.changed)) < len(header.changed) or not set(header.changed) <= parts.keys():
             raise _corrupt("it names a part twice, or one that the version lacks")
         for name in header.changed:
@@ -164,7 +167,8 @@ def _shuffled(difference: NDArray[Any]) -> bytes:
 def _unshuffled(data: bytes, like: NDArray[Any]) -> NDArray[Any]:
     planes = np.frombuffer(data, np.uint8).reshape(like.itemsize, -1)
     zigzag = np.ascontiguousarray(planes.T).view(f"u{like.itemsize}").reshape(-1)
-    return ((zigzag >> 1) ^ np.negative(zigzag & 1)).view(like.dtype).reshape(like.shape)
+    plain: NDArray[Any] = (zigzag >> 1) ^ np.negative(zigzag & 1)
+    return plain.view(like.dtype).reshape(like.shape)
 
 
 def _corrupt(why: str) -> CorruptArtifactError:

@@ -7,6 +7,7 @@ made after the question, whatever the clocks say. A lower round than one seen be
 is true: the operator took the higher one back with :meth:`Registry.rollback`.
 """
 
+import math
 import os
 import secrets
 import time
@@ -14,11 +15,13 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
 
 from flserving import delta, storage, weights
 from flserving.catalogue import DEFAULT_ALIAS
-from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError, NotFoundError
+from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError
+from flserving.heads import HeadSet, Layout
 from flserving.manifest import MAX_MANIFEST_NBYTES, Count, Digest, Manifest, Version, sha256
 from flserving.registry import MANIFEST, Registry
 
@@ -47,11 +50,14 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class HeadStatement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One client's head of one version: ``sha256`` is that of its bytes."""
+    """One client's head of a version, see :class:`HeadSet`. ``sha256``: of its numbers, float32 of ``shape``."""
 
     model: str
     manifest_sha256: Digest
     client: str
+    layout: Layout
+    trained_on: Digest
+    shape: tuple[Annotated[int, Meta(ge=2)], Annotated[int, Meta(ge=1)]]
     sha256: Digest
 
 
@@ -63,7 +69,15 @@ class Release(Struct, frozen=True, forbid_unknown_fields=True):
     key: Digest
 
 
+class Head(Struct, frozen=True, forbid_unknown_fields=True):
+    """A head as it travels: what is signed, and its numbers."""
+
+    release: Release
+    record: bytes
+
+
 _Kind = TypeVar("_Kind", Statement, HeadStatement)
+_Any = TypeVar("_Any", bound=Struct)
 
 
 class Signer:
@@ -94,6 +108,16 @@ class Signer:
         issued = int(self._now())
         made = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + self._valid_s, nonce=nonce)
         return self.sign(made)
+
+    def head(self, model: str, version: int, head: HeadSet) -> Head:
+        """The one head of ``head``, signed as part of a version."""
+        record = head.weights.astype("<f4").tobytes()
+        assert head.trained_on is not None
+        statement = HeadStatement(
+            model=model, manifest_sha256=sha256(manifest_bytes(self._registry, model, version)), client=head.clients[0],
+            layout=head.layout, trained_on=head.trained_on[0], shape=head.weights.shape[1:], sha256=sha256(record),
+        )  # fmt: skip
+        return Head(self.sign(statement), record)
 
     def sign(self, statement: Statement | HeadStatement) -> Release:
         text = msgspec.json.encode(statement, order="deterministic")
@@ -140,12 +164,9 @@ def verify(data: bytes, kind: type[_Kind], key: str | None) -> tuple[_Kind, str]
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    try:
-        release = msgspec.json.decode(data, type=Release)
-        text = release.statement.encode()
-        statement = msgspec.json.decode(text, type=kind)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise CorruptArtifactError(f"the release cannot be read ({error}): is this a cloud of flserving?") from None
+    release = _decoded(data, Release)
+    text = release.statement.encode(errors="replace")
+    statement = _decoded(text, kind)
     if key is not None and release.key != key:
         raise ForbiddenError(
             f"the release is signed with the key {release.key[:12]}..., this device trusts {key[:12]}...: ask the "
@@ -157,6 +178,25 @@ def verify(data: bytes, kind: type[_Kind], key: str | None) -> tuple[_Kind, str]
     except (InvalidSignature, ValueError):
         raise ForbiddenError("the release's signature is not that of its key: it was changed on its way") from None
     return statement, release.key
+
+
+def open_head(data: bytes, key: str, model: str, manifest_sha256: str, client: str) -> HeadSet:
+    """The head of ``client`` that belongs to a version, verified. Raises as :func:`verify`.
+
+    Raises:
+        ForbiddenError: It is another client's, or another version's. CorruptArtifactError: Its numbers are not those
+            that were signed. InvalidModelError: They make no head.
+    """
+    head = _decoded(data, Head)
+    said, _ = verify(msgspec.json.encode(head.release), HeadStatement, key)
+    if (said.model, said.manifest_sha256, said.client) != (model, manifest_sha256, client):
+        raise ForbiddenError(
+            f"the head is of {said.client[:80]!r} and {said.model!r} {said.manifest_sha256[:12]}, this device is "
+            f"{client!r} and runs {model!r} {manifest_sha256[:12]}"
+        )
+    if sha256(head.record) != said.sha256 or len(head.record) != 4 * math.prod(said.shape):
+        raise CorruptArtifactError("the head is not what was signed: download it again")
+    return HeadSet(said.layout, [client], np.frombuffer(head.record, "<f4").reshape(1, *said.shape), said.trained_on)
 
 
 class Seen(Struct, frozen=True, kw_only=True):
@@ -196,6 +236,13 @@ def check(statement: Statement, model: str, nonce: str, seen: Seen, now_s: float
             f"the release has round {statement.round}, {seen.round} ran here before: a way back must be signed, by "
             "registry.rollback() in the cloud"
         )
+
+
+def _decoded(data: bytes, kind: type[_Any]) -> _Any:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptArtifactError(f"the release cannot be read ({error}): is this a cloud of flserving?") from None
 
 
 def _label(kind: type[Struct]) -> bytes:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import ssl
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import httpcore
@@ -122,6 +123,17 @@ class Rest:
     def send(self, call: Sent, timeout_s: float) -> Received:
         with _failures(self._base, timeout_s):
             return _read(self._pool.request(**_request(self._base, call, timeout_s)))
+
+    @contextlib.contextmanager
+    def stream(self, call: Sent, timeout_s: float) -> Iterator[httpcore.Response]:
+        """An answer (200, 206, 416) whose body is still to be read. ``timeout_s`` bounds each wait, not the whole."""
+        with _failures(self._base, timeout_s), self._pool.stream(**_request(self._base, call, timeout_s)) as response:
+            if response.status not in (200, 206, 416):
+                body = b"".join(islice(response.iter_stream(), 4))  # a message is short, whatever is sent
+                response = httpcore.Response(response.status, headers=response.headers, content=body)
+                response.read()
+                _read(response)
+            yield response
 
     def close(self) -> None:
         self._pool.close()

@@ -39,6 +39,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-grpc", action="store_true", help="REST only")
     parser.add_argument("--native-grpc", action="store_true", help="gRPC by pygrpc-native: fast, for trusted networks")
     parser.add_argument("--admin", action="store_true", help="let the role admin load and unload models")
+    parser.add_argument("--artifacts", action="store_true", help="let devices (flserving edge) download the models")
     parser.add_argument("--origin", action="append", default=[], help="web page that may call: https://host[:port]")
     parser.add_argument("--allow-host", action="append", default=[], help="one more name for the Host header")
     for name, text in _API.items():
@@ -68,6 +69,7 @@ def serve(arguments: argparse.Namespace) -> int:
         native_grpc=arguments.native_grpc,
         tokens=tokens,
         admin=arguments.admin,
+        artifacts=arguments.artifacts,
         origins=tuple(arguments.origin),
         hosts=tuple(arguments.allow_host),
     )

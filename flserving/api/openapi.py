@@ -1,5 +1,6 @@
 """The routes of the REST door, and their OpenAPI document, which is made from them and from the messages' types."""
 
+from collections.abc import Mapping
 from functools import cache
 from html import escape
 from typing import Any, NamedTuple
@@ -8,6 +9,8 @@ import msgspec
 
 from flserving.api.auth import Role
 from flserving.api.protocol import InferRequest, InferResponse
+from flserving.delta import FORMS
+from flserving.release import Head, Release
 
 
 class Error(msgspec.Struct):
@@ -98,9 +101,13 @@ class Operation(NamedTuple):
     summary: str
     answers: Any = None
     takes: Any = None
+    query: Mapping[str, Any] = {}  # its parameters' names and schemas
 
 
 _MODEL, _VERSION = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+_REPOSITORY, _RELEASED = "/v2/repository/models/{model}", "/v2/repository/models/{model}/versions/{version}"
+_NONCE = {"nonce": {"type": "string", "pattern": "^[0-9a-f]{0,64}$"}}
+_DELTA = {"base": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "form": {"type": "string", "enum": list(FORMS)}}
 _READ, _INFER, _ADMIN = Role.READ, Role.INFER, Role.ADMIN
 OPERATIONS = (
     Operation("GET", "/v2", "server_metadata", _READ, "Name, version and extensions", ServerMetadata),
@@ -123,6 +130,11 @@ OPERATIONS = (
     Operation("POST", "/v2/repository/index", "index", _READ, "Versions, states", list[IndexEntry], IndexRequest),
     Operation("POST", "/v2/repository/models/{model}/load", "load", _ADMIN, "Load", Changed, RepositoryRequest),
     Operation("POST", "/v2/repository/models/{model}/unload", "unload", _ADMIN, "Unload", Changed, RepositoryRequest),
+    Operation("GET", f"{_REPOSITORY}/release", "release", _INFER, "Which version to run", Release, None, _NONCE),
+    Operation("GET", f"{_RELEASED}/manifest", "manifest", _INFER, "A version's manifest", dict[str, Any]),
+    Operation("GET", f"{_RELEASED}/weights", "weights", _INFER, "A version's weights; takes Range: bytes=N-"),
+    Operation("GET", f"{_RELEASED}/delta", "delta", _INFER, "The same since a base; as resumable", query=_DELTA),
+    Operation("GET", f"{_RELEASED}/head", "head", _INFER, "The caller's own head", Head),
     Operation("GET", "/v2/config", "settings", _READ, "The server's settings", dict[str, Any]),
     Operation("GET", "/metrics", "metrics", _READ, "Prometheus text"),
     Operation("GET", "/openapi.json", "document", None, "This document", dict[str, Any]),
@@ -135,14 +147,17 @@ _STATUSES = {
     403: "The credential's role, the Host or the Origin may not do this",
     404: "No such model, version or route",
     405: "The route takes another method",
+    409: "The two versions cannot be told as a difference",
     413: "The body is over the limit",
     415: "A content type or encoding that is not read here",
+    416: "The range starts behind the end",
     429: "A queue is full: try again after Retry-After seconds",
     501: "A part of the protocol that is not offered here",
     503: "Not ready, or closed: try again after Retry-After seconds",
     504: "The deadline passed",
 }
 _TEXT = {"metrics": "text/plain", "page": "text/html"}
+_RANGED = ("weights", "delta")
 _RAW = {"schema": {"type": "string", "format": "binary"}}
 _JSON_BYTES = {"name": "Inference-Header-Content-Length", "in": "header", "required": False,
                "schema": {"type": "integer", "minimum": 0},
@@ -162,6 +177,8 @@ def document() -> dict[str, Any]:
         media: dict[str, Any] = {_TEXT.get(o.name, "application/json"): {"schema": {"type": "string"}}}
         if o.answers is not None:
             media = {"application/json": {"schema": schema_of[repr(o.answers)]}}
+        if o.name in _RANGED:
+            media = {"application/octet-stream": _RAW}
         names = [part[1:-1] for part in o.path.split("/") if part.startswith("{")]
         entry: dict[str, Any] = {
             "operationId": f"{o.name}{''.join(f'_by_{name}' for name in names)}{'_slash' if o.path == '/v2/' else ''}",
@@ -171,12 +188,15 @@ def document() -> dict[str, Any]:
             "parameters": [
                 {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
                 for name in names
-            ],
+            ]
+            + [{"name": name, "in": "query", "schema": schema} for name, schema in o.query.items()],
             "responses": {
                 "200": {"description": o.summary, "content": media},
                 **{str(code): {"$ref": f"#/components/responses/{code}"} for code in _STATUSES},
             },
         }
+        if o.name in _RANGED:
+            entry["responses"]["206"] = {"description": "From that byte on", "content": media}
         if o.takes is not None:
             body = {"application/json": {"schema": schema_of[repr(o.takes)]}}
             entry["requestBody"] = {"required": o.takes is InferRequest, "content": body}

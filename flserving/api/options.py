@@ -30,6 +30,7 @@ class ApiOptions:
             a message of any size into memory before it refuses it, limits neither connections nor pings, has no TLS.
         tokens: Credentials; None makes a random token, ``Tokens.open()`` asks for none.
         admin: Whether the routes that load and unload models exist for the role admin.
+        artifacts: Whether devices may download releases, manifests, weights, deltas and their own heads (role infer).
         origins: Web pages that may call, as ``https://host[:port]``; none by default.
         hosts: More names that a request's Host header may hold (behind a proxy); the address itself always may.
         max_body_bytes: Largest body of a request, also after decompression. To read so much JSON holds up everybody
@@ -49,6 +50,7 @@ class ApiOptions:
     native_grpc: bool = False
     tokens: Tokens | None = None
     admin: bool = False
+    artifacts: bool = False
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20

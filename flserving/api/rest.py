@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
+from flserving.api.artifacts import Artifacts
 from flserving.api.auth import Role, Tokens
 from flserving.api.bodies import deflated, read_body
 from flserving.api.guard import PREFLIGHT, Guard, Receive, Scope, Send
@@ -42,7 +43,7 @@ class RestApp:
         self._v2, self._options = v2, options
         self._tokens, self._refusals = options.tokens or Tokens(), Refusals(v2.server.telemetry, "rest")
         v2.origins.update(options.origins)
-        self._guard = Guard(options, v2.origins)
+        self._guard, self._artifacts = Guard(options, v2.origins), Artifacts(v2.server, options.artifacts)
         routes = [self._route(o.method, o.path, o.name, o.role) for o in OPERATIONS if o.name != "infer"]
         self._router = Router(routes, redirect_slashes=False)
 
@@ -124,12 +125,12 @@ class RestApp:
     # The other routes
 
     def _route(self, method: str, path: str, name: str, role: Role | None) -> Route:
-        answer: Callable[[Request], Awaitable[Any]] = getattr(self, f"_{name}")
+        answer: Callable[[Request], Awaitable[Any]] = getattr(self, f"_{name}", None) or getattr(self._artifacts, name)
 
         async def endpoint(request: Request) -> Response:
             if role is not None:
                 with self._refusals:
-                    self._tokens.check(request.headers.get("authorization"), role)
+                    request.state.who = self._tokens.check(request.headers.get("authorization"), role)
             content = await answer(request)
             if isinstance(content, Response):
                 return content

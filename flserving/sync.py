@@ -1,0 +1,283 @@
+"""How a device gets its model: what the cloud releases is downloaded, verified, and only then published locally.
+
+The order of one pull: ask for the signed statement; check it; if it names another version than the one that runs, get
+its manifest (sha256 in the statement), then the weights (sha256 in the manifest) as a delta to what is here or whole,
+then the client's own head (signed); then publish all of it in the device's registry as one version. Killed anywhere,
+the device starts with the version before or with the new one, and a download goes on where it ended.
+
+What the cloud said stays in the version's lineage: ``extra`` has ``cloud_manifest``, ``cloud_version``, ``cloud_form``.
+"""
+
+import contextlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from flserving import delta, manifest, models, storage, weights
+from flserving.downloads import Downloads, disk_full
+from flserving.edge import EdgeModelServer
+from flserving.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptArtifactError,
+    ModelTooLargeError,
+    NotFoundError,
+)
+from flserving.heads import HeadSet, trained_on
+from flserving.manifest import Lineage, Manifest, sha256
+from flserving.registry import Registry
+from flserving.release import MAX_RELEASE_NBYTES, Seen, Statement, check, open_head, round_of, verify
+
+_SLACK_NBYTES = 1 << 20  # a delta of what cannot be compressed is a little longer than the weights
+
+
+class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    model: str | None = None
+    key: str | None = None  # the cloud's, trusted since the first pull
+    serial: int = 0
+    manifest_sha256: str = ""
+    seen_s: float = 0.0
+
+
+class Memory:
+    """What a device must not forget: whom it trusts, the highest serial that it accepted, the latest time it saw.
+
+    Args:
+        registry: The device's; the facts lie in a file in its folder.
+        wall: Unix seconds.
+
+    Raises:
+        CorruptArtifactError: The file is not what was written. (It is replaced in one step, so a crash is no cause.)
+    """
+
+    def __init__(self, registry: Registry, wall: Callable[[], float] = time.time) -> None:
+        self.folder, self._wall = Path(registry.root) / "sync", wall
+        self._path, self.facts = self.folder / "state.json", _Facts()
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self.facts = msgspec.json.decode(self._path.read_bytes(), type=_Facts)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"{self.folder} cannot be used ({error.strerror}): choose another directory") from error
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise CorruptArtifactError(
+                f"sync/state.json cannot be read ({error}): restore it, or remove it to trust the cloud anew"
+            ) from None
+
+    def wall(self) -> float:
+        """Unix seconds that never lie before the latest time that was noted, also after a restart: for ages."""
+        return max(self._wall(), self.facts.seen_s)
+
+    def note(self, **changed: Any) -> None:
+        """Change facts, and wait until the disk has them. FlservingError: it cannot."""
+        facts = msgspec.structs.replace(self.facts, **{"seen_s": self.wall()} | changed)
+        fresh = f"{self._path}.{secrets.token_hex(4)}"
+        try:
+            storage.write_file(fresh, msgspec.json.encode(facts))
+            os.replace(fresh, self._path)
+            storage.sync_directory(str(self.folder))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            raise disk_full(error) from error
+        self.facts = facts
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a pull did. ``version`` is the cloud's number, ``local`` the device's; ``nbytes``: received, by kind."""
+
+    changed: bool
+    round: int
+    version: int
+    local: int
+    nbytes: Mapping[str, int]
+
+
+class SyncAgent:
+    """Keeps one model of a device's registry at what its cloud releases. Thread-safe; close it.
+
+    Args:
+        url: Of the cloud. ``token``: the device's credential there. ``ca``: PEM of the authority to trust.
+        registry: The device's own. ``edge``: the server to update, whose registry it is.
+        model: Its name; None takes the first that the cloud serves. Remembered.
+        client: Whose head to bring along.
+        key: The cloud's public key, hex. None trusts the one of the first pull (and remembers it).
+        form: ``exact``, or ``int8`` for a quarter of the bytes at some accuracy.
+        timeout_s: Longest wait for the next bytes. ``limit_s``: for a whole file; what came stays for the next pull.
+        memory: See :class:`Memory`. ``clock``: monotonic seconds. ``wall``: Unix seconds.
+    """
+
+    def __init__(
+        self, url: str, token: str | None, registry: Registry, *, edge: EdgeModelServer | None = None,
+        model: str | None = None, client: str | None = None, key: str | None = None, form: delta.Form = "exact",
+        ca: bytes | None = None, timeout_s: float = 10.0, limit_s: float = 3600.0, memory: Memory | None = None,
+        clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.memory = memory or Memory(registry, wall)
+        for name, given in (("model", model), ("key", key)):
+            known = getattr(self.memory.facts, name)
+            if None not in (given, known) and given != known:
+                raise ConfigError(f"{name} is {given!r}, this directory holds {known!r}: use another one")
+        self._registry, self._edge, self._client, self._form = registry, edge, client, form
+        self._model, self._key, self._wall = model, key, wall
+        self._cloud = Downloads(url, token, self.memory.folder, ca, timeout_s, limit_s, clock)
+        self._pulling = threading.Lock()
+
+    def pull(self) -> Pulled:
+        """Ask once, and bring the device up to date. Where it fails, the model before serves on.
+
+        Raises:
+            ServerClosedError, DeadlineExceededError: The cloud does not answer, or stopped. Try again later.
+            UnauthorizedError, ForbiddenError: The cloud does not know this device; or a statement that must not be
+            followed, see :func:`release.check`. NotFoundError: The cloud has no such model, or no default of it.
+            CorruptArtifactError, TooLargeError, ModelTooLargeError: Something else came than what was signed.
+            FlservingError: The disk is full.
+        """
+        with self._pulling:
+            self._cloud.nbytes = {}
+            statement, model = self._ask()
+            local = self._current(model)
+            if (held := self._held(model, statement.manifest_sha256)) is None:
+                held, changed = self._update(model, statement, local), True
+            elif changed := held != (None if local is None else local.version):
+                if self._edge is not None:
+                    with self._edge.lease(held, model):  # it answers, or nothing moves
+                        pass
+                why = f"release {statement.serial}"
+                self._registry.set_alias(model, "default", held, who="sync", why=why)
+            if self._edge is not None:
+                self._edge.refresh()
+                self._edge.confirm()
+            return Pulled(changed, statement.round, statement.version, held, self._cloud.nbytes)
+
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        self._cloud.close()
+
+    # What the cloud says
+
+    def _ask(self) -> tuple[Statement, str]:
+        facts, nonce = self.memory.facts, secrets.token_hex(16)
+        model = self._model or facts.model or self._first_model()
+        local = self._current(model)
+        path = f"/v2/repository/models/{model}/release?nonce={nonce}"
+        answer = self._cloud.get(path, MAX_RELEASE_NBYTES, "release")
+        statement, key = verify(answer, Statement, self._key or facts.key)
+        seen = Seen(
+            serial=facts.serial, manifest_sha256=facts.manifest_sha256, round=0 if local is None else round_of(local)
+        )
+        now_s = self._wall()
+        check(statement, model, nonce, seen, now_s)
+        # It was signed just now: so much later than that it is, or the clock is wrong and was so before.
+        facts_now = {"serial": statement.serial, "manifest_sha256": statement.manifest_sha256}
+        self.memory.note(model=model, key=key, seen_s=max(now_s, statement.issued_at), **facts_now)
+        return statement, model
+
+    def _first_model(self) -> str:
+        answer = self._cloud.get("/v2/models", MAX_RELEASE_NBYTES, "release")
+        try:
+            name = msgspec.json.decode(answer, type=dict[str, list[str]])["models"][0]
+        except (msgspec.MsgspecError, KeyError, IndexError, UnicodeDecodeError):
+            raise NotFoundError("the cloud names no model: publish one there, or say which to run") from None
+        return manifest.check_name("model name", name)
+
+    # What is here
+
+    def _current(self, model: str) -> Manifest | None:
+        number = self._registry.aliases(model).get("default")
+        return None if number is None else self._registry.manifest(model, number)
+
+    def _held(self, model: str, manifest_sha256: str) -> int | None:
+        """The local version of a cloud's, if there is one."""
+        for number in reversed(self._registry.version_numbers(model)):
+            lineage = self._registry.manifest(model, number).lineage
+            if lineage is not None and (manifest_sha256, self._form) == tuple(
+                lineage.extra.get(name) for name in ("cloud_manifest", "cloud_form")
+            ):
+                return number
+        return None
+
+    def _update(self, model: str, statement: Statement, local: Manifest | None) -> int:
+        path = f"/v2/repository/models/{model}/versions/{statement.version}"
+        content = self._cloud.get(f"{path}/manifest", manifest.MAX_MANIFEST_NBYTES, "manifest")
+        if sha256(content) != statement.manifest_sha256:
+            raise CorruptArtifactError("the manifest is not the one that was signed (sha256 differs): try again")
+        new = manifest.decode(content, "the cloud's manifest")
+        if (new.name, new.version, round_of(new)) != (model, statement.version, statement.round):
+            raise CorruptArtifactError("the manifest and the statement name different versions: ask the cloud's owner")
+        if new.weights_nbytes > self._registry.max_artifact_bytes:
+            raise ModelTooLargeError(
+                f"the weights have {new.weights_nbytes:,} bytes, this device takes "
+                f"{self._registry.max_artifact_bytes:,}: raise max_artifact_bytes"
+            )
+        tensors = self._tensors(path, new, statement, local)
+        head = self._head(path, new, statement)
+        lineage = new.lineage or Lineage()
+        extra = {**lineage.extra, "cloud_manifest": statement.manifest_sha256, "cloud_version": new.version,
+                 "cloud_form": self._form}  # fmt: skip
+        published: dict[str, Any] = {
+            "architecture": new.architecture, "parameters": new.parameters, "preprocessing": new.preprocessing,
+            "metrics": new.metrics, "note": new.note, "output_type": new.signature.output_type,
+            "lineage": msgspec.structs.replace(lineage, round=statement.round, parent_version=None, extra=extra),
+        }  # fmt: skip
+        if self._edge is not None:
+            return self._edge.update_global(tensors, head=head, **published).version
+        why = f"release {statement.serial}"
+        return self._registry.publish(
+            model, tensors, heads=head, alias="default", who="sync", why=why, **published
+        ).version
+
+    def _tensors(
+        self, path: str, new: Manifest, statement: Statement, local: Manifest | None
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The weights, verified: by a delta from what is here, by one from nothing, or whole."""
+        with torch.device("meta"):
+            like = models.build(new.architecture, new.parameters).state_dict()
+        if sum(tensor.nbytes for tensor in like.values()) > new.weights_nbytes:
+            raise CorruptArtifactError("the architecture asks for more weights than the manifest has: ask its owner")
+        extra = local.lineage.extra if local is not None and local.lineage is not None else {}
+        bases = [local] if local is not None and extra.get("cloud_form") == self._form else []
+        for base in [*bases, *([None] if self._form == "int8" else [])]:
+            number = 0 if base is None else extra["cloud_version"]
+            name, most = f"{statement.manifest_sha256[:32]}-{number}-{self._form}", new.weights_nbytes + _SLACK_NBYTES
+            try:
+                start = None if base is None else self._registry.read(base.name, base.version).tensors
+                image = self._cloud.fetch(f"{path}/delta?base={number}&form={self._form}", name, most, "delta")
+                tensors = delta.apply(weights.as_bytes(image), start, like, self._form)
+                exact = self._form == "exact"
+                found = sha256(weights.as_bytes(weights.pack(tensors))) if exact else weights.digest(tensors)
+                if found != (new.digests.weights if exact else statement.int8_sha256):
+                    raise CorruptArtifactError("the delta does not lead to the version that was signed: try again")
+                return tensors
+            except (ConflictError, NotFoundError, CorruptArtifactError):
+                if base is None:  # nothing else would bring this form
+                    raise
+        image = self._cloud.fetch(f"{path}/weights", statement.manifest_sha256[:32], new.weights_nbytes, "weights")
+        if sha256(weights.as_bytes(image)) != new.digests.weights:
+            raise CorruptArtifactError("the weights are not those that were signed (sha256 differs): try again")
+        return weights.unpack(image, "the cloud's weights")
+
+    def _head(self, path: str, new: Manifest, statement: Statement) -> HeadSet | None:
+        """The client's own head. One that was trained on this version's exact form counts for its int8 form too."""
+        if new.heads is None or self._client is None:
+            return None
+        try:
+            data = self._cloud.get(f"{path}/head", 2 * new.weights_nbytes + MAX_RELEASE_NBYTES, "head")
+        except NotFoundError:
+            return None
+        key = self.memory.facts.key
+        assert key is not None
+        head = open_head(data, key, new.name, statement.manifest_sha256, self._client)
+        fits = head.trained_on is not None and head.trained_on[0] == trained_on(head.layout, new.digests)
+        return HeadSet(head.layout, head.clients, head.weights, None if fits else head.trained_on)
