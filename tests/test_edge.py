@@ -165,7 +165,7 @@ def test_sixteen_threads_see_each_update_whole_or_not_at_all(edge):
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_instants_of_its_updates_it_starts_with_a_whole_model(tmp_path, kills):
     result = edge_crash.start(tmp_path, kills)
-    assert result["kills"] == kills and result["updates"] >= kills / 4, result
+    assert result["kills"] == kills and result["updates"] >= max(2, kills / 4), result
 
 
 # How old
