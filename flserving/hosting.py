@@ -113,6 +113,11 @@ class ModelHost:
         self._check_open()
         return self._sources[key[0]].signature(key[1])
 
+    def published_metrics(self, key: Key) -> Mapping[str, float]:
+        """What was measured of a version when it was published. Raises as :meth:`signature`."""
+        self._check_open()
+        return self._sources[key[0]].metrics(key[1])
+
     @property
     def unloaded(self) -> frozenset[str]:
         """Models that :meth:`unload` took out of service."""

@@ -65,6 +65,9 @@ class Source(Protocol):
     def signature(self, version: str) -> Signature:
         """What one version takes and gives, without loading it. Raises NotFoundError or CorruptArtifactError."""
 
+    def metrics(self, version: str) -> Mapping[str, float]:
+        """What was measured of one version when it was published. Raises NotFoundError or CorruptArtifactError."""
+
 
 def load_engine(source: Source, version: str, config: ServingConfig) -> InferenceEngine:
     """Make ``version`` ready to serve: nothing of it answers before all of it is right.
@@ -125,6 +128,9 @@ class RegistrySource:
 
     def signature(self, version: str) -> Signature:
         return self.registry.manifest(self.name, int(version)).signature
+
+    def metrics(self, version: str) -> Mapping[str, float]:
+        return self.registry.manifest(self.name, int(version)).metrics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,6 +216,10 @@ class ModuleStore:
     def signature(self, version: str) -> Signature:
         self._find(version)
         return self._signatures[version]
+
+    def metrics(self, version: str) -> Mapping[str, float]:
+        self._find(version)
+        return {}
 
     def parts(self, version: str) -> Parts:
         stored = self._find(version)

@@ -174,6 +174,8 @@ class ModelServer(ModelHost):
                 )
             marks = (started_s, validated_s, looked_up_s, *prediction.execution.marks_s, answered_s)
             self.telemetry.success("/".join(key), len(rows), marks)
+            if found is not None:
+                self.telemetry.told("head", [found] * len(rows) if isinstance(found, str) else found)
         except BaseException as error:
             gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
             reason = error.reason if isinstance(error, FlservingError) else "Cancelled" if gone else "Internal"

@@ -78,6 +78,7 @@ class Telemetry:
         self._served: dict[str, Account] = {}
         self._failed: dict[tuple[str, str], list[float]] = {}  # (version, reason) -> how many, seconds
         self._refused: Counter[tuple[str, str]] = Counter()  # (protocol, reason)
+        self._told: dict[str, Counter[str]] = {"head": Counter(), "path": Counter()}
         self._at_doors: dict[str, NDArray[np.float64]] = {}  # protocol -> how many, parse seconds, serialise seconds
         self._latency = Histogram()
         self._stages = [Histogram() for _ in STAGES]
@@ -120,6 +121,11 @@ class Telemetry:
         with self._lock:
             self._refused[protocol, reason] += 1
 
+    def told(self, what: Literal["head", "path"], values: Iterable[str]) -> None:
+        """Count what answers said of themselves: the ``head`` of each row, the ``path`` of each answer. Closed sets."""
+        with self._lock:
+            self._told[what].update(values)
+
     def door(self, protocol: Protocol, parse_s: float, serialise_s: float) -> None:
         """Time what a door did around one answered request: bytes to arrays, and arrays to bytes."""
         self._pending_doors.append((protocol, parse_s, serialise_s))
@@ -148,6 +154,8 @@ class Telemetry:
                 },
                 "latency": self._latency.summary_ms(),
                 "stages": {name: h.summary_ms() for name, h in zip(STAGES, self._stages, strict=True)},
+                "rows_by_head": dict(self._told["head"]),
+                "answers_by_path": dict(self._told["path"]),
                 "stages_total_ms": sum(h.total_s for h in self._stages) * 1e3,
                 "latency_total_ms": self._latency.total_s * 1e3,
             }
@@ -162,7 +170,7 @@ class Telemetry:
         ``last_inference_ms``: the time of day.
         ``failures`` by version ("": none that is known), then reason: [how many, seconds]. ``stages``:
         ``seconds`` and ``at_most``. ``doors`` by protocol: [answers, parse seconds, serialise seconds]. ``refusals`` by
-        protocol, then reason.
+        protocol, then reason. ``told``: :meth:`told`.
         """
         failures: dict[str, Any] = {}
         refusals: dict[str, Any] = {}
@@ -181,6 +189,7 @@ class Telemetry:
                 "failures": failures,
                 "doors": {protocol: account.tolist() for protocol, account in self._at_doors.items()},
                 "refusals": refusals,
+                "told": {what: dict(values) for what, values in self._told.items()},
             }
 
     # The rest runs under the lock: sort what is pending into the accounts.

@@ -176,3 +176,31 @@ def test_body_and_heads_change_together_under_load(tmp_path):
             stop.set()
             threads.results()
             assert seen == {"1", "2", "3"}
+
+
+# What operators see
+
+
+def series(server):
+    from flserving.api.metrics import exposition
+
+    lines = exposition(server)[0].decode().splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+def test_metrics_tell_the_heads_found_and_the_worst_client_and_no_client_can_add_a_series(trained):
+    registry, run = trained
+    with PersonalizedServer(WARM, registry) as server:
+        server.predict(run.clients[0].id, run.clients[0].test_x[:3])
+        server.predict("nobody", run.clients[0].test_x[0])
+        before = series(server)
+        assert before['flserving_head_rows_total{head="own"}'] == 3
+        assert before['flserving_head_rows_total{head="unknown"}'] == 1
+        worst = before['flserving_model_accuracy{model="digits",of="worst_client",version="3"}']
+        assert worst == run.final.metrics["worst_client_accuracy"]
+        assert server.get_all_stats()["server"]["rows_by_head"] == {"own": 3, "unknown": 1}
+        rows = np.repeat(run.clients[0].test_x[:1], 10_000, axis=0)
+        for turn in range(10):
+            server.predict([f"random-{turn}-{i}" for i in range(10_000)], rows, arrays=True)
+        after = series(server)
+        assert after['flserving_head_rows_total{head="unknown"}'] == 100_001 and after.keys() == before.keys()

@@ -652,6 +652,7 @@ def public_calls(server):
         "lease": lambda: server.lease("v1.0").__enter__(),
         "resolve": lambda: server.resolve(),
         "signature": lambda: server.signature(("local", "v1.0")),
+        "published_metrics": lambda: server.published_metrics(("local", "v1.0")),
         "unload": lambda: server.unload("local"),
         "reload": lambda: server.reload("local"),
         "engines": lambda: server.engines["v1.0"],

@@ -4,6 +4,7 @@ Models and versions come from the router, reasons are error classes, stages and 
 series. Nothing is counted here; every scrape reads :meth:`Telemetry.totals` and the caches' own counters.
 """
 
+import contextlib
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _PROCESS = ProcessCollector(registry=None)
 BATCH_ROWS = tuple(2**i for i in range(11))
+ACCURACIES = ("global", "mean_client", "worst_client")
 OUTCOMES = ("ok", "client_error", "overloaded", "server_error")
 _CACHES = {
     "model_cache": ("loads", "failed_loads", "hits", "misses", "evictions"),
@@ -115,6 +117,10 @@ class ServerCollector(Collector):
         yield from _requests(whole)
         yield from _inference(whole["versions"])
         yield from _doors(whole)
+        yield _counter("head_rows", "Rows of callers who are clients, by the personal head that was found.", ("head",),
+                       (((head,), n) for head, n in whole["told"]["head"].items()))  # fmt: skip
+        yield _counter("path_answers", "Answers of an edge or hybrid server, by where they came from.", ("path",),
+                       (((path,), n) for path, n in whole["told"]["path"].items()))  # fmt: skip
 
     def _versions(self) -> Iterator[Metric]:
         labels = {name: version_of(name) for name in ("flserving", "torch")} | {"python": platform.python_version()}
@@ -126,6 +132,16 @@ class ServerCollector(Collector):
         }
         help_text = "Versions that can be asked for, each also once for every alias that leads to it."
         yield _gauge("model_version_info", help_text, ("model", "version", "alias"), served.items())
+        help_text = "Accuracy on held-out data as published, of every version that an alias leads to."
+        keys = {(model, version) for model, version, alias in served if alias}
+        yield _gauge("model_accuracy", help_text, ("model", "version", "of"), self._accuracies(sorted(keys)))
+
+    def _accuracies(self, keys: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str, str], float]]:
+        for key in keys:
+            with contextlib.suppress(FlservingError):  # gone since, or unreadable: other metrics tell
+                published = self._server.published_metrics(key)
+                yield from (((*key, of), published[f"{of}_accuracy"]) for of in ACCURACIES
+                            if f"{of}_accuracy" in published)  # fmt: skip
 
 
 def _requests(whole: Mapping[str, Any]) -> Iterator[Metric]:
