@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from flserving import edge_process
 from flserving.api import commands
 from flserving.errors import FlservingError
 
@@ -33,6 +34,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "doctor": Command("check this installation; every line is ok or says what to do", _no_options, _doctor),
     "serve": Command("serve a registry over REST and gRPC", commands.serve_options, commands.serve),
+    "edge": Command("serve on a device, from its own folder", edge_process.options, edge_process.run),
     "demo": Command("train, publish, serve, and print how to call it", commands.demo_options, commands.demo),
 }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from flserving import storage
 from flserving.api.carriers import Rest, Sent
 from flserving.api.retries import Refused
-from flserving.errors import DeadlineExceededError, FlservingError, TooLargeError
+from flserving.errors import ConfigError, DeadlineExceededError, FlservingError, TooLargeError
 
 _RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})")
 
@@ -36,7 +37,11 @@ class Downloads:
     ) -> None:  # fmt: skip
         self._headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._folder, self._timeout_s, self._limit_s, self._clock = folder, timeout_s, limit_s, clock
-        self._cloud, self.nbytes = Rest(url.rstrip("/"), ca), dict[str, int]()
+        self.nbytes = dict[str, int]()
+        try:
+            self._cloud = Rest(url.rstrip("/"), ca)
+        except (ssl.SSLError, ValueError) as error:
+            raise ConfigError(f"the authority to trust is no PEM certificate ({error}): check the file") from error
 
     def close(self) -> None:
         """Close the connections. Idempotent."""

@@ -147,6 +147,8 @@ class SyncAgent:
         with self._pulling:
             self._cloud.nbytes = {}
             statement, model = self._ask()
+            if self._edge is not None:
+                self._edge.model = model  # a new device may have been opened before it knew
             local = self._current(model)
             if (held := self._held(model, statement.manifest_sha256)) is None:
                 held, changed = self._update(model, statement, local), True
