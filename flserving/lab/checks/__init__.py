@@ -7,10 +7,12 @@ through, and returns nothing when all is well. None of them knows how a solution
 from flserving.lab.checks.batcher import check_batcher
 from flserving.lab.checks.breakdown import check_bottleneck
 from flserving.lab.checks.heads import check_head_choice, check_heads
+from flserving.lab.checks.edge import check_hybrid
 from flserving.lab.checks.latency import check_latency_budget
 from flserving.lab.checks.lru import check_lru
 from flserving.lab.checks.metrics import check_metrics
 from flserving.lab.checks.retry import check_retry
+from flserving.lab.checks.threshold import check_threshold
 from flserving.lab.checks.version import check_version_choice
 
 __all__ = [
@@ -18,9 +20,11 @@ __all__ = [
     "check_bottleneck",
     "check_head_choice",
     "check_heads",
+    "check_hybrid",
     "check_latency_budget",
     "check_lru",
     "check_metrics",
     "check_retry",
+    "check_threshold",
     "check_version_choice",
 ]

@@ -1,0 +1,205 @@
+"""The exercises of notebook 07, a threshold under two budgets and the hybrid policy: solutions, checks, mistakes.
+
+Imported by ``wrong_solutions``, which says what the tables hold.
+"""
+
+from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
+
+SOLUTIONS["threshold"] = '''\
+def choose_threshold(
+    candidates, confidence, local_right, cloud_right, local_ms, cloud_ms, floor, budget_ms
+):
+    """The smallest of the candidates that keeps both budgets, or None.
+
+    One entry per held-out request in each array: how sure the device is; whether its
+    answer is right; whether the cloud's is; what the device takes, and what the cloud
+    takes on top, the network included. Below the threshold the cloud is asked, after
+    the device; its answer is then taken. floor: share of all answers that must be
+    right. budget_ms: what 95 % of all requests must keep (p95).
+    """
+    ### BEGIN SOLUTION
+    for threshold in sorted(candidates):
+        asks = confidence < threshold
+        right = np.where(asks, cloud_right, local_right).mean()
+        p95_ms = np.percentile(local_ms + asks * cloud_ms, 95)
+        if right >= floor and p95_ms <= budget_ms:
+            return threshold
+    return None
+    ### END SOLUTION
+'''
+CHECKS["threshold"] = """\
+from flserving.lab.checks import check_threshold
+
+check_threshold(choose_threshold)"""
+
+_RIGHT, _TOOK = "np.where(asks, cloud_right, local_right).mean()", "local_ms + asks * cloud_ms"
+_P95, _KEEPS = f"np.percentile({_TOOK}, 95)", "right >= floor and p95_ms <= budget_ms"
+_FIRST, _ASKS, _NONE = "sorted(candidates)", "confidence < threshold", "    return None\n"
+
+
+def _chooses(*edits: tuple[str, str]) -> str:
+    return edited("threshold", *edits)
+
+
+WRONG["threshold"] = {
+    "only what the device keeps": Wrong(
+        _chooses((_RIGHT, "local_right[~asks].mean() if not asks.all() else 1.0")), "only the answers that the device"
+    ),
+    "the device's accuracy": Wrong(
+        _chooses((_RIGHT, "local_right.mean()")), "the device's accuracy at every threshold"
+    ),
+    "right if either is": Wrong(_chooses((_RIGHT, "(local_right | (asks & cloud_right)).mean()")), "either of the two"),
+    "equal goes to the cloud": Wrong(_chooses((_ASKS, "confidence <= threshold")), "sure enough: it stays"),
+    "the sure ones go": Wrong(_chooses((_ASKS, "confidence >= threshold")), "the other way round"),
+    "the cloud's time alone": Wrong(
+        _chooses((_TOOK, "np.where(asks, cloud_ms, local_ms)")), "takes both times, not the cloud's alone"
+    ),
+    "mean latency": Wrong(_chooses((_P95, f"({_TOOK}).mean()")), "the mean latency"),
+    "median latency": Wrong(_chooses((_P95, f"np.median({_TOOK})")), "the median latency"),
+    "slowest request": Wrong(_chooses((_P95, f"({_TOOK}).max()")), "one in twenty may take longer"),
+    "p95 of the cloud's": Wrong(
+        _chooses((_P95, f"np.percentile(({_TOOK})[asks], 95) if asks.any() else 0")), "it is meant of all requests"
+    ),
+    "percentile counts to one": Wrong(_chooses((", 95)", ", 0.95)")), "it counts to 100"),
+    "adds percentiles": Wrong(
+        _chooses((_P95, "np.percentile(local_ms, 95) + np.percentile(asks * cloud_ms, 95)")), "do not add up"
+    ),
+    "largest": Wrong(_chooses((_FIRST, "sorted(candidates, reverse=True)")), "the largest threshold that keeps both"),
+    "first in the list": Wrong(_chooses((_FIRST, "candidates")), "they come in any order"),
+    "strictly better": Wrong(_chooses((_KEEPS, "right > floor and p95_ms < budget_ms")), "compare with >= and <="),
+    "no budget": Wrong(_chooses((_KEEPS, "right >= floor")), "never look at the latency budget"),
+    "no floor": Wrong(_chooses((_KEEPS, "p95_ms <= budget_ms")), "never look at the floor"),
+    "always one": Wrong(_chooses((_NONE, "    return max(candidates)\n")), "you name the largest one: return None"),
+    "a position": Wrong(
+        _chooses(("return threshold", "return candidates.index(threshold)")), "not one of the candidat"
+    ),
+    "sorts the caller's array": Wrong(
+        _chooses((f"asks = {_ASKS}", f"confidence.sort()\n        asks = {_ASKS}")), "changed an array"
+    ),
+    "gives everything": Wrong(_chooses(("return threshold", "return threshold, right")), "return one number, or None"),
+}
+
+# ------------------------------------------------------------------------------------------ the hybrid policy
+
+SOLUTIONS["hybrid-policy"] = '''\
+def hybrid(row, device, cache, cloud, threshold, fresh_s, refuse_s, consent):
+    """Answer a row: the device if it is sure and fresh, else the cache, else the cloud.
+
+    device(row), cloud(row): a dict with prediction, confidence, round and age_s; the
+    cloud may raise a FlservingError. cache.get(row): an earlier answer of the cloud, or
+    None; cache.put(row, answer). Returns the answer with "path" added: "local", "cache",
+    "cloud", or "degraded": the device's answer, for want of a better one. A device whose
+    model is older than refuse_s raises StaleModelError in that case. Nothing leaves the
+    device without consent.
+    """
+    ### BEGIN SOLUTION
+    local = device(row)
+    if local["confidence"] >= threshold and local["age_s"] <= fresh_s:
+        return local | {"path": "local"}
+    known = cache.get(row)
+    if known is not None:
+        return known | {"path": "cache"}
+    if consent:
+        try:
+            answer = cloud(row)
+            cache.put(row, answer)
+            return answer | {"path": "cloud"}
+        except FlservingError:
+            pass
+    if local["age_s"] > refuse_s:
+        raise StaleModelError("the device's model is too old, and nobody else answers")
+    return local | {"path": "degraded"}
+    ### END SOLUTION
+'''
+CHECKS["hybrid-policy"] = """\
+from flserving.errors import FlservingError, StaleModelError
+from flserving.lab.checks import check_hybrid
+
+check_hybrid(hybrid)"""
+
+_CACHE = """\
+    known = cache.get(row)
+    if known is not None:
+        return known | {"path": "cache"}
+"""
+_REFUSE = """\
+    if local["age_s"] > refuse_s:
+        raise StaleModelError("the device's model is too old, and nobody else answers")
+"""
+_SURE = 'local["confidence"] >= threshold and local["age_s"] <= fresh_s'
+_STORE = "            cache.put(row, answer)\n"
+
+
+def _policy(*edits: tuple[str, str]) -> str:
+    return edited("hybrid-policy", *edits)
+
+
+WRONG["hybrid-policy"] = {
+    "cloud first": Wrong(_policy((_SURE, "False")), "was sure (.*) and fresh, and you asked the cloud"),
+    "never the cloud": Wrong(_policy(("if consent:", "if False:")), "the cloud was there: ask the cloud"),
+    "always the device": Wrong(_policy((_SURE, "True")), "not sure .*, and its answer was given as local"),
+    "more than the threshold": Wrong(
+        _policy((_SURE, _SURE.replace(">=", ">"))), "a confidence of 0.9 reaches the threshold"
+    ),
+    "fresh does not matter": Wrong(
+        _policy((_SURE, 'local["confidence"] >= threshold')), "an old model may be sure and"
+    ),
+    "as old as the limit": Wrong(_policy((_SURE, _SURE.replace("<=", "<"))), "a model of 100 s is fresh"),
+    "no cache": Wrong(_policy((_CACHE, "")), "you sent the row a second time"),
+    "nothing into the cache": Wrong(_policy((_STORE, "")), "nothing was put into the cache"),
+    "one entry for all rows": Wrong(
+        _policy(("known = cache.get(row)", "known = cache.get('last')"), (_STORE, _STORE.replace("row", "'last'"))),
+        "another row was asked",
+    ),
+    "cache before the device": Wrong(
+        _policy(
+            (_CACHE, ""),
+            ("    local = device(row)\n", f"{_CACHE}    local = device(row)\n"),
+        ),
+        "you preferred an older answer from the cache",
+    ),
+    "without consent": Wrong(_policy(("if consent:", "if True:")), "nothing may leave the device"),
+    "no cache without consent": Wrong(
+        _policy(("if known is not None:", "if known is not None and consent:")), "may be given without consent"
+    ),
+    "the cloud's error": Wrong(_policy(("except FlservingError:", "except ZeroDivisionError:")), "and so did you"),
+    "only one of its errors": Wrong(
+        _policy(("except FlservingError:", "except TimeoutError:")), "the cloud raised OverloadedError and so did you"
+    ),
+    "says local": Wrong(
+        _policy(('{"path": "degraded"}', '{"path": "local"}')), "not sure|the best there is: the path is"
+    ),
+    "keeps its own": Wrong(
+        _policy(
+            (
+                '    return local | {"path": "degraded"}',
+                '    cache.put(row, local)\n    return local | {"path": "degraded"}',
+            )
+        ),
+        "the cloud failed, and something was put|came back, and the path",
+    ),
+    "never refuses": Wrong(_policy((_REFUSE, "")), "refuse_s is 1000, .*: you answered 'degraded'"),
+    "refuses too soon": Wrong(
+        _policy((_REFUSE, ""), ("    local = device(row)\n", f"    local = device(row)\n{_REFUSE}")),
+        "the cloud was there and had an answer",
+    ),
+    "no path": Wrong(_policy(('local | {"path": "local"}', "local")), "lacks path"),
+    "no round": Wrong(
+        _policy(('answer | {"path": "cloud"}', '{"prediction": answer["prediction"], "path": "cloud"}')), "lacks confid"
+    ),
+    "the device's round": Wrong(
+        _policy(('answer | {"path": "cloud"}', 'local | {"prediction": answer["prediction"], "path": "cloud"}')),
+        "confidence must be 0.97, of the model that answered",
+    ),
+    "nothing at the end": Wrong(_policy(('    return local | {"path": "degraded"}\n', "")), "returned None"),
+    "marks the cached dict": Wrong(
+        _policy(
+            ('return answer | {"path": "cloud"}', 'answer["path"] = "cloud"\n            return answer'),
+            ('return known | {"path": "cache"}', 'known["path"] = "cache"\n        return known'),
+        ),
+        "you changed the dict in the cache",
+    ),
+    "asks twice": Wrong(
+        _policy(('return local | {"path": "local"}', 'return device(row) | {"path": "local"}')), "once is enough"
+    ),
+}
