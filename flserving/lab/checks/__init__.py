@@ -6,8 +6,8 @@ through, and returns nothing when all is well. None of them knows how a solution
 
 from flserving.lab.checks.batcher import check_batcher
 from flserving.lab.checks.breakdown import check_bottleneck
-from flserving.lab.checks.heads import check_head_choice, check_heads
 from flserving.lab.checks.edge import check_hybrid
+from flserving.lab.checks.heads import check_head_choice, check_heads
 from flserving.lab.checks.latency import check_latency_budget
 from flserving.lab.checks.lru import check_lru
 from flserving.lab.checks.metrics import check_metrics
