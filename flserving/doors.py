@@ -16,7 +16,6 @@ from flserving.cache import Lease
 from flserving.engine import Prediction
 from flserving.errors import DeadlineExceededError
 from flserving.routing import Key
-from flserving.transforms import Outputs
 
 if TYPE_CHECKING:
     from flserving.server import ModelServer
@@ -36,7 +35,7 @@ class Door(Protocol):
     async def run(self, *request: Any) -> Prediction:
         """Queue and run: the arguments of :meth:`Batcher.run`."""
 
-    async def follow(self, flight: Future[Outputs], deadline_s: float) -> bool:
+    async def follow(self, flight: Future[Any], deadline_s: float) -> bool:
         """Wait for another request's identical computation; False when the deadline came first."""
 
 
@@ -56,7 +55,7 @@ class Blocking:
     async def load(self, key: Key, deadline_s: float) -> Lease:
         return self._server._load(key, deadline_s)
 
-    async def follow(self, flight: Future[Outputs], deadline_s: float) -> bool:
+    async def follow(self, flight: Future[Any], deadline_s: float) -> bool:
         return bool(wait([flight], max(0.0, deadline_s - self._server._clock())).done)
 
 
