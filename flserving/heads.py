@@ -1,28 +1,11 @@
-"""Personal heads: what a version may carry beside its weights, and the file that holds a million of them.
+"""Personal heads: what a version may carry beside its weights, and the store of a loaded version's heads.
 
-::
-
-    header      64 bytes: what it is, layout, shape, number of heads
-    records     one a head, in order of the index, each on a 64-byte boundary: float32 [inputs + 1, outputs], bias last
-    index       128-bit hash of the client id (two columns, sorted), checksum of the record, number of its digest
-    digests     sha256 of what the heads were trained on: usually one for all
-
-sha256 of header, index and digests is in the manifest and is verified at the opening; a record is read when its client
-comes, and verified by its checksum then. So a file of gigabytes opens in the time that its index takes, and a changed
-byte is found before it answers. The checksum finds damage; who may write to the folder is the folder's business.
-
-Records are read with ``pread`` and not mapped: pages of a map count as this process's memory as soon as they are
-touched, and a file that somebody truncates under a map ends the process with SIGBUS instead of an error.
+On disk they are one file (``headfile.py``); in memory are its index and the heads that were used last.
 """
 
 import hashlib
-import os
-import struct
 import threading
-import weakref
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -30,19 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flserving import storage, weights
-from flserving.errors import CorruptArtifactError, InvalidModelError
+from flserving.errors import InvalidModelError
+from flserving.headfile import FILE_NAME, LAYOUTS, MAX_CLIENT_CHARS, HeadFile, Layout, checksums, header, key_of, stride
 from flserving.manifest import Digests, HeadsEntry, is_digest, sha256
 
-Layout = Literal["head", "additive", "adapter"]
+__all__ = ["FILE_NAME", "STALE", "UNKNOWN", "HeadSet", "HeadStore", "Layout", "neutral_head", "trained_on"]
+
 UNKNOWN, STALE = -1, -2
 """Slots that mean: the global head answers, because there is no head, or one that was trained on something else."""
-FILE_NAME = "heads.bin"
-MAX_CLIENT_CHARS = 256
 
-_ALIGNMENT, _CHUNK = 64, 4096  # bytes; heads written at a time
-_HEADER = struct.Struct("<8sIIIQ")
-_MAGIC = b"flheads1"
-_Keys = NDArray[np.uint64]
+_CHUNK = 4096  # heads written at a time
 
 
 def trained_on(layout: str, digests: Digests) -> str:
@@ -62,10 +42,6 @@ def neutral_head(layout: str, tensors: Mapping[str, Tensor]) -> Tensor:
     if layout == "adapter":
         return torch.eye(generic.shape[1] + 1, generic.shape[1])
     return torch.zeros_like(generic) if layout == "additive" else generic
-
-
-def _key(client: str) -> bytes:
-    return hashlib.blake2b(client.encode("utf-8", "surrogatepass"), digest_size=16, person=b"flserving head").digest()
 
 
 class HeadSet:
@@ -88,8 +64,8 @@ class HeadSet:
         self, layout: Layout, clients: Sequence[str], weights: NDArray[np.float32],
         trained_on: str | Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        if layout not in get_args(Layout):
-            raise InvalidModelError(f"layout is {layout!r}: choose one of {', '.join(get_args(Layout))}")
+        if layout not in LAYOUTS:
+            raise InvalidModelError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
         if weights.ndim != 3 or weights.dtype != np.float32 or not weights.size or weights.shape[1] < 2:
             raise InvalidModelError(
                 f"heads are {weights.dtype} {weights.shape}: give float32 [clients, inputs + 1, outputs]"
@@ -105,7 +81,7 @@ class HeadSet:
         if digests is not None and (len(digests) not in (1, len(clients)) or not all(map(is_digest, digests))):
             raise InvalidModelError(f"trained_on has {len(digests)} entries: give a sha256 for all heads, or one each")
         self.layout, self.clients, self.weights, self.trained_on = layout, clients, weights, digests
-        keys = np.frombuffer(b"".join(map(_key, clients)), ">u8").reshape(-1, 2).astype(np.uint64)
+        keys = np.frombuffer(b"".join(map(key_of, clients)), ">u8").reshape(-1, 2).astype(np.uint64)
         self._order = np.lexsort((keys[:, 1], keys[:, 0]))
         self._keys = keys[self._order]
         if len(twice := np.flatnonzero((self._keys[1:] == self._keys[:-1]).all(axis=1))):
@@ -139,7 +115,7 @@ class HeadSet:
         num_heads, rows, outputs = self.weights.shape
         entry = HeadsEntry(self.layout, num_heads, rows - 1, outputs, 1, "0" * 64)
         table, numbers = np.unique(self.trained_on or [digest], return_inverse=True)
-        sha = hashlib.sha256(header := _header(entry))
+        sha = hashlib.sha256(first := header(entry))
         checks = np.empty(num_heads, np.uint64)
         columns = (
             self._keys.T, checks, np.broadcast_to(numbers, num_heads)[self._order].astype(np.uint32),
@@ -147,15 +123,15 @@ class HeadSet:
         )  # fmt: skip
 
         def parts() -> Iterator[bytes | memoryview]:
-            yield header
+            yield first
             for start in range(0, num_heads, _CHUNK):
                 order = self._order[start : start + _CHUNK]
-                records = np.zeros((len(order), _stride(entry) // 4), np.float32)
+                records = np.zeros((len(order), stride(entry) // 4), np.float32)
                 records[:, : rows * outputs] = self.weights[order].reshape(len(order), -1)
                 if not (finite := np.isfinite(records).all(axis=1)).all():
                     client = self.clients[int(order[finite.argmin()])]
                     raise InvalidModelError(f"the head of {client!r} holds NaN or infinite values: train it again")
-                checks[start : start + _CHUNK] = _checksums(records)
+                checks[start : start + _CHUNK] = checksums(records)
                 yield records.data.cast("B")
             for column in columns:
                 sha.update(data := column.tobytes())
@@ -169,35 +145,6 @@ def _as_matrix(state: Mapping[str, Tensor]) -> NDArray[np.float32]:
     weight = state["head.weight"].detach().float()
     bias = state.get("head.bias", torch.zeros(len(weight))).detach().float()
     return torch.cat([weight.T, bias[None]]).numpy()
-
-
-def _header(entry: HeadsEntry) -> bytes:
-    code = get_args(Layout).index(entry.layout)
-    return _HEADER.pack(_MAGIC, code, entry.inputs, entry.outputs, entry.num_heads).ljust(_ALIGNMENT, b"\0")
-
-
-def _stride(entry: HeadsEntry) -> int:
-    """Bytes from record to record."""
-    return -(-(entry.inputs + 1) * entry.outputs * 4 // _ALIGNMENT) * _ALIGNMENT
-
-
-def _checksums(records: NDArray[np.float32]) -> _Keys:
-    """One number a record [N, W]: a multilinear hash modulo 2**64 (Carter and Wegman 1979; Lemire and Kaser 2014).
-
-    The high half of each word is folded into its low half first: times an odd number modulo 2**64, two flips of a
-    word's highest bit (the sign of a float) would cancel.
-    """
-    words = records.view(np.uint64)
-    words = words ^ (words >> np.uint64(32))
-    return words @ _multipliers(words.shape[1])
-
-
-def _multipliers(count: int) -> _Keys:
-    """Odd pseudo-random numbers, the same everywhere: SplitMix64 (Steele et al., OOPSLA 2014)."""
-    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
 
 
 class HeadStore:
@@ -218,33 +165,16 @@ class HeadStore:
         self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: Tensor
     ) -> None:  # fmt: skip
         self.layout, self.num_heads, self.digest = entry.layout, entry.num_heads, entry.index_sha256
-        self.inputs, self.outputs, self._relative = entry.inputs, entry.outputs, relative
-        self._stride, self._width, self._neutral = _stride(entry), neutral.numel(), neutral.reshape(-1)
-        self._fd, size = storage.open_file(root, relative)
-        self.close = weakref.finalize(self, os.close, self._fd)
-        index_at = _ALIGNMENT + entry.num_heads * self._stride
-        table_nbytes = entry.nbytes - index_at - 28 * entry.num_heads
-        if size != entry.nbytes or table_nbytes <= 0 or table_nbytes % 32:
-            raise self._corrupt(f"has {size:,} bytes, expected {entry.nbytes:,}")
-        header, index = self._read(_ALIGNMENT, 0), self._read(size - index_at, index_at)
-        sha = hashlib.sha256(header.data)
-        sha.update(index.data)
-        if sha.hexdigest() != self.digest or header.tobytes() != _header(entry):
-            raise self._corrupt("is not what was published (sha256 of its index differs)")
-        columns = np.split(index, np.cumsum([8, 8, 8, 4]) * entry.num_heads)
-        self._high, self._low, self._checks = (column.view(np.uint64) for column in columns[:3])
-        self._digests = [bytes(row).hex() for row in columns[4].reshape(-1, 32)]
-        self._numbers = columns[3].view(np.uint32)
-        if self._numbers.max() >= len(self._digests):
-            raise self._corrupt("names digests that it does not hold")
-        self._fits = np.array([one == digest for one in self._digests])[self._numbers]
-        self._index_nbytes, self._lock = index.nbytes + self._fits.nbytes, threading.Lock()
+        self.inputs, self.outputs = entry.inputs, entry.outputs
+        self._width, self._neutral = neutral.numel(), neutral.reshape(-1)
+        self._file, self._lock = HeadFile(root, relative, entry, digest), threading.Lock()
+        self.close = self._file.close
         self.resize(256 << 20)
 
     def resize(self, budget_nbytes: int) -> None:
         """Keep at most this many bytes of heads in memory, at least one; call it before the first use."""
-        capacity = min(self.num_heads, max(1, budget_nbytes // self._stride))
-        self._hot = torch.empty(capacity + 2, self._stride // 4)  # virtual memory until it is written to
+        capacity = min(self.num_heads, max(1, budget_nbytes // self._file.stride))
+        self._hot = torch.empty(capacity + 2, self._file.stride // 4)  # virtual memory until it is written to
         self._hot[capacity:, : self._width] = self._neutral
         self._absent = capacity + 1
         self._place = np.full(self.num_heads + 2, self._absent, np.int64)  # slot -> row of _hot
@@ -253,12 +183,12 @@ class HeadStore:
         self._used = np.zeros(capacity + 2, np.int64)  # row of _hot -> turn of its last use
         self._free, self._turn = np.arange(capacity), 0
         tables = (self._hot, self._place, self._holds, self._used, self._free)
-        self.nbytes = self._index_nbytes + sum(table.nbytes for table in tables)
+        self.nbytes = self._file.nbytes + sum(table.nbytes for table in tables)
 
     def find(self, client: str) -> int:
         """The slot of a client's head; UNKNOWN or STALE where the global head answers. Cost: a binary search."""
-        slot = self._slot(client)
-        return STALE if slot >= 0 and not self._fits[slot] else slot
+        slot = self._file.find(client)
+        return STALE if slot >= 0 and not self._file.fits[slot] else slot
 
     def take(self, client: str) -> HeadSet | None:
         """One client's head alone, with what it was trained on, also a stale one: to publish it again, or to send it.
@@ -266,21 +196,12 @@ class HeadStore:
         Raises:
             CorruptArtifactError: The record is not what was published.
         """
-        if (slot := self._slot(client)) < 0:
+        if (slot := self._file.find(client)) < 0:
             return None
-        record = self._records(np.array([slot]))[:, : self._width].reshape(1, self.inputs + 1, self.outputs)
-        return HeadSet(self.layout, [client], record, self._digests[self._numbers[slot]])
-
-    def _slot(self, client: str) -> int:
-        if len(client) > MAX_CLIENT_CHARS:
-            return UNKNOWN
-        high, low = struct.unpack(">QQ", _key(client))
-        slot = bisect_left(self._high.data, high)
-        while slot < self.num_heads and self._high[slot] == high:
-            if self._low[slot] == low:
-                return slot
-            slot += 1
-        return UNKNOWN
+        record = np.empty((1, self._file.stride // 4), np.float32)
+        self._file.load(record, np.array([0]), np.array([slot]))
+        head = record[:, : self._width].reshape(1, self.inputs + 1, self.outputs)
+        return HeadSet(self.layout, [client], head, self._file.trained_on(slot))
 
     def gather(self, slots: NDArray[np.int64]) -> Tensor:
         """Heads by slot: float32 [N, inputs + 1, outputs], in a tensor of their own. Negative slots give the neutral.
@@ -294,30 +215,16 @@ class HeadStore:
             heads = self._hot.index_select(0, torch.from_numpy(places))
             self._used[places] = self._turn
         if (missing := np.flatnonzero(places == self._absent)).size:
-            fresh, inverse = np.unique(slots[missing], return_inverse=True)
-            records = self._records(fresh)
-            heads[missing] = torch.from_numpy(records[inverse])
-            self._keep(fresh, records)
+            records = heads.numpy()
+            self._file.load(records, missing, slots[missing])
+            self._keep(slots, records, missing)
         return heads[:, : self._width].view(len(slots), self.inputs + 1, self.outputs)
 
-    def _records(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read and verify records, outside the lock: the disk may take its time."""
-        records = np.empty((len(slots), self._stride // 4), np.float32)
-        view = records.data.cast("B")
-        for i, slot in enumerate(slots.tolist()):
-            record = view[i * self._stride : (i + 1) * self._stride]
-            if os.preadv(self._fd, [record], _ALIGNMENT + slot * self._stride) != self._stride:
-                raise self._corrupt("was truncated while it was open")
-        wrong = _checksums(records) != self._checks[slots]
-        if wrong.any():
-            raise self._corrupt(f"has a changed record (number {slots[wrong.argmax()]})")
-        return records
-
-    def _keep(self, slots: NDArray[np.int64], records: NDArray[np.float32]) -> None:
-        """Make these heads hot, in place of the coldest. Freed by the sixteenth, so that a miss costs no full sort."""
+    def _keep(self, slots: NDArray[np.int64], records: NDArray[np.float32], read: NDArray[np.int64]) -> None:
+        """Make the heads in the rows ``read`` hot, in place of the least recently used: a sixteenth of them at once,
+        or each miss would search them all."""
         with self._lock:
-            new = np.flatnonzero(self._place[slots] == self._absent)  # another thread may have been faster
-            new = new[: len(self._holds)]
+            new = read[self._place[slots[read]] == self._absent][: len(self._holds)]  # others may have been faster
             if (short := len(new) - len(self._free)) > 0:
                 count = min(len(self._holds), max(short, len(self._holds) // 16))
                 used = np.where(self._holds >= 0, self._used[:-2], np.iinfo(np.int64).max)
@@ -327,16 +234,9 @@ class HeadStore:
                 self._holds[coldest] = UNKNOWN
                 self._free = np.concatenate([self._free, coldest])
             rows, self._free = self._free[: len(new)], self._free[len(new) :]
-            self._hot[torch.from_numpy(rows)] = torch.from_numpy(records[new])
+            self._hot.numpy()[rows] = records[new]  # a third of the time of torch's indexed assignment
             self._place[slots[new]], self._holds[rows], self._used[rows] = rows, slots[new], self._turn
-
-    def _read(self, nbytes: int, at: int) -> NDArray[np.uint8]:
-        data, done = np.empty(nbytes, np.uint8), 0
-        while done < nbytes:
-            if not (count := os.preadv(self._fd, [data.data[done:]], at + done)):
-                raise self._corrupt("was truncated while it was read")
-            done += count
-        return data
-
-    def _corrupt(self, why: str) -> CorruptArtifactError:
-        return CorruptArtifactError(f"{self._relative} {why}: restore it from a backup, or publish again")
+            twice = self._place[slots[new]] != rows  # a slot that came more than once holds the last of its rows
+            if twice.any():
+                self._holds[rows[twice]] = UNKNOWN
+                self._free = np.concatenate([self._free, rows[twice]])

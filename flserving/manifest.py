@@ -86,7 +86,7 @@ class HeadsEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     layout: Literal["head", "additive", "adapter"]
-    num_heads: Annotated[int, Meta(ge=1, le=1 << 31)]
+    num_heads: Annotated[int, Meta(ge=1, le=1 << 26)]
     inputs: Annotated[int, Meta(ge=1, le=1 << 20)]
     outputs: Annotated[int, Meta(ge=1, le=1 << 20)]
     nbytes: Annotated[int, Meta(ge=1)]

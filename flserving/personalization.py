@@ -72,11 +72,16 @@ class PersonalEngine(Lane):
     def _infer(self, values: Tensor, slots: Slots) -> Tensor:
         for step, arguments in self._body:
             values = step(values, *arguments)
-        generic = values
+        inputs, generic = values, None
         if self.store.layout != "head":
+            generic = values
             for step, arguments in self._head:
                 generic = step(generic, *arguments)
-        inputs = generic if self.store.layout == "adapter" else values
+        if self.store.layout == "adapter":
+            assert generic is not None
+            inputs, generic = generic, None
         heads = self.store.gather(slots)
-        own = torch.baddbmm(heads[:, -1:], inputs[:, None], heads[:, :-1])[:, 0]
-        return own.add_(generic) if self.store.layout == "additive" else own
+        ones = inputs.new_ones(len(inputs), 1)
+        rows = torch.cat([inputs, ones], dim=1)[:, None]  # one product with the bias inside: an eighth less than two
+        own = torch.bmm(rows, heads) if generic is None else torch.baddbmm(generic[:, None], rows, heads)
+        return own[:, 0]

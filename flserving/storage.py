@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -33,8 +34,18 @@ if sys.platform == "win32":
             return False
         return True
 
+    def read_at(fd: int, nbytes: int, at: int) -> bytes:
+        """``os.pread``, which Windows lacks."""
+        with _seeking:
+            os.lseek(fd, at, os.SEEK_SET)
+            return os.read(fd, nbytes)
+
+    _seeking = threading.Lock()
+
 else:
     import fcntl
+
+    read_at = os.pread
 
     def _try_lock(fd: int) -> bool:
         try:
