@@ -106,10 +106,9 @@ class Artifacts:
             return _ranged(request, f"{registry.root}/deltas", name)
 
     def _head(self, request: Request) -> Head:
-        client = request.state.who.client
+        (registry, model, version), client = self._version(request), request.state.who.client
         if client is None:
             raise ForbiddenError("heads are given to their clients only: ask for a token that names you")
-        registry, model, version = self._version(request)
         signer = self._signer(registry)
         with self._one:
             if (store := self._heads.get((model, version))) is None and (store := registry.read(model, version).heads):
