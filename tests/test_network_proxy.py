@@ -170,17 +170,17 @@ def test_an_outage_is_waited_for(port):
 
 
 def test_losses_cost_the_timeouts_that_the_links_seed_draws(port):
-    settings = {"rtt_ms": 20, "loss": 0.3, "seed": 1}
+    settings = {"rtt_ms": 20, "loss": 0.3, "seed": 21}
     link = Link(**settings)
     link.rtts_s()  # the handshake's
-    expected_s = 0.020 + float(sum(link.delay_s(8) + link.delay_s(1) for _ in range(5)))
-    assert expected_s > 0.120 + 2 * link.rto_s, "a seed without losses shows nothing"
+    expected_s = 0.020 + float(sum(link.delay_s(8) + link.delay_s(1) for _ in range(2)))
+    assert expected_s > 0.060 + 2 * link.rto_s, "a seed without losses shows nothing"
 
     def measure():
         with Proxy(Link(**settings), "127.0.0.1", port) as proxy:
             started_s = time.monotonic()
             with connect(proxy) as caller:
-                for _ in range(5):
+                for _ in range(2):
                     exchange(caller)
             return time.monotonic() - started_s
 
