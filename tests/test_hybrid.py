@@ -1,0 +1,455 @@
+"""Hybrid serving: which path a request takes, what each answer says, and that nothing leaves without consent."""
+
+import asyncio
+import itertools
+import socket
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import flserving
+from flserving import ServingConfig
+from flserving.api.client import Client
+from flserving.api.metrics import exposition
+from flserving.breaker import CircuitBreaker
+from flserving.edge import EdgeModelServer
+from flserving.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    FlservingError,
+    InvalidInputError,
+    ServerClosedError,
+    StaleModelError,
+    UnauthorizedError,
+)
+from flserving.hybrid import HybridServer
+from serving_models import PATIENCE_S, Gated, Probe, Threads, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+CONFIG = ServingConfig(warmup_samples=1, timeout_ms=PATIENCE_S * 1e3)
+MLP = {"architecture": "mlp", "parameters": {"sizes": [2, 2, 2]}}
+SURE, UNSURE = [4.0, 0.0], [0.1, 0.0]  # the device answers 0 with confidences 0.98 and 0.52; the cloud answers 1
+HEAD = {"head.weight": torch.eye(2), "head.bias": torch.tensor([0.01, 0.0])}
+
+
+def state(scale=1.0):
+    """Logits that are the row itself, times ``scale``."""
+    return {
+        "body.0.weight": torch.eye(2), "body.0.bias": torch.zeros(2),
+        "head.weight": scale * torch.eye(2), "head.bias": torch.zeros(2),
+    }  # fmt: skip
+
+
+class Cloud:
+    """Answers class 1 to every row, raises ``error``, or waits for ``gate``; notes what it was asked."""
+
+    def __init__(self):
+        self.asked, self.error, self.version, self.said = [], None, "9", {"round": 5}
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def predict(self, features, *, model, timeout_ms, arrays, personal=False):
+        self.asked.append({"model": model, "timeout_ms": timeout_ms, "personal": personal, "rows": features.copy()})
+        assert self.gate.wait(PATIENCE_S)
+        if self.error is not None:
+            raise self.error
+        n = len(features)
+        outputs = {"predictions": np.ones(n, np.int64), "confidences": np.full(n, 0.9, np.float32)}
+        return outputs | {"latency_ms": 1.0, "model_version": self.version, "model_type": "global"} | self.said
+
+
+class World:
+    """An edge, a cloud and a clock, and hybrids of them."""
+
+    def __init__(self, head=False, **limits):
+        self.now_s, self.cloud, self.hybrids = 1.9e9, Cloud(), []
+        self.edge = EdgeModelServer(CONFIG, clock=lambda: self.now_s, wall=lambda: self.now_s, **limits)
+        self.edge.update_global(state(), round=4, head=HEAD if head else None, **MLP)
+
+    def hybrid(self, policy="local_first", **options):
+        options = {"consent": True, "breaker": CircuitBreaker(1000), "cache_ttl_s": 0, **options}
+        self.hybrids.append(HybridServer(self.edge, self.cloud, policy, **options))
+        return self.hybrids[-1]
+
+    def close(self):
+        self.cloud.gate.set()
+        for hybrid in self.hybrids:
+            hybrid.close()
+        self.edge.close()
+
+
+@pytest.fixture
+def world():
+    made = World()
+    yield made
+    made.close()
+
+
+# Policies
+
+
+@pytest.mark.parametrize("policy", ["local_first", "as_drawn"])
+@pytest.mark.parametrize("head", [False, True])
+def test_every_state_of_the_world_leads_to_the_path_that_the_policy_says(policy, head):
+    world, wrong = World(head, fresh_s=60, refuse_s=600), []
+    cases = itertools.product((True, False), (0, 61, 601), (True, False), (True, False), (True, False))
+    try:
+        for sure, age_s, consent, up, cached in cases:
+            world.edge.confirm()
+            world.cloud.error = None
+            hybrid, row = world.hybrid(policy), SURE if sure else UNSURE
+            if cached:
+                hybrid._policy, kept = (lambda turn: turn.remote()), hybrid._policy
+                assert hybrid.predict(row)["path"] == "cloud"
+                hybrid._policy = kept
+            world.now_s += age_s
+            hybrid.consent, world.cloud.error = consent, None if up else ServerClosedError("away")
+            local_first = sure and age_s == 0 if policy == "local_first" else head and age_s < 600
+            wanted = (
+                "local" if local_first else "cache" if cached else "cloud" if consent and up
+                else "degraded" if age_s < 600 else "refused"
+            )  # fmt: skip
+            try:
+                answer = hybrid.predict(row)
+                said = answer["path"]
+                device = said in ("local", "degraded")
+                right = answer["predictions"] == [0 if device else 1] and answer["round"] == (4 if device else 5)
+                right &= answer["age_s"] == (age_s if device or said == "cache" else 0)
+                right &= answer["degraded"] == (said == "degraded" or (said == "local" and age_s > 60))
+                right &= answer["model_version"] == ("1" if device else "9")
+            except StaleModelError:
+                said, right = "refused", True
+            if said != wanted or not right:
+                wrong.append((sure, age_s, consent, up, cached, wanted, said))
+            paths = hybrid.get_all_stats()["hybrid"]["paths"]
+            assert said == "refused" or paths[said] == 1 + (cached and said == "cloud")
+        assert not wrong, wrong
+    finally:
+        world.close()
+
+
+def test_one_unsure_row_sends_the_whole_request_and_the_threshold_counts_as_sure(world):
+    hybrid = world.hybrid()
+    confidence = hybrid.edge.predict(UNSURE)["confidences"][0]
+    assert hybrid.predict([SURE, SURE])["path"] == "local"
+    answer = hybrid.predict([SURE, UNSURE])
+    assert answer["path"] == "cloud" and answer["predictions"] == [1, 1]
+    hybrid.threshold = confidence
+    assert hybrid.predict([SURE, UNSURE])["path"] == "local"
+    hybrid.threshold = np.nextafter(confidence, 1)
+    assert hybrid.predict([UNSURE, SURE])["path"] == "cloud"
+
+
+def test_a_version_by_name_is_the_device_s_alone(world):
+    hybrid = world.hybrid()
+    assert hybrid.predict(UNSURE, version=1)["path"] == hybrid.predict(UNSURE, version="default")["path"] == "local"
+    assert not world.cloud.asked
+
+
+def test_what_the_cloud_is_asked(world):
+    hybrid = world.hybrid(cloud_share=0.25, personal=True, cloud_model="digits")
+    hybrid.predict(UNSURE, timeout_ms=8000)
+    hybrid.predict(UNSURE, use_personalized=False)
+    first, second = world.cloud.asked
+    assert first["model"] == "digits" and first["personal"] and not second["personal"]
+    assert first["timeout_ms"] == pytest.approx(2000) and first["rows"].tolist() == [pytest.approx(UNSURE)]
+
+
+# Consent
+
+
+@pytest.mark.parametrize("policy", ["local_first", "as_drawn"])
+def test_without_consent_not_a_byte_leaves_the_device(policy):
+    received, ends = [], threading.Event()
+
+    def count(listener):
+        while not ends.is_set():
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            with connection:
+                received.append(len(connection.recv(65536)))
+
+    world, threads = World(refuse_s=60), Threads()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.02)
+        threads.start(count, listener)
+        port = listener.getsockname()[1]
+        try:
+            with Client(f"http://127.0.0.1:{port}") as world.cloud:
+                hybrid = HybridServer(world.edge, world.cloud, policy)  # consent is off unless somebody gives it
+                world.hybrids.append(hybrid)
+                for row in (SURE, UNSURE):
+                    assert hybrid.predict(row)["path"] in ("local", "degraded")
+                    assert asyncio.run(hybrid.apredict(row))["path"] in ("local", "degraded")
+                world.now_s += 61
+                with pytest.raises(StaleModelError):
+                    hybrid.predict(UNSURE)
+                assert received == [] and hybrid.get_all_stats()["hybrid"]["cloud_refusals"].keys() == {"Forbidden"}
+                hybrid.consent = True  # the counter does count
+                with pytest.raises(StaleModelError):
+                    hybrid.predict(UNSURE, timeout_ms=2000)
+                wait_until(lambda: received and received[0] > 0, "the bytes of a request with consent")
+        finally:
+            ends.set()
+            threads.results()
+            world.cloud = Cloud()
+            world.close()
+
+
+# The cloud's answers on the device
+
+
+def test_cached_answers_are_private_and_gone_after_a_promotion_on_either_side(world):
+    hybrid = world.hybrid(cache_ttl_s=50)
+    path = lambda **options: hybrid.predict(UNSURE, **options)["path"]  # noqa: E731
+    assert [path(), path(), path(use_personalized=False), path(client="b")] == ["cloud", "cache", "cloud", "cloud"]
+    assert [path(), path(use_personalized=False), path(client="b")] == ["cache"] * 3
+    world.edge.update_global(state(1.1), round=5)  # the device heard of a new round
+    assert [path(), path()] == ["cloud", "cache"]
+    world.cloud.version = "10"
+    assert hybrid.predict([UNSURE, UNSURE])["path"] == "cloud"  # here it is told that the cloud has a new version
+    assert [path(), path()] == ["cloud", "cache"]
+    world.now_s += 49
+    assert hybrid.predict(UNSURE)["age_s"] == 49
+    world.now_s += 1
+    assert path() == "cloud"
+
+
+def test_cached_answers_cannot_be_changed_by_who_got_them(world):
+    hybrid = world.hybrid()
+    hybrid.predict(UNSURE)["predictions"].append("mine")
+    answer = asyncio.run(hybrid.apredict(UNSURE, arrays=True))
+    assert answer["path"] == "cache" and answer["predictions"].tolist() == [1]
+    with pytest.raises(ValueError, match="read-only"):
+        answer["predictions"][0] = 7
+
+
+def test_identical_requests_ask_the_cloud_once():
+    world, threads = World(), Threads()
+    try:
+        hybrid = world.hybrid()
+        world.cloud.gate.clear()
+        for _ in range(6):
+            threads.start(hybrid.predict, UNSURE)
+        wait_until(lambda: hybrid.cloud_cache.stats()["shared"] == 5, "five that wait for the sixth")
+        world.cloud.gate.set()
+        assert [answer["path"] for answer in threads.results()] == ["cloud"] * 6 and len(world.cloud.asked) == 1
+    finally:
+        world.close()
+
+
+# Time
+
+
+def test_a_cloud_that_waits_costs_its_share_of_the_time_and_then_the_device_answers(world):
+    with EdgeModelServer(CONFIG) as edge:  # by the real clock
+        edge.update_global(state(), round=4, **MLP)
+        world.cloud.gate.clear()
+        with HybridServer(edge, world.cloud, consent=True, cloud_share=0.02, cloud_calls=1) as hybrid:
+            for _ in range(2):  # the second finds no thread free, and does not wait for one
+                answer = hybrid.predict(UNSURE, timeout_ms=10_000)
+                assert answer["path"] == "degraded" and 200 <= answer["latency_ms"] < 10_000
+            assert len(world.cloud.asked) == 1
+            assert hybrid.breaker.stats()["failures_in_a_row"] == 2
+            assert hybrid.get_all_stats()["hybrid"]["cloud_refusals"] == {"DeadlineExceeded": 2}
+
+
+async def test_the_event_loop_goes_on_while_the_cloud_is_asked(world):
+    hybrid = world.hybrid()
+    world.cloud.gate.clear()
+    waiting = asyncio.create_task(hybrid.apredict(UNSURE))
+    for _ in range(50):
+        assert (await hybrid.apredict(SURE))["path"] == "local"
+    assert not waiting.done()
+    cancelled = asyncio.create_task(hybrid.apredict([UNSURE, UNSURE]))
+    while len(world.cloud.asked) < 2:
+        await asyncio.sleep(0.001)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    world.cloud.gate.set()
+    assert (await waiting)["path"] == "cloud"
+    assert (await hybrid.apredict([UNSURE, UNSURE]))["path"] == "cloud"  # nobody waits for the cancelled one
+
+
+@pytest.fixture
+def slow():
+    """A hybrid whose device answers (the row itself) when its probe is released; hedges after 1 ms."""
+    probe, cloud = Probe(), Cloud()
+    with EdgeModelServer(CONFIG) as edge:
+        edge.load_model("v1", Gated(probe), output_type="regression", num_features=2)
+        with HybridServer(edge, cloud, consent=True, hedge_ms=1) as hybrid:
+            probe.shut()
+            yield hybrid, probe, cloud
+            cloud.gate.set()
+            probe.release()
+
+
+def test_hedging_takes_what_comes_first(slow):
+    hybrid, probe, cloud = slow
+    assert hybrid.predict(UNSURE)["path"] == "cloud"  # the device was held back
+    probe.release()
+    wait_until(lambda: probe.inside_now == 0)
+    cloud.gate.clear()
+    assert hybrid.predict(SURE)["path"] == "local"  # now the cloud is
+    assert hybrid.predict(SURE, timeout_ms=PATIENCE_S * 1e3)["predictions"] == [SURE]
+
+
+def test_hedging_waits_for_the_device_when_the_cloud_fails(slow):
+    hybrid, probe, cloud = slow
+    cloud.error = ServerClosedError("away")
+    threads = Threads()
+    threads.start(hybrid.predict, UNSURE)
+    wait_until(lambda: hybrid.breaker.stats()["failures_in_a_row"] == 1)
+    probe.release()
+    assert threads.results()[0]["path"] == "local"
+
+
+def test_without_hedging_a_slow_device_is_waited_for(slow):
+    hybrid, probe, cloud = slow
+    threads = Threads()
+    with HybridServer(hybrid.edge, cloud, consent=True) as patient:
+        threads.start(patient.predict, UNSURE)
+        probe.wait_inside(1)
+        probe.release()
+        assert threads.results()[0]["path"] == "local" and not cloud.asked
+
+
+def test_hedging_is_awaited_too(slow):
+    hybrid, probe, _ = slow
+    assert asyncio.run(hybrid.apredict(UNSURE))["path"] == "cloud"
+    probe.release()
+    with pytest.raises(InvalidInputError):
+        hybrid.predict("nonsense")
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [({"predictions": [1, 1]}, "Flserving"), ({"predictions": 3}, "Flserving"), ({"predictions": None}, "Flserving")],
+    ids=["rows", "scalar", "none"],
+)
+def test_an_answer_that_is_none_is_a_failure_of_the_cloud(world, said, reason):
+    world.cloud.said = said | {"confidences": None}
+    hybrid = world.hybrid()
+    assert hybrid.predict(UNSURE)["path"] == "degraded"
+    assert hybrid.get_all_stats()["hybrid"]["cloud_refusals"] == {reason: 1}
+    assert hybrid.breaker.stats()["failures_in_a_row"] == 1
+
+
+def test_the_breaker_counts_what_says_that_the_cloud_is_ill(world):
+    hybrid = world.hybrid(breaker=CircuitBreaker(2))
+    for error in (UnauthorizedError("who?"), InvalidInputError("no"), UnauthorizedError("who?")):
+        world.cloud.error = error
+        assert hybrid.predict(UNSURE)["path"] == "degraded"
+    assert hybrid.breaker.state == "closed"
+    for error in (OSError("cable"), DeadlineExceededError("late")):
+        world.cloud.error = error
+        assert hybrid.predict(UNSURE)["path"] == "degraded"
+    assert hybrid.breaker.state == "open" and len(world.cloud.asked) == 5
+    assert hybrid.predict(UNSURE)["path"] == "degraded" and len(world.cloud.asked) == 5
+
+
+def test_a_device_without_a_model_asks_the_cloud_and_says_why_it_cannot_when_that_fails(world):
+    with EdgeModelServer(CONFIG) as empty, HybridServer(empty, world.cloud, consent=True) as hybrid:
+        assert hybrid.predict(UNSURE)["path"] == "cloud"
+        world.cloud.error = ServerClosedError("away")
+        with pytest.raises(FlservingError, match="no model is served"):
+            hybrid.predict([7.0, 7.0])
+        with pytest.raises(InvalidInputError, match="finite"):
+            hybrid.predict([float("nan"), 0.0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"policy": "cloud_first"}, {"threshold": -0.1}, {"threshold": float("nan")}, {"cloud_share": 0},
+     {"cloud_share": 1}, {"hedge_ms": -1}, {"hedge_ms": True}, {"policy": "as_drawn", "hedge_ms": 5},
+     {"cache_bytes": 0}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_settings_are_refused(world, options):
+    with pytest.raises(ConfigError):
+        world.hybrid(**options)
+
+
+def test_closing_leaves_edge_and_cloud_open(world):
+    hybrid = world.hybrid()
+    assert hybrid.ready and hybrid.predict(SURE)["path"] == "local"
+    hybrid.close()
+    hybrid.close()
+    assert not hybrid.ready and world.edge.ready
+    for call in (lambda: hybrid.predict(SURE), lambda: hybrid.predict(SURE, version=1)):
+        with pytest.raises(ServerClosedError):
+            call()
+    assert world.edge.predict(SURE)["path"] == "local"
+
+
+def test_the_doors_serve_it_unchanged(world):
+    hybrid = world.hybrid()
+    with flserving.serve(hybrid, grpc_port=0) as endpoint:
+        for url in (endpoint.url, f"grpc://{endpoint.grpc_url}"):
+            with Client(url, endpoint.token) as client:
+                local, remote = client.predict(SURE), client.predict([UNSURE, [0.2, 0.1]], stages=True)
+                assert (local["path"], local["round"], local["degraded"]) == ("local", 4, False)
+                assert remote["path"] in ("cloud", "cache") and remote["round"] == 5 and remote["predictions"] == [1, 1]
+                assert remote["stages_ms"].keys() == {remote["path"]}
+                assert client.ready() and client.metadata()["name"] == "flserving"
+                assert [row["name"] for row in client.models()] == ["model"]
+    assert hybrid.get_all_stats()["hybrid"]["paths"] == {"local": 2, "cloud": 1, "cache": 1}
+    assert b"flserving_ready 1.0" in exposition(hybrid)[0]
+
+
+# The breaker
+
+
+def test_a_breaker_opens_after_k_failures_in_a_row_and_closes_after_a_success():
+    now = [0.0]
+    breaker = CircuitBreaker(3, 10, clock=lambda: now[0])
+    for outcome in (False, False, True, False, False):
+        assert breaker.allow()
+        breaker.record(outcome)
+    assert breaker.state == "closed"
+    breaker.record(False)
+    assert breaker.state == "open" and not breaker.allow()
+    now[0] = 9.9
+    assert not breaker.allow()
+    now[0] = 10.0
+    assert breaker.state == "half_open"
+    assert [breaker.allow() for _ in range(3)] == [True, False, False]  # one probe
+    breaker.record(False)
+    now[0] = 19.9
+    assert not breaker.allow()
+    now[0] = 20.0
+    assert breaker.allow()  # of this one nothing is heard
+    now[0] = 30.0
+    assert breaker.allow()
+    breaker.record(True)
+    assert breaker.state == "closed" and breaker.allow() and breaker.allow()
+    assert breaker.stats() == {"state": "closed", "failures_in_a_row": 0, "opened": 1, "refused": 5}
+
+
+def test_of_many_threads_one_gets_the_probe():
+    now, threads = [0.0], Threads()
+    breaker, together = CircuitBreaker(1, 5, clock=lambda: now[0]), threading.Barrier(16)
+    breaker.record(False)
+    now[0] = 5.0
+
+    def ask():
+        together.wait(PATIENCE_S)
+        return breaker.allow()
+
+    for _ in range(16):
+        threads.start(ask)
+    assert sum(threads.results()) == 1
+
+
+@pytest.mark.parametrize("options", [{"failures": 0}, {"failures": 1.5}, {"pause_s": 0}, {"pause_s": True}], ids=str)
+def test_a_breaker_with_wrong_settings_is_refused(options):
+    with pytest.raises(ConfigError):
+        CircuitBreaker(**options)
