@@ -7,18 +7,22 @@ The names below are the whole public surface; everything else is imported from i
 from flserving.api import serve
 from flserving.cache import ModelCache, PredictionCache
 from flserving.config import ServingConfig
+from flserving.edge import EdgeModelServer
 from flserving.engine import InferenceEngine
 from flserving.errors import FlservingError
+from flserving.personalized import PersonalizedServer
 from flserving.pipeline import create_serving_pipeline, demo_serving
 from flserving.registry import Registry
 from flserving.server import ModelServer
 from flserving.transforms import Postprocessor, Preprocessor
 
 __all__ = [
+    "EdgeModelServer",
     "FlservingError",
     "InferenceEngine",
     "ModelCache",
     "ModelServer",
+    "PersonalizedServer",
     "Postprocessor",
     "PredictionCache",
     "Preprocessor",

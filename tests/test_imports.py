@@ -18,7 +18,7 @@ PACKAGE = Path(flserving.__file__).parent
 # A module may import from floors below its own, and from its own floor as long as no circle arises.
 FLOORS = {
     7: {"__init__", "__main__", "cli", "doctor"},
-    6: {"edge", "edge_process", "hybrid", "sync", "cluster"},
+    6: {"edge", "edge_process", "hybrid", "policies", "sync", "downloads", "cluster"},
     5: {"api"},
     4: {"server", "hosting", "doors", "pipeline", "personalized"},
     3: {
@@ -30,7 +30,7 @@ FLOORS = {
         *("routing", "transforms", "models", "datasets", "config"),
         *("heads", "headfile", "release", "delta"),
     },
-    1: {"cache", "telemetry", "network", "breaker", "monitoring"},
+    1: {"cache", "telemetry", "network", "breaker", "calibration", "monitoring"},
     0: {"errors", "accounts"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
