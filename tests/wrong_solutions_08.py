@@ -12,13 +12,13 @@ import torch
 def batched_heads(features, weights, slots):
     """Every row through the head of its own client, in one product.
 
-    features: float32 [N, D], from the shared body. weights: float32 [K, D + 1, C], all heads;
-    the last row of each is its bias. slots: int64 [N], whose head a row gets, in [0, K).
-    Returns logits float32 [N, C], equal to ``one_by_one(features, weights, slots)``.
+    features: float32 [N, D], from the shared body. weights: float32 [K, D + 1, C], all
+    heads; the last row of each is its bias. slots: int64 [N], whose head a row gets.
+    Returns logits float32 [N, C], equal to those of the loop above.
     """
     ### BEGIN SOLUTION
-    own = weights[slots]  # [N, D + 1, C]: the heads of this batch, a copy
-    product = torch.bmm(features[:, None], own[:, :-1])  # N products [1, D] x [D, C] in one call
+    own = weights[slots]  # [N, D + 1, C]: a copy of this batch's heads
+    product = torch.bmm(features[:, None], own[:, :-1])  # N products in one call
     return product[:, 0] + own[:, -1]
     ### END SOLUTION
 '''
@@ -27,7 +27,7 @@ from flserving.lab.checks import check_heads
 
 check_heads(batched_heads)"""
 
-_OWN = "weights[slots]  # [N, D + 1, C]: the heads of this batch, a copy"
+_OWN = "weights[slots]  # [N, D + 1, C]: a copy of this batch's heads"
 _PRODUCT = "torch.bmm(features[:, None], own[:, :-1])"
 _ANSWER = "product[:, 0] + own[:, -1]"
 _LOOP = """\
@@ -123,7 +123,7 @@ WRONG["batch-heads"] = {
 
 SOLUTIONS["choose-head"] = '''\
 def choose_heads(right):
-    """For every client, the head that should serve it: a dict client -> "own" or "shared".
+    """The head that should serve each client: a dict client -> "own" or "shared".
 
     right[client][split][head]: whether each sample was answered right, bool [n];
     split is "train" or "held_out", head is "own" or "shared".
@@ -131,7 +131,7 @@ def choose_heads(right):
     ### BEGIN SOLUTION
     choice = {}
     for client, splits in right.items():
-        hits = {head: answers.sum() for head, answers in splits["held_out"].items()}
+        hits = {head: seen.sum() for head, seen in splits["held_out"].items()}
         choice[client] = "own" if hits["own"] > hits["shared"] else "shared"
     return choice
     ### END SOLUTION
@@ -141,7 +141,7 @@ from flserving.lab.checks import check_head_choice
 
 check_head_choice(choose_heads)"""
 
-_HITS = 'hits = {head: answers.sum() for head, answers in splits["held_out"].items()}'
+_HITS = 'hits = {head: seen.sum() for head, seen in splits["held_out"].items()}'
 _IF = '"own" if hits["own"] > hits["shared"] else "shared"'
 
 

@@ -79,7 +79,7 @@ def who_gains_figure(table: "pd.DataFrame", fig: Figure | None = None) -> Figure
         right.barh(place[1:], lose, color=VERMILION, height=0.6, label="worse")
         right.barh(place[1:], 100 - gain - lose, left=lose, color=GREY, height=0.6, label="the same")
         right.barh(place[1:], gain, left=100 - gain, color=GREEN, height=0.6, label="better")
-        right.text(50, 0, "compared with the global model:", ha="center", va="center", fontsize=10, color=INK)
+        right.text(50, 0, "compared with the shared model:", ha="center", va="center", fontsize=10, color=INK)
         right.set(xlabel="clients that it serves (%)", xlim=(0, 100))
         for ax in (left, right):
             ax.grid(axis="y", visible=False)

@@ -33,7 +33,7 @@ ALPHAS = (0.1, 0.3, 1, 3, 100)
 CLIENTS = (5, 20, 5)  # low, high, step, as a slider takes it
 SAMPLES = (20, 80, 20)  # of a client on average, both splits together
 ROUNDS, SEEDS = 10, range(5)
-GLOBAL = "global model"
+GLOBAL = "shared model"
 METHODS = {"fedavg_ft": "fine-tuned head", "fedper": "FedPer", "fedrep": "FedRep", "local": "local only"}
 COLUMNS = ("mean", "worst", "gain", "lose")
 """Mean and worst accuracy over clients on their held-out samples; share of the clients that do better, and worse, than
