@@ -17,8 +17,8 @@ def versions(entries: Mapping[int, Manifest | str], aliases: Mapping[str, int]) 
     """One row per version, oldest first.
 
     Columns: created_at, aliases, round, parent_version, num_clients, strategy, one per metric (missing: NaN),
-    weights_nbytes, note. A version whose manifest cannot be read (a message instead of a manifest) keeps its row, and a
-    column ``problem`` appears.
+    weights_nbytes, note; num_heads where any version has personal heads. A version whose manifest cannot be read (a
+    message instead of a manifest) keeps its row, and a column ``problem`` appears.
     """
     rows = []
     for version, entry in entries.items():
@@ -30,10 +30,11 @@ def versions(entries: Mapping[int, Manifest | str], aliases: Mapping[str, int]) 
         row["created_at"] = entry.created_at
         for field in ("round", "parent_version", "num_clients", "strategy"):
             row[field] = getattr(entry.lineage, field, None)
-        rows.append({**row, **entry.metrics, "weights_nbytes": entry.weights_nbytes, "note": entry.note})
+        heads = {"num_heads": entry.heads.num_heads} if entry.heads else {}
+        rows.append({**row, **entry.metrics, **heads, "weights_nbytes": entry.weights_nbytes, "note": entry.note})
     frame = pd.DataFrame(rows).set_index("version")
     frame["created_at"] = pd.to_datetime(frame["created_at"], utc=True, format="ISO8601")
-    counts = ["round", "parent_version", "num_clients", "weights_nbytes"]
+    counts = ["round", "parent_version", "num_clients", "num_heads", "weights_nbytes"]
     return frame.astype({column: "Int64" for column in counts if column in frame})
 
 
@@ -47,12 +48,12 @@ def history(moves: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
 def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping[str, Tensor]]) -> pd.DataFrame:
     """Two versions side by side: rows (kind, item); columns a, b, equal, difference.
 
-    ``field``, ``lineage``: what the manifests say. ``metric``: difference is b - a. ``digest``: whether weights, body,
-    head and preprocessing are the same. ``tensor``: a and b are the L2 norms, difference is the norm of b - a (NaN if
-    the shapes differ).
+    ``field``, ``lineage``, ``heads``: what the manifests say. ``metric``: difference is b - a. ``digest``: whether
+    weights, body, head and preprocessing are the same. ``tensor``: a and b are the L2 norms, difference is the norm of
+    b - a (NaN if the shapes differ).
     """
     rows: list[tuple[str, str, Any, Any, bool, float]] = []
-    for kind, left, right in zip(("field", "lineage", "digest"), _facts(a[0]), _facts(b[0]), strict=True):
+    for kind, left, right in zip(("field", "lineage", "digest", "heads"), _facts(a[0]), _facts(b[0]), strict=True):
         for item in {**left, **right}:
             x, y = left.get(item), right.get(item)
             rows.append((kind, item, x, y, x == y, float("nan")))
@@ -65,13 +66,13 @@ def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping
     return frame.set_index(["kind", "item"])
 
 
-def _facts(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _facts(manifest: Manifest) -> tuple[dict[str, Any], ...]:
     fields = msgspec.structs.asdict(manifest)
-    lineage, digests = fields.pop("lineage"), fields.pop("digests")
+    lineage, digests, heads = fields.pop("lineage"), fields.pop("digests"), fields.pop("heads")
     for apart in ("metrics", "preprocessing", "format", "name"):
         del fields[apart]
     signature = msgspec.structs.asdict(fields.pop("signature"))
-    return fields | signature, msgspec.structs.asdict(lineage) if lineage else {}, msgspec.structs.asdict(digests)
+    return fields | signature, *(msgspec.structs.asdict(it) if it else {} for it in (lineage, digests, heads))
 
 
 def _tensors(x: Tensor | None, y: Tensor | None) -> tuple[float, float, bool, float]:

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from flserving import draft, index, manifest, registry, storage, weights
+from flserving import draft, headfile, heads, index, manifest, registry, storage, weights
 from flserving.errors import NotFoundError
+from flserving.heads import HeadSet
 from flserving.registry import Registry
 
 SIZES = [16, 32, 4]
 BIG_SIZES = [256, 512, 4]  # half a megabyte: a longer write to be killed in
-TRACED = {module.__file__ for module in (registry, storage, index, draft, weights, manifest)}
+TRACED = {module.__file__ for module in (registry, storage, index, draft, weights, manifest, heads, headfile)}
 
 
 def tensors_of(seed: int) -> dict[str, torch.Tensor]:
@@ -41,6 +42,14 @@ def tensors_of(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for name, shape in shapes.items()}
 
 
+def heads_of(seed: int) -> HeadSet | None:
+    """The personal heads that version ``seed`` must hold: every other one has none."""
+    if seed % 2:
+        return None
+    rng = np.random.default_rng(seed)
+    return HeadSet("head", [f"{seed}-{i}" for i in range(50)], rng.random((50, BIG_SIZES[1] + 1, 4), np.float32))
+
+
 def publish_next(opened: Registry) -> None:
     seed = len(opened.version_numbers("m")) + 1
     opened.publish(
@@ -49,6 +58,7 @@ def publish_next(opened: Registry) -> None:
         architecture="mlp",
         parameters={"sizes": SIZES if seed % 2 else BIG_SIZES},
         lineage={"round": seed},
+        heads=heads_of(seed),
         alias="latest",
     )
 
@@ -65,6 +75,12 @@ def check(root: Path, known: int) -> int:
             assert artifact.manifest.lineage is not None and artifact.manifest.lineage.round == number
             assert artifact.tensors.keys() == expected.keys()
             assert all(torch.equal(artifact.tensors[name], expected[name]) for name in expected), f"version {number}"
+            if (promised := heads_of(number)) is None:
+                assert artifact.heads is None
+            else:
+                assert artifact.heads is not None
+                slots = np.array([artifact.heads.find(client) for client in promised.clients])
+                assert torch.equal(artifact.heads.gather(slots), torch.from_numpy(promised.weights)), f"heads {number}"
         assert not list((root / "staging").iterdir()), "leftovers of the dead were not removed"
         return len(numbers)
 
