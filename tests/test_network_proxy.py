@@ -1,9 +1,10 @@
 """The proxy before a real server: the link's closed forms in real time, four cuts, nothing left behind.
 
-Whatever a busy machine does to it, an exchange never takes less than the link says, and the best of some tries is
-within 5 % of it.
+In virtual time the proxy's pacing is the closed form. Through real sockets an exchange never takes less than the link
+says, and the best of some tries is within 5 % of it, late wake-ups of the machine apart.
 """
 
+import asyncio
 import contextlib
 import gc
 import hashlib
@@ -11,6 +12,7 @@ import http.client
 import http.server
 import math
 import os
+import selectors
 import socket
 import socketserver
 import struct
@@ -20,6 +22,7 @@ import time
 import numpy as np
 import pytest
 
+from bystander import Bystander
 from flserving.errors import ConfigError
 from flserving.lab.proxy import Proxy
 from flserving.network import Link
@@ -87,17 +90,84 @@ def exchange(caller, request_nbytes=8, response_nbytes=1):
 
 
 def assert_closed_form(measure, expected_s):
-    best_s = math.inf
+    """Never faster; and, the best of some tries, 5 % slower at most, and the late wake-ups of six threads in turn."""
+    tries = []
     for _ in range(TRIES):
-        took_s = measure()
+        with Bystander() as beside:
+            took_s = measure()
         assert took_s >= expected_s, "faster than the link"
-        best_s = min(best_s, took_s)
-        if best_s <= 1.05 * expected_s:
+        tries.append((took_s, beside.late_s))
+        if took_s <= 1.05 * expected_s + 6 * beside.late_s:
             return
-    pytest.fail(f"{best_s:.4f} s at best, the link says {expected_s:.4f} s")
+    pytest.fail(f"(took, late wake-up) s: {tries}; the link says {expected_s:.4f} s")
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop that jumps to its next timer instead of waiting."""
+
+    def __init__(self):
+        self.now_s = 500.0
+        super().__init__(selectors.SelectSelector())
+        select = self._selector.select
+        self._selector.select = lambda timeout: (self._jump(timeout), select(0))[1]
+
+    def _jump(self, timeout):
+        assert timeout is not None, "nothing left to wait for: deadlock"
+        self.now_s += max(0, timeout)
+
+    def time(self):
+        return self.now_s
+
+
+class Sink:
+    def __init__(self):
+        self.data = b""
+
+    def write(self, data):
+        self.data += bytes(data)
+
+    async def drain(self):
+        self.done_s = asyncio.get_running_loop().time() - 500
+
+    def write_eof(self):
+        pass
 
 
 # --------------------------------------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("nbytes", [1, 1_500, 40_000, 1_000_000])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rtt_ms": 100},
+        {"rtt_ms": 60, "up_bytes_s": 1e5, "down_bytes_s": 3e6},
+        {"rtt_ms": 60, "up_bytes_s": 1e7, "down_bytes_s": 1e7, "loss": 1e-4},
+        {"rtt_ms": 30, "up_bytes_s": 1e5, "down_bytes_s": 1e5, "outages": [(0.001, 5), (5.02, 6)]},
+    ],
+    ids=["rtt", "bandwidth", "mathis", "outages"],
+)
+def test_in_virtual_time_a_message_takes_what_the_link_says(settings, nbytes, up):
+    """The proxy's own pacing, without a machine below it: equal to the closed form, whatever pieces come in."""
+    payload, sink = np.random.default_rng(nbytes).bytes(nbytes), Sink()
+
+    async def send():
+        source, line = asyncio.StreamReader(limit=1 << 30), asyncio.Queue(1_000)
+        pacing = Proxy.__new__(Proxy)  # no socket, no thread
+        pacing._link, pacing._loop, pacing._started_s = Link(**settings), asyncio.get_running_loop(), 500.0
+        pacing._slow_bytes_s, pacing._passing = 0.0, asyncio.Event()
+        pacing.up_nbytes = pacing.down_nbytes = 0
+        pacing._passing.set()
+        source.feed_data(payload)
+        source.feed_eof()
+        await asyncio.gather(pacing._send(source, line, 0.0, up), pacing._deliver(line, sink, up))
+        return pacing.up_nbytes if up else pacing.down_nbytes
+
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(send()) == nbytes
+    assert sink.data == payload
+    assert sink.done_s == pytest.approx(Link(**settings).transfer_s(nbytes, up=up), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +391,7 @@ def test_half_a_close_passes():
         assert caller.recv(10, socket.MSG_WAITALL) == b"cba"
 
 
-def test_twenty_proxies_closed_in_the_middle_leave_nothing(port):
+def test_a_dozen_proxies_closed_in_the_middle_leave_nothing(port):
     def left():
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
@@ -330,7 +400,7 @@ def test_twenty_proxies_closed_in_the_middle_leave_nothing(port):
         pytest.skip("counts open files in /proc")
     names = lambda: sum(thread.name == "flserving-proxy" for thread in threading.enumerate())  # noqa: E731
     before = None
-    for number in range(21):
+    for number in range(13):
         proxy = Proxy(Link(rtt_ms=10, down_bytes_s=1e5), "127.0.0.1", port)
         with connect(proxy) as caller, connect(proxy):
             caller.sendall(struct.pack("!II", 0, 20_000_000))  # far more than can be delivered
