@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from flserving.errors import ConfigError, FlservingError
 
 if TYPE_CHECKING:
+    from flserving.edge import EdgeModelServer
+    from flserving.hybrid import HybridServer
     from flserving.sync import SyncAgent
 
 TOKEN = "FLSERVING_CLOUD_TOKEN"
@@ -38,6 +40,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout-s", type=float, default=10.0, help="longest silence of the cloud (default 10)")
     parser.add_argument("--fresh-s", type=float, help="an answer from an older model says that it is degraded")
     parser.add_argument("--refuse-s", type=float, help="an older model does not answer")
+    parser.add_argument("--policy", choices=["local", "local_first", "as_drawn"], default="local",
+                        help="local: nothing that is asked leaves the device; the others ask the cloud where they are "
+                        "in doubt, and choosing one is the consent to that")  # fmt: skip
+    parser.add_argument("--threshold", type=float, default=0.8, help="lowest confidence that is trusted (default 0.8)")
     parser.add_argument("--port", type=int, default=0, help="port of REST on 127.0.0.1; 0 takes a free one")
     parser.add_argument("--grpc-port", type=int, default=0, help="port of gRPC; 0 takes a free one")
     parser.add_argument("--no-grpc", action="store_true", help="REST only")
@@ -67,14 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
                 fresh_s=arguments.fresh_s, refuse_s=arguments.refuse_s,
             )
         )  # fmt: skip
+        secret = _cloud_token(arguments.token_file)
         agent = SyncAgent(
-            arguments.cloud, _cloud_token(arguments.token_file), registry, edge=edge, model=arguments.model,
+            arguments.cloud, secret, registry, edge=edge, model=arguments.model,
             client=arguments.client, key=arguments.key, form=arguments.form, memory=memory,
             ca=None if arguments.ca is None else _read(arguments.ca), timeout_s=arguments.timeout_s,
         )  # fmt: skip
         stack.callback(agent.close)
+        server = edge if arguments.policy == "local" else stack.enter_context(_hybrid(arguments, edge, secret, stack))
         grpc_port = None if arguments.no_grpc else arguments.grpc_port
-        endpoint = stack.enter_context(api.serve(edge, tokens=tokens, port=arguments.port, grpc_port=grpc_port))
+        endpoint = stack.enter_context(api.serve(server, tokens=tokens, port=arguments.port, grpc_port=grpc_port))
         shown = "the one in FLSERVING_TOKEN" if given else token
         print(f"REST   {endpoint.url}\ngRPC   {endpoint.grpc_url or 'off'}\ntoken  {shown}", flush=True)
         pulling = threading.Thread(target=_keep_up, args=(agent, arguments.poll_s, stop, _say), daemon=True)
@@ -86,6 +94,19 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stdout.flush()
             os._exit(0)
     return 0
+
+
+def _hybrid(
+    arguments: argparse.Namespace, edge: "EdgeModelServer", token: str | None, stack: contextlib.ExitStack
+) -> "HybridServer":  # fmt: skip
+    from flserving.api.client import Client
+    from flserving.hybrid import HybridServer
+
+    if edge.model not in edge.registry.models() and arguments.model is None:
+        raise ConfigError(f"policy {arguments.policy!r} asks the cloud for a model: name it with --model")
+    client = stack.enter_context(Client(arguments.cloud, token, ca=arguments.ca))
+    policy, threshold = arguments.policy, arguments.threshold
+    return HybridServer(edge, client, policy, consent=True, threshold=threshold, personal=True)
 
 
 def _keep_up(agent: "SyncAgent", poll_s: float, stop: threading.Event, say: Callable[[str], object]) -> None:

@@ -62,9 +62,15 @@ def cloud(root, *rounds, with_heads=False, **options):
     with Registry(root) as registry:
         for number in rounds:
             publish(registry, number, with_heads=with_heads)
-        options = {"tokens": tokens(), "grpc_port": None, "artifacts": True} | options
+        options = {"tokens": tokens(), "grpc_port": None, "artifacts": True, "hosts": ("127.0.0.1",)} | options
         with ModelServer(registry=registry) as server, flserving.serve(server, **options) as endpoint:
             yield registry, endpoint
+
+
+def _cut(*sockets):
+    for one in sockets:
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
 
 
 class Between:
@@ -76,7 +82,7 @@ class Between:
         self._cloud, self.cuts = (host, int(port)), list(cuts)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.requests = []  # first bytes of each connection
+        self.requests, self._open = [], []  # what was asked; sockets
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
@@ -92,6 +98,7 @@ class Between:
 
     def _relay(self, near, limit):
         with near, socket.create_connection(self._cloud, timeout=PATIENCE_S) as far:
+            self._open += [near, far]
             upward = threading.Thread(target=self._upward, args=(near, far))
             upward.start()
             passed = 0
@@ -102,9 +109,7 @@ class Between:
                     passed += len(data)
                     if limit is not None and passed >= limit:
                         break
-            for end in (near, far):
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+            _cut(near, far)
             upward.join()
 
     def _upward(self, near, far):
@@ -115,9 +120,10 @@ class Between:
             far.shutdown(socket.SHUT_RDWR)
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accept
+        _cut(self._listener)  # wakes the accept
         self._listener.close()
+        self._threads[0].join(PATIENCE_S)
+        _cut(*self._open)
         for thread in self._threads:
             thread.join(PATIENCE_S)
             assert not thread.is_alive()

@@ -1,0 +1,245 @@
+"""``flserving edge`` as a device runs it: a process of its own, without its cloud, killed at any instant."""
+
+import contextlib
+import os
+import random
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from edge_cloud import Between, X, cloud, publish
+from flserving import Registry, cli
+from flserving.api.client import Client
+from flserving.edge_process import _keep_up
+from flserving.errors import ServerClosedError
+from flserving.sync import Pulled
+from serving_models import PATIENCE_S, wait_until
+
+HERE = Path(__file__).parent
+
+
+class Device:
+    """A command that serves; ``url``, ``grpc_url`` and ``token`` as it printed them."""
+
+    def __init__(self, root, url, *options, token="c-1", **environment):
+        command = [sys.executable, "-m", "flserving", "edge", "--cloud", url, "--client", "c-1", "--poll-s", "0.05",
+                   "--directory", str(root), *map(str, options)]  # fmt: skip
+        env = {**os.environ, "FLSERVING_CLOUD_TOKEN": token, **environment}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={name: value for name, value in env.items() if value is not None},
+        )  # fmt: skip
+        lines = [self.process.stdout.readline() for _ in range(3)]
+        assert lines[0].startswith("REST"), self.process.communicate()
+        self.url, self.grpc_url, self.token = (line.split()[1] for line in lines)
+
+    def round(self, client):
+        try:
+            return client.predict(X)["round"]
+        except Exception:  # none yet
+            return 0
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        _, self.stderr = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode
+
+
+@contextlib.contextmanager
+def device(root, url, *options, **environment):
+    running = Device(root, url, *options, **environment)
+    try:
+        with Client(running.url, running.token) as client:
+            yield running, client
+    finally:
+        running.process.kill()
+        running.process.communicate(timeout=PATIENCE_S)
+
+
+def test_a_device_serves_follows_and_outlives_its_cloud(tmp_path):
+    with cloud(tmp_path / "cloud", 1, with_heads=True) as (released, endpoint):
+        with Between(endpoint.url) as between, device(tmp_path / "edge", between.url) as (running, client):
+            wait_until(lambda: running.round(client) == 1)
+            answer = client.predict(X)
+            assert (answer["path"], answer["head"], answer["model_type"]) == ("local", "own", "personal")
+            assert answer["degraded"] is False
+            publish(released, 2, with_heads=True)
+            wait_until(lambda: running.round(client) == 2)
+            with Client(f"grpc://{running.grpc_url}", running.token) as other:
+                assert other.predict(X)["round"] == 2
+            assert httpx.get(f"{running.url}/v2/models/m").status_code == 401, "loopback asks for the token too"
+            between.close()  # the cloud is gone
+            assert client.predict(X)["round"] == 2
+            assert running.end() == 0
+            assert running.stderr.count("round 2 serves") == 1 and "Traceback" not in running.stderr
+        with device(tmp_path / "edge", "http://127.0.0.1:9", FLSERVING_TOKEN="mine") as (running, _):
+            assert running.token == "the"
+            with Client(running.url, "mine") as client:
+                assert client.predict(X)["round"] == 2, "it serves at once, without the cloud"
+            assert running.end(signal.SIGINT) == 0 and "no update (no answer from" in running.stderr
+
+
+def test_a_policy_asks_the_cloud_where_the_device_is_in_doubt(tmp_path):
+    with cloud(tmp_path / "cloud", 1, with_heads=True) as (_, endpoint):
+        options = ("--model", "m", "--policy", "local_first", "--threshold", 0.999999, "--no-grpc")
+        with device(tmp_path / "edge", endpoint.url, *options) as (running, client):
+            wait_until(lambda: running.round(client) == 1 or client.ready())
+            assert running.grpc_url == "off"
+            wait_until(lambda: client.predict(X)["path"] in ("cloud", "cache"))
+            endpoint.close()
+            wait_until(lambda: client.predict(X + 1)["path"] == "degraded")
+            assert running.end() == 0
+
+
+def test_the_token_never_stands_on_the_command_line(tmp_path):
+    secret = tmp_path / "token"
+    secret.write_text("c-1\n")
+    secret.chmod(0o600)
+    with cloud(tmp_path / "cloud", 1) as (_, endpoint):
+        options = ("--token-file", secret, "--no-grpc")
+        with device(tmp_path / "edge", endpoint.url, *options, token=None) as (running, client):
+            wait_until(lambda: running.round(client) == 1)
+            assert running.end() == 0
+
+
+def test_a_device_over_tls_trusts_its_authority_only(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert ssl.create_default_context(cafile=certificate)
+    with cloud(tmp_path / "cloud", 1, certificate=certificate, key=key) as (_, endpoint):
+        with device(tmp_path / "edge", endpoint.url, "--no-grpc", "--ca", certificate) as (running, client):
+            wait_until(lambda: running.round(client) == 1)
+        with device(tmp_path / "other", endpoint.url, "--no-grpc") as (running, client):
+            line = running.process.stderr.readline()
+            assert "no update" in line and "CERTIFICATE_VERIFY_FAILED" in line and running.round(client) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--cloud", "ftp://x"], "write http"),
+        (["--cloud", "http://127.0.0.1:9/path"], "write http"),
+        (["--poll-s", "0"], "poll-s is 0"),
+        (["--timeout-s", "-1"], "timeout-s is -1"),
+        (["--key", "abc"], "64 hex digits"),
+        (["--ca", "{none}"], "cannot be read"),
+        (["--token-file", "{none}"], "cannot be read"),
+        (["--token-file", "{open}"], "chmod 600"),
+        (["--token-file", "{words}"], "the token and nothing else"),
+        (["--fresh-s", "9", "--refuse-s", "3"], "flag an answer before"),
+        (["--policy", "as_drawn"], "name it with --model"),
+        (["--directory", "{file}"], "cannot hold a registry"),
+    ],
+    ids=lambda value: "-".join(value).replace("{", "").replace("}", "") if isinstance(value, list) else "",
+)
+def test_what_cannot_run_says_why(tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.delenv("FLSERVING_CLOUD_TOKEN", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    places = {name: tmp_path / name for name in ("none", "open", "words", "file", "edge")}
+    places["open"].write_text("secret")
+    places["open"].chmod(0o644)
+    places["words"].write_text("two words")
+    places["words"].chmod(0o600)
+    places["file"].write_text("")
+    given = [option.format(**places) for option in options]
+    base = ["edge", "--cloud", "http://127.0.0.1:9", "--client", "c", "--directory", str(places["edge"])]
+    try:
+        assert cli.main([*base, *given]) == 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    shown = capsys.readouterr()
+    assert shown.out == "" and says in shown.err and "secret" not in shown.err
+
+
+def test_waits_grow_and_are_spread_and_nothing_ends_the_loop():
+    """In virtual time: ``stop`` counts what it is asked to wait."""
+
+    class Stop(threading.Event):
+        def __init__(self, turns):
+            super().__init__()
+            self.turns, self.waits = turns, []
+
+        def wait(self, timeout=None):
+            self.waits.append(timeout)
+            if len(self.waits) == self.turns:
+                self.set()
+
+    class Agent:
+        def __init__(self):
+            self.turn = 0
+
+        def pull(self):
+            self.turn += 1
+            if self.turn < 6:
+                raise ServerClosedError("no answer") if self.turn != 3 else ZeroDivisionError("a bug")
+            return Pulled(self.turn == 6, 7, 7, 7, {})
+
+    said, stop = [], Stop(9)
+    random.seed(0)
+    _keep_up(Agent(), 10.0, stop, said.append)
+    for got, base in zip(stop.waits, [1, 2, 4, 8, 10, 10, 10, 10, 10], strict=True):
+        assert 0.9 * base <= got <= 1.1 * base
+    assert len(set(stop.waits)) == 9
+    assert said == ["no update (no answer)", "no update (ZeroDivisionError)", "no update (no answer)",
+                    "round 7 serves (the cloud's version 7, here 7)"]  # fmt: skip
+
+
+# kill -9
+
+
+def kills(tmp_path, count, form, sizes):
+    """Kill a device in the midst of ``count`` updates; how often it had the new round, and how often the one before."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    with cloud(tmp_path / "cloud") as (released, endpoint):
+        publish(released, 1, with_heads=True, sizes=sizes)
+        endpoint.v2.server.serve(released, "m")
+        command = [sys.executable, str(HERE / "edge_crash.py"), str(tmp_path / "edge"), endpoint.url, form, str(seed)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        found = []
+        try:
+            for number in range(1, count + 1):
+                if number > 1:
+                    publish(released, number, with_heads=True, sizes=sizes)
+                process.stdin.write(f"{number}\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+                assert line, f"seed {seed}, kill {number}: {process.communicate()[1]}"
+                found.append(int(line) == number)
+        finally:
+            process.kill()
+            process.communicate()
+        with Registry(tmp_path / "edge") as registry:
+            assert registry.version_numbers("m") == list(range(1, len(registry.version_numbers("m")) + 1))
+            assert len(list((tmp_path / "edge" / "sync").glob("*.part"))) <= 1
+            assert len(os.listdir(tmp_path / "edge" / "staging")) <= 2, "of the last one only"
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("form", ["exact", "int8"])
+def test_kill_9_at_random_instants(tmp_path, form):
+    found = kills(tmp_path, 10, form, [8, 24, 3])
+    assert len(found) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("form", ["exact", "int8"])
+def test_kill_9_at_a_hundred_random_instants(tmp_path, form):
+    found = kills(tmp_path, 100, form, [8, 24, 3])
+    assert 10 < sum(found) < 90, f"the kills hit hardly any update, or all of them: {sum(found)} came through"
