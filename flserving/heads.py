@@ -76,7 +76,7 @@ class HeadSet:
             raise InvalidModelError(f"{len(clients):,} clients, {len(weights):,} heads: give one head each")
         for client in clients:
             if not isinstance(client, str) or not 0 < len(client) <= MAX_CLIENT_CHARS:
-                raise InvalidModelError(f"client {str(client)[:80]!r}: use text of 1 to {MAX_CLIENT_CHARS} characters")
+                raise InvalidModelError(f"client {repr(client)[:80]}: use text of 1 to {MAX_CLIENT_CHARS} characters")
         digests = [trained_on] if isinstance(trained_on, str) else trained_on
         if digests is not None and (len(digests) not in (1, len(clients)) or not all(map(is_digest, digests))):
             raise InvalidModelError(f"trained_on has {len(digests)} entries: give a sha256 for all heads, or one each")
@@ -144,7 +144,7 @@ class HeadSet:
 def _as_matrix(state: Mapping[str, Tensor]) -> NDArray[np.float32]:
     weight = state["head.weight"].detach().float()
     bias = state.get("head.bias", torch.zeros(len(weight))).detach().float()
-    return torch.cat([weight.T, bias[None]]).numpy()
+    return torch.cat([weight.mT, bias[None]]).numpy()
 
 
 class HeadStore:
