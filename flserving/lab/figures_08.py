@@ -197,7 +197,7 @@ def cost_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None = No
         taken = of_heads.loc[rows, list(WAYS)]
         right.barh(list(WAYS), taken, color=list(WAYS.values()), height=0.6)
         for place, name in enumerate(WAYS):
-            right.annotate(f"{taken[name]:,.0f} µs, {taken[name] / taken[SHARED]:.1f}x", (taken[name], place), (4, 0),
+            right.annotate(f"{taken[name]:,.0f} µs, {taken[name] / taken[SHARED]:.3g}x", (taken[name], place), (4, 0),
                            textcoords="offset points", va="center", fontsize=9.5)  # fmt: skip
         right.set(
             xscale="log",

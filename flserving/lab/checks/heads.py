@@ -127,7 +127,7 @@ def _counts_work(batched_heads: Batched) -> None:
 
 def _work(batched_heads: Batched, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
     """Steps of the interpreter, calls of torch, numbers in the largest new tensor."""
-    batched_heads(*batch)  # whatever happens only once has happened
+    ask(f"batched_heads with {len(batch[0])} rows", batched_heads, *batch)  # what happens only once has happened
     with _Calls() as calls:
         batched_heads(*batch)
     steps, kept = 0, sys.gettrace()
