@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import edge_crash
+import edge_updates
 import flserving
-from edge_crash import MLP, head_of, state_of
+from edge_updates import MLP, head_of, state_of
 from flserving import ServingConfig
 from flserving.api.client import Client
 from flserving.edge import Age, EdgeModelServer
@@ -164,7 +164,7 @@ def test_sixteen_threads_see_each_update_whole_or_not_at_all(edge):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_instants_of_its_updates_it_starts_with_a_whole_model(tmp_path, kills):
-    result = edge_crash.start(tmp_path, kills)
+    result = edge_updates.start(tmp_path, kills)
     assert result["kills"] == kills and result["updates"] >= max(2, kills / 4), result
 
 
