@@ -66,10 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         registry = stack.enter_context(Registry(arguments.directory))
         memory = Memory(registry)
-        model = arguments.model or memory.facts.model
+        model = arguments.model or memory.facts.model or next(iter(registry.models()), "model")
         edge = stack.enter_context(
             EdgeModelServer(
-                registry=registry, model=model or "model", client=arguments.client, wall=memory.wall,
+                registry=registry, model=model, client=arguments.client, wall=memory.wall,
                 fresh_s=arguments.fresh_s, refuse_s=arguments.refuse_s,
             )
         )  # fmt: skip

@@ -29,6 +29,7 @@ from flserving.errors import (
     ConfigError,
     ConflictError,
     CorruptArtifactError,
+    ForbiddenError,
     ModelTooLargeError,
     NotFoundError,
 )
@@ -271,12 +272,15 @@ class SyncAgent:
         return weights.unpack(image, "the cloud's weights")
 
     def _head(self, path: str, new: Manifest, statement: Statement) -> HeadSet | None:
-        """The client's own head. One that was trained on this version's exact form counts for its int8 form too."""
+        """The client's own head, unless the cloud has none, or none for this credential: then the global one answers.
+
+        One that was trained on this version's exact form counts for its int8 form too.
+        """
         if new.heads is None or self._client is None:
             return None
         try:
             data = self._cloud.get(f"{path}/head", 2 * new.weights_nbytes + MAX_RELEASE_NBYTES, "head")
-        except NotFoundError:
+        except (NotFoundError, ForbiddenError):
             return None
         key = self.memory.facts.key
         assert key is not None

@@ -44,7 +44,7 @@ class Artifacts:
         self._server, self._offered = server, offered
         self._signers: dict[str, Signer] = {}
         self._heads: dict[tuple[str, int], HeadStore] = {}
-        self._one = threading.Lock()  # one delta, one store, one key at a time: many devices ask for the same at once
+        self._one = threading.Lock()  # one delta, one store at a time: many devices ask for the same at once
 
     async def release(self, request: Request) -> Response:
         return _json(await asyncio.to_thread(self._release, request))
@@ -76,10 +76,9 @@ class Artifacts:
         return registry, model, registry.resolve(model, request.path_params["version"])
 
     def _signer(self, registry: Registry) -> Signer:
-        with self._one:
-            if registry.root not in self._signers:
-                self._signers[registry.root] = Signer(registry)
-            return self._signers[registry.root]
+        if (signer := self._signers.get(registry.root)) is None:  # two at once read or make the same key
+            signer = self._signers[registry.root] = Signer(registry)
+        return signer
 
     def _release(self, request: Request) -> Release:
         registry, nonce = self._registry(request), request.query_params.get("nonce", "")
