@@ -133,7 +133,7 @@ class SyncAgent:
         self._registry, self._edge, self._client, self._form = registry, edge, client, form
         self._model, self._key, self._wall = model, key, wall
         self._cloud = Downloads(url, token, self.memory.folder, ca, timeout_s, limit_s, clock)
-        self._pulling = threading.Lock()
+        self._pulling, self._whole = threading.Lock(), 0
 
     def pull(self) -> Pulled:
         """Ask once, and bring the device up to date. Where it fails, the model before serves on.
@@ -177,10 +177,8 @@ class SyncAgent:
         path = f"/v2/repository/models/{model}/release?nonce={nonce}"
         answer = self._cloud.get(path, MAX_RELEASE_NBYTES, "release")
         statement, key = verify(answer, Statement, self._key or facts.key)
-        seen = Seen(
-            serial=facts.serial, manifest_sha256=facts.manifest_sha256, round=0 if local is None else round_of(local)
-        )
-        now_s = self._wall()
+        number, now_s = 0 if local is None else round_of(local), self._wall()
+        seen = Seen(serial=facts.serial, manifest_sha256=facts.manifest_sha256, round=number)
         check(statement, model, nonce, seen, now_s)
         # It was signed just now: so much later than that it is, or the clock is wrong and was so before.
         facts_now = {"serial": statement.serial, "manifest_sha256": statement.manifest_sha256}
@@ -199,16 +197,21 @@ class SyncAgent:
 
     def _current(self, model: str) -> Manifest | None:
         number = self._registry.aliases(model).get("default")
-        return None if number is None else self._registry.manifest(model, number)
+        with contextlib.suppress(CorruptArtifactError):  # as if it were not there: it is downloaded again
+            return None if number is None else self._registry.manifest(model, number)
+        return None
 
     def _held(self, model: str, manifest_sha256: str) -> int | None:
-        """The local version of a cloud's, if there is one."""
+        """The local version of a cloud's, if there is one that is whole; read once to know that."""
+        wanted = {"cloud_manifest": manifest_sha256, "cloud_form": self._form}.items()
         for number in reversed(self._registry.version_numbers(model)):
-            lineage = self._registry.manifest(model, number).lineage
-            if lineage is not None and (manifest_sha256, self._form) == tuple(
-                lineage.extra.get(name) for name in ("cloud_manifest", "cloud_form")
-            ):
-                return number
+            with contextlib.suppress(CorruptArtifactError):
+                lineage = self._registry.manifest(model, number).lineage
+                if lineage is not None and wanted <= lineage.extra.items():
+                    if number != self._whole:
+                        self._registry.read(model, number)
+                        self._whole = number
+                    return number
         return None
 
     def _update(self, model: str, statement: Statement, local: Manifest | None) -> int:

@@ -529,6 +529,22 @@ def test_a_broken_version_of_the_device_is_replaced_by_whole_weights(served, tmp
         assert agent.pull().nbytes["weights"] and runs(registry, 2)
 
 
+@pytest.mark.parametrize("file", ["weights.safetensors", "manifest.json"])
+def test_what_rots_on_the_device_is_downloaded_again(served, tmp_path, file):
+    released, endpoint = served
+    versions = tmp_path / "edge" / "models" / "m"
+    with device(tmp_path / "edge", endpoint.url) as (_, agent):
+        agent.pull()
+    (versions / "1" / file).write_bytes(b"broken")
+    with device(tmp_path / "edge", endpoint.url) as (registry, agent):
+        assert agent.pull().local == 2 and runs(registry, 1)
+        publish(released, 2)
+        assert agent.pull().local == 3
+        (versions / "2" / file).write_bytes(b"broken")
+        released.rollback("m", who="test", why="worse")
+        assert agent.pull().local == 4 and runs(registry, 1)
+
+
 def test_the_table_of_bytes():
     script = runpy.run_path(str(Path(__file__).parent / "benchmarks" / "edge_bytes.py"))
     rows = {row.way: row for row in script["rows"](quick=True)}
