@@ -100,7 +100,7 @@ class HeadFile:
         table_nbytes = entry.nbytes - index_at - 28 * entry.num_heads
         if size != entry.nbytes or table_nbytes <= 0 or table_nbytes % 32:
             raise self._corrupt(f"has {size:,} bytes, expected {entry.nbytes:,}")
-        head, index = self._read(ALIGNMENT, 0), self._read(size - index_at, index_at)
+        head, index = self._read(ALIGNMENT, [0]), self._read(size - index_at, [index_at])
         sha = hashlib.sha256(head)
         sha.update(index)
         if sha.hexdigest() != entry.index_sha256 or head != header(entry):
@@ -130,25 +130,27 @@ class HeadFile:
         """Digest of what a record was trained on."""
         return self._digests[int(self._numbers[slot])]
 
-    def load(self, records: NDArray[np.float32], rows: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
-        """Read and verify the records ``slots`` into ``rows`` of ``records``, float32 [N, stride / 4].
+    def load(self, slots: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read and verify records: float32 [N, stride / 4], read-only.
 
         Raises:
             CorruptArtifactError: One of them is not what was published, or cannot be read.
         """
-        view, stride = records.data.cast("B"), self.stride
-        for start, offset in zip((rows * stride).tolist(), (slots * stride + ALIGNMENT).tolist(), strict=True):
-            view[start : start + stride] = self._read(stride, offset)
-        wrong = checksums(records)[rows] != self._checks[slots]
+        data = self._read(self.stride, (slots * self.stride + ALIGNMENT).tolist())
+        records = np.frombuffer(data, np.float32).reshape(len(slots), -1)
+        wrong = checksums(records) != self._checks[slots]
         if wrong.any():
             raise self._corrupt(f"has a changed record (number {slots[wrong.argmax()]})")
+        return records
 
-    def _read(self, nbytes: int, at: int) -> bytes:
+    def _read(self, nbytes: int, places: list[int]) -> bytes:
+        """So many bytes from each of these places on, joined."""
+        read, file = storage.read_at, self._fd
         try:
-            data = storage.read_at(self._fd, nbytes, at)
+            data = b"".join([read(file, nbytes, at) for at in places])
         except OSError as error:
             raise self._corrupt(f"cannot be read ({error.strerror})") from error
-        if len(data) != nbytes:
+        if len(data) != nbytes * len(places):
             raise self._corrupt("was truncated while it was open")
         return data
 

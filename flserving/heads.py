@@ -198,9 +198,8 @@ class HeadStore:
         """
         if (slot := self._file.find(client)) < 0:
             return None
-        record = np.empty((1, self._file.stride // 4), np.float32)
-        self._file.load(record, np.array([0]), np.array([slot]))
-        head = record[:, : self._width].reshape(1, self.inputs + 1, self.outputs)
+        record = self._file.load(np.array([slot]))[:, : self._width]
+        head = record.reshape(1, self.inputs + 1, self.outputs)
         return HeadSet(self.layout, [client], head, self._file.trained_on(slot))
 
     def gather(self, slots: NDArray[np.int64]) -> Tensor:
@@ -215,16 +214,16 @@ class HeadStore:
             heads = self._hot.index_select(0, torch.from_numpy(places))
             self._used[places] = self._turn
         if (missing := np.flatnonzero(places == self._absent)).size:
-            records = heads.numpy()
-            self._file.load(records, missing, slots[missing])
-            self._keep(slots, records, missing)
+            records = self._file.load(slots[missing])  # outside the lock: the disk may take its time
+            heads.numpy()[missing] = records
+            self._keep(slots[missing], records)
         return heads[:, : self._width].view(len(slots), self.inputs + 1, self.outputs)
 
-    def _keep(self, slots: NDArray[np.int64], records: NDArray[np.float32], read: NDArray[np.int64]) -> None:
-        """Make the heads in the rows ``read`` hot, in place of the least recently used: a sixteenth of them at once,
-        or each miss would search them all."""
+    def _keep(self, slots: NDArray[np.int64], records: NDArray[np.float32]) -> None:
+        """Make these heads hot, in place of the least recently used: a sixteenth of them at once, or each miss would
+        search them all."""
         with self._lock:
-            new = read[self._place[slots[read]] == self._absent][: len(self._holds)]  # others may have been faster
+            new = np.flatnonzero(self._place[slots] == self._absent)[: len(self._holds)]  # others may have been faster
             if (short := len(new) - len(self._free)) > 0:
                 count = min(len(self._holds), max(short, len(self._holds) // 16))
                 used = np.where(self._holds >= 0, self._used[:-2], np.iinfo(np.int64).max)

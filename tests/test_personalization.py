@@ -123,8 +123,9 @@ def test_the_callers_rows_are_not_changed(stage):
 
 
 def test_what_is_not_finite_is_an_error_of_the_model(stage):
-    with pytest.raises(ModelExecutionError):
-        stage[3].personal.execute([(np.full((1, SIZES[0]), 3e38, np.float32), np.zeros(1, np.int64))])
+    rows = 3e38 * np.sign(np.random.default_rng(3).standard_normal((CLIENTS, SIZES[0]), np.float32))
+    with pytest.raises(ModelExecutionError, match="not finite"):
+        stage[3].personal.execute([(rows, np.arange(CLIENTS))])
 
 
 def test_heads_change_the_identity_and_count_in_the_size(tmp_path):
