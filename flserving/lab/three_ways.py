@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from flserving.breaker import CircuitBreaker
+from flserving.config import ServingConfig
 from flserving.lab.arrivals import Floats
+from flserving.lab.capacity import plan
+from flserving.lab.fleet import Fleet
 from flserving.network import Link
 
 if TYPE_CHECKING:
@@ -21,7 +25,7 @@ WAYS: tuple[Way, ...] = ("central", "edge", "hybrid")
 PATHS = ("local", "cache", "cloud", "degraded", "failed")
 SPAN_S = 60.0
 """How long a stream lasts."""
-_FAILURES, _PAUSE_S = 3, 5.0  # so many in a row, and a device leaves the cloud alone for so long
+_FAILURES, _PAUSE_S = 3, 5.0  # of a device's circuit breaker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +47,16 @@ def stream(pool: "pd.DataFrame", requests: int, *, repeats: float = 0.2, seed: i
         repeats: Share of the requests that ask an earlier one's row again.
 
     Returns:
-        The lines in order of time, with ``row`` (place in the pool) and ``at_s``.
+        The lines in order of time, with ``at_s`` and ``row``: requests of the same number ask the same device for the
+        same row. (A line of the pool that is drawn twice is another row of the kind.)
     """
     rng = np.random.default_rng(seed)
-    rows = rng.permutation(np.resize(rng.permutation(len(pool)), requests))
-    again = np.flatnonzero(rng.random(requests) < repeats)
-    rows[again] = rows[(again * rng.random(len(again))).astype(int)]  # an earlier one's
-    asked = pool.iloc[rows].reset_index(drop=True)
-    return asked.assign(row=rows, at_s=np.sort(rng.uniform(0, SPAN_S, requests)))
+    lines, row = rng.permutation(np.resize(rng.permutation(len(pool)), requests)), np.arange(requests)
+    for place in np.flatnonzero(rng.random(requests) < repeats)[1:]:
+        earlier = rng.integers(place)
+        lines[place], row[place] = lines[earlier], row[earlier]
+    asked = pool.iloc[lines].reset_index(drop=True)
+    return asked.assign(row=row, at_s=np.sort(rng.uniform(0, SPAN_S, requests)))
 
 
 def play(asked: "pd.DataFrame", way: Way, link: Link, costs: Costs, *, threshold: float = 0.9,
@@ -59,7 +65,7 @@ def play(asked: "pd.DataFrame", way: Way, link: Link, costs: Costs, *, threshold
 
     ``hybrid`` is the policy ``local_first`` with every device fresh and its owner's consent: the device answers alone
     if its confidence reaches ``threshold``, else its cache of cloud answers, else the cloud, else the device after all
-    (``degraded``). After three failures in a row a device leaves the cloud alone for 5 s.
+    (``degraded``). A device's circuit breaker opens after three failures in a row, for 5 s.
 
     Args:
         asked: See :func:`stream`. ``link``: between every device and the cloud; it draws.
@@ -95,23 +101,24 @@ def _asked(
     unsure: "pd.DataFrame", leaves_s: Floats, took_s: Floats, deadline_s: float
 ) -> tuple[np.ndarray[Any, np.dtype[np.object_]], Floats]:
     """Path of each request that its device is not sure of, and how long it waits for the cloud."""
+    now_s = 0.0
     cached_s: dict[tuple[int, int], float] = {}  # from when on a device's cache holds the answer
-    failures: dict[int, tuple[int, float]] = {}  # of a device in a row, and when it asks again
+    breakers = {device: CircuitBreaker(_FAILURES, _PAUSE_S, lambda: now_s) for device in set(unsure["device"])}
     paths, waits_s = np.full(len(unsure), "cloud", object), np.zeros(len(unsure))
     for place, (device, row) in enumerate(zip(unsure["device"], unsure["row"], strict=True)):
-        now_s, took = leaves_s[place], took_s[place]
-        failed, again_s = failures.get(device, (0, -math.inf))
+        now_s = leaves_s[place]
         if cached_s.get((device, row), math.inf) <= now_s:
             paths[place] = "cache"
-        elif now_s < again_s:
+        elif not breakers[device].allow():
             paths[place] = "degraded"
-        elif took <= deadline_s:
-            waits_s[place] = took
-            cached_s[device, row], failures[device] = now_s + took, (0, -math.inf)
+        elif took_s[place] <= deadline_s:
+            waits_s[place] = took_s[place]
+            cached_s[device, row] = now_s + took_s[place]
+            breakers[device].record(True)
         else:
             paths[place], waits_s[place] = "degraded", deadline_s
-            paused_s = now_s + deadline_s + _PAUSE_S if failed + 1 >= _FAILURES else -math.inf
-            failures[device] = failed + 1, paused_s
+            now_s += deadline_s
+            breakers[device].record(False)
     return paths, waits_s
 
 
@@ -137,3 +144,40 @@ def at_every_threshold(asked: "pd.DataFrame", thresholds: "list[float] | Floats"
         for threshold in thresholds
     ]
     return pd.DataFrame(runs, index=pd.Index([float(t) for t in thresholds], name="threshold"))
+
+
+def play_all(asked: "pd.DataFrame", costs: Costs, threshold: float, **link: Any) -> "dict[Way, pd.DataFrame]":
+    """:func:`play` for every way, each over its own ``Link(**link)`` with the same draws."""
+    return {way: play(asked, way, Link(seed=1, **link), costs, threshold=threshold) for way in WAYS}
+
+
+def minute(asked: "pd.DataFrame", costs: Costs, rtt_ms: int, loss_percent: float, outage_percent: int,
+           threshold: float) -> "dict[Way, pd.DataFrame]":  # fmt: skip
+    """The stream over a mobile network of 1 and 4 MB/s, whose p99 is three times its ``rtt_ms``, with an outage."""
+    away_s = SPAN_S * outage_percent / 100
+    link = {"rtt_ms": rtt_ms, "rtt_p99_ms": 3 * rtt_ms, "up_bytes_s": 1e6, "down_bytes_s": 4e6}
+    outages = [(15.0, 15.0 + away_s)] if away_s else []
+    return play_all(asked, costs, threshold, loss=loss_percent / 100, outages=outages, **link)
+
+
+def fleet_plan(million_devices: int, requests_a_day: int, leave_percent: int, update_kb: int, *, rate_per_s: float,
+               costs: Costs, **day: Any) -> "pd.DataFrame":  # fmt: skip
+    """:func:`capacity.plan` for devices on a mobile network and server processes that answer ``rate_per_s`` each, one
+    request at a time.
+
+    Args:
+        leave_percent: What of a hybrid's requests goes to the cloud. ``update_kb``: what a device pulls, once a day.
+        day: Further arguments of the plan.
+    """
+    fleet = Fleet(
+        service_s=lambda size: size / rate_per_s,
+        link=Link(rtt_ms=50, rtt_p99_ms=150),
+        request_nbytes=costs.request_nbytes,
+        response_nbytes=costs.response_nbytes,
+        device_s=costs.local_s,
+        local_share=1 - leave_percent / 100,
+        deadline_s=1.0,
+        config=ServingConfig(max_batch_size=1, num_workers=1),
+    )
+    return plan(fleet, clients=1_000_000 * million_devices, requests_per_client_day=requests_a_day,
+                update_nbytes=1e3 * update_kb, updates_per_day=1, requests=2000, **day)  # fmt: skip
