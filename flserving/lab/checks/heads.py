@@ -1,5 +1,6 @@
 """Checks of the exercises "batch the heads" and "own head or shared" (notebook 08). Work is counted, not timed."""
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -130,7 +131,7 @@ def _work(batched_heads: Batched, batch: tuple[Tensor, Tensor, Tensor]) -> tuple
     ask(f"batched_heads with {len(batch[0])} rows", batched_heads, *batch)  # what happens only once has happened
     with _Calls() as calls:
         batched_heads(*batch)
-    steps, kept = 0, sys.gettrace()
+    steps, kept, collects = 0, sys.gettrace(), gc.isenabled()
 
     def trace(frame: Any, event: str, _: object) -> Any:
         nonlocal steps
@@ -138,11 +139,14 @@ def _work(batched_heads: Batched, batch: tuple[Tensor, Tensor, Tensor]) -> tuple
         steps += event == "opcode"
         return trace
 
+    gc.disable()  # its finalizers would be counted too
     sys.settrace(trace)
     try:
         batched_heads(*batch)
     finally:
         sys.settrace(kept)
+        if collects:
+            gc.enable()
     return steps, calls.count, calls.largest
 
 
