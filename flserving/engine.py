@@ -5,7 +5,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from flserving.errors import FlservingError, InvalidInputError, InvalidModelErro
 from flserving.models import SplitModel
 from flserving.telemetry import Executions
 from flserving.transforms import Floats, Outputs, Postprocessor, Preprocessor
+
+if TYPE_CHECKING:
+    from flserving.personalization import PersonalEngine
 
 Clock = Callable[[], float]
 
@@ -163,7 +166,7 @@ class InferenceEngine(Lane):
         self.digest = digest or uuid.uuid4().hex
         self.identity = f"{self.digest}/{self.preprocessor.digest}/{self.postprocessor.policy}"
         self._warmups, self._steps = 0, lean(self.model)
-        self.personal: Any = None  # flserving.personalization.PersonalEngine, where the version has heads
+        self.personal: PersonalEngine | None = None  # where the version has heads
 
     # What callers use
 

@@ -166,6 +166,7 @@ def test_a_damaged_head_fails_its_client_alone(tmp_path):
     registry, model, weights = published(tmp_path)
     with registry, ModelServer(ServingConfig(), registry) as server:
         with server.lease("1") as engine:
+            assert engine.personal.served_as == engine.served_as == "m/1"
             slot = engine.personal.store.find("client-5")
         with open(tmp_path / "models" / "m" / "1" / "heads.bin", "r+b") as file:
             file.seek(64 + slot * 128 + 20)
