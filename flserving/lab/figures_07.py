@@ -86,7 +86,8 @@ def ways_figure(runs: "Mapping[str, pd.DataFrame]") -> Figure:
         left.set(xscale="log", xlim=(0.03, 3000), ylim=(0, 103), xlabel="latency (ms)",
                  ylabel="requests answered by then (%)", title="how long it takes")  # fmt: skip
         left.xaxis.set_major_formatter(_PLAIN)
-        left.legend(loc="center left")
+        fig.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=9, handlelength=1.4,
+                   columnspacing=1)  # fmt: skip
         _shares(right, {way: played["path"] for way, played in runs.items()})
         for place, played in enumerate(runs.values()):
             told = summary(played)
@@ -137,6 +138,8 @@ def threshold_figure(table: "pd.DataFrame", runs: "Mapping[str, pd.DataFrame]", 
         axes[1].set(ylabel="p95 of the latency (ms)", title="and what it costs")
         axes[0].legend(loc="lower right")
         axes[1].axhline(TARGET_MS, color="#555555", linestyle=":", linewidth=1.5)
+        axes[1].annotate(f"target {TARGET_MS} ms", (103, TARGET_MS), (0, 3), textcoords="offset points", ha="right",
+                         fontsize=9)  # fmt: skip
     return fig
 
 
@@ -213,7 +216,7 @@ def fleet_figure(table: "pd.DataFrame") -> Figure:
     with styled():
         axes = fig.subplots(1, 3, sharey=True)
         _bars(axes[0], table["servers"], "servers at the busiest hour", "{:,.0f}")
-        _bars(axes[1], table[["up_gb", "down_gb", "updates_gb"]].sum(axis=1), "traffic (GB a day)", "{:,.3g}")
+        _bars(axes[1], table[["up_gb", "down_gb", "updates_gb"]].sum(axis=1), "traffic (GB a day)", "{:,.0f}")
         _bars(axes[2], table["cost_per_million"], "cost per million requests (€)", "{:,.2f}")
         axes[0].invert_yaxis()
     return fig

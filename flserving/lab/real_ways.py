@@ -172,4 +172,4 @@ def in_a_month(watched: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
             "of these degraded": 100 * asks * share,
             "central keeps 99.9 %": 1 - share >= SLO.target - 1e-9,
         }
-    return pd.DataFrame(rows).T.rename_axis("cloud away for")
+    return pd.DataFrame.from_dict(rows, orient="index").round(3).rename_axis("cloud away for")
