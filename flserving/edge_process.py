@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flserving.sync import SyncAgent
 
 TOKEN = "FLSERVING_CLOUD_TOKEN"
-_END_S = 5.0  # how long a pull under way may hold up the end
+_END_S = 2.0  # how long a pull under way may hold up the end
 _FIRST_S = 1.0  # the wait after a first failure; it doubles up to ``poll_s``
 
 

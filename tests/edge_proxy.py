@@ -21,8 +21,7 @@ class Liar:
             def do_GET(self):
                 headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
                 liar.asked.append((self.path, headers.get("range")))
-                with httpx.Client() as client:
-                    answer = client.get(url + self.path, headers=headers | {"accept-encoding": "identity"})
+                answer = liar._client.get(url + self.path, headers=headers | {"accept-encoding": "identity"})
                 status, body = answer.status_code, answer.content
                 said = {k: v for k, v in answer.headers.items() if k in ("content-range", "content-type")}
                 said["content-length"] = str(len(body))
@@ -44,7 +43,7 @@ class Liar:
             def log_message(self, *_):
                 pass
 
-        self.lies, self.asked = {}, []
+        self.lies, self.asked, self._client = {}, [], httpx.Client()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = False
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -55,6 +54,7 @@ class Liar:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        self._client.close()
 
     def __enter__(self):
         return self

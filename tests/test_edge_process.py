@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -97,19 +98,10 @@ def test_a_policy_asks_the_cloud_where_the_device_is_in_doubt(tmp_path):
             assert running.end() == 0
 
 
-def test_the_token_never_stands_on_the_command_line(tmp_path):
-    secret = tmp_path / "token"
+def test_a_device_over_tls_trusts_its_authority_only_and_reads_its_token_from_a_file(tmp_path):
+    secret, key, certificate = (tmp_path / name for name in ("token", "key.pem", "certificate.pem"))
     secret.write_text("c-1\n")
     secret.chmod(0o600)
-    with cloud(tmp_path / "cloud", 1) as (_, endpoint):
-        options = ("--token-file", secret, "--no-grpc")
-        with device(tmp_path / "edge", endpoint.url, *options, token=None) as (running, client):
-            wait_until(lambda: running.round(client) == 1)
-            assert running.end() == 0
-
-
-def test_a_device_over_tls_trusts_its_authority_only(tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
          "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
@@ -117,11 +109,21 @@ def test_a_device_over_tls_trusts_its_authority_only(tmp_path):
     )  # fmt: skip
     assert ssl.create_default_context(cafile=certificate)
     with cloud(tmp_path / "cloud", 1, certificate=certificate, key=key) as (_, endpoint):
-        with device(tmp_path / "edge", endpoint.url, "--no-grpc", "--ca", certificate) as (running, client):
+        options = ("--no-grpc", "--ca", certificate, "--token-file", secret)
+        with device(tmp_path / "edge", endpoint.url, *options, token=None) as (running, client):
             wait_until(lambda: running.round(client) == 1)
         with device(tmp_path / "other", endpoint.url, "--no-grpc") as (running, client):
             line = running.process.stderr.readline()
             assert "no update" in line and "CERTIFICATE_VERIFY_FAILED" in line and running.round(client) == 0
+
+
+def test_a_cloud_that_swallows_every_word_does_not_put_off_the_end(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        url = f"http://127.0.0.1:{hole.getsockname()[1]}"
+        with device(tmp_path / "edge", url, "--no-grpc", "--timeout-s", 3600) as (running, client):
+            hole.accept()[0].close()  # the first word was spoken, and is tried again
+            with hole.accept()[0]:
+                assert client.ready() is False and running.end() == 0
 
 
 @pytest.mark.parametrize(
