@@ -152,10 +152,10 @@ def million(registry: Registry, folder: Path, count: int, turns: int) -> None:
     print(f"{count:,} heads: loaded in {opened_s:.2f} s, {file.stat().st_size / 1e9:.2f} GB on disk, "
           f"at most {personal.store.nbytes / 1e6:.0f} MB in memory.\n")  # fmt: skip
     print("| rows | warm, engine, us a row | bare model | cold, us a row |\n| --- | --- | --- | --- |")
-    with open(file, "rb") as content:
-        while content.read(1 << 24):
-            pass
     for rows in BATCHES:
+        with open(file, "rb") as content:  # into the page cache
+            while content.read(1 << 24):
+                pass
         x = rng.standard_normal((rows, INPUTS), np.float32)
         values = torch.from_numpy(x)
         slots = iter(rng.integers(count, size=(10_000_000 // rows, rows)))
