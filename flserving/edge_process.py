@@ -33,7 +33,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--directory", required=True, metavar="DIR", help="where the device keeps its models")
     parser.add_argument("--model", metavar="NAME", help="the model to run; the first one of the cloud by default")
     parser.add_argument("--token-file", metavar="FILE", help=f"the token for the cloud; or the variable {TOKEN}")
-    parser.add_argument("--key", metavar="HEX", help="the cloud's public key; by default that of the first contact")
+    parser.add_argument(
+        "--key",
+        metavar="HEX",
+        help="the cloud's public key (GET .../release tells it); by default that of the first contact",
+    )
     parser.add_argument("--ca", metavar="FILE", help="PEM file of the authority to trust for https")
     parser.add_argument("--form", choices=["exact", "int8"], default="exact", help="int8: a quarter of the bytes")
     parser.add_argument("--poll-s", type=float, default=60.0, help="how often to look for a newer model (default 60)")

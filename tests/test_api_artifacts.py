@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from edge_cloud import CLIENTS, cloud, heads, publish, state
-from flserving import delta, weights
+from flserving import cli, delta, weights
 from flserving.api.openapi import OPERATIONS
 from flserving.manifest import sha256
 from flserving.release import Statement, open_head, verify
@@ -55,6 +55,22 @@ def test_nothing_is_offered_unless_asked_for(tmp_path, name):
     with cloud(tmp_path, 1, artifacts=False) as (_, endpoint):
         answer = get(endpoint, ROUTES[name], "c-1")
         assert answer.status_code == 403 and "--artifacts" in answer.json()["error"]
+
+
+def test_the_flag_of_the_command_reaches_the_doors(tmp_path, monkeypatch):
+    plans = []
+
+    class Supervisor:
+        def __init__(self, plan, *_, **__):
+            plans.append(plan)
+
+        def run(self, announce):
+            return 0
+
+    monkeypatch.setattr("flserving.api.supervisor.Supervisor", Supervisor)
+    for flags in ([], ["--artifacts"]):
+        assert cli.main(["serve", "--registry", str(tmp_path), *flags]) == 0
+    assert [plan.options.artifacts for plan in plans] == [False, True]
 
 
 def test_what_comes_is_what_was_published(served):
