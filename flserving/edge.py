@@ -118,7 +118,12 @@ class EdgeModelServer(ModelServer):
             raise InvalidInputError(f"use_personalized is {use_personalized!r:.64}: True or False; version has a name")
         return super().predict(features, version, client=client if use_personalized else _NOBODY, **options)
 
-    async def _answer(
+    async def _answer(self, *request: Any) -> dict[str, Any]:
+        answer = await self._local(*request)
+        self.telemetry.told("path", [answer["path"]])
+        return answer
+
+    async def _local(
         self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
         stages: bool, arrays: bool, client: str | Sequence[str] | None, door: Door,
     ) -> dict[str, Any]:  # fmt: skip

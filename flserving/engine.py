@@ -167,6 +167,7 @@ class InferenceEngine(Lane):
         self.identity = f"{self.digest}/{self.preprocessor.digest}/{self.postprocessor.policy}"
         self._warmups, self._steps = 0, lean(self.model)
         self.personal: PersonalEngine | None = None  # where the version has heads
+        self.round: int | None = None  # of the federated training that made it, where that is known
 
     # What callers use
 

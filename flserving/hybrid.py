@@ -90,12 +90,13 @@ class HybridServer(EdgeModelServer):
     ) -> Answered:  # fmt: skip
         if version is not None or model not in (None, self.model):
             self._check_open()
-            answer = await self.edge._answer(features, version, model, timeout_ms, stages, arrays, client, door)
+            answer = await self.edge._local(features, version, model, timeout_ms, stages, arrays, client, door)
         else:
             turn = Turn(self, features, self._timeout_s(timeout_ms), stages, arrays, client, door)
             answer = await self._policy(turn)
             answer["latency_ms"] = (self._clock() - turn.started_s) * 1e3
         self._count(self._paths, answer["path"])
+        self.telemetry.told("path", [answer["path"]])
         return answer
 
     def _count(self, counter: "Counter[str]", name: str) -> None:

@@ -51,6 +51,7 @@ class Parts:
     postprocessor: Postprocessor
     digest: str
     heads: HeadStore | None = None
+    round: int | None = None  # of the federated training
 
 
 class Source(Protocol):
@@ -86,6 +87,7 @@ def load_engine(source: Source, version: str, config: ServingConfig) -> Inferenc
         max_batch_size=config.max_batch_size, warmup_samples=config.warmup_samples, owned=True,
     )  # fmt: skip
     engine.warmup()
+    engine.round = parts.round
     if parts.heads is not None:
         parts.heads.resize(config.head_cache_bytes)
         engine.personal = PersonalEngine(engine, parts.heads)
@@ -124,7 +126,8 @@ class RegistrySource:
         postprocessor = Postprocessor(manifest.signature.output_type, self.threshold)
         code = f"{manifest.architecture} {json.dumps(manifest.parameters, sort_keys=True)}"
         digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
-        return Parts(module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads)
+        number = None if manifest.lineage is None else manifest.lineage.round
+        return Parts(module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads, number)
 
     def signature(self, version: str) -> Signature:
         return self.registry.manifest(self.name, int(version)).signature

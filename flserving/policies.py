@@ -53,7 +53,7 @@ class Turn:
     async def local(self, door: Door | None = None) -> Answered | None:
         """The device's answer, in its part of the time; None where it has none that the cloud could not mend."""
         try:
-            return await self.server.edge._answer(
+            return await self.server.edge._local(
                 self._features, None, None, self._local_s * 1e3, self._stages, self._arrays, self._client,
                 door or self.door,
             )  # fmt: skip

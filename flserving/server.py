@@ -92,7 +92,7 @@ class ModelServer(ModelHost):
             ``latency_ms``, ``model_version``, ``model_type`` ("global"; "personal" where every row got its client's
             head; "mixed"). Where a client was given, ``head``: "own", or why the global head answered: "unknown" (no
             head of this client), "stale" (its head was trained on another body), "none" (the version has no heads);
-            a list of them for one id a row.
+            a list of them for one id a row. Where its lineage tells it, the federated ``round`` of the version.
 
         Raises:
             InvalidInputError, NotFoundError (also an unknown client, where ``unknown_client`` is "refuse"),
@@ -183,6 +183,8 @@ class ModelServer(ModelHost):
             raise
         answer["latency_ms"] = (answered_s - started_s) * 1e3
         answer["model_version"], answer["model_type"] = key[1], "global"
+        if engine.round is not None:
+            answer["round"] = engine.round
         if found is not None:
             answer["head"] = found
             if slots is not None:
