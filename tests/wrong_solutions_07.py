@@ -7,7 +7,14 @@ from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
 
 SOLUTIONS["threshold"] = '''\
 def choose_threshold(
-    candidates, confidence, local_right, cloud_right, local_ms, cloud_ms, floor, budget_ms
+    candidates,
+    confidence,
+    local_right,
+    cloud_right,
+    local_ms,
+    cloud_ms,
+    floor,
+    budget_ms,
 ):
     """The smallest of the candidates that keeps both budgets, or None.
 

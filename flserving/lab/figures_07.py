@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from flserving.lab.arrivals import Floats
 from flserving.lab.style import COLOURS, figure, styled
 from flserving.lab.three_ways import PATHS, summary
 from flserving.network import Link
@@ -25,22 +24,22 @@ _TIMES = {0.001: "1 ms", 0.01: "10 ms", 0.1: "0.1 s", 1: "1 s", 10: "10 s", 60: 
 _SIZES = {1e3: "1 kB", 1e4: "10 kB", 1e5: "100 kB", 1e6: "1 MB", 1e7: "10 MB", 1e8: "100 MB", 1e9: "1 GB"}
 
 
-def links_figure(exchanges_s: Mapping[str, Floats], mean_s: Mapping[str, float]) -> Figure:
-    """Time of one exchange by network: the middle 98 % of the draws, their median, and the closed form of the mean."""
-    fig, (ax,) = figure(height_in=1.1 + 0.42 * len(exchanges_s))
+def links_figure(links: Mapping[str, Link], request_nbytes: int, response_nbytes: int) -> Figure:
+    """Time of one exchange by network: the middle 98 % of many draws, their median, the mean by the closed form."""
+    fig, (ax,) = figure(height_in=1.1 + 0.42 * len(links))
+    sent = np.full(5000, request_nbytes)
     with styled():
-        for place, (name, took_s) in enumerate(exchanges_s.items()):
-            low, middle, high = np.percentile(took_s * 1e3, [1, 50, 99])
+        for place, link in enumerate(links.values()):
+            low, middle, high = np.percentile(1e3 * link.exchanges_s(sent, response_nbytes), [1, 50, 99])
+            mean_ms = 1e3 * link.mean_exchange_s(request_nbytes, response_nbytes)
             ax.plot([low, high], [place, place], color=COLOURS[5], linewidth=7, solid_capstyle="butt")
-            ax.plot(middle, place, "o", color=COLOURS[0], label="median" if place == 0 else None)
-            ax.plot(mean_s[name] * 1e3, place, "|", color=COLOURS[1], ms=16, mew=2.5,
-                    label="mean, by formula" if place == 0 else None)  # fmt: skip
-            ax.annotate(
-                f"{middle:.3g} ms", (middle, place), (0, 9), textcoords="offset points", ha="center", fontsize=9
-            )
+            ax.plot(middle, place, "o", color=COLOURS[0], label="" if place else "median")
+            ax.plot(mean_ms, place, "|", color=COLOURS[1], ms=16, mew=2.5, label="" if place else "mean, by formula")
+            ax.annotate(f"{middle:.3g} ms", (middle, place), (0, 9), textcoords="offset points", ha="center",
+                        fontsize=9)  # fmt: skip
         ax.axvline(TARGET_MS, color="#555555", linestyle="--", linewidth=1, label=f"target {TARGET_MS} ms")
-        ax.set_yticks(range(len(exchanges_s)), list(exchanges_s))
-        ax.set(xscale="log", ylim=(len(exchanges_s) - 0.5, -0.7), xlabel="request and answer over the network (ms)")
+        ax.set_yticks(range(len(links)), list(links))
+        ax.set(xscale="log", ylim=(len(links) - 0.5, -0.7), xlabel="request and answer over the network (ms)")
         ax.set_title("one exchange; the bar holds 98 % of them")
         ax.xaxis.set_major_formatter(_PLAIN)
         ax.grid(axis="y", visible=False)
@@ -228,7 +227,8 @@ def _bars(ax: Axes, values: "pd.Series[float]", label: str, shape: str) -> None:
         ax.annotate(shape.format(value), (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9.5)
     ax.set(xlabel=label, xlim=(0, max(float(values.max()) * 1.35, 1e-9)))
     ax.tick_params(axis="x", labelsize=9)
-    ax.locator_params(axis="x", nbins=4)
+    ax.locator_params(axis="x", nbins=3)
+    ax.xaxis.set_major_formatter(_PLAIN)
     ax.grid(axis="y", visible=False)
 
 
