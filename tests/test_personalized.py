@@ -93,6 +93,8 @@ def test_accuracy_of_every_version_is_measured_by_asking_it(trained, server):
         for name, value in trained_round.metrics.items():
             assert measured[name] == pytest.approx(value, abs=1e-9), (version, name)
         assert trained_round.client_accuracy[measured["worst_client"]] == measured["worst_client_accuracy"]
+    with pytest.raises(NotFoundError, match="no model 'other'"):
+        server.accuracy(run.clients, model="other")
     assert table.loc["3", "mean_client_accuracy"] > table.loc["3", "global_accuracy"] + 0.2
 
 
