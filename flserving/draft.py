@@ -125,6 +125,8 @@ def _check_fit(architecture: str, parameters: Mapping[str, models.JSON], tensors
 
 def _check_heads(module: nn.Module, heads: HeadSet) -> None:
     """Heads go on the input of the last linear layer, adapters on its output."""
+    if not isinstance(heads, HeadSet):
+        raise InvalidModelError(f"heads are a {type(heads).__name__}: give a HeadSet, as HeadSet.from_states makes")
     if not isinstance(module, models.SplitModel):
         raise InvalidModelError(f"a {type(module).__name__} is not a models.SplitModel: personal heads need one")
     inputs, outputs = module.head.in_features, module.head.out_features

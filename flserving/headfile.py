@@ -87,13 +87,13 @@ class HeadFile:
     Raises:
         CorruptArtifactError: The file or its index is not what was published.
 
-    Closed by :meth:`close`, or when it is forgotten: who still uses it may finish.
+    Closed when it is forgotten.
     """
 
     def __init__(self, root: str, relative: str, entry: HeadsEntry, digest: str) -> None:
         self._relative, self.stride = relative, stride(entry)
         self._fd, size = storage.open_file(root, relative)
-        self.close = weakref.finalize(self, os.close, self._fd)
+        weakref.finalize(self, os.close, self._fd)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
         index_at = ALIGNMENT + entry.num_heads * self.stride

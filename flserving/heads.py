@@ -158,17 +158,14 @@ class HeadStore:
     Raises:
         CorruptArtifactError: The file or its index is not what was published.
 
-    Closed by :meth:`close`, or when it is forgotten: who still uses it may finish.
+    Closed when it is forgotten, and not before: the number of a closed file is soon another file's.
     """
 
-    def __init__(
-        self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: Tensor
-    ) -> None:  # fmt: skip
+    def __init__(self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: Tensor) -> None:
         self.layout, self.num_heads, self.digest = entry.layout, entry.num_heads, entry.index_sha256
         self.inputs, self.outputs = entry.inputs, entry.outputs
         self._width, self._neutral = neutral.numel(), neutral.reshape(-1)
         self._file, self._lock = HeadFile(root, relative, entry, digest), threading.Lock()
-        self.close = self._file.close
         self.resize(256 << 20)
 
     def resize(self, budget_nbytes: int) -> None:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flserving.engine import InferenceEngine, Lane, Prediction, lean
-from flserving.errors import InvalidInputError
 from flserving.heads import STALE, UNKNOWN, HeadStore
 from flserving.models import SplitModel
 from flserving.transforms import Floats
@@ -28,7 +27,8 @@ class PersonalEngine(Lane):
         engine: The version's own engine, whose module, preprocessing and limits are shared.
         store: Its heads.
 
-    ``identity`` names all that an answer depends on beside the slot and the row.
+    ``identity`` names all that an answer depends on beside the slot and the row. Its executions are counted with the
+    engine's.
     """
 
     def __init__(self, engine: InferenceEngine, store: HeadStore) -> None:
@@ -36,6 +36,7 @@ class PersonalEngine(Lane):
         super().__init__(
             engine.version, engine.preprocessor, engine.postprocessor, engine.max_batch_size, engine._clock
         )
+        self._executions = engine._executions
         self.store, self.identity = store, f"{engine.identity}/{store.digest}"
         assert isinstance(engine.model, SplitModel)
         self._body, self._head = lean(engine.model.body), lean(engine.model.head)
@@ -43,16 +44,11 @@ class PersonalEngine(Lane):
     def choose(self, clients: str | Sequence[str], rows: int) -> tuple[Slots, str | list[str]]:
         """Slots [rows] of these clients' heads, and what was found: "own", "unknown" or "stale".
 
-        One client has all rows; of several there is one a row, and one word a row comes back.
-
-        Raises:
-            InvalidInputError: Not text, or another number of clients than rows.
+        One client has all rows; of several there is one a row (the server sees to that), and one word a row comes back.
         """
         if isinstance(clients, str):
             slot = self.store.find(clients)
             return np.full(rows, slot), _FOUND.get(slot, "own")
-        if len(clients) != rows or not all(isinstance(client, str) for client in clients):
-            raise InvalidInputError(f"{len(clients)} clients for {rows} rows: give one id, or one for each row")
         slots = [self.store.find(client) for client in clients]
         return np.array(slots), [_FOUND.get(slot, "own") for slot in slots]
 

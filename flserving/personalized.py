@@ -8,6 +8,7 @@ import numpy as np
 from flserving.datasets import Client
 from flserving.errors import InvalidInputError
 from flserving.server import ModelServer
+from flserving.transforms import Preprocessor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +37,8 @@ class PersonalizedServer(ModelServer):
             NotFoundError: No such version, or an unknown client where the configuration refuses it. InvalidInputError:
             Also ids that are not strings, or not one for each row.
         """
-        return super().predict(features, version, client=client_id, **options)
+        client: Sequence[str] = () if client_id is None else client_id  # the server takes None for "not asked"
+        return super().predict(features, version, client=client, **options)
 
     def batch_predict(
         self, batch: Iterable[tuple[str, Any]], version: str | int | None = None, **options: Any
@@ -45,21 +47,23 @@ class PersonalizedServer(ModelServer):
 
         Returns:
             One answer per request, in their order; their ``latency_ms`` is that of the whole.
+
+        Raises:
+            InvalidInputError: Empty, or not of that form. What :meth:`predict` raises.
         """
-        requests = list(batch)
-        if not requests:
-            raise InvalidInputError("the batch is empty: send at least one (client_id, row)")
         try:
-            clients, rows = zip(*requests, strict=True)
-            table = np.stack([np.asarray(row, np.float32).reshape(-1) for row in rows])
+            clients, rows = zip(*batch, strict=True)
+            table = np.concatenate([Preprocessor().validate(row) for row in rows])
         except (TypeError, ValueError) as error:
-            raise InvalidInputError(f"the batch is not a list of (client_id, row [D]): {error}") from error
-        answer = self.predict(list(clients), table, version, **options)
-        lists = {name: value for name, value in answer.items() if isinstance(value, list)}
+            refusal = InvalidInputError(f"the batch is not a list of (client_id, row [D]), at least one: {error}")
+            self.telemetry.failure(refusal.reason)
+            raise refusal from error
+        answer = self.predict(clients, table, version, **options)
+        lists = {name: value for name, value in answer.items() if isinstance(value, list | np.ndarray)}
         return [
             answer | {name: values[i] if name == "head" else values[i : i + 1] for name, values in lists.items()}
             | {"model_type": "personal" if answer["head"][i] == "own" else "global"}
-            for i in range(len(rows))
+            for i in range(len(clients))
         ]  # fmt: skip
 
     def accuracy(self, clients: Sequence[Client], versions: Sequence[str | int] | None = None,
@@ -72,9 +76,13 @@ class PersonalizedServer(ModelServer):
             ``worst_client`` (its id), ``own_heads`` (how many clients have one that fits).
 
         Raises:
-            NotFoundError: No such version.
+            InvalidInputError: No clients. NotFoundError: No such version, or a client without a head where the
+            configuration refuses it.
         """
         import pandas as pd
+
+        if not clients:
+            raise InvalidInputError("there are no clients: give at least one, with held-out samples")
 
         if versions is None:
             name = self._router.routes.model if model is None else model

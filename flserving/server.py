@@ -154,6 +154,7 @@ class ModelServer(ModelHost):
                 rows = engine.preprocessor.validate(features, self.config.max_request_rows)
                 lane, slots = engine, None
                 if client is not None:
+                    client = _ids(client, len(rows))
                     lane, slots, found = self._personal(engine, client, len(rows))
                 validated_s = looked_up_s = self._clock()
                 if self.prediction_cache is None:
@@ -194,15 +195,11 @@ class ModelServer(ModelHost):
         return answer
 
     def _personal(
-        self, engine: InferenceEngine, client: str | Sequence[str], rows: int
+        self, engine: InferenceEngine, client: str | tuple[str, ...], rows: int
     ) -> tuple[Any, NDArray[np.int64] | None, str | list[str]]:
         """Where a client's rows run: the lane, the slots of their heads (None: on the global model), what was found."""
-        several = not isinstance(client, str)
-        named = list(client) if isinstance(client, Sequence) else []
-        if several and (len(named) != rows or not all(isinstance(one, str) for one in named)):
-            raise InvalidInputError(f"client is {str(client)[:80]!r} for {rows} rows: give one id, or one for each row")
         if engine.personal is None:
-            slots, found = None, ["none"] * rows if several else "none"
+            slots, found = None, "none" if isinstance(client, str) else ["none"] * rows
         else:
             slots, found = engine.personal.choose(client, rows)
         if self.config.unknown_client == "refuse" and any(one in ("unknown", "none") for one in _each(found)):
@@ -213,13 +210,15 @@ class ModelServer(ModelHost):
 
     async def _through_cache(
         self, cache: PredictionCache[Outputs], door: Door, lane: Any, rows: Floats, slots: NDArray[np.int64] | None,
-        started_s: float, deadline_s: float, client: str | Sequence[str] | None,
+        started_s: float, deadline_s: float, client: str | tuple[str, ...] | None,
     ) -> tuple[Prediction, float]:  # fmt: skip
         """The prediction, and when the look-up ended. A client shares its entries with nobody, None with all."""
         rows = rows.copy()  # what was hashed is what runs, whatever the caller does to its array meanwhile
         payload = rows if slots is None else (rows, slots)
-        scope = client if client is None or isinstance(client, str) else tuple(client)
-        key = (scope, lane.identity, rows.shape, hashlib.blake2b(rows.data, digest_size=32).digest())
+        content = hashlib.blake2b(rows.data, digest_size=32)
+        if client is not None:  # in the hash, as the key's size does not count in the cache's budget
+            content.update(repr(client).encode())
+        key = (lane.identity, rows.shape, content.digest())
         while True:
             value, flight, leads = cache.begin(key)
             looked_up_s = self._clock()
@@ -285,6 +284,16 @@ class ModelServer(ModelHost):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _ids(client: str | Sequence[str], rows: int) -> str | tuple[str, ...]:
+    """One id, or a copy of one for each row: what was looked up is what is cached, whatever becomes of the caller's."""
+    if isinstance(client, str):
+        return client
+    ids = tuple(client) if isinstance(client, Sequence) else ()
+    if len(ids) != rows or not all(isinstance(one, str) for one in ids):
+        raise InvalidInputError(f"client is {str(client)[:80]!r} for {rows} rows: give one id, or one for each row")
+    return ids
 
 
 def _each(found: str | list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Personal models through the one path: the right head for each row, stated fallbacks, one unit with the body."""
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(trained):
     with PersonalizedServer(WARM, trained[0]) as server:
+        server.load_model("bare", trained[1].final.model())
         yield server
 
 
@@ -95,20 +97,51 @@ def test_accuracy_of_every_version_is_measured_by_asking_it(trained, server):
         assert trained_round.client_accuracy[measured["worst_client"]] == measured["worst_client_accuracy"]
     with pytest.raises(NotFoundError, match="no model 'other'"):
         server.accuracy(run.clients, model="other")
+    with pytest.raises(InvalidInputError, match="no clients"):
+        server.accuracy([])
     assert table.loc["3", "mean_client_accuracy"] > table.loc["3", "global_accuracy"] + 0.2
 
 
-@pytest.mark.parametrize("clients", [["a"], ["a", 7], 7, [None, None]], ids=["one for two", "number", "bare", "none"])
-def test_ids_that_are_none_are_refused(trained, server, clients):
-    with pytest.raises(InvalidInputError, match="id"):
-        server.predict(clients, trained[1].clients[0].test_x[:2])
+@pytest.mark.parametrize(
+    "clients",
+    [["a"], ["a", "b", "c"], [], ["a", 7], 7, [None, None], None, ("a", b"b"), b"ab", {"a", "b"}],
+    ids=range(10),
+)
+@pytest.mark.parametrize("version", ["3", "bare"])
+def test_ids_that_are_none_are_refused(trained, server, clients, version):
+    """Also by a version without heads."""
+    options = {"version": version, "model": "local" if version == "bare" else "digits"}
+    with pytest.raises(InvalidInputError, match="give one id, or one for each row"):
+        server.predict(clients, trained[1].clients[0].test_x[:2], **options)
 
 
-@pytest.mark.parametrize("batch", [[], [("a",)], [("a", "text")], [("a", [1.0]), ("b", [1.0, 2.0])], [3]],
-                         ids=["empty", "no row", "text", "ragged", "number"])  # fmt: skip
-def test_batches_that_are_none_are_refused(server, batch):
+@pytest.mark.parametrize(
+    "batch", [[], 3, [("a",)], [("a", "text")], [("a", ["1"] * 64)], [("a", [1e300] * 64)],
+              [("a", [1.0]), ("b", [1.0, 2.0])], [3]],
+    ids=["empty", "no list", "no row", "text", "texts", "beyond float32", "ragged", "number"],
+)  # fmt: skip
+def test_batches_that_are_none_are_refused_and_counted(server, batch):
+    def count():
+        return server.get_all_stats()["server"]["failed_by_reason"].get("InvalidInput", 0)
+
+    before = count()
     with pytest.raises(InvalidInputError, match="batch"):
         server.batch_predict(batch)
+    assert count() == before + 1
+
+
+def test_in_a_batch_of_arrays_each_client_gets_its_own_rows_only(trained, server):
+    batch = [(client.id, client.test_x[0]) for client in trained[1].clients]
+    for lists, arrays in zip(server.batch_predict(batch), server.batch_predict(batch, arrays=True), strict=True):
+        assert all(arrays[name].tolist() == lists[name] for name in ("predictions", "confidences", "probabilities"))
+
+
+def test_rows_of_the_personal_lane_count_as_the_engines(trained):
+    with PersonalizedServer(WARM, trained[0]) as server:
+        client = trained[1].clients[0]
+        server.predict(client.id, client.test_x[:3]), server.predict("nobody", client.test_x[:2])
+        stats = server.get_all_stats()
+        assert sum(engine["rows"] for engine in stats["engines"].values()) == stats["server"]["rows"] == 5
 
 
 def test_cached_predictions_are_private_to_the_client(trained):
@@ -122,6 +155,40 @@ def test_cached_predictions_are_private_to_the_client(trained):
         for client in run.clients:
             assert server.predict(client.id, row)["probabilities"] == first[client.id]
         assert server.prediction_cache.stats()["hits"] == len(run.clients)
+
+
+def test_ids_that_change_meanwhile_put_nothing_into_anothers_cache(trained, monkeypatch):
+    config = ServingConfig(warmup_samples=1, prediction_cache_bytes=1 << 20)
+    mine, other = (client.id for client in trained[1].clients[:2])
+    rows, asked = trained[1].clients[0].test_x[:1], [mine]
+    with PersonalizedServer(config, trained[0]) as server:
+        expected = server.predict(other, rows)["probabilities"]
+        with server.lease() as engine, monkeypatch.context() as patch:
+            choose = engine.personal.choose
+
+            def then_change(*arguments):
+                chosen = choose(*arguments)
+                asked[0] = other
+                return chosen
+
+            patch.setattr(engine.personal, "choose", then_change)
+            server.predict(asked, rows)
+            del engine
+        assert server.predict([other], rows)["probabilities"] == expected
+
+
+def test_long_ids_take_no_more_memory_than_the_cache_may(trained):
+    config = ServingConfig(warmup_samples=1, prediction_cache_bytes=1 << 20)
+    with PersonalizedServer(config, trained[0]) as server:
+        row = trained[1].clients[0].test_x[0]
+        server.predict("nobody", row)
+        tracemalloc.start()
+        try:
+            for number in range(40):
+                server.predict(f"{number:03}" * 50_000, row)
+            assert tracemalloc.get_traced_memory()[0] < 1 << 20
+        finally:
+            tracemalloc.stop()
 
 
 # Body and heads as one unit
