@@ -3,13 +3,17 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from torch import nn
 
-from flserving import ModelServer
+from flserving import ModelServer, models
 from flserving.api import serve
 from flserving.api.auth import Tokens
+from flserving.breaker import CircuitBreaker
 from flserving.datasets import Client
-from flserving.errors import OverloadedError
+from flserving.edge import EdgeModelServer
+from flserving.errors import OverloadedError, ServerClosedError
+from flserving.hybrid import HybridServer
 from flserving.lab import figures_07 as figures
 from flserving.lab import real_ways, three_ways
 from flserving.lab.capacity import Prices
@@ -91,6 +95,40 @@ def test_without_a_cloud_the_hybrid_degrades_and_its_breaker_saves_the_waiting(a
     devices = asked["device"].nunique()
     assert devices * 3 <= waited.sum() <= devices * (3 + SPAN_S / 5)  # three failures, then one probe each 5 s
     assert (played["latency_s"][~waited] == COSTS.local_s).all() and (played["sent"] == waited).all()
+
+
+def test_the_real_hybrid_takes_the_paths_that_were_played():
+    """The same requests through HybridServer on a virtual clock, with a cloud that is away from 20 s to 40 s."""
+    rng, now, cut_s, deadline_s = np.random.default_rng(4), [0.0], (20.0, 40.0), 1.0
+    row = rng.integers(30, size=60)
+    table = rng.standard_normal((30, 4), dtype=np.float32)
+
+    class Cloud:
+        def predict(self, rows, **options):
+            if cut_s[0] <= now[0] < cut_s[1] - deadline_s:
+                now[0] += deadline_s
+                raise ServerClosedError("away")
+            return {"predictions": np.zeros(1), "confidences": np.ones(1, np.float32), "model_version": "1"}
+
+    clock = lambda: now[0]  # noqa: E731
+    with EdgeModelServer(clock=clock, wall=clock) as edge:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = models.build("mlp", {"sizes": [4, 3]})
+        edge.update_global(model, architecture="mlp", parameters={"sizes": [4, 3]})
+        confidence = np.array([edge.predict(table[number])["confidences"][0] for number in row])
+        threshold = float(np.median(confidence))
+        asked = pd.DataFrame({"device": 0, "row": row, "at_s": np.arange(60) * 1.1, "confidence": confidence,
+                              "local_right": True, "cloud_right": False})  # fmt: skip
+        costs = Costs(local_s=0.0, cloud_s=0.0, request_nbytes=0, response_nbytes=0)
+        played = play(asked, "hybrid", Link(outages=[cut_s]), costs, threshold=threshold, deadline_s=deadline_s)
+        breaker = CircuitBreaker(3, 5.0, clock)
+        with HybridServer(edge, Cloud(), consent=True, threshold=threshold, breaker=breaker) as hybrid:
+            real = []
+            for number, at_s in zip(row, asked["at_s"], strict=True):
+                now[0] = at_s
+                real.append(hybrid.predict(table[number])["path"])
+    assert real == list(played["path"]) and set(real) == {"local", "cache", "cloud", "degraded"}
 
 
 def test_the_summary_counts_all_requests():
@@ -189,7 +227,7 @@ def test_three_nines_leave_43_minutes_a_month():
     table = real_ways.in_a_month(watched())
     assert list(table["central keeps 99.9 %"]) == [True, True, False, False]
     assert table.loc["1 day", "central"] == pytest.approx(100 * (1 - 1 / 30), abs=1e-3)
-    assert table.loc["1 day", "of these degraded"] == pytest.approx(100 * 0.25 / 30, rel=0.1)
+    assert table.loc["1 day", "hybrid, degraded"] == pytest.approx(100 * 0.25 / 30, rel=0.1)
 
 
 def test_what_travels_is_summed_by_kind():

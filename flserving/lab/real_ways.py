@@ -169,7 +169,7 @@ def in_a_month(watched: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
             "central": 100 * (1 - share),
             "edge": 100.0,
             "hybrid": 100.0,
-            "of these degraded": 100 * asks * share,
+            "hybrid, degraded": 100 * asks * share,
             "central keeps 99.9 %": 1 - share >= SLO.target - 1e-9,
         }
     return pd.DataFrame.from_dict(rows, orient="index").round(3).rename_axis("cloud away for")
