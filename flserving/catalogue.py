@@ -70,7 +70,7 @@ class Catalogue:
     def rolled_back(self, name: str, alias: str = DEFAULT_ALIAS) -> list[int]:
         """The versions from which :meth:`rollback` ever took an alias back."""
         sql = "SELECT DISTINCT from_version FROM moves WHERE name = ? AND alias = ? AND action = 'rollback'"
-        return [int(version) for (version,) in self._index.query(sql, name, alias)]
+        return [int(version) for (version,) in self._index.query(sql, name, alias) if version is not None]
 
     def set_alias(self, name: str, alias: str, version: int, *, who: str, why: str) -> int | None:
         """Point an alias at an existing version, atomically; returns where it pointed before (None: nowhere).

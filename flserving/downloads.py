@@ -49,8 +49,8 @@ class Downloads:
 
     def get(self, path: str, most: int, kind: str) -> bytes:
         """A short answer, into memory."""
-        data = bytearray()
-        with _unwrapped(), self._cloud.stream(Sent(path, None, self._headers), self._timeout_s) as response:
+        data, asked = bytearray(), (Sent(path, None, self._headers), self._timeout_s, self._limit_s)
+        with _unwrapped(), self._cloud.stream(*asked) as response:
             for chunk in response.iter_stream():
                 data += chunk
                 self._count(kind, len(chunk))
@@ -85,7 +85,7 @@ class Downloads:
     def _go_on(self, path: str, target: Path, have: int, most: int, kind: str, until_s: float) -> bool:
         """One try; whether it came to the end."""
         headers = self._headers | ({"range": f"bytes={have}-"} if have else {})
-        with self._cloud.stream(Sent(path, None, headers), self._timeout_s) as response:
+        with self._cloud.stream(Sent(path, None, headers), self._timeout_s, self._limit_s) as response:
             if response.status == 416:  # what is here is not the beginning of what is there
                 target.unlink(missing_ok=True)
                 if not have:

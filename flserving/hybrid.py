@@ -36,7 +36,7 @@ class HybridServer(EdgeModelServer):
         consent: Nothing leaves the device unless it is True; may be set at any time.
         threshold: The lowest confidence that is trusted, see :func:`flserving.calibration.calibrate`.
         cloud_share: Share of a request's time that the cloud may take; the rest comes first and is the device's.
-        personal: Ask for the answers of the client that the cloud's credential names.
+        personal: Ask for the answers of the client that the cloud's credential names, where the device's client asks.
         cloud_model: The model's name in the cloud; that of the edge when not given.
         breaker: By default it opens after 5 failures in a row, for 5 s.
         hedge_ms: With ``local_first``: ask the cloud too when the device takes longer than this. None: never.

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from flserving.transforms import Preprocessor
 if TYPE_CHECKING:
     from flserving.hybrid import HybridServer
 
+_NO_CONSENT = "nothing leaves this device without consent: set consent=True"
 T = TypeVar("T")
 Answered = dict[str, Any]
 # what keeps the device from answering, and need not keep the cloud
@@ -113,16 +115,11 @@ class Turn:
     async def _ask(self, rows: NDArray[np.float32], door: Door) -> "Kept":
         server = self.server
         if not server.consent:
-            raise ForbiddenError("nothing leaves this device without consent: set consent=True")
+            raise ForbiddenError(_NO_CONSENT)
         if not server.breaker.allow():
             raise OverloadedError("the cloud failed several times in a row: it is left alone for a while")
         try:
-            until_s = self._until_s()
-            options = {"personal": True} if server.personal and self._client != "" else {}
-            call = server._calls.submit(
-                server.cloud.predict, rows, model=server.cloud_model, arrays=True,
-                timeout_ms=max(1e-3, (until_s - self.clock()) * 1e3), **options,
-            )  # fmt: skip
+            call = server._calls.submit(self._call, rows, until_s := self._until_s())
             if not await door.follow(call, until_s):
                 call.cancel()
                 raise DeadlineExceededError(f"no answer from the cloud in its {self._cloud_s * 1e3:.0f} ms")
@@ -134,6 +131,16 @@ class Turn:
         server.breaker.record(True)
         server._heard(str(kept.said["model_version"]))
         return kept
+
+    def _call(self, rows: NDArray[np.float32], until_s: float) -> Answered:
+        """Ask the cloud, in a thread that may have become free only now. The credential is that of the device's client:
+        for anybody else the cloud's global model answers."""
+        server = self.server
+        if not server.consent:  # withdrawn meanwhile
+            raise ForbiddenError(_NO_CONSENT)
+        options = {"personal": True} if server.personal and self._client in (None, server.edge.client) else {}
+        left_ms = max(1e-3, (until_s - self.clock()) * 1e3)
+        return server.cloud.predict(rows, model=server.cloud_model, arrays=True, timeout_ms=left_ms, **options)
 
     def apart(self, step: Callable[[Door], Coroutine[Any, Any, T]]) -> "Future[T]":
         """Run a step of this turn in a thread, beside what else happens."""
@@ -167,7 +174,10 @@ class Kept:
         names = ("predictions", "confidences", "probabilities")
         self.outputs = {name: np.array(answer[name]) for name in names if answer.get(name) is not None}
         self.said, self.at_s = {name: answer[name] for name in _SAID if name in answer}, at_s
-        if {len(output) for output in self.outputs.values()} != {rows} or "model_version" not in self.said:
+        self._age_s = float(answer.get("age_s") or 0.0)
+        whole = {len(output) for output in self.outputs.values()} == {rows} and "predictions" in self.outputs
+        whole &= all(output.dtype.kind in "fiu" for output in self.outputs.values())
+        if not whole or not 0 <= self._age_s < inf or not isinstance(self.said.get("model_version"), str):
             raise FlservingError(f"the cloud's answer to {rows} rows is not one: is that a server of flserving?")
         for output in self.outputs.values():
             output.setflags(write=False)
@@ -175,7 +185,7 @@ class Kept:
 
     def answer(self, path: str, turn: Turn) -> Answered:
         now_s = turn.clock()
-        age_s = (self.said.get("age_s") or 0.0) + (now_s - self.at_s if path == "cache" else 0.0)
+        age_s = self._age_s + (now_s - self.at_s if path == "cache" else 0.0)
         outputs = {name: value if turn._arrays else value.tolist() for name, value in self.outputs.items()}
         said = {"model_type": "global", "round": None, "degraded": False} | self.said
         stages = {"stages_ms": {path: (now_s - turn.started_s) * 1e3}} if turn._stages else {}

@@ -4,12 +4,13 @@ A statement is canonical JSON, signed with Ed25519 (RFC 8032) under a label of i
 registry's folder, readable by its owner alone; devices pin the public one. The ``serial`` grows with every change of
 the registry, so an older statement is known by it; the ``nonce`` is the asker's, so a statement that carries it was
 made after the question, whatever the clocks say. A lower round than one seen before is accepted only where ``rollback``
-is true: the operator took the higher one back with :meth:`Registry.rollback`.
+reaches it: the operator took the higher one back with :meth:`Registry.rollback`.
 """
 
 import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -34,7 +35,8 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The version to run. Times are whole seconds since 1970, UTC.
 
     ``round`` is the lineage's; a version without one counts by its version number. ``int8_sha256`` is the digest of
-    the version's tensors as :func:`delta.quantised` makes them.
+    the version's tensors as :func:`delta.quantised` makes them. ``rollback`` is the highest round that was ever taken
+    back, 0 where none above this one was: devices that run a later one, of which nobody said so, do not go lower.
     """
 
     model: str
@@ -45,7 +47,7 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     int8_sha256: Digest
     issued_at: Count
     expires_at: Count
-    rollback: bool
+    rollback: Count
     nonce: Nonce
 
 
@@ -96,15 +98,17 @@ class Signer:
         self._key = _private_key(registry.root)
         self.public = self._key.public_key().public_bytes_raw().hex()
         self._known: dict[str, Statement] = {}
+        self._describing = threading.Lock()  # after a change all devices ask at once: one reads the weights
 
     def release(self, model: str, nonce: str = "") -> Release:
         """The signed statement of ``model``. NotFoundError: no such model, or nothing is its default.
 
         Cost: about 0.1 ms; after a change of the registry, a read of the weights beside it.
         """
-        known = self._known.get(model)
-        while known is None or known.serial != self._registry.change_token():  # also where it changed meanwhile
-            known = self._known[model] = self._describe(model, self._registry.change_token())
+        with self._describing:
+            known = self._known.get(model)
+            while known is None or known.serial != self._registry.change_token():  # also where it changed meanwhile
+                known = self._known[model] = self._describe(model, self._registry.change_token())
         issued = int(self._now())
         made = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + self._valid_s, nonce=nonce)
         return self.sign(made)
@@ -129,9 +133,10 @@ class Signer:
         version = registry.resolve(model, DEFAULT_ALIAS)
         artifact = registry.read(model, version)
         number = round_of(artifact.manifest)
-        back = any(round_of(registry.manifest(model, v)) > number for v in registry.rolled_back(model, DEFAULT_ALIAS))
+        undone = (registry.manifest(model, one) for one in registry.rolled_back(model, DEFAULT_ALIAS))
+        back = max(map(round_of, undone), default=0)
         return Statement(
-            model=model, version=version, round=number, serial=serial, rollback=back,
+            model=model, version=version, round=number, serial=serial, rollback=back if back > number else 0,
             manifest_sha256=sha256(manifest_bytes(registry, model, version)),
             int8_sha256=weights.digest(delta.quantised(artifact.tensors)),
             issued_at=0, expires_at=0, nonce="",
@@ -231,7 +236,7 @@ def check(statement: Statement, model: str, nonce: str, seen: Seen, now_s: float
         raise ForbiddenError(f"two releases of serial {statement.serial} name different versions: ask the operator")
     if (late_s := max(now_s, statement.issued_at) - statement.expires_at) >= 0:
         raise ForbiddenError(f"the release expired {late_s:.0f} s ago: check the clocks of this device and the cloud")
-    if statement.round < seen.round and not statement.rollback:
+    if max(statement.round, statement.rollback) < seen.round:
         raise ForbiddenError(
             f"the release has round {statement.round}, {seen.round} ran here before: a way back must be signed, by "
             "registry.rollback() in the cloud"

@@ -8,11 +8,12 @@ import pytest
 
 from edge_cloud import CLIENTS, cloud, heads, publish, state
 from flserving import cli, delta, weights
+from flserving.api.artifacts import Artifacts
 from flserving.api.openapi import OPERATIONS
 from flserving.manifest import sha256
 from flserving.release import Statement, open_head, verify
 from rest_door import bearer
-from serving_models import wait_until
+from serving_models import PATIENCE_S, wait_until
 
 REPOSITORY = "/v2/repository/models/m"
 ROUTES = {
@@ -168,6 +169,36 @@ def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
             assert get(endpoint, f"{REPOSITORY}/versions/2/delta?base={base}&form={form}").status_code == 200
         assert len(os.listdir(tmp_path / "deltas")) <= 2
         assert get(endpoint, path).content == contents[0]
+
+
+def test_who_waits_for_a_delta_keeps_no_thread_from_others(tmp_path, monkeypatch):
+    """40 devices want deltas while the first is made: threads for a fraction of them are there, and stay free."""
+    made, arrived, encode, answer = threading.Event(), [], delta.encode, Artifacts.delta
+
+    async def counted(self, request):
+        arrived.append(request)
+        return await answer(self, request)
+
+    monkeypatch.setattr(Artifacts, "delta", counted)
+    monkeypatch.setattr("flserving.api.artifacts.encode", lambda *given: made.wait(PATIENCE_S) and encode(*given))
+    with cloud(tmp_path, 1, 2) as (_, endpoint):
+        statuses = []
+
+        def ask():
+            url = endpoint.url + ROUTES["delta"]
+            statuses.append(httpx.get(url, headers=bearer("infer"), timeout=PATIENCE_S).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_until(lambda: len(arrived) == 40)
+            assert get(endpoint, ROUTES["manifest"]).status_code == 200 and not statuses
+        finally:
+            made.set()
+            for thread in threads:
+                thread.join()
+        assert statuses == [200] * 40
 
 
 def test_a_full_disk_of_the_cloud_is_an_answer(tmp_path, monkeypatch):

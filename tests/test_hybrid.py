@@ -157,7 +157,28 @@ def test_what_the_cloud_is_asked(world):
     assert first["timeout_ms"] == pytest.approx(2000) and first["rows"].tolist() == [pytest.approx(UNSURE)]
 
 
+def test_the_head_that_the_cloud_keeps_is_for_the_device_s_client_alone(world):
+    """The credential is the device's: asked for "b", the cloud would answer with the head of "device"."""
+    hybrid = world.hybrid(personal=True)
+    for client in (None, "device", "b", ["device"], ""):
+        hybrid.predict(UNSURE, client=client)
+    assert [asked["personal"] for asked in world.cloud.asked] == [True, True, False, False, False]
+
+
 # Consent
+
+
+def test_consent_that_is_withdrawn_stops_what_still_waits_for_a_thread(world):
+    hybrid, threads = world.hybrid(cloud_calls=1), Threads()
+    world.cloud.gate.clear()
+    threads.start(hybrid.predict, UNSURE)
+    wait_until(lambda: len(world.cloud.asked) == 1)
+    threads.start(hybrid.predict, [0.2, 0.1])
+    wait_until(lambda: hybrid._calls._work_queue.qsize() == 1, "a call that waits")
+    hybrid.consent = False
+    world.cloud.gate.set()
+    assert sorted(answer["path"] for answer in threads.results()) == ["cloud", "degraded"]
+    assert len(world.cloud.asked) == 1
 
 
 @pytest.mark.parametrize("policy", ["local_first", "as_drawn"])
@@ -332,11 +353,21 @@ def test_hedging_is_awaited_too(slow):
 
 @pytest.mark.parametrize(
     ("said", "reason"),
-    [({"predictions": [1, 1]}, "Flserving"), ({"predictions": 3}, "Flserving"), ({"predictions": None}, "Flserving")],
-    ids=["rows", "scalar", "none"],
+    [
+        ({"predictions": [1, 1]}, "Flserving"),
+        ({"predictions": 3}, "Flserving"),
+        ({"predictions": None}, "Flserving"),
+        ({"predictions": None, "confidences": [0.5]}, "Flserving"),
+        ({"predictions": ["a"]}, "Flserving"),
+        ({"age_s": "old"}, "Flserving"),
+        ({"age_s": float("nan")}, "Flserving"),
+        ({"age_s": -9}, "Flserving"),
+        ({"model_version": ["9"]}, "Flserving"),
+    ],
+    ids=["rows", "scalar", "none", "only_confidences", "text", "age_text", "age_nan", "age_negative", "version"],
 )
 def test_an_answer_that_is_none_is_a_failure_of_the_cloud(world, said, reason):
-    world.cloud.said = said | {"confidences": None}
+    world.cloud.said = {"confidences": None} | said
     hybrid = world.hybrid()
     assert hybrid.predict(UNSURE)["path"] == "degraded"
     assert hybrid.get_all_stats()["hybrid"]["cloud_refusals"] == {reason: 1}

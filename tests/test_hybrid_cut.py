@@ -12,6 +12,7 @@ from flserving import ServingConfig
 from flserving.api.client import Client
 from flserving.breaker import CircuitBreaker
 from flserving.edge import EdgeModelServer
+from flserving.errors import DeadlineExceededError
 from flserving.hybrid import HybridServer
 from serving_models import PATIENCE_S, Threads, wait_until
 from test_hybrid import MLP, SURE, UNSURE, state
@@ -121,6 +122,15 @@ def test_a_cut_cloud(edge, how, way):
     finally:
         cut.close()
     wait_until(lambda: not any(t.name.startswith("flserving-cloud") for t in threading.enumerate()), "the last call")
+
+
+def test_an_answer_that_drips_holds_its_caller_no_longer_than_the_deadline():
+    cut = Cut("slow")
+    try:
+        with Client(cut.url) as client, pytest.raises(DeadlineExceededError):
+            client.predict(UNSURE, model="model", timeout_ms=300)
+    finally:
+        cut.close()
 
 
 def test_a_cut_under_load_flags_every_answer(edge):

@@ -51,7 +51,7 @@ def test_a_statement_says_what_is_released(registry, signer):
     statement, key = verify(wire(signer.release("m", "ab12")), Statement, signer.public)
     assert key == signer.public
     assert (statement.model, statement.version, statement.round, statement.nonce) == ("m", 3, 3, "ab12")
-    assert statement.serial == registry.change_token() and not statement.rollback
+    assert statement.serial == registry.change_token() and statement.rollback == 0
     assert (statement.issued_at, statement.expires_at) == (NOW_S, NOW_S + 600)
     path = f"{registry.root}/models/m/3/manifest.json"
     with open(path, "rb") as file:
@@ -94,13 +94,18 @@ def test_the_serial_grows_with_every_change_and_rollbacks_are_signed(registry, s
     first = now()
     registry.rollback("m", who="test", why="worse")
     back = now()
-    assert (back.round, back.rollback) == (2, True) and back.serial > first.serial
+    assert (back.round, back.rollback) == (2, 3) and back.serial > first.serial
     registry.set_alias("m", "default", 1, who="test", why="by hand")
-    assert (now().round, now().rollback) == (1, True), "round 3 was rolled back: who has it may go lower"
+    assert (now().round, now().rollback) == (1, 3), "round 3 was rolled back: who has it may go lower"
     publish(registry, 4)
-    assert (now().round, now().rollback) == (4, False)
+    assert (now().round, now().rollback) == (4, 0)
     registry.set_alias("m", "default", 3, who="test", why="no rollback: a mistake must not reach devices")
-    assert (now().round, now().rollback) == (3, False)
+    assert (now().round, now().rollback) == (3, 0)
+    registry.set_alias("m", "default", 2, who="test", why="so is this one, though 3 was taken back long ago")
+    assert (now().round, now().rollback) == (2, 3), "who has round 4 stays there"
+    registry.remove_alias("m", "default", who="test", why="withdrawn")
+    registry.rollback("m", who="test", why="back in service")
+    assert (now().round, now().rollback) == (2, 3)
 
 
 def test_what_has_no_default_is_not_released(registry, signer):
@@ -127,7 +132,7 @@ def tampered(release, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"version": 1}, {"round": 99}, {"serial": 10**9}, {"manifest_sha256": "0" * 64}, {"rollback": True},
+    [{"version": 1}, {"round": 99}, {"serial": 10**9}, {"manifest_sha256": "0" * 64}, {"rollback": 9},
      {"expires_at": 2 * NOW_S}, {"nonce": "cd"}, {"model": "n"}, {"int8_sha256": "1" * 64}],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
@@ -187,7 +192,7 @@ def test_what_is_no_release_says_so(data):
 
 GOOD = Statement(
     model="m", version=3, round=3, serial=6, manifest_sha256="a" * 64, int8_sha256="b" * 64, issued_at=NOW_S,
-    expires_at=NOW_S + 600, rollback=False, nonce="ab",
+    expires_at=NOW_S + 600, rollback=0, nonce="ab",
 )  # fmt: skip
 SEEN = Seen(serial=6, round=3, manifest_sha256="a" * 64)
 
@@ -198,20 +203,21 @@ SEEN = Seen(serial=6, round=3, manifest_sha256="a" * 64)
         ({}, SEEN, NOW_S, None),
         ({}, Seen(), NOW_S, None),
         ({"serial": 7, "round": 4, "manifest_sha256": "c" * 64}, SEEN, NOW_S, None),
-        ({"serial": 7, "round": 1, "rollback": True, "manifest_sha256": "c" * 64}, SEEN, NOW_S, None),
+        ({"serial": 7, "round": 1, "rollback": 3, "manifest_sha256": "c" * 64}, SEEN, NOW_S, None),
         ({}, SEEN, 0, None),  # a clock at 1970: the nonce shows that the statement is new
         ({"model": "n"}, SEEN, NOW_S, "this device runs"),
         ({"nonce": "cd"}, SEEN, NOW_S, "another question"),
         ({"nonce": ""}, SEEN, NOW_S, "another question"),
         ({"serial": 5}, SEEN, NOW_S, "serial 5, 6 was seen"),
-        ({"serial": 5, "rollback": True}, SEEN, NOW_S, "serial 5, 6 was seen"),
+        ({"serial": 5, "rollback": 9}, SEEN, NOW_S, "serial 5, 6 was seen"),
         ({"manifest_sha256": "c" * 64}, SEEN, NOW_S, "name different versions"),
         ({}, SEEN, NOW_S + 600, "expired 0 s ago"),
         ({}, SEEN, 10 * NOW_S, "check the clocks"),
         ({"expires_at": NOW_S}, SEEN, 0, "expired"),
         ({"serial": 7, "round": 2, "manifest_sha256": "c" * 64}, SEEN, NOW_S, "round 2, 3 ran here"),
+        ({"serial": 7, "round": 1, "rollback": 2, "manifest_sha256": "c" * 64}, SEEN, NOW_S, "round 1, 3 ran here"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_what_a_device_follows(changes, seen, now_s, says):
     statement = msgspec.structs.replace(GOOD, **changes)

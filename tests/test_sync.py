@@ -3,6 +3,7 @@
 import contextlib
 import os
 import runpy
+import threading
 from pathlib import Path
 
 import msgspec
@@ -182,8 +183,8 @@ def test_a_download_goes_on_after_a_restart(tmp_path):
         publish(released, 1, sizes=BIG)
         endpoint.v2.server.serve(released, "m")
         total = released.manifest("m", 1).weights_nbytes
-        clock = iter(range(10**9))
-        with device(tmp_path / "edge", endpoint.url, limit_s=2.5, clock=lambda: float(next(clock))) as (_, agent):
+        clock = iter(range(0, 10**9, 1000))
+        with device(tmp_path / "edge", endpoint.url, limit_s=2500, clock=lambda: float(next(clock))) as (_, agent):
             with pytest.raises(DeadlineExceededError, match="what came is kept"):
                 agent.pull()
             (part,) = (tmp_path / "edge" / "sync").glob("*.part")
@@ -311,6 +312,12 @@ def test_a_downgrade_needs_a_signed_rollback(served, tmp_path):
         assert agent.pull().round == 3
         released.rollback("m", who="test", why="worse")
         assert agent.pull().round == 2 and runs(registry, 2)
+        publish(released, 4)
+        assert agent.pull().round == 4
+        released.set_alias("m", "default", 1, who="test", why="a mistake: that 3 was taken back once is no excuse")
+        with pytest.raises(ForbiddenError, match="round 1, 4 ran here"):
+            agent.pull()
+        assert runs(registry, 4)
 
 
 # Lies
@@ -379,6 +386,26 @@ def test_lies_are_refused_and_the_model_before_serves_on(served, liar, tmp_path)
             assert runs(registry, 1) and registry.version_numbers("m") == [1]
         liar.lies = {}
         assert agent.pull().round == 2 and runs(registry, 2)
+
+
+def test_an_answer_that_drips_is_given_up(served, liar, tmp_path):
+    """Never silent for long, and never at its end: each byte comes well within ``timeout_s``."""
+    over = threading.Event()
+    liar.lies = {"release": lambda *_: (200, {"content-length": "9000"}, drops(over))}
+    with device(tmp_path / "edge", liar.url, timeout_s=PATIENCE_S, limit_s=1.0) as (registry, agent):
+        try:
+            with pytest.raises(DeadlineExceededError):
+                agent.pull()
+            assert registry.models() == []
+        finally:
+            over.set()
+
+
+def drops(over):
+    for _ in range(9000):
+        if over.wait(0.02):
+            return
+        yield b" "
 
 
 HOSTILE_DELTAS = {"bomb": instead(BOMB), "nothing": instead(b""), "text": instead(b"<html>"), "shorter": shorter,

@@ -26,7 +26,7 @@ from flserving.loader import RegistrySource
 from flserving.registry import WEIGHTS, Registry
 from flserving.release import Head, Release, Signer, manifest_bytes
 from flserving.server import ModelServer
-from flserving.storage import open_file
+from flserving.storage import open_file, write_file
 
 _CHUNK = 1 << 18  # bytes
 _MOST_DELTAS = 64  # files that are kept; each is made once, for all devices that have the same version
@@ -44,10 +44,13 @@ class Artifacts:
         self._server, self._offered = server, offered
         self._signers: dict[str, Signer] = {}
         self._heads: dict[tuple[str, int], HeadStore] = {}
-        self._one = threading.Lock()  # one delta, one store at a time: many devices ask for the same at once
+        # One delta, one store at a time: many devices ask for the same at once. They wait outside of the threads, which
+        # others need too; the lock inside is for those whose caller went away.
+        self._releasing, self._making, self._one = asyncio.Lock(), asyncio.Lock(), threading.Lock()
 
     async def release(self, request: Request) -> Response:
-        return _json(await asyncio.to_thread(self._release, request))
+        async with self._releasing:
+            return _json(await asyncio.to_thread(self._release, request))
 
     async def manifest(self, request: Request) -> Response:
         content = await asyncio.to_thread(lambda: manifest_bytes(*self._version(request)))
@@ -57,10 +60,12 @@ class Artifacts:
         return await asyncio.to_thread(self._weights, request)
 
     async def delta(self, request: Request) -> Response:
-        return await asyncio.to_thread(self._delta, request)
+        async with self._making:
+            return await asyncio.to_thread(self._delta, request)
 
     async def head(self, request: Request) -> Response:
-        return _json(await asyncio.to_thread(self._head, request))
+        async with self._making:
+            return _json(await asyncio.to_thread(self._head, request))
 
     def _registry(self, request: Request) -> Registry:
         if not self._offered:
@@ -128,13 +133,12 @@ def _keep_delta(registry: Registry, model: str, version: int, base: int | None, 
     folder.mkdir(exist_ok=True)
     fresh = folder / f".{secrets.token_hex(8)}"
     try:
-        fresh.write_bytes(content)
+        write_file(str(fresh), content)  # on the disk first: after a power cut nobody would make it again
         os.replace(fresh, folder / name)
     finally:
         fresh.unlink(missing_ok=True)
-    kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-    for path in kept[:-_MOST_DELTAS]:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):  # another process forgets them too
+        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-_MOST_DELTAS]:
             path.unlink()
 
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import ssl
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -82,13 +83,13 @@ def _options(ca: bytes | None, secure: bool) -> dict[str, Any]:
     return {"ssl_context": context, "max_connections": 100, "keepalive_expiry": 4.0}
 
 
-def _request(base: str, call: Sent, timeout_s: float) -> dict[str, Any]:
+def _request(base: str, call: Sent, timeout_s: float, wait: "_Patience | None" = None) -> dict[str, Any]:
     return {
         "method": "GET" if call.body is None else "POST",
         "url": base + call.path,
         "headers": call.headers,
         "content": call.body,
-        "extensions": {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)},
+        "extensions": {"timeout": dict.fromkeys(("connect", "read", "write"), wait or timeout_s) | {"pool": timeout_s}},
     }
 
 
@@ -98,7 +99,7 @@ def _read(response: httpcore.Response) -> Received:
         return Received(response.content, headers)
     try:
         text = str(json.loads(response.content)["error"])
-    except (ValueError, KeyError, TypeError):  # not a server of this protocol, or a proxy in front of it
+    except (ValueError, KeyError, TypeError, RecursionError):  # another protocol's server, or a proxy
         text = f"status {response.status}"
     kind = _BY_STATUS.get(response.status, FlservingError)
     raise _refusal(kind, text, headers)
@@ -114,20 +115,66 @@ def _failures(where: str, timeout_s: float) -> Iterator[None]:
         raise _unanswered(where, error) from error
 
 
+class _Patience:
+    """A timeout of httpcore's, which bounds each wait, that bounds them all together too: else an answer that drips
+    would hold a thread as long as it likes."""
+
+    def __init__(self, wait_s: float, limit_s: float) -> None:
+        self._wait_s, self._until_s = wait_s, time.monotonic() + limit_s
+
+    def left_s(self) -> float:
+        left_s = min(self._wait_s, self._until_s - time.monotonic())
+        if left_s <= 0:
+            raise httpcore.ReadTimeout
+        return left_s
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: Any = None) -> bytes:
+        return self._stream.read(max_bytes, timeout.left_s())
+
+    def write(self, buffer: bytes, timeout: Any = None) -> None:
+        self._stream.write(buffer, timeout.left_s())
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: Any = None
+    ) -> httpcore.NetworkStream:
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, timeout.left_s()))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Backend(httpcore.SyncBackend):
+    def connect_tcp(
+        self, host: str, port: int, timeout: Any = None, *rest: Any, **named: Any
+    ) -> httpcore.NetworkStream:
+        return _Stream(super().connect_tcp(host, port, timeout.left_s(), *rest, **named))
+
+
 class Rest:
     """REST, blocking. Connections are kept and shared between threads."""
 
     def __init__(self, base: str, ca: bytes | None) -> None:
-        self._base, self._pool = base, httpcore.ConnectionPool(**_options(ca, base.startswith("https")))
+        options = _options(ca, base.startswith("https"))
+        self._base, self._pool = base, httpcore.ConnectionPool(network_backend=_Backend(), **options)
 
     def send(self, call: Sent, timeout_s: float) -> Received:
         with _failures(self._base, timeout_s):
-            return _read(self._pool.request(**_request(self._base, call, timeout_s)))
+            request = _request(self._base, call, timeout_s, _Patience(timeout_s, timeout_s))
+            return _read(self._pool.request(**request))
 
     @contextlib.contextmanager
-    def stream(self, call: Sent, timeout_s: float) -> Iterator[httpcore.Response]:
-        """An answer (200, 206, 416) whose body is still to be read. ``timeout_s`` bounds each wait, not the whole."""
-        with _failures(self._base, timeout_s), self._pool.stream(**_request(self._base, call, timeout_s)) as response:
+    def stream(self, call: Sent, timeout_s: float, limit_s: float) -> Iterator[httpcore.Response]:
+        """An answer (200, 206, 416) whose body is still to be read. ``timeout_s`` bounds each wait, ``limit_s`` all."""
+        request = _request(self._base, call, timeout_s, _Patience(timeout_s, limit_s))
+        with _failures(self._base, timeout_s), self._pool.stream(**request) as response:
             if response.status not in (200, 206, 416):
                 body = b"".join(islice(response.iter_stream(), 4))  # a message is short, whatever is sent
                 response = httpcore.Response(response.status, headers=response.headers, content=body)
