@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flserving.datasets import Client
-from flserving.errors import ConfigError, InvalidInputError, InvalidModelError
+from flserving.errors import ConfigError, InvalidInputError
 from flserving.heads import HeadSet, Layout, neutral_head, trained_on_state
-from flserving.models import SplitModel
+from flserving.models import as_split
 from flserving.rounds import Round, Run
 from flserving.transforms import Preprocessor
 
@@ -60,11 +60,9 @@ def fit_heads(
         raise ConfigError(f"clients are {[client.id for client in clients][:5]}: give at least one, with unique ids")
     recipe = last.recipe
     rate = recipe.learning_rate if learning_rate is None else learning_rate
-    if type(epochs) is not int or not 0 <= epochs <= 1000 or not 0 < rate <= 1e3:
+    if type(epochs) is not int or not 0 <= epochs <= 1000 or not _is_rate(rate):
         raise ConfigError(f"epochs is {epochs!r}, learning_rate {rate!r}: use 0 to 1000 epochs, a rate in (0, 1000]")
-    model = last.model()
-    if not isinstance(model, SplitModel):
-        raise InvalidModelError(f"a {type(model).__name__} has no body and head: personal heads need a SplitModel")
+    model = as_split(last.model())
     start = neutral_head(layout, last.state)
     standardise = Preprocessor(mean=last.preprocessing["mean"], std=last.preprocessing["std"])
     heads, own, generic = [], {}, {}
@@ -94,6 +92,10 @@ def fit_heads(
             own[client.id], generic[client.id] = _accuracy(x @ head + offset, labels), _accuracy(logits, labels)
     named = HeadSet(layout, list(own), np.stack(heads), trained_on_state(layout, last.state))
     return Fitted(named, own, generic)
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value <= 1e3
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

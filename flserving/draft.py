@@ -127,9 +127,8 @@ def _check_heads(module: nn.Module, heads: HeadSet) -> None:
     """Heads go on the input of the last linear layer, adapters on its output."""
     if not isinstance(heads, HeadSet):
         raise InvalidModelError(f"heads are a {type(heads).__name__}: give a HeadSet, as HeadSet.from_states makes")
-    if not isinstance(module, models.SplitModel):
-        raise InvalidModelError(f"a {type(module).__name__} is not a models.SplitModel: personal heads need one")
-    inputs, outputs = module.head.in_features, module.head.out_features
+    generic = models.as_split(module).head
+    inputs, outputs = generic.in_features, generic.out_features
     wanted = ((outputs if heads.layout == "adapter" else inputs) + 1, outputs)
     if heads.weights.shape[1:] != wanted:
         raise InvalidModelError(

@@ -204,6 +204,20 @@ class SplitModel(nn.Module):
         return logits
 
 
+def as_split(module: nn.Module) -> SplitModel:
+    """``module``, where ``head(body(x))`` is all that it computes: a personal head then stands in for ``head``.
+
+    Raises:
+        InvalidModelError: It is something else, or a subclass with a forward of its own.
+    """
+    if isinstance(module, SplitModel) and type(module).forward is SplitModel.forward and type(module.head) is nn.Linear:
+        return module
+    raise InvalidModelError(
+        f"a {type(module).__name__} is not a models.SplitModel as it stands (its forward, a linear head): personal "
+        "heads need one"
+    )
+
+
 @register("mlp", input_shape=lambda sizes: (sizes[0],), output_shape=lambda sizes: (sizes[-1],))
 def mlp(sizes: Sequence[int]) -> SplitModel:
     """Linear layers with ReLU between: ``sizes = [D, hidden..., C]``; with two sizes the body is empty."""

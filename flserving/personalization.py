@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flserving.engine import InferenceEngine, Lane, Prediction, lean
 from flserving.heads import STALE, UNKNOWN, HeadStore
-from flserving.models import SplitModel
+from flserving.models import as_split
 from flserving.transforms import Floats
 
 Slots = NDArray[np.int64]
@@ -38,8 +38,8 @@ class PersonalEngine(Lane):
         )
         self._executions = engine._executions
         self.store, self.identity = store, f"{engine.identity}/{store.digest}"
-        assert isinstance(engine.model, SplitModel)
-        self._body, self._head = lean(engine.model.body), lean(engine.model.head)
+        model = as_split(engine.model)
+        self._body, self._head = lean(model.body), lean(model.head)
 
     def choose(self, clients: str | Sequence[str], rows: int) -> tuple[Slots, str | list[str]]:
         """Slots [rows] of these clients' heads, and what was found: "own", "unknown" or "stale".

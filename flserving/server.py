@@ -154,8 +154,7 @@ class ModelServer(ModelHost):
                 rows = engine.preprocessor.validate(features, self.config.max_request_rows)
                 lane, slots = engine, None
                 if client is not None:
-                    client = _ids(client, len(rows))
-                    lane, slots, found = self._personal(engine, client, len(rows))
+                    lane, slots, found = self._personal(engine, client := _ids(client, len(rows)), len(rows))
                 validated_s = looked_up_s = self._clock()
                 if self.prediction_cache is None:
                     payload = rows if slots is None else (rows, slots)

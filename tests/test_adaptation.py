@@ -116,10 +116,11 @@ def client(width=64, label=0, name="a"):
         ({"epochs": -1}, ConfigError, "epochs is -1"),
         ({"epochs": 1.5}, ConfigError, r"epochs is 1\.5"),
         ({"learning_rate": 0}, ConfigError, "learning_rate 0"),
+        ({"learning_rate": "fast"}, ConfigError, "learning_rate 'fast'"),
         ({"learning_rate": float("nan")}, ConfigError, "learning_rate nan"),
         ({"layout": "tail"}, InvalidModelError, "layout is 'tail'"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_cannot_be_fitted_is_refused(skewed, options, error, message):
     with pytest.raises(error, match=message):

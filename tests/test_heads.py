@@ -467,12 +467,32 @@ def test_what_is_no_set_of_heads_is_refused(registry, heads):
         publish(registry, heads=heads)
 
 
-def test_a_model_without_a_body_takes_no_heads(registry):
+def test_a_model_without_a_body_takes_no_heads(registry, monkeypatch):
+    monkeypatch.setattr(models, "_known", models._known.copy())
     models.register("flat_for_heads", input_shape=(4,), output_shape=(3,))(lambda: torch.nn.Linear(4, 3))
     with pytest.raises(InvalidModelError, match="Linear is not a models"):
         registry.publish(
             "m", torch.nn.Linear(4, 3), architecture="flat_for_heads", heads=HeadSet("head", names(2), numbers(2, 4))
         )
+
+
+class Squashed(models.SplitModel):
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Squashed(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)),
+     lambda: models.SplitModel(torch.nn.Linear(4, 6), torch.nn.Sequential(torch.nn.Linear(6, 3)))],
+    ids=["forward of its own", "head of two parts"],
+)  # fmt: skip
+def test_a_model_that_computes_more_than_head_of_body_takes_no_heads(registry, monkeypatch, make):
+    """The personal lane runs body and head: what a forward does between them would be left out without a word."""
+    monkeypatch.setattr(models, "_known", models._known.copy())
+    models.register("more_for_heads", input_shape=(4,), output_shape=(3,))(make)
+    with pytest.raises(InvalidModelError, match="as it stands"):
+        registry.publish("m", make(), architecture="more_for_heads", heads=HeadSet("head", names(2), numbers(2)))
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
