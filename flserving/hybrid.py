@@ -75,7 +75,7 @@ class HybridServer(EdgeModelServer):
         self.cloud_cache: PredictionCache[Kept] = PredictionCache(cache_bytes, cache_ttl_s, edge._clock)
         self._policy = POLICIES[policy] if hedge_ms is None else hedged
         self._calls = ThreadPoolExecutor(cloud_calls, thread_name_prefix="flserving-cloud")
-        self._hedges = ThreadPoolExecutor(2 * cloud_calls, thread_name_prefix="flserving-hedge")
+        self._hedges = [ThreadPoolExecutor(2 * cloud_calls, thread_name_prefix="flserving-hedge") for _ in range(2)]
         self._closed, self._lock, self._cloud_version = False, threading.Lock(), ""
         self._paths, self._refusals = Counter[str](), Counter[str]()
 
@@ -119,5 +119,5 @@ class HybridServer(EdgeModelServer):
     def close(self, drain_s: float = 5.0) -> None:
         """Answer no more. Calls to the cloud that still wait end by their own deadlines. Idempotent."""
         self._closed = True
-        for pool in (self._calls, self._hedges):
+        for pool in (self._calls, *self._hedges):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -142,9 +142,10 @@ class Turn:
         left_ms = max(1e-3, (until_s - self.clock()) * 1e3)
         return server.cloud.predict(rows, model=server.cloud_model, arrays=True, timeout_ms=left_ms, **options)
 
-    def apart(self, step: Callable[[Door], Coroutine[Any, Any, T]]) -> "Future[T]":
-        """Run a step of this turn in a thread, beside what else happens."""
-        return self.server._hedges.submit(_run, step, self.server._blocking)
+    def apart(self, step: Callable[[Door], Coroutine[Any, Any, T]], far: bool = False) -> "Future[T]":
+        """Run a step of this turn in a thread, beside what else happens; ``far``: one that may wait for the cloud, and
+        must not keep a thread from the device."""
+        return self.server._hedges[far].submit(_run, step, self.server._blocking)
 
     async def first_of(self, *flights: "Future[Any]") -> None:
         """Wait until one of them is done, or the time is over."""
@@ -221,7 +222,7 @@ async def hedged(turn: Turn) -> Answered:
     what comes first and is good is the answer. Source: J. Dean and L. A. Barroso, "The Tail at Scale", CACM 2013."""
     mine, theirs = turn.apart(turn.local), None
     if not await turn.door.follow(mine, turn.started_s + (turn.server.hedge_ms or 0.0) / 1e3):
-        theirs = turn.apart(turn.remote)
+        theirs = turn.apart(turn.remote, far=True)
         await turn.first_of(mine, theirs)
         if theirs.done() and (answer := theirs.result()) is not None:
             return answer

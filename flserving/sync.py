@@ -5,6 +5,9 @@ its manifest (sha256 in the statement), then the weights (sha256 in the manifest
 then the client's own head (signed); then publish all of it in the device's registry as one version. Killed anywhere,
 the device starts with the version before or with the new one, and a download goes on where it ended.
 
+Nothing is removed: every update takes its size on the disk. Where that is too much, remove ``weights.safetensors`` of
+versions that no alias points at; one that is wanted again is downloaded again.
+
 What the cloud said stays in the version's lineage: ``extra`` has ``cloud_manifest``, ``cloud_version``, ``cloud_form``.
 """
 

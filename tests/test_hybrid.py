@@ -330,6 +330,21 @@ def test_hedging_waits_for_the_device_when_the_cloud_fails(slow):
     assert threads.results()[0]["path"] == "local"
 
 
+def test_hedges_that_wait_for_the_cloud_keep_no_thread_from_the_device(slow):
+    hybrid, probe, cloud = slow
+    cloud.gate.clear()
+    threads = Threads()
+    with HybridServer(hybrid.edge, cloud, consent=True, hedge_ms=1, cloud_calls=1) as one:  # two threads for steps
+        for number in range(2):
+            threads.start(one.predict, [number, 0.0])
+        wait_until(lambda: one.cloud_cache.stats()["misses"] == 2, "two that wait for the cloud")
+        probe.release()
+        assert [answer["path"] for answer in threads.results()] == ["local"] * 2
+        assert one.predict(SURE)["path"] == "local"
+        assert one.get_all_stats()["hybrid"]["cloud_refusals"] == {}, "the third did not have to wait for them"
+        cloud.gate.set()
+
+
 def test_without_hedging_a_slow_device_is_waited_for(slow):
     hybrid, probe, cloud = slow
     threads = Threads()
