@@ -71,7 +71,7 @@ class HybridServer(EdgeModelServer):
                 raise ConfigError(f"{name} is {value!r}: it must be a number in [{low}, {high})")
         self.edge, self.cloud, self.consent, self.personal = edge, cloud, consent, personal
         self.threshold, self.cloud_share, self.hedge_ms = threshold, cloud_share, hedge_ms
-        self.cloud_model, self.breaker = cloud_model or edge.model, breaker or CircuitBreaker()
+        self.cloud_model, self.breaker = cloud_model, breaker or CircuitBreaker()
         self.cloud_cache: PredictionCache[Kept] = PredictionCache(cache_bytes, cache_ttl_s, edge._clock)
         self._policy = POLICIES[policy] if hedge_ms is None else hedged
         self._calls = ThreadPoolExecutor(cloud_calls, thread_name_prefix="flserving-cloud")

@@ -140,7 +140,8 @@ class Turn:
             raise ForbiddenError(_NO_CONSENT)
         options = {"personal": True} if server.personal and self._client in (None, server.edge.client) else {}
         left_ms = max(1e-3, (until_s - self.clock()) * 1e3)
-        return server.cloud.predict(rows, model=server.cloud_model, arrays=True, timeout_ms=left_ms, **options)
+        model = server.cloud_model or server.edge.model
+        return server.cloud.predict(rows, model=model, arrays=True, timeout_ms=left_ms, **options)
 
     def apart(self, step: Callable[[Door], Coroutine[Any, Any, T]], far: bool = False) -> "Future[T]":
         """Run a step of this turn in a thread, beside what else happens; ``far``: one that may wait for the cloud, and

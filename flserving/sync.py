@@ -133,7 +133,8 @@ class SyncAgent:
             known = getattr(self.memory.facts, name)
             if None not in (given, known) and given != known:
                 raise ConfigError(f"{name} is {given!r}, this directory holds {known!r}: use another one")
-        self._registry, self._edge, self._client, self._form = registry, edge, client, form
+        self._registry, self._client, self._form = registry, client, form
+        self._edge: EdgeModelServer | None = getattr(edge, "edge", edge)  # a hybrid's device
         self._model, self._key, self._wall = model, key, wall
         self._cloud = Downloads(url, token, self.memory.folder, ca, timeout_s, limit_s, clock)
         self._pulling, self._whole = threading.Lock(), 0

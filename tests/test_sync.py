@@ -14,6 +14,7 @@ import zstandard
 from edge_cloud import CLIENTS, SIZES, Between, X, cloud, heads, publish, state
 from edge_proxy import Liar, instead
 from flserving import ModelServer, Registry, delta, weights
+from flserving.api.client import Client
 from flserving.edge import EdgeModelServer
 from flserving.errors import (
     ConfigError,
@@ -29,6 +30,7 @@ from flserving.errors import (
     TooLargeError,
     UnauthorizedError,
 )
+from flserving.hybrid import HybridServer
 from flserving.release import Signer
 from flserving.sync import Memory, SyncAgent
 from serving_models import PATIENCE_S
@@ -153,6 +155,21 @@ def test_an_edge_server_is_updated_whole_and_says_how_fresh_it_is(tmp_path):
             released.rollback("m", who="test", why="worse")
             assert agent.pull().nbytes.keys() == {"release"}, "it is here already"
             assert edge.predict(X)["round"] == 1
+
+
+def test_an_agent_takes_a_hybrid_for_its_device(tmp_path):
+    with (
+        cloud(tmp_path / "cloud", 1) as (_, endpoint),
+        Registry(tmp_path / "edge") as registry,
+        EdgeModelServer(registry=registry, refuse_s=3600) as edge,
+        Client(endpoint.url, "infer") as client,
+        HybridServer(edge, client, consent=True, threshold=2.0) as hybrid,
+        contextlib.closing(SyncAgent(endpoint.url, "infer", registry, edge=hybrid)) as agent,
+    ):
+        agent.pull()  # the name of the model comes with it
+        assert edge.model == hybrid.model == "m" and edge.predict(X)["round"] == 1
+        answer = hybrid.predict(X)
+        assert (answer["path"], answer["round"]) == ("cloud", 1)
 
 
 # Cuts
