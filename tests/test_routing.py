@@ -31,7 +31,7 @@ class FakeRegistry:
 
     def __init__(self, versions=2, **aliases):
         self.numbers, self.moved, self.local_changes, self.token = list(range(1, versions + 1)), aliases, 0, 0
-        self.error, self.reads = None, 0
+        self.error, self.reads, self.running = None, 0, {}
 
     def change_token(self):
         if self.error:
@@ -41,6 +41,9 @@ class FakeRegistry:
     def version_numbers(self, name):
         self.reads += 1
         return list(self.numbers)
+
+    def experiments(self, name):
+        return dict(self.running)
 
     def aliases(self, name):
         return dict(self.moved)
