@@ -5,6 +5,7 @@ not two independent trials. So an arm's mean has the variance of a ratio of clie
 Sampling Techniques, 1977, ch. 6), not that of its rewards. Imports nothing from the package.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from statistics import NormalDist
@@ -42,6 +43,7 @@ def half_width(variance: float, alpha: float, effect: float) -> float:
     return math.sqrt(variance * (1 + 1 / x) * (2 * math.log(1 / alpha) + math.log1p(x)))
 
 
+@functools.cache
 def information(effect: float, alpha: float, power: float) -> float:
     """1 / variance of the difference at which a true ``effect`` has been found with ``power``, or later never matters.
 
