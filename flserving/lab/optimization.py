@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 
 import flserving
 from flserving import models, optimization, weights
+from flserving.backends import OnnxModel
 from flserving.config import ServingConfig
 from flserving.datasets import Client
 from flserving.engine import InferenceEngine
+from flserving.errors import InvalidModelError
 from flserving.loader import RegistrySource, load_engine
 from flserving.manifest import Lineage
 from flserving.registry import Registry
@@ -40,6 +43,7 @@ _MARGIN = 0.05  # a speed-up counts when the middle half of the turns lies this 
 _PEAK = """
 import sys, numpy as np
 from flserving import Registry, ServingConfig
+from flserving.errors import InvalidModelError
 from flserving.loader import RegistrySource, load_engine
 root, name, version, onnx = sys.argv[1:]
 if onnx: import onnx, onnxruntime
@@ -79,7 +83,7 @@ def race(
             for call in range(each):
                 began = time.perf_counter()
                 engines[key].execute([rows])
-                taken[key][turn, call] = time.perf_counter() - began
+                taken[key][max(turn, 0), call] = time.perf_counter() - began
     base = np.median(taken[""], axis=1)
     return {
         key: Speed(*np.percentile(it * 1e6, [50, 99]), *np.percentile(base / np.median(it, axis=1), [25, 50, 75]))
@@ -205,8 +209,8 @@ def sweep(
     """Speed-up and file size of every technique on an mlp 64-w-w-10, by width w and batch size.
 
     Weights are random: time does not depend on their values. ``pruned`` zeroes half of them, ``pruned, structured``
-    takes half of the neurons, ``distilled`` has a quarter of them. With ``compiled``, torch.compile too; that takes a
-    C++ compiler and about a minute.
+    takes half of the neurons, ``distilled`` has a quarter of them. With ``compiled``, torch.compile too; see
+    :func:`compiled_engine`.
 
     Returns:
         Columns ``width``, ``technique``, ``batch``, ``p50_us``, ``p99_us``, ``low``, ``times``, ``high``, ``smaller``
@@ -224,9 +228,7 @@ def sweep(
             engines = {key: load_engine(source, str(number), config) for key, number in made.items()}
             sizes = {key: registry.manifest("m", number).weights_nbytes for key, number in made.items()}
             if compiled:
-                module: Any = torch.compile(source.parts("1").module.eval(), dynamic=True)
-                engines["compiled"] = InferenceEngine(module, engines[""].preprocessor, owned=True)
-                engines["compiled"].warmup()
+                engines["compiled"] = compiled_engine(engines[""])
                 sizes["compiled"] = sizes[""]
             original = engines.pop("")
             for batch in BATCHES:
@@ -234,6 +236,27 @@ def sweep(
                     what = {"width": width, "technique": key or "original", "batch": batch}
                     rows.append({**what, **speed._asdict(), "smaller": sizes[""] / sizes[key]})
     return pd.DataFrame(rows)
+
+
+def compiled_engine(engine: InferenceEngine) -> InferenceEngine:
+    """The same model through ``torch.compile``, compiled and warm. For this process only; the first takes a minute.
+
+    Raises:
+        InvalidModelError: It does not compile here: no C++ compiler, a model that is not torch's (``onnx``).
+    """
+    if isinstance(engine.model, OnnxModel):
+        raise InvalidModelError("an ONNX graph runs outside torch: there is nothing that torch.compile could compile")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)  # torch's own, at import
+            module: Any = torch.compile(engine.model, dynamic=True)
+            made = InferenceEngine(
+                module, engine.preprocessor, engine.postprocessor, version=f"{engine.version}, compiled", owned=True
+            )
+            made.warmup()
+    except Exception as error:  # whatever the compiler meets
+        raise InvalidModelError(f"torch.compile does not work here: {str(error.__cause__ or error)[:300]}") from error
+    return made
 
 
 def _techniques(registry: Registry, width: int) -> dict[str, int]:
