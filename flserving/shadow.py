@@ -1,7 +1,7 @@
 """Shadow traffic: a copy of a request runs on another version, is compared with the answer given, and is thrown away.
 
-One thread, a bounded queue. A copy that finds the queue full, or the server busy when its turn comes, is dropped: the
-requests of callers go first. Nothing that happens here reaches an answer.
+One thread, a bounded queue, at most about 1,000 copies a second. A copy that finds the queue full, or the server busy
+when its turn comes, is dropped: callers' own requests go first. Nothing that happens here reaches an answer.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ Key = tuple[str, str]
 Run = Callable[[Key, NDArray[Any], Any], NDArray[Any]]
 """The predictions of a version for the rows of a client."""
 IDLE_S = 1.0
+PAUSE_S = 1e-3  # between two copies: a thread that never rests keeps the interpreter lock from callers for up to 5 ms
 
 
 class Shadow:
@@ -73,6 +74,7 @@ class Shadow:
                 continue
             self._compare(*copy)
             del copy
+            self._closed.wait(PAUSE_S)
 
     def _compare(self, key: Key, rows: NDArray[Any], client: Any, given: NDArray[Any]) -> None:
         if self._busy():
