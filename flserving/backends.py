@@ -4,14 +4,16 @@ A version runs on it when its manifest names the architecture ``onnx``. Its one 
 the same weights file as any other tensor. So all that holds for weights holds for graphs: digests, deltas, signed
 releases, caches, servers and devices take them as they are, and no second file has to be kept in step.
 
-A graph is code, so what may run is listed: no file beside it, no loop, no function, no operator by which one row of a
-batch could change another's answer (dynamic quantisation over a whole batch is one), and sizes known beforehand.
+A graph is code, so what may run is listed: no file beside it, no loop, no function, sizes that are known beforehand and
+proportional to the rows. Left out of the list are operators that draw random numbers, and those that quantise a batch
+by what is in it: there, a row's answer would depend on whose rows are beside it.
 """
 
 import importlib
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ _OPERATORS = (
     "Max MaxPool Min Mul Neg Pad Pow QuantizeLinear ReduceMax ReduceMean ReduceSum Relu Reshape Selu Sigmoid Slice "
     "Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze"
 )
+_FLOATS = {1, 10, 11}  # data types: float32, float16, float64
 _PLAIN = {1, 2, 3, 6, 7, 8}  # types of attributes: numbers, text and lists of them; no tensors, no graphs
 
 
@@ -76,6 +79,9 @@ def _oddity(onnx: Any, model: Any) -> str | None:
         return "has functions, training steps, sparse weights or too many nodes"
     if any(onnx.external_data_helper.uses_external_data(tensor) for tensor in graph.initializer):
         return "keeps weights in another file"
+    for tensor in graph.initializer:
+        if tensor.data_type in _FLOATS and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
+            return f"has weights {tensor.name!r} that are not finite"
     for node in graph.node:
         if node.op_type not in _OPERATORS.split() or (node.domain == "com.microsoft") != (
             node.op_type == "MatMulNBits"
@@ -160,7 +166,7 @@ class OnnxModel(nn.Module):
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are the server's
         try:
-            session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except Exception as error:  # as many classes as ONNX Runtime has status codes
             raise InvalidModelError(f"ONNX Runtime refuses the graph: {str(error)[:300]}") from None
         self._input = session.get_inputs()[0].name

@@ -7,7 +7,7 @@ with ``flserving.lab.optimization.report``. Metrics are not inherited; personal 
 the body that they were trained on.
 
 ``torch.compile`` makes no version: what it compiles is machine code for one process, and a file of machine code is not
-something to take from a registry. ``report`` measures it beside the others.
+something to take from a registry. ``flserving.lab.sweep`` measures it beside the others.
 """
 
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ def prune(
     Raises:
         ConfigError: A share outside (0, 1). InvalidModelError: No layers of the kind.
     """
-    if type(share) is not float or not 0 < share < 1:
+    if not isinstance(share, float) or not 0 < share < 1:
         raise ConfigError(f"share is {share!r}: use a number between 0 and 1")
     parent, parts = _parent(registry, name, version)
     architecture, parameters = parent.architecture, dict(parent.parameters)

@@ -9,9 +9,12 @@ import pandas as pd
 import pytest
 
 from flserving import Registry, models, optimization
+from flserving.backends import OnnxModel
+from flserving.engine import InferenceEngine
 from flserving.errors import InvalidModelError
 from flserving.federated import train
 from flserving.lab import optimization as lab
+from flserving.lab.sweep import claims, compiled_engine
 from flserving.rounds import publish_rounds
 
 SCRIPT = Path(__file__).parent / "benchmarks" / "backends.py"
@@ -49,7 +52,7 @@ def test_the_claims_are_compared_width_by_width():
         + [{"width": w, "technique": "pruned", "batch": 1, "times": 1.0, "low": 0.9} for w in times]
         + [{"width": w, "technique": "original", "batch": 1, "times": 1.0, "low": 1.0} for w in times]
     )
-    found = lab.claims(swept)
+    found = claims(swept)
     assert found.loc[("onnx", 1)].tolist() == [2, 0.9, 3.0, 64, 1024]
     assert pd.isna(found.loc[("pruned", 1), "pays_from"]) and pd.isna(found.loc[("pruned", 1), "holds_from"])
     assert list(found.index) == [("onnx", 1), ("pruned", 1)]
@@ -97,15 +100,10 @@ def test_every_backend_has_its_row():
     assert np.isfinite(frame.times).all() and (frame.low <= frame.times).all() and (frame.times <= frame.high).all()
     text = script["markdown"](frame)
     assert text.count("\n") == 1 + 2 * (len(techniques) - 1) and "| onnx | 1 | **" in text
-    assert set(lab.claims(frame).index) == {(it, b) for it in techniques - {"original"} for b in lab.BATCHES}
+    assert set(claims(frame).index) == {(it, b) for it in techniques - {"original"} for b in lab.BATCHES}
 
 
-def test_what_is_not_torch_is_not_compiled(tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    with Registry(tmp_path) as registry:
-        registry.publish("m", models.build("tutorial_mlp"), architecture="tutorial_mlp")
-        optimization.to_onnx(registry, "m", 1)
-        engine = lab.load_engine(lab.RegistrySource(registry, "m"), "2", lab.ServingConfig())
-        with pytest.raises(InvalidModelError, match="outside torch"):
-            lab.compiled_engine(engine)
+def test_what_is_not_torch_is_not_compiled():
+    engine = InferenceEngine(OnnxModel(4, 4, 8), owned=True)
+    with pytest.raises(InvalidModelError, match="outside torch"):
+        compiled_engine(engine)

@@ -9,6 +9,7 @@ from torch import nn
 
 from flserving import ModelServer, Registry, ServingConfig, backends, models, optimization
 from flserving.edge import EdgeModelServer
+from flserving.engine import InferenceEngine
 from flserving.errors import ConfigError, CorruptArtifactError, InvalidModelError, NotSupportedError
 from flserving.federated import train
 from flserving.loader import RegistrySource, load_engine
@@ -113,6 +114,9 @@ def test_server_and_device_serve_them_unchanged(exported, run):
         for version in "2345":
             answer = server.predict(row, version=version)
             assert (answer["predictions"], answer["model_version"]) == (wanted, version)
+    parts = RegistrySource(exported, "digits").parts("3")
+    engine = InferenceEngine(parts.module, parts.preprocessor)  # works on a copy, with a session of its own
+    assert engine.predict(row)["predictions"] == wanted and engine.model._session is not parts.module._session
     artifact = exported.read("digits", 3)
     kept = ("architecture", "parameters", "preprocessing")
     with EdgeModelServer() as edge:
@@ -223,6 +227,7 @@ def hostile():
     onnx.external_data_helper.set_external_data(outside, "/etc/passwd")
     outside.ClearField("raw_data")
     outside.data_location = onnx.TensorProto.EXTERNAL
+    holed = array(np.full((4, 4), np.nan, np.float32), "w")
     wide = array(np.array([1 << 30], np.int64), "w")
     column, flat = array(np.array([-1, 1], np.int64), "c"), array(np.array([1, -1], np.int64), "f")
     loop = onnx.helper.make_graph([node("Relu", ["x"], ["y"])], "b", [], [])
@@ -238,6 +243,7 @@ def hostile():
     yield "empty", "not a sound ONNX graph", b"\0" * 64
     yield "cut short", "not a sound ONNX graph", good.SerializeToString()[:-7]
     yield "a file beside it", "another file", graph(onnx, [node("MatMul", ["x", "w"], ["y"])], [outside])
+    yield "not finite", "not finite", graph(onnx, [node("MatMul", ["x", "w"], ["y"])], [holed])
     yield "unknown operator", "not listed", graph(onnx, [node("Shell", ["x"], ["y"], domain="evil")])
     yield "noise", "not listed", graph(onnx, [node("Dropout", ["x"], ["y"])])
     yield "across rows", "not listed", graph(onnx, [node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])])

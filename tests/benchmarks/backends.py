@@ -14,15 +14,15 @@ import platform
 import pandas as pd
 import torch
 
-from flserving.lab import optimization as lab
+from flserving.lab.sweep import claims, sweep
 
 
 def rows(quick: bool = False, compiled: bool = False) -> pd.DataFrame:
     """The sweep; ``quick`` only shows that each row runs."""
     torch.set_num_threads(1)
     if quick:
-        return lab.sweep((16,), turns=2, each=2)
-    return lab.sweep(compiled=compiled, turns=30, each=20)
+        return sweep((16,), turns=2, each=2)
+    return sweep(compiled=compiled, turns=30, each=20)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -45,7 +45,7 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one intra-op thread\n"
     )
     print(markdown(frame), "\n\nThe tutorial's claims beside it:\n")
-    print(lab.claims(frame).to_string(float_format="%.2f"))
+    print(claims(frame).to_string(float_format="%.2f"))
 
 
 if __name__ == "__main__":
