@@ -101,9 +101,9 @@ class Experiments:
         self.shadow = Shadow(self._shadowed, busy)
         self._lock, self._judged_s = threading.Lock(), 0.0
         self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
-        self._bandits: dict[str, Thompson] = {}  # by run, as the next two
+        self._bandits: dict[str, Thompson] = {}  # by run, as the next one
         self._answers: dict[str, Counter[str]] = {}
-        self._before: dict[str, tuple[int, int]] = {}  # requests and failures of the canary before it began
+        self._before: dict[tuple[str, str], tuple[int, int]] = {}  # by run and version: requests and failures before it
         router.on_look = self.look
 
     # The way of a request
@@ -113,6 +113,7 @@ class Experiments:
         who, experiment = CALLER.get() if client is None else client, road.experiment
         if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
             return road, Chosen(road, None, "", client)
+        self._store(self._registry(road[0]))  # what can fail fails before the answer is made
         arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(road).choose()
         return (road[0], str(experiment.arms[arm].version)), Chosen(road, arm, who, client)
 
@@ -152,9 +153,11 @@ class Experiments:
         running = self._router.routes.experiments
         runs = {experiment.run for experiment in running.values()}
         with self._lock:
-            for kept in (self._bandits, self._answers, self._before):
+            for kept in (self._bandits, self._answers):
                 for run in kept.keys() - runs:
                     del kept[run]
+            for key in [key for key in list(self._before) if key[0] not in runs]:
+                del self._before[key]
         judges = time.monotonic() - self._judged_s >= JUDGE_S
         self._judged_s = time.monotonic() if judges else self._judged_s
         for (model, alias), experiment in running.items():
@@ -178,11 +181,8 @@ class Experiments:
         roles = {str(arm.version) == control: (name, arm.version) for name, arm in experiment.arms.items()}
         (old, _), (new, version) = roles[True], roles[False]
         rewards = self._store(registry).rewards(experiment.run)
-        requests, failed = self._failures(f"{model}/{version}")
-        before = self._before.setdefault(experiment.run, (requests, failed))
-        verdict = judge(
-            policy, rewards.get(old, {}), rewards.get(new, {}), requests - before[0], failed - before[1]
-        )  # fmt: skip
+        failures = self._failures(experiment.run, f"{model}/{version}")
+        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), *failures)
         if verdict.decision != "wait":
             wanted = version if verdict.decision == "promote" else None
             why = f"{verdict.decision}: {verdict.why}"
@@ -214,19 +214,27 @@ class Experiments:
         for store in self._stores.values():
             store.close()
 
-    def _failures(self, version: str) -> tuple[int, int]:
+    def _failures(self, run: str, version: str) -> tuple[int, int]:
+        """Requests that a version answered or failed in this process since the run began, and those it failed."""
         totals = self._totals()
         reasons = totals["failures"].get(version, {})
         failed = sum(int(reasons[reason][0]) for reason in OF_THE_MODEL if reason in reasons)
-        return totals["versions"].get(version, {}).get("requests", 0) + failed, failed
+        requests = totals["versions"].get(version, {}).get("requests", 0) + failed
+        before = self._before.setdefault((run, version), (requests, failed))
+        return requests - before[0], failed - before[1]
 
     def _bandit(self, road: Crossroads, learn: bool = False) -> Thompson:
+        """With ``learn`` it follows the rewards, and the failures of the models here, which are rewards of 0."""
         experiment, bandit = road.experiment, self._bandits.get(road.experiment.run)
         if bandit is None or learn:
             sums = self._store(self._registry(road[0])).sums(experiment.run)
             with self._lock:
                 bandit = self._bandits.setdefault(experiment.run, Thompson(experiment.arms))
-            bandit.learn(sums)
+            known = {}
+            for name, arm in experiment.arms.items():
+                n, total = sums.get(name, (0, 0.0))
+                known[name] = n + self._failures(experiment.run, f"{road[0]}/{arm.version}")[1], total
+            bandit.learn(known)
         return bandit
 
     def _shadowed(self, key: Key, rows: Floats, client: str | Sequence[str] | None) -> NDArray[Any]:

@@ -18,6 +18,7 @@ Key = tuple[str, str]
 Run = Callable[[Key, NDArray[Any], Any], NDArray[Any]]
 """The predictions of a version for the rows of a client."""
 IDLE_S = 1.0
+MOST_NBYTES = 1 << 20  # a larger request is not copied
 PAUSE_S = 1e-3  # between two copies: a thread that never rests keeps the interpreter lock from callers for up to 5 ms
 
 
@@ -36,15 +37,16 @@ class Shadow:
         if self._closed.is_set():
             return
         try:
+            if rows.nbytes > MOST_NBYTES or self._waiting.full():
+                raise queue.Full
             self._waiting.put_nowait((key, rows.copy(), client, given.copy()))
         except queue.Full:
-            self._count(key, dropped=1)
-            return
-        if self._thread is None:
-            with self._lock:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name="flserving-shadow", daemon=True)
-                    self._thread.start()
+            return self._count(key, dropped=1)
+        with self._lock, contextlib.suppress(RuntimeError):  # no thread to be had: what waits stays, and is bounded
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="flserving-shadow", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def stats(self, key: Key) -> dict[str, float]:
         """``ran``, ``dropped``, ``failed``, ``rows``, ``agreeing`` rows, ``seconds`` of those that ran."""

@@ -53,3 +53,16 @@ def test_in_a_server_it_learns_from_feedback(tmp_path):
         assert arms.count("good") > 150
         report = server.experiments.report("m")["arms"]
         assert report["good"]["mean"] == 1 and report["bad"]["mean"] in (0, None)
+
+
+def test_an_arm_that_fails_is_learned_without_any_feedback(tmp_path):
+    with published(tmp_path) as registry, server_of(registry) as server:
+        experiment = Experiment.of("bandit", {"bad": (2, 0.5), "good": (3, 0.5)}, rule="bandit")
+        registry.start_experiment("m", experiment, who="test", why="to see")
+        server.predict(ROW, client="c-1")
+        for _ in range(50):
+            server.telemetry.failure("ModelExecution", "m/2")
+            server.telemetry.failure("InvalidInput", "m/3")
+        server.experiments.look()
+        arms = [server.predict(ROW, client="c-1")["arm"] for _ in range(200)]
+        assert arms.count("good") > 150

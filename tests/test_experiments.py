@@ -258,14 +258,16 @@ def test_a_shadow_is_bounded_drops_when_busy_and_survives_its_own_errors():
         wait_until(lambda: shadow.stats(key)["ran"] == 2, "the copies that waited")
         stats = shadow.stats(key)
         assert (stats["failed"], stats["agreeing"], calls) == (1, 2, ["bad", "b", "c"])
+        shadow.offer(key, np.ones((1 << 18, 2), np.float32), "large", rows[:, 0])
+        assert shadow.stats(key)["dropped"] == 3
         busy.set()
         shadow.offer(key, rows, "f", rows[:, 0])
-        wait_until(lambda: shadow.stats(key)["dropped"] == 3, "the copy that found callers waiting")
+        wait_until(lambda: shadow.stats(key)["dropped"] == 4, "the copy that found callers waiting")
     finally:
         gate.set()
         shadow.close()
     shadow.offer(key, rows, "late", rows[:, 0])
-    assert shadow.stats(key)["dropped"] == 3 and "late" not in calls
+    assert shadow.stats(key)["dropped"] == 4 and "late" not in calls
 
 
 # Canaries
