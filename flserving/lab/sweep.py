@@ -31,8 +31,8 @@ CLAIMS: Mapping[str, tuple[float, float]] = {  # the tutorial's: how many times 
 
 
 def sweep(
-    widths: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048), *, compiled: bool = False, turns: int = 15,
-    each: int = 10,
+    widths: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048), *, batches: Sequence[int] = BATCHES,
+    compiled: bool = False, turns: int = 15, each: int = 10,
 ) -> "pd.DataFrame":  # fmt: skip
     """Speed-up and file size of every technique on an mlp 64-w-w-10, by width w and batch size.
 
@@ -59,7 +59,7 @@ def sweep(
                 engines["compiled"] = compiled_engine(engines[""])
                 sizes["compiled"] = sizes[""]
             original = engines.pop("")
-            for batch in BATCHES:
+            for batch in batches:
                 for key, speed in race(original, engines, batch, turns, each).items():
                     what = {"width": width, "technique": key or "original", "batch": batch}
                     rows.append({**what, **speed._asdict(), "smaller": sizes[""] / sizes[key]})
