@@ -1,13 +1,17 @@
 """The catalogue: what the index alone can answer. Names, version numbers, aliases, and the log of their moves."""
 
 import operator
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from flserving.errors import InvalidInputError, InvalidModelError, NotFoundError
+import msgspec
+
+from flserving.errors import ConfigError, ConflictError, InvalidInputError, InvalidModelError, NotFoundError
 from flserving.index import Index, Transaction
 from flserving.manifest import MAX_VERSION, check_name, is_name
+from flserving.split import Experiment
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,6 +100,81 @@ class Catalogue:
         with self._move(name, alias, who, why) as transaction:
             return transaction.remove_alias(name, alias, who, why)
 
+    def experiments(self, name: str) -> dict[str, Experiment]:
+        """The running experiments of ``name``, by the alias that each is on."""
+        check_name("model name", name)
+        last = "SELECT max(id) FROM experiments WHERE name = ? GROUP BY alias"
+        rows = self._index.query(f"SELECT alias, content FROM experiments WHERE id IN ({last}) ORDER BY alias", name)
+        return {alias: _experiment(content) for alias, content in rows if content is not None}
+
+    def start_experiment(
+        self, name: str, experiment: Experiment, alias: str = DEFAULT_ALIAS, *, who: str, why: str
+    ) -> Experiment:
+        """Let the versions of ``experiment`` share the requests of an alias; every server follows within a second.
+
+        Started again under the same id, it goes on with other weights, another policy or shadow: its evidence stays.
+        While it runs the alias cannot be moved. Returns it with its ``run`` and ``key``.
+
+        Raises:
+            ConfigError: Weights that do not sum to one, an empty arm, a policy that does not fit.
+            NotFoundError: No such version or alias. ConflictError: The alias is in another experiment, or this one
+            runs with other arms. Nothing has changed then.
+        """
+        experiment.check()
+        for version in experiment.versions:
+            self.resolve(name, checked_version(name, version))
+        with self._move(name, alias, who, why) as transaction:
+            target, running = transaction.target(name, alias), transaction.experiment(name, alias)
+            if target is None:
+                raise NotFoundError(f"{name!r} has no alias {alias!r}: set_alias makes one")
+            if experiment.policy is not None and all(arm.version != target for arm in experiment.arms.values()):
+                raise ConfigError(f"no arm of {experiment.id!r} has version {target}, where {alias!r} points: name it")
+            fresh = secrets.token_hex(8), secrets.token_hex(16)
+            if running is not None:
+                old = _experiment(running)
+                if old.id != experiment.id:
+                    raise ConflictError(f"alias {alias!r} of {name!r} is in experiment {old.id!r}: conclude that first")
+                if _shape(old) != _shape(experiment):
+                    raise ConflictError(f"experiment {old.id!r} runs with other arms: conclude it, or take another id")
+                fresh = old.run, old.key
+            experiment = msgspec.structs.replace(experiment, run=fresh[0], key=fresh[1])
+            if (content := msgspec.json.encode(experiment).decode()) != running:
+                transaction.set_experiment(name, alias, content, who, why)
+        return experiment
+
+    def conclude_experiment(
+        self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
+        run: str | None = None,
+    ) -> Experiment:  # fmt: skip
+        """End the experiment on an alias and, in the same transaction, point the alias at ``version`` (None: it stays).
+
+        Raises:
+            NotFoundError: No experiment there, or no such version. ConflictError: It is another ``run`` than the one
+            meant. Nothing has changed then.
+        """
+        wanted = None if version is None else self.resolve(name, checked_version(name, version))
+        with self._move(name, alias, who, why) as transaction:
+            if (running := transaction.experiment(name, alias)) is None:
+                raise NotFoundError(f"alias {alias!r} of {name!r} is in no experiment: there is nothing to conclude")
+            ended = _experiment(running)
+            if run is not None and run != ended.run:
+                raise ConflictError(f"another experiment has begun on alias {alias!r} of {name!r}: {ended.id!r}")
+            transaction.set_experiment(name, alias, None, who, why)
+            if wanted is not None:
+                transaction.set_alias(name, alias, wanted, who, why)
+        return ended
+
+    def experiment_log(self, name: str) -> list[dict[str, Any]]:
+        """Every start, change and end, oldest first: at, alias, experiment (None: it ended), who, why."""
+        check_name("model name", name)
+        rows = self._index.query(
+            "SELECT at, alias, content, who, why FROM experiments WHERE name = ? ORDER BY id", name
+        )
+        return [
+            {"at": at, "alias": alias, "experiment": content and _experiment(content), "who": who, "why": why}
+            for at, alias, content, who, why in rows
+        ]
+
     @contextmanager
     def _move(self, name: str, alias: str, who: str, why: str) -> Iterator[Transaction]:
         check_name("model name", name)
@@ -109,9 +188,10 @@ class Catalogue:
         return self._index.commits
 
     def change_token(self) -> int:
-        """A number that grows whenever any process publishes or moves an alias. Cost: about 10 us, so poll it."""
-        sql = "SELECT (SELECT coalesce(max(id), 0) FROM versions) + (SELECT coalesce(max(id), 0) FROM moves)"
-        return int(self._index.query(sql)[0][0])
+        """A number that grows whenever any process publishes, moves an alias, or starts, changes or ends an
+        experiment. Cost: about 10 us, so poll it."""
+        ids = (f"(SELECT coalesce(max(id), 0) FROM {table})" for table in ("versions", "moves", "experiments"))
+        return int(self._index.query(f"SELECT {' + '.join(ids)}")[0][0])
 
     def history(self, name: str, alias: str | None = None) -> "pd.DataFrame":
         """Every move, oldest first: when, alias, action, from, to, who, why. NotFoundError: no such name."""
@@ -130,6 +210,15 @@ class Catalogue:
             return NotFoundError(f"no model {name!r}; known: {_some(self.models()) or 'none yet, publish one'}")
         known = f"versions 1 to {numbers[-1]}, aliases {_some(self.aliases(name)) or 'none'}"
         return NotFoundError(f"{name!r} has no version or alias {ref[:80]!r}: it has {known}")
+
+
+def _experiment(content: str) -> Experiment:
+    return msgspec.json.decode(content, type=Experiment)
+
+
+def _shape(experiment: Experiment) -> object:
+    """What evidence depends on: it must not change while an experiment runs."""
+    return experiment.rule, [(name, arm.version) for name, arm in experiment.arms.items()]
 
 
 def _some(names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flserving import models, weights
+from flserving import backends, models, weights
 from flserving.errors import InvalidModelError
 from flserving.heads import HeadSet
 from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature, encode, plain_json, sha256
@@ -120,6 +120,8 @@ def _check_fit(architecture: str, parameters: Mapping[str, models.JSON], tensors
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InvalidModelError(f"the weights do not fit {architecture!r}: {'; '.join(sorted(wrong)[:5])}{more}")
+    if isinstance(module, backends.OnnxModel):
+        backends.check(bytes(weights.as_bytes(tensors["graph"])), module.inputs, module.outputs)
     return module
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from flserving.errors import (
     ConfigError,
+    ConflictError,
     CorruptArtifactError,
     FlservingError,
     NotFoundError,
@@ -23,7 +24,7 @@ from flserving.errors import (
 )
 
 FILE_NAME = "registry.sqlite3"
-_LAYOUT = 1
+_LAYOUT = 2  # 2: experiments; a registry of layout 1 gets them when it is opened
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS versions (
@@ -47,6 +48,16 @@ CREATE TABLE IF NOT EXISTS moves (
     FOREIGN KEY (name, to_version) REFERENCES versions (name, version)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS moves_of_alias ON moves (name, alias, id);
+CREATE TABLE IF NOT EXISTS experiments (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL,
+    alias TEXT NOT NULL,
+    content TEXT,  -- the experiment from now on, as JSON; NULL: it is over
+    who TEXT NOT NULL,
+    why TEXT NOT NULL,
+    at TEXT NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS experiments_of_alias ON experiments (name, alias, id);
 """
 _APPEND_ONLY = """
 CREATE TRIGGER IF NOT EXISTS {0}_no_update BEFORE UPDATE ON {0}
@@ -62,6 +73,7 @@ _SCHEMA = (
     _TABLES
     + _APPEND_ONLY.format("versions", "id = NEW.id OR (name = NEW.name AND version = NEW.version)")
     + _APPEND_ONLY.format("moves", "id = NEW.id")
+    + _APPEND_ONLY.format("experiments", "id = NEW.id")
 )
 
 
@@ -112,6 +124,22 @@ class Transaction:
         self._log(name, alias, "remove", last[1], None, last[0], who, why)
         return last[1]
 
+    def target(self, name: str, alias: str) -> int | None:
+        """Where an alias points."""
+        last = self._last_move(name, alias)
+        return last[1] if last else None
+
+    def experiment(self, name: str, alias: str) -> str | None:
+        """The experiment that the alias is in, as JSON."""
+        sql = "SELECT content FROM experiments WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
+        rows = self._fetch(sql, name, alias)
+        return rows[0][0] if rows else None
+
+    def set_experiment(self, name: str, alias: str, content: str | None, who: str, why: str) -> None:
+        """Let an experiment begin, go on changed, or end (None)."""
+        sql = "INSERT INTO experiments (name, alias, content, who, why, at) VALUES (?, ?, ?, ?, ?, ?)"
+        self._fetch(sql, name, alias, content, who, why, self.at)
+
     def _last_move(self, name: str, alias: str) -> tuple[int, int | None, int | None] | None:
         rows = self._fetch(
             "SELECT id, to_version, back FROM moves WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1", name, alias
@@ -121,6 +149,8 @@ class Transaction:
     def _log(
         self, name: str, alias: str, action: str, old: int | None, new: int | None, back: int | None, who: str, why: str
     ) -> None:
+        if self.experiment(name, alias) is not None:
+            raise ConflictError(f"alias {alias!r} of {name!r} is in an experiment: conclude_experiment ends it")
         self._fetch(
             "INSERT INTO moves (name, alias, action, from_version, to_version, back, who, why, at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -173,9 +203,9 @@ class Index:
             for setting in ("foreign_keys = ON", "trusted_schema = OFF", "synchronous = FULL", "journal_mode = WAL"):
                 connection.execute(f"PRAGMA {setting}").fetchall()
             ((layout,),) = connection.execute("PRAGMA user_version").fetchall()
-            if layout == 0:  # two processes may both come here: the second finds everything in place
+            if layout < _LAYOUT:  # two processes may both come here: the second finds everything in place
                 connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_LAYOUT}; COMMIT;")
-            elif layout != _LAYOUT:
+            elif layout > _LAYOUT:
                 raise ConfigError(
                     f"{FILE_NAME} has layout {layout}, this flserving reads {_LAYOUT}: install the version that made it"
                 )

@@ -1,7 +1,7 @@
 """Which version answers whom: aliases to versions, swapped as one reference, followed from registries.
 
 Readers take no lock: they read one immutable :class:`Routes`. A version takes over only after it has been loaded and
-is warm (availability-preserving, as TensorFlow Serving calls it: Olston et al. 2017). Imports ``errors`` only.
+is warm (availability-preserving, as TensorFlow Serving calls it: Olston et al. 2017). Imports ``errors`` and ``split``.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flserving.errors import ConflictError, DeadlineExceededError, ModelUnloadedError, NotFoundError
+from flserving.split import Crossroads, Experiment
 
 Key = tuple[str, str]
 """(model, version)."""
@@ -25,6 +26,7 @@ class Followed(Protocol):
     def change_token(self) -> Hashable: ...
     def version_numbers(self, name: str) -> list[int]: ...
     def aliases(self, name: str) -> Mapping[str, int]: ...
+    def experiments(self, name: str) -> Mapping[str, Experiment]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,14 @@ class Routes:
     versions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model -> its versions, oldest first
     targets: Mapping[tuple[str, str], Key] = field(default_factory=dict)  # (model, version or alias) -> key
     aliases: Mapping[tuple[str, str], str] = field(default_factory=dict)  # (model, alias) -> version
+    experiments: Mapping[tuple[str, str], Experiment] = field(default_factory=dict)  # by (model, alias)
     model: str | None = None  # answers when the caller names none
     withdrawn: frozenset[str] = frozenset()  # models that an operator took out of service
 
 
 class Router:
-    """The table of routes and its changes. ``preload`` loads a version before a default route moves to it.
+    """The table of routes and its changes. ``preload`` loads a version before a default route moves to it, and every
+    version of an experiment before that begins. ``on_look`` is called whenever the registries were looked at.
 
     A version that cannot be loaded does not take over: what answered before goes on, ``problems`` says why, and the
     load is tried again now and then. A registry that cannot be read leaves its routes as they are.
@@ -51,6 +55,7 @@ class Router:
     def __init__(self, preload: Callable[[Key], object]) -> None:
         self.routes, self._preload = Routes(), preload
         self.problems: dict[str, str] = {}
+        self.on_look: Callable[[], object] = tuple
         self._followed: dict[str, tuple[Followed, int, Hashable]] = {}  # its local_changes and token when last read
         self._admin = threading.RLock()  # one change at a time; readers never take it
         self._closing = threading.Event()
@@ -77,11 +82,15 @@ class Router:
             return key
         if name in routes.withdrawn:
             raise ModelUnloadedError(f"model {name!r} was unloaded: load it again")
-        self._known(name)
+        self.known(name)
         known = f"versions {', '.join(routes.versions[name][-10:]) or 'none'}"
         known += f", aliases {', '.join(self._aliases_of(name)) or 'none'}"
         why = f" ({self.problems[problem]})" if (problem := f"{name}/{ref}") in self.problems else ""
         raise NotFoundError(f"model {name!r} has no version or alias {ref[:80]!r}{why}: it has {known}")
+
+    def followed(self, name: str) -> Followed | None:
+        """The registry of a model; None for one without."""
+        return self._followed[name][0] if name in self._followed else None
 
     # Changes
 
@@ -114,14 +123,14 @@ class Router:
     def withdraw(self, name: str) -> None:
         """Let no request reach ``name`` until :meth:`restore`. Raises NotFoundError."""
         with self._admin:
-            self._known(name)
+            self.known(name)
             self._replace(name, withdrawn=self.routes.withdrawn | {name})
 
     def restore(self, name: str) -> None:
         """Read the registry again, load the default version, then answer. Raises NotFoundError, or what the load
         raises: then ``name`` stays as it was."""
         with self._admin:
-            self._known(name)
+            self.known(name)
             self.refresh(retry=True)
             if (version := self.routes.aliases.get((name, "default"))) is not None:
                 self._preload((name, version))
@@ -160,7 +169,7 @@ class Router:
                 unread = f"{name}/registry"
                 try:
                     changes, token = registry.local_changes, registry.change_token()
-                    if token != seen or (retry and f"{name}/default" in self.problems):
+                    if token != seen or (retry and self._troubled(name)):
                         self._read(name, registry)
                 except Exception as error:  # one that cannot be read now must not stop the others, nor the watch
                     self.problems[unread] = f"{type(error).__name__}: {error}"
@@ -176,8 +185,13 @@ class Router:
             self._watcher.join()
 
     def _read(self, name: str, registry: Followed) -> None:
-        versions = tuple(map(str, registry.version_numbers(name)))
-        aliases = {alias: str(number) for alias, number in registry.aliases(name).items()}
+        while True:  # an alias and its experiment change in one transaction: see both before it, or both after
+            token = registry.change_token()
+            versions = tuple(map(str, registry.version_numbers(name)))
+            aliases = {alias: str(number) for alias, number in registry.aliases(name).items()}
+            experiments = dict(registry.experiments(name))
+            if token == registry.change_token():
+                break
         before, problem = self._aliases_of(name), f"{name}/default"
         self._replace(name, versions)
         problems = ""
@@ -188,7 +202,19 @@ class Router:
                 problems = f"version {wanted} does not answer: {error}"
                 del aliases["default"]
                 aliases |= {alias: version for alias, version in before.items() if alias == "default"}
-        self._replace(name, versions, aliases)
+        for old in [old for old in self.problems if old.startswith(f"{name}/") and old.endswith(" experiment")]:
+            del self.problems[old]
+        for alias, experiment in list(experiments.items()):
+            try:
+                for number in experiment.versions:
+                    self._preload((name, str(number)))
+            except Exception as error:
+                self.problems[f"{name}/{alias} experiment"] = f"{experiment.id} does not run: {error}"
+                if (running := self.routes.experiments.get((name, alias))) is None:
+                    del experiments[alias]
+                else:
+                    experiments[alias] = running
+        self._replace(name, versions, aliases, experiments=experiments)
         if problems:
             self.problems[problem] = problems
         else:
@@ -197,28 +223,41 @@ class Router:
     def _aliases_of(self, name: str) -> dict[str, str]:
         return {alias: version for (model, alias), version in self.routes.aliases.items() if model == name}
 
-    def _known(self, name: str) -> None:
+    def _troubled(self, name: str) -> bool:
+        return any(problem.startswith(f"{name}/") for problem in self.problems)
+
+    def known(self, name: str) -> None:
+        """Raise NotFoundError unless there is such a model."""
         if name not in self.routes.versions:
             raise NotFoundError(f"no model {name[:80]!r}: served are {', '.join(self.routes.versions) or 'none'}")
 
     def _replace(
         self, name: str, versions: tuple[str, ...] | None = None, aliases: Mapping[str, str] | None = None,
-        withdrawn: frozenset[str] | None = None,
+        withdrawn: frozenset[str] | None = None, experiments: Mapping[str, Experiment] | None = None,
     ) -> None:  # fmt: skip
         """Swap the reference: a reader sees the old table or the new one. What is not given stays."""
         old = self.routes
         versions = old.versions[name] if versions is None else versions
         aliases = self._aliases_of(name) if aliases is None else aliases
         withdrawn = old.withdrawn if withdrawn is None else withdrawn
+        running = {alias: experiment for (model, alias), experiment in old.experiments.items() if model == name}
+        running = running if experiments is None else dict(experiments)
         others = {key: version for key, version in old.aliases.items() if key[0] != name}
         targets = {key: target for key, target in old.targets.items() if key[0] != name}
         if name not in withdrawn:
             own = [*zip(versions, versions, strict=True), *aliases.items()]
             targets |= {(name, ref): (name, version) for ref, version in own}
+            targets |= {
+                (name, alias): Crossroads.at((name, aliases[alias]), alias, experiment)
+                for alias, experiment in running.items()
+                if alias in aliases
+            }
         self.routes = replace(
             old, withdrawn=withdrawn, model=old.model or name, targets=targets,
             versions={**old.versions, name: versions},
             aliases=others | {(name, alias): version for alias, version in aliases.items()},
+            experiments={key: experiment for key, experiment in old.experiments.items() if key[0] != name}
+            | {(name, alias): experiment for alias, experiment in running.items()},
         )  # fmt: skip
 
 
@@ -228,4 +267,5 @@ def _watch(router: "weakref.ref[Router]", closing: threading.Event) -> None:
         if closing.wait(Router.WATCH_S) or (alive := router()) is None:
             return
         alive.refresh(retry=look % Router.RETRY_LOOKS == 0)
+        alive.on_look()
         del alive

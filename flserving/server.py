@@ -22,14 +22,10 @@ from flserving.cache import PredictionCache
 from flserving.config import ServingConfig
 from flserving.doors import Awaiting, Blocking, Door
 from flserving.engine import Execution, InferenceEngine, Prediction
-from flserving.errors import (
-    DeadlineExceededError,
-    FlservingError,
-    InvalidInputError,
-    NotFoundError,
-    OverloadedError,
-)
+from flserving.errors import DeadlineExceededError, FlservingError, InvalidInputError, NotFoundError, OverloadedError
+from flserving.experiments import Experiments
 from flserving.hosting import ModelHost
+from flserving.split import Crossroads
 from flserving.telemetry import Telemetry
 from flserving.transforms import Floats, Outputs, Preprocessor
 from flserving.workers import Batcher
@@ -67,6 +63,8 @@ class ModelServer(ModelHost):
         self.telemetry = Telemetry(clock, self.config.max_batch_size)
         self._batcher = Batcher(self.config, self.telemetry.execution, clock)
         self._blocking, self._awaiting = Blocking(self), Awaiting(self)
+        loaded, totals = self._batcher.loaded, self.telemetry.totals
+        self.experiments = Experiments(self._router, self.lease, self._personal, loaded, totals)
         if registry is not None:
             for name in registry.models() if model is None else [model]:
                 self.serve(registry, name)
@@ -92,7 +90,9 @@ class ModelServer(ModelHost):
             ``latency_ms``, ``model_version``, ``model_type`` ("global"; "personal" where every row got its client's
             head; "mixed"). Where a client was given, ``head``: "own", or why the global head answered: "unknown" (no
             head of this client), "stale" (its head was trained on another body), "none" (the version has no heads);
-            a list of them for one id a row. Where its lineage tells it, the federated ``round`` of the version.
+            a list of them for one id a row. Where its lineage tells it, the federated ``round`` of the version. Where
+            the alias is in an experiment and one client asks: ``arm``, and the ``receipt`` with which that client may
+            give feedback (``experiments.feedback``).
 
         Raises:
             InvalidInputError, NotFoundError (also an unknown client, where ``unknown_client`` is "refuse"),
@@ -148,6 +148,9 @@ class ModelServer(ModelHost):
         try:
             deadline_s = started_s + self._timeout_s(timeout_ms)
             key = self._router.find(version, model) or await door.find(version, model, deadline_s)
+            chosen = None
+            if isinstance(key, Crossroads):
+                key, chosen = self.experiments.choose(key, client)
             entry = self.model_cache.acquire(key) or await door.load(key, deadline_s)
             try:
                 engine: InferenceEngine = entry.value
@@ -189,6 +192,8 @@ class ModelServer(ModelHost):
             answer["head"] = found
             if slots is not None:
                 answer["model_type"] = "personal" if set(_each(found)) == {"own"} else "mixed"
+        if chosen is not None:
+            answer |= self.experiments.answered(chosen, key[1], rows, prediction)
         if stages:
             answer["stages_ms"] = {name: (b - a) * 1e3 for name, (a, b) in zip(STAGES, pairwise(marks), strict=True)}
         return answer
@@ -277,6 +282,7 @@ class ModelServer(ModelHost):
         self._closed = True
         self._batcher.close(drain_s)
         super().close()
+        self.experiments.close()
 
     def __enter__(self) -> Self:
         return self

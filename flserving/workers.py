@@ -57,6 +57,10 @@ class Batcher:
         self.closed = False
         self._here = threading.local()  # .side: this batcher's side of the thread's event loop
 
+    def loaded(self) -> bool:
+        """Whether another request would have to wait."""
+        return bool(self.queue) or self.busy >= self.config.num_workers
+
     # Callers that block
 
     def run(self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float) -> Any:

@@ -21,6 +21,7 @@ from flserving.errors import (
     NotFoundError,
 )
 from flserving.routing import Router
+from flserving.split import Crossroads, Experiment
 from serving_models import PATIENCE_S, Constant, Threads, collected, row, serving, wait_until
 
 pytestmark = pytest.mark.timeout(90)
@@ -31,7 +32,7 @@ class FakeRegistry:
 
     def __init__(self, versions=2, **aliases):
         self.numbers, self.moved, self.local_changes, self.token = list(range(1, versions + 1)), aliases, 0, 0
-        self.error, self.reads = None, 0
+        self.error, self.reads, self.running = None, 0, {}
 
     def change_token(self):
         if self.error:
@@ -41,6 +42,9 @@ class FakeRegistry:
     def version_numbers(self, name):
         self.reads += 1
         return list(self.numbers)
+
+    def experiments(self, name):
+        return dict(self.running)
 
     def aliases(self, name):
         return dict(self.moved)
@@ -680,3 +684,80 @@ def test_a_signature_is_known_without_loading_the_model(tmp_path):
         assert server.model_cache.loads == loads
         with pytest.raises(NotFoundError):
             server.resolve("none", "digits")
+
+
+# Experiments: the routes carry them; who gets which arm is in test_experiments.py
+
+
+AB = Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)}, shadow=3)
+
+
+def test_an_alias_in_an_experiment_is_a_crossroads_and_still_leads_where_it_led(router, loads, quiet):
+    registry = FakeRegistry(3, default=1, beside=2)
+    followed(router, m=registry)
+    loads.loaded.clear()
+    registry.running = {"default": AB}
+    registry.change()
+    router.refresh()
+    road = router.find(None, "m")
+    assert isinstance(road, Crossroads) and road == ("m", "1") and (road.alias, road.experiment) == ("default", AB)
+    assert loads.loaded == [("m", "1"), ("m", "2"), ("m", "3")], "every version is warm before the first request"
+    for ref in ("beside", "1"):
+        assert type(router.find(ref, "m")) is tuple
+    router.withdraw("m")
+    with pytest.raises(ModelUnloadedError):
+        router.require(None, "m")
+    router.restore("m")
+    assert router.require(None, "m").experiment is AB
+    registry.running = {}
+    registry.change(default=2)
+    router.refresh()
+    assert answer(router, None, "m") == ("m", "2") and type(answer(router, None, "m")) is tuple
+
+
+def test_other_models_keep_their_experiments_when_one_changes(router, quiet):
+    one, two = FakeRegistry(3, default=1), FakeRegistry(3, default=1)
+    one.running = {"default": AB}
+    followed(router, one=one, two=two)
+    two.change(default=2)
+    router.refresh()
+    assert router.find(None, "one").experiment is AB and type(router.find(None, "two")) is tuple
+
+
+def test_an_experiment_with_a_version_that_does_not_load_leaves_the_one_before(router, loads, quiet):
+    registry = FakeRegistry(3, default=1)
+    registry.running = {"default": AB}
+    followed(router, m=registry)
+    loads.broken["m", "3"] = CorruptArtifactError("broken")
+    changed = Experiment.of("ab", {"a": (1, 0.1), "b": (2, 0.9)}, shadow=3)
+    registry.running = {"default": changed}
+    registry.change()
+    router.refresh()
+    assert router.find(None, "m").experiment is AB
+    assert router.problems == {"m/default experiment": "ab does not run: broken"}
+    del loads.broken["m", "3"]
+    router.refresh(retry=True)
+    assert router.find(None, "m").experiment is changed and router.problems == {}
+
+
+def test_an_alias_and_its_experiment_are_read_of_one_moment(router, quiet):
+    """A promotion between the two reads: what was read first is thrown away."""
+    registry = FakeRegistry(3, default=1)
+    registry.running = {"default": AB}
+    followed(router, m=registry)
+
+    read, once = registry.aliases, []
+
+    def aliases(name):
+        seen = read(name)
+        if not once:
+            once.append(1)
+            registry.running = {}
+            registry.change(default=2)
+        return seen
+
+    registry.aliases = aliases
+    registry.change()
+    router.refresh()
+    assert router.routes.targets["m", "default"] == ("m", "2")
+    assert type(router.routes.targets["m", "default"]) is tuple

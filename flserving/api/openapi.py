@@ -85,6 +85,17 @@ class RepositoryRequest(msgspec.Struct):
     parameters: dict[str, bool | int | float | str] | None = None
 
 
+class FeedbackRequest(msgspec.Struct):
+    """``receipt``: of the caller's own answer, an hour at most after it. ``reward``: in [0, 1]."""
+
+    receipt: str
+    reward: float
+
+
+class Counted(msgspec.Struct):
+    counted: bool
+
+
 class Changed(msgspec.Struct, omit_defaults=True):
     name: str
     load: bool | None = None
@@ -127,6 +138,7 @@ OPERATIONS = (
             Operation("POST", f"{base}/infer", "infer", _INFER, "Predict", InferResponse, InferRequest),
         )
     ),
+    Operation("POST", f"{_MODEL}/feedback", "feedback", _INFER, "Reward an answer's arm", Counted, FeedbackRequest),
     Operation("POST", "/v2/repository/index", "index", _READ, "Versions, states", list[IndexEntry], IndexRequest),
     Operation("POST", "/v2/repository/models/{model}/load", "load", _ADMIN, "Load", Changed, RepositoryRequest),
     Operation("POST", "/v2/repository/models/{model}/unload", "unload", _ADMIN, "Unload", Changed, RepositoryRequest),
@@ -147,7 +159,7 @@ _STATUSES = {
     403: "The credential's role, the Host or the Origin may not do this",
     404: "No such model, version or route",
     405: "The route takes another method",
-    409: "The two versions cannot be told as a difference",
+    409: "Feedback that is late or given already, or two versions that cannot be told as a difference",
     413: "The body is over the limit",
     415: "A content type or encoding that is not read here",
     416: "The range starts behind the end",
@@ -199,7 +211,7 @@ def document() -> dict[str, Any]:
             entry["responses"]["206"] = {"description": "From that byte on", "content": media}
         if o.takes is not None:
             body = {"application/json": {"schema": schema_of[repr(o.takes)]}}
-            entry["requestBody"] = {"required": o.takes is InferRequest, "content": body}
+            entry["requestBody"] = {"required": o.takes in (InferRequest, FeedbackRequest), "content": body}
         if o.takes is InferRequest:
             media["application/octet-stream"] = entry["requestBody"]["content"]["application/octet-stream"] = _RAW
             entry["parameters"].append(_JSON_BYTES)

@@ -24,7 +24,7 @@ from flserving.api.auth import Role, Tokens
 from flserving.api.bodies import deflated, read_body
 from flserving.api.guard import PREFLIGHT, Guard, Receive, Scope, Send
 from flserving.api.http1 import GONE
-from flserving.api.openapi import OPERATIONS, IndexRequest, RepositoryRequest, document, page
+from flserving.api.openapi import OPERATIONS, FeedbackRequest, IndexRequest, RepositoryRequest, document, page
 from flserving.api.options import ApiOptions
 from flserving.api.protocol import read_infer, read_json, write_infer
 from flserving.api.refusals import Refusals
@@ -138,10 +138,10 @@ class RestApp:
 
         return Route(path, endpoint, methods=[method], name=name)
 
-    async def _body(self, request: Request, kind: type[msgspec.Struct]) -> Any:
+    async def _body(self, request: Request, kind: type[msgspec.Struct], required: bool = False) -> Any:
         headers = dict(request.scope["headers"])
         body = await read_body(headers, request.receive, self._options.max_body_bytes)
-        return read_json(body, kind) if body else kind()
+        return read_json(body, kind) if body or required else kind()
 
     async def _server_metadata(self, request: Request) -> Any:
         return self._v2.server_metadata()
@@ -188,6 +188,13 @@ class RestApp:
         await self._body(request, RepositoryRequest)
         await self._v2.unload(request.path_params["model"])
         return {"name": request.path_params["model"], "unload": True}
+
+    async def _feedback(self, request: Request) -> Any:
+        sent = await self._body(request, FeedbackRequest, required=True)
+        client = request.state.who.client
+        with self._refusals:
+            await self._v2.feedback(request.path_params["model"], sent.receipt, sent.reward, client)
+        return {"counted": True}
 
     async def _settings(self, request: Request) -> Any:
         return self._v2.settings()

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from flserving.accounts import merged
 from flserving.api.statistics import model_statistics
 from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, NotSupportedError
+from flserving.experiments import CALLER
 from flserving.manifest import Signature
 from flserving.server import ModelServer
 
 INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
 Value = bool | int | float | str
-TOLD = ("head", "path", "round", "age_s", "degraded", "arm")
+TOLD = ("head", "path", "round", "age_s", "degraded", "arm", "receipt")
 """What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's answer."""
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
 
@@ -190,6 +191,7 @@ class V2:
         except FlservingError as error:
             self.server.telemetry.failure(error.reason)  # from here on the server counts
             raise
+        CALLER.set(call.client)  # whose arm it is, also where no private answer is asked for; of this task alone
         answer = await self.server.apredict(
             features, version, model=call.model, timeout_ms=timeout_ms, stages=stages, arrays=True, client=client
         )
@@ -205,6 +207,10 @@ class V2:
         if stages:
             parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
         return Answer(call.model, answer["model_version"], outputs, parameters)
+
+    async def feedback(self, model: str, receipt: str, reward: float, client: str | None) -> None:
+        """Reward the answer of an experiment. Raises as :meth:`Experiments.feedback`, which counts it."""
+        await asyncio.to_thread(self.server.experiments.feedback, model, receipt, reward, client)
 
 
 @functools.cache

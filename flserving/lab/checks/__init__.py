@@ -11,6 +11,7 @@ from flserving.lab.checks.heads import check_head_choice, check_heads
 from flserving.lab.checks.latency import check_latency_budget
 from flserving.lab.checks.lru import check_lru
 from flserving.lab.checks.metrics import check_metrics
+from flserving.lab.checks.optimization import check_proof
 from flserving.lab.checks.retry import check_retry
 from flserving.lab.checks.threshold import check_threshold
 from flserving.lab.checks.version import check_version_choice
@@ -24,6 +25,7 @@ __all__ = [
     "check_latency_budget",
     "check_lru",
     "check_metrics",
+    "check_proof",
     "check_retry",
     "check_threshold",
     "check_version_choice",

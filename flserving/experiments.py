@@ -1,0 +1,259 @@
+"""Experiments under way: who gets which arm, what is learned of it, and when a canary is promoted or rolled back.
+
+The configuration lives in the registry (``split.py``), rewards in the store beside it (``feedback.py``): every process
+follows both, and a canary's end is one transaction, whichever process sees it first.
+"""
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
+
+from numpy.typing import NDArray
+
+from flserving import sequential
+from flserving.bandit import Thompson
+from flserving.engine import Prediction
+from flserving.errors import ConflictError, ForbiddenError, NotFoundError
+from flserving.feedback import FeedbackStore
+from flserving.routing import Key, Router
+from flserving.sequential import Rewards
+from flserving.shadow import Shadow
+from flserving.split import Crossroads, Policy
+from flserving.transforms import Floats
+
+CALLER: ContextVar[str | None] = ContextVar("flserving-caller", default=None)
+"""The client of a request's credential, where it did not ask for private answers: it still decides the arm."""
+OF_THE_MODEL = ("ModelExecution", "CorruptArtifact", "ModelTooLarge", "Internal")
+JUDGE_S = 1.0
+
+
+class Chosen(NamedTuple):
+    """What was decided for one request, by one configuration."""
+
+    road: Crossroads
+    arm: str | None
+    who: str  # whose arm it is
+    asked: str | Sequence[str] | None  # whose personal answers were asked for
+
+
+class Verdict(NamedTuple):
+    decision: Literal["wait", "promote", "rollback"]
+    why: str
+
+
+def judge(policy: Policy, control: Rewards, canary: Rewards, requests: int = 0, failed: int = 0) -> Verdict:
+    """What the evidence says of a canary. May be asked after every reward.
+
+    It is rolled back once it is shown that its requests fail more often than ``max_failures``, that a client of it is
+    ``worst_margin`` below the control's worst one (each with ``alpha / 4``, the clients sharing theirs), or that it
+    loses anything in the mean (``alpha / 2``); and when the stated sample is used up without a proof that it loses less
+    than ``effect``. It is promoted once there is that proof (``alpha / 2``) and its worst client is not below.
+
+    Args:
+        requests, failed: Of the canary's version: answered or failed in the model, and failed in the model.
+    """
+    if sequential.exceeds(requests, failed, policy.max_failures, policy.alpha / 4):
+        return Verdict("rollback", f"{failed} of {requests} requests failed in the model")
+    lowest = min(_means(policy, control).values(), default=0.0)
+    floor, means = lowest - policy.worst_margin, _means(policy, canary)
+    for client in means if floor > 0 else ():
+        n, total = canary[client]
+        if sequential.exceeds(n, n - total, 1 - floor, policy.alpha / 4 / len(canary)):
+            return Verdict("rollback", f"client {client!r} gets {total / n:.3f}, the control's worst {lowest:.3f}")
+    if min(len(control), len(canary)) < policy.min_clients:
+        return Verdict("wait", f"{len(canary)} and {len(control)} clients gave rewards: {policy.min_clients} decide")
+    (old, old_variance), (new, new_variance) = sequential.mean_of(control), sequential.mean_of(canary)
+    variance, gain = old_variance + new_variance, new - old
+    half = sequential.half_width(variance, policy.alpha, policy.effect)
+    said = f"mean reward {new:.4f} against {old:.4f}: {gain:+.4f} +- {half:.4f}"
+    if gain + half < 0:
+        return Verdict("rollback", said)
+    worst = min(means.values(), default=1.0)
+    if gain - half > -policy.effect and worst >= floor:
+        return Verdict("promote", said)
+    if 1 / variance >= sequential.information(policy.effect, policy.alpha, policy.power):
+        return Verdict("rollback", f"{said}, the worst client {worst:.3f}: no proof within the stated sample")
+    return Verdict("wait", said)
+
+
+def _means(policy: Policy, rewards: Rewards) -> dict[str, float]:
+    return {client: total / n for client, (n, total) in rewards.items() if n >= policy.client_rewards}
+
+
+class Experiments:
+    """What one server does with the experiments that its routes name.
+
+    Args:
+        lease: Pins a version: ``(version, model)``. ``personal``: where a client's rows run on an engine.
+        busy: Whether callers wait. ``totals``: of the telemetry.
+    """
+
+    def __init__(
+        self, router: Router, lease: Callable[..., AbstractContextManager[Any]], personal: Callable[..., Any],
+        busy: Callable[[], bool], totals: Callable[[], Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        self._router, self._lease, self._personal, self._totals = router, lease, personal, totals
+        self.shadow = Shadow(self._shadowed, busy)
+        self._lock, self._judged_s = threading.Lock(), 0.0
+        self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
+        self._bandits: dict[str, Thompson] = {}  # by run, as the next one
+        self._answers: dict[str, Counter[str]] = {}
+        self._before: dict[tuple[str, str], tuple[int, int]] = {}  # by run and version: requests and failures before it
+        router.on_look = self.look
+
+    # The way of a request
+
+    def choose(self, road: Crossroads, client: str | Sequence[str] | None) -> tuple[Key, Chosen]:
+        """Which version answers ``client`` (None: who the credential names), by the configuration of ``road``."""
+        who, experiment = CALLER.get() if client is None else client, road.experiment
+        if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
+            return road, Chosen(road, None, "", client)
+        self._store(self._registry(road[0]))  # what can fail fails before the answer is made
+        arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(road).choose()
+        return (road[0], str(experiment.arms[arm].version)), Chosen(road, arm, who, client)
+
+    def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Prediction) -> dict[str, str]:
+        """What the answer says of it: ``arm`` and ``receipt``. Sends a copy to the shadow."""
+        (model, _), experiment = chosen.road, chosen.road.experiment
+        if (shadow := experiment.shadow) is not None and str(shadow) != version:
+            self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
+        if chosen.arm is None:
+            return {}
+        with self._lock:
+            self._answers.setdefault(experiment.run, Counter())[chosen.arm] += 1
+        receipt = self._store(self._registry(model)).receipt(experiment.run, chosen.arm, chosen.who)
+        return {"arm": chosen.arm, "receipt": receipt}
+
+    def feedback(self, model: str, receipt: str, reward: float, client: str | None) -> None:
+        """Count the reward in [0, 1] that ``client`` gives the answer whose receipt this is.
+
+        Raises:
+            ForbiddenError: No client, a forged receipt, somebody else's, or this client has given too many.
+            ConflictError: Given already, too late, or the experiment is over. InvalidInputError: No such reward.
+            NotFoundError: No such model. Nothing has changed then.
+        """
+        if not client:
+            raise ForbiddenError("feedback needs a client: ask for a credential that names you")
+        self._router.known(model)
+        registry = self._registry(model)
+        said = self._store(registry).read(receipt, client)
+        if all(running.run != said.run for running in registry.experiments(model).values()):
+            raise ConflictError("the experiment of this answer is over: its feedback decides nothing any more")
+        self._store(registry).add(said, reward)
+
+    # What is learned
+
+    def look(self) -> None:
+        """Called by the watcher: let bandits learn, and canaries be promoted or rolled back."""
+        running = self._router.routes.experiments
+        runs = {experiment.run for experiment in running.values()}
+        with self._lock:
+            for kept in (self._bandits, self._answers):
+                for run in kept.keys() - runs:
+                    del kept[run]
+            for key in [key for key in list(self._before) if key[0] not in runs]:
+                del self._before[key]
+        judges = time.monotonic() - self._judged_s >= JUDGE_S
+        self._judged_s = time.monotonic() if judges else self._judged_s
+        for (model, alias), experiment in running.items():
+            problem = f"{model}/{alias} verdict"
+            try:
+                if experiment.rule == "bandit":
+                    self._bandit(Crossroads.at((model, ""), alias, experiment), learn=True)
+                elif experiment.policy is not None and judges:
+                    self.decide(model, alias)
+                self._router.problems.pop(problem, None)
+            except Exception as error:  # the watch goes on
+                self._router.problems[problem] = f"{type(error).__name__}: {error}"
+
+    def decide(self, model: str, alias: str = "default") -> Verdict:
+        """Judge the canary on an alias now, and promote it or roll it back. NotFoundError: None runs there."""
+        routes = self._router.routes
+        experiment = routes.experiments.get((model, alias))
+        if experiment is None or (policy := experiment.policy) is None:
+            raise NotFoundError(f"alias {alias!r} of {model[:80]!r} has no canary with a policy: start one")
+        registry, control = self._registry(model), routes.aliases[model, alias]
+        roles = {str(arm.version) == control: (name, arm.version) for name, arm in experiment.arms.items()}
+        (old, _), (new, version) = roles[True], roles[False]
+        rewards = self._store(registry).rewards(experiment.run)
+        failures = self._failures(experiment.run, f"{model}/{version}")
+        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), *failures)
+        if verdict.decision != "wait":
+            wanted = version if verdict.decision == "promote" else None
+            why = f"{verdict.decision}: {verdict.why}"
+            with contextlib.suppress(ConflictError, NotFoundError):  # another process was first
+                registry.conclude_experiment(model, alias, wanted, who=experiment.id, why=why, run=experiment.run)
+        return verdict
+
+    def report(self, model: str, alias: str = "default") -> dict[str, Any]:
+        """The running experiment on an alias: ``id``, ``arms`` (each with its version, weight, answers of this process,
+        rewards, mean, clients, worst client), ``shadow`` (its copies). Empty where there is none."""
+        if (experiment := self._router.routes.experiments.get((model, alias))) is None:
+            return {}
+        rewards, arms = self._store(self._registry(model)).rewards(experiment.run), {}
+        for name, arm in experiment.arms.items():
+            given = rewards.get(name, {})
+            count, total = (sum(column) for column in zip(*given.values(), strict=True)) if given else (0, 0.0)
+            arms[name] = {
+                "version": arm.version, "weight": arm.weight, "clients": len(given), "rewards": count,
+                "answers": self._answers.get(experiment.run, Counter())[name],
+                "mean": total / count if count else None,
+                "worst": min((got / n for n, got in given.values()), default=None),
+            }  # fmt: skip
+        shadow = None if experiment.shadow is None else self.shadow.stats((model, str(experiment.shadow)))
+        return {"id": experiment.id, "arms": arms, "shadow": shadow}
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.shadow.close()
+        for store in self._stores.values():
+            store.close()
+
+    def _failures(self, run: str, version: str) -> tuple[int, int]:
+        """Requests that a version answered or failed in this process since the run began, and those it failed."""
+        totals = self._totals()
+        reasons = totals["failures"].get(version, {})
+        failed = sum(int(reasons[reason][0]) for reason in OF_THE_MODEL if reason in reasons)
+        requests = totals["versions"].get(version, {}).get("requests", 0) + failed
+        before = self._before.setdefault((run, version), (requests, failed))
+        return requests - before[0], failed - before[1]
+
+    def _bandit(self, road: Crossroads, learn: bool = False) -> Thompson:
+        """With ``learn`` it follows the rewards, and the failures of the models here, which are rewards of 0."""
+        experiment, bandit = road.experiment, self._bandits.get(road.experiment.run)
+        if bandit is None or learn:
+            sums = self._store(self._registry(road[0])).sums(experiment.run)
+            with self._lock:
+                bandit = self._bandits.setdefault(experiment.run, Thompson(experiment.arms))
+            known = {}
+            for name, arm in experiment.arms.items():
+                n, total = sums.get(name, (0, 0.0))
+                known[name] = n + self._failures(experiment.run, f"{road[0]}/{arm.version}")[1], total
+            bandit.learn(known)
+        return bandit
+
+    def _shadowed(self, key: Key, rows: Floats, client: str | Sequence[str] | None) -> NDArray[Any]:
+        with self._lease(key[1], key[0]) as engine:
+            checked, lane, slots = engine.preprocessor.validate(rows), engine, None
+            if client is not None:
+                lane, slots, _ = self._personal(engine, client, len(rows))
+            (prediction,) = lane.execute([checked if slots is None else (checked, slots)])
+            predictions: NDArray[Any] = prediction.arrays()["predictions"]
+            return predictions
+
+    def _registry(self, model: str) -> Any:
+        if (registry := self._router.followed(model)) is None:
+            raise ConflictError(f"model {model[:80]!r} comes from no registry: it can be in no experiment")
+        return registry
+
+    def _store(self, registry: Any) -> FeedbackStore:
+        if (store := self._stores.get(registry.root)) is None:
+            with self._lock:
+                if (store := self._stores.get(registry.root)) is None:
+                    store = self._stores[registry.root] = FeedbackStore(registry.root)
+        return store

@@ -1,0 +1,258 @@
+"""Check of the exercise "quantise, and prove it" (notebook 09): a version, and five numbers that follow from counts."""
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flserving import models, optimization
+from flserving.datasets import Client
+from flserving.lab.checks.asking import ask
+from flserving.manifest import Manifest
+from flserving.registry import Registry
+
+NAME, KEYS = "digits", {"version", "smaller", "faster", "points", "worst_points", "serve"}
+Prove = Callable[..., dict[str, Any]]
+
+
+class World(NamedTuple):
+    """Two versions, made up: who is right about which rows, and how long each call takes, in turns."""
+
+    right: tuple[tuple[NDArray[np.bool_], ...], tuple[NDArray[np.bool_], ...]]  # before and after, of each client
+    us: tuple[NDArray[np.float64], NDArray[np.float64]]  # before and after, [turns, calls]
+    budget: float
+
+    @property
+    def faster(self) -> float:
+        before, after = (np.median(it, axis=1) for it in self.us)
+        return float(np.median(before / after))
+
+    def accuracy(self, side: int) -> float:
+        return 100 * float(np.concatenate(self.right[side]).mean())
+
+    def clients(self, side: int) -> NDArray[np.float64]:
+        return np.array([100 * it.mean() for it in self.right[side]])
+
+    @property
+    def points(self) -> float:
+        return self.accuracy(1) - self.accuracy(0)
+
+    @property
+    def worst_points(self) -> float:
+        return float(self.clients(1).min() - self.clients(0).min())
+
+    @property
+    def serve(self) -> bool:
+        return self.faster > 1 and min(self.points, self.worst_points) >= -self.budget
+
+
+def check_proof(prove: Prove) -> None:
+    """Check ``prove(registry, clients, answers, measure, budget)``.
+
+    Right is: a static int8 version, its ranges from the clients' training rows, published without moving an alias; and
+    a report whose numbers follow from the two files, from the held-out rows, and from the turns of ``measure``.
+
+    Raises:
+        AssertionError: Recognises the usual mistakes by the numbers that they give. NotSupportedError: no onnx.
+    """
+    for world in worlds():
+        with _registry() as registry:
+            _check_report(registry, prove, world)
+
+
+def _check_report(registry: Registry, prove: Prove, world: World) -> None:
+    def answers(version: int | str, rows: NDArray[np.float32]) -> NDArray[np.int64]:
+        """What each version says of a client's held-out rows; of any other row, the right class."""
+        number = registry.resolve(NAME, version)
+        for client, *sides in zip(clients(), *world.right, strict=True):
+            if rows.shape == client.test_x.shape and np.array_equal(rows, client.test_x):
+                return np.where(sides[number != 1], client.test_y, (client.test_y + 1) % 10)
+        known = {row.tobytes(): y for it in clients() for row, y in zip(it.train_x, it.train_y, strict=True)}
+        assert all(row.tobytes() in known for row in rows), (
+            "ask for the held-out rows (test_x) of one client at a time, as they are"
+        )
+        return np.array([known[row.tobytes()] for row in rows])
+
+    def measure(versions: Sequence[int]) -> Mapping[int, NDArray[np.float64]]:
+        numbers = [registry.resolve(NAME, it) for it in versions]
+        assert len(set(numbers)) > 1, f"measure was asked for {list(versions)}: time both versions, in the same turns"
+        return {it: world.us[number != 1].copy() for it, number in zip(versions, numbers, strict=True)}
+
+    got = ask("prove(...)", prove, registry, clients(), answers, measure, world.budget)
+    assert isinstance(got, dict) and got.keys() == KEYS, f"return a dict with the keys {', '.join(sorted(KEYS))}"
+    assert registry.resolve(NAME) == 1, (
+        f"default points to version {registry.resolve(NAME)}: publish without an alias, nothing was proven yet"
+    )
+    made = _check_version(registry, got["version"])
+    size = [registry.manifest(NAME, it).weights_nbytes for it in (1, made.version)]
+    _check_number("smaller", got["smaller"], size[0] / size[1], {
+        "that is the new file over the old one: 'times smaller' is the other way round": size[1] / size[0],
+        "that is the share that was saved, not how many times smaller the file is": 1 - size[1] / size[0],
+        "these are bytes: divide the old file's by the new one's": float(size[1]),
+        "this is the difference in bytes: divide": float(size[0] - size[1]),
+    })  # fmt: skip
+    _check_number("faster", got["faster"], world.faster, _times(world))
+    _check_number("points", got["points"], world.points, _changes(world))
+    means = world.clients(1) - world.clients(0)
+    _check_number("worst_points", got["worst_points"], world.worst_points, {
+        "that is the client that LOST the most: compare the worst client before with the worst client after": (
+            float(means.min())
+        ),
+        "that is one minus the other the wrong way round: a loss must be negative": -world.worst_points,
+        "that is a share: in percentage points it is 100 times as much": world.worst_points / 100,
+        "that is the change for the client that was worst before: another one may be the worst now": float(
+            means[world.clients(0).argmin()]
+        ),
+        "that is the change over all rows: take the worst client's": world.points,
+    })  # fmt: skip
+    _check_serve(got["serve"], world)
+
+
+def _times(world: World) -> dict[str, float]:
+    before, after = world.us
+    turns = np.median(before, axis=1) / np.median(after, axis=1)
+    return {
+        "that is the new time over the old one: 'times faster' is the other way round": 1 / world.faster,
+        "that is a ratio of means: one slow call in each turn decides it; take medians": before.mean() / after.mean(),
+        "that is a ratio of means in each turn: one slow call decides it; take medians within the turn": float(
+            np.median(before.mean(axis=1) / after.mean(axis=1))
+        ),
+        "that is one ratio over all turns: other load came and went, so compare within each turn, then take the "
+        "median of the ratios": float(np.median(before) / np.median(after)),
+        "that is the mean of the turns' ratios: one odd turn decides it; take their median": float(turns.mean()),
+        "that is the best turn: what happens to a typical one?": float(turns.max()),
+        "that pairs single calls: take the median of each turn first": float(np.median(before / after)),
+        "these are microseconds saved: divide": float(np.median(before) - np.median(after)),
+    }
+
+
+def _changes(world: World) -> dict[str, float]:
+    return {
+        "that is the mean over the clients: they hold different numbers of rows, and all held-out rows count alike": (
+            float((world.clients(1) - world.clients(0)).mean())
+        ),
+        "that is one minus the other the wrong way round: a loss must be negative": -world.points,
+        "that is a share: in percentage points it is 100 times as much": world.points / 100,
+        "that is the accuracy itself: report how it changed": world.accuracy(1),
+        "that was measured on training rows, or not at all: use the held-out rows": 0.0,
+        "that is the agreement with the old version: agreeing with a wrong answer is no merit": -100
+        * float(np.concatenate([b != a for b, a in zip(*world.right, strict=True)]).mean()),
+    }
+
+
+def _check_number(key: str, got: Any, right: float, mistakes: Mapping[str, float]) -> None:
+    assert isinstance(got, float | int | np.number) and not isinstance(got, bool), f"{key} is {got!r}: give one number"
+    if np.isclose(got, right, rtol=1e-6, atol=1e-9):
+        return
+    for mistake, value in mistakes.items():
+        assert not np.isclose(got, value, rtol=1e-6, atol=1e-9), f"{key} is {got:.4g}: {mistake}"
+    raise AssertionError(f"{key} is {got:.4g}, and the two versions give {right:.4g}")
+
+
+def _check_version(registry: Registry, version: Any) -> Manifest:
+    assert not isinstance(version, Manifest), "version is a whole manifest: return its number, manifest.version"
+    assert version in registry.versions(NAME).index, f"version is {version!r}: the registry has no such version"
+    assert version != 1, "version is 1, the one that you started from: return the number of the quantised one"
+    made = registry.manifest(NAME, version)
+    how = (made.lineage.extra if made.lineage else {}).get("optimisation")
+    assert how == "quantised, static", f'version {version} was made by {how!r}: quantise it with the method "static"'
+    seen = _digests()
+    assert made.digests.weights != seen["held-out"], (
+        "the ranges come from held-out rows: then these rows cannot judge the result any more; give the clients, whose "
+        "training rows are used"
+    )
+    assert made.digests.weights == seen["train"], "the ranges come from other rows than the clients': give all clients"
+    return made
+
+
+def _check_serve(got: Any, world: World) -> None:
+    assert isinstance(got, bool | np.bool_), f"serve is {got!r}: say True or False"
+    if bool(got) == world.serve:
+        return
+    told = (
+        f"{world.faster:.2f} times faster, {world.points:+.1f} points on all rows, {world.worst_points:+.1f} for the "
+        f"worst client, budget {world.budget:g} points: serve is {got}"
+    )
+    assert not got or world.faster > 1, f"{told}, but it is slower, and then there is nothing to win"
+    assert not got or world.points >= -world.budget, f"{told}, but the accuracy fell by more than the budget"
+    assert not got, f"{told}, but the worst client pays for the others' speed"
+    raise AssertionError(f"{told}, but it is faster and keeps the budget for everybody")
+
+
+@functools.cache
+def clients() -> tuple[Client, ...]:
+    """Four clients, with few and with many held-out rows."""
+    rng, made = np.random.default_rng(9), []
+    for number, held_out in enumerate((10, 20, 40, 80)):
+        x = rng.standard_normal((64 + held_out, 64)).astype(np.float32)
+        y = rng.integers(0, 10, len(x))
+        made.append(Client(f"client-{number}", x[:64], y[:64], x[64:], y[64:]))
+    return tuple(made)
+
+
+@functools.cache
+def worlds() -> tuple[World, ...]:
+    """To be served; slower; too many wrong answers; the worst client pays for the others; and a worst client that
+    changes."""
+    wrong = (  # wrong rows of each client, before and after
+        ((2, 1, 4, 6), (2, 0, 5, 9)),
+        ((2, 1, 4, 6), (2, 1, 5, 7)),
+        ((2, 1, 4, 6), (2, 2, 7, 15)),
+        ((2, 3, 4, 6), (3, 3, 3, 5)),
+        ((3, 4, 4, 6), (2, 5, 4, 7)),
+    )
+    made = []
+    for seed, (counts, faster) in enumerate(zip(wrong, (1.7, 0.8, 2.1, 3.0, 1.4), strict=True)):
+        rng = np.random.default_rng(seed)
+        load = rng.uniform(1, 4, (2, 11, 1)).round(2)  # of the machine, in each turn, and what is left of it in a ratio
+        load[1] = load[0] * rng.uniform(0.9, 1.15, (11, 1))
+        us = 100 * load * rng.uniform(0.95, 1.05, (2, 11, 7)) / np.array([1, faster]).reshape(2, 1, 1)
+        us[0, :, 3] *= 9
+        us[1, ::3, 5] *= 30
+        right = [_right(side) for side in counts]
+        made.append(World((right[0], right[1]), (us[0], us[1]), 1.5))
+    return tuple(made)
+
+
+def _right(wrong: Sequence[int]) -> tuple[NDArray[np.bool_], ...]:
+    return tuple(np.arange(len(it.test_y)) >= count for it, count in zip(clients(), wrong, strict=True))
+
+
+@functools.cache
+def _image() -> Any:
+    """The version that is quantised: exported once, for it takes seconds."""
+    with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry:
+        parameters = {"sizes": [64, 96, 10]}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(9)
+            module = models.build("mlp", parameters)
+        registry.publish(NAME, module, architecture="mlp", parameters=parameters)
+        optimization.to_onnx(registry, NAME, 1)
+        return registry.read(NAME, 2)
+
+
+@contextmanager
+def _registry() -> Iterator[Registry]:
+    artifact = _image()
+    with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry:
+        registry.publish(NAME, artifact.tensors, architecture="onnx", parameters=artifact.manifest.parameters,
+                         alias="default")  # fmt: skip
+        yield registry
+
+
+@functools.cache
+def _digests() -> dict[str, str]:
+    """What quantising gives: the same rows, the same bytes."""
+    rows = {
+        "train": np.concatenate([it.train_x for it in clients()]),
+        "held-out": np.concatenate([it.test_x for it in clients()]),
+    }
+    with _registry() as registry:
+        return {
+            key: optimization.quantise(registry, NAME, 1, "static", data).digests.weights for key, data in rows.items()
+        }

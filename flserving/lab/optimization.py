@@ -1,0 +1,189 @@
+"""What optimised versions are worth here: measured side by side with the version they were made from, and put in words.
+
+Nothing in the words is known beforehand. They follow from the measurements, and would be others on another machine.
+"""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+import flserving
+from flserving import weights
+from flserving.config import ServingConfig
+from flserving.datasets import Client
+from flserving.engine import InferenceEngine
+from flserving.loader import RegistrySource, load_engine
+from flserving.manifest import Lineage
+from flserving.registry import Registry
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BATCHES = (1, 32)
+MARGIN = 0.05  # a speed-up counts when the middle half of the turns lies this far from 1
+_PEAK = """
+import sys, numpy as np
+from flserving import Registry, ServingConfig
+from flserving.loader import RegistrySource, load_engine
+root, name, version, onnx = sys.argv[1:]
+if onnx: import onnx, onnxruntime
+def kb(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+with Registry(root) as registry:
+    before = kb("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file: file.write("5")
+    engine = load_engine(RegistrySource(registry, name), version, ServingConfig())
+    engine.execute([np.zeros((32, engine.preprocessor.num_features), np.float32)])
+    print((kb("VmHWM") - before) / 1024)
+"""
+
+
+class Speed(NamedTuple):
+    """Microseconds of one call at a batch size, and how many times faster than the original: quartiles of the turns."""
+
+    p50_us: float
+    p99_us: float
+    low: float
+    times: float
+    high: float
+
+
+def race(
+    original: InferenceEngine, others: Mapping[str, InferenceEngine], batch: int, turns: int = 30, each: int = 20
+) -> dict[str, Speed]:
+    """Time engines in turns on the same rows: other load on the machine hits all of them. "" is the original.
+
+    A call is ``execute``: preprocessing, the model, postprocessing. A turn's ratio is that of its medians.
+    """
+    rng, engines = np.random.default_rng(0), {"": original, **others}
+    rows = rng.standard_normal((batch, original.preprocessor.num_features or 1), dtype=np.float32)
+    taken = {key: np.empty((turns, each)) for key in engines}
+    for turn in range(-2, turns):  # two to warm up, written over
+        for key in rng.permutation(list(engines)):
+            for call in range(each):
+                began = time.perf_counter()
+                engines[key].execute([rows])
+                taken[key][max(turn, 0), call] = time.perf_counter() - began
+    base = np.median(taken[""], axis=1)
+    return {
+        key: Speed(*np.percentile(it * 1e6, [50, 99]), *np.percentile(base / np.median(it, axis=1), [25, 50, 75]))
+        for key, it in taken.items()
+    }
+
+
+def peak_mb(registry: Registry, name: str, version: int) -> float:
+    """Growth of a fresh process' resident memory, at its peak, from before it loads a version to after a batch of 32.
+
+    Both runtimes are imported before. Pages, not objects: good to about 1 MB. NaN where /proc does not tell (not
+    Linux), and for an architecture that only this process knows. Cost: about 3 s.
+    """
+    onnx = "onnx" if registry.manifest(name, version).architecture == "onnx" else ""
+    command = [sys.executable, "-c", _PEAK, registry.root, name, str(version), onnx]
+    path = {**os.environ, "PYTHONPATH": str(Path(flserving.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=path, check=False)
+    return float(done.stdout) if done.returncode == 0 else math.nan
+
+
+def original_of(registry: Registry, name: str, version: int) -> int:
+    """The version that a chain of optimisations started from."""
+    while (lineage := registry.manifest(name, version).lineage or Lineage()).extra.get("optimisation"):
+        assert lineage.parent_version is not None
+        version = lineage.parent_version
+    return version
+
+
+def report(
+    registry: Registry, name: str, versions: Sequence[int], clients: Sequence[Client], *, memory: bool = True,
+    turns: int = 30, each: int = 20,
+) -> "pd.DataFrame":  # fmt: skip
+    """One row per version, each against the original that it was made from.
+
+    Columns: ``optimisation``, ``backend``, ``original``; ``file_kb``, ``compressed_kb`` (zstd, level 9), ``peak_mb``
+    (:func:`peak_mb`); for batches of 1 and 32 ``b1_p50_us``, ``b1_p99_us``, ``b1_times`` faster with its quartiles
+    ``b1_low``, ``b1_high`` (:func:`race`); on the clients' held-out rows ``accuracy``, ``worst_client`` and
+    ``agreement`` with the original; and a ``verdict``.
+
+    Cost: about 3 s a version for the memory, and 2 (turns + 2) each calls of every version.
+    """
+    import pandas as pd
+    import zstandard
+
+    source, config = RegistrySource(registry, name), ServingConfig()
+    origins = {version: original_of(registry, name, version) for version in versions}
+    engines = {it: load_engine(source, str(it), config) for it in {*versions, *origins.values()}}
+    hits = {it: [np.array(e.predict(c.test_x)["predictions"]) for c in clients] for it, e in engines.items()}
+    labels = [client.test_y for client in clients]
+    table: dict[int, dict[str, Any]] = {}
+    for it in [*engines]:
+        artifact = registry.read(name, it)
+        image = bytes(weights.as_bytes(weights.pack(artifact.tensors)))
+        lineage = artifact.manifest.lineage or Lineage()
+        right = [answer == label for answer, label in zip(hits[it], labels, strict=True)]
+        table[it] = {
+            "optimisation": lineage.extra.get("optimisation", ""),
+            "backend": "onnx" if artifact.manifest.architecture == "onnx" else "torch",
+            "original": origins.get(it, it),
+            "file_kb": len(image) / 1e3,
+            "compressed_kb": len(zstandard.ZstdCompressor(level=9).compress(image)) / 1e3,
+            "peak_mb": peak_mb(registry, name, it) if memory else math.nan,
+            "accuracy": float(np.concatenate(right).mean()),
+            "worst_client": min(float(part.mean()) for part in right),
+        }
+    for origin in set(origins.values()):
+        others = {str(it): engines[it] for it in versions if origins[it] == origin and it != origin}
+        for batch in BATCHES:
+            for key, speed in race(engines[origin], others, batch, turns, each).items():
+                row = table[int(key or origin)]
+                row |= {f"b{batch}_{field}": value for field, value in speed._asdict().items()}
+    whole = {it: np.concatenate(answers) for it, answers in hits.items()}
+    truth = np.concatenate(labels)
+    for it in versions:
+        base, own = whole[origins[it]], whole[it]
+        table[it]["agreement"] = float((base == own).mean())
+        differ = int(((base == truth) != (own == truth)).sum())
+        table[it]["verdict"] = verdict(table[it], table[origins[it]], 2 * math.sqrt(differ) / len(truth))
+    return pd.DataFrame([table[it] for it in versions], index=pd.Index(versions, name="version"))
+
+
+def verdict(row: Mapping[str, Any], original: Mapping[str, Any], noise: float) -> str:
+    """The measurements of one version in words.
+
+    The time of a batch is taken as a fixed part (dispatch) and a part for each row, which two batch sizes tell apart.
+
+    Args:
+        noise: Two standard errors of the change in accuracy: 2 sqrt(rows on which only one of both is right) / rows.
+    """
+    if row["optimisation"] == "":
+        return "the original"
+    words = []
+    for batch in BATCHES:
+        low, times, high = (row[f"b{batch}_{field}"] for field in ("low", "times", "high"))
+        way = "faster" if low > 1 + MARGIN else "slower" if high < 1 - MARGIN else "no faster"
+        words.append(f"{way} at {batch} ({times:.2f} x)")
+    (mine, step), (theirs, stride) = cost_us(row), cost_us(original)
+    if row["b1_low"] <= 1 + MARGIN:  # it does not pay for one row: why?
+        if mine > step:
+            words.append("dispatch costs more than the multiply")
+        elif step >= stride:
+            words.append("the multiply itself is no cheaper")
+        if step < stride and mine > theirs:
+            words.append(f"it would pay from about {math.ceil((mine - theirs) / (stride - step))} rows")
+    file, packed = (original[key] / row[key] for key in ("file_kb", "compressed_kb"))
+    words.append(f"file {file:.1f} x smaller" if file > 1 + MARGIN else f"file no smaller, {packed:.1f} x compressed")
+    change = row["accuracy"] - original["accuracy"]
+    words.append(f"accuracy {100 * change:+.1f} points" + (", within noise" if abs(change) <= noise else ""))
+    return "; ".join(words)
+
+
+def cost_us(row: Mapping[str, Any]) -> tuple[float, float]:
+    """(dispatch, each row) in microseconds, of the line through the p50s at both batch sizes."""
+    (few, many), (one, all_) = BATCHES, (row["b1_p50_us"], row["b32_p50_us"])
+    each = max(0.0, (all_ - one) / (many - few))
+    return max(0.0, one - few * each), each

@@ -1,0 +1,68 @@
+"""The bandit: it finds the best arm with little regret, follows sums, and in a server learns from feedback."""
+
+import random
+
+import pytest
+
+from experiment_models import ROW, published, server_of
+from flserving.bandit import Thompson
+from flserving.split import Experiment
+from serving_models import wait_until
+
+MEANS = {"a": 0.5, "b": 0.6, "c": 0.8}
+
+
+def played(seed, rounds=2_000, batch=1):
+    """The sums of each arm after so many rewards; ``batch`` rewards come late, all at once."""
+    bandit, draws, sums = Thompson(MEANS, seed), random.Random(1000 + seed), dict.fromkeys(MEANS, (0, 0.0))
+    for turn in range(rounds):
+        arm = bandit.choose()
+        sums[arm] = sums[arm][0] + 1, sums[arm][1] + (draws.random() < MEANS[arm])
+        if turn % batch == 0:
+            bandit.learn(sums)
+    return bandit, sums
+
+
+@pytest.mark.parametrize("batch", [1, 50])
+def test_it_finds_the_best_arm_with_far_less_regret_than_an_even_split(batch):
+    regrets = []
+    for seed in range(10):
+        bandit, sums = played(seed, batch=batch)
+        assert max(bandit.best(), key=bandit.best().get) == "c"
+        regrets.append(sum(n * (0.8 - MEANS[arm]) for arm, (n, _) in sums.items()))
+    even = 2_000 * (0.8 - sum(MEANS.values()) / 3)
+    assert sum(regrets) / 10 < 0.25 * even
+
+
+def test_before_any_reward_all_arms_are_alike_and_an_unknown_arm_is_not_learned():
+    bandit = Thompson("ab", seed=0)
+    assert all(abs(share - 0.5) < 0.05 for share in bandit.best(4_000).values())
+    bandit.learn({"a": (10, 10.0), "z": (1000, 1000.0)})
+    assert bandit.known.keys() == {"a", "b"} and bandit.best()["a"] > 0.8
+
+
+def test_in_a_server_it_learns_from_feedback(tmp_path):
+    with published(tmp_path) as registry, server_of(registry) as server:
+        experiment = Experiment.of("bandit", {"bad": (2, 0.5), "good": (3, 0.5)}, rule="bandit")
+        running = registry.start_experiment("m", experiment, who="test", why="to see")
+        for i in range(40):
+            answer = server.predict(ROW, client=f"c-{i}")
+            server.experiments.feedback("m", answer["receipt"], float(answer["arm"] == "good"), f"c-{i}")
+        wait_until(lambda: sum(n for n, _ in server.experiments._bandits[running.run].known.values()) == 40, "learning")
+        arms = [server.predict(ROW, client="c-1")["arm"] for _ in range(200)]
+        assert arms.count("good") > 150
+        report = server.experiments.report("m")["arms"]
+        assert report["good"]["mean"] == 1 and report["bad"]["mean"] in (0, None)
+
+
+def test_an_arm_that_fails_is_learned_without_any_feedback(tmp_path):
+    with published(tmp_path) as registry, server_of(registry) as server:
+        experiment = Experiment.of("bandit", {"bad": (2, 0.5), "good": (3, 0.5)}, rule="bandit")
+        registry.start_experiment("m", experiment, who="test", why="to see")
+        server.predict(ROW, client="c-1")
+        for _ in range(50):
+            server.telemetry.failure("ModelExecution", "m/2")
+            server.telemetry.failure("InvalidInput", "m/3")
+        server.experiments.look()
+        arms = [server.predict(ROW, client="c-1")["arm"] for _ in range(200)]
+        assert arms.count("good") > 150

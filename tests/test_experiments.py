@@ -1,0 +1,331 @@
+"""Experiments: who gets which arm, how they begin and end, shadows, and canaries that decide by themselves."""
+
+import itertools
+import math
+import sqlite3
+import threading
+
+import msgspec
+import numpy as np
+import pytest
+
+from experiment_models import ROW, publish, published, server_of
+from flserving import Registry, experiments
+from flserving.errors import ConfigError, ConflictError, InvalidModelError, NotFoundError
+from flserving.experiments import judge
+from flserving.routing import Router
+from flserving.shadow import Shadow
+from flserving.split import Arm, Experiment, Policy
+from serving_models import Threads, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+LOG = {"who": "test", "why": "to see"}
+AB = Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)})
+
+
+@pytest.fixture
+def registry(tmp_path):
+    with published(tmp_path) as registry:
+        yield registry
+
+
+@pytest.fixture
+def server(registry):
+    with server_of(registry) as server:
+        yield server
+
+
+# The split
+
+
+def keyed(weights, key="ab" * 16):
+    arms = {name: Arm(place + 1, weight) for place, (name, weight) in enumerate(weights.items())}
+    return Experiment(id="x", arms=arms, key=key)
+
+
+def arms_of(experiment, clients=20_000):
+    return [experiment.arm_of(f"client-{i}") for i in range(clients)]
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 0.5, "b": 0.5}, {"a": 0.99, "b": 0.01}, {"a": 0.2, "b": 0.3, "c": 0.5}, {"a": 1.0}], ids=str
+)
+def test_the_split_is_as_weighed_within_binomial_bounds(weights):
+    arms = arms_of(keyed(weights))
+    for name, weight in weights.items():
+        bound = 5 * math.sqrt(weight * (1 - weight) * len(arms))
+        assert abs(arms.count(name) - weight * len(arms)) <= bound
+
+
+def test_the_same_client_gets_the_same_arm_wherever_it_is_read():
+    experiment = keyed({"a": 0.3, "b": 0.7})
+    again = msgspec.json.decode(msgspec.json.encode(experiment), type=Experiment)
+    assert arms_of(experiment, 500) == arms_of(again, 500)
+    other = arms_of(keyed({"a": 0.3, "b": 0.7}, key="cd" * 16), 5000)
+    both = sum(a == b == "a" for a, b in zip(arms_of(experiment, 5000), other, strict=True))
+    assert abs(both - 0.09 * 5000) < 5 * math.sqrt(0.09 * 0.91 * 5000), "the arms of two runs are independent"
+    assert experiment.arm_of("\udc80 \x00 é") in "ab"
+
+
+def test_other_weights_move_only_as_many_clients_as_must():
+    small, large = arms_of(keyed({"a": 0.9, "b": 0.1})), arms_of(keyed({"a": 0.6, "b": 0.4}))
+    moves = {(old, new) for old, new in zip(small, large, strict=True) if old != new}
+    assert moves == {("a", "b")}
+
+
+# The registry
+
+
+@pytest.mark.parametrize(
+    ("experiment", "error", "message"),
+    [
+        (Experiment.of("x", {"a": (1, 0.5), "b": (2, 0.6)}), ConfigError, "sum to 1.1: they must sum to one"),
+        (Experiment.of("x", {"a": (1, 1.0), "b": (2, 0.0)}), ConfigError, "arm 'b' is empty"),
+        (Experiment.of("x", {"a": (1, 2.0), "b": (2, -1.0)}), ConfigError, "arm 'a' is empty, its weight is 2.0"),
+        (Experiment.of("x", {"a": (1, math.nan)}), ConfigError, "empty"),
+        (Experiment(id="x"), ConfigError, "has 0 arms"),
+        (Experiment.of("x", {f"a{i}": (1, 1 / 9) for i in range(9)}), ConfigError, "has 9 arms"),
+        (Experiment.of("x", {"a": (1, 0.5), "b": (9, 0.5)}), NotFoundError, "no version or alias '9'"),
+        (Experiment(id="x", shadow=9), NotFoundError, "no version or alias '9'"),
+        (Experiment.of("no name", {"a": (1, 1.0)}), InvalidModelError, "experiment"),
+        (Experiment.of("x", {"../a": (1, 1.0)}), InvalidModelError, "arm"),
+        (Experiment.canary("x", 2, 3), ConfigError, "no arm of 'x' has version 1"),
+        (Experiment.canary("x", 1, 1), ConfigError, "two sticky arms"),
+        (Experiment.canary("x", 1, 2, policy=Policy(effect=0)), ConfigError, "effect is 0"),
+        (Experiment.canary("x", 1, 2, policy=Policy(min_clients=1)), ConfigError, "min_clients is 1"),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else None,
+)
+def test_what_cannot_be_run_is_refused_and_changes_nothing(registry, experiment, error, message):
+    before = registry.change_token()
+    with pytest.raises(error, match=message):
+        registry.start_experiment("m", experiment, **LOG)
+    assert registry.change_token() == before and registry.experiments("m") == {} and registry.experiment_log("m") == []
+
+
+def test_an_alias_is_in_one_experiment_and_stays_where_it_is(registry):
+    running = registry.start_experiment("m", AB, **LOG)
+    token, aliases = registry.change_token(), registry.aliases("m")
+    for refused, message in [
+        (lambda: registry.start_experiment("m", Experiment.of("other", {"a": (1, 1.0)}), **LOG), "in experiment 'ab'"),
+        (lambda: registry.start_experiment("m", Experiment.of("ab", {"a": (3, 1.0)}), **LOG), "with other arms"),
+        (lambda: registry.set_alias("m", "default", 2, **LOG), "conclude_experiment ends it"),
+        (lambda: registry.rollback("m", **LOG), "no earlier one|conclude_experiment ends it"),
+        (lambda: registry.remove_alias("m", "default", **LOG), "conclude_experiment ends it"),
+        (lambda: publish(registry, 4, alias="default"), "conclude_experiment ends it"),
+        (lambda: registry.conclude_experiment("m", run="another", **LOG), "another experiment has begun"),
+        (lambda: registry.conclude_experiment("m", version=9, **LOG), "no version or alias '9'"),
+        (lambda: registry.start_experiment("m", AB, "nowhere", **LOG), "no alias 'nowhere'"),
+        (lambda: registry.conclude_experiment("m", "nowhere", **LOG), "is in no experiment"),
+    ]:
+        with pytest.raises((ConflictError, NotFoundError), match=message):
+            refused()
+    assert (registry.change_token(), registry.aliases("m")) == (token, aliases)
+    assert registry.experiments("m") == {"default": running}
+    assert publish(registry, 4).version == 4, "the refused publish left no gap"
+
+
+def test_it_begins_goes_on_with_other_weights_and_ends_with_a_move_all_in_the_log(registry):
+    first = registry.start_experiment("m", AB, **LOG)
+    assert registry.start_experiment("m", AB, **LOG) == first and len(registry.experiment_log("m")) == 1
+    second = registry.start_experiment("m", Experiment.of("ab", {"a": (1, 0.1), "b": (2, 0.9)}), **LOG)
+    assert (second.run, second.key) == (first.run, first.key) and second != first
+    before = registry.change_token()
+    assert registry.conclude_experiment("m", version=2, **LOG) == second
+    assert registry.change_token() == before + 2 and registry.aliases("m") == {"default": 2}
+    assert [entry["experiment"] for entry in registry.experiment_log("m")] == [first, second, None]
+    assert registry.start_experiment("m", AB, **LOG).run != first.run
+    with pytest.raises(Exception, match="append-only"), registry._index.transaction() as transaction:
+        transaction._fetch("DELETE FROM experiments")
+
+
+def test_a_registry_from_before_experiments_gets_them(tmp_path):
+    published(tmp_path, 2).close()
+    with sqlite3.connect(tmp_path / "registry.sqlite3") as old:
+        old.executescript("DROP TABLE experiments; PRAGMA user_version = 1;")
+    old.close()
+    with Registry(tmp_path) as registry:
+        assert registry.start_experiment("m", AB, **LOG) == registry.experiments("m")["default"]
+
+
+# In a server
+
+
+def test_an_answer_names_its_arm_and_who_is_nobody_gets_the_alias(registry, server):
+    server.predict(ROW)
+    running = registry.start_experiment("m", AB, **LOG)
+    for i in range(50):
+        answer = server.predict(ROW, client=f"c-{i}")
+        arm = running.arm_of(f"c-{i}")
+        assert (answer["arm"], answer["model_version"]) == (arm, str(running.arms[arm].version))
+        assert answer["predictions"] == [running.arms[arm].version]
+    for options in ({}, {"client": ["c-1"]}, {"client": "c-1", "version": 1}):
+        answer = server.predict(ROW, **options)
+        assert answer["model_version"] == "1" and not {"arm", "receipt"} & answer.keys()
+    report = server.experiments.report("m")
+    assert sum(arm["answers"] for arm in report["arms"].values()) == 50 and report["id"] == "ab"
+    registry.conclude_experiment("m", version=3, **LOG)
+    assert server.predict(ROW, client="c-1")["predictions"] == [3] and server.experiments.report("m") == {}
+
+
+def test_every_process_follows_what_one_of_them_starts(tmp_path, registry, server):
+    with Registry(tmp_path) as other:
+        running = other.start_experiment("m", Experiment.of("x", {"a": (3, 1.0)}), **LOG)
+        wait_until(lambda: server.predict(ROW, client="c")["predictions"] == [3], "the experiment of another process")
+        assert server._router.routes.experiments == {("m", "default"): running}
+        other.conclude_experiment("m", **LOG)
+        wait_until(lambda: server.predict(ROW, client="c")["predictions"] == [1], "its end")
+
+
+def test_an_arm_that_cannot_be_loaded_does_not_begin(tmp_path, registry, server):
+    weights = tmp_path / "models" / "m" / "2" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    registry.start_experiment("m", AB, **LOG)
+    assert {server.predict(ROW, client=f"c-{i}")["model_version"] for i in range(20)} == {"1"}
+    assert "ab does not run" in server.health_check()["problems"]["m/default experiment"]
+    registry.conclude_experiment("m", **LOG)
+    server.refresh()
+    assert "m/default experiment" not in server.health_check()["problems"]
+
+
+def test_under_load_every_answer_belongs_to_one_configuration(registry, server):
+    """Arms carry the name of their configuration, so an arm with another's version would show."""
+    plans = [{"p": (1, 0.5), "q": (2, 0.5)}, {"r": (2, 0.2), "s": (3, 0.8)}, {"t": (3, 0.5), "u": (1, 0.5)}]
+    allowed = {(arm, version) for plan in plans for arm, (version, _) in plan.items()} | {(None, 1)}
+    done, threads = threading.Event(), Threads()
+
+    def ask(number):
+        seen = set()
+        for turn in itertools.count():
+            if done.is_set():
+                return seen
+            answer = server.predict(ROW, client=f"c-{number}-{turn % 7}")
+            assert answer["predictions"] == [int(answer["model_version"])]
+            seen.add((answer.get("arm"), int(answer["model_version"])))
+
+    for number in range(8):
+        threads.start(ask, number)
+    try:
+        for turn in range(12):
+            registry.start_experiment("m", Experiment.of(f"x-{turn}", plans[turn % 3]), **LOG)
+            server.predict(ROW)
+            registry.conclude_experiment("m", **LOG)
+    finally:
+        done.set()
+    seen = set().union(*threads.results())
+    assert seen <= allowed and len(seen) > 3, seen
+
+
+# Shadows
+
+
+def test_a_shadow_changes_no_answer_whatever_it_does(registry, server):
+    alone = server.predict(ROW, client="c")["predictions"]
+    registry.start_experiment("m", Experiment(id="s", shadow=2), **LOG)
+    for turn in range(1, 6):
+        answer = server.predict(ROW, client="c")
+        assert answer["predictions"] == alone and "arm" not in answer
+        wait_until(lambda turn=turn: server.experiments.report("m")["shadow"]["ran"] == turn, "the copy's run")
+    shadow = server.experiments.report("m")["shadow"]
+    assert (shadow["rows"], shadow["agreeing"], shadow["failed"]) == (5, 0, 0) and shadow["seconds"] > 0
+    registry.conclude_experiment("m", **LOG)
+    publish(registry, 1)  # answers as version 1 does
+    registry.start_experiment("m", Experiment(id="same", shadow=4), **LOG)
+    server.predict(np.zeros((3, 4), np.float32))
+    wait_until(lambda: server.experiments.report("m")["shadow"]["agreeing"] == 3, "three rows that agree")
+    assert server.get_all_stats()["server"]["requests"] == 7, "copies are no requests"
+
+
+def test_a_shadow_is_bounded_drops_when_busy_and_survives_its_own_errors():
+    gate, busy, calls = threading.Event(), threading.Event(), []
+
+    def run(key, rows, client):
+        calls.append(client)
+        gate.wait(20)
+        if client == "bad":
+            raise RuntimeError("the shadow's own")
+        return rows[:, 0]
+
+    shadow, key, rows = Shadow(run, busy.is_set, capacity=2), ("m", "2"), np.ones((1, 2), np.float32)
+    try:
+        shadow.offer(key, rows, "bad", rows[:, 0])
+        wait_until(lambda: calls == ["bad"], "the first copy")
+        for client in ("b", "c", "d", "e"):
+            shadow.offer(key, rows, client, rows[:, 0])
+        rows[:] = 7  # what a caller does to its array afterwards is its own affair
+        assert shadow.stats(key)["dropped"] == 2
+        gate.set()
+        wait_until(lambda: shadow.stats(key)["ran"] == 2, "the copies that waited")
+        stats = shadow.stats(key)
+        assert (stats["failed"], stats["agreeing"], calls) == (1, 2, ["bad", "b", "c"])
+        shadow.offer(key, np.ones((1 << 18, 2), np.float32), "large", rows[:, 0])
+        assert shadow.stats(key)["dropped"] == 3
+        busy.set()
+        shadow.offer(key, rows, "f", rows[:, 0])
+        wait_until(lambda: shadow.stats(key)["dropped"] == 4, "the copy that found callers waiting")
+    finally:
+        gate.set()
+        shadow.close()
+    shadow.offer(key, rows, "late", rows[:, 0])
+    assert shadow.stats(key)["dropped"] == 4 and "late" not in calls
+
+
+# Canaries
+
+
+def rewards(mean, clients=60, each=100, **special):
+    return {f"c-{i}": (each, each * mean) for i in range(clients)} | special
+
+
+@pytest.mark.parametrize(
+    ("control", "canary", "more", "decision", "message"),
+    [
+        (rewards(0.9), rewards(0.9), (), "promote", "against 0.9000"),
+        (rewards(0.9), rewards(0.7), (), "rollback", "-0.2000"),
+        (rewards(0.9), rewards(0.9, 10), (), "wait", "10 and 60 clients"),
+        (rewards(0.9), rewards(0.9, each=1), (), "wait", "mean reward"),
+        (rewards(0.9), rewards(0.9, bad=(100, 20.0)), (), "rollback", "'bad' gets 0.200, the control's worst 0.900"),
+        (rewards(0.9), rewards(0.9, unlucky=(100, 78.0)), (), "rollback", "worst client 0.780: no proof"),
+        ({}, {}, (1000, 0), "wait", "0 and 0 clients"),
+        ({}, {}, (1000, 100), "rollback", "100 of 1000 requests failed in the model"),
+    ],
+    ids=["equal", "worse", "few-clients", "few-rewards", "bad-client", "unlucky-client", "no-feedback", "failing"],
+)
+def test_what_the_evidence_says(control, canary, more, decision, message):
+    verdict = judge(Policy(), control, canary, *more)
+    assert verdict.decision == decision and message in verdict.why, verdict
+
+
+@pytest.mark.parametrize(("mean", "version"), [(0.9, 2), (0.8, 1)], ids=["promoted", "rolled-back"])
+def test_a_canary_ends_by_itself(registry, server, monkeypatch, mean, version):
+    monkeypatch.setattr(experiments, "JUDGE_S", 0)
+    running = registry.start_experiment("m", Experiment.canary("round-2", 1, 2, share=0.5), **LOG)
+    assert {server.predict(ROW, client=f"c-{i}")["arm"] for i in range(30)} == {"control", "canary"}
+    store, draws = server.experiments._store(registry), np.random.default_rng(0)
+    with store._lock:
+        for i in range(200):
+            arm = running.arm_of(f"c-{i}")
+            total = float(draws.binomial(200, mean if arm == "canary" else 0.9))
+            store._db.execute("INSERT INTO rewards VALUES (?, ?, ?, 200, ?)", (running.run, arm, f"c-{i}", total))
+    wait_until(lambda: registry.experiments("m") == {}, "the verdict")
+    assert registry.aliases("m") == {"default": version}
+    assert server.predict(ROW, client="c-1")["predictions"] == [version]
+    last = registry.experiment_log("m")[-1]
+    assert last["who"] == "round-2" and last["why"].startswith("promote" if version == 2 else "rollback")
+
+
+def test_a_canary_whose_requests_fail_is_rolled_back_without_any_feedback(registry, server, monkeypatch):
+    monkeypatch.setattr(Router, "WATCH_S", 3600)
+    running = registry.start_experiment("m", Experiment.canary("x", 1, 2), **LOG)
+    assert server.predict(ROW, client="c")["arm"] and server.experiments.decide("m").decision == "wait"
+    for _ in range(20):
+        server.telemetry.failure("ModelExecution", "m/2")
+    verdict = server.experiments.decide("m")
+    assert verdict.decision == "rollback" and "20 of 2" in verdict.why, verdict
+    assert registry.experiments("m") == {} and registry.aliases("m") == {"default": 1}
+    with pytest.raises(ConflictError):
+        registry.start_experiment("m", AB, **LOG)
+        registry.conclude_experiment("m", run=running.run, **LOG)
+    server.refresh()
+    with pytest.raises(NotFoundError, match="no canary with a policy"):
+        server.experiments.decide("m")

@@ -1,0 +1,109 @@
+"""The report says what was measured: its sums and its words are judged here, never the speed of this machine."""
+
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from flserving import Registry, models, optimization
+from flserving.backends import OnnxModel
+from flserving.engine import InferenceEngine
+from flserving.errors import InvalidModelError
+from flserving.federated import train
+from flserving.lab import optimization as lab
+from flserving.lab.sweep import claims, compiled_engine
+from flserving.rounds import publish_rounds
+
+SCRIPT = Path(__file__).parent / "benchmarks" / "backends.py"
+ORIGINAL = {
+    "optimisation": "", "file_kb": 100.0, "compressed_kb": 90.0, "accuracy": 0.9, "b1_p50_us": 20.0, "b32_p50_us": 82.0,
+}  # fmt: skip  # 18 us of dispatch, 2 us a row
+
+
+def told(b1, b32, file_kb=25.0, compressed_kb=20.0, accuracy=0.9, noise=0.01):
+    """The verdict on a version whose batches take so many microseconds, without any spread."""
+    row = {"optimisation": "x", "file_kb": file_kb, "compressed_kb": compressed_kb, "accuracy": accuracy}
+    for batch, p50, base in ((1, b1, 20.0), (32, b32, 82.0)):
+        row |= {f"b{batch}_p50_us": p50, **{f"b{batch}_{field}": base / p50 for field in ("low", "times", "high")}}
+    return lab.verdict(row, ORIGINAL, noise)
+
+
+def test_the_verdict_follows_from_the_numbers():
+    assert lab.verdict(ORIGINAL, ORIGINAL, 0.0) == "the original"
+    slower = told(30.0, 61.0)  # 29 us of dispatch, 1 us a row
+    assert slower.startswith("slower at 1 (0.67 x); faster at 32 (1.34 x); dispatch costs more than the multiply")
+    assert "pay from about 11 rows" in slower and "file 4.0 x smaller" in slower and "within noise" in slower
+    faster = told(10.0, 41.0)
+    assert faster.startswith("faster at 1 (2.00 x); faster at 32 (2.00 x); file") and "dispatch" not in faster
+    dear = told(25.0, 490.0)  # 10 us of dispatch, 15 us a row
+    assert "slower at 32" in dear and "the multiply itself is no cheaper" in dear and "pay from" not in dear
+    same = told(20.0, 82.0, file_kb=100.0, compressed_kb=45.0, accuracy=0.85)
+    assert same.startswith("no faster at 1 (1.00 x); no faster at 32 (1.00 x)")
+    assert same.endswith("file no smaller, 2.0 x compressed; accuracy -5.0 points")
+
+
+def test_the_claims_are_compared_width_by_width():
+    times = {16: 0.9, 64: 3.0, 256: 1.5, 1024: 2.5}  # faster at 64, not lasting for the claim
+    swept = pd.DataFrame(
+        [{"width": w, "technique": "onnx", "batch": 1, "times": t, "low": t - 0.1} for w, t in times.items()]
+        + [{"width": w, "technique": "pruned", "batch": 1, "times": 1.0, "low": 0.9} for w in times]
+        + [{"width": w, "technique": "original", "batch": 1, "times": 1.0, "low": 1.0} for w in times]
+    )
+    found = claims(swept)
+    assert found.loc[("onnx", 1)].tolist() == [2, 0.9, 3.0, 64, 1024]
+    assert pd.isna(found.loc[("pruned", 1), "pays_from"]) and pd.isna(found.loc[("pruned", 1), "holds_from"])
+    assert list(found.index) == [("onnx", 1), ("pruned", 1)]
+
+
+def test_a_report_of_versions(tmp_path):
+    run = train(rounds=2, num_clients=5, alpha=1.0, progress=False)
+    with Registry(tmp_path) as registry:
+        publish_rounds(registry, "digits")(run.final)
+        optimization.prune(registry, "digits", 1, 0.9)
+        optimization.prune(registry, "digits", 2, 0.5, structured=True)  # a chain
+        frame = lab.report(registry, "digits", [3, 2, 1], run.clients, memory=False, turns=2, each=2)
+        metrics = registry.manifest("digits", 1).metrics
+    assert list(frame.index) == [3, 2, 1] and frame.original.tolist() == [1, 1, 1]
+    assert frame.optimisation.tolist() == ["pruned, structured", "pruned", ""] and set(frame.backend) == {"torch"}
+    assert frame.accuracy[1] == pytest.approx(metrics["global_accuracy"])
+    assert frame.worst_client[1] == pytest.approx(metrics["worst_client_accuracy"])
+    assert frame.agreement[1] == 1 > frame.agreement[2]
+    assert frame.file_kb[1] == frame.file_kb[2] > 1.8 * frame.file_kb[3]
+    assert frame.compressed_kb[2] < 0.5 * frame.compressed_kb[1]
+    times = frame.filter(regex=r"^b\d").to_numpy()
+    assert np.isfinite(times).all() and (times > 0).all()
+    assert frame.b1_times[1] == frame.b32_high[1] == 1, "the original against itself"
+    assert (frame.b32_p50_us <= frame.b32_p99_us).all() and (frame.b1_low <= frame.b1_high).all()
+    assert frame.verdict[1] == "the original" and "x compressed" in frame.verdict[2]
+
+
+def test_peak_memory_counts_the_weights(tmp_path):
+    sizes = {"sizes": [64, 2048, 1024, 10]}
+    with Registry(tmp_path) as registry:
+        registry.publish("m", models.build("mlp", sizes), architecture="mlp", parameters=sizes)
+        mb = registry.manifest("m", 1).weights_nbytes / 2**20
+        peak = lab.peak_mb(registry, "m", 1)
+        assert math.isnan(peak) or mb < peak < mb + 100
+
+
+def test_every_backend_has_its_row():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    script = runpy.run_path(str(SCRIPT))
+    frame = script["rows"](quick=True)
+    techniques = {"original", "onnx", "distilled", "pruned", "pruned, structured"}
+    techniques |= {f"quantised, {method}" for method in optimization.METHODS}
+    assert set(zip(frame.technique, frame.batch, strict=True)) == {(it, b) for it in techniques for b in lab.BATCHES}
+    assert np.isfinite(frame.times).all() and (frame.low <= frame.times).all() and (frame.times <= frame.high).all()
+    text = script["markdown"](frame)
+    assert text.count("\n") == 1 + 2 * (len(techniques) - 1) and "| onnx | 1 | **" in text
+    assert set(claims(frame).index) == {(it, b) for it in techniques - {"original"} for b in lab.BATCHES}
+
+
+def test_what_is_not_torch_is_not_compiled():
+    engine = InferenceEngine(OnnxModel(4, 4, 8), owned=True)
+    with pytest.raises(InvalidModelError, match="outside torch"):
+        compiled_engine(engine)
