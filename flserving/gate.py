@@ -19,7 +19,7 @@ from flserving.aggregation import State
 from flserving.catalogue import DEFAULT_ALIAS
 from flserving.config import ServingConfig
 from flserving.datasets import Client, Features, Labels
-from flserving.engine import InferenceEngine
+from flserving.engine import Prediction
 from flserving.errors import ConfigError, ConflictError, ModelExecutionError, NotFoundError, NotSupportedError
 from flserving.loader import RegistrySource, load_engine
 from flserving.manifest import Manifest
@@ -61,10 +61,10 @@ class Gate:
 
     clients: Sequence[Client]
     golden: tuple[Features, Labels] | None = None
-    tolerance: float = 0.05
-    client_tolerance: float = 0.15
-    agreement: float = 0.6
-    jump: float = 3.0
+    tolerance: float = 0.02
+    client_tolerance: float = 0.1
+    agreement: float = 0.7
+    jump: float = 2.0
     alpha: float = 0.05
     min_clients: int | None = None
 
@@ -163,13 +163,18 @@ class Gate:
 
     def _answers(self, registry: Registry, name: str, version: int) -> tuple[list[Any], list[Any], NDArray[Any]]:
         """By client: which held-out rows it answers right, and what; and what it answers to the golden rows."""
-        engine = load_engine(RegistrySource(registry, name), str(version), _CONFIG)
-        try:
-            given = [_predict(engine, client.test_x, client.id) for client in self.clients]
-            golden = np.empty(0) if self.golden is None else _predict(engine, self.golden[0])
-        finally:
-            if engine.personal is not None:
-                engine.personal.store.close()
+        engine, rows = (
+            load_engine(RegistrySource(registry, name), str(version), _CONFIG),
+            [c.test_x for c in self.clients],
+        )
+        golden = np.empty(0) if self.golden is None else _predictions(engine.execute([self.golden[0]])[0])
+        if (personal := engine.personal) is None:
+            found = engine.execute(rows)
+        else:
+            slots = [personal.choose(client.id, len(client.test_x))[0] for client in self.clients]
+            found = personal.execute(list(zip(rows, slots, strict=True)))
+            personal.store.close()
+        given = [_predictions(prediction) for prediction in found]
         return [answer == c.test_y for answer, c in zip(given, self.clients, strict=True)], given, golden
 
     def _norm(self, registry: Registry, name: str, alias: str, tensors: State, serving: State) -> Check:
@@ -254,13 +259,9 @@ def _read(registry: Registry, name: str, version: int) -> tuple[Manifest, State]
     return artifact.manifest, artifact.tensors
 
 
-def _predict(engine: InferenceEngine, rows: Features, client: str | None = None) -> Labels:
-    if engine.personal is None or client is None:
-        (found,) = engine.execute([rows])
-    else:
-        (found,) = engine.personal.execute([(rows, engine.personal.choose(client, len(rows))[0])])
-    predictions: Labels = found.arrays()["predictions"]
-    return predictions
+def _predictions(prediction: Prediction) -> Labels:
+    labels: Labels = prediction.arrays()["predictions"]
+    return labels
 
 
 def _form(new: Manifest, old: Manifest | None) -> Check:
