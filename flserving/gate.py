@@ -8,6 +8,7 @@ poisoning hides in the tolerance. Many rounds judged on the same rows also wear 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import NormalDist, median
 from typing import Any
@@ -88,7 +89,7 @@ class Gate:
 
         Raises:
             NotFoundError: No such version. CorruptArtifactError: Its bytes are not what was published.
-            NotSupportedError: A regression.
+            NotSupportedError: A regression. InvalidInputError: Held-out or golden rows of another width.
 
         Cost: loads both versions and answers the held-out rows with each; reads the last 11 accepted versions.
         """
@@ -163,17 +164,17 @@ class Gate:
 
     def _answers(self, registry: Registry, name: str, version: int) -> tuple[list[Any], list[Any], NDArray[Any]]:
         """By client: which held-out rows it answers right, and what; and what it answers to the golden rows."""
-        engine, rows = (
-            load_engine(RegistrySource(registry, name), str(version), _CONFIG),
-            [c.test_x for c in self.clients],
-        )
-        golden = np.empty(0) if self.golden is None else _predictions(engine.execute([self.golden[0]])[0])
+        engine = load_engine(RegistrySource(registry, name), str(version), _CONFIG)
+        rows = [engine.preprocessor.validate(client.test_x) for client in self.clients]
         if (personal := engine.personal) is None:
             found = engine.execute(rows)
         else:
-            slots = [personal.choose(client.id, len(client.test_x))[0] for client in self.clients]
-            found = personal.execute(list(zip(rows, slots, strict=True)))
-            personal.store.close()
+            with closing(personal.store):
+                slots = [personal.choose(client.id, len(client.test_x))[0] for client in self.clients]
+                found = personal.execute(list(zip(rows, slots, strict=True)))
+        golden: Labels = np.empty(0, dtype=np.int64)
+        if self.golden is not None:
+            golden = _predictions(engine.execute([engine.preprocessor.validate(self.golden[0])])[0])
         given = [_predictions(prediction) for prediction in found]
         return [answer == c.test_y for answer, c in zip(given, self.clients, strict=True)], given, golden
 
@@ -190,7 +191,7 @@ class Gate:
         error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
         bound = (lost - won) / n + NormalDist().inv_cdf(1 - self.alpha) * error
         words = (
-            f"{now.mean():.3f} after {before.mean():.3f}, lost {lost} rows, won {won}: the drop is up to {bound:.3f}"
+            f"{now.mean():.3f} after {before.mean():.3f}, {lost} rows lost, {won} won: a drop of at most {bound:.3f}"
         )
         return Check("accuracy", bound <= self.tolerance, words, bound, self.tolerance)
 

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from flserving import Registry, models
 from flserving.datasets import digits, make_clients
-from flserving.errors import ConfigError, ConflictError, NotFoundError, NotSupportedError
+from flserving.errors import ConfigError, ConflictError, InvalidInputError, NotFoundError, NotSupportedError
 from flserving.federated import train
 from flserving.gate import CHECKS, Gate, gated, golden_rows
 from flserving.manifest import Lineage
@@ -226,6 +226,13 @@ def test_versions_that_are_not_there_and_regressions_are_errors(registry, gate):
 def test_limits_out_of_range_are_refused(clients, limits):
     with pytest.raises(ConfigError):
         Gate(**{"clients": clients, **limits})
+
+
+def test_golden_rows_of_another_width_are_an_error(registry, run, clients):
+    gate = Gate(clients=clients, golden=(np.zeros((2, 5), np.float32), np.zeros(2, np.int64)))
+    with pytest.raises(InvalidInputError):
+        gate.promote(registry, "m", published(registry, run.rounds[5]))
+    assert registry.resolve("m") == 5
 
 
 def test_golden_rows_and_answers_must_be_as_many(clients):

@@ -30,9 +30,11 @@ def table():
 
 def test_the_table_has_a_row_an_attack_and_a_column_a_check(table):
     assert list(table.index) == ["clean", *(attack.name for attack in ATTACKS)]
-    assert list(table.columns) == [*("cases", "left out", *CHECKS, "refused", "stopped", "accuracy lost", "trigger")]
+    assert list(table.columns) == [
+        *("cases", "left out", *CHECKS, "refused", "stopped", "accuracy lost", "trigger", "missed, worst")
+    ]
     assert table.loc["clean", "cases"] == 4 and (table["cases"].drop("clean") == 2).all()
-    rates = table.drop(columns=["cases", "accuracy lost"])
+    rates = table.drop(columns=["cases", "accuracy lost", "missed, worst"])
     assert ((rates >= 0) & (rates <= 1)).all(axis=None)
     assert (table["refused"] <= table["stopped"]).all()
     assert (table[list(CHECKS)].max(axis=1) <= table["refused"]).all()
@@ -128,6 +130,8 @@ def test_golden_rows_with_the_trigger_catch_the_backdoor_that_they_know(tmp_path
 def test_the_table_over_many_rounds(alpha):
     table = attack_table(seeds=range(8), alpha=alpha)
     assert table.loc["clean", "cases"] == 48 and table.loc["clean", "refused"] <= 0.05
-    for attack in ("NaN, 1 of 10", "1e30 everywhere, 1 of 10", "scaled x100, 1 of 10", "silence, 8 of 10"):
+    for attack in ("NaN, 1 of 10", "1e30 everywhere, 1 of 10", "silence, 8 of 10"):
         assert table.loc[attack, "stopped"] == 1
+    assert table.loc["scaled x100, 1 of 10", "stopped"] >= 0.8  # a client of ten samples moves nothing
+    assert not table["missed, worst"].max() > 0.1
     assert table.loc["backdoor, 1 of 10", "refused"] < 0.2
