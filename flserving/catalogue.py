@@ -76,13 +76,20 @@ class Catalogue:
         sql = "SELECT DISTINCT from_version FROM moves WHERE name = ? AND alias = ? AND action = 'rollback'"
         return [int(version) for (version,) in self._index.query(sql, name, alias) if version is not None]
 
-    def set_alias(self, name: str, alias: str, version: int, *, who: str, why: str) -> int | None:
+    def set_alias(
+        self, name: str, alias: str, version: int, *, who: str, why: str, if_at: int | None = None
+    ) -> int | None:
         """Point an alias at an existing version, atomically; returns where it pointed before (None: nowhere).
 
         A move to where it points already changes nothing and is not logged. NotFoundError: no such version.
+        ConflictError: it is in an experiment, or no longer points at version ``if_at`` (0: nowhere).
         """
         wanted = self.resolve(name, checked_version(name, version))  # versions are never removed: no race
         with self._move(name, alias, who, why) as transaction:
+            if if_at is not None and (now := transaction.target(name, alias) or 0) != if_at:
+                raise ConflictError(
+                    f"alias {alias!r} of {name!r} points at {now or 'nothing'}, not at {if_at}: look again"
+                )
             return transaction.set_alias(name, alias, wanted, who, why)
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, who: str, why: str) -> int:
