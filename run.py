@@ -113,7 +113,7 @@ def lab(arguments):
         arguments = arguments[1:]
     if not notebook.exists():
         raise Failure("There is no notebook %s: name one of the folder notebooks/." % notebook)
-    prepare(set())
+    prepare({"onnx"})  # notebook 09 exports models
     address = "/lab/tree/" + urllib.parse.quote(notebook.name)  # what the browser opens, and what the terminal shows
     options = ["--ServerApp.root_dir=%s" % notebook.parent, "--LabApp.default_url=" + address]
     return call([venv_python(), "-m", "jupyterlab"] + options + arguments)  # noqa: RUF005 (old grammar)
@@ -121,7 +121,7 @@ def lab(arguments):
 
 def test(arguments):
     """Run pytest over tests/ and notebooks/; the arguments come last and so win."""
-    prepare({"test"})
+    prepare({"test", "onnx"})
     return call([venv_python(), "-m", "pytest"] + PYTEST_OPTIONS + arguments)  # noqa: RUF005 (old grammar)
 
 

@@ -8,7 +8,6 @@ poisoning hides in the tolerance. Many rounds judged on the same rows also wear 
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from statistics import NormalDist, median
 from typing import Any
@@ -169,9 +168,8 @@ class Gate:
         if (personal := engine.personal) is None:
             found = engine.execute(rows)
         else:
-            with closing(personal.store):
-                slots = [personal.choose(client.id, len(client.test_x))[0] for client in self.clients]
-                found = personal.execute(list(zip(rows, slots, strict=True)))
+            slots = [personal.choose(client.id, len(client.test_x))[0] for client in self.clients]
+            found = personal.execute(list(zip(rows, slots, strict=True)))
         golden: Labels = np.empty(0, dtype=np.int64)
         if self.golden is not None:
             golden = _predictions(engine.execute([engine.preprocessor.validate(self.golden[0])])[0])
@@ -255,8 +253,6 @@ def gated(
 
 def _read(registry: Registry, name: str, version: int) -> tuple[Manifest, State]:
     artifact = registry.read(name, version)
-    if artifact.heads is not None:
-        artifact.heads.close()
     return artifact.manifest, artifact.tensors
 
 

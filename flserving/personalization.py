@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flserving.engine import InferenceEngine, Lane, Prediction, lean
+from flserving.errors import InvalidInputError
 from flserving.heads import STALE, UNKNOWN, HeadStore
 from flserving.models import as_split
 from flserving.transforms import Floats
@@ -81,3 +82,18 @@ class PersonalEngine(Lane):
         rows = torch.cat([inputs, ones], dim=1)[:, None]  # one product with the bias inside: an eighth less than two
         own = torch.bmm(rows, heads) if generic is None else torch.baddbmm(generic[:, None], rows, heads)
         return own[:, 0]
+
+
+def ids_of(client: str | Sequence[str], rows: int) -> str | tuple[str, ...]:
+    """One id, or a copy of one for each row: what was looked up is what is cached, whatever becomes of the caller's."""
+    if isinstance(client, str):
+        return client
+    ids = tuple(client) if isinstance(client, Sequence) else ()
+    if len(ids) != rows or not all(isinstance(one, str) for one in ids):
+        raise InvalidInputError(f"client is {str(client)[:80]!r} for {rows} rows: give one id, or one for each row")
+    return ids
+
+
+def each(found: str | list[str]) -> list[str]:
+    """What :meth:`PersonalEngine.choose` found, as a list."""
+    return [found] if isinstance(found, str) else found

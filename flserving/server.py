@@ -25,6 +25,7 @@ from flserving.engine import Execution, InferenceEngine, Prediction
 from flserving.errors import DeadlineExceededError, FlservingError, InvalidInputError, NotFoundError, OverloadedError
 from flserving.experiments import Experiments
 from flserving.hosting import ModelHost
+from flserving.personalization import each, ids_of
 from flserving.split import Crossroads
 from flserving.telemetry import Telemetry
 from flserving.transforms import Floats, Outputs, Preprocessor
@@ -157,7 +158,7 @@ class ModelServer(ModelHost):
                 rows = engine.preprocessor.validate(features, self.config.max_request_rows)
                 lane, slots = engine, None
                 if client is not None:
-                    lane, slots, found = self._personal(engine, client := _ids(client, len(rows)), len(rows))
+                    lane, slots, found = self._personal(engine, client := ids_of(client, len(rows)), len(rows))
                 validated_s = looked_up_s = self._clock()
                 if self.prediction_cache is None:
                     payload = rows if slots is None else (rows, slots)
@@ -191,7 +192,7 @@ class ModelServer(ModelHost):
         if found is not None:
             answer["head"] = found
             if slots is not None:
-                answer["model_type"] = "personal" if set(_each(found)) == {"own"} else "mixed"
+                answer["model_type"] = "personal" if set(each(found)) == {"own"} else "mixed"
         if chosen is not None:
             answer |= self.experiments.answered(chosen, key[1], rows, prediction)
         if stages:
@@ -206,7 +207,7 @@ class ModelServer(ModelHost):
             slots, found = None, "none" if isinstance(client, str) else ["none"] * rows
         else:
             slots, found = engine.personal.choose(client, rows)
-        if self.config.unknown_client == "refuse" and any(one in ("unknown", "none") for one in _each(found)):
+        if self.config.unknown_client == "refuse" and any(one in ("unknown", "none") for one in each(found)):
             raise NotFoundError("no personal head here for this client: train one, or let the global head answer")
         if slots is None or (slots < 0).all():
             return engine, None, found
@@ -289,17 +290,3 @@ class ModelServer(ModelHost):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _ids(client: str | Sequence[str], rows: int) -> str | tuple[str, ...]:
-    """One id, or a copy of one for each row: what was looked up is what is cached, whatever becomes of the caller's."""
-    if isinstance(client, str):
-        return client
-    ids = tuple(client) if isinstance(client, Sequence) else ()
-    if len(ids) != rows or not all(isinstance(one, str) for one in ids):
-        raise InvalidInputError(f"client is {str(client)[:80]!r} for {rows} rows: give one id, or one for each row")
-    return ids
-
-
-def _each(found: str | list[str]) -> list[str]:
-    return [found] if isinstance(found, str) else found

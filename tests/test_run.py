@@ -57,7 +57,7 @@ INSTALL = ["-m", "pip", "install", "--disable-pip-version-check", "--editable"]
 def test_lab_installs_and_opens_the_first_notebook(sandbox):
     assert sandbox.main(["lab", "--no-browser"]) == 0
     first = lab_options(sandbox.folder / "notebooks" / "00_start_here.ipynb")
-    assert sandbox.calls == [[*INSTALL, "."], ["-m", "jupyterlab", *first, "--no-browser"]]
+    assert sandbox.calls == [[*INSTALL, ".[onnx]"], ["-m", "jupyterlab", *first, "--no-browser"]]
 
 
 def test_lab_opens_a_named_notebook_from_where_the_user_stands(sandbox, monkeypatch):
@@ -78,7 +78,7 @@ def test_test_installs_the_test_extra_and_hands_arguments_and_exit_code_on(sandb
     assert sandbox.main(["test"]) == 0
     sandbox.exit_code = 5
     assert sandbox.main(["test", "tests/test_cache.py", "-k", "lru"]) == 5
-    assert sandbox.calls[0] == [*INSTALL, ".[test]"]
+    assert sandbox.calls[0] == [*INSTALL, ".[onnx,test]"]
     assert sandbox.calls[-1][:2] == ["-m", "pytest"]
     assert sandbox.calls[-1][-3:] == ["tests/test_cache.py", "-k", "lru"]
     assert "--nbval" in sandbox.calls[-1]
@@ -91,13 +91,13 @@ def installs(box: Sandbox) -> list[str]:
 def test_it_installs_again_only_when_pyproject_or_the_wish_changes(sandbox):
     for command in ("test", "test", "lab"):
         sandbox.main([command])
-    assert installs(sandbox) == [".[test]"]
+    assert installs(sandbox) == [".[onnx,test]"]
     (sandbox.folder / "pyproject.toml").write_text("[project]\nname = 'more'\n")
     sandbox.main(["lab"])
-    assert installs(sandbox) == [".[test]", "."]
+    assert installs(sandbox) == [".[onnx,test]", ".[onnx]"]
     sandbox.main(["lab"])
     sandbox.main(["test"])
-    assert installs(sandbox) == [".[test]", ".", ".[test]"]
+    assert installs(sandbox) == [".[onnx,test]", ".[onnx]", ".[onnx,test]"]
 
 
 def test_a_folder_that_was_moved_is_installed_again(sandbox):
@@ -108,7 +108,7 @@ def test_a_folder_that_was_moved_is_installed_again(sandbox):
     sandbox.main(["lab"])
     stamp.write_text("{ half a file")
     sandbox.main(["lab"])
-    assert installs(sandbox) == ["."] * 3
+    assert installs(sandbox) == [".[onnx]"] * 3
 
 
 def test_a_failed_installation_is_told_and_tried_again(sandbox, capsys):
@@ -117,7 +117,7 @@ def test_a_failed_installation_is_told_and_tried_again(sandbox, capsys):
     assert "pip could not install flserving" in capsys.readouterr().err
     sandbox.exit_code = 0
     assert sandbox.main(["test"]) == 0
-    assert installs(sandbox) == [".[test]"] * 2
+    assert installs(sandbox) == [".[onnx,test]"] * 2
 
 
 def test_it_makes_the_environment(tmp_path, monkeypatch):

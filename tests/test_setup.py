@@ -46,7 +46,7 @@ def test_conda_and_pip_ask_for_the_same():
 
 def test_conda_uses_one_channel_and_installs_the_project_by_pip():
     assert ENVIRONMENT["channels"] == ["conda-forge"]
-    assert [line for line in ENVIRONMENT["dependencies"] if isinstance(line, dict)] == [{"pip": ["-e .[test]"]}]
+    assert [line for line in ENVIRONMENT["dependencies"] if isinstance(line, dict)] == [{"pip": ["-e .[onnx,test]"]}]
 
 
 def test_torch_is_bounded_so_that_pip_finds_a_build_that_was_tried():
