@@ -50,8 +50,9 @@ def test_the_plan_follows_the_laws():
         np.testing.assert_allclose(days, 2 * finer.days[name])
     assert (plan.days[trials.FIXED] < plan.days[trials.TYPICAL]).all()
     assert (plan.days[trials.TYPICAL] < plan.days[trials.MOST]).all()
-    for lost in plan.lost.values():
-        assert lost[-1] / lost[0] == pytest.approx(2, rel=0.15), "an even split loses twice what a tiny one does"
+    alike, broken = plan.lost.values()
+    assert alike[-1] / alike[0] == pytest.approx(2, rel=0.15), "an even split loses twice what a tiny one does"
+    assert 1.2 < broken[-1] / broken[0] < 2 and (broken < alike).all()
 
 
 def test_a_gap_is_noticed_where_the_width_falls_below_it():

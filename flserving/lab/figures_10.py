@@ -109,7 +109,10 @@ def plan_figure(plan: Plan, fig: Figure | None = None) -> Figure:
 
 
 def _days(days: float) -> str:
-    return f"{days:,.0f} days" if days >= 10 else f"{days:.1f} days" if days >= 1 else f"{days * 24:.1f} h"
+    units = {"days": 86_400, "h": 3600, "min": 60, "s": 1}
+    unit = next((unit for unit, seconds in units.items() if days * 86_400 >= seconds), "s")
+    count = days * 86_400 / units[unit]
+    return f"{count:,.0f} {unit}" if count >= 10 else f"{count:.1f} {unit}"
 
 
 def live_figure(answers: "pd.DataFrame", events: tuple[float, float], new: int, end: str, bins: int = 40) -> Figure:
@@ -132,8 +135,10 @@ def live_figure(answers: "pd.DataFrame", events: tuple[float, float], new: int, 
             good = np.bincount(place[mask], right[mask], bins)
             seen = count >= (1 if colour == VERMILION else 5)
             top.plot(middle[seen], 100 * good[seen] / count[seen], ".-", color=colour, label=label, linewidth=1.2)
-        share = np.bincount(place[of_new], minlength=bins) / np.maximum(np.bincount(place, minlength=bins), 1)
-        bottom.step(middle, 100 * share, where="mid", color=BLUE)
+        counts = np.bincount(place, minlength=bins)
+        some = counts > 0  # a busy machine may answer nobody for a while
+        share = np.bincount(place[of_new], minlength=bins)[some] / counts[some]
+        bottom.step(middle[some], 100 * share, where="mid", color=BLUE)
         for ax in (top, bottom):
             for at_s, name, side in zip(events, ("canary starts", end), ("left", "right"), strict=True):
                 ax.axvline(at_s, color=INK, linestyle=":", linewidth=1.2)

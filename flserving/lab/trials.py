@@ -102,14 +102,16 @@ def plan(effect_percent: float, requests_a_day: int, share_percent: float, alpha
     gaps = {f"worse by {effect_percent:g} points": (effect, needed[TYPICAL](effect))}
     gaps[f"broken, worse by {100 * BROKEN:.0f} points"] = BROKEN, noticed(BROKEN, effect, alpha)
     lost = {
-        name: np.array([gap * s / 100 * _requests(information, s) for s in shares])
+        name: np.array([gap * s / 100 * _requests(information, s, gap) for s in shares])
         for name, (gap, information) in gaps.items()
     }
     return Plan((effect_percent, share_percent), effects, days, shares, lost)
 
 
-def _requests(information: float, share_percent: float) -> int:
-    return sequential.sample_size(information, MEAN, share_percent / 100)
+def _requests(information: float, share_percent: float, gap: float = 0.0) -> float:
+    """``sequential.sample_size``, where the new version's rewards have the variance of their own mean."""
+    share, new = share_percent / 100, MEAN - gap
+    return information * (new * (1 - new) / share + MEAN * (1 - MEAN) / (1 - share))
 
 
 def noticed(gap: float, effect: float, alpha: float = 0.05) -> float:
