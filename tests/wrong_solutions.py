@@ -457,4 +457,5 @@ import wrong_solutions_06  # noqa: E402, F401
 import wrong_solutions_07  # noqa: E402, F401
 import wrong_solutions_08  # noqa: E402, F401
 import wrong_solutions_09  # noqa: E402, F401
+import wrong_solutions_10  # noqa: E402, F401
 import wrong_solutions_11  # noqa: E402, F401

@@ -79,9 +79,8 @@ def roofline_figure(swept: "pd.DataFrame", machine: Machine, dispatch_us: float)
             ax.plot(widths, estimate, color=INK, linewidth=1.2, label="estimate")
             ax.plot(part.width, part.p50_us, "o", color=BLUE, ms=8, label="measured (median)")
             ax.set(xscale="log", yscale="log", xlabel="width of the hidden layers", title=_rows(batch))
-            ax.set_ylim(bottom=1)
             _plain(ax, part.width)
-        axes[0].set_ylabel("time of a call (µs)")
+        axes[0].set(ylabel="time of a call (µs)", ylim=(1, 3 * original.p50_us.max()))
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9.5)
     return fig
 
@@ -94,15 +93,15 @@ def claims_figure(measured: "pd.DataFrame", guess: Mapping[str, tuple[float, flo
         guess: Technique of the tutorial's table -> (times faster, change in accuracy in percentage points).
     """
     rows = measured.iloc[1:]
-    fig, (left, right) = figure(cols=2, height_in=1.5 + 0.42 * len(rows), sharey=True)
+    fig, (left, right) = figure(cols=2, height_in=1.8 + 0.42 * len(rows), sharey=True)
     with styled():
         place = np.arange(len(rows))
         for at, name in zip(place, rows.index, strict=True):
             low, high, points = claimed(name)
             mine, change = guess[name.split(",")[0]]
             known: dict[str, Any] = {"height": 0.62, "color": GREY, "label": "the tutorial"}
-            left.barh(at, high - low or 0.06, left=low - (low == high) * 0.03, **known)
-            right.barh(at, points or 0.06, left=-0.03 if points == 0 else 0, **known)
+            left.barh(at, high - low or 0.2, left=low - (low == high) * 0.1, **known)
+            right.barh(at, points or 0.2, left=-0.1 if points == 0 else 0, **known)
             left.plot(mine, at, "D", mfc="white", mec=INK, ms=8, label="your guess")
             right.plot(change, at, "D", mfc="white", mec=INK, ms=8)
         for batch, colour, shift in ((1, BLUE, -0.14), (32, GREEN, 0.14)):
@@ -126,7 +125,7 @@ def claims_figure(measured: "pd.DataFrame", guess: Mapping[str, tuple[float, flo
             ax.grid(axis="y", visible=False)
         pairs = [pair for ax in (left, right) for pair in zip(*ax.get_legend_handles_labels()[::-1], strict=True)]
         unique = dict(pairs)
-        fig.legend(unique.values(), unique, loc="outside lower center", ncols=6, fontsize=9.5, columnspacing=1.3)
+        fig.legend(unique.values(), unique, loc="outside lower center", ncols=3, fontsize=9.5)
     return fig
 
 
@@ -153,7 +152,7 @@ def speedup_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None =
         limits = max(0.2, everything.low.min() * 0.8), max(12, everything.high.max() * 1.3)
         left.set_ylim(limits)
         _plain(left, table.width.drop_duplicates())
-        left.yaxis.set_major_formatter(_PLAIN)
+        left.set_yticks([tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if limits[0] < tick < limits[1]])
         left.minorticks_off()
         bars = table[table.width == width].set_index("technique").loc[names]
         for at, (key, row) in enumerate(bars.iterrows()):
@@ -165,9 +164,10 @@ def speedup_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None =
             right.annotate(f"{row.times:.3g}x", (max(row.high, row.times), at), (4, 0), textcoords="offset points",
                            va="center", fontsize=9.5)  # fmt: skip
         right.axvline(1, color=INK, linestyle=":", linewidth=1.2)
-        right.set(xscale="log", xlabel="times faster", xlim=(limits[0], limits[1] * 3), title=f"{width:,} wide")
+        right.set(xscale="log", xlabel="times faster", title=f"{width:,} wide")
         right.set_yticks(range(len(names)), names)
         _plain_x(right, (0.5, 1, 2, 5, 10, 50) if limits[1] < 300 else (1, 10, 100))
+        right.set_xlim(limits[0], limits[1] * 3)
         right.invert_yaxis()
         right.grid(axis="y", visible=False)
     return fig

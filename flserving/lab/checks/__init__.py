@@ -13,6 +13,7 @@ from flserving.lab.checks.lru import check_lru
 from flserving.lab.checks.metrics import check_metrics
 from flserving.lab.checks.optimization import check_proof
 from flserving.lab.checks.retry import check_retry
+from flserving.lab.checks.rollout import check_router
 from flserving.lab.checks.threshold import check_threshold
 from flserving.lab.checks.version import check_version_choice
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_metrics",
     "check_proof",
     "check_retry",
+    "check_router",
     "check_threshold",
     "check_version_choice",
 ]

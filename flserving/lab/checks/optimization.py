@@ -1,4 +1,4 @@
-"""Check of the exercise "quantise, and prove it" (notebook 09): a version, and five numbers that follow from counts."""
+"""Check of the exercise "quantise, and prove it" (notebook 09): a version, four numbers and a decision."""
 
 import functools
 import tempfile
@@ -93,8 +93,7 @@ def _check_report(registry: Registry, prove: Prove, world: World) -> None:
     _check_number("smaller", got["smaller"], size[0] / size[1], {
         "that is the new file over the old one: 'times smaller' is the other way round": size[1] / size[0],
         "that is the share that was saved, not how many times smaller the file is": 1 - size[1] / size[0],
-        "these are bytes: divide the old file's by the new one's": float(size[1]),
-        "this is the difference in bytes: divide": float(size[0] - size[1]),
+        "this is a difference in bytes: divide": float(size[0] - size[1]),
     })  # fmt: skip
     _check_number("faster", got["faster"], world.faster, _times(world))
     _check_number("points", got["points"], world.points, _changes(world))
@@ -125,9 +124,8 @@ def _times(world: World) -> dict[str, float]:
         "that is one ratio over all turns: other load came and went, so compare within each turn, then take the "
         "median of the ratios": float(np.median(before) / np.median(after)),
         "that is the mean of the turns' ratios: one odd turn decides it; take their median": float(turns.mean()),
-        "that is the best turn: what happens to a typical one?": float(turns.max()),
+        "that is the best turn: take a typical one": float(turns.max()),
         "that pairs single calls: take the median of each turn first": float(np.median(before / after)),
-        "these are microseconds saved: divide": float(np.median(before) - np.median(after)),
     }
 
 
@@ -160,7 +158,7 @@ def _check_version(registry: Registry, version: Any) -> Manifest:
     assert version != 1, "version is 1, the one that you started from: return the number of the quantised one"
     made = registry.manifest(NAME, version)
     how = (made.lineage.extra if made.lineage else {}).get("optimisation")
-    assert how == "quantised, static", f'version {version} was made by {how!r}: quantise it with the method "static"'
+    assert how == "quantised, static", f'version {version} was made by {how!r}: use the method "static"'
     seen = _digests()
     assert made.digests.weights != seen["held-out"], (
         "the ranges come from held-out rows: then these rows cannot judge the result any more; give the clients, whose "
@@ -197,10 +195,9 @@ def clients() -> tuple[Client, ...]:
 
 @functools.cache
 def worlds() -> tuple[World, ...]:
-    """To be served; slower; too many wrong answers; the worst client pays for the others; and a worst client that
-    changes."""
+    """To be served; slower; too many wrong answers; the worst client pays; and another client becomes the worst."""
     wrong = (  # wrong rows of each client, before and after
-        ((2, 1, 4, 6), (2, 0, 5, 9)),
+        ((2, 1, 4, 6), (1, 1, 5, 8)),
         ((2, 1, 4, 6), (2, 1, 5, 7)),
         ((2, 1, 4, 6), (2, 2, 7, 15)),
         ((2, 3, 4, 6), (3, 3, 3, 5)),
@@ -209,8 +206,7 @@ def worlds() -> tuple[World, ...]:
     made = []
     for seed, (counts, faster) in enumerate(zip(wrong, (1.7, 0.8, 2.1, 3.0, 1.4), strict=True)):
         rng = np.random.default_rng(seed)
-        load = rng.uniform(1, 4, (2, 11, 1)).round(2)  # of the machine, in each turn, and what is left of it in a ratio
-        load[1] = load[0] * rng.uniform(0.9, 1.15, (11, 1))
+        load = rng.uniform(1, 4, (11, 1)) * rng.uniform(0.9, 1.15, (2, 11, 1))  # of the machine, in each turn
         us = 100 * load * rng.uniform(0.95, 1.05, (2, 11, 7)) / np.array([1, faster]).reshape(2, 1, 1)
         us[0, :, 3] *= 9
         us[1, ::3, 5] *= 30
@@ -225,7 +221,7 @@ def _right(wrong: Sequence[int]) -> tuple[NDArray[np.bool_], ...]:
 
 @functools.cache
 def _image() -> Any:
-    """The version that is quantised: exported once, for it takes seconds."""
+    """The version to quantise: exported once, for it takes seconds."""
     with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry:
         parameters = {"sizes": [64, 96, 10]}
         with torch.random.fork_rng(devices=[]):
@@ -248,11 +244,7 @@ def _registry() -> Iterator[Registry]:
 @functools.cache
 def _digests() -> dict[str, str]:
     """What quantising gives: the same rows, the same bytes."""
-    rows = {
-        "train": np.concatenate([it.train_x for it in clients()]),
-        "held-out": np.concatenate([it.test_x for it in clients()]),
-    }
+    splits = {"train": [it.train_x for it in clients()], "held-out": [it.test_x for it in clients()]}
     with _registry() as registry:
-        return {
-            key: optimization.quantise(registry, NAME, 1, "static", data).digests.weights for key, data in rows.items()
-        }
+        made = {key: optimization.quantise(registry, NAME, 1, "static", np.concatenate(x)) for key, x in splits.items()}
+        return {key: manifest.digests.weights for key, manifest in made.items()}
