@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from torch import nn
 
-from flserving import ModelServer, PredictionCache, ServingConfig
-from flserving.errors import DeadlineExceededError, InvalidInputError, ModelTooLargeError, OverloadedError
+from flserving import ModelServer, PredictionCache, Registry, ServingConfig, models
+from flserving.errors import (
+    DeadlineExceededError,
+    InvalidInputError,
+    ModelTooLargeError,
+    NotFoundError,
+    OverloadedError,
+)
+from flserving.heads import HeadSet
 from serving_models import Constant, Gated, Probe, Tagged, Threads, row, serving, wait_until
 
 pytestmark = pytest.mark.timeout(60)
@@ -218,3 +225,31 @@ def test_prediction_cache_ttl_s__is_the_age_at_which_an_answer_is_forgotten(pred
                 assert server.get_all_stats()["prediction_cache"]["hits"] == hits
         stats = server.get_all_stats()["prediction_cache"]
         assert (stats["hits"], stats["expirations"]) == ((3, 0) if prediction_cache_ttl_s == 0 else (1, 2))
+
+
+@pytest.mark.parametrize("unknown_client", ["global_head", "refuse"])
+def test_unknown_client__says_what_a_client_without_a_head_gets(unknown_client):
+    with serving(unknown_client=unknown_client) as server:
+        server.load_model("v1", Tagged(), output_type="regression", num_features=2)
+        if unknown_client == "global_head":
+            assert server.predict(row(1), client="c")["model_type"] == "global"
+        else:
+            with pytest.raises(NotFoundError, match="no personal head"):
+                server.predict(row(1), client="c")
+        assert server.predict(row(1))["model_version"] == "v1", "who names no client is not asked for a head"
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_head_cache_bytes__bounds_the_heads_in_memory(heads, tmp_path):
+    per_head = 64  # a head of 2 inputs and 1 output, on its 64-byte boundary
+    with Registry(tmp_path) as registry:
+        weights = np.ones((8, 3, 1), np.float32)
+        registry.publish(
+            "m", models.build("mlp", {"sizes": [2, 2, 1]}), architecture="mlp", parameters={"sizes": [2, 2, 1]},
+            output_type="regression", heads=HeadSet("head", list("abcdefgh"), weights), alias="default",
+        )  # fmt: skip
+        with ModelServer(ServingConfig(head_cache_bytes=heads * per_head), registry) as server:
+            for client in "abcdefgh":
+                server.predict([0.0, 0.0], client=client)
+            with server.lease() as engine:
+                assert (engine.personal.store._holds >= 0).sum() == heads
