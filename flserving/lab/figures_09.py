@@ -53,7 +53,7 @@ def need_onnx() -> None:
             raise OnnxMissing(
                 f"This notebook needs the extra onnx: {package} is not installed.\n"
                 'Run   %pip install "onnx>=1.18" "onnxruntime>=1.22" "onnxscript>=0.5"   in a cell of its own\n'
-                "(about 40 MB; or `python -m pip install -e .[onnx]` in the course's folder), then run this cell again."
+                "(or `python -m pip install -e .[onnx]` in the course's folder), then run this cell again."
             ) from None
 
 
