@@ -94,6 +94,9 @@ def test_closing_under_load_answers_exactly_what_was_admitted(server, scheme):
     # gRPC cancels what had not reached the server when it closed; REST lets all in who can connect
     texts = {re.sub(r"[\d.:]+", "", str(error)) for error in load.errors}
     assert all(
-        re.search("[Cc]onnection refused" + "|failed to connect|CANCELLED|Server shutdown|is stopping" * (scheme == "grpc"), text)
+        re.search(
+            "[Cc]onnection refused" + "|failed to connect|CANCELLED|Server shutdown|is stopping" * (scheme == "grpc"),
+            text,
+        )
         for text in texts
     ), texts
