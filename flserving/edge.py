@@ -172,7 +172,7 @@ class EdgeModelServer(ModelServer):
             round: The federated round that made it.
             head: The client's head for this model: ``{"head.weight": [C, F], "head.bias": [C]}``, or a
                 :class:`HeadSet` that holds it. When not given, the one it had is kept; it applies again where it was
-                trained on this very body, else answers say ``head``: "stale".
+                trained on this very body, else answers say ``head``: "stale". One of another shape is dropped.
             published: Arguments of :meth:`Registry.publish`. Architecture, parameters, preprocessing and output type
                 are those of the model before when not given.
 
@@ -189,12 +189,17 @@ class EdgeModelServer(ModelServer):
                 raise InvalidModelError("the first update of a device names the architecture: pass architecture=")
             if round is not None:
                 published["lineage"] = Lineage(round=round)
-            if head is None and now is not None:
-                store = self.registry.read(self.model, now.version).heads
-                head = None if store is None else store.take(self.client)
-            elif head is not None and not isinstance(head, HeadSet):
-                head = HeadSet.from_states({self.client: head})
-            return self._install(state, head, published)
+            if head is not None:
+                heads = head if isinstance(head, HeadSet) else HeadSet.from_states({self.client: head})
+                return self._install(state, heads, published)
+            store = None if now is None else self.registry.read(self.model, now.version).heads
+            kept = None if store is None else store.take(self.client)
+            try:
+                return self._install(state, kept, published)
+            except InvalidModelError:
+                if kept is None:
+                    raise
+                return self._install(state, None, published)  # a narrower body, or none: no head of before can fit it
 
     def update_local(
         self, head_state: Mapping[str, Tensor], *, version: str | int | None = None, layout: Layout = "head"

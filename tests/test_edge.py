@@ -116,6 +116,17 @@ def test_a_head_for_another_body_never_answers_and_comes_back_with_its_body(edge
     assert told(edge.predict(ROW)) == (4.5, "personal", "own", 4)
 
 
+def test_a_model_of_another_shape_comes_without_the_head_of_the_one_before(edge):
+    edge.update_global(state_of(1), round=1, head=head_of(0.5), **MLP)
+    wider = {"architecture": "mlp", "parameters": {"sizes": [2, 5, 1]}}
+    edge.update_global(build("mlp", wider["parameters"]), round=2, **wider)
+    answer = edge.predict(ROW)
+    assert (answer["round"], answer["model_type"], answer["head"]) == (2, "global", "none")
+    with pytest.raises(InvalidModelError, match="do not fit"):
+        edge.update_global(state_of(1), round=3, **wider)
+    assert edge.predict(ROW)["round"] == 2
+
+
 def test_additive_heads_and_adapters(edge):
     edge.update_global(state_of(1), output_type="regression", **MLP)
     edge.update_local(head_of(0.5), layout="additive")
