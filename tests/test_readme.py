@@ -31,7 +31,7 @@ def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess
 
 
 def test_there_is_something_to_check():
-    assert len(PYTHON_BLOCKS) == 3 and len(COMMANDS) >= 10
+    assert len(PYTHON_BLOCKS) == 4 and len(COMMANDS) >= 10
     assert {language for language, _ in BLOCKS} == {"python", "sh"}
 
 
@@ -39,11 +39,12 @@ def test_the_python_code_runs(tmp_path):
     """All blocks as one program: a later one goes on where the one before it ends."""
     result = run_python("-W", "error", "-c", "\n".join(PYTHON_BLOCKS), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    in_process, over_http, head, accuracy = result.stdout.splitlines()[-4:]
+    in_process, over_http, head, accuracy, arm = result.stdout.splitlines()[-5:]
     assert re.fullmatch(r"\[\d, \d, \d\] by version 10 expected \[0, 1, 2\]", in_process), result.stdout
     predictions = in_process.partition("]")[0] + "]"
     assert re.fullmatch(re.escape(predictions) + r" http://127\.0\.0\.1:\d+/docs", over_http), result.stdout
     measured = ast.literal_eval(accuracy)
+    assert arm in {"control", "canary"}
     assert head == "own" and measured["own_heads"] == 20
     assert measured["global_accuracy"] < 0.5 < measured["worst_client_accuracy"] < measured["mean_client_accuracy"]
 
