@@ -20,6 +20,7 @@ from flserving.bandit import Thompson
 from flserving.engine import Prediction
 from flserving.errors import ConflictError, ForbiddenError, NotFoundError
 from flserving.feedback import FeedbackStore
+from flserving.personalization import ids_of
 from flserving.routing import Key, Router
 from flserving.sequential import Rewards
 from flserving.shadow import Shadow
@@ -241,7 +242,7 @@ class Experiments:
         with self._lease(key[1], key[0]) as engine:
             checked, lane, slots = engine.preprocessor.validate(rows), engine, None
             if client is not None:
-                lane, slots, _ = self._personal(engine, client, len(rows))
+                lane, slots, _ = self._personal(engine, ids_of(client, len(rows)), len(rows))
             (prediction,) = lane.execute([checked if slots is None else (checked, slots)])
             predictions: NDArray[Any] = prediction.arrays()["predictions"]
             return predictions

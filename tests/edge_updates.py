@@ -19,6 +19,7 @@ import torch
 from flserving.config import ServingConfig
 from flserving.edge import EdgeModelServer
 from flserving.registry import Registry
+from forked import fork
 
 MLP: dict[str, Any] = {"architecture": "mlp", "parameters": {"sizes": [2, 2, 1]}}
 
@@ -66,23 +67,11 @@ def check(root: Path, known: int) -> int:
         return version
 
 
-def in_child(action: Any) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-        except BaseException as error:
-            print(f"child: {error!r}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    return pid
-
-
 def main(root: Path, kills: int, seed: int) -> dict[str, int]:
     rng, known, update_s = random.Random(seed), 0, 0.02
     for _ in range(kills):
         reports, report = os.pipe()
-        pid = in_child(lambda report=report: update_forever(root, report))
+        pid = fork(lambda report=report: update_forever(root, report))
         for _ in range(rng.choice((1, 2, 2, 3)) if known else 3):  # its registry is open, it has made an update ...
             started_s = time.monotonic()
             os.read(reports, 1)
@@ -94,7 +83,7 @@ def main(root: Path, kills: int, seed: int) -> dict[str, int]:
         os.close(reports)
         os.close(report)
         answer, told = os.pipe()  # checked in a child too: threads must not be alive across the next fork
-        checker = in_child(lambda told=told, known=known: os.write(told, b"%d" % check(root, known)))
+        checker = fork(lambda told=told, known=known: os.write(told, b"%d" % check(root, known)))
         assert os.waitpid(checker, 0)[1] == 0, "the device did not start again as it was"
         known = int(os.read(answer, 20))
         os.close(answer)

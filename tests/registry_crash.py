@@ -24,6 +24,7 @@ from flserving import draft, headfile, heads, index, manifest, registry, storage
 from flserving.errors import NotFoundError
 from flserving.heads import HeadSet
 from flserving.registry import Registry
+from forked import fork
 
 SIZES = [16, 32, 4]
 BIG_SIZES = [256, 512, 4]  # half a megabyte: a longer write to be killed in
@@ -83,18 +84,6 @@ def check(root: Path, known: int) -> int:
                 assert torch.equal(artifact.heads.gather(slots), torch.from_numpy(promised.weights)), f"heads {number}"
         assert not list((root / "staging").iterdir()), "leftovers of the dead were not removed"
         return len(numbers)
-
-
-def fork(action: Any) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-        except BaseException as error:
-            print(f"child: {error!r}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    return pid
 
 
 def random_instants(root: Path, kills: int, seed: int) -> dict[str, int]:

@@ -3,7 +3,6 @@
 import asyncio
 import collections
 import itertools
-import selectors
 import threading
 
 import numpy as np
@@ -14,6 +13,7 @@ from flserving.lab.arrivals import Poisson, Zipf, arrival_times_s
 from flserving.lab.ledger import Ledger
 from flserving.lab.load import closed_loop, closed_loop_async, open_loop, open_loop_async
 from flserving.lab.report import LoadReport
+from virtual_loop import VirtualLoop
 
 
 class VirtualTime:
@@ -28,23 +28,6 @@ class VirtualTime:
     def sleep(self, seconds):
         assert seconds > 0
         self.now_s += seconds
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop that jumps to its next timer instead of waiting."""
-
-    def __init__(self):
-        self.now_s = 500.0
-        super().__init__(selectors.SelectSelector())
-        select = self._selector.select
-        self._selector.select = lambda timeout: (self._jump(timeout), select(0))[1]
-
-    def _jump(self, timeout):
-        assert timeout is not None, "nothing left to wait for: deadlock"
-        self.now_s += max(0, timeout)
-
-    def time(self):
-        return self.now_s
 
 
 def run_virtual(make):

@@ -12,7 +12,6 @@ import http.client
 import http.server
 import math
 import os
-import selectors
 import socket
 import socketserver
 import struct
@@ -27,6 +26,7 @@ from flserving.errors import ConfigError
 from flserving.lab.proxy import Proxy
 from flserving.network import Link
 from serving_models import PATIENCE_S, wait_until
+from virtual_loop import VirtualLoop
 
 TRIES = 15
 
@@ -100,23 +100,6 @@ def assert_closed_form(measure, expected_s):
         if took_s <= 1.05 * expected_s + 6 * beside.late_s:
             return
     pytest.fail(f"(took, late wake-up) s: {tries}; the link says {expected_s:.4f} s")
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop that jumps to its next timer instead of waiting."""
-
-    def __init__(self):
-        self.now_s = 500.0
-        super().__init__(selectors.SelectSelector())
-        select = self._selector.select
-        self._selector.select = lambda timeout: (self._jump(timeout), select(0))[1]
-
-    def _jump(self, timeout):
-        assert timeout is not None, "nothing left to wait for: deadlock"
-        self.now_s += max(0, timeout)
-
-    def time(self):
-        return self.now_s
 
 
 class Sink:
