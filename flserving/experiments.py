@@ -130,7 +130,7 @@ class Experiments:
         receipt = self._store(self._registry(model)).receipt(experiment.run, chosen.arm, chosen.who)
         return {"arm": chosen.arm, "receipt": receipt}
 
-    def feedback(self, model: str, receipt: str, reward: float, client: str | None) -> None:
+    def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
         """Count the reward in [0, 1] that ``client`` gives the answer whose receipt this is.
 
         Raises:

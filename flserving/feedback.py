@@ -86,7 +86,7 @@ class FeedbackStore:
             raise ConflictError(f"the answer is {age_s:.0f} s old: feedback is taken for {self.receipt_s:.0f} s")
         return found
 
-    def add(self, receipt: Receipt, reward: float) -> None:
+    def add(self, receipt: Receipt, reward: float | None) -> None:
         """Count a reward in [0, 1], once.
 
         Raises:

@@ -1,10 +1,16 @@
 """Feedback over the network: the answer names its arm, and one genuine, own, timely reward an answer counts."""
 
 import base64
+import contextlib
+import json
+import math
 import os
 import stat
 import threading
+import time
+from pathlib import Path
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -12,11 +18,13 @@ import pytest
 import flserving
 from experiment_models import ROW, published, server_of
 from flserving.api.auth import Role, Tokens
-from flserving.api.client import Client
-from flserving.errors import ConflictError, ForbiddenError, InvalidInputError, NotFoundError
+from flserving.api.client import AsyncClient, Client
+from flserving.api.messages import message
+from flserving.errors import ConflictError, ForbiddenError, InvalidInputError, NotFoundError, UnauthorizedError
 from flserving.feedback import FILE_NAME, FeedbackStore
 from flserving.split import Experiment
-from serving_models import Threads
+from grpc_door import STACKS, Caller, health, metadata, status
+from serving_models import PATIENCE_S, Threads
 
 pytestmark = pytest.mark.timeout(120)
 LOG = {"who": "test", "why": "to see"}
@@ -140,14 +148,29 @@ def server(registry):
 
 
 @pytest.fixture(scope="module")
-def endpoint(server):
+def endpoints(server):
+    """By the stack below gRPC."""
     tokens = Tokens()
     for i in range(8):
         tokens.add(f"token-{i}", Role.INFER, f"c-{i}")
     tokens.add("nobody", Role.INFER)
     tokens.add("reader", Role.READ, "c-1")
-    with flserving.serve(server, tokens=tokens) as endpoint:
-        yield endpoint
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(flserving.serve(server, tokens=tokens, native_grpc=native))
+            for name, native in STACKS.items()
+        }
+
+
+@pytest.fixture
+def endpoint(endpoints):
+    return endpoints["grpcio"]
+
+
+@pytest.fixture(params=["http", *STACKS])
+def door(request, endpoints):
+    """Where a client calls, over REST and over gRPC on each of its stacks."""
+    return endpoints["grpcio"].url if request.param == "http" else f"grpc://{endpoints[request.param].grpc_url}"
 
 
 @pytest.fixture
@@ -156,64 +179,112 @@ def running(registry, server):
     registry.conclude_experiment("m", **LOG)
 
 
-def give(endpoint, token, receipt, reward=1.0, model="m", **body):
-    body = {"receipt": receipt, "reward": reward} | body
-    headers = {"authorization": f"Bearer {token}"}
-    return httpx.post(f"{endpoint.url}/v2/models/{model}/feedback", json=body, headers=headers)
+def given(server):
+    return {name: arm["rewards"] for name, arm in server.experiments.report("m")["arms"].items()}
 
 
-@pytest.mark.parametrize("scheme", ["http", "grpc"])
-def test_the_answer_names_its_arm_and_its_client_may_reward_it_once(endpoint, server, running, scheme):
-    url = endpoint.url if scheme == "http" else f"grpc://{endpoint.grpc_url}"
+def test_the_answer_names_its_arm_and_its_client_may_reward_it_once(door, server, running):
     for i in range(8):
-        with Client(url, f"token-{i}") as caller:
+        with Client(door, f"token-{i}") as caller:
             answers = [caller.predict(ROW), caller.predict(ROW, personal=True), caller.predict(ROW, arrays=True)]
             arm = running.arm_of(f"c-{i}")
             for answer in answers:
                 assert answer["arm"] == arm == {"1": "a", "2": "b"}[answer["model_version"]]
                 assert np.array_equal(answer["predictions"], [int(answer["model_version"])])
             assert "arm" not in caller.predict(ROW, version=1), "who names a version is in no experiment"
-        before = server.experiments.report("m")["arms"][arm]["rewards"]
-        assert give(endpoint, f"token-{i}", answers[0]["receipt"]).json() == {"counted": True}
-        assert give(endpoint, f"token-{i}", answers[0]["receipt"]).status_code == 409
-        assert server.experiments.report("m")["arms"][arm]["rewards"] == before + 1
-    with Client(url, "nobody") as caller:
+            before = given(server)
+            caller.feedback(answers[0]["receipt"], 1)
+            with pytest.raises(ConflictError, match="feedback for this answer already"):
+                caller.feedback(answers[0]["receipt"], 1)
+            assert given(server) == before | {arm: before[arm] + 1}
+    with Client(door, "nobody") as caller:
         answer = caller.predict(ROW)
         assert answer["model_version"] == "1" and not {"arm", "receipt"} & answer.keys()
 
 
-def test_what_is_refused_over_the_network_changes_nothing(endpoint, server, running):
+async def test_the_awaiting_client_gives_feedback_too(door, server, running):
+    async with AsyncClient(door, "token-2") as caller:
+        receipt, before = (await caller.predict(ROW))["receipt"], given(server)
+        await caller.feedback(receipt, 0.5, model="m")
+        with pytest.raises(ConflictError):
+            await caller.feedback(receipt, 0.5)
+    assert sum(given(server).values()) == sum(before.values()) + 1
+
+
+def test_what_is_refused_over_the_network_changes_nothing(door, server, running, registry, monkeypatch):
+    with Client(door, "token-1") as caller:
+        receipt = caller.predict(ROW)["receipt"]
+    before, protocol = given(server), "rest" if door.startswith("http") else "grpc"
+    refused = server.telemetry.totals()["refusals"].get(protocol, {}).get("Forbidden", 0)
+    for token, kind, says, options in [
+        ("token-2", ForbiddenError, "not issued to this client", {}),
+        ("nobody", ForbiddenError, "feedback needs a client", {}),
+        ("reader", ForbiddenError, "role", {}),
+        ("unknown", UnauthorizedError, "credential|token", {}),
+        ("token-1", ForbiddenError, "not issued to this client", {"receipt": receipt[:-4] + "AAAA"}),
+        ("token-1", ForbiddenError, "not issued to this client", {"receipt": ""}),
+        ("token-1", InvalidInputError, "reward is 2", {"reward": 2}),
+        ("token-1", InvalidInputError, "reward is nan", {"reward": math.nan}),
+        ("token-1", InvalidInputError, "reward is '1'", {"reward": "1"}),
+        ("token-1", InvalidInputError, "receipt is 7", {"receipt": 7}),
+        ("token-1", NotFoundError, "nothing", {"model": "nothing"}),
+    ]:
+        with Client(door, token) as caller, pytest.raises(kind, match=says):
+            caller.feedback(**({"receipt": receipt, "reward": 1, "model": "m"} | options))
+    now = server.telemetry.totals()["refusals"][protocol]
+    assert now["Forbidden"] == refused + 5, "each is in the metrics"
+    store = server.experiments._store(registry)
+    with Client(door, "token-1") as caller:
+        monkeypatch.setattr(store, "_clock", lambda: time.time() + store.receipt_s + 1)
+        with pytest.raises(ConflictError, match="s old: feedback is taken for 3600 s"):
+            caller.feedback(receipt, 1)
+        monkeypatch.undo()
+        assert given(server) == before
+        caller.feedback(receipt, 1)
+
+
+def test_what_the_client_never_sends_is_refused_by_the_doors(endpoint, server, running):
     with Client(endpoint.url, "token-1") as caller:
         receipt = caller.predict(ROW)["receipt"]
-    before = server.experiments.report("m")["arms"]
-    for token, status, reason, options in [
-        ("token-2", 403, "Forbidden", {}),
-        ("nobody", 403, "Forbidden", {}),
-        ("reader", 403, "Forbidden", {}),
-        ("unknown", 401, "Unauthorized", {}),
-        ("token-1", 403, "Forbidden", {"receipt": receipt[:-4] + "AAAA"}),
-        ("token-1", 400, "InvalidInput", {"reward": 2}),
-        ("token-1", 400, "InvalidInput", {"reward": "1"}),
-        ("token-1", 400, "InvalidInput", {"receipt": 7}),
-        ("token-1", 404, "NotFound", {"model": "nothing"}),
-    ]:
-        reply = give(endpoint, token, **({"receipt": receipt} | options))
-        assert (reply.status_code, reply.headers["flserving-error"]) == (status, reason), (token, options, reply.text)
-    empty = httpx.post(f"{endpoint.url}/v2/models/m/feedback", headers={"authorization": "Bearer token-1"})
-    assert empty.status_code == 400
-    assert server.experiments.report("m")["arms"] == before
-    assert give(endpoint, "token-1", receipt).status_code == 200
+    before, headers = given(server), {"authorization": "Bearer token-1"}
+    for body in (b"", b"{}", b"no", *({"receipt": receipt, "reward": r} for r in (2, "1", None, True)), {"reward": 1}):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        reply = httpx.post(f"{endpoint.url}/v2/models/m/feedback", content=body, headers=headers)
+        assert (reply.status_code, reply.headers["flserving-error"]) == (400, "InvalidInput"), (body, reply.text)
+    kind = message("flserving.FeedbackRequest")
+    with Caller(endpoint.grpc_url, "token-1") as caller:
+        for body in (kind(model_name="m", receipt=receipt), kind(model_name="m", receipt=receipt, reward=2), b"no"):
+            assert caller.refused("/flserving.Experiments/Feedback", body)[0] == "INVALID_ARGUMENT"
+        too_long = kind(model_name="m", receipt="A" * (endpoint.options.max_body_bytes + 1), reward=1)
+        assert caller.refused("/flserving.Experiments/Feedback", too_long)[0] == "RESOURCE_EXHAUSTED"
+    assert given(server) == before
 
 
-def test_feedback_for_an_experiment_that_is_over_decides_nothing(endpoint, registry, server):
+@pytest.mark.parametrize("stack", STACKS)
+def test_stubs_made_from_the_proto_file_give_feedback(endpoints, server, running, stack, monkeypatch):
+    pytest.importorskip("grpc_tools")
+    monkeypatch.syspath_prepend(Path(flserving.__file__).parent / "api")
+    protos, services = grpc.protos_and_services("experiments.proto")
+    with Client(endpoints[stack].url, "token-4") as caller:
+        receipt, before = caller.predict(ROW)["receipt"], given(server)
+    request = protos.FeedbackRequest(model_name="m", receipt=receipt, reward=0.0)
+    with grpc.insecure_channel(endpoints[stack].grpc_url) as channel:
+        stub = services.ExperimentsStub(channel)
+        assert stub.Feedback(request, metadata=metadata("token-4"), timeout=PATIENCE_S).counted
+        assert status(health(channel, "flserving.Experiments")) == "SERVING"
+    assert sum(given(server).values()) == sum(before.values()) + 1
+
+
+def test_feedback_for_an_experiment_that_is_over_decides_nothing(door, registry, server):
     running = registry.start_experiment("m", AB, **LOG)
-    with Client(endpoint.url, "token-3") as caller:
+    with Client(door, "token-3") as caller:
         receipt = caller.predict(ROW)["receipt"]
-    registry.conclude_experiment("m", **LOG)
-    reply = give(endpoint, "token-3", receipt)
-    assert reply.status_code == 409 and "is over" in reply.json()["error"]
-    again = registry.start_experiment("m", AB, **LOG)
-    assert give(endpoint, "token-3", receipt).status_code == 409, "another run of the same id"
+        registry.conclude_experiment("m", **LOG)
+        with pytest.raises(ConflictError, match="is over"):
+            caller.feedback(receipt, 1)
+        again = registry.start_experiment("m", AB, **LOG)
+        with pytest.raises(ConflictError, match="is over"):  # another run of the same id
+            caller.feedback(receipt, 1)
     registry.conclude_experiment("m", **LOG)
     store = server.experiments._store(registry)
     assert "c-3" not in store.rewards(running.run).get(running.arm_of("c-3"), {}) and store.rewards(again.run) == {}

@@ -86,6 +86,10 @@ class RestCalls:
     def models(self) -> Sent:
         return Sent("/v2/repository/index", b"", self._headers)
 
+    def feedback(self, model: str, receipt: str, reward: float) -> Sent:
+        body = json.dumps({"receipt": receipt, "reward": reward}).encode()
+        return Sent(self._path((model, None)) + "/feedback", body, self._headers)
+
     def read(self, call: str, received: Received) -> Any:
         try:
             return json.loads(received.body)
@@ -140,8 +144,14 @@ class GrpcCalls:
     def models(self) -> Sent:
         return self._named("RepositoryIndex", None)
 
+    def feedback(self, model: str, receipt: str, reward: float) -> Sent:
+        kind = self._messages.message("flserving.FeedbackRequest")
+        message = kind(model_name=model, receipt=receipt, reward=reward)
+        return self._sent("Feedback", message, self._messages.EXPERIMENTS)
+
     def read(self, call: str, received: Received) -> Any:
-        kind = self._messages.message(f"inference.{call.rpartition('/')[2]}Response")
+        service, _, method = call[1:].partition("/")
+        kind = self._messages.message(f"{service.rpartition('.')[0]}.{method}Response")
         fields = _plain(self._messages.decode(kind, received.body))
         return fields["models"] if call.endswith("/RepositoryIndex") else fields
 
@@ -150,8 +160,9 @@ class GrpcCalls:
         fields = {} if where is None else {"name": name, "version": version or ""}
         return self._sent(method, self._messages.message(f"inference.{method}Request")(**fields))
 
-    def _sent(self, method: str, message: Any) -> Sent:
-        return Sent(f"/{self._messages.SERVICE}/{method}", message.SerializeToString(), self._headers)
+    def _sent(self, method: str, message: Any, service: str = "") -> Sent:
+        path = f"/{service or self._messages.SERVICE}/{method}"
+        return Sent(path, message.SerializeToString(), self._headers)
 
 
 def _plain(message: Any) -> dict[str, Any]:

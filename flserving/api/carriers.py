@@ -65,7 +65,7 @@ def _refusal(kind: type[FlservingError], text: str, headers: Mapping[str, str], 
 
 
 def _unanswered(where: str, error: BaseException) -> Refused:
-    """No answer came. To ask again is safe: a prediction changes nothing."""
+    """No answer came. To ask again is safe: a prediction changes nothing, feedback counts once."""
     return Refused(ServerClosedError(f"no answer from {where} ({type(error).__name__}: {error})"), again=True)
 
 

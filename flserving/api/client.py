@@ -76,6 +76,13 @@ class _Calls:
             (model, number), rows, {**parameters, "timeout": max(1, int(left_s * 1e6))}
         )
 
+    def _reward(self, model: str, receipt: str, reward: float) -> Sent:
+        if not isinstance(receipt, str) or not receipt.isascii():
+            raise InvalidInputError(f"receipt is {receipt!r:.64}: send the one of your own answer")
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
+            raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")
+        return self._calls.feedback(model, receipt, reward)
+
     def _first_model(self, index: list[dict[str, Any]]) -> str:
         if not index:
             raise NotFoundError(f"no model is served at {self.url}: publish one first")
@@ -125,6 +132,16 @@ class Client(_Calls):
         model = model or self._default or self._first_model(self._read(self._calls.models(), attempts))
         call = self._infer(features, model, version, stages, personal)
         return self._calls.read_infer(self._try(call, attempts), arrays)
+
+    def feedback(self, receipt: str, reward: float, *, model: str | None = None,
+                 timeout_ms: float | None = None) -> None:  # fmt: skip
+        """Say how good the answer with this ``receipt`` was, in [0, 1]. Errors of :meth:`Experiments.feedback`.
+
+        It counts once, so it is tried again as a prediction is: a ConflictError may mean that the first try counted.
+        """
+        attempts = self._attempts(timeout_ms)
+        model = model or self._default or self._first_model(self._read(self._calls.models(), attempts))
+        self._read(self._reward(model, receipt, reward), attempts)
 
     def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
         """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
@@ -194,6 +211,13 @@ class AsyncClient(_Calls):
         model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
         call = self._infer(features, model, version, stages, personal)
         return self._calls.read_infer(await self._try(call, attempts), arrays)
+
+    async def feedback(self, receipt: str, reward: float, *, model: str | None = None,
+                       timeout_ms: float | None = None) -> None:  # fmt: skip
+        """See :meth:`Client.feedback`."""
+        attempts = self._attempts(timeout_ms)
+        model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
+        await self._read(self._reward(model, receipt, reward), attempts)
 
     async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
         """See :meth:`Client.ready`."""

@@ -1,4 +1,4 @@
-"""The methods of gRPC: the Open Inference Protocol V2 and grpc.health.v1, over the same operations as REST.
+"""The methods of gRPC: the Open Inference Protocol V2, grpc.health.v1 and feedback, over the same operations as REST.
 
 They take and give bytes, so that a message which cannot be read is answered with INVALID_ARGUMENT and a reason.
 """
@@ -44,7 +44,7 @@ Unary = Callable[[bytes, Any], Awaitable[bytes]]
 
 
 class Service:
-    """The methods of both services: bytes in, bytes out."""
+    """The methods of all services: bytes in, bytes out."""
 
     def __init__(self, v2: V2, tokens: Tokens, most_calls: int) -> None:
         self._v2, self._tokens, self._most_calls = v2, tokens, most_calls
@@ -75,7 +75,8 @@ class Service:
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
         }
         unary = {name: grpc.unary_unary_rpc_method_handler(_told(call)) for name, call in inference.items()}
-        return {messages.SERVICE: unary, messages.HEALTH: health}
+        feedback = {"Feedback": grpc.unary_unary_rpc_method_handler(_told(self._feedback))}
+        return {messages.SERVICE: unary, messages.HEALTH: health, messages.EXPERIMENTS: feedback}
 
     async def idle(self, most_s: float) -> None:
         """Wait until no inference is under way, at most ``most_s``."""
@@ -145,6 +146,15 @@ class Service:
 
         return call
 
+    async def _feedback(self, body: bytes, context: Any) -> bytes:
+        kind, reply = _kinds("Feedback", messages.EXPERIMENTS)
+        with self._refusals:
+            client = self._tokens.check(_authorization(context), Role.INFER).client
+            request = messages.decode(kind, body)
+            reward = request.reward if request.HasField("reward") else None
+            await self._v2.feedback(request.model_name, request.receipt, reward, client)
+        return messages.encode(reply, {"counted": True})
+
     def _check(self, context: Any, role: Role) -> None:
         with self._refusals:
             self._tokens.check(_authorization(context), role)
@@ -176,7 +186,7 @@ class Service:
             self._watchers -= 1
 
     def _status(self, service: str) -> str:
-        if service not in ("", messages.SERVICE, messages.HEALTH):
+        if service not in ("", messages.SERVICE, messages.HEALTH, messages.EXPERIMENTS):
             return "SERVICE_UNKNOWN"
         return "SERVING" if self._v2.ready() else "NOT_SERVING"
 
@@ -222,8 +232,9 @@ def _within(remaining_s: float | None, said: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def _kinds(method: str) -> tuple[Any, Any]:
-    return messages.message(f"inference.{method}Request"), messages.message(f"inference.{method}Response")
+def _kinds(method: str, service: str = messages.SERVICE) -> tuple[Any, Any]:
+    package = service.rpartition(".")[0]
+    return messages.message(f"{package}.{method}Request"), messages.message(f"{package}.{method}Response")
 
 
 def _only_repository(request: Any) -> Any:

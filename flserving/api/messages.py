@@ -19,6 +19,7 @@ from flserving.api.protocol import DTYPES, NAMES, from_raw
 from flserving.errors import InvalidInputError, NotSupportedError
 
 SERVICE, HEALTH = "inference.GRPCInferenceService", "grpc.health.v1.Health"
+EXPERIMENTS = "flserving.Experiments"
 _POOL = descriptor_pool.DescriptorPool()
 for _file in descriptor_pb2.FileDescriptorSet.FromString(
     resources.files(__package__).joinpath("descriptors.binpb").read_bytes()

@@ -208,7 +208,7 @@ class V2:
             parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
         return Answer(call.model, answer["model_version"], outputs, parameters)
 
-    async def feedback(self, model: str, receipt: str, reward: float, client: str | None) -> None:
+    async def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
         """Reward the answer of an experiment. Raises as :meth:`Experiments.feedback`, which counts it."""
         await asyncio.to_thread(self.server.experiments.feedback, model, receipt, reward, client)
 
