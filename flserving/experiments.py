@@ -1,7 +1,7 @@
 """Experiments under way: who gets which arm, what is learned of it, and when a canary is promoted or rolled back.
 
-The configuration lives in the registry (``split.py``), rewards in the store beside it (``feedback.py``): every process
-follows both, and a canary's end is one transaction, whichever process sees it first.
+The configuration lives in the registry (``split.py``), rewards and failures of all processes in the store beside it
+(``feedback.py``): every process follows both, and a canary's end is one transaction, whichever process sees it first.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def judge(policy: Policy, control: Rewards, canary: Rewards, requests: int = 0, 
     than ``effect``. It is promoted once there is that proof (``alpha / 2``) and its worst client is not below.
 
     Args:
-        requests, failed: Of the canary's version: answered or failed in the model, and failed in the model.
+        requests, failed: Of the canary: answered or failed in the model, and failed in the model.
     """
     if sequential.exceeds(requests, failed, policy.max_failures, policy.alpha / 4):
         return Verdict("rollback", f"{failed} of {requests} requests failed in the model")
@@ -91,20 +91,19 @@ class Experiments:
 
     Args:
         lease: Pins a version: ``(version, model)``. ``personal``: where a client's rows run on an engine.
-        busy: Whether callers wait. ``totals``: of the telemetry.
+        busy: Whether callers wait.
     """
 
     def __init__(
         self, router: Router, lease: Callable[..., AbstractContextManager[Any]], personal: Callable[..., Any],
-        busy: Callable[[], bool], totals: Callable[[], Mapping[str, Any]],
+        busy: Callable[[], bool],
     ) -> None:  # fmt: skip
-        self._router, self._lease, self._personal, self._totals = router, lease, personal, totals
+        self._router, self._lease, self._personal = router, lease, personal
         self.shadow = Shadow(self._shadowed, busy)
         self._lock, self._judged_s = threading.Lock(), 0.0
         self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
         self._bandits: dict[str, Thompson] = {}  # by run, as the next one
-        self._answers: dict[str, Counter[str]] = {}
-        self._before: dict[tuple[str, str], tuple[int, int]] = {}  # by run and version: requests and failures before it
+        self._seen: dict[str, Counter[tuple[str, bool]]] = {}  # by run: (arm, whether it failed), not in the store yet
         router.on_look = self.look
 
     # The way of a request
@@ -125,10 +124,19 @@ class Experiments:
             self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
         if chosen.arm is None:
             return {}
-        with self._lock:
-            self._answers.setdefault(experiment.run, Counter())[chosen.arm] += 1
+        self._see(chosen, failed=False)
         receipt = self._store(self._registry(model)).receipt(experiment.run, chosen.arm, chosen.who)
         return {"arm": chosen.arm, "receipt": receipt}
+
+    def failed(self, chosen: Chosen, reason: str) -> None:
+        """The request got an error: it counts against its arm where the model is to blame."""
+        if reason in OF_THE_MODEL:
+            self._see(chosen, failed=True)
+
+    def _see(self, chosen: Chosen, failed: bool) -> None:
+        if chosen.arm is not None:
+            with self._lock:
+                self._seen.setdefault(chosen.road.experiment.run, Counter())[chosen.arm, failed] += 1
 
     def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
         """Count the reward in [0, 1] that ``client`` gives the answer whose receipt this is.
@@ -154,11 +162,9 @@ class Experiments:
         running = self._router.routes.experiments
         runs = {experiment.run for experiment in running.values()}
         with self._lock:
-            for kept in (self._bandits, self._answers):
+            for kept in (self._bandits, self._seen):
                 for run in kept.keys() - runs:
                     del kept[run]
-            for key in [key for key in list(self._before) if key[0] not in runs]:
-                del self._before[key]
         judges = time.monotonic() - self._judged_s >= JUDGE_S
         self._judged_s = time.monotonic() if judges else self._judged_s
         for (model, alias), experiment in running.items():
@@ -168,6 +174,8 @@ class Experiments:
                     self._bandit(Crossroads.at((model, ""), alias, experiment), learn=True)
                 elif experiment.policy is not None and judges:
                     self.decide(model, alias)
+                elif experiment.arms and judges:
+                    self._outcomes(self._registry(model), experiment.run)
                 self._router.problems.pop(problem, None)
             except Exception as error:  # the watch goes on
                 self._router.problems[problem] = f"{type(error).__name__}: {error}"
@@ -182,8 +190,8 @@ class Experiments:
         roles = {str(arm.version) == control: (name, arm.version) for name, arm in experiment.arms.items()}
         (old, _), (new, version) = roles[True], roles[False]
         rewards = self._store(registry).rewards(experiment.run)
-        failures = self._failures(experiment.run, f"{model}/{version}")
-        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), *failures)
+        requests, failed = self._outcomes(registry, experiment.run).get(new, (0, 0))
+        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), requests, failed)
         if verdict.decision != "wait":
             wanted = version if verdict.decision == "promote" else None
             why = f"{verdict.decision}: {verdict.why}"
@@ -192,17 +200,19 @@ class Experiments:
         return verdict
 
     def report(self, model: str, alias: str = "default") -> dict[str, Any]:
-        """The running experiment on an alias: ``id``, ``arms`` (each with its version, weight, answers of this process,
-        rewards, mean, clients, worst client), ``shadow`` (its copies). Empty where there is none."""
+        """The running experiment on an alias: ``id``, ``arms`` (each with its version, weight, answers, failures of the
+        model, rewards, mean, clients, worst client), ``shadow`` (its copies here). Empty where there is none."""
         if (experiment := self._router.routes.experiments.get((model, alias))) is None:
             return {}
-        rewards, arms = self._store(self._registry(model)).rewards(experiment.run), {}
+        registry, arms = self._registry(model), {}
+        outcomes, rewards = self._outcomes(registry, experiment.run), self._store(registry).rewards(experiment.run)
         for name, arm in experiment.arms.items():
             given = rewards.get(name, {})
+            requests, failed = outcomes.get(name, (0, 0))
             count, total = (sum(column) for column in zip(*given.values(), strict=True)) if given else (0, 0.0)
             arms[name] = {
                 "version": arm.version, "weight": arm.weight, "clients": len(given), "rewards": count,
-                "answers": self._answers.get(experiment.run, Counter())[name],
+                "answers": requests - failed, "failed": failed,
                 "mean": total / count if count else None,
                 "worst": min((got / n for n, got in given.values()), default=None),
             }  # fmt: skip
@@ -215,26 +225,32 @@ class Experiments:
         for store in self._stores.values():
             store.close()
 
-    def _failures(self, run: str, version: str) -> tuple[int, int]:
-        """Requests that a version answered or failed in this process since the run began, and those it failed."""
-        totals = self._totals()
-        reasons = totals["failures"].get(version, {})
-        failed = sum(int(reasons[reason][0]) for reason in OF_THE_MODEL if reason in reasons)
-        requests = totals["versions"].get(version, {}).get("requests", 0) + failed
-        before = self._before.setdefault((run, version), (requests, failed))
-        return requests - before[0], failed - before[1]
+    def _outcomes(self, registry: Any, run: str) -> Mapping[str, tuple[int, int]]:
+        """arm -> requests and failures in all processes; what is new here is added first."""
+        store = self._store(registry)
+        with self._lock:
+            seen = self._seen.pop(run, None)
+        if seen:
+            try:
+                store.count(run, seen)
+            except BaseException:  # nothing was added: it waits for the next look
+                with self._lock:
+                    self._seen.setdefault(run, Counter()).update(seen)
+                raise
+        return store.outcomes(run)
 
     def _bandit(self, road: Crossroads, learn: bool = False) -> Thompson:
-        """With ``learn`` it follows the rewards, and the failures of the models here, which are rewards of 0."""
+        """With ``learn`` it follows the rewards, and the failures of the models, which are rewards of 0."""
         experiment, bandit = road.experiment, self._bandits.get(road.experiment.run)
         if bandit is None or learn:
-            sums = self._store(self._registry(road[0])).sums(experiment.run)
+            registry = self._registry(road[0])
+            sums, outcomes = self._store(registry).sums(experiment.run), self._outcomes(registry, experiment.run)
             with self._lock:
                 bandit = self._bandits.setdefault(experiment.run, Thompson(experiment.arms))
             known = {}
-            for name, arm in experiment.arms.items():
+            for name in experiment.arms:
                 n, total = sums.get(name, (0, 0.0))
-                known[name] = n + self._failures(experiment.run, f"{road[0]}/{arm.version}")[1], total
+                known[name] = n + outcomes.get(name, (0, 0))[1], total
             bandit.learn(known)
         return bandit
 

@@ -3,7 +3,7 @@
 An answer of an experiment carries a *receipt*: the request's random id, the experiment's run, the arm, the client and
 the time, under an HMAC-SHA256 with a key that only the servers of this registry hold. A reward counts when its receipt
 is genuine, its client's own, not too old, and new. The store is shared by all processes; a reward that counts and the
-mark that its receipt was used are one transaction.
+mark that its receipt was used are one transaction. How many requests each arm answered and failed is added up here too.
 """
 
 import base64
@@ -14,7 +14,8 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -31,6 +32,9 @@ CREATE TABLE IF NOT EXISTS used (request BLOB PRIMARY KEY, until_s REAL NOT NULL
 CREATE INDEX IF NOT EXISTS used_until ON used (until_s);
 CREATE TABLE IF NOT EXISTS rewards (
     run TEXT, arm TEXT, client TEXT, n INTEGER NOT NULL, total REAL NOT NULL, PRIMARY KEY (run, arm, client)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS outcomes (
+    run TEXT, arm TEXT, requests INTEGER NOT NULL, failed INTEGER NOT NULL, PRIMARY KEY (run, arm)
 ) WITHOUT ROWID;
 COMMIT;
 """
@@ -96,29 +100,21 @@ class FeedbackStore:
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
             raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")
         run, arm, client = receipt.run, receipt.arm, receipt.client
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                self._db.execute("DELETE FROM used WHERE until_s < ?", (self._clock() - 1,))
-                marked = self._db.execute(
-                    "INSERT OR IGNORE INTO used VALUES (?, ?)", (receipt.request, receipt.at_s + self.receipt_s)
-                )
-                if not marked.rowcount:
-                    raise ConflictError("there is feedback for this answer already: one reward an answer")
-                sql = "SELECT coalesce(sum(n), 0) FROM rewards WHERE run = ? AND client = ?"
-                if self._db.execute(sql, (run, client)).fetchone()[0] >= self.most_per_client:
-                    raise ForbiddenError(f"this client has given its {self.most_per_client} rewards: others decide now")
-                self._db.execute(
-                    "INSERT INTO rewards VALUES (?, ?, ?, 1, ?) "
-                    "ON CONFLICT DO UPDATE SET n = n + 1, total = total + excluded.total",
-                    (run, arm, client, float(reward)),
-                )
-                self._db.execute("COMMIT")
-            except sqlite3.OperationalError as error:
-                raise OverloadedError(f"the feedback store is busy ({error}): try again") from error
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        with self._writing():
+            self._db.execute("DELETE FROM used WHERE until_s < ?", (self._clock() - 1,))
+            marked = self._db.execute(
+                "INSERT OR IGNORE INTO used VALUES (?, ?)", (receipt.request, receipt.at_s + self.receipt_s)
+            )
+            if not marked.rowcount:
+                raise ConflictError("there is feedback for this answer already: one reward an answer")
+            sql = "SELECT coalesce(sum(n), 0) FROM rewards WHERE run = ? AND client = ?"
+            if self._db.execute(sql, (run, client)).fetchone()[0] >= self.most_per_client:
+                raise ForbiddenError(f"this client has given its {self.most_per_client} rewards: others decide now")
+            self._db.execute(
+                "INSERT INTO rewards VALUES (?, ?, ?, 1, ?) "
+                "ON CONFLICT DO UPDATE SET n = n + 1, total = total + excluded.total",
+                (run, arm, client, float(reward)),
+            )
 
     def rewards(self, run: str) -> dict[str, dict[str, tuple[int, float]]]:
         """arm -> client -> (how many rewards, their sum)."""
@@ -131,6 +127,34 @@ class FeedbackStore:
         """arm -> (how many rewards, their sum)."""
         rows = self._query("SELECT arm, sum(n), sum(total) FROM rewards WHERE run = ? GROUP BY arm", run)
         return {arm: (n, total) for arm, n, total in rows}
+
+    def count(self, run: str, seen: Mapping[tuple[str, bool], int]) -> None:
+        """Add how many requests each arm answered (False) and failed in its model (True). OverloadedError: As above."""
+        with self._writing():
+            self._db.executemany(
+                "INSERT INTO outcomes VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "requests = requests + excluded.requests, failed = failed + excluded.failed",
+                [(run, arm, n, n * failed) for (arm, failed), n in seen.items()],
+            )
+
+    def outcomes(self, run: str) -> dict[str, tuple[int, int]]:
+        """arm -> (how many requests, how many of them failed in the model)."""
+        rows = self._query("SELECT arm, requests, failed FROM outcomes WHERE run = ?", run)
+        return {arm: (requests, failed) for arm, requests, failed in rows}
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction: all that happens inside, or nothing."""
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                raise OverloadedError(f"the feedback store is busy ({error}): try again") from error
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
 
     def _query(self, sql: str, *values: str) -> list[Any]:
         with self._lock:

@@ -64,8 +64,7 @@ class ModelServer(ModelHost):
         self.telemetry = Telemetry(clock, self.config.max_batch_size)
         self._batcher = Batcher(self.config, self.telemetry.execution, clock)
         self._blocking, self._awaiting = Blocking(self), Awaiting(self)
-        loaded, totals = self._batcher.loaded, self.telemetry.totals
-        self.experiments = Experiments(self._router, self.lease, self._personal, loaded, totals)
+        self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)
         if registry is not None:
             for name in registry.models() if model is None else [model]:
                 self.serve(registry, name)
@@ -145,11 +144,10 @@ class ModelServer(ModelHost):
         stages: bool, arrays: bool, client: str | Sequence[str] | None, door: Door,
     ) -> dict[str, Any]:  # fmt: skip
         """The one path. ``door`` knows how to wait: blocking or awaiting."""
-        started_s, key, found = self._clock(), None, None
+        started_s, key, found, chosen = self._clock(), None, None, None
         try:
             deadline_s = started_s + self._timeout_s(timeout_ms)
             key = self._router.find(version, model) or await door.find(version, model, deadline_s)
-            chosen = None
             if isinstance(key, Crossroads):
                 key, chosen = self.experiments.choose(key, client)
             entry = self.model_cache.acquire(key) or await door.load(key, deadline_s)
@@ -184,6 +182,8 @@ class ModelServer(ModelHost):
             gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
             reason = error.reason if isinstance(error, FlservingError) else "Cancelled" if gone else "Internal"
             self.telemetry.failure(reason, "/".join(key or ()), self._clock() - started_s)
+            if chosen is not None:
+                self.experiments.failed(chosen, reason)
             raise
         answer["latency_ms"] = (answered_s - started_s) * 1e3
         answer["model_version"], answer["model_type"] = key[1], "global"

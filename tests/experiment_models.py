@@ -1,11 +1,14 @@
 """Versions that answer with their own number, for the tests of experiments."""
 
+import itertools
+
 import numpy as np
 
 from flserving import ModelServer, Registry, ServingConfig, models
 from serving_models import PATIENCE_S
 
-ROW = np.zeros((1, 4), np.float32)
+ROW, LOUD = np.zeros((1, 4), np.float32), np.ones((1, 4), np.float32)
+"""``LOUD`` makes a fragile version fail."""
 
 
 def published(root, versions=3, **options):
@@ -16,14 +19,21 @@ def published(root, versions=3, **options):
     return registry
 
 
-def publish(registry, value, **options):
+def publish(registry, value, fragile=False, **options):
     state = models.build("mlp", {"sizes": [4, 2, 1]}).state_dict()
-    for tensor in state.values():
-        tensor.zero_()
+    for name, tensor in state.items():
+        tensor.fill_(1e30 if fragile and name.endswith("weight") else 0.0)  # finite, but not what it makes of a 1
     state["head.bias"].fill_(float(value))
     return registry.publish(
         "m", state, architecture="mlp", parameters={"sizes": [4, 2, 1]}, output_type="regression", **options
     )
+
+
+def named(running, arm, count=1):
+    """The first clients that are in ``arm``; one alone as a string."""
+    names = (f"c-{i}" for i in itertools.count())
+    found = list(itertools.islice((name for name in names if running.arm_of(name) == arm), count))
+    return found[0] if count == 1 else found
 
 
 def server_of(registry, **settings):

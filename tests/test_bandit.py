@@ -1,11 +1,13 @@
 """The bandit: it finds the best arm with little regret, follows sums, and in a server learns from feedback."""
 
+import contextlib
 import random
 
 import pytest
 
-from experiment_models import ROW, published, server_of
+from experiment_models import LOUD, ROW, publish, published, server_of
 from flserving.bandit import Thompson
+from flserving.errors import ModelExecutionError
 from flserving.split import Experiment
 from serving_models import wait_until
 
@@ -57,12 +59,12 @@ def test_in_a_server_it_learns_from_feedback(tmp_path):
 
 def test_an_arm_that_fails_is_learned_without_any_feedback(tmp_path):
     with published(tmp_path) as registry, server_of(registry) as server:
-        experiment = Experiment.of("bandit", {"bad": (2, 0.5), "good": (3, 0.5)}, rule="bandit")
+        publish(registry, 4, fragile=True)
+        experiment = Experiment.of("bandit", {"bad": (4, 0.5), "good": (3, 0.5)}, rule="bandit")
         registry.start_experiment("m", experiment, who="test", why="to see")
-        server.predict(ROW, client="c-1")
-        for _ in range(50):
-            server.telemetry.failure("ModelExecution", "m/2")
-            server.telemetry.failure("InvalidInput", "m/3")
+        for _ in range(80):
+            with contextlib.suppress(ModelExecutionError):
+                server.predict(LOUD, client="c-1")
         server.experiments.look()
         arms = [server.predict(ROW, client="c-1")["arm"] for _ in range(200)]
-        assert arms.count("good") > 150
+        assert arms.count("good") > 150 and server.experiments.report("m")["arms"]["bad"]["failed"] > 5

@@ -9,9 +9,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from experiment_models import ROW, publish, published, server_of
+from experiment_models import LOUD, ROW, named, publish, published, server_of
 from flserving import Registry, experiments
-from flserving.errors import ConfigError, ConflictError, InvalidModelError, NotFoundError
+from flserving.errors import (
+    ConfigError,
+    ConflictError,
+    InvalidInputError,
+    InvalidModelError,
+    ModelExecutionError,
+    NotFoundError,
+    OverloadedError,
+)
 from flserving.experiments import judge
 from flserving.routing import Router
 from flserving.shadow import Shadow
@@ -314,18 +322,46 @@ def test_a_canary_ends_by_itself(registry, server, monkeypatch, mean, version):
     assert last["who"] == "round-2" and last["why"].startswith("promote" if version == 2 else "rollback")
 
 
-def test_a_canary_whose_requests_fail_is_rolled_back_without_any_feedback(registry, server, monkeypatch):
+def test_a_canary_that_fails_is_rolled_back_by_what_all_processes_saw(tmp_path, registry, server, monkeypatch):
+    """No feedback at all; one failure in a process shows nothing yet, one in each of two does."""
     monkeypatch.setattr(Router, "WATCH_S", 3600)
-    running = registry.start_experiment("m", Experiment.canary("x", 1, 2), **LOG)
-    assert server.predict(ROW, client="c")["arm"] and server.experiments.decide("m").decision == "wait"
-    for _ in range(20):
-        server.telemetry.failure("ModelExecution", "m/2")
-    verdict = server.experiments.decide("m")
-    assert verdict.decision == "rollback" and "20 of 2" in verdict.why, verdict
-    assert registry.experiments("m") == {} and registry.aliases("m") == {"default": 1}
-    with pytest.raises(ConflictError):
+    monkeypatch.setattr(experiments, "JUDGE_S", 3600)
+    publish(registry, 4, fragile=True)
+    with Registry(tmp_path) as there, server_of(there) as other:
+        running = registry.start_experiment("m", Experiment.canary("x", 1, 4, share=0.5), **LOG)
+        other.refresh()
+        old, new = named(running, "control"), named(running, "canary")
+        for asked in (server, other):
+            assert asked.predict(ROW, client=old)["predictions"] == [1]
+            for options in ({"client": new}, {"version": 4}):  # who names the version is no part of the experiment
+                with pytest.raises(ModelExecutionError):
+                    asked.predict(LOUD, **options)
+            with pytest.raises(InvalidInputError):
+                asked.predict(LOUD[:, :2], client=new)
+            verdict = asked.experiments.decide("m")
+            assert verdict.decision == ("wait" if asked is server else "rollback"), verdict
+        assert "2 of 2 requests failed in the model" in verdict.why
+        assert registry.experiments("m") == {} and registry.aliases("m") == {"default": 1}
+        for asked in (server, other):
+            asked.refresh()
+            assert asked.predict(LOUD, client=new)["predictions"] == [1]
+            with pytest.raises(NotFoundError, match="no canary with a policy"):
+                asked.experiments.decide("m")
         registry.start_experiment("m", AB, **LOG)
-        registry.conclude_experiment("m", run=running.run, **LOG)
-    server.refresh()
-    with pytest.raises(NotFoundError, match="no canary with a policy"):
-        server.experiments.decide("m")
+        with pytest.raises(ConflictError, match="another experiment has begun"):
+            registry.conclude_experiment("m", run=running.run, **LOG)
+
+
+def test_what_the_store_could_not_take_is_counted_later(registry, server, monkeypatch):
+    monkeypatch.setattr(experiments, "JUDGE_S", 3600)
+    running = registry.start_experiment("m", AB, **LOG)
+    store, arm = server.experiments._store(registry), running.arm_of("c")
+    assert server.predict(ROW, client="c")["arm"] == arm
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "count", lambda *_: (_ for _ in ()).throw(OverloadedError("busy")))
+        with pytest.raises(OverloadedError):
+            server.experiments.report("m")
+    assert store.outcomes(running.run) == {}
+    server.predict(ROW, client="c")
+    assert server.experiments.report("m")["arms"][arm]["answers"] == 2
+    assert server.experiments.report("m")["arms"][arm]["answers"] == 2, "reported twice, counted once"
