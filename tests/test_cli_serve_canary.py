@@ -1,4 +1,4 @@
-"""Experiments in ``flserving serve --workers 2``: the same arm in every process, one verdict on what all of them saw."""
+"""Experiments in ``flserving serve --workers 2``: one arm in every process, one verdict on what all saw."""
 
 import json
 import time
