@@ -163,9 +163,14 @@ class ModelHost:
             self.model_cache.release(lease)
 
     @property
-    def engines(self) -> Mapping[str, InferenceEngine]:
-        """Every version of the default model by its id; looking one up loads it."""
-        return _Engines(self)
+    def engines(self) -> dict[str, InferenceEngine]:
+        """The versions of the default model that are in memory, by id; :meth:`lease` also loads."""
+        self._check_open()
+        return {
+            version: engine
+            for (model, version), engine in self.model_cache.items()
+            if model == self._router.routes.model
+        }
 
     @property
     def ready(self) -> bool:
@@ -228,23 +233,3 @@ class ModelHost:
         self._loaders.shutdown(wait=True)
         self.model_cache.clear()
         self._store.close()
-
-
-class _Engines(Mapping[str, InferenceEngine]):
-    def __init__(self, host: ModelHost) -> None:
-        self._host = host
-
-    def __getitem__(self, version: str) -> InferenceEngine:
-        with self._host.lease(version) as engine:
-            return engine
-
-    def __contains__(self, version: object) -> bool:
-        routes = self._host._router.routes
-        return (routes.model, version) in routes.targets
-
-    def __iter__(self) -> Iterator[str]:
-        routes = self._host._router.routes
-        return iter(routes.versions.get(routes.model or "", ()))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))

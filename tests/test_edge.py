@@ -83,7 +83,6 @@ def test_global_and_personal_answers_and_what_they_say(edge):
 def test_every_way_in_answers_the_device_s_client(edge):
     edge.update_global(state_of(1), output_type="regression", head=head_of(1.5), **MLP)
     assert told(asyncio.run(edge.apredict(ROW))) == (1.5, "personal", "own", None)
-    assert [told(answer) for answer in edge.batch_predict([ROW, [ROW, ROW]])] == [(1.5, "personal", "own", None)] * 2
     assert edge.predict([ROW, ROW], client=["device", "mallory"])["head"] == ["own", "unknown"]
     with flserving.serve(edge) as endpoint, Client(endpoint.url, endpoint.token) as client:
         answer = client.predict(ROW)

@@ -21,7 +21,6 @@ from flserving.errors import (
     CorruptArtifactError,
     DeadlineExceededError,
     ModelExecutionError,
-    NotFoundError,
     OverloadedError,
     ServerClosedError,
 )
@@ -89,7 +88,7 @@ def gated_loads(monkeypatch):
 # Right answers
 
 
-def test_the_four_ways_to_ask_give_one_answer(serve):
+def test_the_three_ways_to_ask_give_one_answer(serve):
     torch.manual_seed(0)
     module = models.build("tutorial_mlp")
     x = np.random.default_rng(0).standard_normal((60, 32), dtype=np.float32)
@@ -101,7 +100,7 @@ def test_the_four_ways_to_ask_give_one_answer(serve):
         async def together():
             return await asyncio.gather(*map(server.apredict, requests))
 
-        ways = [list(map(server.predict, requests)), asyncio.run(together()), server.batch_predict(requests)]
+        ways = [list(map(server.predict, requests)), asyncio.run(together())]
         ways += [server.engines["v1.0"].batch_predict(requests)]
         for answers in ways:
             start = 0
@@ -607,14 +606,10 @@ def test_a_version_never_changes(serve):
     assert server.predict(row(0))["predictions"] == [1.0]
 
 
-def test_engines_is_a_mapping_of_the_versions(serve):
-    server = serve(Constant(1), "a")
+def test_engines_are_those_in_memory(serve):
+    server = serve(Constant(1), "a", cache_size=1)
     server.load_model("b", Constant(2), output_type="regression", num_features=2)
-    assert list(server.engines) == ["a", "b"] and len(server.engines) == 2
-    assert "a" in server.engines and "c" not in server.engines and 5 not in server.engines
-    assert server.engines["b"].version == "b"
-    with pytest.raises(NotFoundError, match=r"'c'.*a, b"):
-        server.engines["c"]
+    assert list(server.engines) == ["b"] and server.engines["b"].version == "b"
 
 
 def test_a_lease_keeps_its_model_in_memory(serve):
@@ -644,7 +639,6 @@ def public_calls(server):
     return {
         "predict": lambda: server.predict(row(0)),
         "apredict": lambda: asyncio.run(server.apredict(row(0))),
-        "batch_predict": lambda: server.batch_predict([row(0)]),
         "load_model": lambda: server.load_model("v2", Tagged(), output_type="regression", num_features=2),
         "serve": lambda: server.serve(None, "digits"),
         "set_default": lambda: server.set_default("v1.0"),
@@ -669,7 +663,7 @@ def test_a_closed_server_says_so_in_every_method(serve):
             pytest.fail(f"{name} answered")
     health = server.health_check()
     assert (health["status"], health["ready"], health["in_memory"]) == ("unavailable", False, [])
-    assert server.get_all_stats()["server"]["failed_by_reason"] == {"ServerClosed": 4}
+    assert server.get_all_stats()["server"]["failed_by_reason"] == {"ServerClosed": 3}
     public = {name for name in dir(server) if not name.startswith("_") and callable(getattr(ModelServer, name, None))}
     assert public - public_calls(server).keys() == {"close", "get_all_stats", "health_check"}, (
         "a new method: try it here"
