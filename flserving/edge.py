@@ -259,7 +259,7 @@ class EdgeModelServer(ModelServer):
 
     def get_all_stats(self) -> dict[str, Any]:
         """As :meth:`ModelServer.get_all_stats`; ``edge`` says what is served: version, round, age."""
-        served, version = None, self._router.routes.aliases.get((self.model, "default"))
+        served, version = None, self._router.routes.of(self.model).aliases.get("default")
         if version is not None and not self._closed:
             number, age = self._age_of(version)
             served = {"model_version": version, "round": number, "age_s": age.age_s()}

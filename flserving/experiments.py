@@ -186,7 +186,7 @@ class Experiments:
         experiment = routes.experiments.get((model, alias))
         if experiment is None or (policy := experiment.policy) is None:
             raise NotFoundError(f"alias {alias!r} of {model[:80]!r} has no canary with a policy: start one")
-        registry, control = self._registry(model), routes.aliases[model, alias]
+        registry, control = self._registry(model), routes.of(model).aliases[alias]
         roles = {str(arm.version) == control: (name, arm.version) for name, arm in experiment.arms.items()}
         (old, _), (new, version) = roles[True], roles[False]
         rewards = self._store(registry).rewards(experiment.run)

@@ -76,7 +76,7 @@ class ModelHost:
         preprocessor = Preprocessor(mean=statistics.get("mean"), std=statistics.get("std"), num_features=num_features)
         self._store.add(version_id, model, preprocessor, Postprocessor(output_type, threshold))
         self._router.add((LOCAL, version_id))
-        if (LOCAL, "default") not in self._router.routes.aliases:
+        if "default" not in self._router.routes.of(LOCAL).aliases:
             self._router.set_alias((LOCAL, version_id))
         with self._pinned((LOCAL, version_id)) as engine:
             return engine
@@ -121,7 +121,7 @@ class ModelHost:
     @property
     def unloaded(self) -> frozenset[str]:
         """Models that :meth:`unload` took out of service."""
-        return self._router.routes.withdrawn
+        return frozenset(name for name, served in self._router.routes.models.items() if served.withdrawn)
 
     def unload(self, model: str) -> None:
         """Take a model out of service and out of memory: who asks it gets ModelUnloadedError, requests that run
@@ -182,13 +182,13 @@ class ModelHost:
         """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
         default model can answer), models with their versions and aliases, the versions in memory, the uptime."""
         routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
-        ready, aliases = self.ready, dict[str, dict[str, str]]()
-        for (model, alias), version in routes.aliases.items():
-            aliases.setdefault(model, {})[alias] = version
-        models = {
-            name: {"versions": list(versions), "aliases": aliases.get(name, {})}
-            for name, versions in routes.versions.items()
-        }
+        ready, models = (
+            self.ready,
+            {
+                name: {"versions": list(served.versions), "aliases": dict(served.aliases)}
+                for name, served in routes.models.items()
+            },
+        )
         return {
             "status": "unavailable" if not ready else "degraded" if problems else "healthy",
             "ready": ready,

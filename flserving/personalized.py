@@ -86,7 +86,7 @@ class PersonalizedServer(ModelServer):
 
         if versions is None:
             name = self._router.routes.model if model is None else model
-            versions = self._router.routes.versions.get(name or "", ())
+            versions = self._router.routes.of(name).versions
         table = []
         for version in versions or ["default"]:  # of an unknown model: the look-up then says so
             right, hits, own = dict[str, float](), 0, 0

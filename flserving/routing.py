@@ -7,9 +7,9 @@ is warm (availability-preserving, as TensorFlow Serving calls it: Olston et al. 
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from flserving.errors import ConflictError, DeadlineExceededError, ModelUnloadedError, NotFoundError
 from flserving.split import Crossroads, Experiment
@@ -30,15 +30,42 @@ class Followed(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """What is known of one model."""
+
+    versions: tuple[str, ...] = ()  # oldest first
+    aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> version
+    experiments: Mapping[str, Experiment] = field(default_factory=dict)  # by alias
+    withdrawn: bool = False  # an operator took it out of service
+
+    def targets(self, name: str) -> dict[tuple[str, str], Key]:
+        """Where each version id and alias leads."""
+        if self.withdrawn:
+            return {}
+        own = [*zip(self.versions, self.versions, strict=True), *self.aliases.items()]
+        return {(name, ref): (name, version) for ref, version in own} | {
+            (name, alias): Crossroads.at((name, self.aliases[alias]), alias, experiment)
+            for alias, experiment in self.experiments.items()
+            if alias in self.aliases
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Routes:
     """One state of the table; never changed, only replaced."""
 
-    versions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # model -> its versions, oldest first
+    models: Mapping[str, Served] = field(default_factory=dict)
     targets: Mapping[tuple[str, str], Key] = field(default_factory=dict)  # (model, version or alias) -> key
-    aliases: Mapping[tuple[str, str], str] = field(default_factory=dict)  # (model, alias) -> version
-    experiments: Mapping[tuple[str, str], Experiment] = field(default_factory=dict)  # by (model, alias)
     model: str | None = None  # answers when the caller names none
-    withdrawn: frozenset[str] = frozenset()  # models that an operator took out of service
+
+    def of(self, name: str | None) -> Served:
+        """What is known of a model; nothing of an unknown one."""
+        return self.models.get(name or "", Served())
+
+    @property
+    def experiments(self) -> dict[tuple[str, str], Experiment]:
+        """Those that run, by (model, alias)."""
+        return {(name, alias): it for name, one in self.models.items() for alias, it in one.experiments.items()}
 
 
 class Router:
@@ -80,11 +107,10 @@ class Router:
         ref = "default" if version is None else str(version)
         if (key := routes.targets.get((name, ref))) is not None:
             return key
-        if name in routes.withdrawn:
-            raise ModelUnloadedError(f"model {name!r} was unloaded: load it again")
         self.known(name)
-        known = f"versions {', '.join(routes.versions[name][-10:]) or 'none'}"
-        known += f", aliases {', '.join(self._aliases_of(name)) or 'none'}"
+        if (served := routes.of(name)).withdrawn:
+            raise ModelUnloadedError(f"model {name!r} was unloaded: load it again")
+        known = f"versions {', '.join(served.versions[-10:]) or 'none'}, aliases {', '.join(served.aliases) or 'none'}"
         why = f" ({self.problems[problem]})" if (problem := f"{name}/{ref}") in self.problems else ""
         raise NotFoundError(f"model {name!r} has no version or alias {ref[:80]!r}{why}: it has {known}")
 
@@ -98,9 +124,9 @@ class Router:
         """Make a version known; the first model becomes the one that answers who names none."""
         with self._admin:
             name, version = key
-            known = self.routes.versions.get(name, ())
+            known = self.routes.of(name).versions
             if version not in known:
-                self._replace(name, (*known, version))
+                self._replace(name, versions=(*known, version))
 
     def set_alias(self, key: Key, alias: str = "default") -> None:
         """Load a version, then let ``alias`` lead to it.
@@ -118,13 +144,13 @@ class Router:
                 )
             version = self.require(version, name)[1]
             self._preload((name, version))
-            self._replace(name, aliases=self._aliases_of(name) | {alias: version})
+            self._replace(name, aliases={**self.routes.of(name).aliases, alias: version})
 
     def withdraw(self, name: str) -> None:
         """Let no request reach ``name`` until :meth:`restore`. Raises NotFoundError."""
         with self._admin:
             self.known(name)
-            self._replace(name, withdrawn=self.routes.withdrawn | {name})
+            self._replace(name, withdrawn=True)
 
     def restore(self, name: str) -> None:
         """Read the registry again, load the default version, then answer. Raises NotFoundError, or what the load
@@ -132,15 +158,13 @@ class Router:
         with self._admin:
             self.known(name)
             self.refresh(retry=True)
-            if (version := self.routes.aliases.get((name, "default"))) is not None:
+            if (version := self.routes.of(name).aliases.get("default")) is not None:
                 self._preload((name, version))
-            self._replace(name, withdrawn=self.routes.withdrawn - {name})
+            self._replace(name, withdrawn=False)
 
     def follow(self, registry: Followed, name: str) -> None:
         """Serve every version of ``name`` and follow its aliases, also those that other processes move."""
         with self._admin:
-            if name in self.routes.versions:
-                raise ConflictError(f"model {name!r} is served already: use another server for another registry")
             if not registry.version_numbers(name):
                 raise NotFoundError(f"the registry has no version of {name!r}: publish one first")
             changes, token = registry.local_changes, registry.change_token()
@@ -192,73 +216,46 @@ class Router:
             experiments = dict(registry.experiments(name))
             if token == registry.change_token():
                 break
-        before, problem = self._aliases_of(name), f"{name}/default"
-        self._replace(name, versions)
-        problems = ""
-        if (wanted := aliases.get("default")) not in (None, before.get("default")):
-            try:
-                self._preload((name, str(wanted)))
-            except Exception as error:
-                problems = f"version {wanted} does not answer: {error}"
-                del aliases["default"]
-                aliases |= {alias: version for alias, version in before.items() if alias == "default"}
+        before, default = self.routes.of(name), aliases.get("default")
+        self._replace(name, versions=versions)
+        fresh = [] if default is None or default == before.aliases.get("default") else [default]
+        if not self._loads(name, fresh, "default", f"version {default} does not answer"):
+            del aliases["default"]
+            aliases |= {alias: version for alias, version in before.aliases.items() if alias == "default"}
         for old in [old for old in self.problems if old.startswith(f"{name}/") and old.endswith(" experiment")]:
             del self.problems[old]
         for alias, experiment in list(experiments.items()):
-            try:
-                for number in experiment.versions:
-                    self._preload((name, str(number)))
-            except Exception as error:
-                self.problems[f"{name}/{alias} experiment"] = f"{experiment.id} does not run: {error}"
-                if (running := self.routes.experiments.get((name, alias))) is None:
-                    del experiments[alias]
-                else:
-                    experiments[alias] = running
-        self._replace(name, versions, aliases, experiments=experiments)
-        if problems:
-            self.problems[problem] = problems
-        else:
-            self.problems.pop(problem, None)
+            numbers = map(str, experiment.versions)
+            if not self._loads(name, numbers, f"{alias} experiment", f"{experiment.id} does not run"):
+                del experiments[alias]
+                experiments |= {running: it for running, it in before.experiments.items() if running == alias}
+        self._replace(name, aliases=aliases, experiments=experiments)
 
-    def _aliases_of(self, name: str) -> dict[str, str]:
-        return {alias: version for (model, alias), version in self.routes.aliases.items() if model == name}
+    def _loads(self, name: str, versions: Iterable[str], what: str, told: str) -> bool:
+        """Load versions; where one cannot be loaded, ``problems`` says why."""
+        try:
+            for version in versions:
+                self._preload((name, version))
+        except Exception as error:
+            self.problems[f"{name}/{what}"] = f"{told}: {error}"
+            return False
+        self.problems.pop(f"{name}/{what}", None)
+        return True
 
     def _troubled(self, name: str) -> bool:
         return any(problem.startswith(f"{name}/") for problem in self.problems)
 
     def known(self, name: str) -> None:
         """Raise NotFoundError unless there is such a model."""
-        if name not in self.routes.versions:
-            raise NotFoundError(f"no model {name[:80]!r}: served are {', '.join(self.routes.versions) or 'none'}")
+        if name not in self.routes.models:
+            raise NotFoundError(f"no model {name[:80]!r}: served are {', '.join(self.routes.models) or 'none'}")
 
-    def _replace(
-        self, name: str, versions: tuple[str, ...] | None = None, aliases: Mapping[str, str] | None = None,
-        withdrawn: frozenset[str] | None = None, experiments: Mapping[str, Experiment] | None = None,
-    ) -> None:  # fmt: skip
-        """Swap the reference: a reader sees the old table or the new one. What is not given stays."""
+    def _replace(self, name: str, **changes: Any) -> None:
+        """Change what is known of one model, by swapping the reference: readers see the old table or the new one."""
         old = self.routes
-        versions = old.versions[name] if versions is None else versions
-        aliases = self._aliases_of(name) if aliases is None else aliases
-        withdrawn = old.withdrawn if withdrawn is None else withdrawn
-        running = {alias: experiment for (model, alias), experiment in old.experiments.items() if model == name}
-        running = running if experiments is None else dict(experiments)
-        others = {key: version for key, version in old.aliases.items() if key[0] != name}
-        targets = {key: target for key, target in old.targets.items() if key[0] != name}
-        if name not in withdrawn:
-            own = [*zip(versions, versions, strict=True), *aliases.items()]
-            targets |= {(name, ref): (name, version) for ref, version in own}
-            targets |= {
-                (name, alias): Crossroads.at((name, aliases[alias]), alias, experiment)
-                for alias, experiment in running.items()
-                if alias in aliases
-            }
-        self.routes = replace(
-            old, withdrawn=withdrawn, model=old.model or name, targets=targets,
-            versions={**old.versions, name: versions},
-            aliases=others | {(name, alias): version for alias, version in aliases.items()},
-            experiments={key: experiment for key, experiment in old.experiments.items() if key[0] != name}
-            | {(name, alias): experiment for alias, experiment in running.items()},
-        )  # fmt: skip
+        served = replace(old.of(name), **changes)
+        others = {key: target for key, target in old.targets.items() if key[0] != name}
+        self.routes = Routes({**old.models, name: served}, others | served.targets(name), old.model or name)
 
 
 def _watch(router: "weakref.ref[Router]", closing: threading.Event) -> None:
