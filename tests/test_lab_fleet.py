@@ -1,6 +1,7 @@
 """The fleet: equal to what is known exactly, near what the real server does, and a plan whose sums can be redone."""
 
 import contextlib
+import itertools
 import math
 import time
 
@@ -13,20 +14,12 @@ from flserving.api.client import Client
 from flserving.config import ServingConfig
 from flserving.errors import ConfigError
 from flserving.lab.arrivals import Poisson, arrival_times_s
-from flserving.lab.capacity import (
-    SLICE,
-    Prices,
-    measure_service_s,
-    plan,
-    pooled_servers,
-    service_table,
-    sustainable_per_s,
-)
-from flserving.lab.fleet import PATHS, Daily, Fleet, simulate_fleet
+from flserving.lab.capacity import SLICE, Prices, plan, sustainable_per_s
+from flserving.lab.fleet import PATHS, Fleet, simulate_fleet
 from flserving.lab.load import closed_loop, open_loop
 from flserving.lab.proxy import Proxy
 from flserving.lab.simulate import simulate_batching
-from flserving.lab.theory import md1_wait_s, mmc_wait_quantile_s, mmc_wait_s
+from flserving.lab.theory import erlang_c, md1_wait_s, mmc_wait_s
 from flserving.network import Link
 from serving_models import Tagged, row, serving
 
@@ -77,7 +70,6 @@ def test_without_load_a_request_takes_the_link_and_one_execution():
     run = simulate_fleet(some, "central", Poisson(0.1), requests=20_000)
     expected_s = link.mean_exchange_s(4_000, 500) + 0.006
     assert run.latency_s.mean() == pytest.approx(expected_s, rel=0.05)
-    assert (run.up_nbytes, run.down_nbytes) == (20_000 * 4_000, 20_000 * 500)
 
 
 def test_per_server_many_behave_as_few_do():
@@ -102,6 +94,14 @@ class Slow(Tagged):
         return super().forward(x)
 
 
+def measured_s(call, repeats=5):
+    times = [time.perf_counter()]
+    for _ in range(repeats):
+        call()
+        times.append(time.perf_counter())
+    return np.median(np.diff(times))
+
+
 @pytest.mark.parametrize("over", ["in process", "rest through a proxy"])
 def test_the_real_server_is_within_ten_percent(over):
     """150 requests at their intended times through the real batcher, and the same arrivals in virtual time.
@@ -109,7 +109,8 @@ def test_the_real_server_is_within_ten_percent(over):
     Service times are measured a moment before, through the whole server. The nearest of five rounds counts, and what
     four late wake-ups in turn add is forgiven: what else the machine does only ever makes the real side slower.
     """
-    settings, link = {"max_batch_size": 8, "num_workers": 1}, Link(rtt_ms=0 if over == "in process" else 60)
+    settings, sizes = {"max_batch_size": 8, "num_workers": 1}, (1, 4, 8)
+    link = Link(rtt_ms=0 if over == "in process" else 60)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(Slow(), **settings))
         predict = server.predict
@@ -121,11 +122,13 @@ def test_the_real_server_is_within_ten_percent(over):
             predict = client.predict
 
         def compare():
-            table = measure_service_s(lambda n: server.predict(np.ones((n, 2), np.float32)), (1, 4, 8), repeats=5)
+            seconds = [measured_s(lambda: server.predict(np.ones((n, 2), np.float32))) for n in sizes]  # noqa: B023
             with Bystander() as beside:
                 real = open_loop(lambda _: predict(row(1)), Poisson(80), requests=150, progress=False, seed=4)
             assert real.failures == {}
-            run = simulate_fleet(fleet(service_table(table), link, **settings), "central", real.arrival_s)
+            run = simulate_fleet(
+                fleet(lambda n: float(np.interp(n, sizes, seconds)), link, **settings), "central", real.arrival_s
+            )
             apart_s = real.latency_ms.mean() / 1e3 - run.latency_s.mean()
             allowed_s = 0.1 * run.latency_s.mean() + (4 * beside.late_s if apart_s > 0 else 0)
             rate = real.seconds / (run.arrival_s + run.latency_s).max()
@@ -146,12 +149,15 @@ def test_the_real_server_is_within_ten_percent(over):
 def test_at_the_edge_the_network_does_not_matter():
     run = simulate_fleet(fleet(link=Link(outages=[(0, math.inf)])), "edge", Poisson(1e4), requests=1_000)
     assert (run.latency_s == 0.003).all() and (run.path == LOCAL).all()
-    assert (run.availability, run.utilisation, run.up_nbytes, run.down_nbytes) == (1, 0, 0, 0)
+    assert (run.availability, run.utilisation) == (1, 0)
+
+
+A_MINUTE = arrival_times_s(Poisson(300), np.random.default_rng(0), seconds=60)
 
 
 def test_in_an_outage_the_centre_fails_exactly_those_who_cannot_wait_for_its_end():
     some = fleet(lambda n: 1e-6, link=Link(outages=[(10, 20)]), deadline_s=2)
-    run = simulate_fleet(some, "central", Poisson(300), seconds=60, requests=None)
+    run = simulate_fleet(some, "central", A_MINUTE)
     unlucky = (run.arrival_s >= 10) & (run.arrival_s < 18)
     np.testing.assert_array_equal(run.path, np.where(unlucky, FAILED, CLOUD))
     assert run.availability == pytest.approx(1 - 8 / 60, abs=0.02)
@@ -161,7 +167,7 @@ def test_in_an_outage_the_centre_fails_exactly_those_who_cannot_wait_for_its_end
 
 def test_in_an_outage_a_hybrid_degrades_and_never_fails():
     some = fleet(lambda n: 1e-6, link=Link(rtt_ms=20, outages=[(10, 20)]), deadline_s=2)
-    run = simulate_fleet(some, "hybrid", Poisson(300), seconds=60, requests=None)
+    run = simulate_fleet(some, "hybrid", A_MINUTE)
     asked = run.path != LOCAL
     assert 1 - asked.mean() == pytest.approx(0.75, abs=0.02)
     lost = (run.arrival_s > 9.98) & (run.arrival_s < 17.98)
@@ -198,43 +204,6 @@ def test_the_same_seeds_give_the_same_run():
 def test_nobody_there():
     run = simulate_fleet(fleet(), "central", np.array([]))
     assert (len(run.arrival_s), run.utilisation, math.isnan(run.quantile_s(0.5))) == (0, 0, True)
-
-
-def test_a_day_has_its_peak_and_its_mean():
-    curve = Daily(40, swing=0.6, peak_s=150, day_s=600)
-    times = arrival_times_s(curve, np.random.default_rng(0), seconds=1_200)
-    assert len(times) == pytest.approx(40 * 1_200, rel=0.03)
-    counts = np.histogram(times % 600, bins=12, range=(0, 600))[0] / (2 * 50)
-    middle = np.arange(25, 600, 50)
-    np.testing.assert_allclose(counts, 40 * (1 + 0.6 * np.cos(2 * np.pi * (middle - 150) / 600)), rtol=0.15)
-
-
-# ------------------------------------------------------------------------------------------- service times
-
-
-def test_measured_times_are_medians_by_the_given_clock():
-    now, calls = [0.0], []
-
-    def call(size):
-        calls.append(size)
-        now[0] += 0.01 * size * (100 if len(calls) % 5 == 0 else 1)  # one in five is an outlier
-
-    table = measure_service_s(call, (1, 3), repeats=5, clock=lambda: now[0])
-    assert table == {1: pytest.approx(0.01), 3: pytest.approx(0.03)} and calls == [1] * 5 + [3] * 5
-
-
-def test_a_table_is_straight_lines_carried_on():
-    service_s = service_table({8: 0.016, 2: 0.004, 32: 0.040})
-    assert [service_s(n) for n in (1, 2, 5, 8, 20, 32, 64)] == pytest.approx(
-        [0.004, 0.004, 0.010, 0.016, 0.028, 0.040, 0.072]
-    )
-    assert service_table({4: 0.002})(8) == pytest.approx(0.004)
-
-
-@pytest.mark.parametrize("table", [{}, {0: 1.0}, {1: -1.0}, {1: math.nan}], ids=str)
-def test_a_table_that_is_none(table):
-    with pytest.raises(ConfigError, match="batch sizes from 1 on"):
-        service_table(table)
 
 
 # -------------------------------------------------------------------------------------------------- the plan
@@ -290,21 +259,15 @@ def test_headroom_is_kept():
     assert sustainable_per_s(fleet(), 10, requests=1_000, headroom=0.3) <= 0.7 * SLICE * 8 / 0.013
 
 
-@pytest.mark.parametrize("rate_per_s", [3, 50, 900])
-def test_pooled_servers_is_the_least_number_that_erlang_allows(rate_per_s):
-    some = fleet(lambda n: 0.02 * n, link=Link(rtt_ms=30))
-    servers = pooled_servers(some, rate_per_s, 0.1)
-    enough = [mmc_wait_quantile_s(rate_per_s, 0.02, c, 0.99) <= 0.05 for c in range(1, servers + 1)]
-    assert enough == [False] * (servers - 1) + [True]
-    offered = rate_per_s * 0.02
-    assert offered < servers <= offered + 4 * math.sqrt(offered) + 2  # the square-root rule
-
-
 def test_without_batching_simulation_and_erlang_name_about_the_same_number():
     """Erlang's service times are exponential, and its queue is common: errors of opposite sign, both small at 50 ms."""
     some = fleet(lambda n: 0.005 * n, max_batch_size=1, link=Link(rtt_ms=20))
     table = plan(some, **DAY | {"p99_s": 0.07, "clients": 200_000, "requests": 8_000, "updates_per_day": 0})
-    assert table.servers.central == pytest.approx(table.servers_erlang_c.central, abs=1)
+    rate, spare_s = table.peak_per_s.central, 0.07 - 0.02 - 0.005
+    for enough in itertools.count(1):  # the least number with P(wait > t) = C exp(-t (servers - load) / service time)
+        if erlang_c(rate, 0.005, enough) * math.exp(-spare_s * (enough - rate * 0.005) / 0.005) <= 0.01:
+            break
+    assert table.servers.central == pytest.approx(enough, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -330,14 +293,12 @@ def test_a_plan_out_of_range_is_refused(change, says):
     [
         (lambda: fleet(local_share=1.5), "local_share is 1.5"),
         (lambda: fleet(device_s=math.nan), "device_s is nan"),
-        (lambda: Daily(0), "daily curve"),
-        (lambda: Daily(1, swing=2), "daily curve"),
         (lambda: Prices(server_hour=-1, egress_gb=0, ingress_gb=0), "server_hour is -1"),
         (lambda: simulate_fleet(fleet(), "cloudy", Poisson(1)), "architecture is 'cloudy'"),
         (lambda: simulate_fleet(fleet(), "central", Poisson(1), servers=0), "servers is 0"),
         (lambda: simulate_fleet(fleet(lambda n: math.nan), "central", Poisson(1), requests=1), "service_s\\(1\\)"),
     ],
-    ids=["share", "device", "rate", "swing", "price", "architecture", "servers", "service"],
+    ids=["share", "device", "price", "architecture", "servers", "service"],
 )
 def test_settings_out_of_range_are_refused_with_the_value(call, says):
     with pytest.raises(ConfigError, match=says):

@@ -4,19 +4,13 @@ Measure what a server takes for a batch, simulate a few servers at the busiest h
 a parameter with its unit; nothing is assumed about a provider.
 """
 
-import functools
 import math
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, get_args
-
-import numpy as np
 
 from flserving.errors import ConfigError
 from flserving.lab.arrivals import Poisson
 from flserving.lab.fleet import DAY_S, Architecture, Fleet, simulate_fleet
-from flserving.lab.theory import mmc_wait_quantile_s
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,43 +32,6 @@ class Prices:
         for price in fields(self):
             if not 0 <= getattr(self, price.name) < math.inf:
                 raise ConfigError(f"{price.name} is {getattr(self, price.name)!r}: a finite price of at least 0")
-
-
-def measure_service_s(
-    call: Callable[[int], object],
-    sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
-    repeats: int = 15,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[int, float]:
-    """Median seconds of ``call(n)``, which runs one batch of n rows: the input of :func:`service_table`."""
-    table = {}
-    for size in sizes:
-        times = [clock()]
-        for _ in range(repeats):
-            call(size)
-            times.append(clock())
-        table[size] = float(np.median(np.diff(times)))
-    return table
-
-
-def service_table(measured_s: Mapping[int, float]) -> Callable[[int], float]:
-    """Service times between and beyond measured batch sizes: straight lines, the last two points carried on.
-
-    Raises:
-        ConfigError: Nothing measured, a batch size below 1, or a time that is negative or not finite.
-    """
-    points = sorted(measured_s.items())
-    if not points or points[0][0] < 1 or not all(0 <= took_s < math.inf for _, took_s in points):
-        raise ConfigError(f"measured_s is {dict(measured_s)!r}: batch sizes from 1 on, with finite seconds")
-    sizes, times = zip(*points, strict=True)
-    slope: float = (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]) if len(points) > 1 else times[-1] / sizes[-1]
-
-    @functools.cache
-    def service_s(size: int) -> float:
-        beyond_s: float = max(0, size - sizes[-1]) * max(0.0, slope)
-        return float(np.interp(size, sizes, times)) + beyond_s
-
-    return service_s
 
 
 def sustainable_per_s(
@@ -118,24 +75,6 @@ def sustainable_per_s(
     return low
 
 
-def pooled_servers(fleet: Fleet, rate_per_s: float, p99_s: float) -> int:
-    """Servers by Erlang C: all workers behind one queue, no batching, exponential service times of mean service_s(1).
-
-    A check from the other side than the simulation: batching needs fewer, two random choices need more. Near
-    R + b sqrt(R) workers for R = rate * service time: Halfin and Whitt, Operations Research 29(3), 1981.
-    """
-    service_s = fleet.service_s(1)
-    spare_s = p99_s - fleet.link.mean_exchange_s(fleet.request_nbytes, fleet.response_nbytes) - service_s
-    low, high = 0, max(1, 2 * math.ceil(rate_per_s * service_s + 10))
-    if not mmc_wait_quantile_s(rate_per_s, service_s, high, 0.99) <= spare_s:
-        raise ConfigError(f"{p99_s:g} s leave {spare_s:.3g} s for waiting: raise the target or shorten the path")
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = mmc_wait_quantile_s(rate_per_s, service_s, middle, 0.99) <= spare_s
-        low, high = (low, middle) if enough else (middle, high)
-    return math.ceil(high / fleet.config.num_workers)
-
-
 def plan(
     fleet: Fleet,
     *,
@@ -171,10 +110,9 @@ def plan(
         requests, seed: Of each simulation.
 
     Returns:
-        Indexed by architecture: ``peak_per_s`` (requests that reach the cloud), ``servers`` (simulated),
-        ``servers_erlang_c`` (see :func:`pooled_servers`), ``utilisation``, ``p50_ms``, ``p99_ms`` (of all requests, at
-        the busiest hour), ``availability`` and ``degraded`` (shares), ``up_gb``, ``down_gb``, ``updates_gb`` a day,
-        ``cost_per_day``, ``cost_per_million`` (requests).
+        Indexed by architecture: ``peak_per_s`` (requests that reach the cloud), ``servers``, ``utilisation``,
+        ``p50_ms``, ``p99_ms`` (of all requests, at the busiest hour), ``availability`` and ``degraded`` (shares),
+        ``up_gb``, ``down_gb``, ``updates_gb`` a day, ``cost_per_day``, ``cost_per_million`` (requests).
 
     Raises:
         ConfigError: A number out of range, or a target that no number of servers meets.
@@ -209,7 +147,6 @@ def plan(
         rows[architecture] = {
             "peak_per_s": to_cloud,
             "servers": servers,
-            "servers_erlang_c": pooled_servers(fleet, to_cloud, p99_s) if to_cloud else 0,
             "utilisation": run.utilisation,
             "p50_ms": run.quantile_s(0.5) * 1e3,
             "p99_ms": run.quantile_s(0.99) * 1e3,
@@ -222,7 +159,7 @@ def plan(
             "cost_per_million": cost / per_day * 1e6,
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("architecture")
-    return table.astype({"servers": int, "servers_erlang_c": int})
+    return table.astype({"servers": int})
 
 
 def _p99_s(fleet: Fleet, rate_per_s: float, servers: int, requests: int, seed: int) -> float:

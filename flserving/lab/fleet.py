@@ -14,7 +14,7 @@ Assumed: devices never queue, servers fail only through their queue limit, clien
 import copy
 import functools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -33,45 +33,13 @@ PATHS = ("failed", "local", "cloud", "degraded")
 DAY_S = 86_400.0
 
 
-@dataclass(frozen=True, slots=True)
-class Daily:
-    """Poisson arrivals whose rate follows a day: mean * (1 + swing * cos), highest at ``peak_s`` after midnight.
-
-    Args:
-        rate_per_s: Mean over the day.
-        swing: Peak over mean, less 1; in [0, 1].
-        peak_s, day_s: When the peak is, and how long a day lasts: shorten it to watch one.
-
-    Source: thinning, Lewis and Shedler, Naval Research Logistics 26(3), 1979.
-    """
-
-    rate_per_s: float
-    swing: float = 0.8
-    peak_s: float = DAY_S / 2
-    day_s: float = DAY_S
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate_per_s < math.inf or not 0 <= self.swing <= 1 or not 0 < self.day_s < math.inf:
-            raise ConfigError(f"{self} is no daily curve: rate_per_s and day_s above 0, swing in [0, 1]")
-
-    def gaps_s(self, rng: np.random.Generator) -> Iterator[float]:
-        now_s = last_s = 0.0
-        highest = 1 + self.swing
-        while True:
-            now_s += rng.exponential(1 / (self.rate_per_s * highest))
-            rate = 1 + self.swing * math.cos(2 * math.pi * (now_s - self.peak_s) / self.day_s)
-            if rng.random() * highest < rate:
-                yield now_s - last_s
-                last_s = now_s
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
     """What the devices, the network and one server are like.
 
     Args:
-        service_s: Seconds that a server takes for a batch of n rows: ``capacity.service_table`` of what was measured
-            (with several workers: all busy), or any function; it may draw at random and is called once per batch.
+        service_s: Seconds that a server takes for a batch of n rows, as measured (with several workers: all busy) or
+            any function; it may draw at random and is called once per batch.
         link: Of every device; an outage hits all of them. Runs draw from a copy: the same link, the same run.
         request_nbytes, response_nbytes: On the wire, headers included.
         device_s: Seconds of a local answer.
@@ -107,7 +75,6 @@ class FleetRun:
         path: Indices into ``PATHS``, int8 [N].
         batch_size: int64 [B].
         utilisation: Busy time of all workers over the time that they had.
-        up_nbytes, down_nbytes: What crossed the links, from and to the devices.
     """
 
     arrival_s: Floats
@@ -115,8 +82,6 @@ class FleetRun:
     path: npt.NDArray[np.int8]
     batch_size: Ints
     utilisation: float
-    up_nbytes: float
-    down_nbytes: float
 
     @property
     def shares(self) -> dict[str, float]:
@@ -139,8 +104,7 @@ def simulate_fleet(
     arrivals: Arrivals | Floats,
     *,
     servers: int = 1,
-    requests: int | None = 20_000,
-    seconds: float | None = None,
+    requests: int = 20_000,
     seed: int = 0,
 ) -> FleetRun:
     """Send requests through one architecture.
@@ -148,10 +112,10 @@ def simulate_fleet(
     Args:
         fleet: See :class:`Fleet`.
         architecture: "central", "edge" or "hybrid".
-        arrivals: Of all devices together: ``Poisson(rate_per_s)``, ``Daily(...)``, or the times themselves, ascending.
+        arrivals: Of all devices together: ``Poisson(rate_per_s)``, or the times themselves, ascending.
         servers: Machines. A request goes to the less busy of two drawn at random (Mitzenmacher, "The power of two
             choices in randomized load balancing", IEEE TPDS 12(10), 2001): per server, many behave as few do.
-        requests, seconds: Where to end, whichever comes first.
+        requests: At most so many.
         seed: Of arrivals, choices and shares; the link has its own.
 
     Raises:
@@ -167,7 +131,7 @@ def simulate_fleet(
     if isinstance(arrivals, np.ndarray):
         arrival_s = arrivals[slice(requests)].astype(np.float64)
     else:
-        arrival_s = arrival_times_s(arrivals, rng, requests=requests, seconds=seconds)
+        arrival_s = arrival_times_s(arrivals, rng, requests=requests)
     count = len(arrival_s)
     tries_locally = architecture != "central"
     local = rng.random(count) < {"central": 0.0, "edge": 1.0, "hybrid": fleet.local_share}[architecture]
@@ -181,22 +145,19 @@ def simulate_fleet(
     request, response = (np.full(len(away), nbytes) for nbytes in (fleet.request_nbytes, fleet.response_nbytes))
     reach_s = link.finish_s(sent_s, link.line_s(request, up=True) + link.delay_s(request, half_s))
     done_s, batches, busy_s = _serve(fleet, reach_s, gives_up_s, servers, rng)
-    served = np.isfinite(done_s)
     back_s = link.finish_s(done_s, link.line_s(response, up=False) + link.delay_s(response, half_s))
     in_time = back_s <= gives_up_s
     late = away[~in_time]
     latency_s[away] = back_s - arrival_s[away]
     latency_s[late] = fleet.deadline_s if tries_locally else math.inf
     path[late] = PATHS.index("degraded" if tries_locally else "failed")
-    span_s = max([*arrival_s[-1:], *done_s[served]], default=0.0)
+    span_s = max([*arrival_s[-1:], *done_s[np.isfinite(done_s)]], default=0.0)
     return FleetRun(
         arrival_s=arrival_s,
         latency_s=latency_s,
         path=path,
         batch_size=np.array(batches, np.int64),
         utilisation=busy_s / (span_s * servers * fleet.config.num_workers) if span_s else 0.0,
-        up_nbytes=float((reach_s < gives_up_s).sum()) * fleet.request_nbytes,
-        down_nbytes=float(served.sum()) * fleet.response_nbytes,
     )
 
 

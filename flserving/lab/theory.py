@@ -122,16 +122,6 @@ def mmc_wait_s(rate_per_s: float, service_s: float, servers: int) -> float:
     return waits * service_s / spare if spare > 0 else math.inf
 
 
-def mmc_wait_quantile_s(rate_per_s: float, service_s: float, servers: int, q: float) -> float:
-    """Waiting time that a share ``q`` of M/M/c requests does not exceed; 0 while fewer than 1 - q of them wait."""
-    _require_share(q)
-    waits = erlang_c(rate_per_s, service_s, servers)
-    spare = servers - rate_per_s * service_s
-    if spare <= 0:
-        return math.inf
-    return max(0.0, math.log(waits / (1 - q)) * service_s / spare) if waits > 0 else 0.0
-
-
 def _require(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 <= value < math.inf:
