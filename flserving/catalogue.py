@@ -4,6 +4,7 @@ import operator
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -170,6 +171,14 @@ class Catalogue:
             if wanted is not None:
                 transaction.set_alias(name, alias, wanted, who, why)
         return ended
+
+    def experiment_age_s(self, name: str, alias: str = DEFAULT_ALIAS) -> float:
+        """Seconds since the running experiment on an alias was first started, by the registry's clock; 0 if none is."""
+        ends = "SELECT max(id) FROM experiments WHERE name = ?1 AND alias = ?2 AND content IS NULL"
+        sql = f"SELECT at FROM experiments WHERE name = ?1 AND alias = ?2 AND id > coalesce(({ends}), 0) ORDER BY id"
+        began = self._index.query(f"{sql} LIMIT 1", name, alias)
+        now = datetime.fromisoformat(self._index.timestamp())
+        return (now - datetime.fromisoformat(began[0][0])).total_seconds() if began else 0.0
 
     def experiment_log(self, name: str) -> list[dict[str, Any]]:
         """Every start, change and end, oldest first: at, alias, experiment (None: it ended), who, why."""

@@ -47,7 +47,9 @@ class Verdict(NamedTuple):
     why: str
 
 
-def judge(policy: Policy, control: Rewards, canary: Rewards, requests: int = 0, failed: int = 0) -> Verdict:
+def judge(
+    policy: Policy, control: Rewards, canary: Rewards, requests: int = 0, failed: int = 0, age_s: float = 0.0
+) -> Verdict:
     """What the evidence says of a canary. May be asked after every reward.
 
     It is rolled back once it is shown that its requests fail more often than ``max_failures``, that a client of it is
@@ -57,7 +59,15 @@ def judge(policy: Policy, control: Rewards, canary: Rewards, requests: int = 0, 
 
     Args:
         requests, failed: Of the canary: answered or failed in the model, and failed in the model.
+        age_s: Since the canary began; after the policy's ``most_s`` it is rolled back rather than waited for.
     """
+    verdict = _judge(policy, control, canary, requests, failed)
+    if verdict.decision == "wait" and age_s > policy.most_s:
+        return Verdict("rollback", f"no verdict within {policy.most_s:g} s: {verdict.why}")
+    return verdict
+
+
+def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, failed: int) -> Verdict:
     if sequential.exceeds(requests, failed, policy.max_failures, policy.alpha / 4):
         return Verdict("rollback", f"{failed} of {requests} requests failed in the model")
     lowest = min(_means(policy, control).values(), default=0.0)
@@ -191,7 +201,8 @@ class Experiments:
         (old, _), (new, version) = roles[True], roles[False]
         rewards = self._store(registry).rewards(experiment.run)
         requests, failed = self._outcomes(registry, experiment.run).get(new, (0, 0))
-        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), requests, failed)
+        age_s = registry.experiment_age_s(model, alias)
+        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), requests, failed, age_s)
         if verdict.decision != "wait":
             wanted = version if verdict.decision == "promote" else None
             why = f"{verdict.decision}: {verdict.why}"

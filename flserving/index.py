@@ -171,7 +171,7 @@ class Index:
     """
 
     def __init__(self, root: str, busy_timeout_s: float, timestamp: Callable[[], str]) -> None:
-        self._path, self._timeout_s, self._timestamp = f"{root}/{FILE_NAME}", busy_timeout_s, timestamp
+        self._path, self._timeout_s, self.timestamp = f"{root}/{FILE_NAME}", busy_timeout_s, timestamp
         self._pid, self.commits = os.getpid(), 0
         self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
         self._reader: sqlite3.Connection | None = None
@@ -233,7 +233,7 @@ class Index:
             with _typed_errors():
                 connection.execute("BEGIN IMMEDIATE")
                 try:
-                    yield Transaction(connection, self._timestamp())
+                    yield Transaction(connection, self.timestamp())
                     connection.execute("COMMIT")
                     self.commits += 1
                 except BaseException:

@@ -1,9 +1,9 @@
 """An experiment: which versions share an alias's requests, by which rule, and what ends it. Plain data.
 
 A client's arm is drawn by weighted rendezvous hashing with a secret key (Schindelhauer and Schomaker, SPAA 2005): the
-same client gets the same arm in every process, and after a change of weights only as many clients change their arm as
-must. Who has no client id, and a request of several clients, is no part of the experiment: the alias's own version
-answers.
+same client gets the same arm in every process. Under one key a client changes its arm only for one whose weight grew
+against that of its own: so no more clients move than must where one of two weights changes, or an arm comes or goes.
+Who has no client id, and a request of several clients, is no part of the experiment: the alias's own version answers.
 """
 
 import math
@@ -15,7 +15,7 @@ import msgspec
 from flserving.errors import ConfigError
 from flserving.manifest import check_name
 
-MOST_ARMS = 8  # one digest gives each of them 64 bits
+MOST_ARMS = 8
 
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,6 +26,9 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """When a canary is promoted or rolled back by itself. See :func:`flserving.experiments.judge`.
 
+    Its share is not ramped up meanwhile: rewards pooled over changing shares are biased when quality drifts (Simpson's
+    paradox; Kohavi, Tang and Xu, Trustworthy Online Controlled Experiments, 2020, ch. 3).
+
     Attributes:
         effect: A loss of mean reward that matters.
         alpha: The canary is promoted although it loses ``effect`` with at most ``alpha / 2``, rolled back although it
@@ -35,6 +38,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         worst_margin: How far the worst client of the canary may be below the worst one of the control.
         client_rewards: A client with fewer rewards is not called the worst.
         max_failures: Share of requests that may fail in the model itself.
+        most_s: A canary without a verdict for so long is rolled back: without feedback it would run for ever. The
+            default is a week.
     """
 
     effect: float = 0.05
@@ -44,14 +49,17 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     worst_margin: float = 0.1
     client_rewards: int = 20
     max_failures: float = 0.01
+    most_s: float = 7 * 86_400.0
 
     def check(self) -> None:
         for name in ("effect", "alpha", "power", "worst_margin", "max_failures"):
-            if not 0 < (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} is {value!r}: it must be a number in (0, 1)")
+            if not _number(value := getattr(self, name)) or not 0 < value < 1:
+                raise ConfigError(f"{name} is {value!r:.64}: it must be a number in (0, 1)")
         for name in ("min_clients", "client_rewards"):
-            if (value := getattr(self, name)) < 2:
-                raise ConfigError(f"{name} is {value!r}: it must be at least 2")
+            if type(value := getattr(self, name)) is not int or value < 2:
+                raise ConfigError(f"{name} is {value!r:.64}: it must be an integer >= 2")
+        if not _number(self.most_s) or not 0 < self.most_s < math.inf:
+            raise ConfigError(f"most_s is {self.most_s!r:.64}: it must be a number of seconds > 0")
 
 
 class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -93,8 +101,8 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         if len(self.arms) > MOST_ARMS or (not self.arms and self.shadow is None):
             raise ConfigError(f"experiment {self.id!r} has {len(self.arms)} arms: it takes 1 to {MOST_ARMS}")
         for name, arm in self.arms.items():
-            if not 0 < arm.weight <= 1:
-                raise ConfigError(f"arm {name!r} is empty, its weight is {arm.weight!r}: leave it out, or weigh it")
+            if not _number(arm.weight) or not 0 < arm.weight <= 1:
+                raise ConfigError(f"arm {name!r} is empty, its weight is {arm.weight!r:.64}: leave it out, or weigh it")
         if self.arms and abs((total := math.fsum(arm.weight for arm in self.arms.values())) - 1) > 1e-9:
             raise ConfigError(f"the weights of experiment {self.id!r} sum to {total:.12g}: they must sum to one")
         if self.policy is not None:
@@ -103,15 +111,20 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 raise ConfigError(f"experiment {self.id!r} has a policy: it takes two sticky arms of two versions")
 
     def arm_of(self, client: str) -> str:
-        """The client's arm under the rule ``sticky``. Cost: about 2 us."""
-        size, key = 8 * len(self.arms), bytes.fromhex(self.key)
-        digest = blake2b(client.encode(errors="surrogatepass"), digest_size=size, key=key).digest()
-        best, least = "", math.inf
-        for place, (name, arm) in enumerate(self.arms.items()):
-            uniform = (int.from_bytes(digest[8 * place : 8 * place + 8]) + 0.5) / 2**64
+        """The client's arm under the rule ``sticky``. Cost: about 1 us for each arm."""
+        said = client.encode(errors="surrogatepass") + b"\0"  # which no arm's name holds
+        started, best, least = blake2b(said, digest_size=8, key=bytes.fromhex(self.key)), "", math.inf
+        for name, arm in self.arms.items():
+            drawn = started.copy()
+            drawn.update(name.encode())
+            uniform = (int.from_bytes(drawn.digest()) + 0.5) / 2**64
             if (score := -math.log(uniform) / arm.weight) < least:
                 best, least = name, score
         return best
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Crossroads(tuple[str, str]):

@@ -4,10 +4,13 @@ import itertools
 import math
 import sqlite3
 import threading
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiment_models import LOUD, ROW, named, publish, published, server_of
 from flserving import Registry, experiments
@@ -75,10 +78,26 @@ def test_the_same_client_gets_the_same_arm_wherever_it_is_read():
     assert experiment.arm_of("\udc80 \x00 é") in "ab"
 
 
-def test_other_weights_move_only_as_many_clients_as_must():
-    small, large = arms_of(keyed({"a": 0.9, "b": 0.1})), arms_of(keyed({"a": 0.6, "b": 0.4}))
-    moves = {(old, new) for old, new in zip(small, large, strict=True) if old != new}
-    assert moves == {("a", "b")}
+def moves_of(old, new, clients=20_000):
+    arms = zip(arms_of(keyed(old), clients), arms_of(keyed(new), clients), strict=True)
+    return {(before, after) for before, after in arms if before != after}
+
+
+def test_only_as_many_clients_as_must_change_their_arm():
+    assert moves_of({"a": 0.9, "b": 0.1}, {"a": 0.6, "b": 0.4}) == {("a", "b")}
+    two, three = {"a": 0.6, "b": 0.4}, {"c": 0.2, "a": 0.48, "b": 0.32}
+    assert moves_of(two, three) == {("a", "c"), ("b", "c")} and moves_of(three, two) == {("c", "a"), ("c", "b")}
+    assert moves_of(two, {"b": 0.4, "a": 0.6}) == set(), "the order in which arms are named is nothing"
+
+
+WEIGHTS = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 20), min_size=1)
+
+
+@given(WEIGHTS, WEIGHTS)
+def test_a_client_changes_its_arm_only_for_one_whose_weight_grew_against_its_own(old, new):
+    shares = [{name: weight / sum(given.values()) for name, weight in given.items()} for given in (old, new)]
+    for before, after in moves_of(*shares, clients=200):
+        assert new[after] * old[before] > new.get(before, 0) * old.get(after, 0), (before, after)
 
 
 # The registry
@@ -101,6 +120,11 @@ def test_other_weights_move_only_as_many_clients_as_must():
         (Experiment.canary("x", 1, 1), ConfigError, "two sticky arms"),
         (Experiment.canary("x", 1, 2, policy=Policy(effect=0)), ConfigError, "effect is 0"),
         (Experiment.canary("x", 1, 2, policy=Policy(min_clients=1)), ConfigError, "min_clients is 1"),
+        (Experiment.canary("x", 1, 2, policy=Policy(min_clients=2.5)), ConfigError, "min_clients is 2.5"),
+        (Experiment.canary("x", 1, 2, policy=Policy(alpha="5 %")), ConfigError, "alpha is '5 %'"),
+        (Experiment.canary("x", 1, 2, policy=Policy(most_s=0)), ConfigError, "most_s is 0"),
+        (Experiment.canary("x", 1, 2, policy=Policy(most_s=math.inf)), ConfigError, "most_s is inf"),
+        (Experiment.of("x", {"a": (1, "half"), "b": (2, 0.5)}), ConfigError, "arm 'a' is empty, its weight is 'half'"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else None,
 )
@@ -291,13 +315,26 @@ def rewards(mean, clients=60, each=100, **special):
         (rewards(0.9), rewards(0.9), (), "promote", "against 0.9000"),
         (rewards(0.9), rewards(0.7), (), "rollback", "-0.2000"),
         (rewards(0.9), rewards(0.9, 10), (), "wait", "10 and 60 clients"),
+        (rewards(0.9), rewards(0.9, 10), (0, 0, 604_801), "rollback", "no verdict within 604800 s: 10 and 60 clients"),
+        (rewards(0.9), rewards(0.9), (0, 0, 604_801), "promote", "against 0.9000"),
         (rewards(0.9), rewards(0.9, each=1), (), "wait", "mean reward"),
         (rewards(0.9), rewards(0.9, bad=(100, 20.0)), (), "rollback", "'bad' gets 0.200, the control's worst 0.900"),
         (rewards(0.9), rewards(0.9, unlucky=(100, 78.0)), (), "rollback", "worst client 0.780: no proof"),
         ({}, {}, (1000, 0), "wait", "0 and 0 clients"),
         ({}, {}, (1000, 100), "rollback", "100 of 1000 requests failed in the model"),
     ],
-    ids=["equal", "worse", "few-clients", "few-rewards", "bad-client", "unlucky-client", "no-feedback", "failing"],
+    ids=[
+        "equal",
+        "worse",
+        "few-clients",
+        "late",
+        "late-but-proven",
+        "few-rewards",
+        "bad-client",
+        "unlucky-client",
+        "no-feedback",
+        "failing",
+    ],
 )
 def test_what_the_evidence_says(control, canary, more, decision, message):
     verdict = judge(Policy(), control, canary, *more)
@@ -350,6 +387,35 @@ def test_a_canary_that_fails_is_rolled_back_by_what_all_processes_saw(tmp_path, 
         registry.start_experiment("m", AB, **LOG)
         with pytest.raises(ConflictError, match="another experiment has begun"):
             registry.conclude_experiment("m", run=running.run, **LOG)
+
+
+def test_a_canary_without_a_verdict_is_rolled_back_after_its_time(tmp_path, monkeypatch):
+    """Counted from its first start, by the registry's clock: other weights and a restart change nothing about it."""
+    monkeypatch.setattr(Router, "WATCH_S", 3600)
+    now = [datetime(2026, 1, 1, tzinfo=UTC)]
+
+    def pass_s(seconds):
+        now[0] += timedelta(seconds=seconds)
+
+    published(tmp_path).close()
+    policy = Policy(most_s=100)
+    for share in (0.1, 0.2):
+        with Registry(tmp_path, now=lambda: now[0]) as registry, server_of(registry) as server:
+            assert registry.experiment_age_s("m") == {0.1: 0, 0.2: 60}[share]
+            registry.start_experiment("m", Experiment.canary("idle", 1, 2, share, policy), **LOG)
+            server.refresh()
+            server.predict(ROW, client="c")
+            pass_s(60 if share == 0.1 else 40)
+            assert server.experiments.decide("m").decision == "wait"
+    with Registry(tmp_path, now=lambda: now[0]) as registry, server_of(registry) as server:
+        pass_s(1)
+        assert server.experiments.decide("m").decision == "rollback"
+        last = registry.experiment_log("m")[-1]
+        assert last["why"] == "rollback: no verdict within 100 s: 0 and 0 clients gave rewards: 20 decide"
+        assert registry.experiments("m") == {} and registry.aliases("m") == {"default": 1}
+        registry.start_experiment("m", Experiment.canary("idle", 1, 2, policy=policy), **LOG)
+        assert registry.experiment_age_s("m") == 0, "another run of the same id"
+        assert registry.experiment_age_s("m", "nowhere") == 0
 
 
 def test_what_the_store_could_not_take_is_counted_later(registry, server, monkeypatch):
