@@ -12,27 +12,9 @@ STAGES = ("validate", "cache", "queue", "preprocess", "infer", "postprocess", "r
 ``queue`` the hand-over to a worker, ``respond`` everything from the end of the execution to the answer object."""
 
 BOUNDS_S = (
-    1e-5,
-    2.5e-5,
-    5e-5,
-    1e-4,
-    2.5e-4,
-    5e-4,
-    1e-3,
-    2.5e-3,
-    5e-3,
-    0.01,
-    0.02,
-    0.03,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1,
-    2.5,
-    5,
-    10,
-)
+    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
+    0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
+)  # fmt: skip
 """Upper bounds of the exact buckets. 0.05 is the course's target for the 99th percentile: the share of requests within
 it is then a quotient of two counters, not an estimate."""
 
@@ -103,19 +85,14 @@ class Account:
 
     def add_requests(self, rows: int, spent: NDArray[np.float64], last_ms: int) -> None:
         """Answered requests: seconds in each stage and in all [n, stages + 1]; the time of day of the last one."""
-        self.requests, self.rows, self.last_ms = (
-            self.requests + len(spent),
-            self.rows + rows,
-            max(self.last_ms, last_ms),
-        )
+        self.requests, self.rows = self.requests + len(spent), self.rows + rows
+        self.last_ms = max(self.last_ms, last_ms)
         self.stages += np.count_nonzero(spent, axis=0), spent.sum(axis=0)
         self.at_most += np.bincount(np.searchsorted(_BOUNDS, spent[:, -1]), minlength=_BUCKETS)
         looked_up, ran = spent[:, 1] > 0, spent[:, 4] > 0
         if looked_up.any():
-            hits, misses = (
-                spent[looked_up & ~ran, 1:3].sum(axis=1),
-                spent[looked_up & ran, 1],
-            )  # a hit may wait for a twin
+            hits = spent[looked_up & ~ran, 1:3].sum(axis=1)  # a hit may wait for a twin
+            misses = spent[looked_up & ran, 1]
             self.cache += (hits.size, misses.size), (hits.sum(), misses.sum())
 
     def add_runs(self, rows: int, largest: int, runs: int, seconds: NDArray[np.float64]) -> None:

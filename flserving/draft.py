@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flserving import backends, models, weights
 from flserving.errors import InvalidModelError
 from flserving.heads import HeadSet
-from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature, encode, plain_json, sha256
+from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature, encode, plain_json
 from flserving.transforms import Preprocessor
 
 Statistics = Preprocessing | Mapping[str, Sequence[float]]
@@ -30,15 +30,6 @@ class Draft:
     manifest: Manifest
     image: Tensor
     tensors: dict[str, Tensor]
-
-    def hash_file(self) -> str:
-        """Digest of the weights file. Cost: about 0.6 ms per MB; releases the GIL."""
-        return sha256(weights.as_bytes(self.image))
-
-    def hash_parts(self) -> tuple[str, str | None]:
-        """Digests of the body and, where there is one, of the head. Cost: as :meth:`hash_file`."""
-        body, head = weights.split(self.tensors)
-        return weights.digest(body), weights.digest(head) if head else None
 
 
 def timestamp(now: datetime) -> str:

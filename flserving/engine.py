@@ -130,7 +130,7 @@ class InferenceEngine(Lane):
         preprocessor, postprocessor: Default to no statistics and to classification.
         version: What the answers name as ``model_version``.
         max_batch_size: Most rows in one forward; larger input runs in chunks.
-        warmup_samples: Default number of single-row forwards of :meth:`warmup`.
+        warmup_samples: Number of single-row forwards of :meth:`warmup`; 0: it does nothing.
         digest: Names the weights and the code that runs them (equal digests, equal answers: caches rely on it);
             unique to this engine when not given.
         owned: The module is the engine's own already (the loader's): skip the copy.
@@ -201,28 +201,26 @@ class InferenceEngine(Lane):
         """The answer of one request, with the contract's keys."""
         return prediction.lists() | {"latency_ms": latency_ms, "model_version": self.version, "model_type": "global"}
 
-    def warmup(self, sample: Any = None, samples: int | None = None) -> float:
-        """Run ``samples`` single-row forwards and one of ``max_batch_size`` rows; none of it is in the statistics.
+    def warmup(self, sample: Any = None) -> float:
+        """Run ``warmup_samples`` single-row forwards and one of ``max_batch_size`` rows, outside the statistics.
 
         Args:
             sample: Typical features; zeros where the width is known and nothing is given.
-            samples: Number of single-row forwards; the engine's ``warmup_samples`` when not given, 0 does nothing.
 
         Returns:
             Seconds of the last full batch: what an execution usually takes (0 when nothing ran).
         """
-        samples = self.warmup_samples if samples is None else samples
-        if samples <= 0:
+        if not self.warmup_samples:
             return 0.0
         if sample is None:
             if self.preprocessor.num_features is None:
                 raise InvalidModelError("the model's number of features is not known: warm up with a sample")
             sample = np.zeros(self.preprocessor.num_features, np.float32)
         row = self.preprocessor.validate(sample)[:1]
-        for _ in range(samples):
+        for _ in range(self.warmup_samples):
             self.forward(row, False, self._infer)
         marks = self.forward(np.repeat(row, self.max_batch_size, axis=0), True, self._infer).marks_s
-        self._warmups += samples + 1
+        self._warmups += self.warmup_samples + 1
         self.typical_s = marks[-1] - marks[0]
         return self.typical_s
 

@@ -32,8 +32,7 @@ def trained_on(layout: str, digests: Digests) -> str:
 
 def trained_on_state(layout: str, tensors: Mapping[str, Tensor]) -> str:
     """:func:`trained_on` of weights that no version holds yet."""
-    body, head = weights.split(tensors)
-    return trained_on(layout, Digests("", weights.digest(body), weights.digest(head) if head else None, ""))
+    return trained_on(layout, Digests("", *weights.part_digests(tensors), ""))
 
 
 def neutral_head(layout: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine, copy_of
 from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelError, NotFoundError
 from flserving.heads import HeadStore
-from flserving.manifest import Signature
+from flserving.manifest import Manifest, Signature
 from flserving.personalization import PersonalEngine
 from flserving.transforms import Postprocessor, Preprocessor
 from flserving.weights import first_non_finite
@@ -107,10 +107,7 @@ class RegistrySource:
     def parts(self, version: str) -> Parts:
         artifact = self.registry.read(self.name, int(version))
         manifest = artifact.manifest
-        small = manifest.weights_nbytes < 1 << 18  # to initialise it takes less time than to prevent that
-        module = models.build(manifest.architecture, manifest.parameters, initialise=small)
-        if not small and any(part._non_persistent_buffers_set for part in module.modules()):
-            module = models.build(manifest.architecture, manifest.parameters)  # no file holds these buffers' values
+        module = self._empty(manifest)
         try:
             module.load_state_dict(artifact.tensors, strict=True, assign=True)
         except RuntimeError as error:
@@ -128,6 +125,15 @@ class RegistrySource:
         digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
         number = None if manifest.lineage is None else manifest.lineage.round
         return Parts(module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads, number)
+
+    def _empty(self, manifest: Manifest) -> nn.Module:
+        """The module whose weights are to be loaded: without memory where initialising it would cost more."""
+        if manifest.weights_nbytes >= 1 << 18:
+            with torch.device("meta"):
+                module = models.build(manifest.architecture, manifest.parameters)
+            if not any(part._non_persistent_buffers_set for part in module.modules()):  # no file holds their values
+                return module
+        return models.build(manifest.architecture, manifest.parameters)
 
     def signature(self, version: str) -> Signature:
         return self.registry.manifest(self.name, int(version)).signature

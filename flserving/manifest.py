@@ -112,10 +112,6 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     heads: HeadsEntry | None = None  # manifests from before there were heads do not have it
 
 
-class _AnyFormat(Struct):
-    format: int = FORMAT
-
-
 _decoder = msgspec.json.Decoder(Manifest)
 
 
@@ -178,21 +174,15 @@ def decode(data: bytes, source: str) -> Manifest:
     """JSON -> Manifest. ``source`` names the file in messages.
 
     Raises:
-        CorruptArtifactError: Not a manifest, or one of a newer format.
+        CorruptArtifactError: Not a manifest, or one of another format.
     """
     try:
         return _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        reason = str(error)
-    try:
-        newer = msgspec.json.decode(data, type=_AnyFormat).format
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        newer = FORMAT
-    if newer != FORMAT:
         raise CorruptArtifactError(
-            f"{source} has manifest format {newer}, this flserving reads {FORMAT}: install the version that wrote it"
-        )
-    raise CorruptArtifactError(f"{source} is not a manifest ({reason}): restore it from a backup, or publish again")
+            f"{source} is not a manifest of format {FORMAT} ({error}): restore it from a backup, publish again, or "
+            "install the flserving that wrote it"
+        ) from None
 
 
 def sha256(data: bytes | memoryview) -> str:

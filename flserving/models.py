@@ -5,14 +5,13 @@ here, in code, can be built from it. Every built-in takes float32 [N, D] and ret
 split into ``body`` (shared by all clients) and ``head`` (the last linear layer, which a client may own).
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -93,14 +92,12 @@ def names() -> list[str]:
     return sorted(_known)
 
 
-def build(architecture: str, parameters: Mapping[str, JSON] | None = None, *, initialise: bool = True) -> nn.Module:
+def build(architecture: str, parameters: Mapping[str, JSON] | None = None) -> nn.Module:
     """Build a freshly initialised module. Cheap under ``torch.device("meta")``, where no memory is taken.
 
     Args:
         architecture: A registered name.
         parameters: Keyword arguments of the factory, plain JSON. E.g. ``{"sizes": [784, 512, 512, 10]}`` for ``mlp``.
-        initialise: False leaves the weights as they lie in memory, for who loads others at once (large models: 10 x
-        faster).
 
     Raises:
         NotFoundError: The name is not registered; the message lists those that are.
@@ -110,17 +107,7 @@ def build(architecture: str, parameters: Mapping[str, JSON] | None = None, *, in
     """
     entry, text = _find(architecture), _canonical(architecture, parameters)
     _checked_shapes(entry, text)
-    with contextlib.nullcontext() if initialise else _WithoutInit():
-        return _call(entry, entry.factory, text)
-
-
-class _WithoutInit(torch.overrides.TorchFunctionMode):
-    """Turns every function of ``torch.nn.init`` into a no-op."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
+    return _call(entry, entry.factory, text)
 
 
 def signature(architecture: str, parameters: Mapping[str, JSON] | None = None) -> tuple[Shape, Shape]:

@@ -156,8 +156,9 @@ class Registry(Catalogue):
                 storage.Staging(self._staging) as folder,
                 ThreadPoolExecutor(2) as beside,
             ):  # the disk is waited for here
-                file, parts = beside.submit(content.hash_file), beside.submit(content.hash_parts)
-                storage.write_file(f"{folder}/{WEIGHTS}", weights.as_bytes(content.image))
+                image = weights.as_bytes(content.image)
+                file, parts = beside.submit(sha256, image), beside.submit(weights.part_digests, content.tensors)
+                storage.write_file(f"{folder}/{WEIGHTS}", image)
                 digests = Digests(file.result(), *parts.result(), content.manifest.digests.preprocessing)
                 entry = heads.write(f"{folder}/{HEADS}", trained_on(heads.layout, digests)) if heads else None
                 manifest = msgspec.structs.replace(content.manifest, digests=digests, heads=entry)

@@ -48,15 +48,12 @@ def history(moves: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
 def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping[str, Tensor]]) -> pd.DataFrame:
     """Two versions side by side: rows (kind, item); columns a, b, equal, difference.
 
-    ``field``, ``lineage``, ``heads``: what the manifests say. ``metric``: difference is b - a. ``digest``: whether
-    weights, body, head and preprocessing are the same. ``tensor``: a and b are the L2 norms, difference is the norm of
-    b - a (NaN if the shapes differ).
+    ``metric``: difference is b - a. ``digest``: whether weights, body, head and preprocessing are the same. ``tensor``:
+    a and b are the L2 norms, difference is the norm of b - a (NaN if the shapes differ).
     """
     rows: list[tuple[str, str, Any, Any, bool, float]] = []
-    for kind, left, right in zip(("field", "lineage", "digest", "heads"), _facts(a[0]), _facts(b[0]), strict=True):
-        for item in {**left, **right}:
-            x, y = left.get(item), right.get(item)
-            rows.append((kind, item, x, y, x == y, float("nan")))
+    left, right = (msgspec.structs.asdict(manifest.digests) for manifest, _ in (a, b))
+    rows += [("digest", item, x, right[item], x == right[item], float("nan")) for item, x in left.items()]
     for item in {**a[0].metrics, **b[0].metrics}:
         x, y = a[0].metrics.get(item, float("nan")), b[0].metrics.get(item, float("nan"))
         rows.append(("metric", item, x, y, x == y, y - x))
@@ -64,15 +61,6 @@ def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping
         rows.append(("tensor", item, *_tensors(a[1].get(item), b[1].get(item))))
     frame = pd.DataFrame(rows, columns=["kind", "item", "a", "b", "equal", "difference"])
     return frame.set_index(["kind", "item"])
-
-
-def _facts(manifest: Manifest) -> tuple[dict[str, Any], ...]:
-    fields = msgspec.structs.asdict(manifest)
-    lineage, digests, heads = fields.pop("lineage"), fields.pop("digests"), fields.pop("heads")
-    for apart in ("metrics", "preprocessing", "format", "name"):
-        del fields[apart]
-    signature = msgspec.structs.asdict(fields.pop("signature"))
-    return fields | signature, *(msgspec.structs.asdict(it) if it else {} for it in (lineage, digests, heads))
 
 
 def _tensors(x: Tensor | None, y: Tensor | None) -> tuple[float, float, bool, float]:

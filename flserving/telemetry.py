@@ -53,9 +53,7 @@ class Executions:
 
     def _fold(self) -> None:
         with self._lock:
-            n = len(self._pending)
-            taken = np.array(self._pending[:n], np.float64).reshape(n, 2)
-            del self._pending[:n]
+            taken = np.array(_take(self._pending), np.float64).reshape(-1, 2)
             self._rows += int(taken[:, 0].sum())
             self._seconds.record(taken[:, 1])
 

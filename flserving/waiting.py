@@ -29,33 +29,30 @@ class LoopSide:
 
 
 def answer(batch: Sequence[Request[Any]], results: Iterable[Any]) -> None:
-    """Give every request of a batch its result: one wake-up an event loop, not one a request."""
-    elsewhere: defaultdict[LoopSide, list[Request[Any]]] = defaultdict(list)
-    here = asyncio._get_running_loop()  # None in a worker
+    """Give every request of a batch its result."""
     for request, result in zip(batch, results, strict=True):
         request.result = result
-        waiter = request.waiter
-        if isinstance(waiter, tuple) and waiter[0].loop is not here:
-            elsewhere[waiter[0]].append(request)
-        else:
-            _wake(request)
-    for side, requests in elsewhere.items():
-        side.call(partial(_wake_all, requests))
+    _wake_all(batch)
 
 
 def refuse(request: Request[Any], error: BaseException) -> None:
     """Give one request an error."""
     request.error = error
-    waiter = request.waiter
-    if isinstance(waiter, tuple) and waiter[0].loop is not asyncio._get_running_loop():
-        waiter[0].call(partial(_wake, request))
-    else:
-        _wake(request)
+    _wake_all((request,))
 
 
 def _wake_all(requests: Iterable[Request[Any]]) -> None:
+    """One call an event loop, not one a request."""
+    elsewhere: defaultdict[LoopSide, list[Request[Any]]] = defaultdict(list)
+    here = asyncio._get_running_loop()  # None in a worker
     for request in requests:
-        _wake(request)
+        waiter = request.waiter
+        if isinstance(waiter, tuple) and waiter[0].loop is not here:
+            elsewhere[waiter[0]].append(request)
+        else:
+            _wake(request)
+    for side, those in elsewhere.items():
+        side.call(partial(_wake_all, those))
 
 
 def _wake(request: Request[Any]) -> None:

@@ -147,6 +147,12 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     return body, {name: tensor for name, tensor in tensors.items() if name not in body}
 
 
+def part_digests(tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    """:func:`digest` of the body and, where there is one, of the head."""
+    body, head = split(tensors)
+    return digest(body), digest(head) if head else None
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of a set of tensors, independent of their order: names, dtypes, shapes and values, each framed.
 

@@ -287,18 +287,18 @@ def test_a_warm_up_runs_single_rows_then_a_full_batch_and_is_not_in_the_statisti
     assert sizes == [1, 1, 1, 8]
     stats = engine.get_stats()
     assert (stats["warmup_executions"], stats["executions"], stats["rows"], stats["execution"]["count"]) == (4, 0, 0, 0)
-    engine.warmup([[1.0], [2.0]], samples=1)
-    assert sizes == [1, 1, 1, 8, 1, 8] and engine.get_stats()["warmup_executions"] == 6
+    engine.warmup([[1.0], [2.0]])
+    assert sizes == [1, 1, 1, 8] * 2 and engine.get_stats()["warmup_executions"] == 8
 
 
 def test_a_warm_up_of_no_samples_does_nothing():
     engine, sizes = spied(warmup_samples=0)
-    assert engine.warmup() == engine.warmup([1.0], samples=0) == 0 and sizes == [] and engine.typical_s == math.inf
+    assert engine.warmup() == engine.warmup([1.0]) == 0 and sizes == [] and engine.typical_s == math.inf
 
 
 def test_a_warm_up_needs_a_sample_only_where_the_width_is_unknown():
-    known, sizes = spied(preprocessor=Preprocessor(num_features=2), max_batch_size=4)
-    assert known.warmup(samples=1) > 0 and sizes == [1, 4]
+    known, sizes = spied(preprocessor=Preprocessor(num_features=2), max_batch_size=4, warmup_samples=1)
+    assert known.warmup() > 0 and sizes == [1, 4]
     unknown, _ = spied()
     with pytest.raises(InvalidModelError, match="number of features is not known: warm up with a sample"):
         unknown.warmup()
