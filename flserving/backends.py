@@ -123,13 +123,15 @@ class OnnxModel(nn.Module):
     """float32 [N, inputs] -> float32 [N, outputs] by ONNX Runtime, on as many threads as torch has when it is loaded.
 
     ``graph`` is the ONNX file's bytes. Loading them checks them and makes the session; a graph that is refused fails
-    the load like any weights that do not fit.
+    the load like any weights that do not fit. Raises NotSupportedError: onnx or onnxruntime is not installed.
     """
 
     graph: Tensor
 
     def __init__(self, inputs: int, outputs: int, nbytes: int) -> None:
         super().__init__()
+        for package in ("onnx", "onnxruntime"):  # who cannot run it learns that before it downloads anything
+            need(package)
         self.inputs, self.outputs = inputs, outputs
         self.register_buffer("graph", torch.zeros(nbytes, dtype=torch.uint8))
         self._session: Any = None

@@ -16,7 +16,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flserving.errors import ConflictError, InvalidModelError, NotFoundError
+from flserving.errors import ConflictError, InvalidModelError, NotFoundError, NotSupportedError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Shape: TypeAlias = tuple[int, ...]
@@ -148,7 +148,7 @@ def _call(entry: Architecture, function: Callable[..., T], text: str) -> T:
     parameters = json.loads(text)
     try:
         return function(**parameters)
-    except InvalidModelError:
+    except (InvalidModelError, NotSupportedError):
         raise
     except Exception as error:
         raise InvalidModelError(

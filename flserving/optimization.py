@@ -3,8 +3,8 @@
 What is made goes into the registry under the same name: its parent is the version it was made from, and its lineage
 says how (``extra["optimisation"]`` and what follows it). Servers and devices load it as they load any version; none of
 its caches is shared with its parent, for the digests differ. Nothing is said here about what it is worth: measure it
-with ``flserving.lab.optimization.report``. Metrics are not inherited; personal heads are not either, for they belong to
-the body that they were trained on.
+with ``flserving.lab.optimization.report``. Metrics are not inherited. Personal heads belong to the body that they were
+trained on: a version that has some is refused, unless ``heads=None`` says that its clients shall go without.
 
 ``torch.compile`` makes no version: what it compiles is machine code for one process, and a file of machine code is not
 something to take from a registry. ``flserving.lab.sweep`` measures it beside the others.
@@ -39,7 +39,8 @@ def to_onnx(registry: Registry, name: str, version: int | str = "default", **pub
 
     Args:
         version: A version or an alias.
-        published: ``metrics``, ``alias``, ``who``, ``why``, ``note`` of :meth:`Registry.publish`; so everywhere here.
+        published: ``metrics``, ``alias``, ``who``, ``why``, ``note`` of :meth:`Registry.publish`, or ``heads=None``; so
+            everywhere here.
 
     Raises:
         InvalidModelError: It cannot be exported (its forward depends on values, say), an operator is not listed in
@@ -47,7 +48,7 @@ def to_onnx(registry: Registry, name: str, version: int | str = "default", **pub
 
     Cost: 1 to 3 s, and 5 s more the first time.
     """
-    parent, parts = _parent(registry, name, version)
+    parent, parts = _parent(registry, name, version, published)
     widths = _widths(parent)
     return _publish(registry, parent, sealed(graph_of(parts.module, *widths), *widths), "onnx", {}, published)
 
@@ -72,7 +73,7 @@ def quantise(
         raise ConfigError(
             f"method is {method!r}: use one of {', '.join(METHODS)}; give data for static, and only there"
         )
-    parent, parts = _parent(registry, name, version)
+    parent, parts = _parent(registry, name, version, published)
     widths = _widths(parent)
     graph = graph_of(parts.module, *widths)
     if data is None:
@@ -101,7 +102,7 @@ def prune(
     """
     if not isinstance(share, float) or not 0 < share < 1:
         raise ConfigError(f"share is {share!r}: use a number between 0 and 1")
-    parent, parts = _parent(registry, name, version)
+    parent, parts = _parent(registry, name, version, published)
     architecture, parameters = parent.architecture, dict(parent.parameters)
     masks: dict[str, Tensor] = {}
     if structured:
@@ -134,7 +135,7 @@ def distil(
 
     Cost: ``rounds`` x ``epochs`` passes of Adam, about 0.1 s each on digits with 20 clients.
     """
-    parent, parts = _parent(registry, name, version)
+    parent, parts = _parent(registry, name, version, published)
     shapes = models.signature(architecture, parameters)
     if shapes != (parent.signature.input_shape, parent.signature.output_shape):
         raise InvalidModelError(f"{architecture!r} maps {shapes[0]} to {shapes[1]}: the parent does not")
@@ -152,9 +153,16 @@ def distil(
     return _publish(registry, parent, student, "distilled", told, published, architecture, parameters)
 
 
-def _parent(registry: Registry, name: str, version: int | str) -> tuple[Manifest, Parts]:
-    number = registry.resolve(name, version)
-    return registry.manifest(name, number), RegistrySource(registry, name).parts(str(number))
+def _parent(
+    registry: Registry, name: str, version: int | str, published: Mapping[str, Any]
+) -> tuple[Manifest, Parts]:  # fmt: skip
+    parent = registry.manifest(name, registry.resolve(name, version))
+    if parent.heads is not None and "heads" not in published:
+        raise InvalidModelError(
+            f"{name!r} version {parent.version} has {parent.heads.num_heads} personal heads, which fit no other body: "
+            "pass heads=None, and its clients get the global head of the new version"
+        )
+    return parent, RegistrySource(registry, name).parts(str(parent.version))
 
 
 def _widths(parent: Manifest) -> tuple[int, int]:
