@@ -26,10 +26,10 @@ class Calibration:
 
 
 def calibrate(
-    confidences: ArrayLike, local_correct: ArrayLike, cloud_correct: ArrayLike, *,
-    accuracy: float | None = None, share: float | None = None,
-) -> Calibration:  # fmt: skip
-    """The threshold for "the device answers where its confidence is at least that, else the cloud".
+    confidences: ArrayLike, local_correct: ArrayLike, cloud_correct: ArrayLike, *, accuracy: float
+) -> Calibration:
+    """The smallest threshold for "the device answers where its confidence is at least that, else the cloud" with which
+    the two together reach ``accuracy``: the fewest rows leave the device.
 
     Every threshold that tells two rows apart is tried, from the lowest (the device answers all) to one above all
     confidences (the cloud does); nothing is assumed of how confidence and accuracy go together. The accuracy is that of
@@ -38,11 +38,10 @@ def calibrate(
     Args:
         confidences: Of the device's answers, [N] in [0, 1].
         local_correct, cloud_correct: Whether the device and the cloud were right about each row, [N].
-        accuracy: Give the smallest threshold that reaches it: the fewest rows leave the device.
-        share: Or give the largest threshold that sends at most this share of the rows to the cloud.
+        accuracy: Share of the rows that the two together must answer correctly.
 
     Raises:
-        ConfigError: Not one of the two goals, arrays of different lengths, or no threshold reaches the accuracy.
+        ConfigError: Arrays of different lengths, a number outside [0, 1], or no threshold reaches the accuracy.
 
     Cost: a sort.
     """
@@ -54,18 +53,17 @@ def calibrate(
         )
     if not ((sure >= 0) & (sure <= 1)).all():
         raise ConfigError("a confidence lies outside [0, 1]: give the probabilities of the predicted classes")
-    goal = (-1.0 if share is None else share) if accuracy is None else accuracy
-    if (accuracy is None) == (share is None) or not 0 <= goal <= 1:
-        raise ConfigError(f"accuracy is {accuracy!r}, share is {share!r}: give one of them, in [0, 1]")
+    if not 0 <= accuracy <= 1:
+        raise ConfigError(f"accuracy is {accuracy!r}: it must lie in [0, 1], e.g. 0.95")
     order = np.argsort(sure, kind="stable")
     sure, n = sure[order], len(sure)
     # right[k]: rows answered correctly when the k least sure go to the cloud
     right = local.sum() + np.concatenate([[0], np.cumsum(cloud[order].astype(int) - local[order])])
     cuts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(sure)), [n]])  # equal confidences go together
-    good = right[cuts] >= math.ceil(goal * n - 1e-9) if accuracy is not None else cuts <= goal * n + 1e-9
+    good = right[cuts] >= math.ceil(accuracy * n - 1e-9)
     if not good.any():
-        raise ConfigError(f"no threshold reaches an accuracy of {goal}: the best is {right[cuts].max() / n:.4f}")
-    sent = int(cuts[good][0 if accuracy is not None else -1])
+        raise ConfigError(f"no threshold reaches an accuracy of {accuracy}: the best is {right[cuts].max() / n:.4f}")
+    sent = int(cuts[good][0])
     threshold = 0.0 if sent == 0 else float(sure[sent]) if sent < n else math.nextafter(float(sure[-1]), 2.0)
     reached = float(right[sent] / n)
     return Calibration(threshold, reached, math.sqrt(reached * (1 - reached) / n), sent / n)

@@ -77,7 +77,7 @@ class HybridServer(EdgeModelServer):
         self._calls = ThreadPoolExecutor(cloud_calls, thread_name_prefix="flserving-cloud")
         self._hedges = [ThreadPoolExecutor(2 * cloud_calls, thread_name_prefix="flserving-hedge") for _ in range(2)]
         self._closed, self._lock, self._cloud_version = False, threading.Lock(), ""
-        self._paths, self._refusals = Counter[str](), Counter[str]()
+        self._refusals = Counter[str]()
 
     def __getattr__(self, name: str) -> Any:
         if name == "edge":
@@ -95,13 +95,12 @@ class HybridServer(EdgeModelServer):
             turn = Turn(self, features, self._timeout_s(timeout_ms), stages, arrays, client, door)
             answer = await self._policy(turn)
             answer["latency_ms"] = (self._clock() - turn.started_s) * 1e3
-        self._count(self._paths, answer["path"])
         self.telemetry.told("path", [answer["path"]])
         return answer
 
-    def _count(self, counter: "Counter[str]", name: str) -> None:
+    def _refused(self, reason: str) -> None:
         with self._lock:
-            counter[name] += 1
+            self._refusals[reason] += 1
 
     def _heard(self, cloud_version: str) -> None:
         with self._lock:
@@ -110,11 +109,11 @@ class HybridServer(EdgeModelServer):
                 self.cloud_cache.clear()
 
     def get_all_stats(self) -> dict[str, Any]:
-        """The edge's, and ``hybrid``: answers by path, why the cloud gave none, its breaker and its cache."""
+        """The edge's (answers by path are in them), and ``hybrid``: why the cloud gave none, its breaker, its cache."""
         with self._lock:
-            counts = {"paths": dict(self._paths), "cloud_refusals": dict(self._refusals)}
+            refusals = dict(self._refusals)
         own = {"consent": self.consent, "breaker": self.breaker.stats(), "cloud_cache": self.cloud_cache.stats()}
-        return self.edge.get_all_stats() | {"hybrid": counts | own}
+        return self.edge.get_all_stats() | {"hybrid": own | {"cloud_refusals": refusals}}
 
     def close(self, drain_s: float = 5.0) -> None:
         """Answer no more. Calls to the cloud that still wait end by their own deadlines. Idempotent."""

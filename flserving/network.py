@@ -87,22 +87,13 @@ class Link:
         self._uptime = self._starts - self._out_s[:-1]  # time up before each outage
         self._rng = np.random.default_rng(seed)
 
-    # One message, one exchange
-
-    def transfer_s(self, nbytes: float, now_s: float = 0.0, *, up: bool = True) -> float:
-        """Seconds until a message sent at ``now_s`` is there; ``inf`` if it never is."""
-        return float(self.transfers_s(nbytes, now_s, up=up))
-
-    def exchange_s(
-        self, request_nbytes: float, response_nbytes: float, now_s: float = 0.0, server_s: float = 0.0
-    ) -> float:
-        """Seconds from sending a request at ``now_s`` to its answer, of which the server takes ``server_s``."""
-        return float(self.exchanges_s(request_nbytes, response_nbytes, now_s, server_s))
-
-    # Many at once
+    # Many at once, or one
 
     def transfers_s(self, nbytes: npt.ArrayLike, now_s: npt.ArrayLike = 0.0, *, up: bool = True) -> Floats:
-        """``transfer_s`` for arrays that broadcast; float64. 100,000 in some 20 ms."""
+        """Seconds until a message sent at ``now_s`` is there, ``inf`` if it never is: float64.
+
+        Arguments broadcast. 100,000 in some 20 ms.
+        """
         size, now = np.broadcast_arrays(np.asarray(nbytes, np.float64), np.asarray(now_s, np.float64))
         return np.asarray(self.finish_s(now, self.line_s(size, up=up) + self.delay_s(size)) - now)
 
@@ -113,7 +104,10 @@ class Link:
         now_s: npt.ArrayLike = 0.0,
         server_s: npt.ArrayLike = 0.0,
     ) -> Floats:
-        """``exchange_s`` for arrays that broadcast; float64."""
+        """Seconds from sending a request at ``now_s`` to its answer, of which the server takes ``server_s``: float64.
+
+        Arguments broadcast.
+        """
         given = (np.asarray(a, np.float64) for a in (request_nbytes, response_nbytes, now_s, server_s))
         request, response, now, server = np.broadcast_arrays(*given)
         half_s = self.rtts_s(now.shape) / 2

@@ -96,7 +96,7 @@ class Turn:
                     raise DeadlineExceededError("an identical request to the cloud took too long: raise timeout_ms")
                 kept = flight.result()
         except FlservingError as error:
-            server._count(server._refusals, error.reason)
+            server._refused(error.reason)
             return None
         finally:
             del flight  # as in ModelServer: an error's frames must not hold what holds the error

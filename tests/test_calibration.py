@@ -40,15 +40,6 @@ def test_the_accuracy_is_reached_and_no_smaller_share_would_do(cells, wanted):
     assert found.standard_error == pytest.approx(math.sqrt(found.accuracy * (1 - found.accuracy) / len(rows)))
 
 
-@given(ROWS, GOALS)
-def test_the_share_is_kept_and_no_larger_one_would_be(cells, budget):
-    rows = [(cell / 8, local, cloud) for cell, local, cloud in cells]
-    found = calibrate(*zip(*rows, strict=True), share=budget)
-    sent = outcome(rows, found.threshold)[1]
-    kept = [sent for _, sent in every_outcome(rows) if sent <= budget * len(rows) + 1e-9]
-    assert sent == max(kept) == round(found.share * len(rows))
-
-
 def test_a_device_that_is_right_when_it_is_sure_keeps_what_it_is_sure_of():
     rng = np.random.default_rng(7)
     confidences = rng.uniform(0.3, 1, 20_000)
@@ -63,17 +54,14 @@ def test_the_two_ends():
     assert calibrate([0.4, 0.9], [1, 1], [0, 0], accuracy=1.0).threshold == 0
     above = calibrate([0.4, 1.0], [0, 0], [1, 1], accuracy=1.0)
     assert above.share == 1 and 1 < above.threshold < 1.000001
-    assert calibrate([0.4, 0.9], [1, 1], [0, 0], share=0).threshold == 0
 
 
 @pytest.mark.parametrize(
-    ("arrays", "goals"),
-    [(([], [], []), {"share": 0.5}), (([0.5], [1, 0], [1]), {"share": 0.5}), (([[0.5]], [[1]], [[1]]), {"share": 0.5}),
-     (([1.5], [1], [1]), {"share": 0.5}), (([float("nan")], [1], [1]), {"share": 0.5}), (([0.5], [1], [1]), {}),
-     (([0.5], [1], [1]), {"share": 0.5, "accuracy": 0.5}), (([0.5], [1], [1]), {"accuracy": 1.5}),
-     (([0.5], [1], [1]), {"share": float("nan")})],
+    ("arrays", "accuracy"),
+    [(([], [], []), 0.5), (([0.5], [1, 0], [1]), 0.5), (([[0.5]], [[1]], [[1]]), 0.5), (([1.5], [1], [1]), 0.5),
+     (([float("nan")], [1], [1]), 0.5), (([0.5], [1], [1]), 1.5), (([0.5], [1], [1]), float("nan"))],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_be_calibrated_is_refused(arrays, goals):
+def test_what_cannot_be_calibrated_is_refused(arrays, accuracy):
     with pytest.raises(ConfigError):
-        calibrate(*arrays, **goals)
+        calibrate(*arrays, accuracy=accuracy)

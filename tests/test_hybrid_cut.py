@@ -117,7 +117,7 @@ def test_a_cut_cloud(edge, how, way):
             answer = ask(hybrid, UNSURE, way)
             assert (answer["path"], answer["round"], answer["degraded"]) == ("cloud", 5, False)
             assert breaker.state == "closed" and ask(hybrid, UNSURE, way)["path"] == "cache"
-            paths = hybrid.get_all_stats()["hybrid"]["paths"]
+            paths = hybrid.get_all_stats()["server"]["answers_by_path"]
             assert paths == {"local": FAILURES, "degraded": len(answers) + 2, "cloud": 1, "cache": 1}
     finally:
         cut.close()

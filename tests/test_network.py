@@ -25,9 +25,9 @@ def test_without_loss_an_exchange_is_a_round_trip_and_the_bytes_over_the_bandwid
 ):
     link = Link(rtt_ms=rtt_ms, up_bytes_s=0.5 * MB, down_bytes_s=4 * MB)
     expected_s = rtt_ms / 1e3 + request_nbytes / 0.5e6 + response_nbytes / 4e6
-    assert link.exchange_s(request_nbytes, response_nbytes) == pytest.approx(expected_s)
+    assert link.exchanges_s(request_nbytes, response_nbytes) == pytest.approx(expected_s)
     assert link.mean_exchange_s(request_nbytes, response_nbytes) == pytest.approx(expected_s)
-    one_ways_s = link.transfer_s(request_nbytes) + link.transfer_s(response_nbytes, up=False)
+    one_ways_s = link.transfers_s(request_nbytes) + link.transfers_s(response_nbytes, up=False)
     assert one_ways_s == pytest.approx(expected_s)
 
 
@@ -96,13 +96,13 @@ def test_the_timeout_follows_the_spread_of_the_round_trip():
 )
 def test_an_outage_stops_what_is_under_way(now_s, took_s):
     link = Link(rtt_ms=1_000, up_bytes_s=1_000, outages=[(10, 20), (30, 35), (100, math.inf)])
-    assert link.exchange_s(1_000, 0, now_s) == pytest.approx(took_s)
+    assert link.exchanges_s(1_000, 0, now_s) == pytest.approx(took_s)
 
 
 def test_two_outages_may_hit_the_same_exchange_and_the_server_works_on_in_between():
     link = Link(rtt_ms=2_000, outages=[(10, 20), (21, 22), (40, 50)])
-    assert link.exchange_s(0, 0, 9.5) == pytest.approx(2 + 10 + 1)
-    assert link.exchange_s(0, 0, 38, server_s=5) == pytest.approx(1 + 5 + (50 - 44) + 1)
+    assert link.exchanges_s(0, 0, 9.5) == pytest.approx(2 + 10 + 1)
+    assert link.exchanges_s(0, 0, 38, server_s=5) == pytest.approx(1 + 5 + (50 - 44) + 1)
 
 
 @given(
@@ -141,7 +141,7 @@ def test_arrays_broadcast_and_equal_one_by_one():
     sizes, now_s = np.array([[10], [20_000], [500_000]]), np.array([0.0, 0.7, 1.5, 3])
     together = link.exchanges_s(sizes, 300, now_s)
     assert together.shape == (3, 4)
-    one_by_one = [[link.exchange_s(n, 300, t) for t in now_s] for n in sizes[:, 0]]
+    one_by_one = [[link.exchanges_s(n, 300, t) for t in now_s] for n in sizes[:, 0]]
     np.testing.assert_allclose(together, one_by_one)
 
 

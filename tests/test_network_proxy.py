@@ -150,7 +150,7 @@ def test_in_virtual_time_a_message_takes_what_the_link_says(settings, nbytes, up
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         assert runner.run(send()) == nbytes
     assert sink.data == payload
-    assert sink.done_s == pytest.approx(Link(**settings).transfer_s(nbytes, up=up), rel=0.01)
+    assert sink.done_s == pytest.approx(Link(**settings).transfers_s(nbytes, up=up), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_in_virtual_time_a_message_takes_what_the_link_says(settings, nbytes, up
     ids=["rtt", "up", "down", "bandwidth", "bulk"],
 )
 def test_an_exchange_takes_what_the_link_says(port, settings, request_nbytes, response_nbytes):
-    expected_s = Link(**settings).exchange_s(request_nbytes, response_nbytes)
+    expected_s = Link(**settings).exchanges_s(request_nbytes, response_nbytes)
     with Proxy(Link(**settings), "127.0.0.1", port) as proxy, connect(proxy) as caller:
         exchange(caller)  # the handshake is over
         assert_closed_form(lambda: exchange(caller, request_nbytes, response_nbytes), expected_s)
