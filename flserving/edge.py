@@ -5,6 +5,7 @@ version with the weights and the one client's head, so both change as one, and r
 registry's. Every answer says which round it came from and how old that is.
 """
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 
 from flserving.config import ServingConfig
 from flserving.doors import Door
-from flserving.errors import ConfigError, InvalidInputError, InvalidModelError, StaleModelError
+from flserving.errors import (
+    ConfigError,
+    CorruptArtifactError,
+    InvalidInputError,
+    InvalidModelError,
+    StaleModelError,
+)
 from flserving.heads import HeadSet, Layout, trained_on
 from flserving.hosting import LOCAL
 from flserving.manifest import Lineage, Manifest
@@ -26,7 +33,7 @@ from flserving.registry import Registry
 from flserving.server import ModelServer
 
 _NOBODY = ""  # stands in for a client where the global model was asked for
-_UPDATED_AT = "updated_at_s"  # in the lineage of a version that brought only a head
+UPDATED_AT = "updated_at_s"  # in the lineage of a version that brought only a head
 _SLACK_S = 60.0  # a clock that was set back by less than this is taken as right: daemons that keep time do so
 
 
@@ -181,7 +188,7 @@ class EdgeModelServer(ModelServer):
             model that does not answer a row of zeros raises what it raised. The model before serves on.
         """
         with self._updating:
-            now = self._current()
+            now = current(self.registry, self.model)
             if now is not None:
                 same = {name: getattr(now, name) for name in ("architecture", "parameters", "preprocessing")}
                 published = same | {"output_type": now.signature.output_type} | published
@@ -192,8 +199,10 @@ class EdgeModelServer(ModelServer):
             if head is not None:
                 heads = head if isinstance(head, HeadSet) else HeadSet.from_states({self.client: head})
                 return self._install(state, heads, published)
-            store = None if now is None else self.registry.read(self.model, now.version).heads
-            kept = None if store is None else store.take(self.client)
+            kept = None
+            with contextlib.suppress(CorruptArtifactError):  # what is broken is replaced, its head with it
+                store = None if now is None else self.registry.read(self.model, now.version).heads
+                kept = None if store is None else store.take(self.client)
             try:
                 return self._install(state, kept, published)
             except InvalidModelError:
@@ -223,7 +232,7 @@ class EdgeModelServer(ModelServer):
             kept = ("architecture", "parameters", "preprocessing", "metrics", "note")
             published = {name: getattr(now, name) for name in kept} | {"output_type": now.signature.output_type}
             lineage = now.lineage or Lineage()  # a new head makes the body no younger, not even after a restart
-            extra = {**lineage.extra, _UPDATED_AT: _updated_at(now)}
+            extra = {**lineage.extra, UPDATED_AT: _updated_at(now)}
             published["lineage"] = msgspec.structs.replace(lineage, extra=extra)
             return self._install(artifact.tensors, heads, published, self._age_of(str(now.version)))
 
@@ -232,14 +241,9 @@ class EdgeModelServer(ModelServer):
 
         It is not written down: after a restart, ages count from the updates again.
         """
-        now = self._current()
+        now = current(self.registry, self.model)
         if now is not None:
             self._ages[str(now.version)] = _round_of(now), Age(self._wall(), self._clock, self._wall)
-
-    def _current(self) -> Manifest | None:
-        """What the alias leads to now, also where another process moved it."""
-        number = self.registry.aliases(self.model).get("default")
-        return None if number is None else self.registry.manifest(self.model, number)
 
     def _install(
         self, state: nn.Module | Mapping[str, Tensor], heads: HeadSet | None, published: Mapping[str, Any],
@@ -273,9 +277,17 @@ class EdgeModelServer(ModelServer):
             self._folder.cleanup()
 
 
+def current(registry: Registry, model: str) -> Manifest | None:
+    """What the alias ``default`` leads to now, also where another process moved it; None where that is broken."""
+    number = registry.aliases(model).get("default")
+    with contextlib.suppress(CorruptArtifactError):
+        return None if number is None else registry.manifest(model, number)
+    return None
+
+
 def _updated_at(manifest: Manifest) -> float:
     """When the weights of a version came to the device, Unix seconds."""
-    said = (manifest.lineage or Lineage()).extra.get(_UPDATED_AT)
+    said = (manifest.lineage or Lineage()).extra.get(UPDATED_AT)
     return said if isinstance(said, float) else datetime.fromisoformat(manifest.created_at).timestamp()
 
 

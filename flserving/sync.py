@@ -5,8 +5,8 @@ its manifest (sha256 in the statement), then the weights (sha256 in the manifest
 then the client's own head (signed); then publish all of it in the device's registry as one version. Killed anywhere,
 the device starts with the version before or with the new one, and a download goes on where it ended.
 
-Nothing is removed: every update takes its size on the disk. Where that is too much, remove ``weights.safetensors`` of
-versions that no alias points at; one that is wanted again is downloaded again.
+The weights of earlier versions go, but for the newest two and what an alias leads to: what is wanted again is
+downloaded again. What the device made itself (:meth:`EdgeModelServer.update_local`) stays.
 
 What the cloud said stays in the version's lineage: ``extra`` has ``cloud_manifest``, ``cloud_version``, ``cloud_form``.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flserving import delta, manifest, models, storage, weights
 from flserving.downloads import Downloads, disk_full
-from flserving.edge import EdgeModelServer
+from flserving.edge import UPDATED_AT, EdgeModelServer, current
 from flserving.errors import (
     ConfigError,
     ConflictError,
@@ -38,22 +38,20 @@ from flserving.errors import (
 )
 from flserving.heads import HeadSet, trained_on
 from flserving.manifest import Lineage, Manifest, sha256
-from flserving.registry import Registry
+from flserving.registry import WEIGHTS, Registry
 from flserving.release import MAX_RELEASE_NBYTES, Seen, Statement, check, open_head, round_of, verify
 
 _SLACK_NBYTES = 1 << 20  # a delta of what cannot be compressed is a little longer than the weights
 
 
-class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Facts(Seen, frozen=True, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     key: str | None = None  # the cloud's, trusted since the first pull
-    serial: int = 0
-    manifest_sha256: str = ""
     seen_s: float = 0.0
 
 
 class Memory:
-    """What a device must not forget: whom it trusts, the highest serial that it accepted, the latest time it saw.
+    """What a device must not forget: whom it trusts, what it accepted from there, the latest time it saw.
 
     Args:
         registry: The device's; the facts lie in a file in its folder.
@@ -113,7 +111,7 @@ class SyncAgent:
 
     Args:
         url: Of the cloud. ``token``: the device's credential there. ``ca``: PEM of the authority to trust.
-        registry: The device's own. ``edge``: the server to update, whose registry it is.
+        registry: The device's own. ``edge``: the server to update, whose registry it is; or a hybrid of it.
         model: Its name; None takes the first that the cloud serves. Remembered.
         client: Whose head to bring along.
         key: The cloud's public key, hex. None trusts the one of the first pull (and remembers it).
@@ -123,7 +121,7 @@ class SyncAgent:
     """
 
     def __init__(
-        self, url: str, token: str | None, registry: Registry, *, edge: EdgeModelServer | None = None,
+        self, url: str, token: str | None, registry: Registry, *, edge: EdgeModelServer,
         model: str | None = None, client: str | None = None, key: str | None = None, form: delta.Form = "exact",
         ca: bytes | None = None, timeout_s: float = 10.0, limit_s: float = 3600.0, memory: Memory | None = None,
         clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
@@ -134,7 +132,7 @@ class SyncAgent:
             if None not in (given, known) and given != known:
                 raise ConfigError(f"{name} is {given!r}, this directory holds {known!r}: use another one")
         self._registry, self._client, self._form = registry, client, form
-        self._edge: EdgeModelServer | None = getattr(edge, "edge", edge)  # a hybrid's device
+        self._edge: EdgeModelServer = getattr(edge, "edge", edge)
         self._model, self._key, self._wall = model, key, wall
         self._cloud = Downloads(url, token, self.memory.folder, ca, timeout_s, limit_s, clock)
         self._pulling, self._whole = threading.Lock(), 0
@@ -152,20 +150,20 @@ class SyncAgent:
         with self._pulling:
             self._cloud.nbytes = {}
             statement, model = self._ask()
-            if self._edge is not None:
-                self._edge.model = model  # a new device may have been opened before it knew
-            local = self._current(model)
+            self._edge.model = model  # a new device may have been opened before it knew
+            local = current(self._registry, model)
             if (held := self._held(model, statement.manifest_sha256)) is None:
                 held, changed = self._update(model, statement, local), True
             elif changed := held != (None if local is None else local.version):
-                if self._edge is not None:
-                    with self._edge.lease(held, model):  # it answers, or nothing moves
-                        pass
+                with self._edge.lease(held, model):  # it answers, or nothing moves
+                    pass
                 why = f"release {statement.serial}"
                 self._registry.set_alias(model, "default", held, who="sync", why=why)
-            if self._edge is not None:
-                self._edge.refresh()
-                self._edge.confirm()
+            self._edge.refresh()
+            self._edge.confirm()
+            if self.memory.facts.round != statement.round:
+                self.memory.note(round=statement.round)
+            self._prune(model)
             return Pulled(changed, statement.round, statement.version, held, self._cloud.nbytes)
 
     def close(self) -> None:
@@ -177,13 +175,12 @@ class SyncAgent:
     def _ask(self) -> tuple[Statement, str]:
         facts, nonce = self.memory.facts, secrets.token_hex(16)
         model = self._model or facts.model or self._first_model()
-        local = self._current(model)
+        local = current(self._registry, model)
         path = f"/v2/repository/models/{model}/release?nonce={nonce}"
         answer = self._cloud.get(path, MAX_RELEASE_NBYTES, "release")
         statement, key = verify(answer, Statement, self._key or facts.key)
-        number, now_s = 0 if local is None else round_of(local), self._wall()
-        seen = Seen(serial=facts.serial, manifest_sha256=facts.manifest_sha256, round=number)
-        check(statement, model, nonce, seen, now_s)
+        now_s, runs = self._wall(), 0 if local is None else round_of(local)
+        check(statement, model, nonce, msgspec.structs.replace(facts, round=max(facts.round, runs)), now_s)
         # It was signed just now: so much later than that it is, or the clock is wrong and was so before.
         facts_now = {"serial": statement.serial, "manifest_sha256": statement.manifest_sha256}
         self.memory.note(model=model, key=key, seen_s=max(now_s, statement.issued_at), **facts_now)
@@ -199,12 +196,6 @@ class SyncAgent:
 
     # What is here
 
-    def _current(self, model: str) -> Manifest | None:
-        number = self._registry.aliases(model).get("default")
-        with contextlib.suppress(CorruptArtifactError):  # as if it were not there: it is downloaded again
-            return None if number is None else self._registry.manifest(model, number)
-        return None
-
     def _held(self, model: str, manifest_sha256: str) -> int | None:
         """The local version of a cloud's, if there is one that is whole; read once to know that."""
         wanted = {"cloud_manifest": manifest_sha256, "cloud_form": self._form}.items()
@@ -217,6 +208,18 @@ class SyncAgent:
                         self._whole = number
                     return number
         return None
+
+    def _prune(self, model: str) -> None:
+        """Remove the weights of what came from the cloud, is not among the newest two, and no alias leads to."""
+        kept = {*self._registry.version_numbers(model)[-2:], *self._registry.aliases(model).values()}
+        for path in Path(self._registry.root, "models", model).glob(f"*/{WEIGHTS}"):
+            number = int(path.parent.name) if path.parent.name.isdecimal() else 0
+            with contextlib.suppress(CorruptArtifactError, NotFoundError, OSError):
+                if number not in kept:
+                    lineage = self._registry.manifest(model, number).lineage
+                    if lineage is not None and "cloud_manifest" in lineage.extra and UPDATED_AT not in lineage.extra:
+                        path.unlink()
+                        self._whole = 0
 
     def _update(self, model: str, statement: Statement, local: Manifest | None) -> int:
         path = f"/v2/repository/models/{model}/versions/{statement.version}"
@@ -241,12 +244,7 @@ class SyncAgent:
             "metrics": new.metrics, "note": new.note, "output_type": new.signature.output_type,
             "lineage": msgspec.structs.replace(lineage, round=statement.round, parent_version=None, extra=extra),
         }  # fmt: skip
-        if self._edge is not None:
-            return self._edge.update_global(tensors, head=head, **published).version
-        why = f"release {statement.serial}"
-        return self._registry.publish(
-            model, tensors, heads=head, alias="default", who="sync", why=why, **published
-        ).version
+        return self._edge.update_global(tensors, head=head, **published).version
 
     def _tensors(
         self, path: str, new: Manifest, statement: Statement, local: Manifest | None

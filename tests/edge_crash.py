@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch
 from edge_cloud import state
 from flserving import Registry, delta, weights
 from flserving.edge import EdgeModelServer
+from flserving.registry import WEIGHTS
 from flserving.sync import Memory, SyncAgent
 from registry_crash import fork
 
@@ -36,7 +38,8 @@ def update(root, url, form, report):
 def check(root, form):
     """The round that a device runs after its restart; 0 where it has none yet. AssertionError: it is not whole."""
     with Registry(root) as registry:
-        for number in registry.version_numbers("m"):
+        whole = [int(path.parent.name) for path in Path(root, "models", "m").glob(f"*/{WEIGHTS}")]
+        for number in {*registry.version_numbers("m")} & {*whole, *registry.aliases("m").values()}:
             artifact = registry.read("m", number)
             wanted = state(artifact.manifest.lineage.round, artifact.manifest.parameters["sizes"])
             wanted = delta.quantised(wanted) if form == "int8" else wanted

@@ -13,7 +13,7 @@ import zstandard
 
 from edge_cloud import CLIENTS, SIZES, Between, X, cloud, heads, publish, state
 from edge_proxy import Liar, instead
-from flserving import ModelServer, Registry, delta, weights
+from flserving import ModelServer, Registry, ServingConfig, delta, weights
 from flserving.api.client import Client
 from flserving.edge import EdgeModelServer
 from flserving.errors import (
@@ -40,7 +40,11 @@ BIG = [64, 2048, 3]  # half a megabyte of weights: many reads of a socket
 
 @contextlib.contextmanager
 def device(root, url, token="infer", **options):
-    with Registry(root) as registry, contextlib.closing(SyncAgent(url, token, registry, **options)) as agent:
+    with (
+        Registry(root) as registry,
+        EdgeModelServer(ServingConfig(warmup_samples=1), registry) as edge,
+        contextlib.closing(SyncAgent(url, token, registry, edge=edge, **options)) as agent,
+    ):
         yield registry, agent
 
 
@@ -260,7 +264,7 @@ def test_another_cloud_is_refused(served, tmp_path):
         agent.pull()
         key = agent.memory.facts.key
         assert key == Signer(served[0]).public
-        turned = SyncAgent(foreign.url, "infer", registry)
+        turned = SyncAgent(foreign.url, "infer", registry, edge=agent._edge)
         with contextlib.closing(turned), pytest.raises(ForbiddenError, match="this device trusts"):
             turned.pull()
         assert runs(registry, 1)
@@ -270,7 +274,7 @@ def test_another_cloud_is_refused(served, tmp_path):
         assert registry.models() == []
     for changed in ({"key": "0" * 64}, {"model": "n"}):
         with Registry(tmp_path / "edge") as registry, pytest.raises(ConfigError, match="use another one"):
-            SyncAgent(served[1].url, "infer", registry, **changed)
+            SyncAgent(served[1].url, "infer", registry, edge=None, **changed)
 
 
 def recorded(url):
@@ -452,10 +456,10 @@ def test_hostile_deltas_do_no_harm(served, liar, tmp_path, form):
 def test_a_signed_lie_about_sizes_is_refused(served, tmp_path, monkeypatch):
     """Even the cloud's own signature does not make a device take more memory than it allows."""
     released, endpoint = served
-    with Registry(tmp_path / "small", max_artifact_bytes=2000) as registry:
-        agent = SyncAgent(endpoint.url, "infer", registry)
-        with contextlib.closing(agent), pytest.raises(ModelTooLargeError, match="this device takes 2,000"):
-            publish(released, 2, sizes=[8, 200, 3])
+    publish(released, 2, sizes=[8, 200, 3])
+    with device(tmp_path / "small", endpoint.url) as (registry, agent):
+        registry.max_artifact_bytes = 2000
+        with pytest.raises(ModelTooLargeError, match="this device takes 2,000"):
             agent.pull()
         assert registry.models() == []
 
@@ -589,6 +593,46 @@ def test_what_rots_on_the_device_is_downloaded_again(served, tmp_path, file):
         assert agent.pull().local == 4 and runs(registry, 1)
 
 
+def test_a_downgrade_is_refused_also_where_the_version_that_ran_is_broken(served, tmp_path):
+    released, endpoint = served
+    publish(released, 2)
+    with device(tmp_path / "edge", endpoint.url) as (registry, agent):
+        agent.pull()
+        (tmp_path / "edge" / "models" / "m" / "1" / "manifest.json").write_bytes(b"broken")
+        released.set_alias("m", "default", 1, who="test", why="a mistake")
+        with pytest.raises(ForbiddenError, match="round 1, 2 ran here"):
+            agent.pull()
+        released.rollback("m", who="test", why="undo")
+        assert agent.pull().changed and runs(registry, 2)
+
+
+def test_the_disk_of_a_device_keeps_two_versions_and_what_cannot_be_had_again(tmp_path):
+    def whole():
+        return sorted(int(path.parent.name) for path in (tmp_path / "edge" / "models" / "m").glob("*/weights*"))
+
+    with (
+        cloud(tmp_path / "cloud", 1, with_heads=True) as (released, endpoint),
+        device(tmp_path / "edge", endpoint.url, "c-1", client="c-1") as (registry, agent),
+    ):
+        for number in range(2, 6):
+            agent.pull()
+            publish(released, number)
+        assert whole() == [3, 4]
+        registry.set_alias("m", "mine", 3, who="test", why="to compare with")
+        tensors = state(4)
+        mine = agent._edge.update_local({name: tensors[name] for name in ("head.weight", "head.bias")}).version
+        for number in range(6, 9):
+            agent.pull()
+            publish(released, number)
+        assert whole() == [3, mine, mine + 2, mine + 3] and runs(registry, 7)
+        released.rollback("m", who="test", why="worse")
+        assert not agent.pull().changed
+        released.rollback("m", who="test", why="worse")
+        released.rollback("m", who="test", why="worse")
+        assert agent.pull().nbytes["delta"], "what went is downloaded again"
+        assert runs(registry, 5) and whole() == [3, mine, mine + 3, mine + 4]
+
+
 def test_the_table_of_bytes():
     script = runpy.run_path(str(Path(__file__).parent / "benchmarks" / "edge_bytes.py"))
     rows = {row.way: row for row in script["rows"](quick=True)}
@@ -600,4 +644,4 @@ def test_the_table_of_bytes():
 
 def test_a_bad_authority_is_a_message(tmp_path):
     with Registry(tmp_path) as registry, pytest.raises(ConfigError, match="PEM certificate"):
-        SyncAgent("https://127.0.0.1:9", None, registry, ca=b"no certificate")
+        SyncAgent("https://127.0.0.1:9", None, registry, edge=None, ca=b"no certificate")

@@ -18,6 +18,7 @@ import numpy as np
 import flserving
 from flserving import ModelServer, Registry
 from flserving.api.auth import Role, Tokens
+from flserving.edge import EdgeModelServer
 from flserving.federated import train
 from flserving.heads import HeadSet
 from flserving.rounds import Round, Run
@@ -92,7 +93,8 @@ def measure(model: str, run: Run) -> list[Row]:
 
         def device(name: str, form: str) -> tuple[Registry, SyncAgent]:
             own = stack.enter_context(Registry(f"{scratch}/{name}"))
-            agent = SyncAgent(url, "device", own, client=client, form=form)
+            edge = stack.enter_context(EdgeModelServer(registry=own, client=client))
+            agent = SyncAgent(url, "device", own, edge=edge, client=client, form=form)
             return own, stack.enter_context(contextlib.closing(agent))
 
         devices = {"delta exact": device("exact", "exact"), "delta int8": device("int8", "int8")}
