@@ -152,7 +152,6 @@ def test_versions_of_other_shapes_have_no_delta(tmp_path):
 
 
 def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
-    monkeypatch.setattr("flserving.api.artifacts._MOST_DELTAS", 2)
     made = []
     encode = delta.encode
     monkeypatch.setattr("flserving.api.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
@@ -165,9 +164,14 @@ def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
         for thread in threads:
             thread.join()
         assert len(made) == 1 and len(contents) == 6 and len(set(contents)) == 1
-        for base, form in ((0, "exact"), (0, "int8"), (1, "int8")):
+        most = 2 * len(contents[0])
+        monkeypatch.setattr("flserving.api.artifacts._DELTAS_NBYTES", most)
+        for base, form in ((0, "exact"), (0, "int8"), (1, "int8"), (1, "exact")):
             assert get(endpoint, f"{REPOSITORY}/versions/2/delta?base={base}&form={form}").status_code == 200
-        assert len(os.listdir(tmp_path / "deltas")) <= 2
+            assert sum(file.stat().st_size for file in (tmp_path / "deltas").iterdir()) <= most
+        monkeypatch.setattr("flserving.api.artifacts._DELTAS_NBYTES", 1)
+        assert get(endpoint, f"{REPOSITORY}/versions/1/delta?form=exact").status_code == 200
+        assert os.listdir(tmp_path / "deltas") == ["m-1-0-exact"], "one larger than that is kept until the next"
         assert get(endpoint, path).content == contents[0]
 
 

@@ -29,7 +29,7 @@ from flserving.server import ModelServer
 from flserving.storage import open_file, write_file
 
 _CHUNK = 1 << 18  # bytes
-_MOST_DELTAS = 64  # files that are kept; each is made once, for all devices that have the same version
+_DELTAS_NBYTES = 1 << 30  # that are kept; each is made once, for all devices that have the same version
 _FROM = re.compile(r"bytes=(\d{1,15})-")
 
 
@@ -138,8 +138,11 @@ def _keep_delta(registry: Registry, model: str, version: int, base: int | None, 
     finally:
         fresh.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):  # another process forgets them too
-        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-_MOST_DELTAS]:
-            path.unlink()
+        kept_nbytes = 0
+        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
+            kept_nbytes += path.stat().st_size
+            if kept_nbytes > _DELTAS_NBYTES and path.name != name:
+                path.unlink()
 
 
 def _ranged(request: Request, root: str, relative: str) -> Response:
