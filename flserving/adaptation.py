@@ -11,7 +11,7 @@ from flserving.datasets import Client
 from flserving.errors import ConfigError, InvalidInputError
 from flserving.heads import HeadSet, Layout, neutral_head, trained_on_state
 from flserving.models import as_split
-from flserving.rounds import Round, Run
+from flserving.rounds import Recipe, Round, Run
 from flserving.transforms import Preprocessor
 
 
@@ -45,7 +45,8 @@ def fit_heads(
     Args:
         trained: A run (its last round), or a round; then ``clients`` must be given.
         clients: Who gets a head: also clients that took no part in the training.
-        learning_rate, seed: The training's own where not given, as is the batch size.
+        learning_rate, seed: The training's own where not given, as is the batch size; another framework's round has
+            none of them, and gets the defaults of ``Recipe``.
 
     Raises:
         ConfigError: No clients, the same one twice, or a setting out of range. InvalidModelError: The model has no body
@@ -58,7 +59,7 @@ def fit_heads(
         clients = trained.clients if isinstance(trained, Run) else ()
     if not clients or len({client.id for client in clients}) < len(clients):
         raise ConfigError(f"clients are {[client.id for client in clients][:5]}: give at least one, with unique ids")
-    recipe = last.recipe
+    recipe = last.recipe if isinstance(last.recipe, Recipe) else Recipe()
     rate = recipe.learning_rate if learning_rate is None else learning_rate
     if type(epochs) is not int or not 0 <= epochs <= 1000 or not _is_rate(rate):
         raise ConfigError(f"epochs is {epochs!r}, learning_rate {rate!r}: use 0 to 1000 epochs, a rate in (0, 1000]")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Statistics: TypeAlias = Mapping[str, Sequence[float]]
+Facts: TypeAlias = Mapping[str, bool | int | float | str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,22 @@ class Recipe:
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 raise ConfigError(f"{name} is {value!r}: use {wanted} in [{low:g}, {high:g}]")
 
+    @property
+    def facts(self) -> Facts:
+        """What ``Lineage.extra`` tells of it."""
+        names = ("data", "seed", "local_epochs", "batch_size", "learning_rate")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What stands in a recipe's place where another framework trained: what its versions say of it."""
+
+    strategy: str
+    architecture: str
+    parameters: Mapping[str, models.JSON]
+    facts: Facts
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Round:
@@ -111,7 +128,7 @@ class Round:
     """
 
     number: int
-    recipe: Recipe
+    recipe: Recipe | Origin
     preprocessing: Statistics
     state: State
     personal: dict[str, State]
@@ -170,14 +187,7 @@ def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -
             num_clients=len(result.sample_counts),
             sample_counts=tuple(result.sample_counts.values()),
             strategy=recipe.strategy,
-            extra={
-                "data": recipe.data,
-                "seed": recipe.seed,
-                "local_epochs": recipe.local_epochs,
-                "batch_size": recipe.batch_size,
-                "learning_rate": recipe.learning_rate,
-                "rejected_clients": len(result.rejected),
-            },
+            extra={**recipe.facts, "rejected_clients": len(result.rejected)},
         )
         manifest = registry.publish(
             name,

@@ -1,0 +1,407 @@
+"""With the real flwr. It pins versions that ours does not, so it lives in an environment of its own:
+
+python -m venv .flower && .flower/bin/python -m pip install -e .[flower,test]
+.flower/bin/python -m pytest -m flower tests/test_flower.py
+"""
+
+import importlib.util
+import os
+import re
+import warnings
+from copy import deepcopy
+from pathlib import Path
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_ind
+
+from flserving import ModelServer, Registry, datasets, federated
+from flserving.adaptation import fit_heads
+from flserving.datasets import digits, federated_statistics, make_clients
+from flserving.errors import ConfigError, InvalidModelError, ModelExecutionError, NotFoundError
+from flserving.gate import Gate, gated
+from flserving.rounds import publish_rounds
+
+pytestmark = pytest.mark.flower
+ROOT = Path(__file__).parents[1]
+K, ROUNDS = 10, 3
+CLIENTS = make_clients(*digits(), num_clients=K, alpha=1.0, seed=0)
+STATISTICS = federated_statistics(CLIENTS)
+FORM = {"architecture": "digits_mlp", "preprocessing": STATISTICS}
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory):
+    if importlib.util.find_spec("flwr") is None:
+        pytest.skip(f"this Python has no flwr: {__doc__}")
+    home = tmp_path_factory.mktemp("flwr")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("FLWR_HOME", str(home))
+        warnings.simplefilter("ignore")  # typer uses what click has deprecated
+        from flserving.integrations import flower
+
+        yield flower
+    assert not any(home.iterdir()), "a run in this process writes no file and tells nobody"
+
+
+@pytest.fixture(scope="module")
+def apps(flower):
+    import flower_apps
+
+    return flower_apps
+
+
+@pytest.fixture(scope="module")
+def strategies(flower):
+    from flwr.serverapp import strategy
+
+    return strategy
+
+
+@pytest.fixture
+def registry(tmp_path):
+    with Registry(tmp_path / "models") as registry:
+        yield registry
+
+
+@pytest.fixture
+def play(flower, apps, strategies):
+    """Play a run; returns its rounds and Flower's own result."""
+
+    def play(strategy=None, *, app=None, seed=0, rounds=ROUNDS, on_round=lambda _: None, config=None, **options):
+        seen = []
+        strategy = flower.Publishing(
+            strategy or strategies.FedAvg(), on_round=lambda it: (seen.append(it), on_round(it)), **FORM
+        )
+        grid = flower.LocalGrid(app or apps.client_app(CLIENTS), K)
+        config = config or apps.train_config(seed)
+        arrays = apps.initial_arrays(seed)
+        return seen, strategy.start(grid, arrays, rounds, train_config=config, **options)
+
+    return play
+
+
+def faulty(apps, change):
+    """The usual clients, but ``change(partition, round, reply)`` stands behind their training."""
+    from flwr.clientapp import ClientApp
+
+    app, inner = ClientApp(), apps.client_app(CLIENTS)
+
+    @app.train()
+    def train(message, context):
+        reply = inner(message, context)
+        return change(context.node_config["partition-id"], message.content["config"]["server-round"], reply)
+
+    app.evaluate()(inner)
+    return app
+
+
+def scaled(reply, factor):
+    from flwr.app import ArrayRecord
+
+    state = {name: factor * tensor for name, tensor in reply.content["arrays"].to_torch_state_dict().items()}
+    reply.content["arrays"] = ArrayRecord(state)
+    return reply
+
+
+def test_it_is_our_fedavg(play):
+    """Same start, same shuffles: the same models but for rounding, Flower's mean being taken in float32."""
+    rounds, _ = play(rounds=5)
+    ours = federated.train(clients=CLIENTS, rounds=5, progress=False)
+    pairs = [
+        (it.state[name], own.state[name]) for it, own in zip(rounds, ours.rounds, strict=True) for name in own.state
+    ]
+    print("largest difference of a weight", max(float((a - b).abs().max()) for a, b in pairs))
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert [it.number for it in rounds] == [1, 2, 3, 4, 5]
+    for theirs, own in zip(rounds, ours.rounds, strict=True):
+        assert theirs.state.keys() == own.state.keys()
+        assert list(theirs.sample_counts.values()) == list(own.sample_counts.values())
+        for name, value in own.metrics.items():
+            assert theirs.metrics[name] == pytest.approx(value, abs=0.02), name
+    assert rounds[-1].metrics["global_accuracy"] > 0.93
+
+
+def test_other_seeds_reach_the_same_accuracy(play, apps):
+    """Five seeds against five others, Welch's t-test at 1 % each; at a tenth of the rate it sees the difference."""
+
+    def accuracies(rate):
+        config = [apps.train_config(seed) for seed in range(5)]
+        for it in config:
+            it["lr"] = rate
+        return [play(seed=s, config=config[s])[0][-1].metrics["global_accuracy"] for s in range(5)]
+
+    ours = [
+        federated.train(clients=CLIENTS, rounds=ROUNDS, seed=seed, progress=False).final.metrics["global_accuracy"]
+        for seed in range(100, 105)
+    ]
+    theirs = accuracies(0.1)
+    print("ours", ours, "Flower's", theirs)
+    assert len(set(theirs)) > 1 and abs(np.mean(theirs) - np.mean(ours)) < 0.02
+    assert ttest_ind(theirs, ours, equal_var=False).pvalue > 0.01
+    assert ttest_ind(accuracies(0.01), ours, equal_var=False).pvalue < 0.01
+
+
+def test_every_round_is_a_version_with_its_lineage(play, registry, apps):
+    from flwr.app import MetricRecord
+
+    def evaluate(number, arrays):
+        return MetricRecord({"accuracy": 0.5 + number / 100, "loss": 1.0 / (number + 1)})
+
+    rounds, result = play(on_round=publish_rounds(registry, "m", alias="default"), evaluate_fn=evaluate)
+    assert registry.version_numbers("m") == [1, 2, 3] and registry.resolve("m") == 3
+    final = result.arrays.to_torch_state_dict()
+    stored = registry.read("m", 3).tensors
+    assert stored.keys() == final.keys()
+    assert all(stored[name].numpy().tobytes() == final[name].numpy().tobytes() for name in final)
+    for number, it in enumerate(rounds, start=1):
+        manifest = registry.manifest("m", number)
+        lineage = manifest.lineage
+        assert (lineage.round, lineage.parent_version) == (number, number - 1 or None)
+        assert (lineage.strategy, lineage.num_clients) == ("FedAvg", K)
+        assert lineage.sample_counts == tuple(len(client.train_y) for client in CLIENTS)
+        assert lineage.extra["config.lr"] == 0.1 and lineage.extra["config.local-epochs"] == 5
+        assert lineage.extra["framework"].startswith("flwr ") and lineage.extra["rejected_clients"] == 0
+        assert manifest.metrics == it.metrics
+        assert manifest.metrics["server.loss"] == result.evaluate_metrics_serverapp[number]["loss"]
+        assert manifest.metrics["global_accuracy"] == result.evaluate_metrics_serverapp[number]["accuracy"]
+        assert manifest.metrics["train.loss"] == result.train_metrics_clientapp[number]["loss"]
+        assert manifest.metrics["evaluate.accuracy"] == result.evaluate_metrics_clientapp[number]["accuracy"]
+        accuracies = it.client_accuracy.values()
+        assert len(accuracies) == K and manifest.metrics["worst_client_accuracy"] == min(accuracies)
+        assert manifest.metrics["mean_client_accuracy"] == pytest.approx(np.mean(list(accuracies)))
+    assert result.evaluate_metrics_serverapp[0]["accuracy"] == 0.5  # the start was judged, and not published
+
+
+@pytest.mark.parametrize("name", ["FedAdam", "FedYogi", "FedAvgM", "FedMedian", "FedTrimmedAvg", "Krum", "QFedAvg"])
+def test_any_strategy_publishes(play, registry, strategies, name):
+    needs = {
+        "Krum": {"num_malicious_nodes": 1},
+        "QFedAvg": {"client_learning_rate": 0.1, "train_loss_key": "loss"},
+    }
+    strategy = getattr(strategies, name)(**needs.get(name, {}))
+    _, result = play(strategy, on_round=publish_rounds(registry, "m"), rounds=2)
+    manifest, stored = registry.manifest("m", 2), registry.read("m", 2).tensors
+    assert manifest.lineage.strategy == name and manifest.lineage.num_clients == K
+    for key, array in result.arrays.to_torch_state_dict().items():  # FedAdam's are float64
+        assert torch.equal(stored[key], array.to(torch.float32))
+
+
+def test_a_strategy_in_a_wrapper_of_flowers_publishes_and_the_wrong_order_is_told(flower, play, strategies, apps):
+    noisy = {"noise_multiplier": 0.0, "clipping_norm": 50.0, "num_sampled_clients": K}
+    wrapper = strategies.DifferentialPrivacyServerSideFixedClipping
+    rounds, _ = play(wrapper(strategies.FedAvg(), **noisy))
+    assert rounds[-1].recipe.strategy == wrapper.__name__ and rounds[-1].metrics["global_accuracy"] > 0.8
+    inside = wrapper(flower.Publishing(strategies.FedAvg(), on_round=print, **FORM), **noisy)
+    with pytest.raises(ConfigError, match="outermost"):
+        inside.start(flower.LocalGrid(apps.client_app(CLIENTS), K), apps.initial_arrays(), 1)
+
+
+def test_an_answer_comes_from_a_flower_round(play, registry):
+    rounds, _ = play(on_round=publish_rounds(registry, "m", alias="default"))
+    rows, labels = (np.concatenate([getattr(c, it) for c in CLIENTS]) for it in ("test_x", "test_y"))
+    with ModelServer(registry=registry, model="m") as server:
+        answer = server.predict(rows)
+    assert answer["model_version"] == "3"
+    right = np.mean(np.array(answer["predictions"]) == labels)
+    assert right == pytest.approx(rounds[-1].metrics["global_accuracy"])  # the clients', who hold these rows
+    assert fit_heads(rounds[-1], clients=CLIENTS).accuracy.keys() == {client.id for client in CLIENTS}
+
+
+def test_a_failing_client_is_one_lost_reply(play, registry, apps):
+    def change(client, number, reply):
+        if client == 4 and number == 2:
+            raise ZeroDivisionError("no samples today")
+        return None if client == 5 and number == 2 else reply
+
+    rounds, result = play(app=faulty(apps, change), on_round=publish_rounds(registry, "m"))
+    assert [len(it.sample_counts) for it in rounds] == [K, K - 2, K] and len(result.train_metrics_clientapp) == 3
+    assert rounds[1].rejected["5"] == "ZeroDivisionError: no samples today" and "NoneType" in rounds[1].rejected["6"]
+    manifest = registry.manifest("m", 2)
+    assert manifest.lineage.num_clients == K - 2 and manifest.lineage.extra["rejected_clients"] == 2
+    assert "5 rejected: ZeroDivisionError: no samples today" in manifest.note
+
+
+def test_a_round_that_nobody_answers(play, registry, apps):
+    def change(client, number, reply):
+        raise ValueError("away")
+
+    with pytest.raises(ModelExecutionError, match=r"round 1 .*client 1: ValueError: away.*client app"):
+        play(app=faulty(apps, change), on_round=publish_rounds(registry, "m"))
+    assert registry.models() == []  # nothing of the untrained model was published
+    later = faulty(apps, lambda client, number, reply: change(client, number, reply) if number == 2 else reply)
+    gate = Gate(clients=CLIENTS)
+    rounds, _ = play(app=later, on_round=gated(registry, "m", gate, on_verdict=(verdicts := []).append))
+    assert all(torch.equal(rounds[1].state[name], tensor) for name, tensor in rounds[0].state.items())
+    assert [it.failed for it in verdicts] == [(), ("clients",), ()] and registry.resolve("m") == 3
+
+
+def test_the_gate_refuses_a_poisoned_round(play, registry, apps):
+    """Half of the clients turn in the third round; who is served does not notice."""
+    app = faulty(apps, lambda client, number, reply: scaled(reply, -10) if number == 3 and client % 2 else reply)
+    verdicts = []
+    play(app=app, on_round=gated(registry, "m", Gate(clients=CLIENTS), on_verdict=verdicts.append))
+    assert [it.passed for it in verdicts] == [True, True, False] and "accuracy" in verdicts[2].failed
+    assert registry.resolve("m") == 2 and registry.version_numbers("m") == [1, 2, 3]
+
+
+def test_what_overflows_is_refused_and_what_only_tells_nan_is_not(play, registry, apps):
+    def loss_is_nan(client, number, reply):
+        reply.content["metrics"]["loss"] = float("nan") if client == 0 else 1.0
+        return reply
+
+    play(app=faulty(apps, loss_is_nan), rounds=1, on_round=publish_rounds(registry, "m"))
+    manifest = registry.manifest("m", 1)
+    assert manifest.lineage.extra["not_finite"] == "train.loss" and "train.loss" not in manifest.metrics
+    app = faulty(apps, lambda client, number, reply: scaled(reply, float("nan")) if client == 0 else reply)
+    with pytest.raises(InvalidModelError, match="holds NaN"):
+        play(app=app, rounds=1, on_round=publish_rounds(registry, "m"))
+    assert registry.version_numbers("m") == [1]
+
+
+def test_a_client_keeps_its_state_but_for_a_call_that_failed(flower, apps):
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+    @app.query()
+    def count(message, context):
+        calls = context.state.setdefault("calls", ConfigRecord({"n": 0}))
+        calls["n"] += 1
+        message.content["asked"]["n"] = -1  # its own copy
+        assert calls["n"] != 3, "third time"
+        return Message(RecordDict({"told": calls}), reply_to=message)
+
+    grid = flower.LocalGrid(app, 2)
+    content = RecordDict({"asked": ConfigRecord({"n": 7})})
+    told = []
+    for _ in range(4):
+        messages = [Message(content, node, "query") for node in grid.get_node_ids()]
+        replies = grid.send_and_receive(messages)
+        assert [it.metadata.reply_to_message_id for it in replies] == [it.metadata.message_id for it in messages]
+        assert [it.metadata.src_node_id for it in replies] == [1, 2]
+        told += [it.error.reason if it.has_error() else it.content["told"]["n"] for it in replies[:1]]
+    assert told[:2] == [1, 2] and all("AssertionError: third time" in it for it in told[2:])  # the count stays 2
+    assert content["asked"]["n"] == 7
+    pushed = grid.push_messages([grid.create_message(deepcopy(content), "query", 9, "g")])
+    (reply,) = grid.pull_messages([*pushed, "unknown"])
+    assert "KeyError: 9" in reply.error.reason and grid.pull_messages(pushed) == []
+
+
+async def test_a_whole_app_runs_under_a_running_event_loop(flower, apps, strategies, registry):
+    from flwr.serverapp import ServerApp
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        on_round = publish_rounds(registry, "m")
+        strategy = flower.Publishing(strategies.FedAvg(), on_round=on_round, **FORM)
+        config = apps.train_config(context.run_config["seed"])
+        strategy.start(grid=grid, initial_arrays=apps.initial_arrays(), num_rounds=1, train_config=config)
+        context.state["config"] = config
+
+    context = flower.run(app, apps.client_app(CLIENTS), K, {"seed": 3})
+    assert context.state["config"]["seed"] == 3 and registry.version_numbers("m") == [1]
+
+
+CELLS = """
+import logging
+from flserving.integrations import flower
+import flower_apps
+from flserving import Registry, datasets
+from flserving.rounds import publish_rounds
+from flwr.serverapp.strategy import FedAvg
+logging.getLogger("flwr").setLevel("WARNING")
+clients = datasets.make_clients(*datasets.digits(), num_clients=10, alpha=1.0)
+registry = Registry("models")
+#
+strategy = flower.Publishing(FedAvg(), on_round=publish_rounds(registry, "m"), architecture="digits_mlp",
+                             preprocessing=datasets.federated_statistics(clients))
+grid = flower.LocalGrid(flower_apps.client_app(clients), 10)
+result = strategy.start(grid, flower_apps.initial_arrays(), 2, train_config=flower_apps.train_config())
+#
+registry.manifest("m", 2).metrics["global_accuracy"] > 0.8
+"""
+
+
+def test_it_runs_in_a_notebook(flower, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(it) for it in CELLS.split("#\n")])
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert notebook.cells[-1].outputs[0]["data"]["text/plain"] == "True"
+
+
+def test_the_readmes_lines_run(flower, apps, strategies, registry):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    (block,) = [it for it in blocks if "flwr" in it]
+    given = {"registry": registry, "clients": CLIENTS, "datasets": datasets, "federated": federated}
+    given |= {"client_app": apps.client_app(CLIENTS), "arrays": apps.initial_arrays(), "config": apps.train_config()}
+    exec(compile(block, "README.md", "exec"), given)
+    (name,) = registry.models()
+    assert registry.resolve(name) == registry.version_numbers(name)[-1] == 5
+
+
+def test_wrong_arguments_are_told_before_anything_runs(flower, strategies, apps, play):
+    class Own(strategies.FedAvg):
+        def start(self, *_, **__):
+            pass
+
+    avg = strategies.FedAvg()
+    for strategy in ("FedAvg", strategies.FedAvg, Own()):
+        with pytest.raises(ConfigError, match=r"flwr\.serverapp\.strategy"):
+            flower.Publishing(strategy, on_round=print, **FORM)
+    with pytest.raises(ConfigError, match="publish_rounds"):
+        flower.Publishing(avg, on_round=None, **FORM)
+    with pytest.raises(NotFoundError, match="no architecture 'resnet'"):
+        flower.Publishing(avg, on_round=print, architecture="resnet", preprocessing=STATISTICS)
+    with pytest.raises(ConfigError, match="num_supernodes is 0"):
+        flower.LocalGrid(apps.client_app(CLIENTS), 0)
+    with pytest.raises(ConfigError, match="client_app is a int"):
+        flower.LocalGrid(3, 3)
+    with pytest.raises(ConfigError, match="server_app is a ClientApp"):
+        flower.run(apps.client_app(CLIENTS), apps.client_app(CLIENTS), 3)
+
+
+def test_arrays_that_do_not_fit_are_told_before_the_first_round(flower, strategies, apps):
+    from flwr.app import Array, ArrayRecord
+
+    grid = flower.LocalGrid(apps.client_app(CLIENTS), K)
+
+    def start(arrays, **form):
+        flower.Publishing(strategies.FedAvg(), on_round=print, **FORM | form).start(grid, arrays, 1)
+
+    state = apps.initial_arrays().to_torch_state_dict()
+    with pytest.raises(InvalidModelError, match=r"head\.bias is .*\[11\], not .*\[10\]"):
+        start(ArrayRecord(state | {"head.bias": torch.zeros(11)}))
+    with pytest.raises(InvalidModelError, match="'digits_mlp': 0 is unknown"):
+        start(ArrayRecord([tensor.numpy() for tensor in state.values()]))  # as a list, without their names
+    with pytest.raises(InvalidModelError, match="cannot be read as tensors"):
+        start(ArrayRecord({"trees": Array("", (), "", b"{}")}))
+    with pytest.raises(ConfigError, match="statistics have 1 features, the model takes 64"):
+        start(ArrayRecord(state), preprocessing={"mean": [0.0], "std": [1.0]})
+
+
+def test_clients_that_do_not_tell_their_samples(play, apps):
+    def renamed(client, number, reply):
+        metrics = reply.content["metrics"]
+        metrics["weight"] = metrics.pop("num-examples") / 1000
+        return reply
+
+    from flwr.serverapp.strategy import FedAvg
+
+    strategy = FedAvg(weighted_by_key="weight", fraction_evaluate=0.0)
+    with pytest.raises(ConfigError, match=r"client 1 tells 'num-examples' = None among \['loss', 'weight'\].*samples="):
+        play(strategy, app=faulty(apps, renamed), rounds=1)
+
+
+def test_a_strategy_that_waits_for_more_clients_does_not_wait_for_ever(flower, strategies, apps, monkeypatch):
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda _: None)
+    strategy = strategies.FedAvg(min_available_nodes=3)
+    with pytest.raises(ConfigError, match=r"more clients than the 2 of this run.*min_available_nodes"):
+        strategy.start(flower.LocalGrid(apps.client_app(CLIENTS), 2), apps.initial_arrays(), 1)
