@@ -161,9 +161,9 @@ def _box(
     ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, fc="white", ec=colour, lw=1.5, ls=edge))
     middle = x + width / 2
     if not told:
-        ax.text(middle, y + height / 2, name, fontsize=8.5, ha="center", va="center_baseline")
+        ax.text(middle, y + height / 2, name, fontsize=8, ha="center", va="center_baseline")
         return
-    ax.text(middle, y + height - 1.5, name, fontsize=8.5, fontweight="bold", ha="center", va="top")
+    ax.text(middle, y + height - 1.5, name, fontsize=8.2, fontweight="bold", ha="center", va="top")
     ax.text(middle, y + (height - 3.2) / 2, told, fontsize=8, ha="center", va="center", color="#444444")
 
 

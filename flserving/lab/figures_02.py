@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -107,15 +108,18 @@ def settings_figure(panels: Sequence[Panel], reuse: Figure | None = None) -> Fig
             for column in panel.table.columns:
                 ax.plot([str(value) for value in panel.table.index], panel.table[column], "o-", label=column)
             ax.set_title(str(panel.table.index.name), fontsize=11)
-            ax.set_xlabel(panel.of, fontsize=10)
-            ax.set_ylabel(panel.unit, fontsize=10)
+            ax.set(xlabel=panel.of, ylabel=panel.unit)
             if panel.log:
                 ax.set_yscale("log")
                 ax.yaxis.set_major_formatter("{x:g}")
             else:
                 ax.set_ylim(bottom=0)
             if len(panel.table.columns) > 1:
-                ax.legend(fontsize=9, frameon=True, framealpha=0.8, edgecolor="none")
+                if not panel.log:  # room for the legend above the lines
+                    ticks, top = ax.get_yticks(), panel.table.to_numpy().max()
+                    ax.set_yticks([tick for tick in ticks if tick <= 1.1 * top])
+                    ax.set_ylim(top=1.45 * top)
+                ax.legend(loc="best" if panel.log else "upper left", fontsize=8, handlelength=1.2, edgecolor="none")
     return fig
 
 
@@ -141,12 +145,8 @@ def percentiles_figure(stages: Stages, reuse: Figure | None = None) -> Figure:
 
 
 def _sums(ax: Axes, times: Floats, total_ms: Floats, names: list[str]) -> None:
-    measures: tuple[tuple[str, Callable[..., Any]], ...] = (
-        ("mean", np.mean),
-        ("p50", np.median),
-        ("p99", lambda t, axis: np.percentile(t, 99, axis)),
-    )
-    for place, (_, measure) in enumerate(measures):
+    measures: dict[str, Callable[..., Any]] = {"mean": np.mean, "p50": np.median, "p99": partial(np.percentile, q=99)}
+    for place, measure in enumerate(measures.values()):
         true_ms, bottom = float(measure(total_ms, axis=0)), 0.0
         for name, part_ms in zip(names, np.asarray(measure(times, axis=1)), strict=True):
             if not times[names.index(name)].any():
@@ -157,7 +157,7 @@ def _sums(ax: Axes, times: Floats, total_ms: Floats, names: list[str]) -> None:
             bottom += share
         ax.bar(place + 0.2, 1.0, 0.36, color="#bbbbbb", label="a request's total" if place == 0 else None)
         ax.text(place - 0.2, bottom + 0.02, f"{bottom:.0%}", ha="center", fontsize=9.5)
-    ax.set_xticks(range(len(measures)), [name for name, _ in measures])
+    ax.set_xticks(range(len(measures)), list(measures))
     ax.axhline(1, color="#555555", lw=1, ls=":")
     ax.grid(axis="x", visible=False)
     ax.set(ylabel="sum of the stages' own,\nrelative to that of the total", title="Do they add up?")
