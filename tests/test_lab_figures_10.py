@@ -8,6 +8,7 @@ import pytest
 
 from experiment_models import published, server_of
 from flserving import sequential
+from flserving.gate import CHECKS
 from flserving.lab import figures_10 as figures
 from flserving.lab import trials
 from flserving.lab.checks import rollout
@@ -116,3 +117,17 @@ def test_every_figure_can_be_drawn(same):
     answers = pd.DataFrame({"at_s": at_s, "version": np.where(at_s > 1, 7, 5), "right": at_s < 1})
     drawn = figures.live_figure(answers, (0.5, 1.5), 7, "rolled back")
     assert [ax.get_ylabel() for ax in drawn.axes] == ["right (%)", "new version\nanswers (%)"]
+
+
+def test_the_figure_of_attacks_tells_what_was_stopped_and_what_was_not():
+    columns = ["left out", *CHECKS, "stopped", "missed, worst", "trigger"]
+    table = pd.DataFrame(0.0, index=["clean", "loud", "quiet"], columns=columns)
+    table.loc["loud", ["norm", "stopped", "missed, worst"]] = 1, 1, np.nan
+    table.loc["quiet", ["missed, worst", "trigger"]] = 0.0123, 0.92
+    ax = figures.attack_figure(table).axes[0]
+    wide = len(ax.get_xticks())
+    said = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in ax.texts}
+    assert said[1, 3] == "100" and said[1, wide - 3] == "100" and (1, wide - 2) not in said
+    assert [said[2, wide - back] for back in (3, 2, 1)] == ["0", "1.2", "92"] and (2, 3) not in said
+    strong = {(round(p.get_y() + 0.44), round(p.get_x() + 0.46)) for p in ax.patches if p.get_alpha() > 0.5}
+    assert strong == {(1, 3), (2, wide - 3), (2, wide - 1)}

@@ -1,13 +1,15 @@
-"""Figures of notebook 10: who is in which arm, what peeking does, how long a test takes, a rollout under load, a
-bandit. Pure functions of numbers."""
+"""Figures of notebook 10: which check stops which attack, who is in which arm, what peeking does, how long a test
+takes, a rollout under load, a bandit. Pure functions of numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from flserving.gate import CHECKS
 from flserving.lab.style import COLOURS, figure, styled
 from flserving.lab.trials import FIXED, MOST, TYPICAL, Learned, Looks, Plan
 
@@ -43,6 +45,39 @@ def arms_figure(arms: Mapping[str, Sequence[bool]]) -> Figure:
         ax.set(xlabel="client (number)", xlim=(-2, len(states[0]) + 1), ylim=(len(arms) - 0.4, -0.6))
         ax.grid(axis="y", visible=False)
         fig.legend(loc="outside lower center", ncols=3, fontsize=9.5)
+    return fig
+
+
+def attack_figure(table: "pd.DataFrame") -> Figure:
+    """Attack x check, in percent of the rounds. Blue: refused there; vermilion: nothing stopped it, or it did harm.
+
+    Args:
+        table: Of ``attacks.attack_table``. The check of the form is left out: no attack changes it.
+    """
+    checks = [name for name in CHECKS if name != "form"]
+    names = ["left out of the mean", *checks, "STOPPED", "points lost if not", "dot read as 0"]
+    shares = table[["left out", *checks, "stopped", "missed, worst", "trigger"]].to_numpy(float)
+    fig, (ax,) = figure(height_in=1.5 + 0.27 * len(table))
+    with styled():
+        (high, wide), last = shares.shape, len(names) - 3  # the columns that are no checks
+        for row, column in np.ndindex(high, wide):
+            share, own = shares[row, column], column < last
+            alarm = 1 - share if column == last and row else share  # the first row is the clean one
+            colour, strength = (BLUE, share) if own else (VERMILION, np.nan_to_num(alarm))
+            ax.add_patch(Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, facecolor=colour, linewidth=0,
+                                   alpha=max(0.75 * min(strength, 1.0), 0.03)))  # fmt: skip
+            if share > 0 or (not own and np.isfinite(share)):
+                text = f"{100 * np.fmax(share, 0):.{int(column == last + 1)}f}"
+                ax.text(column, row, text, ha="center", va="center", fontsize=9.5, color=INK)
+        ax.set(xlim=(-0.6, wide - 0.4), ylim=(high - 0.5, -0.5))
+        ax.set_yticks(range(high), list(table.index))
+        ax.set_xticks(range(wide), names, rotation=38, ha="left", rotation_mode="anchor")
+        ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False, labelsize=9.5)
+        for place in (0.5, last - 0.5, last + 0.5):
+            ax.axvline(place, color=INK, linewidth=0.8)
+        ax.axhline(0.5, color=INK, linewidth=0.8)
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
     return fig
 
 
@@ -125,26 +160,29 @@ def live_figure(answers: "pd.DataFrame", events: tuple[float, float], new: int, 
     """
     fig, (top, bottom) = figure(rows=2, height_in=4.0, sharex=True)
     with styled():
-        edges = np.linspace(0, float(answers["at_s"].max()), bins + 1)
-        place = np.clip(np.digitize(answers["at_s"], edges) - 1, 0, bins - 1)
-        middle = (edges[1:] + edges[:-1]) / 2
-        of_new = answers["version"].to_numpy() == new
-        right = answers["right"].to_numpy(float)
+        at_s, of_new = answers["at_s"].to_numpy(), answers["version"].to_numpy() == new
+        edges = np.linspace(0, float(at_s.max()), bins + 1)
+        place = np.clip(np.digitize(at_s, edges) - 1, 0, bins - 1)
+        middle, right = (edges[1:] + edges[:-1]) / 2, answers["right"].to_numpy(float)
         for mask, colour, label in ((np.ones(len(right), bool), INK, "all users"), (of_new, VERMILION, "new version")):
-            count = np.bincount(place[mask], minlength=bins)
-            good = np.bincount(place[mask], right[mask], bins)
-            seen = count >= (1 if colour == VERMILION else 5)
-            top.plot(middle[seen], 100 * good[seen] / count[seen], ".-", color=colour, label=label, linewidth=1.2)
+            few = 4 if colour == VERMILION else 1  # bins in one: it gives few answers
+            count, good, sums = (
+                np.bincount(place[mask] // few, weights, -(-bins // few))
+                for weights in (None, right[mask], middle[place[mask]])
+            )
+            seen = count >= 5
+            top.plot(sums[seen] / count[seen], 100 * good[seen] / count[seen], ".-", color=colour, label=label,
+                     linewidth=1.2)  # fmt: skip
         counts = np.bincount(place, minlength=bins)
         some = counts > 0  # a busy machine may answer nobody for a while
         share = np.bincount(place[of_new], minlength=bins)[some] / counts[some]
         bottom.step(middle[some], 100 * share, where="mid", color=BLUE)
         for ax in (top, bottom):
-            for at_s, name, side in zip(events, ("canary starts", end), ("left", "right"), strict=True):
-                ax.axvline(at_s, color=INK, linestyle=":", linewidth=1.2)
+            for when_s, name, side in zip(events, ("canary starts", end), ("left", "right"), strict=True):
+                ax.axvline(when_s, color=INK, linestyle=":", linewidth=1.2)
                 if ax is bottom:
                     away = (4 if side == "left" else -4, 0)
-                    ax.annotate(name, (at_s, 80), away, textcoords="offset points", fontsize=9.5, va="center", ha=side)
+                    ax.annotate(name, (when_s, 80), away, textcoords="offset points", fontsize=9.5, va="center", ha=side)
             ax.set_ylim(-5, 105)
         top.set_ylabel("right (%)")
         top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9.5)
