@@ -178,11 +178,11 @@ def live_figure(answers: "pd.DataFrame", events: tuple[float, float], new: int, 
         share = np.bincount(place[of_new], minlength=bins)[some] / counts[some]
         bottom.step(middle[some], 100 * share, where="mid", color=BLUE)
         for ax in (top, bottom):
-            for when_s, name, side in zip(events, ("canary starts", end), ("left", "right"), strict=True):
-                ax.axvline(when_s, color=INK, linestyle=":", linewidth=1.2)
+            for when, name, side in zip(events, ("canary starts", end), ("left", "right"), strict=True):
+                ax.axvline(when, color=INK, linestyle=":", linewidth=1.2)
                 if ax is bottom:
                     away = (4 if side == "left" else -4, 0)
-                    ax.annotate(name, (when_s, 80), away, textcoords="offset points", fontsize=9.5, va="center", ha=side)
+                    ax.annotate(name, (when, 80), away, textcoords="offset points", fontsize=9.5, va="center", ha=side)
             ax.set_ylim(-5, 105)
         top.set_ylabel("right (%)")
         top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9.5)
