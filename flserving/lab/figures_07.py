@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from flserving.lab.style import COLOURS, figure, styled
+from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.lab.three_ways import PATHS, summary
 from flserving.network import Link
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 TARGET_MS = 50
 WAY_COLOURS = {"central": COLOURS[0], "edge": COLOURS[2], "hybrid": COLOURS[1]}
 PATH_COLOURS = dict(zip(PATHS, (COLOURS[2], COLOURS[4], COLOURS[0], COLOURS[3], "#222222"), strict=True))
-_PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
 _TIMES = {0.001: "1 ms", 0.01: "10 ms", 0.1: "0.1 s", 1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h"}
 _SIZES = {1e3: "1 kB", 1e4: "10 kB", 1e5: "100 kB", 1e6: "1 MB", 1e7: "10 MB", 1e8: "100 MB", 1e9: "1 GB"}
 
@@ -41,7 +40,7 @@ def links_figure(links: Mapping[str, Link], request_nbytes: int, response_nbytes
         ax.set_yticks(range(len(links)), list(links))
         ax.set(xscale="log", ylim=(len(links) - 0.5, -0.7), xlabel="request and answer over the network (ms)")
         ax.set_title("one exchange; the bar holds 98 % of them")
-        ax.xaxis.set_major_formatter(_PLAIN)
+        ax.xaxis.set_major_formatter(PLAIN)
         ax.grid(axis="y", visible=False)
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return fig
@@ -84,7 +83,7 @@ def ways_figure(runs: "Mapping[str, pd.DataFrame]") -> Figure:
         left.axvline(TARGET_MS, color="#555555", linestyle=":", linewidth=1.5, label=f"target {TARGET_MS} ms")
         left.set(xscale="log", xlim=(0.03, 3000), ylim=(0, 103), xlabel="latency (ms)",
                  ylabel="requests answered by then (%)", title="how long it takes")  # fmt: skip
-        left.xaxis.set_major_formatter(_PLAIN)
+        left.xaxis.set_major_formatter(PLAIN)
         fig.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=9, handlelength=1.4,
                    columnspacing=1)  # fmt: skip
         _shares(right, {way: played["path"] for way, played in runs.items()})
@@ -178,7 +177,7 @@ def delta_figure(nbytes: "pd.DataFrame", right: "pd.DataFrame") -> Figure:
         axes[0].set(title="what one device pulls", ylabel="kB", ylim=(0, None))
         axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e3:g}"))
         axes[1].set(title="what it costs", ylabel="right answers (%)")
-        axes[1].yaxis.set_major_formatter(_PLAIN)
+        axes[1].yaxis.set_major_formatter(PLAIN)
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
@@ -228,7 +227,7 @@ def _bars(ax: Axes, values: "pd.Series[float]", label: str, shape: str) -> None:
     ax.set(xlabel=label, xlim=(0, max(float(values.max()) * 1.35, 1e-9)))
     ax.tick_params(axis="x", labelsize=9)
     ax.locator_params(axis="x", nbins=3)
-    ax.xaxis.set_major_formatter(_PLAIN)
+    ax.xaxis.set_major_formatter(PLAIN)
     ax.grid(axis="y", visible=False)
 
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 
 from flserving.lab.arrivals import Floats
-from flserving.lab.style import COLOURS, figure, styled
+from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.lab.who_gains import GLOBAL
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ BATCHES, HEADS = (1, 4, 16, 64, 256), (1, 100, 10_000, 100_000)
 LOOP, GATHERED, SHARED = "loop over nn.Linear", "one gathered product", "one head for all"
 WAYS = {LOOP: VERMILION, GATHERED: BLUE, SHARED: GREY}
 _INPUTS, _CLASSES = 64, 10  # of the measured heads
-_PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
 
 
 def clients_figure(panels: Mapping[str, Mapping[str, Floats]]) -> Figure:
@@ -103,7 +101,7 @@ def gain_figure(panels: "Mapping[str, pd.DataFrame]") -> Figure:
             better, worse = int((points > 0).sum()), int((points < 0).sum())
             ax.set(xscale="log", title=f"{title}\n{better} gain, {worse} lose", xlabel="its training samples")
             ax.set_xticks((10, 20, 50, 100, 200))
-            ax.xaxis.set_major_formatter(_PLAIN)
+            ax.xaxis.set_major_formatter(PLAIN)
             ax.minorticks_off()
         axes[0].set_ylabel("gain (percentage points)")
     return fig
@@ -190,7 +188,7 @@ def cost_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None = No
         left.set_ylim(table.div(table.index.get_level_values("rows"), axis=0).min().min() / 2, 200)
         left.set_xticks(list(of_heads.index))
         for axis in (left.xaxis, left.yaxis):
-            axis.set_major_formatter(_PLAIN)
+            axis.set_major_formatter(PLAIN)
         left.minorticks_off()
         megabytes = heads * (_INPUTS + 1) * _CLASSES * 4 / 1e6
         left.set_title(f"{heads:,} head{'s' * (heads > 1)}, {round(megabytes, 1 if megabytes > 0.1 else 4):,g} MB")
@@ -205,7 +203,7 @@ def cost_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None = No
             title="a lone row" if rows == 1 else f"{rows} rows, clients at random",
         )
         right.set_xlim(1, table.to_numpy().max() * 12)
-        right.xaxis.set_major_formatter(_PLAIN)
+        right.xaxis.set_major_formatter(PLAIN)
         right.minorticks_off()
         right.invert_yaxis()
         right.grid(axis="y", visible=False)

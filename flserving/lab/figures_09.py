@@ -16,7 +16,7 @@ from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine
 from flserving.errors import NotSupportedError
 from flserving.lab.roofline import Machine, roofline_us, work
-from flserving.lab.style import COLOURS, figure, styled
+from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.loader import RegistrySource, load_engine
 from flserving.registry import Registry
 
@@ -34,7 +34,6 @@ TUTORIAL: Mapping[str, tuple[float, float, float]] = {  # times faster, from and
 Rows: TypeAlias = NDArray[np.float32]  # [N, D]
 Classes: TypeAlias = NDArray[np.int64]  # [N]
 Times: TypeAlias = NDArray[np.float64]  # microseconds [turns, calls]
-_PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
 
 
 class OnnxMissing(NotSupportedError):
@@ -208,12 +207,12 @@ def _rows(batch: int) -> str:
 
 def _plain(ax: Axes, ticks: "pd.Series[int]") -> None:
     _plain_x(ax, tuple(ticks))
-    ax.yaxis.set_major_formatter(_PLAIN)
+    ax.yaxis.set_major_formatter(PLAIN)
 
 
 def _plain_x(ax: Axes, ticks: tuple[float, ...]) -> None:
     ax.set_xticks(ticks)
-    ax.xaxis.set_major_formatter(_PLAIN)
+    ax.xaxis.set_major_formatter(PLAIN)
     ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     ax.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 

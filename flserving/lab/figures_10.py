@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from flserving.gate import CHECKS
-from flserving.lab.style import COLOURS, figure, styled
+from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.lab.trials import FIXED, MOST, TYPICAL, Learned, Looks, Plan
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ BLUE, VERMILION, GREEN = COLOURS[:3]
 INK, GREY = "#333333", "#bbbbbb"
 LINES = {FIXED: (INK, "--"), MOST: (BLUE, "-"), TYPICAL: (GREEN, "-")}
 _BOX = {"frameon": True, "framealpha": 1.0, "edgecolor": "none"}
-_PLAIN = FuncFormatter(lambda value, _: f"{value:,g}")
 
 
 def arms_figure(arms: Mapping[str, Sequence[bool]]) -> Figure:
@@ -103,7 +102,7 @@ def peeking_figure(same: Looks, alpha: float = 0.05, shown: int = 4) -> Figure:
         right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         right.legend(loc="upper left", fontsize=9)
         for ax in (left, right):
-            ax.xaxis.set_major_formatter(_PLAIN)
+            ax.xaxis.set_major_formatter(PLAIN)
     return fig
 
 
@@ -138,7 +137,7 @@ def plan_figure(plan: Plan, fig: Figure | None = None) -> Figure:
         )
         for ax in (left, right):
             for axis in (ax.xaxis, ax.yaxis):
-                axis.set_major_formatter(_PLAIN)
+                axis.set_major_formatter(PLAIN)
             ax.minorticks_off()
     return fig
 
@@ -215,6 +214,6 @@ def bandit_figure(seen: Learned, fig: Figure | None = None) -> Figure:
             right.plot(at, lost, color=colour, linestyle="--" if name == "even split" else "-", label=label)
         right.set(xlabel="requests", ylabel="right answers lost", ylim=(0, max(5.0, 1.05 * float(even[-1:].sum()))))
         right.set_xlim(0, max(count, 100))
-        right.xaxis.set_major_formatter(_PLAIN)
+        right.xaxis.set_major_formatter(PLAIN)
         right.legend(loc="upper left", fontsize=9)
     return fig

@@ -10,13 +10,12 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 from flserving.errors import ConfigError
 from flserving.network import Link
 
-Cut = Literal["refuse", "black_hole", "reset", "slow"]
+Cut = Literal["refuse", "black_hole"]
 CHUNK_NBYTES = 16_384
 CHUNKS = 256
 """Most chunks under way per direction: 4 MiB. More waits in the sender's socket, as with a full TCP window."""
@@ -37,8 +36,6 @@ class Proxy:
     def __init__(self, link: Link, host: str, port: int, *, max_connections: int = 256) -> None:
         self.up_nbytes = self.down_nbytes = 0
         self._link, self._target, self._max_connections = link, (host, port), max_connections
-        self._cut: Cut | None = None
-        self._slow_bytes_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         # Bound and never listening: the port stays ours while connections to it are refused.
@@ -53,20 +50,19 @@ class Proxy:
     def connections(self) -> int:
         return len(self._tasks)
 
-    def cut(self, how: Cut, *, slow_bytes_s: float = 100.0) -> None:
+    def cut(self, how: Cut) -> None:
         """Break the path, from now on and until :meth:`heal`; done when this returns.
 
         ``refuse``: nobody listens, and open connections are reset. ``black_hole``: connections open, nothing passes;
-        what was sent is delivered after ``heal``, as TCP sends it again. ``reset``: open and new connections are reset.
-        ``slow``: drops of ``slow_bytes_s`` bytes a second, ten a second.
+        what was sent is delivered after ``heal``, as TCP sends it again.
         """
-        if how not in get_args(Cut) or not slow_bytes_s > 0:
-            raise ConfigError(f"cut({how!r}, slow_bytes_s={slow_bytes_s!r}): one of {get_args(Cut)}, above 0 bytes/s")
-        self._call(self._set(how, slow_bytes_s))
+        if how not in get_args(Cut):
+            raise ConfigError(f"cut is {how!r}: choose one of {', '.join(get_args(Cut))}")
+        asyncio.run_coroutine_threadsafe(self._set(how), self._loop).result(_PATIENCE_S)
 
     def heal(self) -> None:
         """End a cut."""
-        self._call(self._set(None, 0.0))
+        asyncio.run_coroutine_threadsafe(self._set(None), self._loop).result(_PATIENCE_S)
 
     def close(self) -> None:
         """Reset what is open, end the thread, free the port. Idempotent."""
@@ -84,9 +80,6 @@ class Proxy:
 
     # In the event loop
 
-    def _call(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE_S)
-
     def _run(self, started: "concurrent.futures.Future[None]") -> None:
         with asyncio.Runner() as runner:
             try:
@@ -99,30 +92,28 @@ class Proxy:
     async def _main(self, started: "concurrent.futures.Future[None]") -> None:
         self._loop, self._stop, self._passing = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         self._started_s = self._loop.time()
-        await self._set(None, 0.0)
+        await self._set(None)
         started.set_result(None)
         await self._stop.wait()
-        await self._set("refuse", 0.0)
+        await self._set("refuse")
 
-    async def _set(self, how: Cut | None, slow_bytes_s: float) -> None:
-        self._cut, self._slow_bytes_s = how, slow_bytes_s
+    async def _set(self, how: Cut | None) -> None:
         if how == "black_hole":
             self._passing.clear()
         else:
             self._passing.set()
-        if how == "refuse" and self._server is not None:
+        if how != "refuse":
+            self._server = self._server or await asyncio.start_server(self._accept, sock=_bound(self.port))
+        elif self._server is not None:
             self._server.close()
             self._server = None
-        elif how != "refuse" and self._server is None:
-            self._server = await asyncio.start_server(self._accept, sock=_bound(self.port))
-        if how in ("refuse", "reset"):
             for task in (gone := list(self._tasks)):
                 task.cancel()
             await asyncio.gather(*gone, return_exceptions=True)
             await asyncio.sleep(0)  # aborted transports close their sockets one turn later
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._cut in ("refuse", "reset") or len(self._tasks) >= self._max_connections:
+        if self._server is None or len(self._tasks) >= self._max_connections:
             return _reset(writer)
         task = self._loop.create_task(self._connect(reader, writer))
         self._tasks.add(task)
@@ -170,21 +161,13 @@ class Proxy:
         while data:
             due_s, data = await line.get()
             await asyncio.sleep(due_s - self._now_s())
-            left = memoryview(data)
-            while left:
-                await self._passing.wait()
-                rate = self._slow_bytes_s
-                size = max(1, int(rate / 10)) if rate else len(left)
-                if up:  # counted first: whoever has the bytes finds them counted
-                    self.up_nbytes += len(left[:size])
-                else:
-                    self.down_nbytes += len(left[:size])
-                sink.write(left[:size])
-                await sink.drain()
-                if rate:
-                    await asyncio.sleep(size / rate)
-                left = left[size:]
-        await self._passing.wait()
+            await self._passing.wait()
+            if up:  # counted first: whoever has the bytes finds them counted
+                self.up_nbytes += len(data)
+            else:
+                self.down_nbytes += len(data)
+            sink.write(data)
+            await sink.drain()
         sink.write_eof()
 
     def _now_s(self) -> float:

@@ -13,11 +13,13 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
 _RC = matplotlib.rc_params_from_file(Path(__file__).with_name("flserving.mplstyle"), use_default_template=False)
 
 COLOURS: tuple[str, ...] = tuple(f"#{entry['color'].lstrip('#')}" for entry in _RC["axes.prop_cycle"])
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")  # 0.5, 20, 1,000: no powers of ten
 WIDTH_IN = 8.0  # fits a JupyterLab cell beside the file browser on a 1366 px screen
 
 _UNITS = {
