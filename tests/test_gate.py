@@ -1,5 +1,6 @@
 """What passes the gate, what does not and why, and that nothing moves unless it passed."""
 
+import shutil
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -8,7 +9,14 @@ from scipy.stats import binomtest
 
 from flserving import Registry, models
 from flserving.datasets import digits, make_clients
-from flserving.errors import ConfigError, ConflictError, InvalidInputError, NotFoundError, NotSupportedError
+from flserving.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptArtifactError,
+    InvalidInputError,
+    NotFoundError,
+    NotSupportedError,
+)
 from flserving.federated import train
 from flserving.gate import CHECKS, Gate, gated, golden_rows
 from flserving.manifest import Lineage
@@ -195,10 +203,62 @@ def test_an_alias_that_moved_meanwhile_stays(registry, run, gate, monkeypatch):
 
 def test_an_alias_in_an_experiment_stays_and_the_training_goes_on(registry, run, gate):
     registry.start_experiment("m", Experiment.of("ab", {"old": (5, 0.5), "new": (4, 0.5)}), who="me", why="test")
+    before = moves(registry)
     verdict = gated(registry, "m", gate)(run.rounds[5])
-    assert verdict.failed == ("alias",) and "experiment" in str(verdict) and registry.resolve("m") == 5
+    assert verdict.failed == ("alias",) and "experiment" in str(verdict)
     with pytest.raises(ConflictError):
         gate.promote(registry, "m", 6)
+    assert moves(registry) == before and list(before[2])
+
+
+def moves(registry):
+    """What a refusal must leave as it was."""
+    return registry.aliases("m"), len(registry.history("m")), registry.experiments("m")
+
+
+def test_an_alias_that_moves_while_a_round_is_judged_is_a_refusal_and_the_training_goes_on(
+    registry, run, gate, monkeypatch
+):
+    check, before = Gate.check, []
+
+    def slow(self, *args):
+        verdict = check(self, *args)
+        if not before:
+            registry.set_alias("m", "default", 3, who="somebody", why="faster")
+            before.append(moves(registry))
+        return verdict
+
+    monkeypatch.setattr(Gate, "check", slow)
+    verdict = gated(registry, "m", gate)(run.rounds[5])
+    assert "alias" in verdict.failed and "points at 3, not at 5" in str(verdict) and verdict.against == 3
+    assert moves(registry) == before[0] and registry.version_numbers("m")[-1] == 6
+    monkeypatch.undo()
+    assert gated(registry, "m", gate)(run.rounds[5]).against == 3, "the next round is compared with what serves now"
+
+
+@pytest.mark.parametrize("gone", [5, 6], ids=["what serves now", "what is judged"])
+def test_a_version_whose_files_are_gone_ends_the_training_and_moves_nothing(registry, run, gate, monkeypatch, gone):
+    publish, before = Registry.publish, moves(registry)
+
+    def vanishing(self, *args, **options):
+        manifest = publish(self, *args, **options)
+        shutil.rmtree(f"{self.root}/models/m/{gone}")
+        return manifest
+
+    monkeypatch.setattr(Registry, "publish", vanishing)
+    with pytest.raises(CorruptArtifactError, match=f"{gone}"):
+        gated(registry, "m", gate)(run.rounds[5])
+    with pytest.raises(CorruptArtifactError, match=f"{gone}"):
+        gate.promote(registry, "m", 6)
+    assert moves(registry) == before
+
+
+def test_clients_of_another_width_end_the_training_and_move_nothing(registry, run, clients):
+    narrow = [replace(client, train_x=client.train_x[:, :32], test_x=client.test_x[:, :32]) for client in clients]
+    before = moves(registry)
+    with pytest.raises(InvalidInputError, match="32"):
+        gated(registry, "m", Gate(clients=narrow))(run.rounds[5])
+    assert moves(registry) == before and registry.version_numbers("m")[-1] == 6
 
 
 def test_what_was_rolled_back_is_no_measure_of_the_next(registry, run, gate):
