@@ -5,6 +5,7 @@ The configuration lives in the registry (``split.py``), rewards and failures of 
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from flserving import sequential
 from flserving.bandit import Thompson
 from flserving.engine import Prediction
-from flserving.errors import ConflictError, ForbiddenError, NotFoundError
+from flserving.errors import ConflictError, CorruptArtifactError, ForbiddenError, NotFoundError
 from flserving.feedback import FeedbackStore
 from flserving.personalization import ids_of
 from flserving.routing import Key, Router
@@ -203,11 +204,15 @@ class Experiments:
         requests, failed = self._outcomes(registry, experiment.run).get(new, (0, 0))
         age_s = registry.experiment_age_s(model, alias)
         verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), requests, failed, age_s)
-        if verdict.decision != "wait":
-            wanted = version if verdict.decision == "promote" else None
-            why = f"{verdict.decision}: {verdict.why}"
-            with contextlib.suppress(ConflictError, NotFoundError):  # another process was first
-                registry.conclude_experiment(model, alias, wanted, who=experiment.id, why=why, run=experiment.run)
+        end = functools.partial(registry.conclude_experiment, model, alias, who=experiment.id, run=experiment.run)
+        with contextlib.suppress(ConflictError, NotFoundError):  # another process was first
+            if verdict.decision == "promote":
+                try:
+                    end(version, why=f"promote: {verdict.why}")
+                except CorruptArtifactError as error:  # it answers from memory, and nowhere else any more
+                    verdict = Verdict("rollback", f"{verdict.why}, but {error}")
+            if verdict.decision == "rollback":
+                end(why=f"rollback: {verdict.why}")
         return verdict
 
     def report(self, model: str, alias: str = "default") -> dict[str, Any]:

@@ -27,7 +27,7 @@ import msgspec
 from torch import Tensor, nn
 
 from flserving import draft, storage, weights
-from flserving.catalogue import Catalogue, check_move, checked_version
+from flserving.catalogue import DEFAULT_ALIAS, Catalogue, check_move, checked_version
 from flserving.errors import (
     ConfigError,
     CorruptArtifactError,
@@ -40,6 +40,7 @@ from flserving.heads import HeadSet, HeadStore, neutral_head, trained_on
 from flserving.index import FILE_NAME, Index
 from flserving.manifest import MAX_MANIFEST_NBYTES, Digests, Lineage, Manifest, check_name, decode, encode, sha256
 from flserving.models import JSON
+from flserving.split import Experiment
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,6 +189,15 @@ class Registry(Catalogue):
             if alias is not None:
                 transaction.set_alias(name, alias, version, who, why or f"published version {version}")
         return manifest
+
+    def conclude_experiment(
+        self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
+        run: str | None = None,
+    ) -> Experiment:  # fmt: skip
+        """:meth:`Catalogue.conclude_experiment`, of a version that can be read. CorruptArtifactError: It is gone."""
+        if version is not None:
+            self.read(name, version)
+        return super().conclude_experiment(name, alias, version, who=who, why=why, run=run)
 
     def manifest(self, name: str, version: int) -> Manifest:
         """The manifest of a version, read from disk and verified against the index. Cost: about 40 us.

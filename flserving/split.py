@@ -53,13 +53,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def check(self) -> None:
         for name in ("effect", "alpha", "power", "worst_margin", "max_failures"):
-            if not _number(value := getattr(self, name)) or not 0 < value < 1:
-                raise ConfigError(f"{name} is {value!r:.64}: it must be a number in (0, 1)")
+            if not 0 < (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} is {value!r}: it must be a number in (0, 1)")
         for name in ("min_clients", "client_rewards"):
-            if type(value := getattr(self, name)) is not int or value < 2:
-                raise ConfigError(f"{name} is {value!r:.64}: it must be an integer >= 2")
-        if not _number(self.most_s) or not 0 < self.most_s < math.inf:
-            raise ConfigError(f"most_s is {self.most_s!r:.64}: it must be a number of seconds > 0")
+            if (value := getattr(self, name)) < 2:
+                raise ConfigError(f"{name} is {value!r}: it must be at least 2")
+        if not 0 < self.most_s < math.inf:
+            raise ConfigError(f"most_s is {self.most_s!r}: it must be a number of seconds > 0")
 
 
 class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -96,13 +96,17 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     def check(self) -> None:
         """Raise ConfigError unless it can be run, InvalidModelError for names outside the alphabet."""
+        try:  # nobody could read it again, not even to end it
+            msgspec.convert(msgspec.to_builtins(self), Experiment)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise ConfigError(f"experiment {self.id!r:.64} is none: {error}") from error
         for what, name in [("experiment", self.id), *(("arm", name) for name in self.arms)]:
             check_name(what, name)
         if len(self.arms) > MOST_ARMS or (not self.arms and self.shadow is None):
             raise ConfigError(f"experiment {self.id!r} has {len(self.arms)} arms: it takes 1 to {MOST_ARMS}")
         for name, arm in self.arms.items():
-            if not _number(arm.weight) or not 0 < arm.weight <= 1:
-                raise ConfigError(f"arm {name!r} is empty, its weight is {arm.weight!r:.64}: leave it out, or weigh it")
+            if not 0 < arm.weight <= 1:
+                raise ConfigError(f"arm {name!r} is empty, its weight is {arm.weight!r}: leave it out, or weigh it")
         if self.arms and abs((total := math.fsum(arm.weight for arm in self.arms.values())) - 1) > 1e-9:
             raise ConfigError(f"the weights of experiment {self.id!r} sum to {total:.12g}: they must sum to one")
         if self.policy is not None:
@@ -121,10 +125,6 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             if (score := -math.log(uniform) / arm.weight) < least:
                 best, least = name, score
         return best
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Crossroads(tuple[str, str]):

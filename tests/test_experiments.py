@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import sqlite3
 import threading
 from datetime import UTC, datetime, timedelta
@@ -17,13 +18,14 @@ from flserving import Registry, experiments
 from flserving.errors import (
     ConfigError,
     ConflictError,
+    CorruptArtifactError,
     InvalidInputError,
     InvalidModelError,
     ModelExecutionError,
     NotFoundError,
     OverloadedError,
 )
-from flserving.experiments import judge
+from flserving.experiments import Verdict, judge
 from flserving.routing import Router
 from flserving.shadow import Shadow
 from flserving.split import Arm, Experiment, Policy
@@ -120,11 +122,16 @@ def test_a_client_changes_its_arm_only_for_one_whose_weight_grew_against_its_own
         (Experiment.canary("x", 1, 1), ConfigError, "two sticky arms"),
         (Experiment.canary("x", 1, 2, policy=Policy(effect=0)), ConfigError, "effect is 0"),
         (Experiment.canary("x", 1, 2, policy=Policy(min_clients=1)), ConfigError, "min_clients is 1"),
-        (Experiment.canary("x", 1, 2, policy=Policy(min_clients=2.5)), ConfigError, "min_clients is 2.5"),
-        (Experiment.canary("x", 1, 2, policy=Policy(alpha="5 %")), ConfigError, "alpha is '5 %'"),
+        (Experiment.canary("x", 1, 2, policy=Policy(min_clients=2.5)), ConfigError, "is none: Expected `int`"),
+        (Experiment.canary("x", 1, 2, policy=Policy(alpha="5 %")), ConfigError, r"got `str` - at `\$.policy.alpha`"),
         (Experiment.canary("x", 1, 2, policy=Policy(most_s=0)), ConfigError, "most_s is 0"),
         (Experiment.canary("x", 1, 2, policy=Policy(most_s=math.inf)), ConfigError, "most_s is inf"),
-        (Experiment.of("x", {"a": (1, "half"), "b": (2, 0.5)}), ConfigError, "arm 'a' is empty, its weight is 'half'"),
+        (Experiment.of("x", {"a": (1, "half"), "b": (2, 0.5)}), ConfigError, "is none: Expected `float`, got `str`"),
+        (Experiment.of("x", {"a": (1, 1.0)}, rule="random"), ConfigError, "is none: Invalid enum value 'random'"),
+        (Experiment(id="x", arms={"a": (1, 1.0)}), ConfigError, "is none: Expected `object`"),
+        (Experiment(id="x", shadow="2"), ConfigError, "is none: Expected `int | null`"),
+        (Experiment(id=7, shadow=2), ConfigError, "experiment 7 is none"),
+        (Experiment.of("x", {"a": (np.int64(1), 1.0)}), ConfigError, "is none: Encoding objects of type numpy.int64"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else None,
 )
@@ -218,6 +225,31 @@ def test_an_arm_that_cannot_be_loaded_does_not_begin(tmp_path, registry, server)
     registry.conclude_experiment("m", **LOG)
     server.refresh()
     assert "m/default experiment" not in server.health_check()["problems"]
+
+
+def test_a_client_changes_its_arm_only_when_its_experiment_changes(registry, server):
+    names = [f"c-{i}" for i in range(200)]
+
+    def arms():
+        return {name: server.predict(ROW, client=name)["arm"] for name in names}
+
+    registry.start_experiment("m", AB, **LOG)
+    first = arms()
+    bound = 5 * math.sqrt(0.25 * len(names))
+    assert abs(list(first.values()).count("b") - len(names) / 2) < bound
+    for change in (
+        lambda: publish(registry, 4),
+        lambda: registry.set_alias("m", "other", 3, **LOG),
+        lambda: registry.start_experiment(
+            "m", Experiment.of("elsewhere", {"a": (2, 0.1), "b": (3, 0.9)}), "other", **LOG
+        ),
+        lambda: registry.start_experiment("m", Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)}, shadow=3), **LOG),
+    ):
+        change()
+        assert arms() == first
+    registry.start_experiment("m", Experiment.of("ab", {"a": (1, 0.2), "b": (2, 0.8)}), **LOG)
+    moved = {(old, new) for old, new in zip(first.values(), arms().values(), strict=True) if old != new}
+    assert moved == {("a", "b")}
 
 
 def test_under_load_every_answer_belongs_to_one_configuration(registry, server):
@@ -387,6 +419,33 @@ def test_a_canary_that_fails_is_rolled_back_by_what_all_processes_saw(tmp_path, 
         registry.start_experiment("m", AB, **LOG)
         with pytest.raises(ConflictError, match="another experiment has begun"):
             registry.conclude_experiment("m", run=running.run, **LOG)
+
+
+def test_a_version_that_is_gone_is_not_promoted_and_no_route_changes(tmp_path, registry, server, monkeypatch):
+    monkeypatch.setattr(Router, "WATCH_S", 3600)
+    registry.start_experiment("m", Experiment.canary("x", 1, 2, share=0.5), **LOG)
+    server.predict(ROW, client="c")
+    shutil.rmtree(tmp_path / "models" / "m" / "2")
+    token, routes = registry.change_token(), server._router.routes
+    for version, error in ((2, CorruptArtifactError), (9, NotFoundError)):
+        with pytest.raises(error):
+            registry.conclude_experiment("m", version=version, **LOG)
+    server.refresh()
+    assert registry.change_token() == token and server._router.routes is routes
+    assert {server.predict(ROW, client=f"c-{i}")["predictions"][0] for i in range(30)} == {1, 2}, "from memory"
+    monkeypatch.setattr(experiments, "judge", lambda *_: Verdict("promote", "it wins"))
+    verdict = server.experiments.decide("m")
+    assert verdict.decision == "rollback" and "it wins, but m/2 is missing" in verdict.why
+    assert registry.experiment_log("m")[-1]["why"].startswith("rollback: it wins, but m/2 is missing")
+    assert registry.experiments("m") == {} and registry.aliases("m") == {"default": 1}
+    assert server.predict(ROW, client="c")["predictions"] == [1]
+    with pytest.raises(NotFoundError):
+        registry.set_alias("m", "default", 9, **LOG)
+    registry.set_alias("m", "default", 2, **LOG)  # the files are read where they are needed
+    with Registry(tmp_path) as there, server_of(there) as restarted:
+        with pytest.raises(NotFoundError, match="version 2 does not answer: m/2 is missing"):
+            restarted.predict(ROW)
+        assert restarted.predict(ROW, version=1)["predictions"] == [1]
 
 
 def test_a_canary_without_a_verdict_is_rolled_back_after_its_time(tmp_path, monkeypatch):
