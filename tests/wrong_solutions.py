@@ -1,12 +1,17 @@
 """The exercises of the course: each solution cell, and plausible wrong solutions with what they must be told.
 
-``SOLUTIONS[grade_id]`` is what a notebook's solution cell holds, markers included; ``CHECKS[grade_id]`` its check cell;
-``WRONG[grade_id][name]`` is a wrong solution and a regular expression for the message that it must get. Most wrong
-solutions are the right one with one edit, so that nothing but the mistake differs.
+``SOLUTIONS[grade_id]`` is a notebook's solution cell, markers included; ``CHECKS[grade_id]`` its check cell up to the
+check; ``WRONG[grade_id][name]`` is a wrong solution and a regular expression for the message that it must get. Most of
+them are the right solution with one edit, so that nothing but the mistake differs.
 """
 
 import re
+from pathlib import Path
 from typing import NamedTuple
+
+import nbformat
+
+from flserving.lab.exercises import find_exercises
 
 
 class Wrong(NamedTuple):
@@ -18,6 +23,14 @@ SOLUTIONS: dict[str, str] = {}
 CHECKS: dict[str, str] = {}
 WRONG: dict[str, dict[str, Wrong]] = {}
 
+for _path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb")):
+    _notebook = nbformat.read(_path, as_version=4)
+    for _it in find_exercises(_notebook):
+        SOLUTIONS[_it.grade_id] = _notebook.cells[_it.solution].source + "\n"
+        _check = re.search(r"\A.*?^check_\w+\(\w+\)$", _notebook.cells[_it.check].source, re.DOTALL | re.MULTILINE)
+        assert _check, f"{_path.name}: the check of {_it.grade_id} calls no check_...(solution)"
+        CHECKS[_it.grade_id] = _check[0]
+
 
 def edited(grade_id: str, *edits: tuple[str, str]) -> str:
     source = re.sub(r"^ *### (BEGIN|END) SOLUTION\n", "", SOLUTIONS[grade_id], flags=re.MULTILINE)
@@ -27,26 +40,12 @@ def edited(grade_id: str, *edits: tuple[str, str]) -> str:
     return source
 
 
+def wrong(grade_id: str, message: str, *edits: tuple[str, str]) -> Wrong:
+    return Wrong(edited(grade_id, *edits), message)
+
+
 # ------------------------------------------------------------------------------ 01: choose the version to promote
 
-SOLUTIONS["choose-version"] = '''\
-def choose_version(rounds, floor):
-    """The version to promote: the one whose worst client does best, the older one if two are equal.
-
-    rounds: list of dicts with "version", "global_accuracy", "worst_client_accuracy" (NaN: not measured).
-    Returns None if no worst client reaches ``floor``.
-    """
-    ### BEGIN SOLUTION
-    good = [r for r in rounds if r["worst_client_accuracy"] >= floor]
-    if not good:
-        return None
-    return max(good, key=lambda r: (r["worst_client_accuracy"], -r["version"]))["version"]
-    ### END SOLUTION
-'''
-CHECKS["choose-version"] = """\
-from flserving.lab.checks import check_version_choice
-
-check_version_choice(choose_version)"""
 
 _KEY = 'key=lambda r: (r["worst_client_accuracy"], -r["version"])'
 WRONG["choose-version"] = {
@@ -94,27 +93,6 @@ WRONG["choose-version"] = {
 
 # ------------------------------------------------------------------------------------ 02: where does the time go
 
-SOLUTIONS["latency-budget"] = '''\
-def latency_budget(stages, budget_ms):
-    """What a user feels, and which stage to blame.
-
-    stages: dict stage -> ms per request, one float64 array [N] each, the same N requests in every one.
-    Returns {"p99_ms": 99th percentile of a request's total, "share": {stage: part of all time spent},
-             "within": share of the requests that take at most ``budget_ms`` in all}.
-    """
-    ### BEGIN SOLUTION
-    total_ms = sum(stages.values())
-    return {
-        "p99_ms": np.percentile(total_ms, 99),
-        "share": {name: ms.sum() / total_ms.sum() for name, ms in stages.items()},
-        "within": (total_ms <= budget_ms).mean(),
-    }
-    ### END SOLUTION
-'''
-CHECKS["latency-budget"] = """\
-from flserving.lab.checks import check_latency_budget
-
-check_latency_budget(latency_budget)"""
 
 _P99, _SHARE, _WITHIN = "np.percentile(total_ms, 99)", "ms.sum() / total_ms.sum()", "(total_ms <= budget_ms).mean()"
 WRONG["latency-budget"] = {
@@ -159,33 +137,6 @@ WRONG["latency-budget"] = {
 
 # ---------------------------------------------------------------------------------------- 03: write the LRU cache
 
-SOLUTIONS["lru"] = '''\
-class LRU:
-    """Keeps the ``capacity`` most recently used values."""
-
-    def __init__(self, capacity):
-        self.capacity = capacity
-        self.items = {}  # a dict remembers the order in which its keys came
-
-    def get(self, key):
-        """The value of ``key``, now the most recently used; None if it is not there."""
-        ### BEGIN SOLUTION
-        if key not in self.items:
-            return None
-        self.items[key] = self.items.pop(key)  # to the end: the most recently used
-        return self.items[key]
-        ### END SOLUTION
-
-    def put(self, key, value):
-        """Store or replace the value of ``key``, now the most recently used; if there is no room, evict one."""
-        ### BEGIN SOLUTION
-        self.items.pop(key, None)
-        if len(self.items) >= self.capacity:
-            del self.items[next(iter(self.items))]  # the first one: the least recently used
-        self.items[key] = value
-        ### END SOLUTION
-'''
-CHECKS["lru"] = "from flserving.lab.checks import check_lru\n\ncheck_lru(LRU)"
 
 _REFRESH = "        self.items[key] = self.items.pop(key)  # to the end: the most recently used\n"
 _FULL = "if len(self.items) >= self.capacity:"
@@ -279,44 +230,6 @@ class LRU:
 
 # ------------------------------------------------------------------------------------ 04: write a dynamic batcher
 
-SOLUTIONS["batcher"] = '''\
-class DynamicBatcher:
-    """Work-conserving batching: an idle worker takes whatever waits, at once."""
-
-    def __init__(self, max_batch_size):
-        self.max_batch_size = max_batch_size
-        self.queue = []  # (request_id, row), oldest first
-
-    def submit(self, request_id, row):
-        self.queue.append((request_id, row))
-
-    def next_batch(self, idle_workers):
-        """What one idle worker runs now: at most ``max_batch_size`` requests, oldest first; [] if nothing can start."""
-        ### BEGIN SOLUTION
-        if idle_workers == 0:
-            return []
-        batch = self.queue[: self.max_batch_size]
-        self.queue = self.queue[self.max_batch_size :]
-        return batch
-        ### END SOLUTION
-
-    def run_batch(self, batch, model):
-        """Answers by request_id. ``model(rows)`` returns one output per row, or raises if any row is bad.
-
-        A batch that raises is run again in halves, so that a bad row gets its exception and the others their output.
-        """
-        ### BEGIN SOLUTION
-        try:
-            outputs = model([row for _, row in batch])
-        except Exception as error:
-            if len(batch) == 1:
-                return {batch[0][0]: error}
-            half = len(batch) // 2
-            return self.run_batch(batch[:half], model) | self.run_batch(batch[half:], model)
-        return {request_id: output for (request_id, _), output in zip(batch, outputs, strict=True)}
-        ### END SOLUTION
-'''
-CHECKS["batcher"] = "from flserving.lab.checks import check_batcher\n\ncheck_batcher(DynamicBatcher)"
 
 _IDLE = "        if idle_workers == 0:\n            return []\n"
 _TAKE, _LEAVE = "self.queue[: self.max_batch_size]", "self.queue[self.max_batch_size :]"

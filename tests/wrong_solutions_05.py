@@ -1,39 +1,6 @@
 """Notebook 05: the retry exercise, its solution and plausible wrong ones. Registers into ``wrong_solutions``."""
 
-from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
-
-SOLUTIONS["retry"] = '''\
-import random
-
-
-def call_with_retry(send, deadline_s, clock, sleep):
-    """The answer of ``send(timeout_s)``, asked for again where that is safe.
-
-    send(timeout_s): one try; answers, or raises an error with ``http_status`` and
-    ``retry_after_s`` (what the server said in Retry-After, 0 if it said nothing).
-    deadline_s: seconds from now in which the whole call must end, waits included.
-    clock(): seconds now. sleep(s): wait.
-    """
-    ### BEGIN SOLUTION
-    end_s, failures = clock() + deadline_s, 0
-    while True:
-        try:
-            return send(end_s - clock())
-        except FlservingError as error:
-            if error.http_status not in (429, 503):
-                raise
-            wait_s = error.retry_after_s + random.uniform(0, 0.1 * 2**failures)
-            if clock() + wait_s >= end_s:
-                raise
-        failures += 1
-        sleep(wait_s)
-    ### END SOLUTION
-'''
-CHECKS["retry"] = """\
-from flserving.errors import FlservingError
-from flserving.lab.checks import check_retry
-
-check_retry(call_with_retry)"""
+from wrong_solutions import WRONG, Wrong, edited
 
 _SAFE = "            if error.http_status not in (429, 503):\n                raise\n"
 _STOP = "            if clock() + wait_s >= end_s:\n                raise\n"

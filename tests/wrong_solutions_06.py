@@ -3,35 +3,9 @@
 Imported by ``wrong_solutions``, which says what the tables hold.
 """
 
-from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
+from functools import partial
 
-SOLUTIONS["bottleneck"] = '''\
-def bottleneck(marks_s, names, times_faster):
-    """Where the time goes, and what it would help to speed up the worst stage.
-
-    marks_s: float64 [N, S + 1], seconds on one clock. Row i is request i: its arrival,
-    then the end of each of its S stages. names: those of the stages, in order.
-    Returns a dict with "mean_ms": {stage: its mean in ms}; "p99_ms": the 99th
-    percentile of a request's total; "worst": the stage with most of the time;
-    "speed_up": mean total now over mean total once "worst" is ``times_faster``.
-    """
-    ### BEGIN SOLUTION
-    times_ms = np.diff(marks_s, axis=1) * 1e3
-    total_ms = times_ms.sum(axis=1)
-    mean_ms = times_ms.mean(axis=0)
-    share = mean_ms.max() / mean_ms.sum()
-    return {
-        "mean_ms": dict(zip(names, mean_ms, strict=True)),
-        "p99_ms": np.percentile(total_ms, 99),
-        "worst": names[mean_ms.argmax()],
-        "speed_up": 1 / ((1 - share) + share / times_faster),
-    }
-    ### END SOLUTION
-'''
-CHECKS["bottleneck"] = """\
-from flserving.lab.checks import check_bottleneck
-
-check_bottleneck(bottleneck)"""
+from wrong_solutions import WRONG, Wrong, edited
 
 _TIMES = "np.diff(marks_s, axis=1) * 1e3"
 _P99, _UP = "np.percentile(total_ms, 99)", "1 / ((1 - share) + share / times_faster)"
@@ -39,8 +13,7 @@ _SHARE = "mean_ms.max() / mean_ms.sum()"
 _MEANS = '"mean_ms": dict(zip(names, mean_ms, strict=True))'
 
 
-def _with(*edits: tuple[str, str]) -> str:
-    return edited("bottleneck", *edits)
+_with = partial(edited, "bottleneck")
 
 
 WRONG["bottleneck"] = {

@@ -3,49 +3,16 @@
 Imported by ``wrong_solutions``, which says what the tables hold.
 """
 
-from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
+from functools import partial
 
-SOLUTIONS["threshold"] = '''\
-def choose_threshold(
-    candidates,
-    confidence,
-    local_right,
-    cloud_right,
-    local_ms,
-    cloud_ms,
-    floor,
-    budget_ms,
-):
-    """The smallest of the candidates that keeps both budgets, or None.
-
-    One entry per held-out request in each array: how sure the device is; whether its
-    answer is right; whether the cloud's is; what the device takes, and what the cloud
-    takes on top, the network included. Below the threshold the cloud is asked, after
-    the device; its answer is then taken. floor: share of all answers that must be
-    right. budget_ms: what 95 % of all requests must keep (p95).
-    """
-    ### BEGIN SOLUTION
-    for threshold in sorted(candidates):
-        asks = confidence < threshold
-        right = np.where(asks, cloud_right, local_right).mean()
-        p95_ms = np.percentile(local_ms + asks * cloud_ms, 95)
-        if right >= floor and p95_ms <= budget_ms:
-            return threshold
-    return None
-    ### END SOLUTION
-'''
-CHECKS["threshold"] = """\
-from flserving.lab.checks import check_threshold
-
-check_threshold(choose_threshold)"""
+from wrong_solutions import WRONG, Wrong, edited
 
 _RIGHT, _TOOK = "np.where(asks, cloud_right, local_right).mean()", "local_ms + asks * cloud_ms"
 _P95, _KEEPS = f"np.percentile({_TOOK}, 95)", "right >= floor and p95_ms <= budget_ms"
 _FIRST, _ASKS, _NONE = "sorted(candidates)", "confidence < threshold", "    return None\n"
 
 
-def _chooses(*edits: tuple[str, str]) -> str:
-    return edited("threshold", *edits)
+_chooses = partial(edited, "threshold")
 
 
 WRONG["threshold"] = {
@@ -88,41 +55,6 @@ WRONG["threshold"] = {
 
 # ------------------------------------------------------------------------------------------ the hybrid policy
 
-SOLUTIONS["hybrid-policy"] = '''\
-def hybrid(row, device, cache, cloud, threshold, fresh_s, refuse_s, consent):
-    """Answer a row: the device if it is sure and fresh, else the cache, else the cloud.
-
-    device(row), cloud(row): a dict with prediction, confidence, round and age_s; the
-    cloud may raise a FlservingError. cache.get(row): an earlier answer of the cloud, or
-    None; cache.put(row, answer). Returns the answer with "path" added: "local", "cache",
-    "cloud", or "degraded": the device's answer, for want of a better one. A device whose
-    model is older than refuse_s raises StaleModelError in that case. Nothing leaves the
-    device without consent.
-    """
-    ### BEGIN SOLUTION
-    local = device(row)
-    if local["confidence"] >= threshold and local["age_s"] <= fresh_s:
-        return local | {"path": "local"}
-    known = cache.get(row)
-    if known is not None:
-        return known | {"path": "cache"}
-    if consent:
-        try:
-            answer = cloud(row)
-            cache.put(row, answer)
-            return answer | {"path": "cloud"}
-        except FlservingError:
-            pass
-    if local["age_s"] > refuse_s:
-        raise StaleModelError("the device's model is too old, and nobody else answers")
-    return local | {"path": "degraded"}
-    ### END SOLUTION
-'''
-CHECKS["hybrid-policy"] = """\
-from flserving.errors import FlservingError, StaleModelError
-from flserving.lab.checks import check_hybrid
-
-check_hybrid(hybrid)"""
 
 _CACHE = """\
     known = cache.get(row)
@@ -137,8 +69,7 @@ _SURE = 'local["confidence"] >= threshold and local["age_s"] <= fresh_s'
 _STORE = "            cache.put(row, answer)\n"
 
 
-def _policy(*edits: tuple[str, str]) -> str:
-    return edited("hybrid-policy", *edits)
+_policy = partial(edited, "hybrid-policy")
 
 
 WRONG["hybrid-policy"] = {

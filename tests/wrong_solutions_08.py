@@ -3,29 +3,9 @@
 Imported by ``wrong_solutions``, which says what the tables hold.
 """
 
-from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
+from functools import partial
 
-SOLUTIONS["batch-heads"] = '''\
-import torch
-
-
-def batched_heads(features, weights, slots):
-    """Every row through the head of its own client, in one product.
-
-    features: float32 [N, D], from the shared body. weights: float32 [K, D + 1, C], all
-    heads; the last row of each is its bias. slots: int64 [N], whose head a row gets.
-    Returns logits float32 [N, C], equal to those of the loop above.
-    """
-    ### BEGIN SOLUTION
-    own = weights[slots]  # [N, D + 1, C]: a copy of this batch's heads
-    product = torch.bmm(features[:, None], own[:, :-1])  # N products in one call
-    return product[:, 0] + own[:, -1]
-    ### END SOLUTION
-'''
-CHECKS["batch-heads"] = """\
-from flserving.lab.checks import check_heads
-
-check_heads(batched_heads)"""
+from wrong_solutions import WRONG, Wrong, wrong
 
 _OWN = "weights[slots]  # [N, D + 1, C]: a copy of this batch's heads"
 _PRODUCT = "torch.bmm(features[:, None], own[:, :-1])"
@@ -39,8 +19,7 @@ def batched_heads(features, weights, slots):
 """
 
 
-def _wrong(message: str, *edits: tuple[str, str]) -> Wrong:
-    return Wrong(edited("batch-heads", *edits), message)
+_wrong = partial(wrong, "batch-heads")
 
 
 WRONG["batch-heads"] = {
@@ -121,32 +100,12 @@ WRONG["batch-heads"] = {
     "the wrong way round": _wrong("raised RuntimeError", (_PRODUCT, "torch.bmm(own[:, :-1], features[:, None])")),
 }
 
-SOLUTIONS["choose-head"] = '''\
-def choose_heads(right):
-    """The head that should serve each client: a dict client -> "own" or "shared".
-
-    right[client][split][head]: whether each sample was answered right, bool [n];
-    split is "train" or "held_out", head is "own" or "shared".
-    """
-    ### BEGIN SOLUTION
-    choice = {}
-    for client, splits in right.items():
-        hits = {head: seen.sum() for head, seen in splits["held_out"].items()}
-        choice[client] = "own" if hits["own"] > hits["shared"] else "shared"
-    return choice
-    ### END SOLUTION
-'''
-CHECKS["choose-head"] = """\
-from flserving.lab.checks import check_head_choice
-
-check_head_choice(choose_heads)"""
 
 _HITS = 'hits = {head: seen.sum() for head, seen in splits["held_out"].items()}'
 _IF = '"own" if hits["own"] > hits["shared"] else "shared"'
 
 
-def _choice(message: str, *edits: tuple[str, str]) -> Wrong:
-    return Wrong(edited("choose-head", *edits), message)
+_choice = partial(wrong, "choose-head")
 
 
 WRONG["choose-head"] = {

@@ -3,44 +3,9 @@
 Imported by ``wrong_solutions``, which says what the tables hold.
 """
 
-from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
+from functools import partial
 
-SOLUTIONS["quantise-and-prove"] = '''\
-from flserving.optimization import quantise
-
-
-def prove(registry, clients, answers, measure, budget):
-    """Quantise the default version of "digits" to int8 ("static"); report what it is worth.
-
-    answers(version, rows): the class that a version names for each row.
-    measure([version, ...]): microseconds, {version: float [turns, calls]}, timed in turns.
-    Returns a dict: version (of the quantised one); smaller, faster (before over after);
-    points, worst_points (change in accuracy on held-out rows, in percentage points, of
-    all rows together and of the worst client); serve (faster, and no loss over budget).
-    """
-    ### BEGIN SOLUTION
-    before = registry.resolve("digits", "default")
-    after = quantise(registry, "digits", before, "static", clients).version
-    overall, worst = {}, {}
-    for version in (before, after):
-        right = [answers(version, client.test_x) == client.test_y for client in clients]
-        overall[version] = 100 * np.concatenate(right).mean()
-        worst[version] = 100 * min(part.mean() for part in right)
-    size = {v: registry.manifest("digits", v).weights_nbytes for v in (before, after)}
-    turn = {v: np.median(us, axis=1) for v, us in measure([before, after]).items()}
-    report = {"version": after, "smaller": size[before] / size[after]}
-    report["faster"] = np.median(turn[before] / turn[after])
-    report["points"] = overall[after] - overall[before]
-    report["worst_points"] = worst[after] - worst[before]
-    lost = min(report["points"], report["worst_points"]) < -budget
-    report["serve"] = bool(report["faster"] > 1 and not lost)
-    return report
-    ### END SOLUTION
-'''
-CHECKS["quantise-and-prove"] = """\
-from flserving.lab.checks import check_proof
-
-check_proof(prove)"""
+from wrong_solutions import WRONG, Wrong, edited
 
 _MAKE = 'quantise(registry, "digits", before, "static", clients)'
 _SMALLER, _FASTER = "size[before] / size[after]", "np.median(turn[before] / turn[after])"
@@ -49,8 +14,7 @@ _POINTS, _WORST = "overall[after] - overall[before]", "worst[after] - worst[befo
 _LOST, _MIN = 'min(report["points"], report["worst_points"]) < -budget', "min(part.mean() for part in right)"
 
 
-def _proves(*edits: tuple[str, str]) -> str:
-    return edited("quantise-and-prove", *edits)
+_proves = partial(edited, "quantise-and-prove")
 
 
 WRONG["quantise-and-prove"] = {

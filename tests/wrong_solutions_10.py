@@ -1,35 +1,9 @@
 """Notebook 10: the exercise "write the router", its solution and plausible wrong ones. Registers into
 ``wrong_solutions``."""
 
-from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
+from functools import partial
 
-SOLUTIONS["router"] = '''\
-import hashlib
-
-
-def route(client, weights, key):
-    """The version that answers ``client``: by weight, and always the same one.
-
-    client: str. weights: a dict version -> share of the clients; the versions are str, the
-    shares are above 0 and sum to one. key: bytes, secret; another key, another split.
-    When the weights change, hardly more clients than must get another version.
-    """
-    ### BEGIN SOLUTION
-    best, highest = None, -1.0
-    for version, weight in weights.items():
-        text = f"{version}/{client}".encode()
-        digest = hashlib.blake2b(text, digest_size=8, key=key).digest()
-        uniform = (int.from_bytes(digest, "big") + 0.5) / 2**64
-        score = uniform ** (1 / weight)
-        if score > highest:
-            best, highest = version, score
-    return best
-    ### END SOLUTION
-'''
-CHECKS["router"] = """\
-from flserving.lab.checks import check_router
-
-check_router(route)"""
+from wrong_solutions import SOLUTIONS, WRONG, Wrong, edited
 
 _BODY = SOLUTIONS["router"].split("    ### BEGIN SOLUTION\n")[1].split("    ### END SOLUTION\n")[0]
 _DIGEST = "        digest = hashlib.blake2b(text, digest_size=8, key=key).digest()\n"
@@ -48,8 +22,7 @@ _INTERVALS = """\
 """
 
 
-def _route(*edits: tuple[str, str]) -> str:
-    return edited("router", *edits)
+_route = partial(edited, "router")
 
 
 def _instead(body: str) -> str:

@@ -1,48 +1,8 @@
 """The exercise of notebook 11, and plausible wrong solutions of it. Registers itself in ``wrong_solutions``."""
 
-from wrong_solutions import CHECKS, SOLUTIONS, WRONG, Wrong, edited
+from functools import partial
 
-SOLUTIONS["metrics"] = '''\
-import time
-
-from prometheus_client import Counter, Gauge, Histogram
-
-
-class WatchedServer:
-    """A bare server that can be watched: a counter, a histogram, a gauge in ``registry``."""
-
-    def __init__(self, model, registry, clock=time.perf_counter):
-        self.model, self.clock = model, clock
-        ### BEGIN SOLUTION
-        self.requests = Counter("bare_requests", "By outcome.", ["outcome"], registry=registry)
-        self.seconds = Histogram(
-            "bare_request_seconds",
-            "Time in the model, failed requests too.",
-            registry=registry,
-            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
-        )
-        self.running = Gauge("bare_requests_in_progress", "In the model.", registry=registry)
-        ### END SOLUTION
-
-    def predict(self, features, client):
-        """What ``self.model(features)`` answers or raises, and three metrics know of it."""
-        ### BEGIN SOLUTION
-        outcome, began_s = "failed", self.clock()
-        self.running.inc()
-        try:
-            answer = self.model(features)
-            outcome = "answered"
-            return answer
-        finally:
-            self.running.dec()
-            self.requests.labels(outcome).inc()
-            self.seconds.observe(self.clock() - began_s)
-        ### END SOLUTION
-'''
-CHECKS["metrics"] = """\
-from flserving.lab.checks import check_metrics
-
-check_metrics(WatchedServer)"""
+from wrong_solutions import WRONG, wrong
 
 _COUNT, _OBSERVE = "self.requests.labels(outcome).inc()", "self.seconds.observe(self.clock() - began_s)"
 _BUCKETS = "            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),\n"
@@ -50,8 +10,7 @@ _COUNTER = 'Counter("bare_requests", "By outcome.", ["outcome"], registry=regist
 _DONE, _FINALLY = '            outcome = "answered"\n', "        finally:\n            self.running.dec()\n"
 
 
-def _wrong(message: str, *edits: tuple[str, str]) -> Wrong:
-    return Wrong(edited("metrics", *edits), message)
+_wrong = partial(wrong, "metrics")
 
 
 WRONG["metrics"] = {
