@@ -174,7 +174,7 @@ def explorer_figure(trace: BatchTrace, fig: Figure | None = None) -> Figure:
         p50, p99 = np.percentile(latency_ms, [50, 99])
         right.set(title=f"p50 {p50:.1f} ms, p99 {p99:.1f} ms")
         right.set(xlabel="latency (ms)", ylabel="requests that are faster (%)")
-        right.set(xscale="log", xlim=(0.3, 3000), ylim=(0, 102))
+        right.set(xscale="log", xlim=(1, 10_000), ylim=(0, 102))
         right.xaxis.set_major_formatter(PLAIN)
         right.legend(loc="lower right")
     return fig
