@@ -20,7 +20,15 @@ from experiment_models import ROW, published, server_of
 from flserving.api.auth import Role, Tokens
 from flserving.api.client import AsyncClient, Client
 from flserving.api.messages import message
-from flserving.errors import ConflictError, ForbiddenError, InvalidInputError, NotFoundError, UnauthorizedError
+from flserving.api.retries import Refused
+from flserving.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidInputError,
+    NotFoundError,
+    ServerClosedError,
+    UnauthorizedError,
+)
 from flserving.feedback import FILE_NAME, FeedbackStore
 from flserving.split import Experiment
 from grpc_door import STACKS, Caller, health, metadata, status
@@ -200,6 +208,20 @@ def test_the_answer_names_its_arm_and_its_client_may_reward_it_once(door, server
     with Client(door, "nobody") as caller:
         answer = caller.predict(ROW)
         assert answer["model_version"] == "1" and not {"arm", "receipt"} & answer.keys()
+
+
+def test_feedback_whose_answer_is_lost_is_tried_again_and_counts_once(door, server, running, monkeypatch):
+    with Client(door, "token-5", sleep=lambda _: None) as caller:
+        receipt, before, send, tries = caller.predict(ROW)["receipt"], given(server), caller._carrier.send, []
+
+        def lossy(*call):
+            tries.append(send(*call))
+            raise Refused(ServerClosedError("no answer"), again=True)
+
+        monkeypatch.setattr(caller._carrier, "send", lossy)
+        with pytest.raises(ConflictError, match="already"):
+            caller.feedback(receipt, 1)
+    assert len(tries) == 1 and sum(given(server).values()) == sum(before.values()) + 1
 
 
 async def test_the_awaiting_client_gives_feedback_too(door, server, running):
