@@ -113,7 +113,7 @@ class Publishing(Strategy):
         self.strategy, self.on_round, self.preprocessing = strategy, on_round, preprocessing
         self.architecture, self.parameters = architecture, dict(parameters or {})
         self.data, self.samples, self.accuracy = data, samples, accuracy
-        self._seen: _Seen | None = None
+        self._seen: _Seen | None = None  # while a training runs
 
     def start(
         self,
@@ -180,7 +180,7 @@ class Publishing(Strategy):
                 seen.rejected[client] = "the strategy made no model of the replies"
             else:
                 count = told[client].get(self.samples)
-                if not isinstance(count, int | float) or count != round(count):
+                if not isinstance(count, int | float) or count < 0 or not float(count).is_integer():
                     raise ConfigError(
                         f"client {client} tells {self.samples!r} = {count!r} among {sorted(told[client])}: let it tell "
                         "how many samples it trained on, or name that metric by samples="
