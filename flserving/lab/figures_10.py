@@ -115,7 +115,7 @@ def plan_figure(plan: Plan, fig: Figure | None = None) -> Figure:
             days = np.exp(np.interp(np.log(effect), np.log(plan.effects), np.log(plan.days[name])))
             left.plot(plan.effects, plan.days[name], color=colour, linestyle=line, label=f"{name}: {_days(days)}")
             left.plot(effect, days, "o", color=colour)
-        left.axvline(effect, color=INK, linestyle=":", linewidth=1)
+        left.axvline(effect, ymax=0.7, color=INK, linestyle=":", linewidth=1)
         left.set(
             xscale="log", yscale="log", xlabel="effect to find (percentage points)", ylabel="time to decide (days)"
         )
@@ -127,7 +127,7 @@ def plan_figure(plan: Plan, fig: Figure | None = None) -> Figure:
             now = np.exp(np.interp(np.log(share), np.log(plan.shares), np.log(lost)))
             right.plot(plan.shares, lost, color=colour, label=f"{name}: {now:,.0f}")
             right.plot(share, now, "o", color=colour)
-        right.axvline(share, color=INK, linestyle=":", linewidth=1)
+        right.axvline(share, ymax=0.7, color=INK, linestyle=":", linewidth=1)
         right.set(xscale="log", yscale="log", xlabel="users who get the new version (%)", ylabel="right answers lost")
         right.set_xticks((1, 2, 5, 10, 20, 50))
         top = max(float(lost.max()) for lost in plan.lost.values())
