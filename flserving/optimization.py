@@ -6,8 +6,9 @@ its caches is shared with its parent, for the digests differ. Nothing is said he
 with ``flserving.lab.optimization.report``. Metrics are not inherited. Personal heads belong to the body that they were
 trained on: a version that has some is refused, unless ``heads=None`` says that its clients shall go without.
 
-``torch.compile`` makes no version: what it compiles is machine code for one process, and a file of machine code is not
-something to take from a registry. ``flserving.lab.sweep`` measures it beside the others.
+``torch.export`` makes the ONNX versions; its own archive (.pt2) is not taken, for loading one unpickles.
+``torch.compile`` makes no version: what it compiles is machine code for one process, after seconds of compiling at
+every load, and on these networks it is slower than what it was made from. ``flserving.lab.sweep`` measures that.
 """
 
 from collections.abc import Mapping

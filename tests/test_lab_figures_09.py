@@ -85,11 +85,20 @@ def test_the_exercises_worlds_tell_the_mistakes_apart():
 
 
 def test_every_figure_can_be_drawn():
-    report = pd.DataFrame({"accuracy": 0.9, "worst_client": 0.8}, index=["original", *TECHNIQUES])
+    report = pd.DataFrame({"optimisation": ["", *TECHNIQUES], "points": 0.1, "worst_points": -2.0})
+    report[["file_kb", "compressed_kb", "peak_mb"]] = 1200.0, 1000.0, 11.0
     for batch in (1, 32):
         report[[f"b{batch}_low", f"b{batch}_times", f"b{batch}_high"]] = 0.9, 1.0, 1.2
-    drawn = figures.claims_figure(report, dict.fromkeys(figures.TUTORIAL, (2, -1)))
-    assert [ax.get_xlabel() for ax in drawn.axes] == ["times faster", "change in accuracy (percentage points)"]
+    told = [figures.report_figure(report), figures.report_figure(report, dict.fromkeys(figures.TUTORIAL, (2, -1)))]
+    assert [ax.get_xlabel().split("\n")[0] for ax in told[0].axes] == [
+        "times faster",
+        "size (MB)",
+        "change in accuracy",
+    ]
+    assert [it.get_text() for it in told[0].axes[0].get_yticklabels()][:2] == ["0 ", "1 onnx"]
+    legends = [{text.get_text() for text in drawn.legends[0].get_texts()} for drawn in told]
+    assert legends[1] - legends[0] == {"the tutorial", "your guess"}
+    assert figures.report_figure(report.set_index(pd.Index(["original", *TECHNIQUES]))).axes[0].get_yticklabels()
     swept = pd.DataFrame(
         {"width": w, "technique": t, "batch": b, "p50_us": w * b, "low": 0.9, "times": w / 32, "high": w}
         for w in (32, 2048) for b in (1, 64) for t in ("original", *TECHNIQUES)

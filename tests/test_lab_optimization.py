@@ -2,30 +2,34 @@
 
 import math
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from flserving import Registry, models, optimization
+from flserving import Registry, ServingConfig, models, optimization
 from flserving.backends import OnnxModel
 from flserving.engine import InferenceEngine
 from flserving.errors import InvalidModelError
 from flserving.federated import train
 from flserving.lab import optimization as lab
 from flserving.lab.sweep import claims, compiled_engine
+from flserving.loader import RegistrySource, load_engine
 from flserving.rounds import publish_rounds
 
 SCRIPT = Path(__file__).parent / "benchmarks" / "backends.py"
 ORIGINAL = {
     "optimisation": "", "file_kb": 100.0, "compressed_kb": 90.0, "accuracy": 0.9, "b1_p50_us": 20.0, "b32_p50_us": 82.0,
+    "peak_mb": 10.0,
 }  # fmt: skip  # 18 us of dispatch, 2 us a row
 
 
-def told(b1, b32, file_kb=25.0, compressed_kb=20.0, accuracy=0.9, noise=0.01):
+def told(b1, b32, file_kb=25.0, compressed_kb=20.0, accuracy=0.9, noise=0.01, peak_mb=10.0):
     """The verdict on a version whose batches take so many microseconds, without any spread."""
     row = {"optimisation": "x", "file_kb": file_kb, "compressed_kb": compressed_kb, "accuracy": accuracy}
+    row["peak_mb"] = peak_mb
     for batch, p50, base in ((1, b1, 20.0), (32, b32, 82.0)):
         row |= {f"b{batch}_p50_us": p50, **{f"b{batch}_{field}": base / p50 for field in ("low", "times", "high")}}
     return lab.verdict(row, ORIGINAL, noise)
@@ -38,6 +42,8 @@ def test_the_verdict_follows_from_the_numbers():
     assert "pay from about 11 rows" in slower and "file 4.0 x smaller" in slower and "within noise" in slower
     faster = told(10.0, 41.0)
     assert faster.startswith("faster at 1 (2.00 x); faster at 32 (2.00 x); file") and "dispatch" not in faster
+    assert "memory" not in faster and "memory" not in told(10.0, 41.0, peak_mb=math.nan)
+    assert "; memory 2.5 x; accuracy" in told(10.0, 41.0, peak_mb=25.0)
     dear = told(25.0, 490.0)  # 10 us of dispatch, 15 us a row
     assert "slower at 32" in dear and "the multiply itself is no cheaper" in dear and "pay from" not in dear
     same = told(20.0, 82.0, file_kb=100.0, compressed_kb=45.0, accuracy=0.85)
@@ -71,6 +77,9 @@ def test_a_report_of_versions(tmp_path):
     assert frame.accuracy[1] == pytest.approx(metrics["global_accuracy"])
     assert frame.worst_client[1] == pytest.approx(metrics["worst_client_accuracy"])
     assert frame.agreement[1] == 1 > frame.agreement[2]
+    assert (frame.points[1], frame.worst_points[1]) == (0, 0)
+    assert frame.points[2] == pytest.approx(100 * (frame.accuracy[2] - frame.accuracy[1]))
+    assert frame.worst_points[3] == pytest.approx(100 * (frame.worst_client[3] - frame.worst_client[1]))
     assert frame.file_kb[1] == frame.file_kb[2] > 1.8 * frame.file_kb[3]
     assert frame.compressed_kb[2] < 0.5 * frame.compressed_kb[1]
     times = frame.filter(regex=r"^b\d").to_numpy()
@@ -106,4 +115,31 @@ def test_every_backend_has_its_row():
 def test_what_is_not_torch_is_not_compiled():
     engine = InferenceEngine(OnnxModel(4, 4, 8), owned=True)
     with pytest.raises(InvalidModelError, match="outside torch"):
+        compiled_engine(engine)
+
+
+@pytest.mark.slow
+def test_a_compiled_engine_answers_as_its_original_or_says_why_not(tmp_path):
+    """With a C++ compiler the one, without it the other."""
+    sizes = {"sizes": [64, 16, 10]}
+    with Registry(tmp_path) as registry:
+        registry.publish("m", models.build("mlp", sizes), architecture="mlp", parameters=sizes)
+        engine = load_engine(RegistrySource(registry, "m"), "1", ServingConfig())
+    rows = np.random.default_rng(0).standard_normal((5, 64), dtype=np.float32)
+    try:
+        made = compiled_engine(engine)
+    except InvalidModelError as error:
+        assert "torch.compile does not work here" in str(error) and shutil.which("g++") is None
+    else:
+        given, wanted = (it.predict(rows)["probabilities"] for it in (made, engine))
+        np.testing.assert_allclose(given, wanted, atol=1e-6)
+
+
+def test_a_compiler_that_is_missing_is_a_message(monkeypatch):
+    def refuses(module, **options):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr("torch.compile", refuses)
+    engine = InferenceEngine(models.build("mlp", {"sizes": [4, 3]}))
+    with pytest.raises(InvalidModelError, match=r"torch\.compile does not work here: no working C\+\+ compiler"):
         compiled_engine(engine)

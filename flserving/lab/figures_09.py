@@ -84,45 +84,55 @@ def roofline_figure(swept: "pd.DataFrame", machine: Machine, dispatch_us: float)
     return fig
 
 
-def claims_figure(measured: "pd.DataFrame", guess: Mapping[str, tuple[float, float]]) -> Figure:
-    """What was claimed (band), guessed (diamond) and measured: times faster on the left, accuracy on the right.
+def report_figure(measured: "pd.DataFrame", guess: Mapping[str, tuple[float, float]] | None = None) -> Figure:
+    """A report, a row per version: times faster, size on the disk and in memory, change in accuracy.
 
     Args:
-        measured: A report with the technique as index, its first row the original.
-        guess: Technique of the tutorial's table -> (times faster, change in accuracy in percentage points).
+        measured: What ``lab.optimization.report`` gave; its index may be names.
+        guess: Adds the tutorial's claims (bands) and a reader's guess (diamonds): technique of the tutorial's table ->
+            (times faster, change in accuracy in percentage points).
     """
-    rows = measured.iloc[1:]
-    fig, (left, right) = figure(cols=2, height_in=1.8 + 0.42 * len(rows), sharey=True)
+    place = np.arange(len(measured))
+    fig, (left, middle, right) = figure(cols=3, height_in=2.0 + 0.42 * len(measured), sharey=True)
     with styled():
-        place = np.arange(len(rows))
-        for at, name in zip(place, rows.index, strict=True):
-            low, high, points = claimed(name)
-            mine, change = guess[name.split(",")[0]]
+        for at, technique in zip(place, measured.optimisation, strict=True):
+            if guess is None or not technique:
+                continue
+            low, high, points = claimed(technique)
+            mine, change = guess[technique.split(",")[0]]
             known: dict[str, Any] = {"height": 0.62, "color": GREY, "label": "the tutorial"}
             left.barh(at, high - low or 0.2, left=low - (low == high) * 0.1, **known)
             right.barh(at, points or 0.2, left=-0.1 if points == 0 else 0, **known)
             left.plot(mine, at, "D", mfc="white", mec=INK, ms=8, label="your guess")
             right.plot(change, at, "D", mfc="white", mec=INK, ms=8)
         for batch, colour, shift in ((1, BLUE, -0.14), (32, GREEN, 0.14)):
-            times = rows[f"b{batch}_times"]
-            spread = [times - rows[f"b{batch}_low"], rows[f"b{batch}_high"] - times]
+            times = measured[f"b{batch}_times"]
+            spread = [times - measured[f"b{batch}_low"], measured[f"b{batch}_high"] - times]
             left.errorbar(
-                times, place + shift, xerr=np.maximum(spread, 0), fmt="o", color=colour, ms=7, label=_rows(batch)
+                times, place + shift, xerr=np.maximum(spread, 0), fmt="o", color=colour, ms=6, label=_rows(batch)
             )
-        left.axvline(1, color=INK, linestyle=":", linewidth=1.2)
-        left.set(xscale="log", xlabel="times faster", ylim=(len(rows) - 0.5, -0.5))
-        _plain_x(left, (0.5, 1, 2, 3, 5, 10))
-        left.set_yticks(place, list(rows.index))
-        first = measured.iloc[0]
-        for column, colour, marker, title in (
-            ("accuracy", VERMILION, "o", "all held-out rows"), ("worst_client", VERMILION, "x", "worst client"),
+        for values, marker, title in (
+            (measured.file_kb / 1e3, "s", "file"), (measured.compressed_kb / 1e3, "|", "compressed"),
+            (measured.peak_mb, "^", "memory at its peak"),
         ):  # fmt: skip
-            right.plot(100 * (rows[column] - first[column]), place, marker, color=colour, ms=8, mew=2, label=title)
+            middle.plot(values, place, marker, color=INK, mfc="white", ms=8, mew=1.6, label=title)
+        for column, marker, title in (("points", "o", "all held-out rows"), ("worst_points", "x", "worst client")):
+            right.plot(measured[column], place, marker, color=VERMILION, ms=7, mew=2, label=title)
+        left.axvline(1, color=INK, linestyle=":", linewidth=1.2)
         right.axvline(0, color=INK, linestyle=":", linewidth=1.2)
-        right.set(xlabel="change in accuracy (percentage points)")
-        for ax in (left, right):
+        left.set(xscale="log", xlabel="times faster", ylim=(len(measured) - 0.5, -0.5))
+        middle.set(xscale="log", xlabel="size (MB)")
+        right.set(xlabel="change in accuracy\n(percentage points)")
+        _plain_x(left, (0.5, 1, 2, 5, 10))
+        _plain_x(middle, (0.01, 0.1, 1, 10, 100))
+        left.set_yticks(
+            place, [it if isinstance(it, str) else f"{it} {row.optimisation}" for it, row in measured.iterrows()]
+        )
+        for ax in (left, middle, right):
             ax.grid(axis="y", visible=False)
-        pairs = [pair for ax in (left, right) for pair in zip(*ax.get_legend_handles_labels()[::-1], strict=True)]
+        pairs = [
+            pair for ax in (left, middle, right) for pair in zip(*ax.get_legend_handles_labels()[::-1], strict=True)
+        ]
         unique = dict(pairs)
         fig.legend(unique.values(), unique, loc="outside lower center", ncols=3, fontsize=9.5)
     return fig

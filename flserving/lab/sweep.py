@@ -56,6 +56,7 @@ def sweep(
             engines = {key: load_engine(source, str(number), config) for key, number in made.items()}
             sizes = {key: registry.manifest("m", number).weights_nbytes for key, number in made.items()}
             if compiled:
+                torch.compiler.reset()  # it gives up after eight of one class, silently: later widths would run eager
                 engines["compiled"] = compiled_engine(engines[""])
                 sizes["compiled"] = sizes[""]
             original = engines.pop("")
