@@ -237,7 +237,7 @@ def kills(tmp_path, count, form, sizes):
         with Registry(tmp_path / "edge") as registry:
             assert registry.version_numbers("m") == list(range(1, len(registry.version_numbers("m")) + 1))
             assert len(list((tmp_path / "edge" / "sync").glob("*.part"))) <= 1
-            assert len(os.listdir(tmp_path / "edge" / "staging")) <= 2, "of the last one only"
+            assert len(os.listdir(tmp_path / "edge" / "staging")) <= 1, "of the last one only"
     return found
 
 
