@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flserving.lab import figures_00
-from flserving.lab.style import figure, png
+from flserving.lab.style import png
 from flserving.transforms import ABSTAIN
 
 
@@ -65,10 +65,3 @@ def test_abstentions_and_the_trade(threshold):
         accuracy = (given.predictions == given.labels)[answered].mean()
         assert f"{accuracy:.1%} of the answers are right" in told
         assert curve[answered.sum() - 1] == pytest.approx(accuracy), "the dot lies on the curve"
-
-
-def test_a_used_figure_is_drawn_again():
-    used, _ = figure(rows=2)
-    again = figures_00.abstention_figure(answers(0.5), used)
-    assert again is used and len(again.axes) == 2
-    assert png(again) == png(figures_00.abstention_figure(answers(0.5), figure(height_in=used.get_figheight())[0]))

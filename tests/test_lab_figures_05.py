@@ -127,9 +127,8 @@ def test_the_storm_figure_shows_every_scenario(storms):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1000, 784, 10_000)])
-def test_the_explorer_draws_its_ends_in_place(shape):
+def test_the_explorer_draws_its_ends(shape):
     drawn = figures.transfer_figure(wire.transfer(*shape))
-    assert figures.transfer_figure(wire.transfer(*shape), drawn) is drawn
     left, right = drawn.axes
     for ax in (left, right):
         low, high = ax.get_xlim()

@@ -108,7 +108,7 @@ def test_every_figure_can_be_drawn(matrix):
     assert [ax.get_xlabel() for ax in drawn.axes] == ["accuracy (%)"] * 2
     table = who_gains.looked_up(**SETTING)
     drawn = figures.who_gains_figure(table)
-    assert figures.who_gains_figure(table * 0, drawn) is drawn
+    assert len(figures.who_gains_figure(table * 0).axes) == 2
     assert [ax.get_xlabel() for ax in drawn.axes] == ["accuracy (%)", "clients that it serves (%)"]
     gains = pd.DataFrame({"samples": [10, 20, 30], "gain": [0.1, -0.2, 0.0]})
     assert figures.gain_figure({"one": gains, "two": gains}).axes[1].get_title("left") == "two\n1 gain, 1 lose"
@@ -119,5 +119,5 @@ def test_every_figure_can_be_drawn(matrix):
     )
     drawn = figures.cost_figure((costs, 1, 1))
     assert drawn.axes[0].get_title("left") == "1 head, 0.0026 MB"
-    assert figures.cost_figure((costs, 100_000, 64), drawn) is drawn
+    drawn = figures.cost_figure((costs, 100_000, 64))
     assert [ax.get_title("left") for ax in drawn.axes] == ["100,000 heads, 260 MB", "64 rows, clients at random"]

@@ -103,12 +103,12 @@ def test_every_figure_can_be_drawn():
         {"width": w, "technique": t, "batch": b, "p50_us": w * b, "low": 0.9, "times": w / 32, "high": w}
         for w in (32, 2048) for b in (1, 64) for t in ("original", *TECHNIQUES)
     )  # fmt: skip
-    drawn = figures.speedup_figure((swept, 32, 1))
-    assert figures.speedup_figure((swept, 2048, 64), drawn) is drawn
+    assert len(figures.speedup_figure((swept, 32, 1)).axes) == 2
+    drawn = figures.speedup_figure((swept, 2048, 64))
     assert [ax.get_title("left") for ax in drawn.axes] == ["batches of 64 rows", "2,048 wide"]
     assert len(figures.roofline_figure(swept, MACHINE, 20.0).axes) == 2
     sizes = {"percent": [0, 90], "file_kb": [9.0, 9.0], "compressed_kb": [8.0, 1.0]}
     table = pd.DataFrame({**sizes, "accuracy": [0.9, 0.5], "worst_client": [0.8, 0.0]})
-    drawn = figures.sparsity_figure((table, 0))
-    assert figures.sparsity_figure((table, 90), drawn) is drawn
+    assert len(figures.sparsity_figure((table, 0)).axes) == 2
+    drawn = figures.sparsity_figure((table, 90))
     assert drawn.axes[0].get_title("left") == "9 kB, 1 compressed"

@@ -106,12 +106,11 @@ def test_every_figure_can_be_drawn(same):
     drawn = figures.arms_figure({"weight 10%": [True, False, False], "weight 50%": [True, True, False]})
     assert [tick.get_text() for tick in drawn.axes[0].get_yticklabels()] == ["weight 10%", "weight 50%"]
     assert [ax.get_xlabel() for ax in figures.peeking_figure(same).axes] == ["rewards so far"] * 2
-    last = None
     for effect, traffic, share in itertools.product((0.5, 10.0), (1_000, 1_000_000), (1, 50)):
-        last = figures.plan_figure(trials.plan(effect, traffic, share), last)
+        last = figures.plan_figure(trials.plan(effect, traffic, share))
     assert [ax.get_ylabel() for ax in last.axes] == ["time to decide (days)", "right answers lost"]
     for requests, gap in itertools.product((0, 50, 3000), (1, 20)):
-        last = figures.bandit_figure(trials.learning(requests, gap), last)
+        last = figures.bandit_figure(trials.learning(requests, gap))
     assert last.axes[0].get_title("left") == "after 3,000 requests"
     at_s = np.linspace(0, 2, 100)
     answers = pd.DataFrame({"at_s": at_s, "version": np.where(at_s > 1, 7, 5), "right": at_s < 1})

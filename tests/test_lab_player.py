@@ -127,7 +127,7 @@ def test_draw_frame_draws_the_visible_boxes():
     assert ax.get_title(loc="left") == "4 ms" and ax.get_xlabel() == "time (ms)"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["batch", "full"]
     assert [text.get_text() for text in ax.texts] == ["3", "8"]
-    assert draw_frame(CACHE, -1, figure) is figure and figure.axes[0].get_title(loc="left").startswith("request 5")
+    assert draw_frame(CACHE).axes[0].get_title(loc="left").startswith("request 5")
 
 
 def test_long_labels_are_shortened_and_ticks_stay_visible():
@@ -161,7 +161,7 @@ def test_static_switch_draws_every_frame_and_shows_nothing(monkeypatch):
     assert isinstance(play(GROWING), Player)
     monkeypatch.setenv("FLSERVING_STATIC", "1")
     drawn = []
-    monkeypatch.setattr(player_module, "draw_frame", lambda r, index, figure: drawn.append(index) or Figure())
+    monkeypatch.setattr(player_module, "draw_frame", lambda r, index: drawn.append(index) or Figure())
     assert play(GROWING) is None
     assert drawn == [0, 1, 2]
 

@@ -1,6 +1,6 @@
-"""Sliders over a pure model and a pure drawing. The picture is drawn once and redrawn in place.
+"""Sliders over a pure model and a pure drawing.
 
-``model(**values) -> numbers`` and ``draw(numbers[, figure]) -> Figure`` know nothing of widgets, so a test calls them
+``model(**values) -> numbers`` and ``draw(numbers) -> Figure`` know nothing of widgets, so a test calls them
 directly and a static figure cell shows the same picture where no kernel runs.
 """
 
@@ -62,7 +62,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
 
 def explore(
     model: Callable[..., Any],
-    draw: Callable[..., Figure],
+    draw: Callable[[Any], Figure],
     /,
     *,
     start: Mapping[str, Any] | None = None,
@@ -73,8 +73,7 @@ def explore(
 
     Args:
         model: Called with one keyword per control; returns whatever ``draw`` takes.
-        draw: Takes the model's result. With a second parameter named ``figure`` it also gets the figure that it
-            returned last time (None at first), to clear (``style.figure(figure)``) or to update in place: faster.
+        draw: Takes the model's result.
         start: First values; others start at the middle of a slider, the first entry of a list.
         labels: Text of a control instead of the one made from its name (``rate_per_s`` -> "rate (per s)").
         **controls: ``(low, high, step)`` of ints or floats is a slider, a list a drop-down, a bool a checkbox.
@@ -87,7 +86,7 @@ def explore(
         ConfigError: A control or start value makes no sense, or ``model`` does not take these names.
         Exception: Whatever ``model`` or ``draw`` raises, with a note that says at which values.
 
-    Cost: one model call, one drawing (about 60 ms, 40 when artists are updated) and a 20 kB PNG per step.
+    Cost: one model call, one drawing (about 60 ms) and a 20 kB PNG per step.
     """
     start, labels = dict(start or {}), dict(labels or {})
     for given, what in ((start, "start"), (labels, "labels")):
@@ -126,21 +125,15 @@ def corners(**controls: Control) -> Iterator[dict[str, Any]]:
         yield dict(zip(controls, combination, strict=True))
 
 
-def _renderer(model: Callable[..., Any], draw: Callable[..., Figure]) -> Callable[[dict[str, Any]], bytes]:
-    keeps_figure = "figure" in inspect.signature(draw).parameters
-    last: Figure | None = None
-
+def _renderer(model: Callable[..., Any], draw: Callable[[Any], Figure]) -> Callable[[dict[str, Any]], bytes]:
     def render(values: dict[str, Any]) -> bytes:
-        nonlocal last
         try:
             with style.styled():
-                numbers = model(**values)
-                last = draw(numbers, figure=last) if keeps_figure else draw(numbers)
-                if not isinstance(last, Figure):
-                    raise ConfigError(f"draw returned {type(last).__name__}: it must return the matplotlib Figure")
-                return style.png(last)
+                drawn = draw(model(**values))
+                if not isinstance(drawn, Figure):
+                    raise ConfigError(f"draw returned {type(drawn).__name__}: it must return the matplotlib Figure")
+                return style.png(drawn)
         except Exception as error:
-            last = None  # half drawn: the next picture starts on a new figure
             error.add_note(f"explore: with {', '.join(f'{name}={value!r}' for name, value in values.items())}")
             raise
 

@@ -18,9 +18,9 @@ _WIDTH, _STEP, _HEIGHT = 17.0, 20.75, 11.5  # of a box, from box to box, of a bo
 _TOP, _LOW = 28.0, 6.5  # lower edges of the two rows of boxes
 
 
-def stack_figure(reuse: Figure | None = None) -> Figure:
+def stack_figure() -> Figure:
     """The stack: how a version gets into memory, and how a request gets its answer. Dashed: later in the course."""
-    fig, (ax,) = figure(reuse, height_in=4.2)
+    fig, (ax,) = figure(height_in=4.2)
     ax.set(xlim=(-1.2, 101.2), ylim=(-5.5, 44.5))
     ax.axis("off")
     versions = {
@@ -61,7 +61,7 @@ def stack_figure(reuse: Figure | None = None) -> Figure:
     return fig
 
 
-def answer_figure(image: Floats, answer: Mapping[str, Any], label: int, reuse: Figure | None = None) -> Figure:
+def answer_figure(image: Floats, answer: Mapping[str, Any], label: int) -> Figure:
     """A digit beside the probabilities that were served for it.
 
     Args:
@@ -69,10 +69,8 @@ def answer_figure(image: Floats, answer: Mapping[str, Any], label: int, reuse: F
         answer: What ``server.predict`` said about this one row.
         label: The digit that it really is.
     """
-    fig, _ = figure(reuse, height_in=2.7)
-    fig.clear()
+    fig, (left, right) = figure(cols=2, height_in=2.7, width_ratios=(1, 2.6))
     with styled():
-        left, right = fig.subplots(1, 2, width_ratios=(1, 2.6))
         left.imshow(np.asarray(image).reshape(8, 8), cmap="gray_r", vmin=0, vmax=16)
         left.set(xticks=[], yticks=[], title=f"somebody wrote a {label}")
         left.grid(visible=False)
@@ -104,12 +102,10 @@ class Answers:
     classes: Ints
 
 
-def abstention_figure(answers: Answers, reuse: Figure | None = None) -> Figure:
+def abstention_figure(answers: Answers) -> Figure:
     """40 digits from the least to the most certain with what is served, and accuracy against the share answered."""
-    fig, _ = figure(reuse, height_in=3.9)
-    fig.clear()
+    fig, (left, right) = figure(cols=2, height_in=3.9, width_ratios=(1.2, 1))
     with styled():
-        left, right = fig.subplots(1, 2, width_ratios=(1.2, 1))
         _mosaic(left, answers)
         _trade(right, answers)
     return fig

@@ -75,9 +75,9 @@ def partitions_figure(counts: Mapping[float, Ints]) -> Figure:
     return fig
 
 
-def partition_figure(shown: tuple[float, Ints], figure_: Figure | None = None) -> Figure:
+def partition_figure(shown: tuple[float, Ints]) -> Figure:
     """One partition, ``(alpha, counts)``: samples of each client above, samples of each class below."""
-    (alpha, held), (fig, (top, ax)) = shown, figure(figure_, rows=2, height_in=5.2, sharex=True)
+    (alpha, held), (fig, (top, ax)) = shown, figure(rows=2, height_in=5.2, sharex=True)
     with styled():
         top.bar(range(len(held)), held.sum(axis=1), color=_BLUE)
         top.set(ylabel="samples (number)")
@@ -116,10 +116,10 @@ def rounds_figure(frame: "pd.DataFrame") -> Figure:
     return fig
 
 
-def clients_figure(shown: Mapping[str, "pd.Series[float]"], figure_: Figure | None = None) -> Figure:
+def clients_figure(shown: Mapping[str, "pd.Series[float]"]) -> Figure:
     """Accuracy of each client: ``{title: accuracy by client id}``. Of two, the first is a grey mark, the last bars."""
     names, last = list(shown), list(shown.values())[-1]
-    fig, (ax,) = figure(figure_, height_in=3.4)
+    fig, (ax,) = figure(height_in=3.4)
     with styled():
         x, percent = np.arange(len(last)), last.to_numpy() * 100
         ax.bar(x, percent, color=[_ORANGE if i == percent.argmin() else "#8db8d8" for i in x], label=names[-1])

@@ -27,7 +27,7 @@ Stages = Mapping[str, Sequence[float] | Floats]
 """Stage -> its time in ms in each of N requests, the same requests in every stage."""
 
 
-def timeline_figure(stages: Stages, reuse: Figure | None = None) -> Figure:
+def timeline_figure(stages: Stages) -> Figure:
     """One request as a waterfall, and the latencies of all of them.
 
     Args:
@@ -37,10 +37,8 @@ def timeline_figure(stages: Stages, reuse: Figure | None = None) -> Figure:
     times = np.array(list(stages.values()), np.float64)  # [stages, N], ms
     total_ms = times.sum(axis=0)
     typical = int(np.argsort(total_ms, kind="stable")[len(total_ms) // 2])
-    fig, _ = figure(reuse, height_in=4.2)
-    fig.clear()
+    fig, (above, below) = figure(rows=2, height_in=4.2, height_ratios=(4.6, 1))
     with styled():
-        above, below = fig.subplots(2, 1, height_ratios=(4.6, 1))
         _waterfall(above, list(stages), times[:, typical])
         below.plot(total_ms, np.zeros_like(total_ms), "o", color=COLOURS[6], alpha=0.4, markeredgewidth=0)
         below.plot(total_ms[typical], 0, "o", color=COLOURS[1], ms=9)
@@ -70,9 +68,9 @@ def _waterfall(ax: Axes, names: list[str], times_ms: Floats) -> None:
            title=f"One request: {total_ms:.3g} ms from its arrival to its answer")  # fmt: skip
 
 
-def assumption_figure(series: Mapping[str, Mapping[str, float]], reuse: Figure | None = None) -> Figure:
+def assumption_figure(series: Mapping[str, Mapping[str, float]]) -> Figure:
     """Times of the same stages from several sources: ``series[source][stage]`` in ms, > 0; the first one is hollow."""
-    fig, (ax,) = figure(reuse, height_in=2.6)
+    fig, (ax,) = figure(height_in=2.6)
     with styled():
         for number, (source, times_ms) in enumerate(series.items()):
             face = "white" if number == 0 else COLOURS[number - 1]
@@ -98,9 +96,9 @@ class Panel(NamedTuple):
     log: bool = False
 
 
-def settings_figure(panels: Sequence[Panel], reuse: Figure | None = None) -> Figure:
+def settings_figure(panels: Sequence[Panel]) -> Figure:
     """One small picture per setting, at most six: what was measured at each of its values."""
-    fig, axes = figure(reuse, rows=2, cols=3, height_in=5.6)
+    fig, axes = figure(rows=2, cols=3, height_in=5.6)
     with styled():
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
@@ -123,14 +121,12 @@ def settings_figure(panels: Sequence[Panel], reuse: Figure | None = None) -> Fig
     return fig
 
 
-def percentiles_figure(stages: Stages, reuse: Figure | None = None) -> Figure:
+def percentiles_figure(stages: Stages) -> Figure:
     """Latencies in order with p50 and p99, and for the mean, p50 and p99 what adding up the stages' own would give."""
     times = np.array(list(stages.values()), np.float64)
     total_ms = times.sum(axis=0)
-    fig, _ = figure(reuse, height_in=3.6)
-    fig.clear()
+    fig, (left, right) = figure(cols=2, height_in=3.6)
     with styled():
-        left, right = fig.subplots(1, 2)
         left.plot(np.sort(total_ms), 100 * np.arange(1, len(total_ms) + 1) / len(total_ms), color=COLOURS[6])
         for q, y, side, dx, colour in ((50, 32, "left", 6, COLOURS[0]), (99, 12, "right", -6, COLOURS[1])):
             at_ms = float(np.percentile(total_ms, q))

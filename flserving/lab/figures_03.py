@@ -57,10 +57,10 @@ def strip_figure(steps: Sequence[Step], capacity: int) -> Figure:
         return fig
 
 
-def hit_rate_figure(rates: HitRates, figure: Figure | None = None) -> Figure:
+def hit_rate_figure(rates: HitRates) -> Figure:
     """Left: hit rate over cache size. Right: who finds its version in memory, at the chosen size."""
     with style.styled():
-        fig, (left, right) = style.figure(figure, cols=2, height_in=3.8)
+        fig, (left, right) = style.figure(cols=2, height_in=3.8)
         closed, measured = rates.closed[rates.cache_size - 1], rates.measured[rates.sizes == rates.cache_size][0]
         size = rank = np.arange(1, len(rates.closed) + 1)
         left.plot(size, rates.closed * 100, color=INK, label="hit rate, closed form (Che)")

@@ -131,9 +131,9 @@ def mean_latency_ms(rates_per_s: Floats, max_batch_size: int, service_s: Callabl
     return np.array([run.latency_s.mean() * 1e3 for run in runs])
 
 
-def timeline_figure(traces: Mapping[str, BatchTrace], window_ms: float, fig: Figure | None = None) -> Figure:
+def timeline_figure(traces: Mapping[str, BatchTrace], window_ms: float) -> Figure:
     """Every request as a line from its arrival to its answer: grey while it waits, coloured while its batch runs."""
-    fig, axes = figure(fig, rows=len(traces), height_in=2.3 * len(traces), sharex=True)
+    fig, axes = figure(rows=len(traces), height_in=2.3 * len(traces), sharex=True)
     with styled():
         for ax, (name, trace) in zip(axes, traces.items(), strict=True):
             seen = trace.arrival_s * 1e3 <= window_ms
@@ -150,9 +150,9 @@ def timeline_figure(traces: Mapping[str, BatchTrace], window_ms: float, fig: Fig
     return fig
 
 
-def explorer_figure(trace: BatchTrace, fig: Figure | None = None) -> Figure:
+def explorer_figure(trace: BatchTrace) -> Figure:
     """The first requests on their timeline, and the latency of all of them against the target."""
-    fig, (left, right) = figure(fig, cols=2, height_in=3.6)
+    fig, (left, right) = figure(cols=2, height_in=3.6)
     with styled():
         shown = slice(0, 40)
         start_ms, end_ms = (1e3 * times[trace.batch] for times in (trace.batch_start_s, trace.batch_end_s))

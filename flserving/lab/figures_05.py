@@ -61,9 +61,9 @@ def sizes_figure(sizes: Mapping[str, Mapping[int, Mapping[str, int]]]) -> Figure
     return fig
 
 
-def transfer_figure(table: "pd.DataFrame", figure_: Figure | None = None) -> Figure:
+def transfer_figure(table: "pd.DataFrame") -> Figure:
     """``wire.transfer``: bytes on the left, milliseconds on the line on the right, both logarithmic."""
-    fig, (left, right) = figure(figure_, cols=2, height_in=2.8, sharey=True)
+    fig, (left, right) = figure(cols=2, height_in=2.8, sharey=True)
     with styled():
         colours = COLOURS[: len(table)]
         for ax, column in ((left, "bytes"), (right, "ms")):
@@ -166,10 +166,8 @@ def storm_figure(storms: Mapping[str, Storm], stands_still_s: tuple[float, float
 
 def digit_figure(pixels: Sequence[float], probabilities: Sequence[float], version: str) -> Figure:
     """An image of 8 x 8 pixels (0 to 16) and what a version says to it."""
-    fig, _ = figure(height_in=2.9)
-    fig.clear()
+    fig, (left, right) = figure(cols=2, height_in=2.9, width_ratios=(1, 2))
     with styled():
-        left, right = fig.subplots(1, 2, width_ratios=(1, 2))
         left.imshow(np.reshape(pixels, (8, 8)), cmap="gray_r", vmin=0, vmax=16)
         left.set(xticks=[], yticks=[], title="sent")
         best = int(np.argmax(probabilities))

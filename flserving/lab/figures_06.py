@@ -46,10 +46,8 @@ def timeline_figure(spans: "pd.DataFrame") -> Figure:
     total_us = times.sum(axis=1)
     typical = int(np.argsort(total_us, kind="stable")[len(total_us) // 2])
     entered = [place for place, span in enumerate(SPANS) if span != "cache" or times[:, place].any()]
-    fig, _ = figure(height_in=5.0)
-    fig.clear()
+    fig, (above, below) = figure(rows=2, height_in=5.0, height_ratios=(6.4, 1))
     with styled():
-        above, below = fig.subplots(2, 1, height_ratios=(6.4, 1))
         names = [SPANS[place] for place in entered]
         _waterfall(above, names, times[typical, entered], [_SPAN_COLOURS[name] for name in names])
         if times[typical, SPANS.index("wire out")] > 0:
@@ -181,10 +179,8 @@ def predicted(model: WayModel, way: str, rows: int, features: int, batch: int, l
 def prediction_figure(numbers: Prediction) -> Figure:
     """The parts as a waterfall, and where on the curve of load this is."""
     total_us = sum(numbers.times_us.values())
-    fig, _ = figure(height_in=3.7)
-    fig.clear()
+    fig, (left, right) = figure(cols=2, height_in=3.7, width_ratios=(2.1, 1))
     with styled():
-        left, right = fig.subplots(1, 2, width_ratios=(2.1, 1))
         _waterfall(left, list(numbers.times_us), np.array(list(numbers.times_us.values())),
                    [PART_COLOURS[part] for part in numbers.times_us])  # fmt: skip
         left.set_title(f"{_micro(total_us)} on average, at {numbers.per_s:,.0f} requests per s")

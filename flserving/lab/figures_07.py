@@ -71,10 +71,8 @@ def ways_figure(runs: "Mapping[str, pd.DataFrame]") -> Figure:
     Args:
         runs: Way -> what :func:`three_ways.play` returned.
     """
-    fig, _ = figure(height_in=3.9)
-    fig.clear()
+    fig, (left, right) = figure(cols=2, height_in=3.9, width_ratios=(1.15, 1))
     with styled():
-        left, right = fig.subplots(1, 2, width_ratios=(1.15, 1))
         for style, (way, played) in zip(("-", "-", "--"), runs.items(), strict=False):
             latency_ms = np.sort(played["latency_s"].to_numpy() * 1e3)
             share = np.linspace(0, 100, len(latency_ms))
@@ -209,10 +207,8 @@ def cut_figure(answers: "Mapping[str, pd.DataFrame]", cut_s: tuple[float, float]
 
 def fleet_figure(table: "pd.DataFrame") -> Figure:
     """What the three architectures need: servers, traffic, cost. ``table``: what ``capacity.plan`` returned."""
-    fig, _ = figure(height_in=3.2)
-    fig.clear()
+    fig, axes = figure(cols=3, height_in=3.2, sharey=True)
     with styled():
-        axes = fig.subplots(1, 3, sharey=True)
         _bars(axes[0], table["servers"], "servers at the busiest hour", "{:,.0f}")
         _bars(axes[1], table[["up_gb", "down_gb", "updates_gb"]].sum(axis=1), "traffic (GB a day)", "{:,.0f}")
         _bars(axes[2], table["cost_per_million"], "cost per million requests (€)", "{:,.2f}")

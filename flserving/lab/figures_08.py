@@ -55,13 +55,13 @@ def clients_figure(panels: Mapping[str, Mapping[str, Floats]]) -> Figure:
     return fig
 
 
-def who_gains_figure(table: "pd.DataFrame", fig: Figure | None = None) -> Figure:
+def who_gains_figure(table: "pd.DataFrame") -> Figure:
     """Left: mean and worst client of each method. Right: the clients that a method serves better than the global model.
 
     Args:
         table: Of ``who_gains.looked_up``.
     """
-    fig, (left, right) = figure(fig, cols=2, height_in=3.4, sharey=True)
+    fig, (left, right) = figure(cols=2, height_in=3.4, sharey=True)
     with styled():
         place = np.arange(len(table))
         mean, worst = table["mean"] * 100, table["worst"] * 100
@@ -171,14 +171,14 @@ def _linear(matrix: Tensor) -> nn.Linear:
     return head
 
 
-def cost_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None = None) -> Figure:
+def cost_figure(picked: "tuple[pd.DataFrame, int, int]") -> Figure:
     """What a batch costs, head by head and at once.
 
     Args:
         picked: The table of ``measure_heads``, a number of heads and a number of rows in it.
     """
     table, heads, rows = picked
-    fig, (left, right) = figure(fig, cols=2, height_in=3.4)
+    fig, (left, right) = figure(cols=2, height_in=3.4)
     with styled():
         of_heads = table.loc[heads]
         for name, colour in WAYS.items():

@@ -138,7 +138,7 @@ def report_figure(measured: "pd.DataFrame", guess: Mapping[str, tuple[float, flo
     return fig
 
 
-def speedup_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None = None) -> Figure:
+def speedup_figure(picked: "tuple[pd.DataFrame, int, int]") -> Figure:
     """Times faster than plain torch: by width at one batch size on the left, every technique at one width on the right.
 
     Args:
@@ -148,7 +148,7 @@ def speedup_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None =
     table = swept[(swept.technique != "original") & (swept.batch == batch)]
     names = list(dict.fromkeys(table.technique))
     colours = dict(zip(names, [BLUE, GREY, GREEN, INK, VERMILION, *COLOURS[3:]], strict=False))
-    fig, (left, right) = figure(fig, cols=2, height_in=3.9)
+    fig, (left, right) = figure(cols=2, height_in=3.9)
     with styled():
         for name, part in table.groupby("technique", sort=False):
             left.plot(part.width, part.times, "o-", color=colours[str(name)], ms=5)
@@ -182,7 +182,7 @@ def speedup_figure(picked: "tuple[pd.DataFrame, int, int]", fig: Figure | None =
     return fig
 
 
-def sparsity_figure(picked: "tuple[pd.DataFrame, int]", fig: Figure | None = None) -> Figure:
+def sparsity_figure(picked: "tuple[pd.DataFrame, int]") -> Figure:
     """Size and accuracy by the share that is taken away.
 
     Args:
@@ -190,7 +190,7 @@ def sparsity_figure(picked: "tuple[pd.DataFrame, int]", fig: Figure | None = Non
             original), and a percentage in it.
     """
     table, percent = picked
-    fig, (left, right) = figure(fig, cols=2, height_in=3.2)
+    fig, (left, right) = figure(cols=2, height_in=3.2)
     here = table[table.percent == percent].iloc[0]
     with styled():
         for ax, lines, per in (

@@ -106,10 +106,10 @@ def peeking_figure(same: Looks, alpha: float = 0.05, shown: int = 4) -> Figure:
     return fig
 
 
-def plan_figure(plan: Plan, fig: Figure | None = None) -> Figure:
+def plan_figure(plan: Plan) -> Figure:
     """Left: days to decide over the effect that is looked for. Right: what is lost meanwhile, over the split."""
     effect, share = plan.picked
-    fig, (left, right) = figure(fig, cols=2, height_in=3.7)
+    fig, (left, right) = figure(cols=2, height_in=3.7)
     with styled():
         for name, (colour, line) in LINES.items():
             days = np.exp(np.interp(np.log(effect), np.log(plan.effects), np.log(plan.days[name])))
@@ -189,9 +189,9 @@ def live_figure(answers: "pd.DataFrame", events: tuple[float, float], new: int, 
     return fig
 
 
-def bandit_figure(seen: Learned, fig: Figure | None = None) -> Figure:
+def bandit_figure(seen: Learned) -> Figure:
     """Left: what the bandit believes of each arm. Right: right answers lost so far, beside an even split."""
-    fig, (left, right) = figure(fig, cols=2, height_in=3.5)
+    fig, (left, right) = figure(cols=2, height_in=3.5)
     with styled():
         from scipy.stats import beta
 

@@ -122,9 +122,9 @@ def quantile_case(buckets: str, median_ms: float, spread: float, percentile: flo
     return QuantileCase(BUCKETS_S[buckets], median_ms, spread, percentile)
 
 
-def quantile_figure(case: QuantileCase, fig: Figure | None = None) -> Figure:
+def quantile_figure(case: QuantileCase) -> Figure:
     """The true distribution, the straight lines that buckets assume, and the same percentile read from both."""
-    fig, (ax,) = figure(fig, height_in=3.6)
+    fig, (ax,) = figure(height_in=3.6)
     exact_ms, estimate_ms = case.exact_s * 1e3, case.estimate_s * 1e3
     right_ms = max(80.0, 1.15 * exact_ms, min(1.15 * estimate_ms, 4 * exact_ms))
     ms = np.linspace(0, right_ms, 400)
@@ -157,9 +157,9 @@ def incident(load_per_s: float, failure_percent: float, lasts_hours: float) -> I
     return Incident(load_per_s, failure_percent / 100, lasts_hours * 3600)
 
 
-def budget_figure(case: Incident, fig: Figure | None = None) -> Figure:
+def budget_figure(case: Incident) -> Figure:
     """Burn rate as the windows of both pages see it, and what is left of the budget; bars where a page is on."""
-    fig, (left, right) = figure(fig, cols=2, height_in=4.0)
+    fig, (left, right) = figure(cols=2, height_in=4.0)
     t_s = np.linspace(0, max(1.25 * case.lasts_s, case.lasts_s + 2700.0), 600)
     hours, kept = t_s / 3600, float(case.left(case.lasts_s))
     lost, allowed = case.failed * case.rate_per_s * case.lasts_s, case.slo.failures(case.rate_per_s)

@@ -42,7 +42,6 @@ def play(recording: Recording, *, interval_ms: int = 700) -> Player | None:
     """Show the player; end the cell with this call. With FLSERVING_STATIC=1 draw every frame and show nothing."""
     if os.environ.get(STATIC_SWITCH, "0") in ("", "0"):
         return Player(recording, interval_ms=interval_ms)
-    figure = None
     for index in range(len(recording.frames)):
-        figure = draw_frame(recording, index, figure)
+        draw_frame(recording, index)
     return None

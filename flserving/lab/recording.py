@@ -128,9 +128,9 @@ class Recording:
         }
 
 
-def draw_frame(recording: Recording, index: int = -1, figure: Figure | None = None) -> Figure:
+def draw_frame(recording: Recording, index: int = -1) -> Figure:
     """One frame as a figure: what the page shows where no kernel runs. Index -1 is the last frame."""
-    fig, (ax,) = style.figure(figure, height_in=1.3 + 0.42 * len(recording.lanes))
+    fig, (ax,) = style.figure(height_in=1.3 + 0.42 * len(recording.lanes))
     with style.styled():
         low, high = recording.extent()
         colours = recording.colours()
