@@ -6,14 +6,12 @@
     root/models/<name>/<version>/weights.safetensors
                                  heads.bin        where clients have heads of their own
                                  manifest.json
-    root/staging/<token>/                       a publish under way, or what a killed one left
-    root/publishing.sqlite3                     empty: who publishes holds its lock
+    root/staging/<token>/                       a publish under way; <token>.lock tells whether its process lives
 
-Publishing, one at a time, writes the weights to a staging directory and waits for the disk. Then, under the lock of the
-one writer, it takes the next number, writes the manifest, moves the directory to its place in one step, waits for the
-disk, and commits the row that makes the version exist. Killed anywhere before the commit, it leaves no version and no
-gap, only leftovers that the next publisher removes. Reading verifies every byte against the manifest, and that against
-the index.
+Publishing writes the weights to a staging directory and waits for the disk. Then, under the lock of the one writer, it
+takes the next number, writes the manifest, moves the directory to its place in one step, waits for the disk, and
+commits the row that makes the version exist. Killed anywhere before the commit, it leaves no version and no gap, only
+leftovers that later publishers remove. Reading verifies every byte against the manifest, and that against the index.
 
 Versions and the log of moves never change. The alphabet of names keeps every path inside ``root``.
 """
@@ -94,6 +92,7 @@ class Registry(Catalogue):
             self._models, self._staging = f"{self.root}/models", f"{self.root}/staging"
             for folder in (self._models, self._staging):
                 os.makedirs(folder, exist_ok=True)
+            storage.sweep(self._staging)
             orphaned = bool(os.listdir(self._models)) and not os.path.lexists(f"{self.root}/{FILE_NAME}")
         except (OSError, TypeError, ValueError) as error:  # ValueError: a NUL inside
             reason = error.strerror if isinstance(error, OSError) else error
@@ -153,11 +152,11 @@ class Registry(Catalogue):
             heads=heads,
         )
         try:
+            storage.sweep(self._staging)
             with (
-                self._index.publishing(),
-                storage.staging(self._staging) as folder,
-                ThreadPoolExecutor(2) as beside,  # the disk is waited for here
-            ):
+                storage.Staging(self._staging) as folder,
+                ThreadPoolExecutor(2) as beside,
+            ):  # the disk is waited for here
                 image = weights.as_bytes(content.image)
                 file, parts = beside.submit(sha256, image), beside.submit(weights.part_digests, content.tensors)
                 storage.write_file(f"{folder}/{WEIGHTS}", image)

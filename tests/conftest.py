@@ -6,12 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Before torch is loaded: the suite runs on two workers, each with its own threads. Kernels of notebooks inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.pop("FLSERVING_STATIC", None)
 
 # Kernels neither read the user's IPython profile nor write into its history.
 _home = tempfile.mkdtemp(prefix="flserving-tests-")
@@ -23,3 +23,9 @@ os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this Python, whatev
 # A shared machine may stall for longer than any deadline that would still say something about the code.
 settings.register_profile("flserving", deadline=None, print_blob=True)
 settings.load_profile("flserving")
+
+
+@pytest.fixture(autouse=True)
+def _live_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.py sets this for the kernels of nbval; a test that wants it says so."""
+    monkeypatch.delenv("FLSERVING_STATIC", raising=False)

@@ -1,4 +1,4 @@
-"""Exercises in notebooks: the format, its validation, the students' copies, and trying solutions in a real kernel."""
+"""Exercises in notebooks: the format, its validation, the students' copies."""
 
 import json
 import subprocess
@@ -11,7 +11,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from flserving.errors import ConfigError
 from flserving.lab import exercises
 from flserving.lab.exercises import BEGIN, END, Exercise, check_cell, find_exercises, solution_cell, student_copy
-from flserving.lab.grading import failure_messages
 from wrong_solutions import CHECKS, SOLUTIONS
 
 DOUBLE = '''\
@@ -174,28 +173,3 @@ def test_module_runs_as_a_command_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "student" / "one.ipynb").exists()
-
-
-# ----------------------------------------------------------------------------- solutions in a real kernel
-
-
-def test_solutions_are_tried_in_the_notebook_itself(tmp_path):
-    made = notebook()
-    made.cells[6] = new_code_cell("import os\nassert os.environ['FLSERVING_STATIC'] == '1'")  # widgets stay away
-    made.cells[7] = check_cell("triple", "assert triple(double(step)) == 12, f'expected 12, got {triple(4)}'", 1)
-    path = tmp_path / "tries.ipynb"
-    nbformat.write(made, path)
-    right, forever = made.cells[5].source, "def triple(x):\n    while True:\n        pass"
-    solutions = {"right": right, "wrong": "triple = lambda x: x", "syntax": "def", "forever": forever}
-    told = failure_messages(path, "triple", solutions | {"right again": right}, cell_timeout_s=6)
-    assert told["right"] is None and told["right again"] is None  # the kernel survives an endless loop
-    assert told["wrong"] == "AssertionError: expected 12, got 4"
-    assert told["forever"].startswith("KeyboardInterrupt")
-    assert told["syntax"].startswith("SyntaxError")
-    assert nbformat.read(path, as_version=4) == made  # the file stays as it was
-
-
-def test_an_unknown_exercise_is_refused(tmp_path):
-    nbformat.write(notebook(), tmp_path / "tries.ipynb")
-    with pytest.raises(ConfigError, match=r"tries.ipynb has no exercise 'quadruple'"):
-        failure_messages(tmp_path / "tries.ipynb", "quadruple", {})

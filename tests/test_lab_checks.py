@@ -1,5 +1,6 @@
 """Every check passes the solution, fails the stub, and tells at least five plausible wrong solutions what is wrong."""
 
+import functools
 import re
 
 import nbformat
@@ -14,6 +15,7 @@ from wrong_solutions import CHECKS, SOLUTIONS, WRONG
 CASES = [(grade_id, name) for grade_id, wrong in WRONG.items() for name in wrong]
 
 
+@functools.cache
 def run(grade_id, source):
     """What the student sees in a fresh kernel: None, or the error of the check cell."""
     namespace = {"np": np}

@@ -1,7 +1,7 @@
-"""Every notebook of the course: what is stored in it, and a run in which every widget visits every corner.
+"""Every notebook of the course: what is stored in it.
 
-nbval runs the notebooks as they are (``run.py test``), tests/browser in a real JupyterLab, tests/test_student_copies.py
-without their solutions and, where nothing but exercises is left out by that, at every corner of their widgets.
+nbval runs the notebooks as they are, with every widget at every corner of its sliders (``run.py test``);
+tests/browser uses the widgets in a real JupyterLab, tests/test_student_copies.py tries the exercises unsolved.
 """
 
 import os
@@ -12,8 +12,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from flserving.lab.exercises import find_exercises
-from notebook_gates import OPENING, code_cells, problems, tags
+from notebook_gates import OPENING, code_cells, problems
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 COURSE = [
@@ -46,24 +45,6 @@ def test_what_is_stored(path):
     nbformat.validate(notebook)
     found = problems(notebook, name=path.name, nbytes=path.stat().st_size)
     assert not found, "\n".join(found)
-
-
-def runs_as_a_student_copy(path):
-    """Whether tests/test_student_copies.py runs all widgets of a notebook at every corner: none follows an exercise."""
-    notebook = nbformat.read(path, as_version=4)
-    exercises = [exercise.solution for exercise in find_exercises(notebook)]
-    widgets = [index for index, cell in code_cells(notebook) if "widget" in tags(cell)]
-    return bool(exercises) and max(widgets, default=-1) < min(exercises)
-
-
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if not runs_as_a_student_copy(p)], ids=lambda path: path.stem)
-@pytest.mark.timeout(600)
-def test_every_corner_of_every_widget(path, tmp_path, monkeypatch):
-    """With FLSERVING_STATIC, explore() draws every corner of its slider box: none may fail."""
-    monkeypatch.setenv("FLSERVING_STATIC", "1")
-    monkeypatch.chdir(tmp_path)
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
 
 
 # The gates themselves: a notebook that passes, and for each gate one change that must be noticed.
@@ -152,7 +133,7 @@ def test_the_gates_give_exercises_more_lines_and_the_first_notebook_fewer_cells(
 
 
 def test_an_error_in_a_corner_fails_the_run(tmp_path, monkeypatch):
-    """The run above can fail: a slider end that divides by zero is noticed, although the slider starts elsewhere."""
+    """nbval's run can fail there: a slider's end that divides by zero is noticed, although it starts elsewhere."""
     from nbclient.exceptions import CellExecutionError
 
     monkeypatch.setenv("FLSERVING_STATIC", "1")

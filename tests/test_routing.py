@@ -517,7 +517,7 @@ def test_alias_moves_under_sixteen_threads_answer_with_exactly_one_of_the_versio
         callers.start(thread)
     for _ in range(2):
         callers.start(lambda: asyncio.run(tasks()))
-    for swap in range(200):
+    for swap in range(100):
         label = 2 if swap % 2 == 0 else 1
         move(published, label)
         assert said(server) == label

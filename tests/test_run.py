@@ -21,7 +21,7 @@ class Sandbox:
 
     def __init__(self, folder: Path) -> None:
         folder = folder.resolve()
-        self.folder, self.calls, self.exit_code = folder, [], 0
+        self.folder, self.calls, self.variables, self.exit_code = folder, [], {}, 0
         (folder / "pyproject.toml").write_text("[project]\n")
         (folder / "notebooks").mkdir()
         (folder / "notebooks" / "00_start_here.ipynb").write_text("{}")
@@ -31,8 +31,9 @@ class Sandbox:
         self.globals = self.main.__globals__
         self.globals["call"] = self._record
 
-    def _record(self, command):
+    def _record(self, command, **variables):
         self.calls.append([str(part) for part in command[1:]])
+        self.variables = variables
         return self.exit_code
 
     def venv(self) -> None:
@@ -81,7 +82,7 @@ def test_test_installs_the_test_extra_and_hands_arguments_and_exit_code_on(sandb
     assert sandbox.calls[0] == [*INSTALL, ".[onnx,test]"]
     assert sandbox.calls[-1][:2] == ["-m", "pytest"]
     assert sandbox.calls[-1][-3:] == ["tests/test_cache.py", "-k", "lru"]
-    assert "--nbval" in sandbox.calls[-1]
+    assert "--nbval" in sandbox.calls[-1] and sandbox.variables == {"FLSERVING_STATIC": "1"}
 
 
 def installs(box: Sandbox) -> list[str]:

@@ -1,12 +1,20 @@
-"""What students get: no solution is left in it, no check passes on it, and everything else in it runs."""
+"""What students get: no solution is left in it, no check passes on it, and everything else in it runs.
 
+nbval has run the same cells with the solutions in them. Here run the exercises, what stands on a solution, and what
+those cells need; every other cell does the same with a stub as with the solution.
+"""
+
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
+from cell_needs import dependent_cells, needed_cells
 from flserving.lab import exercises
 from notebook_gates import code_cells, tags
 
@@ -39,17 +47,34 @@ def solution_lines(source: str) -> set[str]:
     return found
 
 
-def run_as_student(student: nbformat.NotebookNode, checks: set[int]) -> list[str]:
-    """Run all, go on after errors; what a student should not see: a check that passes, another cell that fails."""
-    NotebookClient(student, timeout=300, kernel_name="python3", allow_errors=True).execute()
-    wrong = []
-    for index, cell in code_cells(student):
-        errors = [output.ename for output in cell.outputs if output.output_type == "error"]
-        if index in checks and not errors:
-            wrong.append(f"the check in cell {index} passes before anything is solved")
-        if index not in checks and errors and "raises-exception" not in tags(cell):
-            wrong.append(f"cell {index} fails with {errors[0]} while its exercise is not solved: {cell.source[:60]!r}")
-    return wrong
+def run_as_students(copies: dict[str, NotebookNode], checks: dict[str, set[int]]) -> dict[str, list[str]]:
+    """Run copies in one kernel, each in a namespace of its own; of each, what a student should not see."""
+    chosen = {name: _what_a_stub_may_change(student, checks[name]) for name, student in copies.items()}
+    cells: list[NotebookNode] = []
+    for name, places in chosen.items():
+        cells += [new_code_cell("%reset -f"), *(copies[name].cells[index] for index in places)]
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # two notebooks may use the same one
+    everything = new_notebook(cells=cells)
+    NotebookClient(everything, timeout=300, kernel_name="python3", allow_errors=True).execute()
+    return {name: list(_wrong(student, chosen[name], checks[name])) for name, student in copies.items()}
+
+
+def _what_a_stub_may_change(student: NotebookNode, checks: set[int]) -> list[int]:
+    stubs = {index for index, cell in code_cells(student) if cell.metadata.get("nbgrader", {}).get("solution")}
+    return sorted(needed_cells(student, dependent_cells(student, stubs) - checks) | checks)
+
+
+def _wrong(student: NotebookNode, run: list[int], checks: set[int]) -> Iterator[str]:
+    """A check that does not end with the stub's own error; another cell that fails."""
+    for index in run:
+        cell = student.cells[index]
+        error = next((output for output in cell.outputs if output.output_type == "error"), None)
+        if index in checks and (error is None or error.ename != "NotImplementedError"):
+            ends = f"ends with {error.ename}: {error.evalue}" if error else "passes"
+            yield f"the check in cell {index} {ends} before anything is solved: let it call the solution first"
+        if index not in checks and error is not None and "raises-exception" not in tags(cell):
+            yield f"cell {index} fails with {error.ename} while its exercise is not solved: {cell.source[:60]!r}"
 
 
 @pytest.mark.skipif(not WITH_EXERCISES, reason="no exercises yet")
@@ -81,15 +106,13 @@ def _lines(cell: nbformat.NotebookNode) -> list[str]:
     return [*cell.source.splitlines(), *str(cell.get("outputs", "")).split("\\n")]
 
 
-@pytest.mark.parametrize("path", WITH_EXERCISES, ids=lambda path: path.stem)
 @pytest.mark.timeout(600)
-def test_no_check_passes_and_every_other_cell_runs(path, copies, tmp_path, monkeypatch):
-    """Widgets are drawn at every corner of their sliders on the way."""
-    monkeypatch.setenv("FLSERVING_STATIC", "1")
+def test_no_check_passes_and_every_other_cell_runs(copies, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    student = nbformat.read(copies / path.name, as_version=4)
-    wrong = run_as_student(student, {exercise.check for exercise in exercises_in(path)})
-    assert not wrong, "\n".join(wrong)
+    students = {path.name: nbformat.read(copies / path.name, as_version=4) for path in WITH_EXERCISES}
+    checks = {path.name: {exercise.check for exercise in exercises_in(path)} for path in WITH_EXERCISES}
+    wrong = run_as_students(students, checks)
+    assert not any(wrong.values()), wrong
 
 
 def test_the_run_notices_a_useless_check_and_a_cell_that_needs_the_solution(tmp_path, monkeypatch):
@@ -97,13 +120,21 @@ def test_the_run_notices_a_useless_check_and_a_cell_that_needs_the_solution(tmp_
     solution = "def double(x):\n    ### BEGIN SOLUTION\n    return 2 * x\n    ### END SOLUTION"
     source = new_notebook(
         cells=[
+            new_code_cell("found, six = [], 3"),
+            new_code_cell("found.append(six)"),
+            new_code_cell("raise OSError('nothing below needs this cell')"),
             exercises.solution_cell("double", solution),
             exercises.check_cell("double", "assert callable(double)", points=1),
-            new_code_cell("print(double(3))"),
+            new_code_cell("print(double(found[0]))"),
             new_code_cell("double('x')", metadata={"tags": ["raises-exception"]}),
+            exercises.solution_cell("triple", solution.replace("double", "triple").replace("2", "3")),
+            exercises.check_cell("triple", "assert triple(nine) == 9", points=1),
         ]
     )
-    wrong = run_as_student(exercises.student_copy(source), {1})
-    assert len(wrong) == 2
-    assert "the check in cell 1 passes before anything is solved" in wrong[0]
-    assert "cell 2 fails with NotImplementedError" in wrong[1]
+    student = exercises.student_copy(source)
+    wrong = run_as_students({"first": student, "again": copy.deepcopy(student)}, {"first": {4, 8}, "again": {4, 8}})
+    assert wrong["first"] == wrong["again"]
+    useless, fails, not_first = wrong["first"]
+    assert "the check in cell 4 passes before anything is solved" in useless
+    assert "cell 5 fails with NotImplementedError" in fails
+    assert "the check in cell 8 ends with NameError" in not_first

@@ -15,16 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import httpcore
 
 from flserving.api.retries import Refused
-from flserving.errors import (
-    DeadlineExceededError,
-    FlservingError,
-    OverloadedError,
-    ServerClosedError,
-    TooLargeError,
-)
-
-MAX_ANSWER_NBYTES = 1 << 28
-"""More than any answer has: whoever sends it is no server of predictions, or wants the caller's memory."""
+from flserving.errors import DeadlineExceededError, FlservingError, OverloadedError, ServerClosedError
 
 
 class Sent(NamedTuple):
@@ -102,20 +93,12 @@ def _request(base: str, call: Sent, timeout_s: float, wait: "_Patience | None" =
     }
 
 
-class _Body(bytearray):
-    def add(self, chunk: bytes) -> None:
-        self += chunk
-        if len(self) > MAX_ANSWER_NBYTES:
-            error = TooLargeError(f"the answer has more than {MAX_ANSWER_NBYTES:,} bytes: ask for fewer rows at once")
-            raise Refused(error, again=False)
-
-
-def _read(response: httpcore.Response, body: bytes) -> Received:
+def _read(response: httpcore.Response) -> Received:
     headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in response.headers}
     if response.status == 200:
-        return Received(body, headers)
+        return Received(response.content, headers)
     try:
-        text = str(json.loads(body)["error"])
+        text = str(json.loads(response.content)["error"])
     except (ValueError, KeyError, TypeError, RecursionError):  # another protocol's server, or a proxy
         text = f"status {response.status}"
     kind = _BY_STATUS.get(response.status, FlservingError)
@@ -184,11 +167,8 @@ class Rest:
 
     def send(self, call: Sent, timeout_s: float) -> Received:
         with _failures(self._base, timeout_s):
-            request, body = _request(self._base, call, timeout_s, _Patience(timeout_s, timeout_s)), _Body()
-            with self._pool.stream(**request) as response:
-                for chunk in response.iter_stream():
-                    body.add(chunk)
-            return _read(response, bytes(body))
+            request = _request(self._base, call, timeout_s, _Patience(timeout_s, timeout_s))
+            return _read(self._pool.request(**request))
 
     @contextlib.contextmanager
     def stream(self, call: Sent, timeout_s: float, limit_s: float) -> Iterator[httpcore.Response]:
@@ -196,7 +176,10 @@ class Rest:
         request = _request(self._base, call, timeout_s, _Patience(timeout_s, limit_s))
         with _failures(self._base, timeout_s), self._pool.stream(**request) as response:
             if response.status not in (200, 206, 416):
-                _read(response, b"".join(islice(response.iter_stream(), 4)))  # a message is short, whatever is sent
+                body = b"".join(islice(response.iter_stream(), 4))  # a message is short, whatever is sent
+                response = httpcore.Response(response.status, headers=response.headers, content=body)
+                response.read()
+                _read(response)
             yield response
 
     def close(self) -> None:
@@ -211,12 +194,8 @@ class AsyncRest:
 
     async def send(self, call: Sent, timeout_s: float) -> Received:
         with _failures(self._base, timeout_s):
-            body = _Body()
             async with asyncio.timeout(timeout_s):
-                async with self._pool.stream(**_request(self._base, call, timeout_s)) as response:
-                    async for chunk in response.aiter_stream():
-                        body.add(chunk)
-                return _read(response, bytes(body))
+                return _read(await self._pool.request(**_request(self._base, call, timeout_s)))
 
     async def close(self) -> None:
         await self._pool.aclose()
@@ -226,7 +205,7 @@ class AsyncRest:
 
 _CHANNEL = {
     "grpc.enable_retries": 0,  # retries are ours: they know the budget
-    "grpc.max_receive_message_length": MAX_ANSWER_NBYTES,
+    "grpc.max_receive_message_length": -1,
     "grpc.initial_reconnect_backoff_ms": 50,
     "grpc.min_reconnect_backoff_ms": 2000,  # in spite of its name, how long one attempt to connect may take
     "grpc.max_reconnect_backoff_ms": 1000,

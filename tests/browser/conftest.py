@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import nbformat
 import pytest
 
+from cell_needs import needed_cells
 from flserving.doctor import find_chromium
 from lab_server import LabServer, lab_server
+from notebook_gates import code_cells, tags
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CHROMIUM_FLAGS = (
@@ -24,19 +27,21 @@ CHROMIUM_FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where screenshots go: the folder FLSERVING_SHOTS, or one of pytest's."""
-    named = os.environ.get("FLSERVING_SHOTS")
-    folder = Path(named) if named else tmp_path_factory.mktemp("shots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def shots() -> Path | None:
+    """Where screenshots go: the folder FLSERVING_SHOTS."""
+    return Path(os.environ["FLSERVING_SHOTS"]) if "FLSERVING_SHOTS" in os.environ else None
 
 
 @pytest.fixture(scope="module")
 def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of notebooks/: what a run writes does not reach the stored ones."""
+    """The notebooks' widgets, with the cells that they need: nbval runs the others, and says what they must print."""
     folder = tmp_path_factory.mktemp("course") / "notebooks"
     shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for path in folder.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        widgets = [index for index, cell in code_cells(notebook) if "widget" in tags(cell)]
+        notebook.cells = [notebook.cells[index] for index in sorted(needed_cells(notebook, widgets))]
+        nbformat.write(notebook, path)
     return folder
 
 
@@ -47,7 +52,7 @@ def lab(served_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def open_in_lab(lab: LabServer, shots: Path) -> Iterator[Callable[[str], AbstractContextManager]]:
+def open_in_lab(lab: LabServer, shots: Path | None) -> Iterator[Callable[[str], AbstractContextManager]]:
     """``with open_in_lab("03_caching.ipynb") as page``: a notebook of the served folder in a real browser."""
     from playwright.sync_api import sync_playwright
 

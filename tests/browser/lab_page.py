@@ -27,7 +27,7 @@ CONTROLS = ".widget-slider, input[type=range], select, input[type=checkbox], but
 class LabPage:
     """One notebook in one browser page. Every method that waits fails with what it saw last."""
 
-    def __init__(self, page: Page, name: str, shots: Path) -> None:
+    def __init__(self, page: Page, name: str, shots: Path | None) -> None:
         self.page, self.name, self._shots = page, name, shots
         self.page_errors: list[str] = []
         page.on("pageerror", lambda error: self.page_errors.append(str(error)))
@@ -95,7 +95,9 @@ class LabPage:
         return len(labels)
 
     def shot(self, name: str, place: Locator | None = None) -> None:
-        """Save what a person would see now, with ``place`` at the top if given."""
+        """Save what a person would see now, with ``place`` at the top if given; where no folder is named, nothing."""
+        if self._shots is None:
+            return
         if place is not None:
             place.evaluate("e => e.scrollIntoView({block: 'start'})")
         safe_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:60]
@@ -144,7 +146,7 @@ class LabPage:
                 return "still"
             if last != before and now - busy > ANIMATION_S and now - since < still_s:
                 return "moving"
-            time.sleep(0.05)
+            time.sleep(0.1)
         return "no" if last == before else "moving"
 
     def _pixels(self, outputs: Locator) -> list[str]:
@@ -173,12 +175,12 @@ class LabPage:
             last = self.page.evaluate(script)
             if accept(last):
                 return last
-            time.sleep(0.1)
+            time.sleep(0.25)
         raise AssertionError(f"{self.name}: {what}: not within {timeout_s} s, last seen {last}")
 
 
 @contextlib.contextmanager
-def open_notebook(browser: Browser, server: LabServer, name: str, shots: Path) -> Iterator[LabPage]:
+def open_notebook(browser: Browser, server: LabServer, name: str, shots: Path | None) -> Iterator[LabPage]:
     """Open a notebook of the served folder in a new page; its kernel is shut down at the end."""
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     try:
