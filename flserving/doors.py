@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from flserving.cache import Lease
 from flserving.engine import Prediction
@@ -23,24 +23,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Door(Protocol):
-    """The four places where a request may have to wait."""
-
-    async def find(self, version: str | int | None, model: str | None, deadline_s: float) -> Key:
-        """Look at the registries again, then find the version. Raises NotFoundError."""
-
-    async def load(self, key: Key, deadline_s: float) -> Lease:
-        """Load a version that is not in memory, and pin it."""
-
-    async def run(self, *request: Any) -> Prediction:
-        """Queue and run: the arguments of :meth:`Batcher.run`."""
-
-    async def follow(self, flight: Future[Any], deadline_s: float) -> bool:
-        """Wait for another request's identical computation; False when the deadline came first."""
-
-
 class Blocking:
-    """How a thread waits. Its coroutines never suspend."""
+    """How a thread waits. Its coroutines never suspend.
+
+    A request may have to wait in four places. ``run``: for its turn in the queue (arguments of :meth:`Batcher.run`).
+    ``find``: for a look at the registries, where its version is not known yet; raises NotFoundError. ``load``: for a
+    version that is not in memory; it is pinned. ``follow``: for another request's identical computation; False when
+    the deadline came first.
+    """
 
     def __init__(self, server: "ModelServer") -> None:
         self._server, self._run = server, server._batcher.run
@@ -60,7 +50,7 @@ class Blocking:
 
 
 class Awaiting:
-    """How a coroutine waits: whatever may block goes to a thread, and the event loop stays free."""
+    """:class:`Blocking` for coroutines: whatever may block goes to a thread, and the event loop stays free."""
 
     def __init__(self, server: "ModelServer") -> None:
         self._server, self.run = server, server._batcher.arun
@@ -101,3 +91,6 @@ class Awaiting:
             if not waited and not job.cancel():
                 job.add_done_callback(lambda late: late.exception() or undo(late.result()))
         return job.result()
+
+
+Door: TypeAlias = Blocking | Awaiting

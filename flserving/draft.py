@@ -1,5 +1,6 @@
 """A version before it is published: everything about it that can be checked before the disk is touched."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from flserving import backends, models, weights
 from flserving.errors import InvalidModelError
 from flserving.heads import HeadSet
-from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature, encode, plain_json
+from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature, encode
 from flserving.transforms import Preprocessor
 
 Statistics = Preprocessing | Mapping[str, Sequence[float]]
@@ -76,7 +77,7 @@ def prepare(
             name=name,
             version=1,
             architecture=architecture,
-            parameters=plain_json("parameters", parameters),
+            parameters=json.loads(json.dumps(dict(parameters))),
             signature=Signature(inputs, outputs, output_type=output_type),
             preprocessing=statistics,
             lineage=None if lineage is None else msgspec.convert(_plain(lineage), Lineage),

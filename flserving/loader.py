@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import safetensors.torch
@@ -54,23 +54,7 @@ class Parts:
     round: int | None = None  # of the federated training
 
 
-class Source(Protocol):
-    """Where the versions of one model come from."""
-
-    def versions(self) -> list[str]:
-        """Ids of all versions, oldest first."""
-
-    def parts(self, version: str) -> Parts:
-        """Read and verify one version. Raises NotFoundError or CorruptArtifactError."""
-
-    def signature(self, version: str) -> Signature:
-        """What one version takes and gives, without loading it. Raises NotFoundError or CorruptArtifactError."""
-
-    def metrics(self, version: str) -> Mapping[str, float]:
-        """What was measured of one version when it was published. Raises NotFoundError or CorruptArtifactError."""
-
-
-def load_engine(source: Source, version: str, config: ServingConfig) -> InferenceEngine:
+def load_engine(source: "Source", version: str, config: ServingConfig) -> InferenceEngine:
     """Make ``version`` ready to serve: nothing of it answers before all of it is right.
 
     Raises:
@@ -96,7 +80,9 @@ def load_engine(source: Source, version: str, config: ServingConfig) -> Inferenc
 
 
 class RegistrySource:
-    """The versions of one name in a registry."""
+    """The versions of one name in a registry. ``parts`` reads and verifies one; ``signature`` and ``metrics`` tell what
+    it takes and gives, and what was measured of it, without loading it: all raise NotFoundError, CorruptArtifactError.
+    """
 
     def __init__(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
         self.registry, self.name, self.threshold = registry, name, threshold
@@ -251,6 +237,10 @@ class ModuleStore:
         if (stored := self._stored.get(version)) is None:
             raise NotFoundError(f"no version {version!r}: loaded are {', '.join(self._stored) or 'none'}")
         return stored
+
+
+Source: TypeAlias = RegistrySource | ModuleStore
+"""Where the versions of one model come from."""
 
 
 def _signature_of(engine: InferenceEngine) -> Signature:

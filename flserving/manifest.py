@@ -5,9 +5,7 @@ infinities are refused, in both directions. Imports ``errors`` only.
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeGuard
 
 import msgspec
@@ -133,19 +131,6 @@ def check_name(kind: str, value: object) -> str:
     if not is_name(value):
         raise InvalidModelError(f"{kind} {str(value)[:80]!r}: use {_ALPHABET}, without '..' and not ending in '.'")
     return value
-
-
-def plain_json(what: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``value`` as JSON gives it back (tuples become lists).
-
-    Raises:
-        InvalidModelError: Something in it is not JSON, or not finite.
-    """
-    try:
-        copy: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidModelError(f"{what} must be plain JSON with finite numbers: {error}") from error
-    return copy
 
 
 def encode(manifest: Manifest) -> bytes:

@@ -9,24 +9,16 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flserving.errors import ConflictError, DeadlineExceededError, ModelUnloadedError, NotFoundError
 from flserving.split import Crossroads, Experiment
 
+if TYPE_CHECKING:
+    from flserving.catalogue import Catalogue
+
 Key = tuple[str, str]
 """(model, version)."""
-
-
-class Followed(Protocol):
-    """What is asked of a registry."""
-
-    @property
-    def local_changes(self) -> int: ...
-    def change_token(self) -> Hashable: ...
-    def version_numbers(self, name: str) -> list[int]: ...
-    def aliases(self, name: str) -> Mapping[str, int]: ...
-    def experiments(self, name: str) -> Mapping[str, Experiment]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +75,7 @@ class Router:
         self.routes, self._preload = Routes(), preload
         self.problems: dict[str, str] = {}
         self.on_look: Callable[[], object] = tuple
-        self._followed: dict[str, tuple[Followed, int, Hashable]] = {}  # its local_changes and token when last read
+        self._followed: dict[str, tuple[Catalogue, int, Hashable]] = {}  # its local_changes and token when last read
         self._admin = threading.RLock()  # one change at a time; readers never take it
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -114,7 +106,7 @@ class Router:
         why = f" ({self.problems[problem]})" if (problem := f"{name}/{ref}") in self.problems else ""
         raise NotFoundError(f"model {name!r} has no version or alias {ref[:80]!r}{why}: it has {known}")
 
-    def followed(self, name: str) -> Followed | None:
+    def followed(self, name: str) -> "Catalogue | None":
         """The registry of a model; None for one without."""
         return self._followed[name][0] if name in self._followed else None
 
@@ -162,7 +154,7 @@ class Router:
                 self._preload((name, version))
             self._replace(name, withdrawn=False)
 
-    def follow(self, registry: Followed, name: str) -> None:
+    def follow(self, registry: "Catalogue", name: str) -> None:
         """Serve every version of ``name`` and follow its aliases, also those that other processes move."""
         with self._admin:
             if not registry.version_numbers(name):
@@ -208,7 +200,7 @@ class Router:
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
 
-    def _read(self, name: str, registry: Followed) -> None:
+    def _read(self, name: str, registry: "Catalogue") -> None:
         while True:  # an alias and its experiment change in one transaction: see both before it, or both after
             token = registry.change_token()
             versions = tuple(map(str, registry.version_numbers(name)))

@@ -173,19 +173,6 @@ def test_bad_names(name: Any) -> None:
         manifest.check_name("model name", name)
 
 
-@pytest.mark.parametrize("value", [{"a": {1, 2}}, {"a": float("nan")}, {"a": object()}, {(1,): 2}])
-def test_plain_json_refuses(value: Any) -> None:
-    with pytest.raises(InvalidModelError, match="parameters must be plain JSON"):
-        manifest.plain_json("parameters", value)
-
-
-def test_plain_json_copies_deeply() -> None:
-    inner = [1, 2]
-    copy = manifest.plain_json("parameters", {"a": inner, "b": (3,)})
-    inner.append(9)
-    assert copy == {"a": [1, 2], "b": [3]}
-
-
 def test_unknown_lineage_facts_are_refused_not_dropped() -> None:
     with pytest.raises(msgspec.ValidationError, match="rounds"):
         msgspec.convert({"rounds": 3}, Lineage)
