@@ -49,13 +49,16 @@ class Downloads:
 
     def get(self, path: str, most: int, kind: str) -> bytes:
         """A short answer, into memory."""
-        data, asked = bytearray(), (Sent(path, None, self._headers), self._timeout_s, self._limit_s)
-        with _unwrapped(), self._cloud.stream(*asked) as response:
-            for chunk in response.iter_stream():
-                data += chunk
-                self._count(kind, len(chunk))
-                if len(data) > most:
-                    raise TooLargeError(f"the cloud's {kind} has more than {most:,} bytes: it is not one")
+        data = bytearray()
+        try:
+            with self._cloud.stream(Sent(path, None, self._headers), self._timeout_s, self._limit_s) as response:
+                for chunk in response.iter_stream():
+                    data += chunk
+                    self._count(kind, len(chunk))
+                    if len(data) > most:
+                        raise TooLargeError(f"the cloud's {kind} has more than {most:,} bytes: it is not one")
+        except Refused as refused:
+            raise refused.error from None
         return bytes(data)
 
     def fetch(self, path: str, name: str, most: int, kind: str) -> Tensor:
@@ -114,14 +117,6 @@ class Downloads:
 
     def _count(self, kind: str, nbytes: int) -> None:
         self.nbytes[kind] = self.nbytes.get(kind, 0) + nbytes
-
-
-@contextlib.contextmanager
-def _unwrapped() -> Iterator[None]:
-    try:
-        yield
-    except Refused as refused:
-        raise refused.error from None
 
 
 @contextlib.contextmanager

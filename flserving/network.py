@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 SEGMENT_NBYTES = 1460
 """TCP payload of one Ethernet frame: 1,500 bytes without the headers of IPv4 and TCP."""
 _P99 = 2.3263478740408408  # standard normal quantile
-_MAX_RTO_S = 60.0
+_MIN_RTO_S, _MAX_RTO_S = 0.2, 60.0  # as in Linux; RFC 6298 asks for 1 s at least
 
 
 class Link:
@@ -40,7 +40,6 @@ class Link:
         rtt_p99_ms: Makes the round trip lognormal with this 99th percentile; None keeps it constant.
         up_bytes_s, down_bytes_s: Bandwidth from the device, and towards it; may be ``inf``.
         loss: Chance that a segment is lost, independent of all others, in [0, 0.5).
-        rto_floor_ms: Least timeout: 200 ms as in Linux. RFC 6298 asks for 1,000.
         outages: Intervals (start_s, end_s) in which nothing passes, ascending and apart; an end may be ``inf``.
         seed: Seed of all draws. Threads may share a link: numpy's generator locks.
 
@@ -56,12 +55,11 @@ class Link:
         up_bytes_s: float = math.inf,
         down_bytes_s: float = math.inf,
         loss: float = 0.0,
-        rto_floor_ms: float = 200.0,
         outages: Sequence[tuple[float, float]] = (),
         seed: int = 0,
     ) -> None:
-        if not 0 <= rtt_ms < math.inf or not 0 <= rto_floor_ms < math.inf:
-            raise ConfigError(f"rtt_ms {rtt_ms!r} and rto_floor_ms {rto_floor_ms!r} must be finite, at least 0")
+        if not 0 <= rtt_ms < math.inf:
+            raise ConfigError(f"rtt_ms is {rtt_ms!r}: it must be finite, at least 0")
         if rtt_p99_ms is not None and not 0 < rtt_ms <= rtt_p99_ms < math.inf:
             raise ConfigError(f"rtt_p99_ms is {rtt_p99_ms!r}: it must be finite, at least the median {rtt_ms!r} > 0")
         if not up_bytes_s > 0 or not down_bytes_s > 0:
@@ -76,7 +74,7 @@ class Link:
         self._sigma = 0.0 if rtt_p99_ms is None else math.log(rtt_p99_ms / rtt_ms) / _P99
         self.mean_rtt_s = self.rtt_s * math.exp(self._sigma**2 / 2)
         deviation_s = 2 * self.mean_rtt_s * math.erf(self._sigma / math.sqrt(8))  # E|RTT - mean| of the lognormal
-        self.rto_s = max(rto_floor_ms / 1e3, self.mean_rtt_s + 4 * deviation_s)
+        self.rto_s = max(_MIN_RTO_S, self.mean_rtt_s + 4 * deviation_s)
         mathis = SEGMENT_NBYTES / self.mean_rtt_s * math.sqrt(1.5 / loss) if loss and rtt_ms else math.inf
         self._rates = {up: (rate, min(rate, mathis)) for up, rate in ((True, up_bytes_s), (False, down_bytes_s))}
         steps = np.minimum(self.rto_s * 2.0 ** np.arange(63), _MAX_RTO_S)

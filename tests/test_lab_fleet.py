@@ -249,14 +249,14 @@ def test_a_plan_for_a_million_clients_adds_up():
 @pytest.mark.parametrize("p99_s", [0.05, 0.2])
 def test_the_servers_of_a_plan_keep_the_target_and_one_in_five_less_would_not(p99_s):
     some = fleet(link=Link(rtt_ms=20))
-    rate = sustainable_per_s(some, p99_s, requests=6_000, headroom=0.0)
+    rate = sustainable_per_s(some, p99_s, requests=6_000)
     p99 = lambda r: simulate_fleet(some, "central", Poisson(r), servers=SLICE, requests=16_000).quantile_s(0.99)  # noqa: E731
     assert p99(0.95 * rate) <= 1.05 * p99_s
     assert p99(1.25 * rate) > p99_s
 
 
 def test_headroom_is_kept():
-    assert sustainable_per_s(fleet(), 10, requests=1_000, headroom=0.3) <= 0.7 * SLICE * 8 / 0.013
+    assert sustainable_per_s(fleet(), 10, requests=1_000) <= 0.9 * SLICE * 8 / 0.013
 
 
 def test_without_batching_simulation_and_erlang_name_about_the_same_number():
@@ -279,7 +279,6 @@ def test_without_batching_simulation_and_erlang_name_about_the_same_number():
         ({"peak_to_mean": 0.5}, "peak_to_mean 0.5"),
         ({"cloud_away": 2}, "cloud_away 2"),
         ({"update_nbytes": -1}, "update_nbytes -1"),
-        ({"headroom": 1.0}, "headroom is 1.0"),
     ],
     ids=str,
 )

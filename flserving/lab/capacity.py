@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 GB = 1e9
 SLICE = 4
 """Servers that are simulated in place of many."""
+HEADROOM = 0.1
+"""Share of what full batches allow that is never used: queues near it take longer to build up than a run lasts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,24 +36,14 @@ class Prices:
                 raise ConfigError(f"{price.name} is {getattr(self, price.name)!r}: a finite price of at least 0")
 
 
-def sustainable_per_s(
-    fleet: Fleet,
-    p99_s: float,
-    *,
-    headroom: float = 0.1,
-    servers: int = SLICE,
-    requests: int = 20_000,
-    seed: int = 0,
-) -> float:
-    """Highest rate of requests to the cloud at which ``servers`` keep the 99th percentile of its answers.
+def sustainable_per_s(fleet: Fleet, p99_s: float, requests: int = 20_000) -> float:
+    """Highest rate of requests to the cloud at which ``SLICE`` servers keep the 99th percentile of its answers.
 
     Nine bisections over the same draws, between nothing and what full batches allow: exact to 0.2 % of that.
 
     Args:
-        fleet, servers, requests, seed: As in ``simulate_fleet``.
+        fleet, requests: As in ``simulate_fleet``.
         p99_s: The target, network included.
-        headroom: Share of what full batches allow that is never used: queues near it take longer to build up than a
-            run lasts.
 
     Raises:
         ConfigError: Not even a single request at a time makes it: the network or one execution is too slow.
@@ -59,18 +51,16 @@ def sustainable_per_s(
     Cost: ten simulations; 2 to 4 s for 20,000 requests.
     """
     size = fleet.config.max_batch_size
-    if not 0 <= headroom < 1:
-        raise ConfigError(f"headroom is {headroom!r}: it must lie in [0, 1), e.g. 0.1")
-    capacity_per_s = servers * fleet.config.num_workers * size / max(fleet.service_s(size), 1e-9)
-    low, high = 0.0, (1 - headroom) * capacity_per_s
-    if not (alone_s := _p99_s(fleet, 1e-3 * high, servers, requests, seed)) <= p99_s:
+    capacity_per_s = SLICE * fleet.config.num_workers * size / max(fleet.service_s(size), 1e-9)
+    low, high = 0.0, (1 - HEADROOM) * capacity_per_s
+    if not (alone_s := _p99_s(fleet, 1e-3 * high, SLICE, requests)) <= p99_s:
         raise ConfigError(
             f"the 99th percentile without load is {alone_s:.3g} s, the target is {p99_s:g} s: no number of servers "
             "helps; look at the link, service_s(1) and deadline_s"
         )
     for _ in range(9):
         middle = (low + high) / 2
-        enough = _p99_s(fleet, middle, servers, requests, seed) <= p99_s
+        enough = _p99_s(fleet, middle, SLICE, requests) <= p99_s
         low, high = (middle, high) if enough else (low, middle)
     return low
 
@@ -87,9 +77,7 @@ def plan(
     server_egress_bytes_s: float,
     cloud_away: float,
     prices: Prices,
-    headroom: float = 0.1,
     requests: int = 20_000,
-    seed: int = 0,
 ) -> "pd.DataFrame":
     """Servers, latency, traffic and cost of a day, one row an architecture.
 
@@ -106,8 +94,7 @@ def plan(
         updates_per_day: Rounds published a day. Devices of ``central`` pull nothing.
         cloud_away: Share of the day in which the cloud cannot be reached, e.g. 0.001.
         prices: What servers and traffic cost.
-        headroom: See :func:`sustainable_per_s`.
-        requests, seed: Of each simulation.
+        requests: Of each simulation.
 
     Returns:
         Indexed by architecture: ``peak_per_s`` (requests that reach the cloud), ``servers``, ``utilisation``,
@@ -129,17 +116,17 @@ def plan(
         raise ConfigError(f"update_nbytes {update_nbytes!r} and updates_per_day {updates_per_day!r}: at least 0")
     per_day = clients * requests_per_client_day
     peak_per_s = per_day / DAY_S * peak_to_mean
-    per_server = sustainable_per_s(fleet, p99_s, headroom=headroom, requests=requests, seed=seed) / SLICE
+    per_server = sustainable_per_s(fleet, p99_s, requests) / SLICE
     rows = {}
     for architecture, goes_up in zip(get_args(Architecture), (1.0, 0.0, 1 - fleet.local_share), strict=True):
         updates_nbytes = clients * update_nbytes * updates_per_day * (architecture != "central")
         to_cloud = peak_per_s * goes_up
         servers = max(math.ceil(to_cloud / per_server), math.ceil(updates_nbytes / DAY_S / server_egress_bytes_s))
-        while to_cloud and servers < SLICE and _p99_s(fleet, to_cloud, servers, requests, seed) > p99_s:
+        while to_cloud and servers < SLICE and _p99_s(fleet, to_cloud, servers, requests) > p99_s:
             servers += 1  # so few share the load less well than the slice did
         few = min(max(servers, 1), SLICE)
         arrivals = Poisson(peak_per_s * few / max(servers, 1))
-        run = simulate_fleet(fleet, architecture, arrivals, servers=few, requests=requests, seed=seed)
+        run = simulate_fleet(fleet, architecture, arrivals, servers=few, requests=requests)
         lost = cloud_away * run.shares["cloud"]  # failed where the cloud is all there is, degraded in a hybrid
         up_gb, down_gb = (goes_up * per_day * nbytes / GB for nbytes in (fleet.request_nbytes, fleet.response_nbytes))
         cost = servers * 24 * prices.server_hour + up_gb * prices.ingress_gb
@@ -162,6 +149,6 @@ def plan(
     return table.astype({"servers": int})
 
 
-def _p99_s(fleet: Fleet, rate_per_s: float, servers: int, requests: int, seed: int) -> float:
-    run = simulate_fleet(fleet, "central", Poisson(rate_per_s), servers=servers, requests=requests, seed=seed)
+def _p99_s(fleet: Fleet, rate_per_s: float, servers: int, requests: int) -> float:
+    run = simulate_fleet(fleet, "central", Poisson(rate_per_s), servers=servers, requests=requests)
     return run.quantile_s(0.99)
