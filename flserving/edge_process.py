@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from flserving.errors import ConfigError, FlservingError
 
@@ -132,39 +131,36 @@ def _keep_up(agent: "SyncAgent", poll_s: float, stop: threading.Event, say: Call
 
 
 def _say(line: str) -> None:
-    print(f"flserving: {line}", file=sys.stderr, flush=True)
+    text = "".join(char if char.isprintable() else "?" for char in line)  # part of it may be the cloud's
+    print(f"flserving: {text}", file=sys.stderr, flush=True)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for what cannot work, before anything is opened."""
+    from flserving.api.client import address
+
     for name in ("poll_s", "timeout_s"):
         if not 0 < (seconds := getattr(arguments, name)) <= 86_400:
             raise ConfigError(f"{name.replace('_', '-')} is {seconds}: it must lie in (0, 86400] seconds")
     if arguments.key is not None and (len(arguments.key) != 64 or arguments.key.strip("0123456789abcdef")):
         raise ConfigError(f"key is {arguments.key[:80]!r}: give the 64 hex digits of the cloud's public key")
-    try:
-        parts = urlsplit(arguments.cloud)
-        usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or parts.path.strip("/") or parts.query or parts.username is not None:
-        raise ConfigError(f"cloud is {arguments.cloud!r}: write http://host:port or https://host:port")
+    address(arguments.cloud, {"http": 80, "https": 443})
 
 
 def _cloud_token(path: str | None) -> str | None:
     """The device's credential: of a file that others cannot read, or of the environment; never of the command line,
     which every user of the machine sees."""
+    from flserving.api.auth import checked_token
+
     given = os.environ.get(TOKEN)
     if path is None:
-        return given
+        return None if given is None else checked_token(given)
     if given is not None:
         raise ConfigError(f"a token in {path} and one in {TOKEN}: drop one of them")
     token = _read(path).decode("ascii", "replace").strip()
     if os.name == "posix" and os.stat(path).st_mode & stat.S_IROTH:
         raise ConfigError(f"{path} holds a token and every user can read it: chmod 600")
-    if not token or not token.isprintable() or " " in token:
-        raise ConfigError(f"{path} must hold the token and nothing else: check how it was written")
-    return token
+    return checked_token(token)
 
 
 def _read(path: str) -> bytes:

@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from flserving.errors import (
@@ -23,7 +23,7 @@ from flserving.errors import (
     ServerClosedError,
 )
 
-FILE_NAME = "registry.sqlite3"
+FILE_NAME, LOCK_NAME = "registry.sqlite3", "publishing.sqlite3"
 _LAYOUT = 2  # 2: experiments; a registry of layout 1 gets them when it is opened
 
 _TABLES = """
@@ -171,6 +171,7 @@ class Index:
     """
 
     def __init__(self, root: str, busy_timeout_s: float, timestamp: Callable[[], str]) -> None:
+        self._root = root
         self._path, self._timeout_s, self.timestamp = f"{root}/{FILE_NAME}", busy_timeout_s, timestamp
         self._pid, self.commits = os.getpid(), 0
         self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
@@ -242,6 +243,18 @@ class Index:
                     raise
         finally:
             self._write_lock.release()
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """One publisher of all processes at a time; one that dies lets go. Raises as :meth:`transaction`, for whose
+        writers nobody waits here: the lock is that of a second, empty database."""
+        self._usable(self._writer)
+        with _typed_errors():
+            connection = sqlite3.connect(f"{self._root}/{LOCK_NAME}", self._timeout_s, isolation_level=None)
+        with closing(connection):
+            with _typed_errors():
+                connection.execute("BEGIN EXCLUSIVE")
+            yield
 
     def _usable(self, connection: sqlite3.Connection | None) -> sqlite3.Connection:
         if connection is None:

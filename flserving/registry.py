@@ -6,12 +6,14 @@
     root/models/<name>/<version>/weights.safetensors
                                  heads.bin        where clients have heads of their own
                                  manifest.json
-    root/staging/<token>/                       a publish under way; <token>.lock tells whether its process lives
+    root/staging/<token>/                       a publish under way, or what a killed one left
+    root/publishing.sqlite3                     empty: who publishes holds its lock
 
-Publishing writes the weights to a staging directory and waits for the disk. Then, under the lock of the one writer, it
-takes the next number, writes the manifest, moves the directory to its place in one step, waits for the disk, and
-commits the row that makes the version exist. Killed anywhere before the commit, it leaves no version and no gap, only
-leftovers that later publishers remove. Reading verifies every byte against the manifest, and that against the index.
+Publishing, one at a time, writes the weights to a staging directory and waits for the disk. Then, under the lock of the
+one writer, it takes the next number, writes the manifest, moves the directory to its place in one step, waits for the
+disk, and commits the row that makes the version exist. Killed anywhere before the commit, it leaves no version and no
+gap, only leftovers that the next publisher removes. Reading verifies every byte against the manifest, and that against
+the index.
 
 Versions and the log of moves never change. The alphabet of names keeps every path inside ``root``.
 """
@@ -92,7 +94,6 @@ class Registry(Catalogue):
             self._models, self._staging = f"{self.root}/models", f"{self.root}/staging"
             for folder in (self._models, self._staging):
                 os.makedirs(folder, exist_ok=True)
-            storage.sweep(self._staging)
             orphaned = bool(os.listdir(self._models)) and not os.path.lexists(f"{self.root}/{FILE_NAME}")
         except (OSError, TypeError, ValueError) as error:  # ValueError: a NUL inside
             reason = error.strerror if isinstance(error, OSError) else error
@@ -152,11 +153,11 @@ class Registry(Catalogue):
             heads=heads,
         )
         try:
-            storage.sweep(self._staging)
             with (
-                storage.Staging(self._staging) as folder,
-                ThreadPoolExecutor(2) as beside,
-            ):  # the disk is waited for here
+                self._index.publishing(),
+                storage.staging(self._staging) as folder,
+                ThreadPoolExecutor(2) as beside,  # the disk is waited for here
+            ):
                 image = weights.as_bytes(content.image)
                 file, parts = beside.submit(sha256, image), beside.submit(weights.part_digests, content.tensors)
                 storage.write_file(f"{folder}/{WEIGHTS}", image)

@@ -10,9 +10,8 @@ import shutil
 import stat
 import sys
 import threading
-from collections.abc import Iterable
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,14 +24,7 @@ _NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO must not hang
 _BINARY = getattr(os, "O_BINARY", 0)  # only on Windows
 
 if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
+    _seeking = threading.Lock()
 
     def read_at(fd: int, nbytes: int, at: int) -> bytes:
         """``os.pread``, which Windows lacks."""
@@ -40,19 +32,8 @@ if sys.platform == "win32":
             os.lseek(fd, at, os.SEEK_SET)
             return os.read(fd, nbytes)
 
-    _seeking = threading.Lock()
-
 else:
-    import fcntl
-
     read_at = os.pread
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
 
 
 def write_file(path: str, data: bytes | memoryview) -> None:
@@ -171,54 +152,17 @@ def install(staged: str, target: str) -> None:
     sync_directory(parent)
 
 
-class Staging:
-    """A private directory for one publish: ``with Staging(folder) as path``. Gone afterwards, whatever happens.
+@contextmanager
+def staging(folder: str) -> Iterator[str]:
+    """A private directory for one publish, gone afterwards, whatever happens; so is what dead publishers left there.
 
-    A lock file beside it is held as long as its process lives; the operating system lets go of it at a kill -9 as
-    well. What is not locked is therefore nobody's, and :func:`sweep` may remove it.
+    Call it only under the lock that lets one publisher in at a time.
     """
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> str:
-        while True:
-            self.path = f"{self._folder}/{secrets.token_hex(8)}"
-            self._lock = os.open(f"{self.path}.lock", os.O_CREAT | os.O_EXCL | os.O_RDWR | _BINARY, 0o600)
-            # a sweep may have found the file before it was locked, and have removed it: then start again
-            if _try_lock(self._lock) and os.fstat(self._lock).st_nlink:
-                break
-            os.close(self._lock)
-        try:
-            os.mkdir(self.path)
-        except BaseException:
-            _discard(self.path, self._lock)
-            raise
-        return self.path
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        _discard(self.path, self._lock)
-
-
-def sweep(folder: str) -> None:
-    """Remove what dead publishers left in a staging folder. Leaves alone whatever a living process has locked."""
-    for token in {entry.name.removesuffix(".lock") for entry in os.scandir(folder)}:
-        path = f"{folder}/{token}"
-        try:  # creates the lock where a power cut took it and left the directory
-            lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | _NOFOLLOW | _BINARY, 0o600)
-        except OSError:
-            continue
-        if _try_lock(lock):
-            _discard(path, lock)
-        else:
-            os.close(lock)
-
-
-def _discard(path: str, lock: int) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    if sys.platform == "win32":  # an open file cannot be removed there
-        os.close(lock)
-        Path(f"{path}.lock").unlink(missing_ok=True)
-    else:
-        Path(f"{path}.lock").unlink(missing_ok=True)  # before the lock is let go: nobody may lock a doomed file
-        os.close(lock)
+    for left in os.scandir(folder):
+        shutil.rmtree(left.path, ignore_errors=True)
+    path = f"{folder}/{secrets.token_hex(8)}"
+    try:
+        os.mkdir(path)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

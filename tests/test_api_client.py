@@ -21,6 +21,7 @@ from flserving.errors import (
     NotFoundError,
     OverloadedError,
     ServerClosedError,
+    TooLargeError,
 )
 
 X = np.random.default_rng(0).standard_normal((3, 32), dtype=np.float32)
@@ -131,6 +132,22 @@ def test_errors_are_the_servers_own(client, arguments, kind, says):
     with pytest.raises(FlservingError, match=says) as caught:
         client.predict(**arguments)
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("way", ["blocking", "awaiting"])
+def test_an_answer_without_end_is_given_up(served, way, monkeypatch):
+    monkeypatch.setattr("flserving.api.carriers.MAX_ANSWER_NBYTES", 2000)
+
+    async def ask(rows):
+        async with AsyncClient(served[1].url, served[1].token) as client:
+            return await client.predict(rows)
+
+    with Client(served[1].url, served[1].token) as client:
+        asked = client.predict if way == "blocking" else lambda rows: asyncio.run(ask(rows))
+        assert len(asked(X[:1])["predictions"]) == 1
+        with pytest.raises(TooLargeError, match="more than 2,000 bytes"):
+            asked(np.resize(X, (64, X.shape[1])))
+        assert len(asked(X[:1])["predictions"]) == 1
 
 
 def _kinds(root=FlservingError):

@@ -11,7 +11,7 @@ import torch
 
 import registry_crash
 from flserving import storage, weights
-from flserving.errors import FlservingError
+from flserving.errors import FlservingError, OverloadedError
 from flserving.index import Index
 from flserving.registry import Registry
 
@@ -143,59 +143,38 @@ def test_a_publish_replaces_whatever_has_taken_its_place(tmp_path: Path, kind: s
     assert (precious / "data").read_text() == "mine"
 
 
-def test_staging_of_the_living_is_left_alone_and_of_the_dead_is_removed(tmp_path: Path) -> None:
-    folder = str(tmp_path)
+def test_one_publishes_at_a_time_and_what_a_dead_one_left_goes(tmp_path: Path) -> None:
     reports, report = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with storage.Staging(folder):
+        with Registry(tmp_path) as registry, registry._index.publishing(), storage.staging(registry._staging):
             os.write(report, b"x")
             while True:
                 time.sleep(60)  # it is killed inside
     try:
         assert os.read(reports, 1) == b"x"
-        with storage.Staging(folder) as own:
-            before = sorted(os.listdir(folder))
-            storage.sweep(folder)
-            assert sorted(os.listdir(folder)) == before and len(before) == 4  # two directories, two locks
+        with Registry(tmp_path, busy_timeout_s=0.05) as registry:
+            with pytest.raises(OverloadedError, match="busy_timeout_s"):
+                registry_crash.publish_next(registry)
+            assert len(os.listdir(tmp_path / "staging")) == 1, "of the living"
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             pid = 0
-            storage.sweep(folder)
-            assert sorted(os.listdir(folder)) == sorted([Path(own).name, Path(own).name + ".lock"])
+            registry_crash.publish_next(registry)
     finally:
         if pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         os.close(reports)
         os.close(report)
-    assert os.listdir(folder) == []
+    assert os.listdir(tmp_path / "staging") == []
 
 
-def test_a_directory_that_lost_its_lock_file_is_removed_too(tmp_path: Path) -> None:
-    (tmp_path / "0123").mkdir()
-    (tmp_path / "0123" / "weights.safetensors").write_bytes(b"half")
-    storage.sweep(str(tmp_path))
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_sweep_between_creating_and_locking_costs_only_a_new_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock, swept = storage._try_lock, 0
-
-    def sweep_first(fd: int) -> bool:
-        nonlocal swept
-        if swept == 0:
-            swept += 1
-            monkeypatch.setattr(storage, "_try_lock", lock)
-            storage.sweep(str(tmp_path))  # sees an unlocked file, and takes it for a dead publisher's
-            monkeypatch.setattr(storage, "_try_lock", sweep_first)
-        return lock(fd)
-
-    monkeypatch.setattr(storage, "_try_lock", sweep_first)
-    with storage.Staging(str(tmp_path)) as path:
-        assert swept == 1 and sorted(os.listdir(tmp_path)) == [Path(path).name, Path(path).name + ".lock"]
+def test_nobody_who_moves_an_alias_waits_for_a_publish(tmp_path: Path) -> None:
+    with Registry(tmp_path, busy_timeout_s=0.05) as registry:
+        registry_crash.publish_next(registry)
+        with registry._index.publishing():
+            registry.set_alias("m", "default", 1, who="test", why="while somebody publishes")
 
 
 def test_a_snapshot_is_published_although_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,12 +182,14 @@ def test_a_snapshot_is_published_although_training_goes_on(tmp_path: Path, monke
     state, expected = registry_crash.tensors_of(1), registry_crash.tensors_of(1)
     body, head = weights.split(expected)
     with Registry(tmp_path) as registry:
+        stage = storage.staging
 
-        def train_meanwhile(_: str) -> None:
+        def train_meanwhile(folder: str) -> Any:
             for tensor in state.values():
                 tensor.fill_(float("nan"))
+            return stage(folder)
 
-        monkeypatch.setattr(storage, "sweep", train_meanwhile)  # after the checks, before hashing and writing
+        monkeypatch.setattr(storage, "staging", train_meanwhile)  # after the checks, before hashing and writing
         registry.publish("m", state, architecture="mlp", parameters={"sizes": registry_crash.SIZES})
         artifact = registry.read("m", 1)
     assert all(bool(tensor.isnan().all()) for tensor in state.values())

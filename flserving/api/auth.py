@@ -134,7 +134,12 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     client: str | None = None
 
 
-def _digest_of(token: str) -> bytes:
+def checked_token(token: str) -> str:
+    """The token, if a header can carry it. Raises ConfigError."""
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError("a token is one or more visible ASCII characters without spaces: this one could not be sent")
-    return sha256(token.encode()).digest()
+    return token
+
+
+def _digest_of(token: str) -> bytes:
+    return sha256(checked_token(token).encode()).digest()

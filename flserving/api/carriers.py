@@ -15,7 +15,16 @@ from typing import Any, NamedTuple, Protocol
 import httpcore
 
 from flserving.api.retries import Refused
-from flserving.errors import DeadlineExceededError, FlservingError, OverloadedError, ServerClosedError
+from flserving.errors import (
+    DeadlineExceededError,
+    FlservingError,
+    OverloadedError,
+    ServerClosedError,
+    TooLargeError,
+)
+
+MAX_ANSWER_NBYTES = 1 << 28
+"""More than any answer has: whoever sends it is no server of predictions, or wants the caller's memory."""
 
 
 class Sent(NamedTuple):
@@ -93,12 +102,20 @@ def _request(base: str, call: Sent, timeout_s: float, wait: "_Patience | None" =
     }
 
 
-def _read(response: httpcore.Response) -> Received:
+class _Body(bytearray):
+    def add(self, chunk: bytes) -> None:
+        self += chunk
+        if len(self) > MAX_ANSWER_NBYTES:
+            error = TooLargeError(f"the answer has more than {MAX_ANSWER_NBYTES:,} bytes: ask for fewer rows at once")
+            raise Refused(error, again=False)
+
+
+def _read(response: httpcore.Response, body: bytes) -> Received:
     headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in response.headers}
     if response.status == 200:
-        return Received(response.content, headers)
+        return Received(body, headers)
     try:
-        text = str(json.loads(response.content)["error"])
+        text = str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError, RecursionError):  # another protocol's server, or a proxy
         text = f"status {response.status}"
     kind = _BY_STATUS.get(response.status, FlservingError)
@@ -167,8 +184,11 @@ class Rest:
 
     def send(self, call: Sent, timeout_s: float) -> Received:
         with _failures(self._base, timeout_s):
-            request = _request(self._base, call, timeout_s, _Patience(timeout_s, timeout_s))
-            return _read(self._pool.request(**request))
+            request, body = _request(self._base, call, timeout_s, _Patience(timeout_s, timeout_s)), _Body()
+            with self._pool.stream(**request) as response:
+                for chunk in response.iter_stream():
+                    body.add(chunk)
+            return _read(response, bytes(body))
 
     @contextlib.contextmanager
     def stream(self, call: Sent, timeout_s: float, limit_s: float) -> Iterator[httpcore.Response]:
@@ -176,10 +196,7 @@ class Rest:
         request = _request(self._base, call, timeout_s, _Patience(timeout_s, limit_s))
         with _failures(self._base, timeout_s), self._pool.stream(**request) as response:
             if response.status not in (200, 206, 416):
-                body = b"".join(islice(response.iter_stream(), 4))  # a message is short, whatever is sent
-                response = httpcore.Response(response.status, headers=response.headers, content=body)
-                response.read()
-                _read(response)
+                _read(response, b"".join(islice(response.iter_stream(), 4)))  # a message is short, whatever is sent
             yield response
 
     def close(self) -> None:
@@ -194,8 +211,12 @@ class AsyncRest:
 
     async def send(self, call: Sent, timeout_s: float) -> Received:
         with _failures(self._base, timeout_s):
+            body = _Body()
             async with asyncio.timeout(timeout_s):
-                return _read(await self._pool.request(**_request(self._base, call, timeout_s)))
+                async with self._pool.stream(**_request(self._base, call, timeout_s)) as response:
+                    async for chunk in response.aiter_stream():
+                        body.add(chunk)
+                return _read(response, bytes(body))
 
     async def close(self) -> None:
         await self._pool.aclose()
@@ -205,7 +226,7 @@ class AsyncRest:
 
 _CHANNEL = {
     "grpc.enable_retries": 0,  # retries are ours: they know the budget
-    "grpc.max_receive_message_length": -1,
+    "grpc.max_receive_message_length": MAX_ANSWER_NBYTES,
     "grpc.initial_reconnect_backoff_ms": 50,
     "grpc.min_reconnect_backoff_ms": 2000,  # in spite of its name, how long one attempt to connect may take
     "grpc.max_reconnect_backoff_ms": 1000,

@@ -8,12 +8,13 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from flserving.api import carriers
+from flserving.api.auth import checked_token
 from flserving.api.calls import GrpcCalls, RestCalls, Where
 from flserving.api.carriers import Received, Sent
 from flserving.api.retries import Attempts, Refused, Retries
@@ -21,6 +22,18 @@ from flserving.errors import ConfigError, InvalidInputError, NotFoundError, Serv
 from flserving.transforms import Preprocessor
 
 _PORTS = {"http": 80, "https": 443, "grpc": None, "grpcs": None}
+
+
+def address(url: str, ports: Mapping[str, int | None]) -> SplitResult:
+    """A server's address, with a scheme of ``ports`` (its default port, None: it has none). Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ports and parts.hostname and parts.port != 0 and (parts.port or ports[parts.scheme])
+    except ValueError:
+        known = None
+    if not known or parts.path not in {"", "/"} or parts.query or parts.username is not None:
+        raise ConfigError(f"url {url!r} cannot be called: write {' or '.join(ports)} ://host:port")
+    return parts
 
 
 class _Calls:
@@ -36,15 +49,8 @@ class _Calls:
         ca: str | Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        try:
-            parts = urlsplit(url)
-            known = parts.scheme in _PORTS and parts.hostname and (parts.port or _PORTS[parts.scheme])
-        except ValueError:
-            known = None
-        if not known or parts.path not in {"", "/"} or parts.query or parts.username is not None:
-            raise ConfigError(f"url {url!r} cannot be called: write http, https, grpc or grpcs ://host:port")
-        if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
-            raise ConfigError("the token holds characters that a header cannot: check where it was copied from")
+        parts = address(url, _PORTS)
+        headers = {} if token is None else {"authorization": f"Bearer {checked_token(token)}"}
         try:
             self._ca = None if ca is None else Path(ca).read_bytes()
         except OSError as error:
@@ -52,7 +58,6 @@ class _Calls:
         self.url, self.timeout_ms = f"{parts.scheme}://{parts.netloc}", timeout_ms
         self._retries, self._clock, self._default = retries or Retries(), clock, ""
         self._secure, self._target = parts.scheme.endswith("s"), parts.netloc
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._rest = parts.scheme.startswith("http")
         self._calls: RestCalls | GrpcCalls = RestCalls(headers) if self._rest else GrpcCalls(headers)
 
