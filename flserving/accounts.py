@@ -35,10 +35,6 @@ class Histogram:
         self.at_most = np.zeros(_BUCKETS, np.int64)  # exact, for Prometheus
         self.count, self.total_s, self.highest_s = 0, 0.0, 0.0
 
-    def record(self, seconds: NDArray[np.float64]) -> None:
-        """Add durations, float64 [N], in seconds."""
-        record([self], seconds[:, None])
-
     def percentile_s(self, q: float) -> float:
         """Seconds that a share ``q`` of [0, 1] of the samples does not exceed (nearest rank); NaN if empty."""
         if not self.count:

@@ -1,6 +1,6 @@
 """The ``flserving`` command: a table of subcommands, each a thin call into the package.
 
-A new subcommand is one more entry in ``COMMANDS``: a function that adds its options to a parser, and one that runs.
+A new subcommand is one more entry in ``COMMANDS``: a function that runs, and one that adds its options to a parser.
 """
 
 import argparse
@@ -14,15 +14,11 @@ from flserving.errors import FlservingError
 
 
 class Command(NamedTuple):
-    """A subcommand: one line of help, its options, and a function that returns the exit code."""
+    """A subcommand: one line of help, a function that returns the exit code, and its options."""
 
     help: str
-    options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-
-
-def _no_options(parser: argparse.ArgumentParser) -> None:
-    """The command takes none."""
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -32,10 +28,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "doctor": Command("check this installation; every line is ok or says what to do", _no_options, _doctor),
-    "serve": Command("serve a registry over REST and gRPC", commands.serve_options, commands.serve),
-    "edge": Command("serve on a device, from its own folder", edge_process.options, edge_process.run),
-    "demo": Command("train, publish, serve, and print how to call it", commands.demo_options, commands.demo),
+    "doctor": Command("check this installation; every line is ok or says what to do", _doctor),
+    "serve": Command("serve a registry over REST and gRPC", commands.serve, commands.serve_options),
+    "edge": Command("serve on a device, from its own folder", edge_process.run, edge_process.options),
+    "demo": Command("train, publish, serve, and print how to call it", commands.demo, commands.demo_options),
 }
 
 

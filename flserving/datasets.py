@@ -19,6 +19,7 @@ Labels = NDArray[np.int64]
 Indices = NDArray[np.int64]
 
 HELD_OUT_SHARE = 0.3  # of each client's own samples
+MIN_SAMPLES = 10  # of a client, both splits together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,13 +65,11 @@ def digits() -> tuple[Features, Labels]:
     return features, labels
 
 
-def dirichlet_partition(
-    labels: Labels, num_clients: int, alpha: float, rng: np.random.Generator, min_samples: int = 10
-) -> list[Indices]:
+def dirichlet_partition(labels: Labels, num_clients: int, alpha: float, rng: np.random.Generator) -> list[Indices]:
     """Deal samples out to clients with label skew: each class is split in shares drawn from Dirichlet(alpha).
 
     With alpha = 0.1 most clients hold few classes, with alpha = 100 all hold nearly the same mixture. A client that
-    got less than ``min_samples`` is given single samples of whoever then holds the most.
+    got less than ``MIN_SAMPLES`` is given single samples of whoever then holds the most.
 
     Returns:
         Indices into ``labels`` for each client, ascending; every index is in exactly one of them.
@@ -80,7 +79,7 @@ def dirichlet_partition(
 
     Source: Yurochkin et al., ICML 2019 (arXiv 1905.12022), split by class; Hsu et al. 2019 (arXiv 1909.06335).
     """
-    _check(num_clients, alpha, len(labels), min_samples)
+    _check(num_clients, alpha, len(labels))
     owner = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -88,7 +87,7 @@ def dirichlet_partition(
         for client, part in enumerate(np.split(members, np.rint(cuts).astype(np.int64))):
             owner[part] = client
     counts = np.bincount(owner, minlength=num_clients)
-    while counts.min() < min_samples:
+    while counts.min() < MIN_SAMPLES:
         poorest, richest = counts.argmin(), counts.argmax()
         owner[rng.choice(np.flatnonzero(owner == richest))] = poorest
         counts[poorest] += 1
@@ -96,12 +95,12 @@ def dirichlet_partition(
     return [np.flatnonzero(owner == client) for client in range(num_clients)]
 
 
-def _check(num_clients: int, alpha: float, num_samples: int, min_samples: int) -> None:
-    most = num_samples // max(min_samples, 1)
+def _check(num_clients: int, alpha: float, num_samples: int) -> None:
+    most = num_samples // MIN_SAMPLES
     if isinstance(num_clients, bool) or not isinstance(num_clients, int) or not 1 <= num_clients <= most:
         raise ConfigError(
             f"num_clients is {num_clients!r}: use an integer in [1, {most}], "
-            f"so that each of them gets {min_samples} of the {num_samples} samples"
+            f"so that each of them gets {MIN_SAMPLES} of the {num_samples} samples"
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1e-3 <= alpha <= 1e6:
         raise ConfigError(f"alpha is {alpha!r}: use a number in [0.001, 1e6]; 0.1 is very uneven, 100 nearly even")
@@ -115,7 +114,6 @@ def make_clients(
     alpha: float = 0.1,
     permute_labels: bool = False,
     seed: int = 0,
-    min_samples: int = 10,
 ) -> tuple[Client, ...]:
     """Partition a data set by ``dirichlet_partition``; 30 % of each class that a client holds are held out.
 
@@ -123,20 +121,18 @@ def make_clients(
         features: float32 [N, D]. ``labels``: int64 [N], 0 to C - 1.
         permute_labels: Every client names the classes in its own way: concept shift, under which no single model can
             be right for all clients. Who holds which samples stays the same.
-        seed: Same seed, same clients. ``min_samples``: fewest samples of a client, both splits together, >= 2.
+        seed: Same seed, same clients.
 
     Raises:
         ConfigError: A setting out of range. InvalidInputError: Features or labels that a client cannot hold.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed is {seed!r}: use an integer >= 0")
-    if min_samples < 2:
-        raise ConfigError(f"min_samples is {min_samples}: a client needs 2, one to train on and one to test on")
     rng, naming_rng = np.random.default_rng(seed).spawn(2)  # two, so that naming does not change who holds what
     classes = int(labels.max()) + 1
     naming = _namings(classes, naming_rng)
     clients = []
-    for number, indices in enumerate(dirichlet_partition(labels, num_clients, alpha, rng, min_samples)):
+    for number, indices in enumerate(dirichlet_partition(labels, num_clients, alpha, rng)):
         name = next(naming) if permute_labels else np.arange(classes)
         train, test = _hold_out(rng.permutation(indices), labels)
         clients.append(

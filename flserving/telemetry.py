@@ -55,7 +55,7 @@ class Executions:
         with self._lock:
             taken = np.array(_take(self._pending), np.float64).reshape(-1, 2)
             self._rows += int(taken[:, 0].sum())
-            self._seconds.record(taken[:, 1])
+            record([self._seconds], taken[:, 1:])
 
 
 class Telemetry:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flserving import datasets
-from flserving.datasets import Client, digits, dirichlet_partition, federated_statistics, make_clients
+from flserving.datasets import MIN_SAMPLES, Client, digits, dirichlet_partition, federated_statistics, make_clients
 from flserving.errors import ConfigError, InvalidInputError
 
 X, Y = digits()
@@ -26,19 +26,16 @@ def test_digits_are_the_real_ones_and_nobody_can_change_them():
 @given(
     num_samples=st.integers(20, 400),
     share=st.floats(0, 1),
-    min_samples=st.integers(1, 10),
     alpha=st.floats(1e-3, 1e6),
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_sample_goes_to_exactly_one_client_and_every_client_gets_enough(
-    num_samples, share, min_samples, alpha, seed
-):
-    num_clients = 1 + int(share * (num_samples // min_samples - 1))
-    parts = dirichlet_partition(labels_of(num_samples), num_clients, alpha, np.random.default_rng(seed), min_samples)
+def test_every_sample_goes_to_exactly_one_client_and_every_client_gets_enough(num_samples, share, alpha, seed):
+    num_clients = 1 + int(share * (num_samples // MIN_SAMPLES - 1))
+    parts = dirichlet_partition(labels_of(num_samples), num_clients, alpha, np.random.default_rng(seed))
     assert len(parts) == num_clients
     assert sorted(np.concatenate(parts)) == list(range(num_samples))
-    assert min(map(len, parts)) >= min_samples
+    assert min(map(len, parts)) >= MIN_SAMPLES
 
 
 @given(num_clients=st.integers(1, 179), alpha=st.sampled_from([1e-3, 0.1, 1.0, 100.0]), seed=st.integers(0, 99))
@@ -123,7 +120,6 @@ def test_permuted_labels_rename_classes_client_by_client_and_move_no_sample():
         ({"alpha": True}, "alpha is True"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 1.5}, r"seed is 1\.5"),
-        ({"min_samples": 1}, "min_samples is 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, says):

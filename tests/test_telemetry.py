@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flserving.accounts import BOUNDS_S, STAGES, Histogram, merged
+from flserving.accounts import BOUNDS_S, STAGES, Histogram, merged, record
 from flserving.engine import Execution, Prediction
 from flserving.telemetry import _PENDING, Executions, Telemetry
 
 
 def histogram_of(seconds: np.ndarray) -> Histogram:
     histogram = Histogram()
-    histogram.record(np.asarray(seconds, np.float64))
+    record([histogram], np.asarray(seconds, np.float64)[:, None])
     return histogram
 
 
@@ -59,7 +59,7 @@ def test_any_percentile_of_any_samples_is_right_to_two_and_a_half_percent(second
 def test_recording_in_parts_is_recording_at_once(parts):
     whole, pieces = histogram_of(np.array([s for part in parts for s in part], np.float64)), Histogram()
     for part in parts:
-        pieces.record(np.array(part, np.float64))
+        record([pieces], np.array(part, np.float64)[:, None])
     assert (whole.counts == pieces.counts).all() and (whole.count, whole.highest_s) == (pieces.count, pieces.highest_s)
     assert whole.total_s == pytest.approx(pieces.total_s)
 
