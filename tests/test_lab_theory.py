@@ -95,11 +95,8 @@ def test_mm1_md1_and_mmc_against_simulation():
     def exponential(rng):
         return rng.exponential(0.01)
 
-    assert theory.mm1_wait_s(60, 0.01) == pytest.approx(simulated_wait_s(60, exponential, 1).mean(), rel=0.06)
+    assert theory.mg1_wait_s(60, 0.01, 1) == pytest.approx(simulated_wait_s(60, exponential, 1).mean(), rel=0.06)
     assert theory.md1_wait_s(60, 0.01) == pytest.approx(simulated_wait_s(60, lambda _: 0.01, 1).mean(), rel=0.06)
-    wait_s = simulated_wait_s(210, exponential, 3)
-    assert theory.mmc_wait_s(210, 0.01, 3) == pytest.approx(wait_s.mean(), rel=0.06)
-    assert theory.erlang_c(210, 0.01, 3) == pytest.approx((wait_s > 0).mean(), rel=0.03)
 
 
 def test_mg1_with_any_spread_against_simulation():
@@ -108,35 +105,8 @@ def test_mg1_with_any_spread_against_simulation():
     assert theory.mg1_wait_s(70, 0.01, 0.5) == pytest.approx(wait_s.mean(), rel=0.06)
 
 
-@given(st.floats(0.01, 0.99), st.integers(1, 60))
-def test_erlang_c_equals_the_textbook_sum(load, servers):
-    offered = load * servers
-    top = offered**servers / math.factorial(servers) / (1 - load)
-    below = sum(offered**k / math.factorial(k) for k in range(servers))
-    assert theory.erlang_c(offered, 1.0, servers) == pytest.approx(top / (below + top), rel=1e-9)
-
-
-@given(st.floats(0.01, 0.99), st.floats(1e-4, 10))
-def test_the_family_agrees_where_it_overlaps(load, service_s):
-    rate_per_s = load / service_s
-    assert theory.mmc_wait_s(rate_per_s, service_s, 1) == pytest.approx(theory.mm1_wait_s(rate_per_s, service_s))
-    assert theory.md1_wait_s(rate_per_s, service_s) == pytest.approx(theory.mm1_wait_s(rate_per_s, service_s) / 2)
-    assert theory.erlang_c(rate_per_s, service_s, 1) == pytest.approx(load)
-    # an exponential latency: its mean is the integral of its quantiles, its median ln 2 times its mean
-    mean_s = theory.mm1_wait_s(rate_per_s, service_s) + service_s
-    assert theory.mm1_latency_quantile_s(rate_per_s, service_s, 0.5) == pytest.approx(mean_s * math.log(2))
-
-
-def test_erlang_c_does_not_overflow():
-    assert 0 < theory.erlang_c(9_900, 1.0, 10_000) < 1
-
-
 def test_beyond_capacity_the_wait_is_infinite():
-    assert theory.mm1_wait_s(100, 0.01) == theory.md1_wait_s(101, 0.01) == math.inf
-    assert theory.mmc_wait_s(400, 0.01, 4) == math.inf
-    assert theory.mm1_latency_quantile_s(100, 0.01, 0.9) == math.inf
-    assert theory.erlang_c(500, 0.01, 4) == 1.0
-    assert theory.mmc_wait_s(0, 0.01, 4) == 0
+    assert theory.mg1_wait_s(100, 0.01, 1) == theory.md1_wait_s(101, 0.01) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -146,11 +116,8 @@ def test_beyond_capacity_the_wait_is_infinite():
         (lambda: theory.lru_hit_rate(np.array([1.0, 0.0]), 1), "no distribution"),
         (lambda: theory.lru_hit_rate(np.array([]), 1), "no distribution"),
         (lambda: theory.lru_hit_rate(Zipf(5).probabilities, 0), "cache_size is 0"),
-        (lambda: theory.mm1_wait_s(-1, 0.1), "rate_per_s is -1"),
+        (lambda: theory.md1_wait_s(-1, 0.1), "rate_per_s is -1"),
         (lambda: theory.mg1_wait_s(1, 0.1, math.nan), "service_cv is nan"),
-        (lambda: theory.erlang_c(1, 0.1, 0), "servers is 0"),
-        (lambda: theory.erlang_c(1, 0.1, 1.5), "servers is 1.5"),
-        (lambda: theory.mm1_latency_quantile_s(1, 0.1, -0.1), r"q is -0.1: it must lie in \[0, 1\)"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

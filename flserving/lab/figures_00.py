@@ -41,19 +41,19 @@ def stack_figure() -> Figure:
         for column, (name, told) in enumerate(versions.items()):
             _box(ax, column * _STEP, _TOP, name, told, _BLUE)
             if column:
-                _arrow(ax, (column * _STEP - _STEP + _WIDTH, _TOP + 6), (column * _STEP, _TOP + 6), _BLUE)
+                arrow(ax, (column * _STEP - _STEP + _WIDTH, _TOP + 6), (column * _STEP, _TOP + 6), _BLUE)
         for column, (name, told) in enumerate(request.items(), start=1):
             _box(ax, column * _STEP, _LOW, name, told, _ORANGE)
-            _arrow(ax, (column * _STEP - _STEP + _WIDTH, _LOW + 5.7), (column * _STEP, _LOW + 5.7), _ORANGE)
+            arrow(ax, (column * _STEP - _STEP + _WIDTH, _LOW + 5.7), (column * _STEP, _LOW + 5.7), _ORANGE)
         for place, name in enumerate(("notebook", "REST: web, mobile", "gRPC: devices")):  # three doors, one path
             y = _LOW + 8.7 - 5 * place
             _box(ax, 0, y, name, "", _ORANGE, width=15.5, height=4, later=place > 0)
             ax.plot([15.5, _WIDTH, _WIDTH], [y + 2, y + 2, _LOW + 5.7], color=_ORANGE, lw=1.8)
         engine = 3 * _STEP + _WIDTH / 2
-        _arrow(ax, (engine, _TOP), (engine, _LOW + _HEIGHT), _BLUE)
+        arrow(ax, (engine, _TOP), (engine, _LOW + _HEIGHT), _BLUE)
         ax.text(engine + 1, 22.8, "pinned while in use", fontsize=8.5, color=_BLUE, va="center")
         ax.plot([engine + _STEP] * 2 + [_WIDTH / 2], [_LOW, 0, 0], color=_ORANGE, lw=1.8, solid_joinstyle="round")
-        _arrow(ax, (_WIDTH / 2, 0), (_WIDTH / 2, _LOW - 1), _ORANGE)
+        arrow(ax, (_WIDTH / 2, 0), (_WIDTH / 2, _LOW - 1), _ORANGE)
         ax.text(52, -1, "answer: predictions, confidences, probabilities, latency_ms, model_version, model_type",
                 fontsize=8.5, color=_ORANGE, ha="center", va="top")  # fmt: skip
         ax.text(4 * _STEP, _TOP + 6, "solid: works now\ndashed: later\nin the course", fontsize=8.5, color=_GREY,
@@ -163,6 +163,6 @@ def _box(
     ax.text(middle, y + (height - 3.2) / 2, told, fontsize=8, ha="center", va="center", color="#444444")
 
 
-def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
     style = {"arrowstyle": "-|>", "color": colour, "lw": 1.8, "shrinkA": 0, "shrinkB": 1, "mutation_scale": 13}
     ax.annotate("", xy=end, xytext=start, arrowprops=style)

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from flserving.datasets import Features
 from flserving.lab.arrivals import Ints
+from flserving.lab.figures_00 import arrow
 from flserving.lab.rollout import Answered
 from flserving.lab.style import COLOURS, figure, styled
 
@@ -31,8 +32,8 @@ def round_figure() -> Figure:
         for number, (x, held) in enumerate(((4, "3, 8, 9"), (37, "0, 4"), (70, "1, 2, 6, 7"))):
             _box(ax, x, 1, 26, 13, _ORANGE, f"Client {number + 1}", f"trains on its own digits:\nhere {held}")
             top, side = x + 13, 50 + (x - 37) * 0.4
-            _arrow(ax, (side - 1.6, 31), (top - 1.6, 14), _BLUE)
-            _arrow(ax, (top + 1.6, 14), (side + 1.6, 31), _ORANGE)
+            arrow(ax, (side - 1.6, 31), (top - 1.6, 14), _BLUE)
+            arrow(ax, (top + 1.6, 14), (side + 1.6, 31), _ORANGE)
         ax.text(21, 25, "1  the global weights", color=_BLUE, ha="right", fontsize=10)
         ax.text(79, 25, "3  each client's weights", color=_ORANGE, fontsize=10)
         ax.text(1.5, 17.3, "2  local training", color=_ORANGE, fontsize=10)
@@ -45,11 +46,6 @@ def _box(ax: Axes, x: float, y: float, width: float, height: float, colour: str,
     ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, fc="white", ec=colour, lw=1.6))
     ax.text(x + width / 2, y + height - 1.3, name, ha="center", va="top", weight="bold", color=colour)
     ax.text(x + width / 2, y + (height - 3.5) / 2, text, ha="center", va="center", fontsize=9.5)
-
-
-def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    style = {"arrowstyle": "-|>", "color": colour, "lw": 1.8, "shrinkA": 2, "shrinkB": 2, "mutation_scale": 13}
-    ax.annotate("", xy=end, xytext=start, arrowprops=style)
 
 
 def digits_figure(images: Features, labels: Ints) -> Figure:

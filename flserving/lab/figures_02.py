@@ -39,7 +39,10 @@ def timeline_figure(stages: Stages) -> Figure:
     typical = int(np.argsort(total_ms, kind="stable")[len(total_ms) // 2])
     fig, (above, below) = figure(rows=2, height_in=4.2, height_ratios=(4.6, 1))
     with styled():
-        _waterfall(above, list(stages), times[:, typical])
+        colours = [STAGE_COLOURS.get(name, COLOURS[6]) for name in stages]
+        waterfall(above, list(stages), times[:, typical], colours, lambda took: f"{took:.3g} ms")
+        above.set_xlabel("time since the request arrived (ms)")
+        above.set_title(f"One request: {total_ms[typical]:.3g} ms from its arrival to its answer")
         below.plot(total_ms, np.zeros_like(total_ms), "o", color=COLOURS[6], alpha=0.4, markeredgewidth=0)
         below.plot(total_ms[typical], 0, "o", color=COLOURS[1], ms=9)
         _milliseconds(below, f"latency of all {len(total_ms)} requests (ms, logarithmic); orange: the one above")
@@ -47,25 +50,24 @@ def timeline_figure(stages: Stages) -> Figure:
     return fig
 
 
-def _waterfall(ax: Axes, names: list[str], times_ms: Floats) -> None:
-    ends, total_ms = times_ms.cumsum(), float(times_ms.sum())
-    starts = ends - times_ms
-    fills = [STAGE_COLOURS.get(name, COLOURS[6]) for name in names]
-    ax.barh(names, times_ms, left=starts, color=fills, height=0.62)
-    for place, (start, end, took) in enumerate(zip(starts, ends, times_ms, strict=True)):
-        text = f"{took:.3g} ms, {took / total_ms:.0%}" if took else "not entered"
-        x, dx, align, colour = end, 5, "left", "#222222"  # on the side of the bar where there is room, or inside
-        if end > 0.75 * total_ms:
-            x, dx, align = start, -5, "right"
-            if start < 0.25 * total_ms:
-                dark = sum(to_rgb(fills[place])) < 1.5
-                x, dx, align, colour = (start + end) / 2, 0, "center", "white" if dark else "#222222"
+def waterfall(
+    ax: Axes, names: Sequence[str], times: Floats, colours: Sequence[str], told: Callable[[float], str]
+) -> None:
+    """Bars one after the other, each with its time as ``told`` and its share of the total."""
+    ends, total = times.cumsum(), max(float(times.sum()), 1e-9)
+    ax.barh(list(names), times, left=ends - times, color=list(colours), height=0.65)
+    for place, (end, took, fill) in enumerate(zip(ends, times, colours, strict=True)):
+        text = f"{told(took)}, {took / total:.0%}" if took else "not entered"
+        x, dx, align = (end, 5, "left") if end <= 0.72 * total else (end - took, -5, "right")
+        colour = "#222222"
+        if align == "right" and x < 0.25 * total:  # a bar across nearly everything: inside
+            dark = sum(to_rgb(fill)) < 1.5
+            x, dx, align, colour = end - took / 2, 0, "center", "white" if dark else "#222222"
         ax.annotate(text, (x, place), (dx, 0), textcoords="offset points", ha=align, va="center", fontsize=9.5,
                     color=colour)  # fmt: skip
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set(xlabel="time since the request arrived (ms)", xlim=(0, total_ms * 1.01),
-           title=f"One request: {total_ms:.3g} ms from its arrival to its answer")  # fmt: skip
+    ax.set_xlim(0, total * 1.01)
 
 
 def assumption_figure(series: Mapping[str, Mapping[str, float]]) -> Figure:

@@ -5,23 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import LogLocator
 
 from flserving.config import BatchingPolicy
 from flserving.engine import InferenceEngine
 from flserving.lab.arrivals import Floats, Poisson, arrival_times_s
 from flserving.lab.report import LoadReport
 from flserving.lab.simulate import BatchTrace, simulate_batching
-from flserving.lab.style import COLOURS, figure, styled
+from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.lab.theory import mg1_wait_s
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TARGET_MS = 50  # the latency that the course is held to
-
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # 0.5, 20, 1000: no powers of ten
 
 
 class BatchCost(NamedTuple):
@@ -136,16 +135,9 @@ def timeline_figure(traces: Mapping[str, BatchTrace], window_ms: float) -> Figur
     fig, axes = figure(rows=len(traces), height_in=2.3 * len(traces), sharex=True)
     with styled():
         for ax, (name, trace) in zip(axes, traces.items(), strict=True):
-            seen = trace.arrival_s * 1e3 <= window_ms
-            y = np.arange(seen.sum())
-            arrival_ms = trace.arrival_s[seen] * 1e3
-            start_ms, end_ms = (1e3 * times[trace.batch[seen]] for times in (trace.batch_start_s, trace.batch_end_s))
-            ax.hlines(y, arrival_ms, start_ms, color="#bbbbbb", linewidth=1.5)
-            for parity in (0, 1):
-                these = trace.batch[seen] % 2 == parity
-                ax.hlines(y[these], start_ms[these], end_ms[these], color=COLOURS[parity], linewidth=2.5)
-            ax.plot(arrival_ms, y, "|", color="#555555", markersize=4)
-            ax.set(title=name, ylabel="request", xlim=(0, window_ms), ylim=(len(y) + 0.5, -1.5))
+            seen = int((trace.arrival_s * 1e3 <= window_ms).sum())
+            _requests(ax, trace, seen)
+            ax.set(title=name, ylabel="request", xlim=(0, window_ms), ylim=(seen + 0.5, -1.5))
         axes[-1].set_xlabel("time (ms)")
     return fig
 
@@ -154,14 +146,7 @@ def explorer_figure(trace: BatchTrace) -> Figure:
     """The first requests on their timeline, and the latency of all of them against the target."""
     fig, (left, right) = figure(cols=2, height_in=3.6)
     with styled():
-        shown = slice(0, 40)
-        start_ms, end_ms = (1e3 * times[trace.batch] for times in (trace.batch_start_s, trace.batch_end_s))
-        arrival_ms, y = trace.arrival_s * 1e3, np.arange(len(trace.arrival_s))
-        left.hlines(y[shown], arrival_ms[shown], start_ms[shown], color="#bbbbbb", linewidth=1.5, label="waits")
-        for parity in (0, 1):
-            these = [i for i in y[shown] if trace.batch[i] % 2 == parity]
-            left.hlines(these, start_ms[these], end_ms[these], color=COLOURS[parity], linewidth=3)
-        left.plot(arrival_ms[shown], y[shown], "|", color="#555555", markersize=4)
+        _requests(left, trace, 40)
         left.set(
             title=f"the first 40 requests, {trace.batch_size.mean():.1f} rows a batch",
             xlabel="time (ms)",
@@ -180,15 +165,24 @@ def explorer_figure(trace: BatchTrace) -> Figure:
     return fig
 
 
-def load_figure(curves: Mapping[str, tuple[Floats, Floats]], target_ms: float | None = TARGET_MS) -> Figure:
+def _requests(ax: Axes, trace: BatchTrace, count: int) -> None:
+    """The first requests, one a row: its wait, its batch (neighbours in two colours), a mark where it arrived."""
+    batch, arrival_ms = trace.batch[:count], trace.arrival_s[:count] * 1e3
+    start_ms, end_ms = (1e3 * times[batch] for times in (trace.batch_start_s, trace.batch_end_s))
+    y = np.arange(len(batch))
+    ax.hlines(y, arrival_ms, start_ms, color="#bbbbbb", linewidth=1.5)
+    ax.hlines(y, start_ms, end_ms, color=[COLOURS[number % 2] for number in batch], linewidth=2.5)
+    ax.plot(arrival_ms, y, "|", color="#555555", markersize=4)
+
+
+def load_figure(curves: Mapping[str, tuple[Floats, Floats]]) -> Figure:
     """Latency in ms (logarithmic) against arrivals per second; ``curves``: name -> (rates, latencies)."""
     fig, (ax,) = figure(height_in=3.4)
     with styled():
         for name, (rate_per_s, latency_ms) in curves.items():
             dots = "o" if "measured" in name else "o-" if "simulat" in name else "-"
             ax.plot(rate_per_s, latency_ms, dots, label=name, markersize=5)
-        if target_ms is not None:
-            ax.axhline(target_ms, color="#555555", linestyle="--", linewidth=1, label=f"target {target_ms:.0f} ms")
+        ax.axhline(TARGET_MS, color="#555555", linestyle="--", linewidth=1, label=f"target {TARGET_MS} ms")
         ax.set(xlabel="arrivals (per s)", ylabel="latency (ms)", yscale="log")
         ax.yaxis.set_major_formatter(PLAIN)
         ax.legend()

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from flserving.lab.arrivals import Floats
 from flserving.lab.breakdown import PARTS, SPANS
+from flserving.lab.figures_02 import waterfall
 from flserving.lab.report import LoadReport
-from flserving.lab.style import COLOURS, figure, styled
+from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.lab.way_model import WayModel, amdahl
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ PART_COLOURS = {
     "outside": COLOURS[6],
 }
 _SPAN_COLOURS = {span: PART_COLOURS[part] for part, of in PARTS.items() for span in of}
-_PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 _LONG_US = 20_000  # from here on in milliseconds
 _MOST_DOTS = 600  # of one generator: more make no other picture
 
@@ -64,22 +63,10 @@ def timeline_figure(spans: "pd.DataFrame") -> Figure:
 
 
 def _waterfall(ax: Axes, names: Sequence[str], times_us: Floats, colours: Sequence[str]) -> None:
-    ends, total = times_us.cumsum(), max(float(times_us.sum()), 1e-9)
-    unit, scale = ("ms", 1e3) if total >= _LONG_US else ("µs", 1.0)
-    ax.barh(list(names), times_us, left=ends - times_us, color=list(colours), height=0.68)
-    for place, (end, took, fill) in enumerate(zip(ends, times_us, colours, strict=True)):
-        text = f"{_micro(took)}, {took / total:.0%}" if took else "not entered"
-        x, dx, align = (end, 5, "left") if end <= 0.72 * total else (end - took, -5, "right")
-        colour = "#222222"
-        if align == "right" and x < 0.25 * total:  # a bar across nearly everything: inside
-            dark = sum(to_rgb(fill)) < 1.5
-            x, dx, align, colour = end - took / 2, 0, "center", "white" if dark else "#222222"
-        ax.annotate(text, (x, place), (dx, 0), textcoords="offset points", ha=align, va="center", fontsize=9.5,
-                    color=colour)  # fmt: skip
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
+    unit, scale = ("ms", 1e3) if times_us.sum() >= _LONG_US else ("µs", 1.0)
+    waterfall(ax, names, times_us, colours, _micro)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / scale:g}"))
-    ax.set(xlabel=f"time since the call ({unit})", xlim=(0, total * 1.01))
+    ax.set_xlabel(f"time since the call ({unit})")
 
 
 def stack_figure(bars: "Mapping[str, pd.Series[float]]", *, unit: str, shares: bool = False, title: str = "") -> Figure:
@@ -127,7 +114,7 @@ def amdahl_figure(shares: Mapping[str, float], at: float = 4) -> Figure:
             ylabel="how many times faster\nthe request gets", title="Amdahl's law; dotted: infinitely fast",
         )  # fmt: skip
         ax.set_xticks([1, 2, at, 10, 30, 100])
-        ax.xaxis.set_major_formatter(_PLAIN)
+        ax.xaxis.set_major_formatter(PLAIN)
         ax.minorticks_off()
         ax.legend(title="share of inference", loc="upper left", bbox_to_anchor=(1, 1))
     return fig
@@ -146,7 +133,7 @@ def generators_figure(runs: "Mapping[str, tuple[Floats, Floats]]") -> Figure:
             ax.axhline(p99, color="#222222", linestyle="--", linewidth=1)
             ax.set_title(f"{name}\np50 {p50:.2g} ms, p99 {p99:.3g} ms", fontsize=10.5)
             ax.set(xlabel="time in the run (s)", yscale="log")
-            ax.yaxis.set_major_formatter(_PLAIN)
+            ax.yaxis.set_major_formatter(PLAIN)
         axes[0].set_ylabel("latency (ms, logarithmic)")
     return fig
 
@@ -188,7 +175,7 @@ def prediction_figure(numbers: Prediction) -> Figure:
         right.plot(100 * numbers.load, total_us / 1e3, "o", color=COLOURS[1], ms=9)
         right.set(yscale="log", xlabel="load (%)", ylabel="mean latency (ms)", title="at other loads",
                   ylim=(0.03, 3000), xlim=(0, 100))  # fmt: skip
-        right.yaxis.set_major_formatter(_PLAIN)
+        right.yaxis.set_major_formatter(PLAIN)
         right.minorticks_off()
     return fig
 

@@ -94,11 +94,6 @@ class Incident:
         """How many times faster than allowed the budget goes: 1 uses it up exactly by the end of the period."""
         return self.failed / self.slo.budget
 
-    @property
-    def exhausted_after_s(self) -> float:
-        """Seconds from its beginning until nothing is left, if it lasted."""
-        return self.slo.period_s / self.burn_rate if self.burn_rate else math.inf
-
     def left(self, t_s: float | Floats) -> Floats:
         """Share of the budget that is left ``t_s`` after its beginning; negative once the promise is broken."""
         return 1 - self.burn_rate * np.clip(t_s, 0, self.lasts_s) / self.slo.period_s

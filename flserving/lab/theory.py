@@ -84,50 +84,7 @@ def md1_wait_s(rate_per_s: float, service_s: float) -> float:
     return mg1_wait_s(rate_per_s, service_s, 0.0)
 
 
-def mm1_wait_s(rate_per_s: float, service_s: float) -> float:
-    """Mean waiting time at one server with Poisson arrivals and exponential service times."""
-    return mg1_wait_s(rate_per_s, service_s, 1.0)
-
-
-def mm1_latency_quantile_s(rate_per_s: float, service_s: float, q: float) -> float:
-    """Time from arrival to answer that a share ``q`` of M/M/1 requests does not exceed; it is exponential."""
-    _require(rate_per_s=rate_per_s, service_s=service_s)
-    _require_share(q)
-    load = rate_per_s * service_s
-    return -math.log1p(-q) * service_s / (1 - load) if load < 1 else math.inf
-
-
-def erlang_c(rate_per_s: float, service_s: float, servers: int) -> float:
-    """Chance that a request has to wait at ``servers`` servers (M/M/c); 1 at or beyond capacity.
-
-    Computed by the recursion of Erlang's B formula, which neither overflows nor cancels. Source: Erlang, 1917.
-    """
-    _require(rate_per_s=rate_per_s, service_s=service_s)
-    if isinstance(servers, bool) or not isinstance(servers, int) or servers < 1:
-        raise ConfigError(f"servers is {servers!r}: it must be an integer of at least 1")
-    offered = rate_per_s * service_s
-    if offered >= servers:
-        return 1.0
-    blocked = 1.0
-    for count in range(1, servers + 1):
-        blocked = offered * blocked / (count + offered * blocked)
-    load = offered / servers
-    return blocked / (1 - load * (1 - blocked))
-
-
-def mmc_wait_s(rate_per_s: float, service_s: float, servers: int) -> float:
-    """Mean waiting time at ``servers`` servers with Poisson arrivals and exponential service times."""
-    waits = erlang_c(rate_per_s, service_s, servers)
-    spare = servers - rate_per_s * service_s
-    return waits * service_s / spare if spare > 0 else math.inf
-
-
 def _require(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value!r}: it must be a finite number of at least 0")
-
-
-def _require_share(q: float) -> None:
-    if not 0 <= q < 1:
-        raise ConfigError(f"q is {q!r}: it must lie in [0, 1), e.g. 0.99")

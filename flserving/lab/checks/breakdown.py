@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flserving.lab.arrivals import Floats
-from flserving.lab.checks.asking import ask
+from flserving.lab.checks.asking import ask, equal
 
 NAMES = ("wire", "queue", "infer", "serialise")
 
@@ -36,7 +36,7 @@ def check_bottleneck(bottleneck: Callable[[Floats, Sequence[str], float], Mappin
     _worst(got["worst"], times_ms)
     _speed_up(got["speed_up"], times_ms, marks_s, 4)
     again = ask("bottleneck(marks_s, names, 1)", bottleneck, marks_s, NAMES, 1)
-    assert _equal(again["speed_up"], 1), f"speed_up is {again['speed_up']!r} for times_faster=1: nothing changed, so 1"
+    assert equal(again["speed_up"], 1), f"speed_up is {again['speed_up']!r} for times_faster=1: nothing changed, so 1"
 
 
 def _marks() -> Floats:
@@ -70,15 +70,13 @@ def _mean(got: Any, times_ms: Floats, marks_s: Floats) -> None:
         "sums over all requests: divide by their number": times_ms.sum(axis=0),
     }
     for mistake, values in mistakes.items():
-        assert not all(_equal(got[name], v) for name, v in zip(NAMES, values, strict=True)), f"mean_ms are {mistake}"
+        assert not all(equal(got[name], v) for name, v in zip(NAMES, values, strict=True)), f"mean_ms are {mistake}"
     entered = times_ms[:, 1][times_ms[:, 1] > 0].mean()
-    assert not _equal(got["queue"], entered), (
+    assert not equal(got["queue"], entered), (
         f"mean_ms of the queue is {entered:.1f}, the mean of those who waited: who did not wait counts too, with 0 ms"
     )
     for name, wanted in zip(NAMES, times_ms.mean(axis=0), strict=True):
-        assert _equal(got[name], wanted), (
-            f"mean_ms of {name} is {got[name]!r}, its requests spent {wanted:.4f} ms there"
-        )
+        assert equal(got[name], wanted), f"mean_ms of {name} is {got[name]!r}, its requests spent {wanted:.4f} ms there"
 
 
 def _p99(got: Any, times_ms: Floats) -> None:
@@ -98,9 +96,9 @@ def _p99(got: Any, times_ms: Floats) -> None:
         "in seconds: a second has 1000 ms": np.percentile(total_ms, 99) / 1e3,
     }
     for mistake, value in mistakes.items():
-        assert not _equal(got, value), f"p99_ms is {float(got):g}, which is {mistake}"
+        assert not equal(got, value), f"p99_ms is {float(got):g}, which is {mistake}"
     wanted = np.percentile(total_ms, 99)
-    assert _equal(got, wanted), f"p99_ms is {got!r}, the 99th percentile of the requests' totals is {wanted:g} ms"
+    assert equal(got, wanted), f"p99_ms is {got!r}, the 99th percentile of the requests' totals is {wanted:g} ms"
 
 
 def _worst(got: Any, times_ms: Floats) -> None:
@@ -136,16 +134,9 @@ def _speed_up(got: Any, times_ms: Floats, marks_s: Floats, k: float) -> None:
         ),
     }
     for mistake, value in mistakes.items():
-        assert not _equal(got, value), f"speed_up is {float(got):.3g}, {mistake}"
+        assert not equal(got, value), f"speed_up is {float(got):.3g}, {mistake}"
     wanted = 1 / (1 - share + share / k)
-    assert _equal(got, wanted), (
+    assert equal(got, wanted), (
         f"speed_up is {got!r}: infer is {share:.4f} of the time, so the new time is 1 - {share:.4f} + {share:.4f} / "
         f"{k} of the old one, and the speed-up {wanted:.4f}"
     )
-
-
-def _equal(got: Any, wanted: Any) -> bool:
-    try:
-        return bool(abs(float(got) - float(wanted)) < 1e-6)
-    except (TypeError, ValueError):
-        return False

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from flserving.lab.arrivals import Floats
-from flserving.lab.checks.asking import ask
+from flserving.lab.checks.asking import ask, equal
 
 
 def check_latency_budget(latency_budget: Callable[[Mapping[str, Floats], float], Mapping[str, Any]]) -> None:
@@ -55,9 +55,9 @@ def _p99(got: Any, times: Floats, total_ms: Floats) -> None:
         "the 0.99th percentile: np.percentile counts to 100, ask for 99": np.percentile(total_ms, 0.99),
     }
     for mistake, value in mistakes.items():
-        assert not _equal(got, value), f"p99_ms is {float(got):g}, which is {mistake}"
+        assert not equal(got, value), f"p99_ms is {float(got):g}, which is {mistake}"
     wanted = np.percentile(total_ms, 99)
-    assert _equal(got, wanted), f"p99_ms is {got!r}, the 99th percentile of the requests' totals is {wanted:g} ms"
+    assert equal(got, wanted), f"p99_ms is {got!r}, the 99th percentile of the requests' totals is {wanted:g} ms"
 
 
 def _share(got: Any, stages: Mapping[str, Floats], total_ms: Floats) -> None:
@@ -78,27 +78,18 @@ def _share(got: Any, stages: Mapping[str, Floats], total_ms: Floats) -> None:
         },
     }
     for mistake, values in mistakes.items():
-        assert not all(_equal(got[name], values[name]) for name in stages), f"the shares are {mistake}"
+        assert not all(equal(got[name], values[name]) for name in stages), f"the shares are {mistake}"
     for name, times in stages.items():
         wanted = times.sum() / total_ms.sum()
-        assert _equal(got[name], wanted), f"the share of {name} is {got[name]!r}, of all time spent it has {wanted:.4f}"
+        assert equal(got[name], wanted), f"the share of {name} is {got[name]!r}, of all time spent it has {wanted:.4f}"
 
 
 def _within(got: Any, total_ms: Floats, budget_ms: float) -> None:
     inside = total_ms <= budget_ms
-    assert not _equal(got, inside.sum()), f"within is {got}, a number of requests: divide by all {len(total_ms)}"
-    assert not _equal(got, 1 - inside.mean()), (
-        "within is the share of requests OVER the budget: it must be those inside"
-    )
-    assert not _equal(got, (total_ms < budget_ms).mean()), "within leaves out a request of exactly 50 ms: it is inside"
-    assert not _equal(got, 100 * inside.mean()), "within is in percent: it must be a share in [0, 1]"
-    assert _equal(got, inside.mean()), (
+    assert not equal(got, inside.sum()), f"within is {got}, a number of requests: divide by all {len(total_ms)}"
+    assert not equal(got, 1 - inside.mean()), "within is the share of requests OVER the budget: it must be those inside"
+    assert not equal(got, (total_ms < budget_ms).mean()), "within leaves out a request of exactly 50 ms: it is inside"
+    assert not equal(got, 100 * inside.mean()), "within is in percent: it must be a share in [0, 1]"
+    assert equal(got, inside.mean()), (
         f"within is {got!r}: {inside.mean():.4f} of the requests take at most 50 ms in all"
     )
-
-
-def _equal(got: Any, wanted: Any) -> bool:
-    try:
-        return bool(abs(float(got) - float(wanted)) < 1e-6)
-    except (TypeError, ValueError):
-        return False
