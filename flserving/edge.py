@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from flserving.config import ServingConfig
 from flserving.doors import Door
-from flserving.errors import (
-    ConfigError,
-    CorruptArtifactError,
-    InvalidInputError,
-    InvalidModelError,
-    StaleModelError,
-)
+from flserving.errors import ConfigError, CorruptArtifactError, InvalidInputError, InvalidModelError, StaleModelError
 from flserving.heads import HeadSet, Layout, trained_on
 from flserving.hosting import LOCAL
 from flserving.manifest import Lineage, Manifest
@@ -160,7 +154,7 @@ class EdgeModelServer(ModelServer):
         if (known := self._ages.get(version)) is None:
             manifest = self.registry.manifest(self.model, int(version))
             age = Age(_updated_at(manifest), self._clock, self._wall)
-            known = self._ages.setdefault(version, (_round_of(manifest), age))
+            known = self._ages.setdefault(version, (manifest.round, age))
         return known
 
     # Updates
@@ -243,7 +237,7 @@ class EdgeModelServer(ModelServer):
         """
         now = current(self.registry, self.model)
         if now is not None:
-            self._ages[str(now.version)] = _round_of(now), Age(self._wall(), self._clock, self._wall)
+            self._ages[str(now.version)] = now.round, Age(self._wall(), self._clock, self._wall)
 
     def _install(
         self, state: nn.Module | Mapping[str, Tensor], heads: HeadSet | None, published: Mapping[str, Any],
@@ -251,7 +245,7 @@ class EdgeModelServer(ModelServer):
     ) -> Manifest:  # fmt: skip
         manifest = self.registry.publish(self.model, state, heads=heads, **published)
         version = str(manifest.version)
-        self._ages[version] = age or (_round_of(manifest), Age(self._wall(), self._clock, self._wall))
+        self._ages[version] = age or (manifest.round, Age(self._wall(), self._clock, self._wall))
         if self.model not in self._sources:
             self.serve(self.registry, self.model)
         self._preload((self.model, version))  # whatever does not answer raises here: no alias leads to it
@@ -287,9 +281,5 @@ def current(registry: Registry, model: str) -> Manifest | None:
 
 def _updated_at(manifest: Manifest) -> float:
     """When the weights of a version came to the device, Unix seconds."""
-    said = (manifest.lineage or Lineage()).extra.get(UPDATED_AT)
+    said = manifest.extra.get(UPDATED_AT)
     return said if isinstance(said, float) else datetime.fromisoformat(manifest.created_at).timestamp()
-
-
-def _round_of(manifest: Manifest) -> int | None:
-    return None if manifest.lineage is None else manifest.lineage.round

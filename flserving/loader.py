@@ -109,8 +109,7 @@ class RegistrySource:
         postprocessor = Postprocessor(manifest.signature.output_type, self.threshold)
         code = f"{manifest.architecture} {json.dumps(manifest.parameters, sort_keys=True)}"
         digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
-        number = None if manifest.lineage is None else manifest.lineage.round
-        return Parts(module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads, number)
+        return Parts(module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads, manifest.round)
 
     def _empty(self, manifest: Manifest) -> nn.Module:
         """The module whose weights are to be loaded: without memory where initialising it would cost more."""

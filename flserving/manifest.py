@@ -109,6 +109,16 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     note: Text
     heads: HeadsEntry | None = None  # manifests from before there were heads do not have it
 
+    @property
+    def round(self) -> int | None:
+        """The federated round, where the lineage tells one."""
+        return None if self.lineage is None else self.lineage.round
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What else the lineage tells."""
+        return {} if self.lineage is None else self.lineage.extra
+
 
 _decoder = msgspec.json.Decoder(Manifest)
 

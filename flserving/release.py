@@ -28,7 +28,7 @@ from flserving.registry import MANIFEST, Registry
 
 KEY_FILE = "release.key"
 MAX_RELEASE_NBYTES = 1 << 16
-Nonce = Annotated[str, Meta(pattern=r"^[0-9a-f]{0,64}$")]
+VALID_S = 86_400  # how long a statement may be relied on
 
 
 class Statement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,7 +48,7 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     issued_at: Count
     expires_at: Count
     rollback: Count
-    nonce: Nonce
+    nonce: Annotated[str, Meta(pattern=r"^[0-9a-f]{0,64}$")]
 
 
 class HeadStatement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -86,15 +86,14 @@ class Signer:
     """Signs what a registry releases: the version that its alias ``default`` points at. Thread-safe.
 
     Args:
-        valid_s: How long a statement may be relied on.
         now: Seconds since 1970.
 
     Raises:
         CorruptArtifactError: The key file is not one. FlservingError: It can be neither read nor made.
     """
 
-    def __init__(self, registry: Registry, valid_s: int = 86_400, now: Callable[[], float] = time.time) -> None:
-        self._registry, self._valid_s, self._now = registry, valid_s, now
+    def __init__(self, registry: Registry, now: Callable[[], float] = time.time) -> None:
+        self._registry, self._now = registry, now
         self._key = _private_key(registry.root)
         self.public = self._key.public_key().public_bytes_raw().hex()
         self._known: dict[str, Statement] = {}
@@ -110,7 +109,7 @@ class Signer:
             while known is None or known.serial != self._registry.change_token():  # also where it changed meanwhile
                 known = self._known[model] = self._describe(model, self._registry.change_token())
         issued = int(self._now())
-        made = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + self._valid_s, nonce=nonce)
+        made = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + VALID_S, nonce=nonce)
         return self.sign(made)
 
     def head(self, model: str, version: int, head: HeadSet) -> Head:
@@ -152,8 +151,7 @@ def manifest_bytes(registry: Registry, model: str, version: int) -> bytes:
 
 def round_of(manifest: Manifest) -> int:
     """The federated round of a version; its version number where the lineage tells none."""
-    lineage = manifest.lineage
-    return manifest.version if lineage is None or lineage.round is None else lineage.round
+    return manifest.version if manifest.round is None else manifest.round
 
 
 def verify(data: bytes, kind: type[_Kind], key: str | None) -> tuple[_Kind, str]:

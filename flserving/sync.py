@@ -201,8 +201,7 @@ class SyncAgent:
         wanted = {"cloud_manifest": manifest_sha256, "cloud_form": self._form}.items()
         for number in reversed(self._registry.version_numbers(model)):
             with contextlib.suppress(CorruptArtifactError):
-                lineage = self._registry.manifest(model, number).lineage
-                if lineage is not None and wanted <= lineage.extra.items():
+                if wanted <= self._registry.manifest(model, number).extra.items():
                     if number != self._whole:
                         self._registry.read(model, number)
                         self._whole = number
@@ -216,8 +215,8 @@ class SyncAgent:
             number = int(path.parent.name) if path.parent.name.isdecimal() else 0
             with contextlib.suppress(CorruptArtifactError, NotFoundError, OSError):
                 if number not in kept:
-                    lineage = self._registry.manifest(model, number).lineage
-                    if lineage is not None and "cloud_manifest" in lineage.extra and UPDATED_AT not in lineage.extra:
+                    extra = self._registry.manifest(model, number).extra
+                    if "cloud_manifest" in extra and UPDATED_AT not in extra:
                         path.unlink()
                         self._whole = 0
 
@@ -254,7 +253,7 @@ class SyncAgent:
             like = models.build(new.architecture, new.parameters).state_dict()
         if sum(tensor.nbytes for tensor in like.values()) > new.weights_nbytes:
             raise CorruptArtifactError("the architecture asks for more weights than the manifest has: ask its owner")
-        extra = local.lineage.extra if local is not None and local.lineage is not None else {}
+        extra = {} if local is None else local.extra
         bases = [local] if local is not None and extra.get("cloud_form") == self._form else []
         for base in [*bases, *([None] if self._form == "int8" else [])]:
             number = 0 if base is None else extra["cloud_version"]

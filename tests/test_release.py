@@ -15,6 +15,7 @@ from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenErro
 from flserving.manifest import sha256
 from flserving.release import (
     KEY_FILE,
+    VALID_S,
     HeadStatement,
     Release,
     Seen,
@@ -40,7 +41,7 @@ def registry(tmp_path):
 
 @pytest.fixture
 def signer(registry):
-    return Signer(registry, valid_s=600, now=lambda: NOW_S)
+    return Signer(registry, now=lambda: NOW_S)
 
 
 def wire(release):
@@ -52,7 +53,7 @@ def test_a_statement_says_what_is_released(registry, signer):
     assert key == signer.public
     assert (statement.model, statement.version, statement.round, statement.nonce) == ("m", 3, 3, "ab12")
     assert statement.serial == registry.change_token() and statement.rollback == 0
-    assert (statement.issued_at, statement.expires_at) == (NOW_S, NOW_S + 600)
+    assert (statement.issued_at, statement.expires_at) == (NOW_S, NOW_S + VALID_S)
     path = f"{registry.root}/models/m/3/manifest.json"
     with open(path, "rb") as file:
         assert statement.manifest_sha256 == sha256(file.read()) == sha256(manifest_bytes(registry, "m", 3))
