@@ -7,10 +7,12 @@
 """
 
 import asyncio
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from flserving.api import carriers
@@ -21,6 +23,8 @@ from flserving.api.retries import Attempts, Refused, Retries
 from flserving.errors import ConfigError, InvalidInputError, NotFoundError, ServerClosedError
 from flserving.transforms import Preprocessor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _PORTS = {"http": 80, "https": 443, "grpc": None, "grpcs": None}
 
 
@@ -37,7 +41,9 @@ def address(url: str, ports: Mapping[str, int | None]) -> SplitResult:
 
 
 class _Calls:
-    """What both clients share: what is sent and how an answer is read, but not how to wait."""
+    """What both clients share: what is sent, how an answer is read, and when to ask again."""
+
+    _ways: ClassVar[tuple[Callable[..., Any], ...]]  # over REST, over gRPC, and how to sleep
 
     def __init__(
         self,
@@ -46,20 +52,25 @@ class _Calls:
         *,
         timeout_ms: float = 5000,
         retries: Retries | None = None,
-        ca: str | Path | None = None,
+        ca: str | PathLike[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Any] | None = None,
     ) -> None:
         parts = address(url, _PORTS)
         headers = {} if token is None else {"authorization": f"Bearer {checked_token(token)}"}
         try:
-            self._ca = None if ca is None else Path(ca).read_bytes()
+            authority = None if ca is None else Path(ca).read_bytes()
         except OSError as error:
             raise ConfigError(f"ca {str(ca)!r} cannot be read: {error.strerror}") from error
         self.url, self.timeout_ms = f"{parts.scheme}://{parts.netloc}", timeout_ms
         self._retries, self._clock, self._default = retries or Retries(), clock, ""
-        self._secure, self._target = parts.scheme.endswith("s"), parts.netloc
-        self._rest = parts.scheme.startswith("http")
-        self._calls: RestCalls | GrpcCalls = RestCalls(headers) if self._rest else GrpcCalls(headers)
+        rest, grpc, pause = self._ways
+        self._sleep = sleep or pause
+        self._calls: RestCalls | GrpcCalls
+        if parts.scheme.startswith("http"):
+            self._calls, self._carrier = RestCalls(headers), rest(self.url, authority)
+        else:
+            self._calls, self._carrier = GrpcCalls(headers), grpc(parts.netloc, parts.scheme == "grpcs", authority)
 
     def _attempts(self, timeout_ms: float | None) -> Attempts:
         timeout_ms = self.timeout_ms if timeout_ms is None else timeout_ms
@@ -98,8 +109,100 @@ class _Calls:
     def _where(model: str | None, version: str | int | None) -> Where | None:
         return None if model is None else (model, None if version is None else str(version))
 
+    async def _read(self, call: Sent, attempts: Attempts) -> Any:
+        return self._calls.read(call.path, await self._try(lambda _: call, attempts))
+
+    async def _try(self, call: Callable[[float], Sent], attempts: Attempts) -> Received:
+        while True:
+            try:
+                received: Received = await _done(self._carrier.send(call(left_s := attempts.left_s()), left_s))
+            except Refused as refused:
+                await _done(self._sleep(attempts.failed(refused)))
+            else:
+                attempts.succeeded()
+                return received
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
+
+
+class AsyncClient(_Calls):
+    """:class:`Client` for coroutines; make it and use it in one event loop, with ``async with``."""
+
+    _ways = carriers.AsyncRest, carriers.AsyncGrpc, asyncio.sleep
+
+    async def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
+                      timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
+                      personal: bool = False) -> dict[str, Any]:  # fmt: skip
+        """Answer and errors of :meth:`ModelServer.predict`; ``latency_ms`` is the server's part.
+
+        Args:
+            personal: Ask for the private answers of the client that the token names.
+        """
+        attempts = self._attempts(timeout_ms)
+        model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
+        call = self._infer(features, model, version, stages, personal)
+        return self._calls.read_infer(await self._try(call, attempts), arrays)
+
+    async def feedback(self, receipt: str, reward: float, *, model: str | None = None,
+                       timeout_ms: float | None = None) -> None:  # fmt: skip
+        """Say how good the answer with this ``receipt`` was, in [0, 1]. Errors of :meth:`Experiments.feedback`.
+
+        It counts once, so it is tried again as a prediction is: a ConflictError may mean that the first try counted.
+        """
+        attempts = self._attempts(timeout_ms)
+        model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
+        await self._read(self._reward(model, receipt, reward), attempts)
+
+    async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
+        """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
+        try:
+            attempts = Attempts(Retries(attempts=1), self.timeout_ms / 1e3, self._clock)
+            return bool((await self._read(self._calls.ready(self._where(model, version)), attempts))["ready"])
+        except (ServerClosedError, TimeoutError):
+            return False
+
+    async def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
+        """Name, version and extensions of the server; of a model its versions, inputs and outputs."""
+        return dict(await self._read(self._calls.metadata(self._where(model, version)), self._attempts(None)))
+
+    async def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+        """Counters of each version: requests, rows, executions, nanoseconds by stage."""
+        stats = await self._read(self._calls.statistics(self._where(model, version)), self._attempts(None))
+        return list(stats["model_stats"])
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Every version of every model: ``name``, ``version``, ``state``, ``reason``."""
+        return list(await self._read(self._calls.models(), self._attempts(None)))
+
+    async def close(self) -> None:
+        """Let go of the connections. Idempotent."""
+        await self._carrier.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+async def _done(result: Any) -> Any:
+    return await result if isinstance(result, Awaitable) else result
+
+
+def _blocking(call: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate["Client", P], R]:
+    """The same call, blocking: its carrier and its sleep give no coroutines, so one step is all of it."""
+
+    @functools.wraps(call)
+    def whole(client: "Client", /, *args: P.args, **named: P.kwargs) -> R:
+        try:
+            call(client, *args, **named).send(None)
+        except StopIteration as done:
+            result: R = done.value
+            return result
+        raise AssertionError("a blocking carrier awaited something")
+
+    return whole
 
 
 class Client(_Calls):
@@ -116,72 +219,14 @@ class Client(_Calls):
         ConfigError: The URL, the token or ``ca`` cannot be used.
     """
 
-    def __init__(
-        self, url: str, token: str | None = None, *, sleep: Callable[[float], None] = time.sleep, **options: Any
-    ) -> None:
-        super().__init__(url, token, **options)
-        self._sleep = sleep
-        self._carrier: carriers.Carrier = (
-            carriers.Rest(self.url, self._ca) if self._rest else carriers.Grpc(self._target, self._secure, self._ca)
-        )
+    _ways = carriers.Rest, carriers.Grpc, time.sleep
 
-    def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                personal: bool = False) -> dict[str, Any]:  # fmt: skip
-        """Answer and errors of :meth:`ModelServer.predict`; ``latency_ms`` is the server's part.
-
-        Args:
-            personal: Ask for the private answers of the client that the token names.
-        """
-        attempts = self._attempts(timeout_ms)
-        model = model or self._default or self._first_model(self._read(self._calls.models(), attempts))
-        call = self._infer(features, model, version, stages, personal)
-        return self._calls.read_infer(self._try(call, attempts), arrays)
-
-    def feedback(self, receipt: str, reward: float, *, model: str | None = None,
-                 timeout_ms: float | None = None) -> None:  # fmt: skip
-        """Say how good the answer with this ``receipt`` was, in [0, 1]. Errors of :meth:`Experiments.feedback`.
-
-        It counts once, so it is tried again as a prediction is: a ConflictError may mean that the first try counted.
-        """
-        attempts = self._attempts(timeout_ms)
-        model = model or self._default or self._first_model(self._read(self._calls.models(), attempts))
-        self._read(self._reward(model, receipt, reward), attempts)
-
-    def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
-        """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
-        try:
-            attempts = Attempts(Retries(attempts=1), self.timeout_ms / 1e3, self._clock)
-            return bool(self._read(self._calls.ready(self._where(model, version)), attempts)["ready"])
-        except (ServerClosedError, TimeoutError):
-            return False
-
-    def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
-        """Name, version and extensions of the server; of a model its versions, inputs and outputs."""
-        return dict(self._read(self._calls.metadata(self._where(model, version)), self._attempts(None)))
-
-    def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
-        """Counters of each version: requests, rows, executions, nanoseconds by stage."""
-        return list(
-            self._read(self._calls.statistics(self._where(model, version)), self._attempts(None))["model_stats"]
-        )
-
-    def models(self) -> list[dict[str, Any]]:
-        """Every version of every model: ``name``, ``version``, ``state``, ``reason``."""
-        return list(self._read(self._calls.models(), self._attempts(None)))
-
-    def _read(self, call: Sent, attempts: Attempts) -> Any:
-        return self._calls.read(call.path, self._try(lambda _: call, attempts))
-
-    def _try(self, call: Callable[[float], Sent], attempts: Attempts) -> Received:
-        while True:
-            try:
-                received = self._carrier.send(call(left_s := attempts.left_s()), left_s)
-            except Refused as refused:
-                self._sleep(attempts.failed(refused))
-            else:
-                attempts.succeeded()
-                return received
+    predict = _blocking(AsyncClient.predict)
+    feedback = _blocking(AsyncClient.feedback)
+    ready = _blocking(AsyncClient.ready)
+    metadata = _blocking(AsyncClient.metadata)
+    statistics = _blocking(AsyncClient.statistics)
+    models = _blocking(AsyncClient.models)
 
     def close(self) -> None:
         """Let go of the connections. Idempotent."""
@@ -192,78 +237,3 @@ class Client(_Calls):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class AsyncClient(_Calls):
-    """:class:`Client` for coroutines; make it and use it in one event loop, with ``async with``."""
-
-    def __init__(
-        self, url: str, token: str | None = None, *, sleep: Callable[[float], Any] = asyncio.sleep, **options: Any
-    ) -> None:
-        super().__init__(url, token, **options)
-        self._sleep = sleep
-        self._carrier: carriers.AsyncRest | carriers.AsyncGrpc = (
-            carriers.AsyncRest(self.url, self._ca)
-            if self._rest
-            else carriers.AsyncGrpc(self._target, self._secure, self._ca)
-        )
-
-    async def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                      timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                      personal: bool = False) -> dict[str, Any]:  # fmt: skip
-        """See :meth:`Client.predict`."""
-        attempts = self._attempts(timeout_ms)
-        model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
-        call = self._infer(features, model, version, stages, personal)
-        return self._calls.read_infer(await self._try(call, attempts), arrays)
-
-    async def feedback(self, receipt: str, reward: float, *, model: str | None = None,
-                       timeout_ms: float | None = None) -> None:  # fmt: skip
-        """See :meth:`Client.feedback`."""
-        attempts = self._attempts(timeout_ms)
-        model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
-        await self._read(self._reward(model, receipt, reward), attempts)
-
-    async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
-        """See :meth:`Client.ready`."""
-        try:
-            attempts = Attempts(Retries(attempts=1), self.timeout_ms / 1e3, self._clock)
-            return bool((await self._read(self._calls.ready(self._where(model, version)), attempts))["ready"])
-        except (ServerClosedError, TimeoutError):
-            return False
-
-    async def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
-        """See :meth:`Client.metadata`."""
-        return dict(await self._read(self._calls.metadata(self._where(model, version)), self._attempts(None)))
-
-    async def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
-        """See :meth:`Client.statistics`."""
-        stats = await self._read(self._calls.statistics(self._where(model, version)), self._attempts(None))
-        return list(stats["model_stats"])
-
-    async def models(self) -> list[dict[str, Any]]:
-        """See :meth:`Client.models`."""
-        return list(await self._read(self._calls.models(), self._attempts(None)))
-
-    async def _read(self, call: Sent, attempts: Attempts) -> Any:
-        return self._calls.read(call.path, await self._try(lambda _: call, attempts))
-
-    async def _try(self, call: Callable[[float], Sent], attempts: Attempts) -> Received:
-        while True:
-            try:
-                received = await self._carrier.send(call(left_s := attempts.left_s()), left_s)
-            except Refused as refused:
-                await self._sleep(attempts.failed(refused))
-            else:
-                attempts.succeeded()
-                return received
-
-    async def close(self) -> None:
-        """Let go of the connections. Idempotent."""
-        await self._carrier.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
