@@ -48,6 +48,7 @@ def test_the_verdict_follows_from_the_numbers():
     assert "slower at 32" in dear and "the multiply itself is no cheaper" in dear and "pay from" not in dear
     same = told(20.0, 82.0, file_kb=100.0, compressed_kb=45.0, accuracy=0.85)
     assert same.startswith("no faster at 1 (1.00 x); no faster at 32 (1.00 x)")
+    assert "dispatch costs more than the multiply; the multiply itself is no cheaper" in same and "pay from" not in same
     assert same.endswith("file no smaller, 2.0 x compressed; accuracy -5.0 points")
 
 

@@ -190,9 +190,9 @@ def verdict(row: Mapping[str, Any], original: Mapping[str, Any], noise: float) -
     if row["b1_low"] <= 1 + MARGIN:  # it does not pay for one row: why?
         if mine > step:
             words.append("dispatch costs more than the multiply")
-        elif step >= stride:
+        if step >= (1 - MARGIN) * stride:
             words.append("the multiply itself is no cheaper")
-        if step < stride and mine > theirs:
+        elif mine > theirs:
             words.append(f"it would pay from about {math.ceil((mine - theirs) / (stride - step))} rows")
     file, packed = (original[key] / row[key] for key in ("file_kb", "compressed_kb"))
     words.append(f"file {file:.1f} x smaller" if file > 1 + MARGIN else f"file no smaller, {packed:.1f} x compressed")
