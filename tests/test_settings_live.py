@@ -106,7 +106,8 @@ def test_warmup_samples__is_how_often_a_load_runs_the_model(warmup_samples):
         server.load_model("other", Constant(1), output_type="regression", num_features=2)
         probe.shut()
         probe.release()
-        engine = server.engines["v1.0"]
+        with server.lease("v1.0") as engine:
+            pass
         assert probe.batches == ([1] * warmup_samples + [16] if warmup_samples else [])
         assert engine.get_stats()["warmup_executions"] == len(probe.batches) and engine.get_stats()["executions"] == 0
         assert (engine.typical_s == float("inf")) == (not warmup_samples), "what is not known is not run on a loop"
