@@ -108,6 +108,19 @@ async def test_the_awaiting_client_does_the_same(served, url):
             await client.predict(X, model="nothing")
 
 
+async def test_a_deadline_that_passes_while_idle_connections_are_closed_leaves_none_open(served):
+    async with AsyncClient(served[1].url, served[1].token) as client:
+        await asyncio.gather(*(client.predict(X) for _ in range(20)))
+        idle = [connection._connection for connection in client._carrier._pool.connections]
+        sockets = [connection._network_stream.get_extra_info("socket") for connection in idle]
+        for connection in idle:
+            connection._expire_at = 0.0
+        with pytest.raises(Refused, match="no answer in the 0 ms"):
+            await client._carrier.send(client._calls.models(), timeout_s=1e-9)
+    await asyncio.sleep(0)  # what is closed here, the loop lets go of at its next turn
+    assert len(sockets) > 1 and all(socket.fileno() == -1 for socket in sockets)
+
+
 # Errors
 
 

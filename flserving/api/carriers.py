@@ -3,7 +3,6 @@
 Every failure leaves here as :class:`Refused` around an error of the package's own tree.
 """
 
-import asyncio
 import contextlib
 import json
 import ssl
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
+import anyio
 import httpcore
 
 from flserving.api.retries import Refused
@@ -212,7 +212,8 @@ class AsyncRest:
     async def send(self, call: Sent, timeout_s: float) -> Received:
         with _failures(self._base, timeout_s):
             body = _Body()
-            async with asyncio.timeout(timeout_s):
+            # not asyncio's: the pool closes idle connections in here, shielded from anyio's cancelling only
+            with anyio.fail_after(timeout_s):
                 async with self._pool.stream(**_request(self._base, call, timeout_s)) as response:
                     async for chunk in response.aiter_stream():
                         body.add(chunk)
