@@ -108,3 +108,7 @@ class ModelTooLargeError(FlservingError):
 
 class DeadlineExceededError(FlservingError, TimeoutError):
     http_status, grpc_code = 504, "DEADLINE_EXCEEDED"
+
+
+_KINDS: list[type[FlservingError]] = [FlservingError, *FlservingError.__subclasses__()]
+BY_REASON = {kind().reason: kind for kind in _KINDS}

@@ -182,7 +182,7 @@ def test_the_index_shows_what_can_answer_and_why_not(v2):
     asyncio.run(v2.load("digits"))
     assert v2.ready() and v2.model_ready("digits") and v2.model_ready("digits", "canary")
     v2.draining = True
-    assert v2.live() and not v2.ready() and not v2.model_ready("digits")
+    assert not v2.ready() and not v2.model_ready("digits")
 
 
 @pytest.mark.parametrize("act", ["load", "unload"])

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import anyio
 import httpcore
 
+from flserving.api.protocol import REASON
 from flserving.api.retries import Refused
 from flserving.errors import (
+    BY_REASON,
     DeadlineExceededError,
     FlservingError,
     OverloadedError,
@@ -49,23 +51,14 @@ class Carrier(Protocol):
     def close(self) -> None: ...
 
 
-def _tree(root: type[FlservingError] = FlservingError) -> Iterator[type[FlservingError]]:
-    yield root
-    for child in root.__subclasses__():
-        yield from _tree(child)
-
-
 # A status stands for several classes: the first in the tree's order, where a server does not name the class itself.
 # RESOURCE_EXHAUSTED without a name is what other servers say when they are busy.
-_BY_REASON = {kind().reason: kind for kind in _tree()}
-_BY_STATUS = {kind.http_status: kind for kind in reversed(list(_tree()))}
-_BY_CODE = {kind.grpc_code: kind for kind in reversed(list(_tree()))} | {"RESOURCE_EXHAUSTED": OverloadedError}
-REASON = "flserving-error"
-"""Response header and trailing metadata with :attr:`FlservingError.reason`."""
+_BY_STATUS = {kind.http_status: kind for kind in reversed(BY_REASON.values())}
+_BY_CODE = {kind.grpc_code: kind for kind in reversed(BY_REASON.values())} | {"RESOURCE_EXHAUSTED": OverloadedError}
 
 
 def _refusal(kind: type[FlservingError], text: str, headers: Mapping[str, str], again: bool = False) -> Refused:
-    kind = _BY_REASON.get(headers.get(REASON, ""), kind)
+    kind = BY_REASON.get(headers.get(REASON, ""), kind)
     try:
         after_s = max(0.0, float(headers["retry-after"]))
     except (KeyError, ValueError):

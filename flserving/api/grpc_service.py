@@ -16,6 +16,7 @@ import grpc
 
 from flserving.api import messages
 from flserving.api.auth import Role, Tokens
+from flserving.api.protocol import REASON
 from flserving.api.refusals import Refusals
 from flserving.api.v2 import V2, Call
 from flserving.errors import (
@@ -36,7 +37,6 @@ _LONGEST_WAIT_S = 3600.0  # a deadline beyond the longest timeout is none
 MOST_WATCHERS = 64  # they need no credential and stay for as long as they like
 _POLL_S = 0.1
 
-_REASON = "flserving-error"  # trailing metadata: which class of error this was, for clients that know them
 _HealthRequest = messages.message("grpc.health.v1.HealthCheckRequest")
 _HealthResponse = messages.message("grpc.health.v1.HealthCheckResponse")
 
@@ -57,7 +57,7 @@ class Service:
         v2 = self._v2
         # method -> (least role, None: no credential is asked; its answer, by the names of the JSON fields)
         plain: dict[str, tuple[Role | None, Callable[[Any], Mapping[str, Any]]]] = {
-            "ServerLive": (None, lambda r: {"live": v2.live()}),
+            "ServerLive": (None, lambda r: {"live": True}),
             "ServerReady": (None, lambda r: {"ready": v2.ready()}),
             "ModelReady": (None, lambda r: {"ready": v2.model_ready(r.name, r.version or None)}),
             "ServerMetadata": (Role.READ, lambda r: v2.server_metadata()),
@@ -210,7 +210,7 @@ def _told(call: Unary) -> Unary:
 
 async def _abort(context: Any, error: FlservingError) -> None:
     code, detail = grpc.StatusCode[error.grpc_code], str(error)[:_LONGEST_DETAIL]
-    await context.abort(code, detail, ((_REASON, error.reason),))
+    await context.abort(code, detail, ((REASON, error.reason),))
 
 
 def _authorization(context: Any) -> str | bytes | None:

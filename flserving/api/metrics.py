@@ -8,9 +8,10 @@ import contextlib
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version as version_of
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -18,11 +19,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from flserving.accounts import BOUNDS_S, merged
-from flserving.errors import FlservingError
+from flserving.errors import BY_REASON, FlservingError
 
 if TYPE_CHECKING:
     from flserving.server import ModelServer
 
+_Values = Iterable[tuple[tuple[str, ...], float]]  # those of the labels, and the number
 _PROCESS = ProcessCollector(registry=None)
 BATCH_ROWS = tuple(2**i for i in range(11))
 ACCURACIES = ("global", "mean_client", "worst_client")
@@ -209,18 +211,14 @@ def _doors(whole: Mapping[str, Any]) -> Iterator[Metric]:
     yield _counter("door_seconds", "Bytes to arrays, and arrays to bytes.", ("protocol", "part"), spent.items())
 
 
-def _counter(name: str, text: str, labels: Iterable[str], values: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
-    family = CounterMetricFamily(f"flserving_{name}", text, labels=tuple(labels))
+def _family(kind: type[Metric], name: str, text: str, labels: Iterable[str], values: _Values) -> Metric:
+    family: Any = kind(f"flserving_{name}", text, labels=tuple(labels))  # type: ignore[call-arg]
     for key, value in values:
         family.add_metric(key, value)
-    return family
+    return cast(Metric, family)
 
 
-def _gauge(name: str, text: str, labels: Iterable[str], values: Iterable[tuple[tuple[str, ...], float]]) -> Metric:
-    family = GaugeMetricFamily(f"flserving_{name}", text, labels=tuple(labels))
-    for key, value in values:
-        family.add_metric(key, value)
-    return family
+_counter, _gauge = partial(_family, CounterMetricFamily), partial(_family, GaugeMetricFamily)
 
 
 def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
@@ -232,13 +230,8 @@ def _split(name: str) -> tuple[str, str]:
     return model, version
 
 
-def _statuses(root: type[FlservingError] = FlservingError) -> dict[str, int]:
-    found = {cls.__name__.removesuffix("Error"): cls.http_status for cls in root.__subclasses__()}
-    return {"Cancelled": 499, "Internal": 500} | found
-
-
 def _status(reason: str) -> int:
-    return _statuses().get(reason, 500)
+    return 499 if reason == "Cancelled" else BY_REASON.get(reason, FlservingError).http_status
 
 
 def _outcome(reason: str) -> str:

@@ -10,6 +10,7 @@ import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ from flserving.api.guard import PREFLIGHT, Guard, Receive, Scope, Send
 from flserving.api.http1 import GONE
 from flserving.api.openapi import OPERATIONS, FeedbackRequest, IndexRequest, RepositoryRequest, document, page
 from flserving.api.options import ApiOptions
-from flserving.api.protocol import read_infer, read_json, write_infer
+from flserving.api.protocol import REASON, read_infer, read_json, write_infer
 from flserving.api.refusals import Refusals
 from flserving.api.v2 import V2, Call
 from flserving.errors import FlservingError, InvalidInputError, NotSupportedError
@@ -109,7 +110,7 @@ class RestApp:
         extra: list[tuple[bytes, bytes]] = []
         if isinstance(error, FlservingError):
             status, text = error.http_status, str(error) or error.reason
-            extra = [(b"flserving-error", error.reason.encode())]  # which class of those with this status
+            extra = [(REASON.encode(), error.reason.encode())]
         elif isinstance(error, HTTPException):
             status, text = error.status_code, f"{error.detail}: GET /docs shows the routes"
             extra = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
@@ -125,7 +126,8 @@ class RestApp:
     # The other routes
 
     def _route(self, method: str, path: str, name: str, role: Role | None) -> Route:
-        answer: Callable[[Request], Awaitable[Any]] = getattr(self, f"_{name}", None) or getattr(self._artifacts, name)
+        own = getattr(self, f"_{name}", None) or getattr(self._artifacts, name, None)
+        answer: Callable[[Request], Awaitable[Any]] = own or partial(_ask, self._v2, name)
 
         async def endpoint(request: Request) -> Response:
             if role is not None:
@@ -143,35 +145,16 @@ class RestApp:
         body = await read_body(headers, request.receive, self._options.max_body_bytes)
         return read_json(body, kind) if body or required else kind()
 
-    async def _server_metadata(self, request: Request) -> Any:
-        return self._v2.server_metadata()
-
     async def _live(self, request: Request) -> Any:
-        return {"live": True} if self._v2.live() else _unready(live=False)
+        return {"live": True}  # whoever can ask gets an answer: nothing here blocks
 
     async def _ready(self, request: Request) -> Any:
         return {"live": True, "ready": True} if self._v2.ready() else _unready(live=True, ready=False)
 
-    async def _models(self, request: Request) -> Any:
-        return {"models": self._v2.models()}
-
     async def _model_ready(self, request: Request) -> Any:
-        ready = await self._ask(self._v2.model_ready, request)
+        ready = await _ask(self._v2, "model_ready", request)
         name = request.path_params["model"]
         return {"name": name, "ready": True} if ready else _unready(name=name, ready=False)
-
-    async def _model_metadata(self, request: Request) -> Any:
-        return await self._ask(self._v2.model_metadata, request)
-
-    async def _model_config(self, request: Request) -> Any:
-        return await self._ask(self._v2.model_config, request)
-
-    async def _statistics(self, request: Request) -> Any:
-        return await self._ask(self._v2.statistics, request)
-
-    async def _ask(self, question: Callable[..., Any], request: Request) -> Any:
-        """In a thread: the answer may be on the disk."""
-        return await asyncio.to_thread(question, request.path_params.get("model"), request.path_params.get("version"))
 
     async def _index(self, request: Request) -> Any:
         wanted = await self._body(request, IndexRequest)
@@ -196,9 +179,6 @@ class RestApp:
             await self._v2.feedback(request.path_params["model"], sent.receipt, sent.reward, client)
         return {"counted": True}
 
-    async def _settings(self, request: Request) -> Any:
-        return self._v2.settings()
-
     async def _metrics(self, request: Request) -> Any:
         from flserving.api.metrics import exposition  # prometheus-client is loaded when somebody asks
 
@@ -217,6 +197,11 @@ class RestApp:
 def rest_app(v2: V2, options: ApiOptions) -> RestApp:
     """The ASGI application of one server. ``v2.origins`` stays live: an origin added there may call from then on."""
     return RestApp(v2, options)
+
+
+async def _ask(v2: V2, name: str, request: Request) -> Any:
+    """What ``v2`` says of the model and version of the path. In a thread: it may be on the disk."""
+    return await asyncio.to_thread(getattr(v2, name), **request.path_params)
 
 
 async def _answer(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

@@ -65,9 +65,6 @@ class V2:
 
     # Health
 
-    def live(self) -> bool:
-        return True  # whoever can ask gets an answer: nothing here blocks
-
     def ready(self) -> bool:
         return not self.draining and self.server.ready
 
@@ -82,8 +79,8 @@ class V2:
         extensions = ["binary_tensor_data", "parameters", "statistics", "model_configuration", "model_repository"]
         return {"name": "flserving", "version": _own_version(), "extensions": extensions}
 
-    def models(self) -> list[str]:
-        return list(self.server.health_check()["models"])
+    def models(self) -> dict[str, list[str]]:
+        return {"models": list(self.server.health_check()["models"])}
 
     def model_metadata(self, model: str, version: str | None = None) -> dict[str, Any]:
         """Raises NotFoundError, ModelUnloadedError, CorruptArtifactError."""
