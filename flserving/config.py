@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from flserving.errors import ConfigError
+from flserving.errors import ConfigError, InvalidInputError
 
 BatchingPolicy = Literal["work_conserving", "hold_until_full"]
 UnknownClient = Literal["global_head", "refuse"]
@@ -82,3 +82,10 @@ class ServingConfig:
             low, high, why = _BOUNDS[field.name]
             if not low <= value <= high:  # False for NaN too
                 raise ConfigError(f"{field.name} is {value!r}: it must lie in [{low}, {high}] ({why})")
+
+
+def deadline_s(timeout_ms: float) -> float:
+    """A caller's ``timeout_ms`` in seconds. Raises InvalidInputError outside (0, an hour]."""
+    if isinstance(timeout_ms, bool) or not isinstance(timeout_ms, int | float) or not 0 < timeout_ms <= 3_600_000:
+        raise InvalidInputError(f"timeout_ms is {timeout_ms!r}: it must be a number of milliseconds in (0, 3600000]")
+    return timeout_ms / 1e3

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from flserving.accounts import STAGES
 from flserving.cache import PredictionCache
-from flserving.config import ServingConfig
+from flserving.config import ServingConfig, deadline_s
 from flserving.doors import Awaiting, Blocking, Door
 from flserving.engine import Execution, InferenceEngine, Prediction
-from flserving.errors import DeadlineExceededError, FlservingError, InvalidInputError, NotFoundError, OverloadedError
+from flserving.errors import DeadlineExceededError, FlservingError, NotFoundError, OverloadedError
 from flserving.experiments import Experiments
 from flserving.hosting import ModelHost
 from flserving.personalization import each, ids_of
@@ -223,13 +223,7 @@ class ModelServer(ModelHost):
 
     def _timeout_s(self, timeout_ms: float | None) -> float:
         self._check_open()
-        if timeout_ms is None:
-            return self.config.timeout_ms / 1e3
-        if isinstance(timeout_ms, bool) or not isinstance(timeout_ms, int | float) or not 0 < timeout_ms <= 3_600_000:
-            raise InvalidInputError(
-                f"timeout_ms is {timeout_ms!r}: it must be a number of milliseconds in (0, 3600000]"
-            )
-        return timeout_ms / 1e3
+        return self.config.timeout_ms / 1e3 if timeout_ms is None else deadline_s(timeout_ms)
 
     # What operators see
 

@@ -12,7 +12,7 @@ from schemathesis import checks
 from flserving.api.auth import Role, Tokens
 from flserving.api.openapi import OPERATIONS, document, page
 from flserving.api.options import ApiOptions
-from flserving.api.rest import rest_app
+from flserving.api.rest import RestApp
 from flserving.api.v2 import V2
 from serving_models import Constant, serving
 
@@ -25,7 +25,7 @@ CHECKS = [checks.not_a_server_error, checks.status_code_conformance, checks.cont
 @pytest.fixture(scope="module")
 def app():
     with serving(Constant(3)) as server:
-        yield rest_app(V2(server), ApiOptions(tokens=TOKENS))
+        yield RestApp(V2(server), ApiOptions(tokens=TOKENS))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from flserving.api import rest
 from flserving.api.auth import Role, Tokens
 from flserving.api.metrics import exposition
 from flserving.api.options import ApiOptions
-from flserving.api.rest import rest_app
+from flserving.api.rest import RestApp
 from flserving.api.v2 import V2
 from rest_door import WIDTH, bearer, door, text, two_versions
 from serving_models import Constant, Gated, Probe, Threads, serving, wait_until
@@ -61,7 +61,7 @@ async def test_every_error_has_its_status_and_the_one_shape(kind, caplog):
             raise kind(words)
 
     with serving(Constant(1)) as server:
-        async with in_process(rest_app(Failing(server), ApiOptions(tokens=Tokens.open()))) as http:
+        async with in_process(RestApp(Failing(server), ApiOptions(tokens=Tokens.open()))) as http:
             response = await http.post(INFER, content=text())
     assert response.status_code == getattr(kind, "http_status", 500)
     assert response.headers["content-type"] == "application/json"
@@ -99,7 +99,7 @@ def test_head_asks_for_the_status_alone(http):
 async def test_a_draining_server_is_alive_but_not_ready():
     with serving(Constant(1)) as server:
         v2 = V2(server)
-        async with in_process(rest_app(v2, ApiOptions(tokens=Tokens.open()))) as http:
+        async with in_process(RestApp(v2, ApiOptions(tokens=Tokens.open()))) as http:
             v2.draining = True
             for path in ("/v2/health/ready", "/v2/models/local/ready"):
                 response = await http.get(path)

@@ -19,7 +19,7 @@ from flserving.accounts import STAGES
 from flserving.api.auth import Tokens
 from flserving.api.client import Client
 from flserving.api.options import ApiOptions
-from flserving.api.rest import rest_app
+from flserving.api.rest import RestApp
 from flserving.api.tracing import trace
 from flserving.api.v2 import V2
 from flserving.errors import InvalidInputError, NotFoundError
@@ -135,7 +135,7 @@ def test_a_w3c_header_names_the_parent_over_the_network(exporter, provider, sche
 async def test_the_span_of_an_instrumented_web_server_stays_the_parent(exporter, provider):
     with serving(Tagged()) as server:
         trace(server, provider)
-        app = rest_app(V2(server), ApiOptions(tokens=Tokens.open()))
+        app = RestApp(V2(server), ApiOptions(tokens=Tokens.open()))
         transport = httpx.ASGITransport(app)  # in the task, and so in the span, of who asks
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
             with otel.get_tracer("test", tracer_provider=provider).start_as_current_span("web server") as span:

@@ -20,6 +20,7 @@ from flserving.api.auth import checked_token
 from flserving.api.calls import GrpcCalls, RestCalls, Where
 from flserving.api.carriers import Received, Sent
 from flserving.api.retries import Attempts, Refused, Retries
+from flserving.config import deadline_s
 from flserving.errors import ConfigError, InvalidInputError, NotFoundError, ServerClosedError
 from flserving.transforms import Preprocessor
 
@@ -73,12 +74,8 @@ class _Calls:
             self._calls, self._carrier = GrpcCalls(headers), grpc(parts.netloc, parts.scheme == "grpcs", authority)
 
     def _attempts(self, timeout_ms: float | None) -> Attempts:
-        timeout_ms = self.timeout_ms if timeout_ms is None else timeout_ms
-        if isinstance(timeout_ms, bool) or not isinstance(timeout_ms, int | float) or not 0 < timeout_ms <= 3_600_000:
-            raise InvalidInputError(
-                f"timeout_ms is {timeout_ms!r}: it must be a number of milliseconds in (0, 3600000]"
-            )
-        return Attempts(self._retries, timeout_ms / 1e3, self._clock)
+        timeout_s = deadline_s(self.timeout_ms if timeout_ms is None else timeout_ms)
+        return Attempts(self._retries, timeout_s, self._clock)
 
     def _infer(self, features: Any, model: str, version: str | int | None, stages: bool,
                personal: bool) -> Callable[[float], Sent]:  # fmt: skip
@@ -99,11 +96,12 @@ class _Calls:
             raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")
         return self._calls.feedback(model, receipt, reward)
 
-    def _first_model(self, index: list[dict[str, Any]]) -> str:
-        if not index:
-            raise NotFoundError(f"no model is served at {self.url}: publish one first")
-        self._default = index[0]["name"]
-        return self._default
+    async def _named(self, model: str | None, attempts: Attempts) -> str:
+        if not (model or self._default):
+            if not (index := await self._read(self._calls.models(), attempts)):
+                raise NotFoundError(f"no model is served at {self.url}: publish one first")
+            self._default = index[0]["name"]
+        return model or self._default
 
     @staticmethod
     def _where(model: str | None, version: str | int | None) -> Where | None:
@@ -140,8 +138,7 @@ class AsyncClient(_Calls):
             personal: Ask for the private answers of the client that the token names.
         """
         attempts = self._attempts(timeout_ms)
-        model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
-        call = self._infer(features, model, version, stages, personal)
+        call = self._infer(features, await self._named(model, attempts), version, stages, personal)
         return self._calls.read_infer(await self._try(call, attempts), arrays)
 
     async def feedback(self, receipt: str, reward: float, *, model: str | None = None,
@@ -151,8 +148,7 @@ class AsyncClient(_Calls):
         It counts once, so it is tried again as a prediction is: a ConflictError may mean that the first try counted.
         """
         attempts = self._attempts(timeout_ms)
-        model = model or self._default or self._first_model(await self._read(self._calls.models(), attempts))
-        await self._read(self._reward(model, receipt, reward), attempts)
+        await self._read(self._reward(await self._named(model, attempts), receipt, reward), attempts)
 
     async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
         """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""

@@ -43,7 +43,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--origin", action="append", default=[], help="web page that may call: https://host[:port]")
     parser.add_argument("--allow-host", action="append", default=[], help="one more name for the Host header")
     for name, text in _API.items():
-        default = _PORTS.get(name, _default(ApiOptions, name))
+        default = _PORTS.get(name, ApiOptions.__dataclass_fields__[name].default)
         kind, shown = (str, "") if default is None else (type(default), f" (default {default})")
         parser.add_argument(_flag(name), type=kind, default=default, help=text + shown)
     settings = parser.add_argument_group("batching, caches and limits (see flserving.ServingConfig)")
@@ -146,20 +146,12 @@ def _tokens(arguments: argparse.Namespace) -> tuple[Any, str]:
         raise ConfigError("--no-token beside a token: drop one of them (also the variable FLSERVING_TOKEN)")
     if arguments.no_token:
         return Tokens.open(), "none is asked"
-    if arguments.token_file:
-        tokens = Tokens.read(arguments.token_file)
-        if given:
-            tokens.add(given, role)
-        return tokens, f"those in {arguments.token_file}"
+    tokens = Tokens.read(arguments.token_file) if arguments.token_file else Tokens()
     if given:
-        tokens = Tokens()
         tokens.add(given, role)
-        return tokens, "the one in FLSERVING_TOKEN"
-    return Tokens.random(role)
-
-
-def _default(kind: type, name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(kind) if field.name == name)
+    if arguments.token_file:
+        return tokens, f"those in {arguments.token_file}"
+    return (tokens, "the one in FLSERVING_TOKEN") if given else Tokens.random(role)
 
 
 def _flag(name: str) -> str:

@@ -158,14 +158,14 @@ class _Rest:
 
     def __init__(self, v2: V2, options: ApiOptions, listener: socket.socket) -> None:
         from flserving.api.http1 import protocol_class
-        from flserving.api.rest import rest_app
+        from flserving.api.rest import RestApp
 
         def refused(reason: str) -> None:
             v2.server.telemetry.refusal("rest", reason)
 
         context = options.ssl_context() if options.secure else None
         self._config = uvicorn.Config(
-            rest_app(v2, options), http=protocol_class(options, refused), ws="none", lifespan="off", interface="asgi3",
+            RestApp(v2, options), http=protocol_class(options, refused), ws="none", lifespan="off", interface="asgi3",
             access_log=False, log_config=None, server_header=False, proxy_headers=False,
             ssl_context_factory=None if context is None else lambda *_: context,
         )  # fmt: skip

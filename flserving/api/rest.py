@@ -38,7 +38,7 @@ _EXTRA = {401: (b"www-authenticate", b"Bearer"), 429: (b"retry-after", b"1"), 50
 
 
 class RestApp:
-    """Made by :func:`rest_app`."""
+    """The ASGI application of one server. ``v2.origins`` stays live: an origin added there may call from then on."""
 
     def __init__(self, v2: V2, options: ApiOptions) -> None:
         self._v2, self._options = v2, options
@@ -192,11 +192,6 @@ class RestApp:
     async def _page(self, request: Request) -> Any:
         policy = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
         return Response(page(), headers=policy, media_type="text/html")
-
-
-def rest_app(v2: V2, options: ApiOptions) -> RestApp:
-    """The ASGI application of one server. ``v2.origins`` stays live: an origin added there may call from then on."""
-    return RestApp(v2, options)
 
 
 async def _ask(v2: V2, name: str, request: Request) -> Any:

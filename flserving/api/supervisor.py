@@ -18,7 +18,6 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from flserving.api.endpoint import DRAIN_S
-from flserving.api.options import ApiOptions
 from flserving.api.ports import listen
 from flserving.api.worker import Plan, work
 from flserving.errors import ConfigError, FlservingError
@@ -55,7 +54,7 @@ class Supervisor:
 
     def __init__(
         self, plan: Plan, workers: int = 1, *, drain_s: float = DRAIN_S, notice_s: float = 0.5,
-        say: Callable[[str], object] = print, clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], object] = print,
     ) -> None:  # fmt: skip
         if not 1 <= workers <= 256:
             raise ConfigError(f"workers is {workers}: it must lie in [1, 256]")
@@ -66,9 +65,8 @@ class Supervisor:
             raise ConfigError(f"admin with {workers} workers: a load would reach one of them only; take one worker")
         if workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
             raise ConfigError(f"{workers} workers cannot share a port on this system: take one")
-        self._say, self._clock, self._slots = say, clock, [_Slot(number) for number in range(workers)]
+        self._say, self._slots = say, [_Slot(number) for number in range(workers)]
         self._grace_s = drain_s + notice_s + _KILL_S
-        self._stopping = False
         self._ports: list[socket.socket] = []
         self._folder = tempfile.TemporaryDirectory(prefix="flserving-run-")
         try:
@@ -79,7 +77,6 @@ class Supervisor:
         except BaseException:
             self._close()
             raise
-        self.options: ApiOptions = options
         self._plan = replace(plan, options=options, folder=self._folder.name, drain_s=drain_s, notice_s=notice_s)
 
     def run(self, announce: Callable[[str, str | None], object]) -> int:
@@ -111,10 +108,10 @@ class Supervisor:
     def _first_answers(self, signals: socket.socket) -> tuple[str, str | None] | None:
         """Wait until all have started; their addresses, or None if the order came to stop."""
         urls: tuple[str, str | None] | None = None
-        end_s = self._clock() + START_S
+        end_s = time.monotonic() + START_S
         while waiting := [slot for slot in self._slots if slot.ready_s is None]:
             pipes = [slot.pipe for slot in waiting if slot.pipe is not None]
-            found = wait([*pipes, signals], timeout=max(0.0, end_s - self._clock()))
+            found = wait([*pipes, signals], timeout=max(0.0, end_s - time.monotonic()))
             if signals in found:
                 return None
             if not found:
@@ -126,7 +123,7 @@ class Supervisor:
 
     def _look(self, signals: socket.socket) -> bool:
         """Wait for something to happen and deal with it; True when the order came to stop."""
-        now_s = self._clock()
+        now_s = time.monotonic()
         for slot in self._slots:
             if slot.process is None and slot.due_s <= now_s:
                 self._start(slot)
@@ -161,7 +158,7 @@ class Supervisor:
         slot.pipe.close()
         slot.pipe = None
         if isinstance(message, tuple):
-            slot.ready_s = self._clock()
+            slot.ready_s = time.monotonic()
             return message
         if first:
             raise FlservingError(message)
@@ -170,7 +167,7 @@ class Supervisor:
 
     def _bury(self, slot: _Slot) -> None:
         """A worker ended that should not have: say so and plan the next one."""
-        now_s, process = self._clock(), slot.process
+        now_s, process = time.monotonic(), slot.process
         process.join()
         stable = slot.ready_s is not None and now_s - slot.ready_s >= _STABLE_S
         slot.failures = 1 if stable else slot.failures + 1
@@ -188,9 +185,11 @@ class Supervisor:
             process.terminate()
         with contextlib.suppress(BlockingIOError):
             signals.recv(4096)  # the first signal
-        end_s, killed = self._clock() + self._grace_s, False
+        end_s, killed = time.monotonic() + self._grace_s, False
         while alive:
-            found = wait([signals, *(process.sentinel for process in alive)], timeout=max(0.0, end_s - self._clock()))
+            found = wait(
+                [signals, *(process.sentinel for process in alive)], timeout=max(0.0, end_s - time.monotonic())
+            )
             if signals in found or not found:
                 killed = True
                 for process in alive:
