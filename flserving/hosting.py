@@ -182,18 +182,12 @@ class ModelHost:
         """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
         default model can answer), models with their versions and aliases, the versions in memory, the uptime."""
         routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
-        ready, models = (
-            self.ready,
-            {
-                name: {"versions": list(served.versions), "aliases": dict(served.aliases)}
-                for name, served in routes.models.items()
-            },
-        )
+        ready, models = self.ready, routes.models.items()
         return {
             "status": "unavailable" if not ready else "degraded" if problems else "healthy",
             "ready": ready,
             "default_model": routes.model,
-            "models": models,
+            "models": {name: {"versions": list(it.versions), "aliases": dict(it.aliases)} for name, it in models},
             "in_memory": ["/".join(key) for key, _ in self.model_cache.items()],
             "problems": problems,
             "uptime_s": self._clock() - self._started_s,

@@ -116,8 +116,8 @@ class RegistrySource:
         if manifest.weights_nbytes >= 1 << 18:
             with torch.device("meta"):
                 module = models.build(manifest.architecture, manifest.parameters)
-            if not any(part._non_persistent_buffers_set for part in module.modules()):  # no file holds their values
-                return module
+            if not any(part._non_persistent_buffers_set or _has_tensor(part) for part in module.modules()):
+                return module  # no file holds the values of others
         return models.build(manifest.architecture, manifest.parameters)
 
     def signature(self, version: str) -> Signature:
@@ -125,6 +125,11 @@ class RegistrySource:
 
     def metrics(self, version: str) -> Mapping[str, float]:
         return self.registry.manifest(self.name, int(version)).metrics
+
+
+def _has_tensor(part: nn.Module) -> bool:
+    """Whether a tensor that is neither parameter nor buffer is an attribute."""
+    return any(isinstance(value, torch.Tensor) for value in vars(part).values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -658,11 +658,14 @@ def test_statistics_output_type_and_threshold_come_with_the_version(registry):
 
 
 class WithBuffers(nn.Module):
-    """Buffers that no file holds: each start has to make them anew."""
+    """Buffers that no file holds: each start has to make them anew; ``plain`` ones are mere attributes."""
 
-    def __init__(self, width: int, activation: str = "relu") -> None:
+    def __init__(self, width: int, activation: str = "relu", plain: bool = False) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(8, width), nn.Linear(width, 3)
+        if plain:
+            self.ramp, self.gain, self.activation = torch.linspace(0, 1, width), 1.5, torch.relu
+            return
         self.register_buffer("ramp", torch.linspace(0, 1, width), persistent=False)
         self.register_buffer("gain", nn.init.constant_(torch.empty(width), 1.5), persistent=False)
         self.register_buffer("seen", torch.tensor(0))
@@ -683,6 +686,14 @@ def test_a_users_own_architecture_comes_back_with_the_buffers_that_no_file_holds
         engine = load_engine(RegistrySource(registry, "m"), "1", CONFIG)
         with torch.no_grad():
             assert torch.equal(engine.model(X), trained(X)) and engine.model.seen == 7
+
+
+def test_a_users_own_architecture_comes_back_with_tensors_that_are_mere_attributes(registry, allow_list):
+    models.register("plain", input_shape=(8,), output_shape=(3,))(WithBuffers)
+    trained, parameters = WithBuffers(8192, plain=True), {"width": 8192, "plain": True}
+    registry.publish("m", trained, architecture="plain", parameters=parameters)
+    with torch.no_grad():
+        assert torch.equal(load_engine(RegistrySource(registry, "m"), "1", CONFIG).model(X), trained(X))
 
 
 def test_equal_weights_under_another_architecture_or_other_parameters_share_no_cached_answers(registry, allow_list):
