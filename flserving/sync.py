@@ -5,8 +5,8 @@ its manifest (sha256 in the statement), then the weights (sha256 in the manifest
 then the client's own head (signed); then publish all of it in the device's registry as one version. Killed anywhere,
 the device starts with the version before or with the new one, and a download goes on where it ended.
 
-The weights of earlier versions go, but for the newest two and what an alias leads to: what is wanted again is
-downloaded again. What the device made itself (:meth:`EdgeModelServer.update_local`) stays.
+The weights of earlier versions go, but for the newest two and what an alias or an experiment leads to: what is
+wanted again is downloaded again. What the device made itself (:meth:`EdgeModelServer.update_local`) stays.
 
 What the cloud said stays in the version's lineage: ``extra`` has ``cloud_manifest``, ``cloud_version``, ``cloud_form``.
 """
@@ -209,8 +209,9 @@ class SyncAgent:
         return None
 
     def _prune(self, model: str) -> None:
-        """Remove the weights of what came from the cloud, is not among the newest two, and no alias leads to."""
+        """Remove the weights of what came from the cloud, is not among the newest two, and nothing leads to."""
         kept = {*self._registry.version_numbers(model)[-2:], *self._registry.aliases(model).values()}
+        kept.update(*(experiment.versions for experiment in self._registry.experiments(model).values()))
         for path in Path(self._registry.root, "models", model).glob(f"*/{WEIGHTS}"):
             number = int(path.parent.name) if path.parent.name.isdecimal() else 0
             with contextlib.suppress(CorruptArtifactError, NotFoundError, OSError):

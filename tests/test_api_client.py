@@ -9,7 +9,7 @@ import pytest
 
 import flserving
 from flserving import ServingConfig, errors, models
-from flserving.api.carriers import REASON, _grpc_refusal, _refusal
+from flserving.api.carriers import _CHANNEL, REASON, _grpc_refusal, _refusal
 from flserving.api.client import AsyncClient, Client
 from flserving.api.retries import Attempts, Refused, Retries
 from flserving.errors import (
@@ -148,17 +148,18 @@ def test_errors_are_the_servers_own(client, arguments, kind, says):
 
 
 @pytest.mark.parametrize("way", ["blocking", "awaiting"])
-def test_an_answer_without_end_is_given_up(served, way, monkeypatch):
+def test_an_answer_without_end_is_given_up(served, url, way, monkeypatch):
     monkeypatch.setattr("flserving.api.carriers.MAX_ANSWER_NBYTES", 2000)
+    monkeypatch.setitem(_CHANNEL, "grpc.max_receive_message_length", 2000)
 
     async def ask(rows):
-        async with AsyncClient(served[1].url, served[1].token) as client:
+        async with AsyncClient(url, served[1].token) as client:
             return await client.predict(rows)
 
-    with Client(served[1].url, served[1].token) as client:
+    with Client(url, served[1].token) as client:
         asked = client.predict if way == "blocking" else lambda rows: asyncio.run(ask(rows))
         assert len(asked(X[:1])["predictions"]) == 1
-        with pytest.raises(TooLargeError, match="more than 2,000 bytes"):
+        with pytest.raises(TooLargeError, match=r"more than 2,000 bytes|larger than max \(\d+ vs\. 2000\)"):
             asked(np.resize(X, (64, X.shape[1])))
         assert len(asked(X[:1])["predictions"]) == 1
 

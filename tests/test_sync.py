@@ -32,6 +32,7 @@ from flserving.errors import (
 )
 from flserving.hybrid import HybridServer
 from flserving.release import Signer
+from flserving.split import Experiment
 from flserving.sync import Memory, SyncAgent
 from serving_models import PATIENCE_S
 
@@ -631,6 +632,11 @@ def test_the_disk_of_a_device_keeps_two_versions_and_what_cannot_be_had_again(tm
         released.rollback("m", who="test", why="worse")
         assert agent.pull().nbytes["delta"], "what went is downloaded again"
         assert runs(registry, 5) and whole() == [3, mine, mine + 3, mine + 4]
+        shadow = registry.start_experiment("m", Experiment(id="s", shadow=mine + 3), "mine", who="test", why="to see")
+        for number in range(9, 12):
+            publish(released, number)
+            agent.pull()
+        assert shadow.shadow in whole() and len(whole()) == 5, "what an experiment needs stays too"
 
 
 def test_the_table_of_bytes():

@@ -244,7 +244,8 @@ def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
     if code == "CANCELLED":  # by a server that stops, in the moment in which the call came: it was not let in
         code = "UNAVAILABLE"
     text = error.details() or code
-    kind = _BY_CODE.get(code, FlservingError)
+    too_large = "message larger than max" in text  # gRPC's own words
+    kind = TooLargeError if too_large else _BY_CODE.get(code, FlservingError)
     return _refusal(kind, text if REASON in headers else f"{where}: {text}", headers, again=code == "UNAVAILABLE")
 
 
