@@ -22,10 +22,10 @@ _FLUSH_S = 0.25
 class GrpcDoor:
     """A gRPC server that runs. ``port`` is where."""
 
-    def __init__(self, server: grpc.aio.Server, service: "Service", port: int, native: bool = False) -> None:
+    def __init__(self, server: grpc.aio.Server, service: Service, port: int, native: bool) -> None:
         self._server, self._service, self.port, self._native = server, service, port, native
 
-    async def stop(self, grace_s: float = 5.0) -> None:
+    async def stop(self, grace_s: float) -> None:
         """Take no new calls; those under way have ``grace_s`` to end, then they are cancelled. Idempotent."""
         already = self._service.stopping.is_set()
         self._service.stopping.set()  # watchers would stay to the end of the grace
@@ -68,21 +68,8 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -
 
 
 def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
-    limits = _channel_options(options, reuse_port)
-    if not options.native_grpc:
-        return grpc.aio.server(options=limits, maximum_concurrent_rpcs=options.max_connections + MOST_WATCHERS + 64)
-    try:
-        aio = importlib.import_module("pygrpc_native.aio")
-    except ImportError as error:
-        raise ConfigError(
-            f"native_grpc needs the package pygrpc-native: pip install pygrpc-native ({error})"
-        ) from error
-    return aio.server(options=[limit for limit in limits if limit[0] != "grpc.max_allowed_incoming_connections"])
-
-
-def _channel_options(options: ApiOptions, reuse_port: bool) -> list[tuple[str, int]]:
-    """Limits of gRPC itself: every one of them bounds what a stranger can make the process hold."""
-    return [
+    # limits of gRPC itself: every one of them bounds what a stranger can make the process hold
+    limits = [
         ("grpc.so_reuseport", int(reuse_port)),
         ("grpc.max_receive_message_length", options.max_body_bytes),
         ("grpc.max_send_message_length", -1),
@@ -94,3 +81,12 @@ def _channel_options(options: ApiOptions, reuse_port: bool) -> list[tuple[str, i
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # more often is a flood: two strikes, then goodbye
         ("grpc.http2.max_ping_strikes", 2),
     ]
+    if not options.native_grpc:
+        return grpc.aio.server(options=limits, maximum_concurrent_rpcs=options.max_connections + MOST_WATCHERS + 64)
+    try:
+        aio = importlib.import_module("pygrpc_native.aio")
+    except ImportError as error:
+        raise ConfigError(
+            f"native_grpc needs the package pygrpc-native: pip install pygrpc-native ({error})"
+        ) from error
+    return aio.server(options=[limit for limit in limits if limit[0] != "grpc.max_allowed_incoming_connections"])

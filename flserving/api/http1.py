@@ -251,7 +251,7 @@ class Http1(HttpToolsProtocol):
                 self.send_400_response("")
 
 
-def protocol_class(options: ApiOptions, refused: Callable[[str], None] = lambda reason: None) -> type[Http1]:
+def protocol_class(options: ApiOptions, refused: Callable[[str], None]) -> type[Http1]:
     """The protocol of one endpoint. ``refused`` is told the reason of each refusal that the application never saw."""
     limits = {"slow_client_s": options.slow_client_s, "max_connections": options.max_connections}
     return type("Http1", (Http1,), {**limits, "refused": staticmethod(refused)})
