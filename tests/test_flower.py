@@ -380,13 +380,15 @@ def test_wrong_arguments_are_told_before_anything_runs(flower, strategies, apps,
         flower.run(apps.client_app(CLIENTS), apps.client_app(CLIENTS), 3)
 
 
-def test_arrays_that_do_not_fit_are_told_before_the_first_round(flower, strategies, apps):
-    from flwr.app import Array, ArrayRecord
+def test_what_no_version_takes_is_told_before_the_first_round(flower, strategies, apps):
+    from flwr.app import Array, ArrayRecord, ConfigRecord
 
     grid = flower.LocalGrid(apps.client_app(CLIENTS), K)
 
-    def start(arrays, **form):
-        flower.Publishing(strategies.FedAvg(), on_round=print, **FORM | form).start(grid, arrays, 1)
+    def start(arrays, config=None, **form):
+        flower.Publishing(strategies.FedAvg(), on_round=pytest.fail, **FORM | form).start(
+            grid, arrays, 1, train_config=config
+        )
 
     state = apps.initial_arrays().to_torch_state_dict()
     with pytest.raises(InvalidModelError, match=r"head\.bias is .*\[11\], not .*\[10\]"):
@@ -397,6 +399,8 @@ def test_arrays_that_do_not_fit_are_told_before_the_first_round(flower, strategi
         start(ArrayRecord({"trees": Array("", (), "", b"{}")}))
     with pytest.raises(ConfigError, match="statistics have 1 features, the model takes 64"):
         start(ArrayRecord(state), preprocessing={"mean": [0.0], "std": [1.0]})
+    with pytest.raises(InvalidModelError, match="plain, finite values"):
+        start(ArrayRecord(state), ConfigRecord({"lr": float("inf")}))
 
 
 def test_clients_that_do_not_tell_their_samples(play, apps, strategies):

@@ -126,21 +126,21 @@ class Publishing(Strategy):
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
         """As Flower's: same arguments, same result."""
+        settings = {f"config.{name}"[:64]: value for name, value in (train_config or {}).items()}
+        facts = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
+        facts |= {"data": self.data, "framework": f"flwr {flwr.__version__}", "rounds": num_rounds}
         draft.prepare(  # what publishing would refuse after a round, is refused before the first
             "initial",
             self._state(initial_arrays),
             architecture=self.architecture,
             parameters=self.parameters,
             preprocessing=self.preprocessing,
-            lineage=None,
+            lineage={"extra": facts},
             metrics={},
             output_type="classification",
             note="",
             max_artifact_bytes=1 << 62,
         )
-        settings = {f"config.{name}"[:64]: value for name, value in (train_config or {}).items()}
-        facts = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
-        facts |= {"data": self.data, "framework": f"flwr {flwr.__version__}", "rounds": num_rounds}
 
         def finish(number: int, arrays: ArrayRecord) -> MetricRecord | None:  # the last that Flower does in a round
             measured = None if evaluate_fn is None else evaluate_fn(number, arrays)
