@@ -62,18 +62,14 @@ def fixed_information(effect: float, alpha: float, power: float) -> float:
     return ((_Z.inv_cdf(1 - alpha / 2) + _Z.inv_cdf(power)) / effect) ** 2
 
 
-def sample_size(information: float, mean: float, share: float = 0.5, per_client: int = 1, icc: float = 0.0) -> int:
+def sample_size(information: float, mean: float, share: float = 0.5) -> int:
     """Rewards of both arms together that give so much information.
 
     Args:
         mean: The expected mean reward, of rewards that are 0 or 1.
         share: Of the clients, in the smaller arm.
-        per_client: Rewards from each client; ``icc``: how alike they are, 0 to 1 (intraclass correlation).
-
-    Source of the factor 1 + (m - 1) icc: L. Kish, Survey Sampling, 1965.
     """
-    alike = 1 + (per_client - 1) * icc
-    return math.ceil(information * mean * (1 - mean) * alike * (1 / share + 1 / (1 - share)))
+    return math.ceil(information * mean * (1 - mean) * (1 / share + 1 / (1 - share)))
 
 
 def p_value(difference: float, variance: float) -> float:

@@ -5,7 +5,6 @@ Nothing here knows a wire format. Names and meanings are the protocol's; where T
 """
 
 import asyncio
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed_version
@@ -77,7 +76,7 @@ class V2:
 
     def server_metadata(self) -> dict[str, Any]:
         extensions = ["binary_tensor_data", "parameters", "statistics", "model_configuration", "model_repository"]
-        return {"name": "flserving", "version": _own_version(), "extensions": extensions}
+        return {"name": "flserving", "version": installed_version("flserving"), "extensions": extensions}
 
     def models(self) -> dict[str, list[str]]:
         return {"models": list(self.server.health_check()["models"])}
@@ -208,11 +207,6 @@ class V2:
     async def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
         """Reward the answer of an experiment. Raises as :meth:`Experiments.feedback`, which counts it."""
         await asyncio.to_thread(self.server.experiments.feedback, model, receipt, reward, client)
-
-
-@functools.cache
-def _own_version() -> str:
-    return installed_version("flserving")  # reads a file
 
 
 def _features(call: Call) -> NDArray[Any]:
