@@ -59,7 +59,8 @@ def judge(
     than ``effect``. It is promoted once there is that proof (``alpha / 2``) and its worst client is not below.
 
     Args:
-        requests, failed: Of the canary: answered or failed in the model, and failed in the model.
+        requests, failed: Of the canary: answered or failed in the model, and failed in the model; without the failures
+            of the client that has the most, whose input may be to blame: nobody decides alone.
         age_s: Since the canary began; after the policy's ``most_s`` it is rolled back rather than waited for.
     """
     verdict = _judge(policy, control, canary, requests, failed)
@@ -114,7 +115,7 @@ class Experiments:
         self._lock, self._judged_s = threading.Lock(), 0.0
         self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
         self._bandits: dict[str, Thompson] = {}  # by run, as the next one
-        self._seen: dict[str, Counter[tuple[str, bool]]] = {}  # by run: (arm, whether it failed), not in the store yet
+        self._seen: dict[str, Counter[tuple[str, str | None]]] = {}  # by run: arm and who got an error, not stored yet
         router.on_look = self.look
 
     # The way of a request
@@ -135,16 +136,16 @@ class Experiments:
             self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
         if chosen.arm is None:
             return {}
-        self._see(chosen, failed=False)
+        self._see(chosen, None)
         receipt = self._store(self._registry(model)).receipt(experiment.run, chosen.arm, chosen.who)
         return {"arm": chosen.arm, "receipt": receipt}
 
     def failed(self, chosen: Chosen, reason: str) -> None:
         """The request got an error: it counts against its arm where the model is to blame."""
         if reason in OF_THE_MODEL:
-            self._see(chosen, failed=True)
+            self._see(chosen, chosen.who)
 
-    def _see(self, chosen: Chosen, failed: bool) -> None:
+    def _see(self, chosen: Chosen, failed: str | None) -> None:
         if chosen.arm is not None:
             with self._lock:
                 self._seen.setdefault(chosen.road.experiment.run, Counter())[chosen.arm, failed] += 1
@@ -201,9 +202,9 @@ class Experiments:
         roles = {str(arm.version) == control: (name, arm.version) for name, arm in experiment.arms.items()}
         (old, _), (new, version) = roles[True], roles[False]
         rewards = self._store(registry).rewards(experiment.run)
-        requests, failed = self._outcomes(registry, experiment.run).get(new, (0, 0))
+        requests, failed, alone = self._outcomes(registry, experiment.run).get(new, (0, 0, 0))
         age_s = registry.experiment_age_s(model, alias)
-        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), requests, failed, age_s)
+        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), requests - alone, failed - alone, age_s)
         end = functools.partial(registry.conclude_experiment, model, alias, who=experiment.id, run=experiment.run)
         with contextlib.suppress(ConflictError, NotFoundError):  # another process was first
             if verdict.decision == "promote":
@@ -224,7 +225,7 @@ class Experiments:
         outcomes, rewards = self._outcomes(registry, experiment.run), self._store(registry).rewards(experiment.run)
         for name, arm in experiment.arms.items():
             given = rewards.get(name, {})
-            requests, failed = outcomes.get(name, (0, 0))
+            requests, failed, _ = outcomes.get(name, (0, 0, 0))
             count, total = (sum(column) for column in zip(*given.values(), strict=True)) if given else (0, 0.0)
             arms[name] = {
                 "version": arm.version, "weight": arm.weight, "clients": len(given), "rewards": count,
@@ -241,8 +242,8 @@ class Experiments:
         for store in self._stores.values():
             store.close()
 
-    def _outcomes(self, registry: Any, run: str) -> Mapping[str, tuple[int, int]]:
-        """arm -> requests and failures in all processes; what is new here is added first."""
+    def _outcomes(self, registry: Any, run: str) -> Mapping[str, tuple[int, int, int]]:
+        """:meth:`FeedbackStore.outcomes`, of all processes; what is new here is added first."""
         store = self._store(registry)
         with self._lock:
             seen = self._seen.pop(run, None)
@@ -266,7 +267,7 @@ class Experiments:
             known = {}
             for name in experiment.arms:
                 n, total = sums.get(name, (0, 0.0))
-                known[name] = n + outcomes.get(name, (0, 0))[1], total
+                known[name] = n + outcomes.get(name, (0, 0, 0))[1], total
             bandit.learn(known)
         return bandit
 

@@ -36,6 +36,9 @@ CREATE TABLE IF NOT EXISTS rewards (
 CREATE TABLE IF NOT EXISTS outcomes (
     run TEXT, arm TEXT, requests INTEGER NOT NULL, failed INTEGER NOT NULL, PRIMARY KEY (run, arm)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS failures (
+    run TEXT, arm TEXT, client BLOB, n INTEGER NOT NULL, PRIMARY KEY (run, arm, client)
+) WITHOUT ROWID;
 COMMIT;
 """
 
@@ -128,19 +131,23 @@ class FeedbackStore:
         rows = self._query("SELECT arm, sum(n), sum(total) FROM rewards WHERE run = ? GROUP BY arm", run)
         return {arm: (n, total) for arm, n, total in rows}
 
-    def count(self, run: str, seen: Mapping[tuple[str, bool], int]) -> None:
-        """Add how many requests each arm answered (False) and failed in its model (True). OverloadedError: As above."""
+    def count(self, run: str, seen: Mapping[tuple[str, str | None], int]) -> None:
+        """Add how many requests each arm answered (None), or failed of which client. OverloadedError: As above."""
+        failed = [(arm, who.encode(errors="surrogatepass"), n) for (arm, who), n in seen.items() if who is not None]
         with self._writing():
             self._db.executemany(
                 "INSERT INTO outcomes VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                 "requests = requests + excluded.requests, failed = failed + excluded.failed",
-                [(run, arm, n, n * failed) for (arm, failed), n in seen.items()],
+                [(run, arm, n, n * (who is not None)) for (arm, who), n in seen.items()],
             )
+            sql = "INSERT INTO failures VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
+            self._db.executemany(sql, [(run, *each) for each in failed])
 
-    def outcomes(self, run: str) -> dict[str, tuple[int, int]]:
-        """arm -> (how many requests, how many of them failed in the model)."""
-        rows = self._query("SELECT arm, requests, failed FROM outcomes WHERE run = ?", run)
-        return {arm: (requests, failed) for arm, requests, failed in rows}
+    def outcomes(self, run: str) -> dict[str, tuple[int, int, int]]:
+        """arm -> (how many requests, how many of them failed in the model, how many of those are one client's)."""
+        most = "SELECT coalesce(max(n), 0) FROM failures WHERE run = o.run AND arm = o.arm"
+        rows = self._query(f"SELECT arm, requests, failed, ({most}) FROM outcomes AS o WHERE run = ?", run)
+        return {arm: (requests, failed, most) for arm, requests, failed, most in rows}
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -37,7 +37,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         min_clients: Fewer clients than this in an arm decide nothing: its variance is not known well enough.
         worst_margin: How far the worst client of the canary may be below the worst one of the control.
         client_rewards: A client with fewer rewards is not called the worst.
-        max_failures: Share of requests that may fail in the model itself.
+        max_failures: Share of requests that may fail in the model itself; one client's failures alone decide nothing.
         most_s: A canary without a verdict for so long is rolled back: without feedback it would run for ever. The
             default is a week.
     """

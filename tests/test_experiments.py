@@ -392,7 +392,7 @@ def test_a_canary_ends_by_itself(registry, server, monkeypatch, mean, version):
 
 
 def test_a_canary_that_fails_is_rolled_back_by_what_all_processes_saw(tmp_path, registry, server, monkeypatch):
-    """No feedback at all; one failure in a process shows nothing yet, one in each of two does."""
+    """No feedback at all; two clients' failures in one process show nothing yet, a third's in another one does."""
     monkeypatch.setattr(Router, "WATCH_S", 3600)
     monkeypatch.setattr(experiments, "JUDGE_S", 3600)
     publish(registry, 4, fragile=True)
@@ -400,9 +400,11 @@ def test_a_canary_that_fails_is_rolled_back_by_what_all_processes_saw(tmp_path, 
         running = registry.start_experiment("m", Experiment.canary("x", 1, 4, share=0.5), **LOG)
         other.refresh()
         old, new = named(running, "control"), named(running, "canary")
-        for asked in (server, other):
+        others = [name for name in (f"d-{i}" for i in range(40)) if running.arm_of(name) == "canary"]
+        for asked, clients in ((server, [new, *[others[0]] * 20]), (other, [others[1]])):
             assert asked.predict(ROW, client=old)["predictions"] == [1]
-            for options in ({"client": new}, {"version": 4}):  # who names the version is no part of the experiment
+            asks = [{"client": client} for client in clients]
+            for options in (*asks, {"version": 4}):  # who names the version is no part of the experiment
                 with pytest.raises(ModelExecutionError):
                     asked.predict(LOUD, **options)
             with pytest.raises(InvalidInputError):
