@@ -179,18 +179,22 @@ class Experiments:
                     del kept[run]
         judges = time.monotonic() - self._judged_s >= JUDGE_S
         self._judged_s = time.monotonic() if judges else self._judged_s
+        problems, of = self._router.problems, {key: f"{'/'.join(key)} verdict" for key in running}
+        for over in [it for it in list(problems) if it.endswith(" verdict") and it not in of.values()]:
+            problems.pop(over, None)
         for (model, alias), experiment in running.items():
-            problem = f"{model}/{alias} verdict"
+            if experiment.rule != "bandit" and not judges:
+                continue
             try:
                 if experiment.rule == "bandit":
                     self._bandit(Crossroads.at((model, ""), alias, experiment), learn=True)
-                elif experiment.policy is not None and judges:
+                elif experiment.policy is not None:
                     self.decide(model, alias)
-                elif experiment.arms and judges:
+                elif experiment.arms:
                     self._outcomes(self._registry(model), experiment.run)
-                self._router.problems.pop(problem, None)
+                problems.pop(of[model, alias], None)
             except Exception as error:  # the watch goes on
-                self._router.problems[problem] = f"{type(error).__name__}: {error}"
+                problems[of[model, alias]] = f"{type(error).__name__}: {error}"
 
     def decide(self, model: str, alias: str = "default") -> Verdict:
         """Judge the canary on an alias now, and promote it or roll it back. NotFoundError: None runs there."""

@@ -450,6 +450,23 @@ def test_a_version_that_is_gone_is_not_promoted_and_no_route_changes(tmp_path, r
         assert restarted.predict(ROW, version=1)["predictions"] == [1]
 
 
+def test_a_verdict_that_cannot_be_reached_is_a_problem_until_it_is_or_the_canary_is_over(registry, server, monkeypatch):
+    monkeypatch.setattr(Router, "WATCH_S", 3600)
+    monkeypatch.setattr(experiments, "JUDGE_S", 0)
+    registry.start_experiment("m", Experiment.canary("x", 1, 2), **LOG)
+    server.refresh()
+    monkeypatch.setattr(server.experiments._store(registry), "outcomes", lambda run: 1 / 0)
+    server.experiments.look()
+    monkeypatch.setattr(experiments, "JUDGE_S", 3600)
+    for _ in range(2):  # nothing is judged in these looks
+        server.experiments.look()
+        assert "ZeroDivisionError" in server.health_check()["problems"]["m/default verdict"]
+    registry.conclude_experiment("m", **LOG)
+    server.refresh()
+    server.experiments.look()
+    assert server.health_check()["problems"] == {}
+
+
 def test_a_canary_without_a_verdict_is_rolled_back_after_its_time(tmp_path, monkeypatch):
     """Counted from its first start, by the registry's clock: other weights and a restart change nothing about it."""
     monkeypatch.setattr(Router, "WATCH_S", 3600)
