@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ settings.load_profile("flserving")
 
 
 @pytest.fixture(autouse=True)
-def _live_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
+def _live_widgets() -> Iterator[None]:
     """run.py sets this for the kernels of nbval; a test that wants it says so."""
-    monkeypatch.delenv("FLSERVING_STATIC", raising=False)
+    with pytest.MonkeyPatch.context() as patch:  # one of its own: a test's is undone before the test's fixtures end
+        patch.delenv("FLSERVING_STATIC", raising=False)
+        yield
