@@ -197,7 +197,8 @@ def test_the_codes_of_other_servers(code, kind, again):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "localhost:80", "ftp://a:1", "grpc://host", "http://a:99999", "http://a/v2", "http://u:p@a:1"]
+    "url",
+    ["", "localhost:80", "ftp://a:1", "grpc://host", "http://a:99999", "http://a/v2", "http://u:p@a:1", "http://a:1#x"],
 )
 def test_a_url_that_cannot_be_called(url):
     with pytest.raises(ConfigError, match="cannot be called"):

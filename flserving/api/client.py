@@ -36,7 +36,7 @@ def address(url: str, ports: Mapping[str, int | None]) -> SplitResult:
         known = parts.scheme in ports and parts.hostname and parts.port != 0 and (parts.port or ports[parts.scheme])
     except ValueError:
         known = None
-    if not known or parts.path not in {"", "/"} or parts.query or parts.username is not None:
+    if not known or parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username is not None:
         raise ConfigError(f"url {url!r} cannot be called: write {' or '.join(ports)} ://host:port")
     return parts
 
