@@ -164,13 +164,10 @@ class ModelHost:
 
     @property
     def engines(self) -> dict[str, InferenceEngine]:
-        """The versions of the default model that are in memory, by id; :meth:`lease` also loads."""
+        """The versions of the default model that are in memory, by id; looking up another one loads it."""
         self._check_open()
-        return {
-            version: engine
-            for (model, version), engine in self.model_cache.items()
-            if model == self._router.routes.model
-        }
+        model = self._router.routes.model
+        return _Engines(self.lease, {key[1]: engine for key, engine in self.model_cache.items() if key[0] == model})
 
     @property
     def ready(self) -> bool:
@@ -227,3 +224,17 @@ class ModelHost:
         self._loaders.shutdown(wait=True)
         self.model_cache.clear()
         self._store.close()
+
+
+class _Engines(dict[str, InferenceEngine]):
+    """Nobody holds one for long: it is made for each look at :attr:`ModelHost.engines`."""
+
+    def __init__(
+        self, lease: Callable[[str], AbstractContextManager[InferenceEngine]], loaded: Mapping[str, InferenceEngine]
+    ) -> None:
+        super().__init__(loaded)
+        self._lease = lease
+
+    def __missing__(self, version: str) -> InferenceEngine:
+        with self._lease(version) as engine:
+            return engine

@@ -9,7 +9,7 @@ found.
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,13 +22,13 @@ from flserving.cache import PredictionCache
 from flserving.config import ServingConfig, deadline_s
 from flserving.doors import Awaiting, Blocking, Door
 from flserving.engine import Execution, InferenceEngine, Prediction
-from flserving.errors import DeadlineExceededError, FlservingError, NotFoundError, OverloadedError
+from flserving.errors import DeadlineExceededError, FlservingError, InvalidInputError, NotFoundError, OverloadedError
 from flserving.experiments import Experiments
 from flserving.hosting import ModelHost
 from flserving.personalization import each, ids_of
 from flserving.split import Crossroads
 from flserving.telemetry import Telemetry
-from flserving.transforms import Floats, Outputs
+from flserving.transforms import Floats, Outputs, Preprocessor
 from flserving.workers import Batcher
 
 if TYPE_CHECKING:
@@ -110,6 +110,34 @@ class ModelServer(ModelHost):
                        client: str | Sequence[str] | None = None) -> dict[str, Any]:  # fmt: skip
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
         return await self._answer(features, version, model, timeout_ms, stages, arrays, client, self._awaiting)
+
+    def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, *, model: str | None = None,
+                      timeout_ms: float | None = None) -> list[dict[str, Any]]:  # fmt: skip
+        """Answer several requests, each a row or rows, as one: they are admitted, run and fail together.
+
+        Returns:
+            One answer per request, in their order; their ``latency_ms`` is that of the whole.
+        """
+        check = Preprocessor().validate
+        try:
+            if not isinstance(batch, Iterable):
+                raise InvalidInputError(f"batch is a {type(batch).__name__}: send a list of requests")
+            parts = [check(features) for features in batch]
+            if not parts:
+                raise InvalidInputError("the batch is empty: send at least one request")
+            if len(widths := {part.shape[1] for part in parts}) > 1:
+                raise InvalidInputError(f"rows have {sorted(widths)} features: every request needs the model's number")
+        except FlservingError as error:
+            self.telemetry.failure(error.reason)
+            raise
+        answer = self.predict(np.concatenate(parts), version=version, model=model, timeout_ms=timeout_ms)
+        lists = {name: value for name, value in answer.items() if isinstance(value, list)}
+        answers, start = [], 0
+        for part in parts:
+            stop = start + len(part)
+            answers.append(answer | {name: values[start:stop] for name, values in lists.items()})
+            start = stop
+        return answers
 
     async def _answer(
         self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,

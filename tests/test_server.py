@@ -21,6 +21,7 @@ from flserving.errors import (
     CorruptArtifactError,
     DeadlineExceededError,
     ModelExecutionError,
+    NotFoundError,
     OverloadedError,
     ServerClosedError,
 )
@@ -88,7 +89,7 @@ def gated_loads(monkeypatch):
 # Right answers
 
 
-def test_the_three_ways_to_ask_give_one_answer(serve):
+def test_the_four_ways_to_ask_give_one_answer(serve):
     torch.manual_seed(0)
     module = models.build("tutorial_mlp")
     x = np.random.default_rng(0).standard_normal((60, 32), dtype=np.float32)
@@ -100,7 +101,7 @@ def test_the_three_ways_to_ask_give_one_answer(serve):
         async def together():
             return await asyncio.gather(*map(server.apredict, requests))
 
-        ways = [list(map(server.predict, requests)), asyncio.run(together())]
+        ways = [list(map(server.predict, requests)), asyncio.run(together()), server.batch_predict(requests)]
         ways += [server.engines["v1.0"].batch_predict(requests)]
         for answers in ways:
             start = 0
@@ -606,10 +607,12 @@ def test_a_version_never_changes(serve):
     assert server.predict(row(0))["predictions"] == [1.0]
 
 
-def test_engines_are_those_in_memory(serve):
+def test_engines_are_those_in_memory_and_load_what_is_looked_up(serve):
     server = serve(Constant(1), "a", cache_size=1)
     server.load_model("b", Constant(2), output_type="regression", num_features=2)
-    assert list(server.engines) == ["b"] and server.engines["b"].version == "b"
+    assert list(server.engines) == ["b"] and server.engines["a"].version == "a" and list(server.engines) == ["a"]
+    with pytest.raises(NotFoundError, match=r"'c'.*a, b"):
+        server.engines["c"]
 
 
 def test_a_lease_keeps_its_model_in_memory(serve):
@@ -639,6 +642,7 @@ def public_calls(server):
     return {
         "predict": lambda: server.predict(row(0)),
         "apredict": lambda: asyncio.run(server.apredict(row(0))),
+        "batch_predict": lambda: server.batch_predict([row(0)]),
         "load_model": lambda: server.load_model("v2", Tagged(), output_type="regression", num_features=2),
         "serve": lambda: server.serve(None, "digits"),
         "set_default": lambda: server.set_default("v1.0"),
@@ -663,7 +667,7 @@ def test_a_closed_server_says_so_in_every_method(serve):
             pytest.fail(f"{name} answered")
     health = server.health_check()
     assert (health["status"], health["ready"], health["in_memory"]) == ("unavailable", False, [])
-    assert server.get_all_stats()["server"]["failed_by_reason"] == {"ServerClosed": 3}
+    assert server.get_all_stats()["server"]["failed_by_reason"] == {"ServerClosed": 4}
     public = {name for name in dir(server) if not name.startswith("_") and callable(getattr(ModelServer, name, None))}
     assert public - public_calls(server).keys() == {"close", "get_all_stats", "health_check"}, (
         "a new method: try it here"

@@ -84,7 +84,7 @@ def test_a_hit_equals_what_was_computed():
         assert caching.get_all_stats()["server"]["executions"] == 3
 
 
-@pytest.mark.parametrize("first", ["sync", "async"])
+@pytest.mark.parametrize("first", ["sync", "async", "batch"])
 def test_answers_belong_to_their_callers(serve, first):
     """Whoever writes into an answer changes nobody else's, neither of its own batch nor from the cache."""
     server = serve(Tagged())
@@ -95,6 +95,7 @@ def test_answers_belong_to_their_callers(serve, first):
     ways = {
         "sync": lambda: [server.predict(row(1))],
         "async": lambda: asyncio.run(both())[:1],
+        "batch": lambda: server.batch_predict([row(1)]),
     }
     for _ in range(3):
         (answer,) = ways[first]()

@@ -72,6 +72,7 @@ BAD_REQUESTS = {
 DOORS = {
     "sync": lambda server, features, **kwargs: server.predict(features, **kwargs),
     "async": lambda server, features, **kwargs: asyncio.run(server.apredict(features, **kwargs)),
+    "batch": lambda server, features, **kwargs: server.batch_predict([row(1), features], **kwargs),
 }
 
 
@@ -105,6 +106,10 @@ def refused(watched, door, error, message, features=None, **kwargs):
 @pytest.mark.parametrize("name", BAD_FEATURES)
 def test_bad_features_are_refused(watched, name, door):
     features, message = BAD_FEATURES[name]
+    if door == "batch" and name in ("one feature too few", "one feature too many"):
+        message = r"rows have \[[123], [123]\] features"
+    if door == "batch" and name == "too many rows":
+        message = "102 rows, the limit is 100"
     refused(watched, door, InvalidInputError, message, features=(features,))
 
 
@@ -113,6 +118,17 @@ def test_bad_features_are_refused(watched, name, door):
 def test_bad_requests_are_refused(watched, name, door):
     arguments, error, message = BAD_REQUESTS[name]
     refused(watched, door, error, message, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"), [([], "the batch is empty"), (5, "batch is a int"), (None, "batch is a NoneType")]
+)
+def test_bad_batches_are_refused(watched, batch, message):
+    server, _ = watched
+    before = server.get_all_stats()["server"]["failed_by_reason"].get("InvalidInput", 0)
+    with pytest.raises(InvalidInputError, match=message):
+        server.batch_predict(batch)
+    assert server.get_all_stats()["server"]["failed_by_reason"]["InvalidInput"] == before + 1
 
 
 def test_every_good_form_of_a_row_is_taken(watched):
@@ -127,6 +143,7 @@ def test_every_good_form_of_a_row_is_taken(watched):
     locked.setflags(write=False)
     for features in [*good, locked]:
         assert server.predict(features)["predictions"] == [[3, 4]]
+        assert server.batch_predict(iter([features, features]))[1]["predictions"] == [[3, 4]]
     assert server.predict([True, False])["predictions"] == [[1, 0]]
 
 

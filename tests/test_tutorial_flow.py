@@ -104,11 +104,24 @@ def test_a_server_without_arguments(model, x):
 @pytest.mark.parametrize("unknown", [{"version": "v9"}, {"model": "other"}])
 def test_an_unknown_version_is_an_error_and_never_an_answer(model, x, unknown):
     with create_serving_pipeline(model) as server:
-        with pytest.raises(NotFoundError) as raised:
-            server.predict([x[0]], **unknown)
-        assert (raised.value.http_status, raised.value.grpc_code) == (404, "NOT_FOUND")
+        for call in (server.predict, server.batch_predict):
+            with pytest.raises(NotFoundError) as raised:
+                call([x[0]], **unknown)
+            assert (raised.value.http_status, raised.value.grpc_code) == (404, "NOT_FOUND")
         with pytest.raises(NotFoundError):
             server.set_default("v9")
+        with pytest.raises(NotFoundError):
+            server.engines["v9"]
+
+
+def test_batch_predict_gives_every_request_its_own_answer(model, x):
+    with create_serving_pipeline(model) as server:
+        answers = server.batch_predict([x[0], x[1:4], x[4].tolist()])
+        for answer, rows in zip(answers, (1, 3, 1), strict=True):
+            assert_answer(answer, rows)
+        together = [p for answer in answers for p in answer["probabilities"]]
+        np.testing.assert_allclose(together, server.predict(x)["probabilities"], atol=1e-6)
+        assert server.get_all_stats()["server"]["requests"] == 2, "as one request"
 
 
 def test_the_demonstration_shows_an_answer(capsys):
