@@ -31,10 +31,10 @@ CREATE TABLE IF NOT EXISTS secret (id INTEGER PRIMARY KEY CHECK (id = 1), key BL
 CREATE TABLE IF NOT EXISTS used (request BLOB PRIMARY KEY, until_s REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS used_until ON used (until_s);
 CREATE TABLE IF NOT EXISTS rewards (
-    run TEXT, arm TEXT, client TEXT, n INTEGER NOT NULL, total REAL NOT NULL, PRIMARY KEY (run, arm, client)
+    run TEXT, arm TEXT, client BLOB, n INTEGER NOT NULL, total REAL NOT NULL, PRIMARY KEY (run, arm, client)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outcomes (
-    run TEXT, arm TEXT, requests INTEGER NOT NULL, failed INTEGER NOT NULL, PRIMARY KEY (run, arm)
+    run TEXT, arm TEXT, requests INTEGER NOT NULL, PRIMARY KEY (run, arm)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS failures (
     run TEXT, arm TEXT, client BLOB, n INTEGER NOT NULL, PRIMARY KEY (run, arm, client)
@@ -47,7 +47,7 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
     request: bytes
     run: str
     arm: str
-    client: str
+    client: bytes  # of ids that are no Unicode text, too, which neither msgpack nor SQLite take as text
     at_s: float
 
 
@@ -76,7 +76,7 @@ class FeedbackStore:
 
     def receipt(self, run: str, arm: str, client: str) -> str:
         """What the answer to ``client`` carries. Cost: about 5 us."""
-        body = msgspec.msgpack.encode(Receipt(secrets.token_bytes(12), run, arm, client, self._clock()))
+        body = msgspec.msgpack.encode(Receipt(secrets.token_bytes(12), run, arm, _bytes(client), self._clock()))
         return base64.urlsafe_b64encode(hmac.digest(self._key, body, "sha256") + body).decode()
 
     def read(self, receipt: str, client: str) -> Receipt:
@@ -87,7 +87,7 @@ class FeedbackStore:
             sent = b""
         genuine = hmac.compare_digest(sent[:32], hmac.digest(self._key, sent[32:], "sha256"))
         found = msgspec.msgpack.decode(sent[32:], type=Receipt) if genuine else None
-        if found is None or found.client != client:  # the same words for both
+        if found is None or found.client != _bytes(client):  # the same words for both
             raise ForbiddenError("this receipt was not issued to this client: send the one of your own answer")
         if (age_s := self._clock() - found.at_s) > self.receipt_s:
             raise ConflictError(f"the answer is {age_s:.0f} s old: feedback is taken for {self.receipt_s:.0f} s")
@@ -122,8 +122,9 @@ class FeedbackStore:
     def rewards(self, run: str) -> dict[str, dict[str, tuple[int, float]]]:
         """arm -> client -> (how many rewards, their sum)."""
         found: dict[str, dict[str, tuple[int, float]]] = {}
-        for arm, client, n, total in self._query("SELECT arm, client, n, total FROM rewards WHERE run = ?", run):
-            found.setdefault(arm, {})[client] = n, total
+        sql = "SELECT arm, CAST(client AS BLOB), n, total FROM rewards WHERE run = ?"  # older stores hold text
+        for arm, client, n, total in self._query(sql, run):
+            found.setdefault(arm, {})[client.decode(errors="surrogatepass")] = n, total
         return found
 
     def sums(self, run: str) -> Mapping[str, tuple[int, float]]:
@@ -133,20 +134,17 @@ class FeedbackStore:
 
     def count(self, run: str, seen: Mapping[tuple[str, str | None], int]) -> None:
         """Add how many requests each arm answered (None), or failed of which client. OverloadedError: As above."""
-        failed = [(arm, who.encode(errors="surrogatepass"), n) for (arm, who), n in seen.items() if who is not None]
+        failed = [(arm, _bytes(who), n) for (arm, who), n in seen.items() if who is not None]
         with self._writing():
-            self._db.executemany(
-                "INSERT INTO outcomes VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                "requests = requests + excluded.requests, failed = failed + excluded.failed",
-                [(run, arm, n, n * (who is not None)) for (arm, who), n in seen.items()],
-            )
+            sql = "INSERT INTO outcomes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + ?3"
+            self._db.executemany(sql, [(run, arm, n) for (arm, _), n in seen.items()])
             sql = "INSERT INTO failures VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
             self._db.executemany(sql, [(run, *each) for each in failed])
 
     def outcomes(self, run: str) -> dict[str, tuple[int, int, int]]:
         """arm -> (how many requests, how many of them failed in the model, how many of those are one client's)."""
-        most = "SELECT coalesce(max(n), 0) FROM failures WHERE run = o.run AND arm = o.arm"
-        rows = self._query(f"SELECT arm, requests, failed, ({most}) FROM outcomes AS o WHERE run = ?", run)
+        sql = "SELECT arm, requests, coalesce(sum(n), 0), coalesce(max(n), 0) FROM outcomes LEFT JOIN failures "
+        rows = self._query(sql + "USING (run, arm) WHERE run = ? GROUP BY arm", run)
         return {arm: (requests, failed, most) for arm, requests, failed, most in rows}
 
     @contextmanager
@@ -171,3 +169,7 @@ class FeedbackStore:
         """Idempotent."""
         with self._lock:
             self._db.close()
+
+
+def _bytes(client: str) -> bytes:
+    return client.encode(errors="surrogatepass")

@@ -19,6 +19,7 @@ from flserving.errors import (
     ConfigError,
     ConflictError,
     CorruptArtifactError,
+    ForbiddenError,
     InvalidInputError,
     InvalidModelError,
     ModelExecutionError,
@@ -205,6 +206,16 @@ def test_an_answer_names_its_arm_and_who_is_nobody_gets_the_alias(registry, serv
     assert sum(arm["answers"] for arm in report["arms"].values()) == 50 and report["id"] == "ab"
     registry.conclude_experiment("m", version=3, **LOG)
     assert server.predict(ROW, client="c-1")["predictions"] == [3] and server.experiments.report("m") == {}
+
+
+def test_an_id_that_is_no_unicode_text_gives_feedback_too(registry, server):
+    server.predict(ROW)
+    running = registry.start_experiment("m", AB, **LOG)
+    answer = server.predict(ROW, client="\udc80")
+    server.experiments.feedback("m", answer["receipt"], 0.5, "\udc80")
+    assert server.experiments._store(registry).rewards(running.run) == {answer["arm"]: {"\udc80": (1, 0.5)}}
+    with pytest.raises(ForbiddenError):
+        server.experiments.feedback("m", server.predict(ROW, client="\udc80")["receipt"], 0.5, "\udc81")
 
 
 def test_every_process_follows_what_one_of_them_starts(tmp_path, registry, server):

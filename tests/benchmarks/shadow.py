@@ -1,6 +1,6 @@
 """What shadow traffic does to the latency of the requests that it copies, beside what chance does to it.
 
-    python tests/benchmarks/shadow.py            # about two minutes; prints the table
+    python tests/benchmarks/shadow.py            # about three minutes; prints the table
     python tests/benchmarks/shadow.py --quick    # seconds; too short to quote
 
 Blocks with a shadow and two kinds of blocks without one take turns, in another order each time; a ratio is that of two
