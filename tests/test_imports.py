@@ -168,9 +168,10 @@ def packed_assignments(source: str) -> int:
     """``a, b = x, y`` puts two assignments into one line. A swap is one idea, and so is an unpacking."""
     found = 0
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-            targets = sorted(ast.dump(target).replace("Store()", "Load()") for target in node.targets[0].elts)
-            found += targets != sorted(map(ast.dump, node.value.elts))
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=targets), *_], value=ast.Tuple(elts=values)):
+                read = sorted(ast.dump(target).replace("Store()", "Load()") for target in targets)
+                found += read != sorted(map(ast.dump, values))
     return found
 
 
