@@ -136,7 +136,9 @@ def check_disk() -> Check:
         return Check(False, f"disk: {folder} cannot be written ({error}): {remedy}")
     free = shutil.disk_usage(folder).free
     text = f"disk: {folder} is writable, {free / 1e9:.1f} GB free"
-    return Check(True, text) if free >= LOWEST_FREE_BYTES else Check(False, f"{text}: {remedy}")
+    if free < LOWEST_FREE_BYTES:
+        return Check(False, f"{text}: {remedy}")
+    return Check(True, text)
 
 
 def check_chromium() -> Check:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import threading
 
 import grpc
@@ -16,8 +15,6 @@ from flserving.api.v2 import V2
 from serving_models import PATIENCE_S
 
 ROLES = {"read": Role.READ, "infer": Role.INFER, "admin": Role.ADMIN}
-STACKS = {"grpcio": False} | ({"native": True} if importlib.util.find_spec("pygrpc_native") else {})
-"""What may lie below the door: the second is tested where its package is installed."""
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -31,10 +28,10 @@ def known_tokens():
 
 
 @contextlib.contextmanager
-def open_door(server, *, native=False, reuse_port=False, **options):
+def open_door(server, *, reuse_port=False, **options):
     """``(V2, "host:port", door, run)`` of a gRPC door that answers while the block runs; ``run`` runs on its loop."""
     v2 = V2(server, admin=True)
-    chosen = ApiOptions(**{"tokens": known_tokens(), "native_grpc": native, **options})
+    chosen = ApiOptions(**{"tokens": known_tokens(), **options})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="grpc-door", daemon=True)
     thread.start()

@@ -1,7 +1,6 @@
 """Feedback over the network: the answer names its arm, and one genuine, own, timely reward an answer counts."""
 
 import base64
-import contextlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from flserving.errors import (
 )
 from flserving.feedback import FILE_NAME, FeedbackStore
 from flserving.split import Experiment
-from grpc_door import STACKS, Caller, health, metadata, status
+from grpc_door import Caller, health, metadata, status
 from serving_models import PATIENCE_S, Threads
 
 pytestmark = pytest.mark.timeout(120)
@@ -156,29 +155,20 @@ def server(registry):
 
 
 @pytest.fixture(scope="module")
-def endpoints(server):
-    """By the stack below gRPC."""
+def endpoint(server):
     tokens = Tokens()
     for i in range(8):
         tokens.add(f"token-{i}", Role.INFER, f"c-{i}")
     tokens.add("nobody", Role.INFER)
     tokens.add("reader", Role.READ, "c-1")
-    with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(flserving.serve(server, tokens=tokens, native_grpc=native))
-            for name, native in STACKS.items()
-        }
+    with flserving.serve(server, tokens=tokens) as endpoint:
+        yield endpoint
 
 
-@pytest.fixture
-def endpoint(endpoints):
-    return endpoints["grpcio"]
-
-
-@pytest.fixture(params=["http", *STACKS])
-def door(request, endpoints):
-    """Where a client calls, over REST and over gRPC on each of its stacks."""
-    return endpoints["grpcio"].url if request.param == "http" else f"grpc://{endpoints[request.param].grpc_url}"
+@pytest.fixture(params=["http", "grpc"])
+def door(request, endpoint):
+    """Where a client calls, over REST and over gRPC."""
+    return endpoint.url if request.param == "http" else f"grpc://{endpoint.grpc_url}"
 
 
 @pytest.fixture
@@ -282,15 +272,14 @@ def test_what_the_client_never_sends_is_refused_by_the_doors(endpoint, server, r
     assert given(server) == before
 
 
-@pytest.mark.parametrize("stack", STACKS)
-def test_stubs_made_from_the_proto_file_give_feedback(endpoints, server, running, stack, monkeypatch):
+def test_stubs_made_from_the_proto_file_give_feedback(endpoint, server, running, monkeypatch):
     pytest.importorskip("grpc_tools")
     monkeypatch.syspath_prepend(Path(flserving.__file__).parent / "api")
     protos, services = grpc.protos_and_services("experiments.proto")
-    with Client(endpoints[stack].url, "token-4") as caller:
+    with Client(endpoint.url, "token-4") as caller:
         receipt, before = caller.predict(ROW)["receipt"], given(server)
     request = protos.FeedbackRequest(model_name="m", receipt=receipt, reward=0.0)
-    with grpc.insecure_channel(endpoints[stack].grpc_url) as channel:
+    with grpc.insecure_channel(endpoint.grpc_url) as channel:
         stub = services.ExperimentsStub(channel)
         assert stub.Feedback(request, metadata=metadata("token-4"), timeout=PATIENCE_S).counted
         assert status(health(channel, "flserving.Experiments")) == "SERVING"

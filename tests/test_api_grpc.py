@@ -1,9 +1,8 @@
-"""The gRPC door to real clients: tritonclient and grpc.aio get what ``predict`` gives, whatever stack is below it."""
+"""The gRPC door to real clients: tritonclient and grpc.aio get what ``predict`` gives."""
 
 import asyncio
 import shutil
 import subprocess
-import sys
 
 import grpc
 import numpy as np
@@ -18,17 +17,12 @@ from flserving.api import messages
 from flserving.config import ServingConfig
 from flserving.errors import ConfigError
 from flserving.server import ModelServer
-from grpc_door import INFER, STACKS, Caller, arrays, health, metadata, open_door, request, status
+from grpc_door import INFER, Caller, arrays, health, metadata, open_door, request, status
 from serving_models import PATIENCE_S, wait_until
 
 WIDTH, CLASSES = 6, 4
 HEADERS = {"authorization": "Bearer infer"}
 X = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
-
-
-@pytest.fixture(scope="module", params=STACKS.values(), ids=STACKS.keys())
-def native(request):
-    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +36,8 @@ def server():
 
 
 @pytest.fixture(scope="module")
-def door(server, native):
-    with open_door(server, native=native) as (v2, target, _, _):
+def door(server):
+    with open_door(server) as (v2, target, _, _):
         yield v2, target
 
 
@@ -212,12 +206,9 @@ def test_calls_are_timed_and_refusals_counted(server, target, caller):
         assert after[reason] == refused.get(reason, 0) + 1
 
 
-def test_a_port_in_use_and_a_missing_package_are_said(server, target, monkeypatch):
+def test_a_port_in_use_is_said(server, target):
     port = int(target.rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"), open_door(server, grpc_port=port):
-        pass
-    monkeypatch.setitem(sys.modules, "pygrpc_native.aio", None)
-    with pytest.raises(ConfigError, match="pip install pygrpc-native"), open_door(server, native=True):
         pass
 
 
@@ -237,5 +228,3 @@ def test_tls(server, tmp_path):
             assert arrays(answer)["predictions"].tolist() == server.predict(X)["predictions"]
         with Caller(target) as plain:
             assert plain.refused(INFER, request(X))[0] == "UNAVAILABLE"
-    with pytest.raises(ConfigError, match="no TLS"), open_door(server, native=True, **options):
-        pass

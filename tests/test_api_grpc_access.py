@@ -8,7 +8,7 @@ from torch import nn
 from flserving.api import messages
 from flserving.config import ServingConfig
 from flserving.server import ModelServer
-from grpc_door import INFER, STACKS, Caller, arrays, metadata, open_door, request
+from grpc_door import INFER, Caller, arrays, metadata, open_door, request
 from serving_models import PATIENCE_S
 
 X = np.ones((3, 2), np.float32)
@@ -21,9 +21,9 @@ def server():
         yield server
 
 
-@pytest.fixture(scope="module", params=STACKS.values(), ids=STACKS.keys())
-def target(server, request):
-    with open_door(server, native=request.param) as (_, target, _, _):
+@pytest.fixture(scope="module")
+def target(server):
+    with open_door(server) as (_, target, _, _):
         yield target
 
 

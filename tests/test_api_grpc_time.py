@@ -9,19 +9,14 @@ import numpy as np
 import pytest
 
 from flserving.api import messages
-from grpc_door import INFER, STACKS, Caller, arrays, health, metadata, open_door, request, status
+from grpc_door import INFER, Caller, arrays, health, metadata, open_door, request, status
 from serving_models import PATIENCE_S, Constant, Gated, Probe, Threads, serving, wait_until
 
 
-@pytest.fixture(params=STACKS.values(), ids=STACKS.keys())
-def native(request):
-    return request.param
-
-
 @contextlib.contextmanager
-def held(native, probe):
+def held(probe):
     """A server of one worker that is busy until the probe releases it: calls wait in the queue."""
-    with serving(Gated(probe), num_workers=1) as server, open_door(server, native=native) as (_, target, door, run):
+    with serving(Gated(probe), num_workers=1) as server, open_door(server) as (_, target, door, run):
         probe.shut()
         threads = Threads()
         threads.start(server.predict, np.zeros((1, 2), np.float32))
@@ -44,9 +39,9 @@ ONE = np.full((1, 2), 7, np.float32)
 
 
 @pytest.mark.parametrize(("timeout_us", "deadline_s"), [(20_000, PATIENCE_S), (int(PATIENCE_S * 1e6), 0.05)])
-def test_the_smaller_of_timeout_and_deadline_wins(native, timeout_us, deadline_s):
+def test_the_smaller_of_timeout_and_deadline_wins(timeout_us, deadline_s):
     probe = Probe()
-    with held(native, probe) as (server, caller, _):
+    with held(probe) as (server, caller, _):
         late = request(ONE, parameters={"timeout": {"int64_param": timeout_us}})
         assert caller.refused(INFER, late, timeout=deadline_s)[0] == "DEADLINE_EXCEEDED"
         waiting(server, 0)
@@ -55,9 +50,9 @@ def test_the_smaller_of_timeout_and_deadline_wins(native, timeout_us, deadline_s
         assert caller.infer(ONE)["predictions"].tolist() == [[7.0, 7.0]]
 
 
-def test_a_cancelled_call_is_cancelled_in_the_server(native):
+def test_a_cancelled_call_is_cancelled_in_the_server():
     probe = Probe()
-    with held(native, probe) as (server, caller, _):
+    with held(probe) as (server, caller, _):
         body = request(ONE).SerializeToString()
         call = caller.channel.unary_unary(INFER).future(body, metadata=metadata("infer"))
         waiting(server, 1)
@@ -67,9 +62,9 @@ def test_a_cancelled_call_is_cancelled_in_the_server(native):
         assert probe.calls == 1  # the model never saw it
 
 
-def test_stop_lets_admitted_calls_finish_and_ends_watches_at_once(native):
+def test_stop_lets_admitted_calls_finish_and_ends_watches_at_once():
     probe = Probe()
-    with held(native, probe) as (server, caller, stop):
+    with held(probe) as (server, caller, stop):
         body = request(ONE).SerializeToString()
         call = caller.channel.unary_unary(INFER).future(body, metadata=metadata("infer"))
         watch = health(caller.channel, method="Watch")
@@ -83,14 +78,14 @@ def test_stop_lets_admitted_calls_finish_and_ends_watches_at_once(native):
         threads.results()
 
 
-def test_calls_beyond_the_limit_are_turned_away_and_health_is_not(native):
+def test_calls_beyond_the_limit_are_turned_away_and_health_is_not():
     probe = Probe()
     with serving(Gated(probe), num_workers=1) as server:
         probe.shut()
         threads = Threads()
         threads.start(server.predict, np.zeros((1, 2), np.float32))
         probe.wait_inside(1)
-        with open_door(server, native=native, max_connections=2) as (_, target, _, _), Caller(target) as caller:
+        with open_door(server, max_connections=2) as (_, target, _, _), Caller(target) as caller:
             body = request(ONE).SerializeToString()
             calls = [caller.channel.unary_unary(INFER).future(body, metadata=metadata("infer")) for _ in range(2)]
             waiting(server, 2)
@@ -101,8 +96,8 @@ def test_calls_beyond_the_limit_are_turned_away_and_health_is_not(native):
             threads.results()
 
 
-def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing(native):
-    with serving(Constant(1), "v1") as server, open_door(server, native=native) as (_, target, _, _):
+def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing():
+    with serving(Constant(1), "v1") as server, open_door(server) as (_, target, _, _):
         server.load_model("v2", Constant(2), output_type="regression", num_features=2)
         seen, failures, stop = [], [], threading.Event()
 
@@ -132,10 +127,10 @@ def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing(native):
         assert set(seen) == {("v1", *[1.0] * 4), ("v2", *[2.0] * 4)}
 
 
-def test_two_doors_share_a_port_and_one_may_leave(native):
-    with serving(Constant(1)) as server, open_door(server, native=native, reuse_port=True) as (_, target, door, run):
+def test_two_doors_share_a_port_and_one_may_leave():
+    with serving(Constant(1)) as server, open_door(server, reuse_port=True) as (_, target, door, run):
         port = int(target.rpartition(":")[2])
-        with open_door(server, native=native, reuse_port=True, grpc_port=port) as (_, other, _, _):
+        with open_door(server, reuse_port=True, grpc_port=port) as (_, other, _, _):
             assert other == target
             run(door.stop(0.0))
             for _ in range(8):  # each time another connection, and so perhaps another door

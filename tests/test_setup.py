@@ -60,7 +60,7 @@ def test_every_dependency_says_why_and_from_which_version_on():
         entry = re.search(rf'^    "{re.escape(requirement)}",\s+# \S.+$', PYPROJECT, re.MULTILINE)
         assert entry, f"{requirement}: say in a comment on its line why it is there"
         assert ">=" in requirement, f"{requirement}: no lower bound"
-    assert set(extras) == {"test", "onnx", "flower", "otel", "native", "grading"}
+    assert set(extras) == {"test", "onnx", "flower", "otel", "grading"}
 
 
 def test_every_data_file_of_the_package_is_installed_with_it():

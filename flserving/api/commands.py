@@ -37,14 +37,14 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token-file", metavar="FILE", help='JSON: [{"token": "...", "role": "infer"}, ...]')
     parser.add_argument("--no-token", action="store_true", help="let everybody in who can reach the port")
     parser.add_argument("--no-grpc", action="store_true", help="REST only")
-    parser.add_argument("--native-grpc", action="store_true", help="gRPC by pygrpc-native: fast, for trusted networks")
     parser.add_argument("--admin", action="store_true", help="let the role admin load and unload models")
     parser.add_argument("--artifacts", action="store_true", help="let devices (flserving edge) download the models")
     parser.add_argument("--origin", action="append", default=[], help="web page that may call: https://host[:port]")
     parser.add_argument("--allow-host", action="append", default=[], help="one more name for the Host header")
     for name, text in _API.items():
         default = _PORTS.get(name, ApiOptions.__dataclass_fields__[name].default)
-        kind, shown = (str, "") if default is None else (type(default), f" (default {default})")
+        kind = str if default is None else type(default)
+        shown = "" if default is None else f" (default {default})"
         parser.add_argument(_flag(name), type=kind, default=default, help=text + shown)
     settings = parser.add_argument_group("batching, caches and limits (see flserving.ServingConfig)")
     for field in dataclasses.fields(ServingConfig):
@@ -66,7 +66,6 @@ def serve(arguments: argparse.Namespace) -> int:
     options = ApiOptions(
         **{name: given[name] for name in _API if name != "grpc_port"},
         grpc_port=None if arguments.no_grpc else arguments.grpc_port,
-        native_grpc=arguments.native_grpc,
         tokens=tokens,
         admin=arguments.admin,
         artifacts=arguments.artifacts,
@@ -141,7 +140,8 @@ def _tokens(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Whom to let in, and what to tell the operator about it."""
     from flserving.api.auth import Role, Tokens
 
-    role, given = Role.ADMIN if arguments.admin else Role.INFER, os.environ.get("FLSERVING_TOKEN")
+    role = Role.ADMIN if arguments.admin else Role.INFER
+    given = os.environ.get("FLSERVING_TOKEN")
     if arguments.no_token and (arguments.token_file or given):
         raise ConfigError("--no-token beside a token: drop one of them (also the variable FLSERVING_TOKEN)")
     if arguments.no_token:
@@ -151,7 +151,9 @@ def _tokens(arguments: argparse.Namespace) -> tuple[Any, str]:
         tokens.add(given, role)
     if arguments.token_file:
         return tokens, f"those in {arguments.token_file}"
-    return (tokens, "the one in FLSERVING_TOKEN") if given else Tokens.random(role)
+    if given:
+        return tokens, "the one in FLSERVING_TOKEN"
+    return Tokens.random(role)
 
 
 def _flag(name: str) -> str:

@@ -3,8 +3,6 @@
 It runs on the event loop that starts it: callers of one turn of the loop share a batch with those of REST.
 """
 
-import asyncio
-import importlib
 from pathlib import Path
 
 import grpc
@@ -16,23 +14,18 @@ from flserving.api.options import ApiOptions
 from flserving.api.v2 import V2
 from flserving.errors import ConfigError
 
-_FLUSH_S = 0.25
-
 
 class GrpcDoor:
     """A gRPC server that runs. ``port`` is where."""
 
-    def __init__(self, server: grpc.aio.Server, service: Service, port: int, native: bool) -> None:
-        self._server, self._service, self.port, self._native = server, service, port, native
+    def __init__(self, server: grpc.aio.Server, service: Service, port: int) -> None:
+        self._server = server
+        self._service = service
+        self.port = port
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls; those under way have ``grace_s`` to end, then they are cancelled. Idempotent."""
-        already = self._service.stopping.is_set()
         self._service.stopping.set()  # watchers would stay to the end of the grace
-        if self._native and not already:
-            # pygrpc-native 0.5 closes its sockets over answers that its threads still hold: one in eight got lost
-            await self._service.idle(grace_s)
-            await asyncio.sleep(_FLUSH_S)
         await self._server.stop(grace_s)
 
 
@@ -44,7 +37,7 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -
         reuse_port: Let several processes listen on one port.
 
     Raises:
-        ConfigError: The address cannot be listened on, or ``native_grpc`` cannot be had.
+        ConfigError: The address cannot be listened on.
     """
     service = Service(v2, options.tokens or Tokens(), options.max_connections)
     server = _server(options, reuse_port)
@@ -64,7 +57,7 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -
             f"gRPC cannot listen on {address}: is the port taken, or the address not this computer's?"
         ) from error
     await server.start()
-    return GrpcDoor(server, service, port, options.native_grpc)
+    return GrpcDoor(server, service, port)
 
 
 def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
@@ -81,12 +74,5 @@ def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # more often is a flood: two strikes, then goodbye
         ("grpc.http2.max_ping_strikes", 2),
     ]
-    if not options.native_grpc:
-        return grpc.aio.server(options=limits, maximum_concurrent_rpcs=options.max_connections + MOST_WATCHERS + 64)
-    try:
-        aio = importlib.import_module("pygrpc_native.aio")
-    except ImportError as error:
-        raise ConfigError(
-            f"native_grpc needs the package pygrpc-native: pip install pygrpc-native ({error})"
-        ) from error
-    return aio.server(options=[limit for limit in limits if limit[0] != "grpc.max_allowed_incoming_connections"])
+    most_calls = options.max_connections + MOST_WATCHERS + 64
+    return grpc.aio.server(options=limits, maximum_concurrent_rpcs=most_calls)

@@ -78,12 +78,6 @@ class Service:
         feedback = {"Feedback": grpc.unary_unary_rpc_method_handler(_told(self._feedback))}
         return {messages.SERVICE: unary, messages.HEALTH: health, messages.EXPERIMENTS: feedback}
 
-    async def idle(self, most_s: float) -> None:
-        """Wait until no inference is under way, at most ``most_s``."""
-        end_s = time.monotonic() + most_s
-        while self._inside and time.monotonic() < end_s:
-            await asyncio.sleep(0.005)
-
     async def _infer(self, body: bytes, context: Any) -> bytes:
         came_s = time.perf_counter()
         with self._refusals:

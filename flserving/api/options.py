@@ -26,8 +26,6 @@ class ApiOptions:
         host: Address to listen on; only this computer reaches the default.
         port: Port of REST, 0 takes a free one.
         grpc_port: Port of gRPC, 0 takes a free one; None leaves gRPC out.
-        native_grpc: Speak gRPC through the package pygrpc-native, several times faster. For trusted networks: it takes
-            a message of any size into memory before it refuses it, limits neither connections nor pings, has no TLS.
         tokens: Credentials; None makes a random token, ``Tokens.open()`` asks for none.
         admin: Whether the routes that load and unload models exist for the role admin.
         artifacts: Whether devices may download releases, manifests, weights, deltas and their own heads (role infer).
@@ -47,7 +45,6 @@ class ApiOptions:
     host: str = "127.0.0.1"
     port: int = 0
     grpc_port: int | None = 0
-    native_grpc: bool = False
     tokens: Tokens | None = None
     admin: bool = False
     artifacts: bool = False
@@ -69,8 +66,6 @@ class ApiOptions:
                 raise ConfigError(f"{name} is {value!r}: it must be a number in [{low}, {high}] ({why})")
         if self.port and self.port == self.grpc_port:
             raise ConfigError(f"port and grpc_port are both {self.port}: give each its own, or 0 for a free one")
-        if self.native_grpc and self.secure:
-            raise ConfigError("native_grpc has no TLS: leave it out, or put a proxy in front")
         if not isinstance(self.host, str) or not self.host or any(c.isspace() or c in "/[]" for c in self.host):
             raise ConfigError(f"host is {self.host!r}: give an address or a name, for example 127.0.0.1")
         for name in ("origins", "hosts"):

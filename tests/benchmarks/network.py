@@ -105,12 +105,13 @@ def systems(size: str, pythons: list[str]) -> Iterator[list[System]]:
         def start(python: str, script: str, port: int, *arguments: str) -> subprocess.Popen:
             return stack.enter_context(pinned([python, str(SERVERS / script), str(port), *arguments]))
 
-        def serve(*options: str) -> tuple[subprocess.Popen, int, int]:
-            port, grpc_port = free_port(), free_port()
+        def serve() -> tuple[subprocess.Popen, int, int]:
+            port = free_port()
+            grpc_port = free_port()
             ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
             command = [sys.executable, "-m", "flserving", "serve", "--registry", str(registry), "--model", "m", *ports]
             quiet = {"stdout": subprocess.DEVNULL, "env": os.environ | {"FLSERVING_TOKEN": TOKEN}}
-            return stack.enter_context(pinned([*command, *options], **quiet)), port, grpc_port
+            return stack.enter_context(pinned(command, **quiet)), port, grpc_port
 
         ours, port, grpc_port = serve()
         infer, auth = "/v2/models/m/infer", {"authorization": f"Bearer {TOKEN}"}
@@ -126,10 +127,6 @@ def systems(size: str, pythons: list[str]) -> Iterator[list[System]]:
         target = Target(f"http://127.0.0.1:{grpc_port}{rpc}", framed, GRPC_HEADERS, grpc=True)
         found.append(System("flserving gRPC", ours, target, "constant"))
         await_answer(found[-1])
-        if has_module(sys.executable, "pygrpc_native"):
-            native, _, native_port = serve("--native-grpc")
-            target = Target(f"http://127.0.0.1:{native_port}{rpc}", framed, GRPC_HEADERS, grpc=True)
-            found.append(System("flserving gRPC, native", native, target, "constant"))
         channel = grpc.insecure_channel(f"127.0.0.1:{grpc_port}")
         with channel:
             reply = channel.unary_unary(rpc)(framed[5:], metadata=[("authorization", f"Bearer {TOKEN}")])
