@@ -37,7 +37,9 @@ class ModelCache:
 
     A model in use is *pinned* (:meth:`lease`) and stays in memory. Who needs room while everything is pinned waits in
     line; after ``PATIENCE_S`` the coldest take no new users, or models in steady use would never leave.
-    Concurrent misses of one key load once. A load that fails evicts nothing and is not remembered.
+    Concurrent misses of one key load once. A load has its room before it reads a byte, so loads under way count like
+    models that are here, and what can never fit is refused unread. A load that fails gives its room back and is not
+    remembered.
 
     Args:
         max_size: Most models held. ``max_bytes``: most bytes held; None means no byte budget.
@@ -53,6 +55,7 @@ class ModelCache:
         self.max_size, self.max_bytes, self._clock = max_size, max_bytes, clock
         self._entries: OrderedDict[Hashable, Lease] = OrderedDict()  # coldest first
         self._leaving: set[Lease] = set()  # dropped while in use: counted until released
+        self._arriving: set[Lease] = set()  # the room of loads under way
         self._loading: dict[Hashable, Future[None]] = {}
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
@@ -78,7 +81,9 @@ class ModelCache:
     def put(self, key: Hashable, value: Any, timeout_s: float = 0) -> None:
         """Hold ``value``, evicting the coldest until it fits; waits ``timeout_s`` for room. Raises as :meth:`load`."""
         with self._lock:
-            self._insert(key, value, self._clock() + timeout_s)
+            place = Lease(None, 0)
+            self._reserve(key, place, nbytes_of(value), self._clock() + timeout_s)
+            self._arrive(key, place, value)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> None:
         """Drop the models under ``keys``, all of them when not given; one in use goes when it is released."""
@@ -87,9 +92,11 @@ class ModelCache:
                 self._drop(key)
 
     @contextmanager
-    def lease(self, key: Hashable, load: Callable[[], Any], timeout_s: float = 60) -> Iterator[Any]:
-        """Pin the model under ``key`` for the ``with`` block, loading it on a miss (see :meth:`acquire`)."""
-        entry = self.acquire(key) or self.load(key, load, timeout_s)
+    def lease(
+        self, key: Hashable, load: Callable[[], Any], timeout_s: float = 60, size: Callable[[], int] | None = None
+    ) -> Iterator[Any]:
+        """Pin the model under ``key`` for the ``with`` block, loading it on a miss (see :meth:`load`)."""
+        entry = self.acquire(key) or self.load(key, load, timeout_s, size)
         try:
             yield entry.value
         finally:
@@ -112,8 +119,14 @@ class ModelCache:
                     self.nbytes -= entry.nbytes
                 self._released.notify_all()
 
-    def load(self, key: Hashable, load: Callable[[], Any], timeout_s: float = 60) -> Lease:
+    def load(
+        self, key: Hashable, load: Callable[[], Any], timeout_s: float = 60, size: Callable[[], int] | None = None
+    ) -> Lease:
         """After a miss: run ``load`` once however many callers wait for ``key``; return its entry, pinned.
+
+        Args:
+            size: Tells the model's bytes before they are read, so that the room for them is free by then. Where nobody
+                can tell, a place is kept and the bytes are counted once they are here.
 
         Raises:
             DeadlineExceededError: Another caller's load took longer than ``timeout_s``. OverloadedError: No room in
@@ -138,17 +151,23 @@ class ModelCache:
                 ) from error
             finally:
                 del flight  # an error's frames must not hold what holds the error: that circle would keep models alive
+        place = Lease(None, 0)
         try:
+            nbytes = 0 if size is None else size()
+            with self._lock:
+                self._reserve(key, place, nbytes, deadline)
             value = load()
             with self._lock:
-                entry = self._insert(key, value, deadline)
-                entry.pins += 1
+                self._reserve(key, place, nbytes_of(value), deadline)  # what is here is what counts
+                self._arrive(key, place, value)
+                place.pins += 1
                 self.loads += 1
                 del self._loading[key]
             mine.set_result(None)
-            return entry
+            return place
         except BaseException as error:
             with self._lock:
+                self._give_back(place)
                 self.failed_loads += 1
                 del self._loading[key]
             interrupted = OverloadedError(f"the load of {key!r} was interrupted: try again")
@@ -171,14 +190,40 @@ class ModelCache:
         self._entries.move_to_end(key)
         return entry
 
-    def _insert(self, key: Hashable, value: Any, deadline: float) -> Lease:
-        nbytes = nbytes_of(value)
+    def _reserve(self, key: Hashable, place: Lease, nbytes: int, deadline: float) -> None:
+        """Give ``place`` so many bytes, as soon as they are free; a new one gets itself, too."""
         if self.max_bytes is not None and nbytes > self.max_bytes:
             raise ModelTooLargeError(f"{key!r} needs {nbytes:,} B of {self.max_bytes:,} B in all: raise cache_bytes")
-        self._line.append(me := object())
+        if place not in self._arriving:
+            self._wait_for_room(len(self._line), key, place, nbytes, deadline)
+        elif nbytes > place.nbytes:  # before everybody else: they may wait for this very place
+            self._wait_for_room(0, key, place, nbytes, deadline)
+        self._arriving.add(place)
+        self.nbytes += nbytes - place.nbytes
+        place.nbytes = nbytes
+
+    def _arrive(self, key: Hashable, place: Lease, value: Any) -> None:
+        """What was to come is here; it takes the place of what ``key`` held."""
+        if key in self._entries:
+            self._drop(key)
+        self._arriving.remove(place)
+        place.value = value
+        self._entries[key] = place
+        self._released.notify_all()
+
+    def _give_back(self, place: Lease) -> None:
+        """What was to come does not."""
+        if place in self._arriving:
+            self._arriving.remove(place)
+            self.nbytes -= place.nbytes
+            self._released.notify_all()
+
+    def _wait_for_room(self, position: int, key: Hashable, place: Lease, nbytes: int, deadline: float) -> None:
+        """Stand in line until ``place`` can have ``nbytes``."""
+        self._line.insert(position, me := object())
         drain_at = self._clock() + self.PATIENCE_S
         try:
-            while self._line[0] is not me or not self._make_room(key, nbytes):
+            while self._line[0] is not me or not self._make_room(key, place, nbytes):
                 until = min(deadline, drain_at)
                 if self._released.wait(max(0.0, until - self._clock())) and self._clock() < until:
                     continue
@@ -191,33 +236,34 @@ class ModelCache:
         finally:
             self._line.remove(me)
             self._released.notify_all()
-        entry = self._entries[key] = Lease(value, nbytes)
-        self.nbytes += nbytes
-        return entry
 
-    def _make_room(self, key: Hashable, nbytes: int) -> bool:
+    def _make_room(self, key: Hashable, place: Lease, nbytes: int) -> bool:
         """Drop what ``key`` holds now, and the coldest until ``nbytes`` fit; if they cannot, drop nothing."""
-        size, held, leave = len(self._entries) + len(self._leaving), self.nbytes, set[Hashable]()
+        size = len(self._entries) + len(self._leaving) + len(self._arriving | {place})
+        held = self.nbytes + nbytes - place.nbytes
+        leave = set[Hashable]()
         for candidate in sorted(self._entries, key=lambda k: k != key):  # a stable sort: then coldest first
-            if self._fits(size, held + nbytes):
+            if self._fits(size, held):
                 break
             if not (entry := self._entries[candidate]).pins:
                 leave.add(candidate)
-                size, held = size - 1, held - entry.nbytes
-        if fits := self._fits(size, held + nbytes):
+                size -= 1
+                held -= entry.nbytes
+        if fits := self._fits(size, held):
             for candidate in (leave | {key}) & self._entries.keys():
                 self.evictions += candidate != key
                 self._drop(candidate)
         return fits
 
     def _drain(self, nbytes: int) -> None:
-        """Let the coldest take no new users until there will be room for ``nbytes``."""
-        while not self._fits(len(self._entries), sum(e.nbytes for e in self._entries.values()) + nbytes):
+        """Let the coldest take no new users until there will be room for ``nbytes``. Loads under way are not counted:
+        what they bring can be drained when it is here."""
+        while self._entries and not self._fits(len(self._entries) + 1, sum(map(_held, self._entries.values()), nbytes)):
             self._drop(next(iter(self._entries)))
             self.evictions += 1
 
-    def _fits(self, others: int, nbytes: int) -> bool:
-        return others < self.max_size and (self.max_bytes is None or nbytes <= self.max_bytes)
+    def _fits(self, size: int, nbytes: int) -> bool:
+        return size <= self.max_size and (self.max_bytes is None or nbytes <= self.max_bytes)
 
     def _drop(self, key: Hashable) -> None:
         entry = self._entries.pop(key)
@@ -225,6 +271,10 @@ class ModelCache:
             self._leaving.add(entry)
         else:
             self.nbytes -= entry.nbytes
+
+
+def _held(entry: Lease) -> int:
+    return entry.nbytes
 
 
 class PredictionCache(Generic[V]):

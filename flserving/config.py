@@ -36,7 +36,8 @@ class ServingConfig:
             request is never held while a worker is idle; when a worker comes free it takes the fullest
             queue, but none whose oldest request has waited this long is passed over. Under
             ``hold_until_full`` it is how long a batch may wait to fill.
-        cache_size: Most model versions in memory at once.
+        cache_size: Most model versions in memory at once, those being loaded included: with room for one only, the
+            old version leaves before the new one is read.
         warmup_samples: Single-row forwards that a freshly loaded version runs before it answers (then one
             at ``max_batch_size``); 0 skips the warm-up.
         num_workers: Most model executions at the same time.

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from flserving import storage, weights
 from flserving.errors import InvalidModelError
-from flserving.headfile import FILE_NAME, LAYOUTS, MAX_CLIENT_CHARS, HeadFile, Layout, checksums, header, key_of, stride
+from flserving.headfile import (
+    ALIGNMENT,
+    FILE_NAME,
+    LAYOUTS,
+    MAX_CLIENT_CHARS,
+    HeadFile,
+    Layout,
+    checksums,
+    header,
+    key_of,
+    stride,
+)
 from flserving.manifest import Digests, HeadsEntry, is_digest, sha256
 
 __all__ = ["FILE_NAME", "STALE", "UNKNOWN", "HeadSet", "HeadStore", "Layout", "neutral_head", "trained_on"]
@@ -180,6 +191,16 @@ class HeadStore:
         self._free, self._turn = np.arange(capacity), 0
         tables = (self._hot, self._place, self._holds, self._used, self._free)
         self.nbytes = self._file.nbytes + sum(table.nbytes for table in tables)
+
+    @staticmethod
+    def nbytes_of(entry: HeadsEntry, budget_nbytes: int) -> int:
+        """What ``nbytes`` of a store will be after :meth:`resize`, from its manifest entry alone."""
+        capacity = min(entry.num_heads, max(1, budget_nbytes // stride(entry)))
+        index = entry.nbytes - ALIGNMENT - entry.num_heads * stride(entry)
+        fits = entry.num_heads
+        hot = (capacity + 2) * stride(entry)
+        tables = 8 * (entry.num_heads + 2) + 8 * capacity + 8 * (capacity + 2) + 8 * capacity
+        return index + fits + hot + tables
 
     def find(self, client: str) -> int:
         """The slot of a client's head; UNKNOWN or STALE where the global head answers. Cost: a binary search."""

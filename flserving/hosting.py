@@ -198,7 +198,9 @@ class ModelHost:
         problem = "/".join(key)
         self._check_open()
         try:
-            lease = self.model_cache.load(key, lambda: self._build(key), deadline_s - self._clock())
+            lease = self.model_cache.load(
+                key, lambda: self._build(key), deadline_s - self._clock(), size=lambda: self._size(key)
+            )
         except FlservingError as error:
             self._check_open()  # its files went while it loaded
             if not isinstance(error, OverloadedError | DeadlineExceededError):  # those say nothing of the version
@@ -206,6 +208,9 @@ class ModelHost:
             raise
         self._load_problems.pop(problem, None)
         return lease
+
+    def _size(self, key: Key) -> int:
+        return self._sources[key[0]].nbytes(key[1], self.config.head_cache_bytes)
 
     def _build(self, key: Key) -> InferenceEngine:
         engine = load_engine(self._sources[key[0]], key[1], self.config)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from flserving import models
+from flserving.cache import nbytes_of
 from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine, copy_of
 from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelError, NotFoundError
@@ -80,8 +81,8 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
 
 
 class RegistrySource:
-    """The versions of one name in a registry. ``parts`` reads and verifies one; ``signature`` and ``metrics`` tell what
-    it takes and gives, and what was measured of it, without loading it: all raise NotFoundError, CorruptArtifactError.
+    """The versions of one name in a registry. ``parts`` reads and verifies one; ``signature``, ``metrics`` and
+    ``nbytes`` tell of it without loading it: all raise NotFoundError, CorruptArtifactError.
     """
 
     def __init__(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
@@ -119,6 +120,16 @@ class RegistrySource:
             if not any(part._non_persistent_buffers_set or _has_tensor(part) for part in module.modules()):
                 return module  # no file holds the values of others
         return models.build(manifest.architecture, manifest.parameters)
+
+    def nbytes(self, version: str, head_cache_bytes: int) -> int:
+        """Bytes that the loaded version will hold, from its manifest alone. Raises as :meth:`signature`."""
+        manifest = self.registry.manifest(self.name, int(version))
+        try:
+            with torch.device("meta"):  # no memory is touched
+                nbytes = nbytes_of(models.build(manifest.architecture, manifest.parameters))
+        except Exception:  # one that cannot be built without memory; whatever else is wrong, the load tells
+            nbytes = manifest.weights_nbytes
+        return nbytes + (HeadStore.nbytes_of(manifest.heads, head_cache_bytes) if manifest.heads else 0)
 
     def signature(self, version: str) -> Signature:
         return self.registry.manifest(self.name, int(version)).signature
@@ -211,6 +222,10 @@ class ModuleStore:
                     f"({error.__cause__ or error}): it must take float32 [N, {preprocessor.num_features}]; pass "
                     "num_features where that is wrong"
                 ) from error
+
+    def nbytes(self, version: str, head_cache_bytes: int) -> int:
+        """As :meth:`RegistrySource.nbytes`."""
+        return nbytes_of(self._find(version).structure)
 
     def signature(self, version: str) -> Signature:
         self._find(version)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flserving import ModelCache, ServingConfig, models
-from flserving.cache import nbytes_of
+from flserving.cache import Lease, nbytes_of
 from flserving.errors import (
     ConfigError,
     CorruptArtifactError,
@@ -52,13 +52,13 @@ class Watched(ModelCache):
     def nbytes(self, value: int) -> None:
         self._nbytes = value
         self.most_bytes = max(self.most_bytes, value)
-        self.most_models = max(self.most_models, len(self._entries) + len(self._leaving))
+        self.most_models = max(self.most_models, len(self._entries) + len(self._leaving) + len(self._arriving))
 
     PATIENCE_S = 3600  # tests that mean it set it lower
 
-    def _make_room(self, key: Any, nbytes: int) -> bool:
+    def _make_room(self, key: Any, place: Lease, nbytes: int) -> bool:
         self.looks_for_room += 1
-        return super()._make_room(key, nbytes)
+        return super()._make_room(key, place, nbytes)
 
 
 def keys(cache: ModelCache) -> list[Any]:
@@ -130,7 +130,7 @@ def test_holds_the_same_models_in_the_same_order_as_cachetools(max_size, max_byt
                 assert ours.get(key) is held
             else:
                 with contextlib.nullcontext() if held or stored(key, model) else pytest.raises(ModelTooLargeError):  # noqa: SIM117
-                    with ours.lease(key, lambda: model) as got:  # noqa: B023
+                    with ours.lease(key, lambda: model, size=lambda: model.nbytes) as got:  # noqa: B023
                         assert got is (held or model)
         assert set(keys(ours)) == set(oracle) and all(key in ours for key in oracle)
         assert len(ours) == len(oracle) and ours.nbytes == oracle.currsize
@@ -340,7 +340,7 @@ def followers_of(
 
 
 def test_a_failed_load_tells_everyone_who_waited_and_is_not_remembered(threads):
-    cache = ModelCache(1)
+    cache = ModelCache(2)
     cache.put("kept", Model())
 
     def fail() -> Any:
@@ -351,6 +351,85 @@ def test_a_failed_load_tells_everyone_who_waited_and_is_not_remembered(threads):
     assert keys(cache) == ["kept"] and (cache.failed_loads, cache.loads) == (1, 0)
     with cache.lease("k", lambda: Model(3)) as model:
         assert model.nbytes == 3 and cache.loads == 1
+
+
+def in_flight(cache: ModelCache, threads: ThreadPoolExecutor, sizes: list[int], told: bool) -> tuple[int, list[Any]]:
+    """Ask for a version of each size at once; how many loads began while none ended, and what came of all."""
+    gate, began = threading.Event(), []
+
+    def load(nbytes: int) -> Model:
+        began.append(nbytes)
+        assert gate.wait(SOON_S)
+        return Model(nbytes)
+
+    def ask(place: int, nbytes: int) -> int:
+        size = (lambda: nbytes) if told else None
+        with cache.lease(place, lambda: load(nbytes), SOON_S, size) as model:
+            return model.nbytes
+
+    asked = [threads.submit(ask, place, nbytes) for place, nbytes in enumerate(sizes)]
+    eventually(lambda: len(began) + len(cache._line) == len(sizes))
+    early = len(began)
+    gate.set()
+    return early, [each.result(SOON_S) for each in asked]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["sizes known", "sizes unknown"])
+def test_loads_under_way_count_as_models(told, threads):
+    cache = Watched(5)
+    assert in_flight(cache, threads, [1] * 12, told) == (5, [1] * 12)
+    assert cache.most_models == 5 and cache.loads == 12 and not cache._arriving
+
+
+def test_the_bytes_of_loads_under_way_count_before_they_are_read(threads):
+    cache = Watched(100, max_bytes=25)
+    assert in_flight(cache, threads, [6] * 12, told=True) == (4, [6] * 12)
+    assert cache.most_bytes == 24 and cache.nbytes == sum(model.nbytes for _, model in cache.items())
+
+
+def test_what_can_never_fit_is_refused_before_it_is_read():
+    cache = ModelCache(2, max_bytes=10)
+    cache.put("kept", Model(10))
+    for _ in range(2):
+        with pytest.raises(ModelTooLargeError, match="needs 11 B of 10 B in all"):
+            cache.load("large", never, size=lambda: 11)
+    assert keys(cache) == ["kept"] and cache.nbytes == 10
+
+
+@pytest.mark.parametrize(("told", "came"), [(3, 8), (8, 3), (0, 8)], ids=["too few", "too many", "unknown"])
+def test_what_came_counts_and_not_what_was_told(told, came):
+    cache = Watched(3, max_bytes=10)
+    cache.put("cold", Model(2))
+    with cache.lease("k", lambda: Model(came), size=lambda: told):
+        assert cache.nbytes == 2 + came
+    with cache.lease("j", lambda: Model(10), size=lambda: 1):
+        assert keys(cache) == ["j"] and cache.nbytes == 10 and cache.most_bytes <= 10
+
+
+def test_a_load_that_turns_out_larger_waits_for_nobody_who_waits_for_it(threads):
+    """One place: who is next in line waits for the load under way, which needs more bytes than it was told."""
+    cache, gate = Watched(1, max_bytes=10), threading.Event()
+    first = threads.submit(cache.load, "a", lambda: gate.wait(SOON_S) and Model(9), SOON_S, lambda: 1)
+    eventually(lambda: bool(cache._arriving))
+    second = threads.submit(cache.load, "b", Model, SOON_S, lambda: 1)
+    eventually(lambda: len(cache._line) == 1)
+    gate.set()
+    cache.release(first.result(SOON_S))
+    assert second.result(SOON_S).value.nbytes == 1 and keys(cache) == ["b"]
+
+
+@pytest.mark.parametrize("error", [CorruptArtifactError("torn"), KeyboardInterrupt()], ids=["torn", "interrupted"])
+@pytest.mark.parametrize("where", ["size", "load"])
+def test_a_load_that_fails_gives_its_room_back(error, where):
+    cache = Watched(1, max_bytes=10)
+
+    def fail() -> Any:
+        raise error
+
+    with pytest.raises(type(error)):
+        cache.load("k", fail, size=fail if where == "size" else lambda: 10)
+    assert (cache.nbytes, len(cache), cache._arriving, cache._line) == (0, 0, set(), [])
+    cache.put("next", Model(10))
 
 
 def test_an_interrupted_load_interrupts_only_its_own_caller(threads):
@@ -464,7 +543,7 @@ def no_gc():
 
 
 def test_a_model_that_found_no_room_is_freed_with_the_error(no_gc, threads):
-    cache, loaded = ModelCache(1), weakref.WeakSet()
+    cache, loaded = ModelCache(2, max_bytes=1), weakref.WeakSet()
 
     def load() -> Model:
         loaded.add(model := Model())

@@ -424,6 +424,7 @@ def test_who_leaves_while_a_version_loads_leaves_no_pin(cold, gated_loads, end):
 
 def test_a_load_that_nobody_waits_for_any_more_does_not_start(cold, gated_loads):
     """Two loader threads are busy; the third load is still in the line when its caller is cancelled."""
+    cold.model_cache.max_size = 2  # a load has its room before it begins
     for version in "ab":
         cold._store.add(version, Constant(1), *_transforms(cold))
         cold._router.add(("local", version))

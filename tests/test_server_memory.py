@@ -1,0 +1,81 @@
+"""Memory of a server: room is kept before a byte is read, and what can never fit is refused unread."""
+
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from torch import nn
+
+from flserving import ModelServer, Registry, ServingConfig, hosting, models
+from flserving.errors import ModelTooLargeError
+from flserving.heads import HeadSet
+from flserving.loader import load_engine
+from flserving.optimization import quantise
+from serving_models import PATIENCE_S
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "small", "heads", "onnx", "local"])
+def test_the_size_of_a_version_is_known_before_it_is_read(tmp_path, kind):
+    """What the cache reserves is what the loaded engine holds, to the byte."""
+    with Registry(tmp_path) as registry:
+        sizes = [8, 8, 3] if kind == "small" else [8, 300, 300, 3]
+        model, heads = models.build("mlp", {"sizes": sizes}), None
+        if kind == "heads":
+            state = {name: t for name, t in model.state_dict().items() if name.startswith("head.")}
+            heads = HeadSet.from_states({f"client-{i}": state for i in range(50)})
+        registry.publish("m", model, architecture="mlp", parameters={"sizes": sizes}, heads=heads)
+        version = str(quantise(registry, "m", 1).version) if kind == "onnx" else "1"
+        with ModelServer(ServingConfig(head_cache_bytes=40_000), registry) as server:
+            if kind == "local":
+                server.load_model("1", nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3)), num_features=8)
+            key = ("local" if kind == "local" else "m", version)
+            with server._pinned(key) as engine:
+                assert server._size(key) == engine.nbytes == server.model_cache.nbytes
+
+
+def test_a_version_over_cache_bytes_is_refused_unread_at_every_request(tmp_path, monkeypatch):
+    with Registry(tmp_path) as registry:
+        for sizes in ([8, 3], [8, 1000, 3]):
+            registry.publish(
+                "m", models.build("mlp", {"sizes": sizes}), architecture="mlp", parameters={"sizes": sizes}
+            )
+        registry.set_alias("m", "default", 1, who="test", why="test")
+        with ModelServer(ServingConfig(cache_bytes=20_000), registry) as server:
+            server.predict(np.zeros(8))
+            monkeypatch.setattr(Registry, "read", lambda *_: pytest.fail("a byte of the weights was read"))
+            needs = 4 * (8 * 1000 + 1000 + 1000 * 3 + 3)
+            for _ in range(3):
+                with pytest.raises(ModelTooLargeError, match=f"needs {needs:,} B of 20,000 B in all") as refused:
+                    server.predict(np.zeros(8), 2)
+            assert refused.value.http_status == 503
+            assert server.predict(np.zeros(8))["model_version"] == "1", "nothing left for it"
+
+
+def test_cold_versions_asked_at_once_stay_within_the_budget(tmp_path, monkeypatch):
+    """Twenty-four cold versions, room for three: never are there more engines than fit, those being built included."""
+    alive, most, lock = weakref.WeakSet(), [], threading.Lock()
+
+    def built(*arguments):
+        with lock:
+            most.append(len(alive))  # beside the one that begins now
+        engine = load_engine(*arguments)
+        alive.add(engine)
+        return engine
+
+    sizes = [8, 64, 3]
+    with Registry(tmp_path) as registry:
+        for _ in range(24):
+            registry.publish(
+                "m", models.build("mlp", {"sizes": sizes}), architecture="mlp", parameters={"sizes": sizes}
+            )
+        nbytes = 4 * (8 * 64 + 64 + 64 * 3 + 3)
+        monkeypatch.setattr(hosting, "load_engine", built)
+        config = ServingConfig(cache_size=100, cache_bytes=3 * nbytes, timeout_ms=PATIENCE_S * 1e3)
+        with ModelServer(config, registry) as server, ThreadPoolExecutor(24) as callers:
+            answers = list(callers.map(lambda version: server.predict(np.zeros(8), version), range(1, 25)))
+            assert [answer["model_version"] for answer in answers] == [str(version) for version in range(1, 25)]
+            assert max(most) <= 2 and server.model_cache.nbytes <= 3 * nbytes
