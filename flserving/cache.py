@@ -49,7 +49,7 @@ class ModelCache:
 
     PATIENCE_S = 0.05
 
-    def __init__(self, max_size: int, max_bytes: int | None = None, clock: Clock = time.monotonic) -> None:
+    def __init__(self, max_size: int = 5, max_bytes: int | None = None, clock: Clock = time.monotonic) -> None:
         if any(type(most) is not int or most < 1 for most in (max_size, 1 if max_bytes is None else max_bytes)):
             raise ConfigError(f"max_size is {max_size!r}, max_bytes is {max_bytes!r}: give integers of at least 1")
         self.max_size, self.max_bytes, self._clock = max_size, max_bytes, clock

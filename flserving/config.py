@@ -85,6 +85,13 @@ class ServingConfig:
                 raise ConfigError(f"{field.name} is {value!r}: it must lie in [{low}, {high}] ({why})")
 
 
+def checked(config: ServingConfig | None) -> ServingConfig:
+    """``config``, or the defaults. Raises ConfigError where something else stands in its place."""
+    if config is not None and not isinstance(config, ServingConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: pass a ServingConfig, such as ServingConfig()")
+    return config or ServingConfig()
+
+
 def deadline_s(timeout_ms: float) -> float:
     """A caller's ``timeout_ms`` in seconds. Raises InvalidInputError outside (0, an hour]."""
     if isinstance(timeout_ms, bool) or not isinstance(timeout_ms, int | float) or not 0 < timeout_ms <= 3_600_000:

@@ -42,7 +42,7 @@ def prepare(
     name: str,
     model: nn.Module | Mapping[str, Tensor],
     *,
-    architecture: str,
+    architecture: str | None,
     parameters: Mapping[str, models.JSON],
     preprocessing: Statistics | None,
     lineage: Lineage | Mapping[str, Any] | None,
@@ -56,6 +56,10 @@ def prepare(
 
     Cost: one copy of the weights, one pass for finiteness, and building the architecture on the meta device.
     """
+    if architecture is None:
+        if not isinstance(model, nn.Module) or parameters:
+            raise InvalidModelError("a state dict does not say how its module is built: give architecture=")
+        architecture, parameters = models.describe(model)
     inputs, outputs = models.signature(architecture, parameters)
     state = model.state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):

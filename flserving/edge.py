@@ -17,13 +17,15 @@ from typing import Any
 import msgspec
 from torch import Tensor, nn
 
-from flserving.config import ServingConfig
+from flserving.aliases import version_id_too
+from flserving.config import ServingConfig, checked
 from flserving.doors import Door
 from flserving.errors import ConfigError, CorruptArtifactError, InvalidInputError, InvalidModelError, StaleModelError
 from flserving.heads import HeadSet, Layout, trained_on
 from flserving.hosting import LOCAL
 from flserving.manifest import Lineage, Manifest
 from flserving.registry import Registry
+from flserving.routing import Key
 from flserving.server import ModelServer
 
 _NOBODY = ""  # stands in for a client where the global model was asked for
@@ -59,6 +61,9 @@ class EdgeModelServer(ModelServer):
     """Serves the global or the personalised model of one client on its device.
 
     Args:
+        global_model: What to serve from the start; more in :meth:`update_global`. None: what the registry holds.
+        local_model: A whole model of the client's own, served where ``use_personalized`` asks for it. It is a second
+            name in the device's registry (``<model>-local``). A client's *head* needs none of this.
         config: See :class:`ModelServer`.
         registry: The device's own; a temporary one when not given. It stays open when the server closes.
         model: The one name that is served.
@@ -75,10 +80,13 @@ class EdgeModelServer(ModelServer):
     """
 
     def __init__(
-        self, config: ServingConfig | None = None, registry: Registry | None = None, model: str = "model", *,
+        self, global_model: nn.Module | None = None, local_model: nn.Module | None = None,
+        config: ServingConfig | None = None, registry: Registry | None = None, model: str = "model", *,
         client: str = "device", fresh_s: float | None = None, refuse_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
+        if not isinstance(global_model, nn.Module | None):
+            raise ConfigError(f"global_model is a {type(global_model).__name__}: pass a module, or config= by its name")
         for name, limit in (("fresh_s", fresh_s), ("refuse_s", refuse_s)):
             if limit is not None and (type(limit) not in (int, float) or not 0 < limit < inf):
                 raise ConfigError(f"{name} is {limit!r}: it must be a number of seconds above 0, or None")
@@ -86,17 +94,28 @@ class EdgeModelServer(ModelServer):
             raise ConfigError(f"fresh_s is {fresh_s}, refuse_s is {refuse_s}: flag an answer before refusing it")
         if model == LOCAL or not client:
             raise ConfigError(f"model is {model!r}, client is {client!r}: choose another name, and name a client")
-        super().__init__(config, clock=clock)
+        super().__init__(checked(config), clock=clock)
         self._folder = None if registry else tempfile.TemporaryDirectory(prefix="flserving-edge-")
         self.registry = registry or Registry(self._folder.name)  # type: ignore[union-attr]
         self.model, self.client, self.fresh_s, self.refuse_s = model, client, fresh_s, refuse_s
         self._wall, self._updating = wall, threading.Lock()
-        self._ages: dict[str, tuple[int | None, Age]] = {}  # version -> its round, its age
-        if self.registry.version_numbers(model):
-            self.serve(self.registry, model)
+        self._ages: dict[Key, tuple[int | None, Age]] = {}  # its round, its age
+        self.local_model = f"{model}-local"
+        for name in (self.model, self.local_model):
+            if self.registry.version_numbers(name):
+                self.serve(self.registry, name)
+        try:
+            if global_model is not None:
+                self.update_global(global_model)
+            if local_model is not None:
+                self.update_local(local_model)
+        except BaseException:
+            self.close()
+            raise
 
     # Requests
 
+    @version_id_too
     def predict(  # type: ignore[override]
         self, features: Any, use_personalized: bool = True, version: str | int | None = None, *,
         client: str | Sequence[str] | None = None, **options: Any,
@@ -104,7 +123,8 @@ class EdgeModelServer(ModelServer):
         """Answer a row [D] or rows [N, D] on the device.
 
         Args:
-            use_personalized: With the client's own head, where there is one that fits; False: with the global model.
+            use_personalized: With the client's own local model where it has one, else with its own head where there
+                is one that fits; False: with the global model.
             version, client, options: Those of :meth:`ModelServer.predict`; ``client`` is the device's when not given.
 
         Returns:
@@ -129,32 +149,38 @@ class EdgeModelServer(ModelServer):
         stages: bool, arrays: bool, client: str | Sequence[str] | None, door: Door,
     ) -> dict[str, Any]:  # fmt: skip
         client = self.client if client is None else None if client == _NOBODY else client
+        own = client == self.client and version is None and model in (None, self.model)
+        if own and self.local_model in self._sources:
+            model = self.local_model
+            client = None  # a whole model of its own has no head to choose
         if (key := self._router.find(version, model)) is not None:  # else the route is as new as can be
             try:
-                self._told(key[1], key[0])
+                self._told(key)
             except StaleModelError as error:
                 self.telemetry.failure(error.reason, "/".join(key))
                 raise
         answer = await super()._answer(features, version, model, timeout_ms, stages, arrays, client, door)
-        return answer | self._told(answer["model_version"], model or self._router.routes.model)
+        if model == self.local_model:
+            answer["model_type"] = "personal"
+        return answer | self._told((model or self._router.routes.model or "", answer["model_version"]))
 
-    def _told(self, version: str, model: str | None) -> dict[str, Any]:
+    def _told(self, key: Key) -> dict[str, Any]:
         """What an answer says of the version that gave it. Raises StaleModelError."""
-        number, age = self._age_of(version) if model == self.model else (None, None)
+        number, age = self._age_of(key) if key[0] in (self.model, self.local_model) else (None, None)
         age_s = None if age is None else age.age_s()
         if self.refuse_s is not None and (age_s is None or age_s > self.refuse_s):
             raise StaleModelError(
-                f"version {version} is {'of unknown age' if age_s is None else f'{age_s:.0f} s old'}, refuse_s is "
+                f"version {key[1]} is {'of unknown age' if age_s is None else f'{age_s:.0f} s old'}, refuse_s is "
                 f"{self.refuse_s:g}: let the device reach its cloud, or raise refuse_s"
             )
         degraded = self.fresh_s is not None and (age_s is None or age_s > self.fresh_s)
         return {"path": "local", "round": number, "age_s": age_s, "degraded": degraded}
 
-    def _age_of(self, version: str) -> tuple[int | None, Age]:
-        if (known := self._ages.get(version)) is None:
-            manifest = self.registry.manifest(self.model, int(version))
+    def _age_of(self, key: Key) -> tuple[int | None, Age]:
+        if (known := self._ages.get(key)) is None:
+            manifest = self.registry.manifest(key[0], int(key[1]))
             age = Age(_updated_at(manifest), self._clock, self._wall)
-            known = self._ages.setdefault(version, (manifest.round, age))
+            known = self._ages.setdefault(key, (manifest.round, age))
         return known
 
     # Updates
@@ -169,7 +195,7 @@ class EdgeModelServer(ModelServer):
         anywhere before that, the device starts again with the model that it had.
 
         Args:
-            state: A module or its state dict.
+            state: A module or its state dict. A plain ``nn.Sequential`` over feature rows needs no architecture.
             round: The federated round that made it.
             head: The client's head for this model: ``{"head.weight": [C, F], "head.bias": [C]}``, or a
                 :class:`HeadSet` that holds it. When not given, the one it had is kept; it applies again where it was
@@ -183,11 +209,7 @@ class EdgeModelServer(ModelServer):
         """
         with self._updating:
             now = current(self.registry, self.model)
-            if now is not None:
-                same = {name: getattr(now, name) for name in ("architecture", "parameters", "preprocessing")}
-                published = same | {"output_type": now.signature.output_type} | published
-            if "architecture" not in published:
-                raise InvalidModelError("the first update of a device names the architecture: pass architecture=")
+            published = _as_before(now) | published
             if round is not None:
                 published["lineage"] = Lineage(round=round)
             if head is not None:
@@ -204,13 +226,16 @@ class EdgeModelServer(ModelServer):
                     raise
                 return self._install(state, None, published)  # a narrower body, or none: no head of before can fit it
 
+    @version_id_too
     def update_local(
-        self, head_state: Mapping[str, Tensor], *, version: str | int | None = None, layout: Layout = "head"
+        self, state: nn.Module | Mapping[str, Tensor], *, version: str | int | None = None, layout: Layout = "head"
     ) -> Manifest:
-        """Serve another head of the client on the same weights; seen whole or not at all, as :meth:`update_global`.
+        """Serve another head of the client on the same weights, or another local model; seen whole or not at all, as
+        :meth:`update_global`.
 
         Args:
-            head_state: ``{"head.weight": [C, F], "head.bias": [C]}``.
+            state: The head, ``{"head.weight": [C, F], "head.bias": [C]}``. Or a whole model of the client's own: a
+                module, or a state dict of the local model's (before there is one, of the global model's) architecture.
             version: The version of this device on whose body it was trained; the current one when not given. A head
                 of another body is kept, but it never answers: ``head`` is "stale".
             layout: See :class:`HeadSet`.
@@ -218,17 +243,21 @@ class EdgeModelServer(ModelServer):
         Raises:
             NotFoundError: There is no global model yet. InvalidModelError: The head is of the wrong shape.
         """
+        if isinstance(state, nn.Module) or not all(name.startswith("head.") for name in state):
+            with self._updating:
+                before = current(self.registry, self.local_model) or current(self.registry, self.model)
+                return self._install(state, None, _as_before(before, state), model=self.local_model)
         with self._updating:
             artifact = self.registry.read(self.model, self.registry.resolve(self.model))
             now = artifact.manifest
             trained = self.registry.manifest(self.model, self.registry.resolve(self.model, version))
-            heads = HeadSet.from_states({self.client: head_state}, layout, trained_on(layout, trained.digests))
+            heads = HeadSet.from_states({self.client: state}, layout, trained_on(layout, trained.digests))
             kept = ("architecture", "parameters", "preprocessing", "metrics", "note")
             published = {name: getattr(now, name) for name in kept} | {"output_type": now.signature.output_type}
             lineage = now.lineage or Lineage()  # a new head makes the body no younger, not even after a restart
             extra = {**lineage.extra, UPDATED_AT: _updated_at(now)}
             published["lineage"] = msgspec.structs.replace(lineage, extra=extra)
-            return self._install(artifact.tensors, heads, published, self._age_of(str(now.version)))
+            return self._install(artifact.tensors, heads, published, self._age_of((self.model, str(now.version))))
 
     def confirm(self) -> None:
         """The cloud has just said that nothing newer exists: the model's age counts from now.
@@ -237,19 +266,20 @@ class EdgeModelServer(ModelServer):
         """
         now = current(self.registry, self.model)
         if now is not None:
-            self._ages[str(now.version)] = now.round, Age(self._wall(), self._clock, self._wall)
+            self._ages[self.model, str(now.version)] = now.round, Age(self._wall(), self._clock, self._wall)
 
     def _install(
         self, state: nn.Module | Mapping[str, Tensor], heads: HeadSet | None, published: Mapping[str, Any],
-        age: tuple[int | None, Age] | None = None,
+        age: tuple[int | None, Age] | None = None, model: str | None = None,
     ) -> Manifest:  # fmt: skip
-        manifest = self.registry.publish(self.model, state, heads=heads, **published)
-        version = str(manifest.version)
-        self._ages[version] = age or (manifest.round, Age(self._wall(), self._clock, self._wall))
-        if self.model not in self._sources:
-            self.serve(self.registry, self.model)
-        self._preload((self.model, version))  # whatever does not answer raises here: no alias leads to it
-        self.registry.set_alias(self.model, "default", manifest.version, who="edge", why=f"update to version {version}")
+        name = model or self.model
+        manifest = self.registry.publish(name, state, heads=heads, **published)
+        key = name, str(manifest.version)
+        self._ages[key] = age or (manifest.round, Age(self._wall(), self._clock, self._wall))
+        if name not in self._sources:
+            self.serve(self.registry, name)
+        self._preload(key)  # whatever does not answer raises here: no alias leads to it
+        self.registry.set_alias(name, "default", manifest.version, who="edge", why=f"update to version {key[1]}")
         self.refresh()
         return manifest
 
@@ -259,7 +289,7 @@ class EdgeModelServer(ModelServer):
         """As :meth:`ModelServer.get_all_stats`; ``edge`` says what is served: version, round, age."""
         served, version = None, self._router.routes.of(self.model).aliases.get("default")
         if version is not None and not self._closed:
-            number, age = self._age_of(version)
+            number, age = self._age_of((self.model, version))
             served = {"model_version": version, "round": number, "age_s": age.age_s()}
         return super().get_all_stats() | {"edge": served}
 
@@ -277,6 +307,14 @@ def current(registry: Registry, model: str) -> Manifest | None:
     with contextlib.suppress(CorruptArtifactError):
         return None if number is None else registry.manifest(model, number)
     return None
+
+
+def _as_before(now: Manifest | None, state: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What a version is published with where nothing else is said: what the one before it was."""
+    if now is None:
+        return {}
+    described = {} if isinstance(state, nn.Module) else {"architecture": now.architecture, "parameters": now.parameters}
+    return described | {"preprocessing": now.preprocessing, "output_type": now.signature.output_type}
 
 
 def _updated_at(manifest: Manifest) -> float:

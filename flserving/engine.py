@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flserving.cache import nbytes_of
-from flserving.config import ServingConfig
+from flserving.config import ServingConfig, checked
 from flserving.errors import FlservingError, InvalidInputError, InvalidModelError, ModelExecutionError
 from flserving.models import SplitModel
 from flserving.telemetry import Executions
@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
     def lists(self) -> dict[str, list[Any]]:
         """predictions, confidences, probabilities of this request as plain lists."""
         lists = self.execution.outputs.lists()
-        if self.stop - self.start == len(self.execution.outputs):
+        if self.stop - self.start == self.execution.outputs.rows:
             return dict(lists)
         return {name: values[self.start : self.stop] for name, values in lists.items()}
 
@@ -83,7 +83,7 @@ class Lane:
         executions = [forward(start, start + size) for start in range(0, len(rows), size)]
         execution = executions[0] if len(executions) == 1 else _join(executions)
         seconds = execution.marks_s[3] - execution.marks_s[0]
-        self._executions.add(len(rows), seconds)
+        self._executions.add(len(rows), seconds, len(lengths))
         # of one forward; moves slowly, so that one hiccup does not send a fast model to the worker threads
         seconds /= len(executions)
         self.typical_s = seconds if self.typical_s == math.inf else 0.9 * self.typical_s + 0.1 * seconds
@@ -128,15 +128,15 @@ class InferenceEngine(Lane):
     Args:
         model: Maps float32 [N, D] to logits [N, C] (or values [N] or [N, K] for regression).
         preprocessor, postprocessor: Default to no statistics and to classification.
+        config: Of its settings, an engine heeds ``max_batch_size`` (most rows in one forward; larger input runs in
+            chunks) and ``warmup_samples`` (single-row forwards of :meth:`warmup`; 0: it does nothing).
         version: What the answers name as ``model_version``.
-        max_batch_size: Most rows in one forward; larger input runs in chunks.
-        warmup_samples: Number of single-row forwards of :meth:`warmup`; 0: it does nothing.
         digest: Names the weights and the code that runs them (equal digests, equal answers: caches rely on it);
             unique to this engine when not given.
         owned: The module is the engine's own already (the loader's): skip the copy.
 
     Raises:
-        InvalidModelError: Not a module, or one that cannot be copied. ConfigError: See :class:`ServingConfig`.
+        InvalidModelError: Not a module, or one that cannot be copied. ConfigError: ``config`` is something else.
 
     Thread-safe: an engine keeps no state between requests but its statistics.
     """
@@ -146,22 +146,20 @@ class InferenceEngine(Lane):
         model: nn.Module,
         preprocessor: Preprocessor | None = None,
         postprocessor: Postprocessor | None = None,
+        config: ServingConfig | None = None,
         *,
         version: str = "unversioned",
-        max_batch_size: int = 32,
-        warmup_samples: int = 10,
         digest: str | None = None,
         owned: bool = False,
         clock: Clock = time.perf_counter,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InvalidModelError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
-        ServingConfig(max_batch_size=max_batch_size, warmup_samples=warmup_samples)  # the same bounds
-        super().__init__(
-            version, preprocessor or Preprocessor(), postprocessor or Postprocessor(), max_batch_size, clock
-        )
+        self.config = checked(config)
+        preprocessor = preprocessor or Preprocessor()
+        postprocessor = postprocessor or Postprocessor()
+        super().__init__(version, preprocessor, postprocessor, self.config.max_batch_size, clock)
         self.model = model.eval().requires_grad_(False) if owned else copy_of(model)
-        self.warmup_samples = warmup_samples
         self.nbytes = nbytes_of(self.model)
         self.digest = digest or uuid.uuid4().hex
         self.identity = f"{self.digest}/{self.preprocessor.digest}/{self.postprocessor.policy}"
@@ -210,22 +208,23 @@ class InferenceEngine(Lane):
         Returns:
             Seconds of the last full batch: what an execution usually takes (0 when nothing ran).
         """
-        if not self.warmup_samples:
+        if not self.config.warmup_samples:
             return 0.0
         if sample is None:
             if self.preprocessor.num_features is None:
                 raise InvalidModelError("the model's number of features is not known: warm up with a sample")
             sample = np.zeros(self.preprocessor.num_features, np.float32)
         row = self.preprocessor.validate(sample)[:1]
-        for _ in range(self.warmup_samples):
+        for _ in range(self.config.warmup_samples):
             self.forward(row, False, self._infer)
         marks = self.forward(np.repeat(row, self.max_batch_size, axis=0), True, self._infer).marks_s
-        self._warmups += self.warmup_samples + 1
+        self._warmups += self.config.warmup_samples + 1
         self.typical_s = marks[-1] - marks[0]
         return self.typical_s
 
     def get_stats(self) -> dict[str, Any]:
-        """Rows and executions so far, durations of the executions in ms, size in bytes; warm-ups are counted apart."""
+        """Requests, rows and executions so far, durations of the executions in ms, size in bytes; warm-ups are
+        counted apart."""
         sizes = {"warmup_executions": self._warmups, "nbytes": self.nbytes}
         return {"model_version": self.version} | sizes | self._executions.summary()
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import ArrayLike
 from torch import nn
 
+from flserving.aliases import version_id_too
 from flserving.cache import Lease, ModelCache
-from flserving.config import ServingConfig
+from flserving.config import ServingConfig, checked
 from flserving.engine import InferenceEngine
 from flserving.errors import (
     ConfigError,
@@ -39,7 +40,8 @@ class ModelHost:
     """Models by name, their versions and aliases, and the few of them that are in memory."""
 
     def __init__(self, config: ServingConfig | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.config, self._clock = config or ServingConfig(), clock
+        self.config = checked(config)
+        self._clock = clock
         self.model_cache = ModelCache(self.config.cache_size, self.config.cache_bytes, clock)
         self._store = ModuleStore()
         self._sources: dict[str, Source] = {LOCAL: self._store}
@@ -48,37 +50,46 @@ class ModelHost:
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")  # starts no thread until used
         self._closed, self._started_s = False, clock()
 
+    @version_id_too
     def load_model(
         self,
-        version_id: str,
+        version: str,
         model: nn.Module,
-        feature_stats: Mapping[str, ArrayLike] | None = None,
+        preprocessor: Preprocessor | Mapping[str, ArrayLike] | None = None,
+        postprocessor: Postprocessor | None = None,
         *,
-        output_type: OutputType = "classification",
-        threshold: float = 0.0,
+        feature_stats: Mapping[str, ArrayLike] | None = None,
+        output_type: OutputType | None = None,
+        threshold: float | None = None,
         num_features: int | None = None,
     ) -> InferenceEngine:
-        """Serve any module under ``version_id``, without a registry; the first one becomes the default.
+        """Serve any module under the id ``version``, without a registry; the first one becomes the default.
 
         It is copied to the server's temporary store, so it can be evicted and come back.
 
         Args:
-            feature_stats: ``{"mean": [D], "std": [D]}`` of the training data.
+            preprocessor: What happens to the features first; or the ``feature_stats`` from which it is made:
+                ``{"mean": [D], "std": [D]}`` of the training data.
+            postprocessor: What happens to the outputs; made from ``output_type`` and ``threshold`` when not given.
             num_features: D, where it cannot be told from the first layer.
 
         Raises:
-            InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and ``transforms``.
+            InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and ``transforms``. ConfigError:
+                Also a part that is given twice, as an object and by its settings.
         """
         self._check_open()
-        statistics = dict(feature_stats or {})
-        if unknown := set(statistics) - {"mean", "std"}:
-            raise ConfigError(f"feature_stats has {', '.join(sorted(unknown))}: it takes mean and std")
-        preprocessor = Preprocessor(mean=statistics.get("mean"), std=statistics.get("std"), num_features=num_features)
-        self._store.add(version_id, model, preprocessor, Postprocessor(output_type, threshold))
-        self._router.add((LOCAL, version_id))
+        before = _preprocessor(preprocessor, feature_stats, num_features)
+        if postprocessor is None:
+            postprocessor = Postprocessor(output_type or "classification", 0.0 if threshold is None else threshold)
+        elif not isinstance(postprocessor, Postprocessor):
+            raise ConfigError(f"postprocessor is a {type(postprocessor).__name__}: pass a Postprocessor")
+        elif output_type is not None or threshold is not None:
+            raise ConfigError("output_type and threshold are the postprocessor's own: give them or it, not both")
+        self._store.add(version, model, before, postprocessor)
+        self._router.add((LOCAL, version))
         if "default" not in self._router.routes.of(LOCAL).aliases:
-            self._router.set_alias((LOCAL, version_id))
-        with self._pinned((LOCAL, version_id)) as engine:
+            self._router.set_alias((LOCAL, version))
+        with self._pinned((LOCAL, version)) as engine:
             return engine
 
     def serve(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
@@ -94,14 +105,15 @@ class ModelHost:
             del self._sources[name]
             raise
 
-    def set_default(self, version_id: str | int, model: str | None = None) -> None:
-        """Let ``version_id`` answer who names no version. It is loaded and warm before the route moves.
+    @version_id_too
+    def set_default(self, version: str | int, model: str | None = None) -> None:
+        """Let ``version`` answer who names no version. It is loaded and warm before the route moves.
 
         Raises:
             NotFoundError: No such version. ConflictError: The model's aliases belong to its registry.
         """
         self._check_open()
-        self._router.set_alias((model or self._router.routes.model or LOCAL, str(version_id)))
+        self._router.set_alias((model or self._router.routes.model or LOCAL, str(version)))
 
     def resolve(self, version: str | int | None = None, model: str | None = None) -> Key:
         """The (model, version) that a version id or alias leads to now. Raises NotFoundError, ModelUnloadedError."""
@@ -170,6 +182,17 @@ class ModelHost:
         return _Engines(self.lease, {key[1]: engine for key, engine in self.model_cache.items() if key[0] == model})
 
     @property
+    def cache(self) -> ModelCache:
+        """The cache of loaded models: ``model_cache``."""
+        return self.model_cache
+
+    @property
+    def default_version(self) -> str | None:
+        """The version that answers who names none; None before there is one."""
+        routes = self._router.routes
+        return routes.of(routes.model).aliases.get("default") if routes.model in routes.models else None
+
+    @property
     def ready(self) -> bool:
         """Whether the default model can answer."""
         routes = self._router.routes
@@ -177,15 +200,19 @@ class ModelHost:
 
     def health_check(self) -> dict[str, Any]:
         """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
-        default model can answer), models with their versions and aliases, the versions in memory, the uptime."""
+        default model can answer), models with their versions and aliases, the versions in memory, the uptime. Of the
+        default model alone: ``default_version``, and ``loaded_models``, its versions in memory."""
         routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
         ready, models = self.ready, routes.models.items()
+        in_memory = [key for key, _ in self.model_cache.items()]
         return {
             "status": "unavailable" if not ready else "degraded" if problems else "healthy",
             "ready": ready,
             "default_model": routes.model,
             "models": {name: {"versions": list(it.versions), "aliases": dict(it.aliases)} for name, it in models},
-            "in_memory": ["/".join(key) for key, _ in self.model_cache.items()],
+            "default_version": self.default_version,
+            "loaded_models": [version for model, version in in_memory if model == routes.model],
+            "in_memory": ["/".join(key) for key in in_memory],
             "problems": problems,
             "uptime_s": self._clock() - self._started_s,
         }
@@ -229,6 +256,28 @@ class ModelHost:
         self._loaders.shutdown(wait=True)
         self.model_cache.clear()
         self._store.close()
+
+
+def _preprocessor(
+    given: Preprocessor | Mapping[str, ArrayLike] | None,
+    feature_stats: Mapping[str, ArrayLike] | None,
+    num_features: int | None,
+) -> Preprocessor:
+    """The one that was given, or one made from statistics. Raises ConfigError."""
+    if isinstance(given, Preprocessor):
+        if feature_stats is not None or num_features is not None:
+            raise ConfigError("feature_stats and num_features are the preprocessor's own: give them or it, not both")
+        return given
+    if given is not None and feature_stats is not None:
+        raise ConfigError("statistics are given twice: as the third argument and as feature_stats")
+    statistics = feature_stats if given is None else given
+    if statistics is None:
+        statistics = {}
+    if not isinstance(statistics, Mapping):
+        raise ConfigError(f"preprocessor is a {type(statistics).__name__}: pass a Preprocessor, or its mean and std")
+    if unknown := set(statistics) - {"mean", "std"}:
+        raise ConfigError(f"feature_stats has {', '.join(sorted(map(str, unknown)))}: it takes mean and std")
+    return Preprocessor(mean=statistics.get("mean"), std=statistics.get("std"), num_features=num_features)
 
 
 class _Engines(dict[str, InferenceEngine]):

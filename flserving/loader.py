@@ -68,9 +68,14 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
     if (odd := first_non_finite(parts.tensors)) is not None:
         raise CorruptArtifactError(f"version {version!r}: weights {odd!r} are not finite: publish a sound version")
     engine = InferenceEngine(
-        parts.module, parts.preprocessor, parts.postprocessor, version=version, digest=parts.digest,
-        max_batch_size=config.max_batch_size, warmup_samples=config.warmup_samples, owned=True,
-    )  # fmt: skip
+        parts.module,
+        parts.preprocessor,
+        parts.postprocessor,
+        config,
+        version=version,
+        digest=parts.digest,
+        owned=True,
+    )
     engine.warmup()
     engine.round = parts.round
     if parts.heads is not None:

@@ -246,3 +246,65 @@ def digits_cnn() -> SplitModel:
         nn.Flatten(),
     )
     return SplitModel(body, nn.Linear(32 * 2 * 2, 10))
+
+
+_LAYERS = {  # what a sequential may hold: the layer's arguments, which are also its attributes
+    "Linear": ("in_features", "out_features", "bias"),
+    "BatchNorm1d": ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+    "LayerNorm": ("normalized_shape", "eps", "elementwise_affine"),
+    "Dropout": ("p",),
+    "ELU": ("alpha",),
+    "GELU": ("approximate",),
+    "Identity": (),
+    "LeakyReLU": ("negative_slope",),
+    "ReLU": (),
+    "SiLU": (),
+    "Sigmoid": (),
+    "Tanh": (),
+}
+
+
+def _features(layers: Sequence[Mapping[str, JSON]], which: int, name: str) -> Shape:
+    sizes = [layer[name] for layer in layers if layer["layer"] == "Linear"]
+    return (sizes[which],)  # type: ignore[return-value]
+
+
+@register(
+    "sequential",
+    input_shape=lambda layers: _features(layers, 0, "in_features"),
+    output_shape=lambda layers: _features(layers, -1, "out_features"),
+)
+def sequential(layers: Sequence[Mapping[str, JSON]]) -> nn.Sequential:
+    """A plain ``nn.Sequential`` over feature rows: ``[{"layer": "Linear", ...}, ...]``, see :func:`describe`."""
+    if not isinstance(layers, (list, tuple)) or not 1 <= len(layers) <= _MAX_LAYERS:
+        raise InvalidModelError(f"layers of a sequential are {str(layers)[:80]}: give 1 to {_MAX_LAYERS} of them")
+    modules = []
+    for arguments in map(dict, layers):
+        kind = arguments.pop("layer", None)
+        if kind not in _LAYERS:
+            raise InvalidModelError(f"layer {str(kind)[:40]!r} is not on the list: {', '.join(_LAYERS)}")
+        modules.append(getattr(nn, str(kind))(**arguments))
+    return nn.Sequential(*modules)
+
+
+def describe(module: nn.Module) -> tuple[str, dict[str, JSON]]:
+    """The architecture and the parameters that build ``module`` anew, where it is a plain ``nn.Sequential``.
+
+    Raises:
+        InvalidModelError: It is something else, or holds a layer that is not on the list.
+    """
+    layers: list[JSON] = []
+    if type(module) is not nn.Sequential or not any(type(layer) is nn.Linear for layer in module):
+        raise InvalidModelError(
+            f"a {type(module).__name__} does not say how it is built: give architecture=, a registered name "
+            "(models.register puts your own class on the list); only an nn.Sequential with linear layers needs none"
+        )
+    for layer in module:
+        kind = type(layer).__name__
+        if type(layer) is not getattr(nn, kind, None) or kind not in _LAYERS:
+            raise InvalidModelError(f"a {kind} is not on the list of a plain nn.Sequential: {', '.join(_LAYERS)}")
+        values = {name: getattr(layer, name) for name in _LAYERS[kind]}
+        if "bias" in values:
+            values["bias"] = values["bias"] is not None
+        layers.append({"layer": kind, **values})
+    return "sequential", {"layers": layers}

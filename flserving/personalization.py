@@ -90,7 +90,9 @@ def ids_of(client: str | Sequence[str], rows: int) -> str | tuple[str, ...]:
         return client
     ids = tuple(client) if isinstance(client, Sequence) else ()
     if len(ids) != rows or not all(isinstance(one, str) for one in ids):
-        raise InvalidInputError(f"client is {str(client)[:80]!r} for {rows} rows: give one id, or one for each row")
+        raise InvalidInputError(
+            f"client is {str(client)[:80]!r} for {rows} rows: give one id, or one for each row; ids are text"
+        )
     return ids
 
 

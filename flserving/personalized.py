@@ -1,17 +1,23 @@
 """A server of personal models: one shared body, one head per client."""
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
+from flserving.aliases import version_id_too
+from flserving.config import ServingConfig
 from flserving.datasets import Client
-from flserving.errors import InvalidInputError
+from flserving.errors import ConfigError, InvalidInputError
 from flserving.server import ModelServer
 from flserving.transforms import Preprocessor
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from flserving.registry import Registry
 
 
 class PersonalizedServer(ModelServer):
@@ -22,6 +28,25 @@ class PersonalizedServer(ModelServer):
     ``ServingConfig(unknown_client="refuse")`` an unknown client is refused.
     """
 
+    def __init__(
+        self,
+        config: ServingConfig | None = None,
+        registry: "Registry | None" = None,
+        model: str | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        global_model: nn.Module | None = None,
+        num_clients: int | None = None,
+    ) -> None:
+        if isinstance(config, nn.Module) or global_model is not None or num_clients is not None:
+            raise ConfigError(
+                "a module and a number of clients make no heads: heads are trained, never random. Publish them with "
+                "their body, registry.publish(name, module, architecture=..., heads=...), and serve that: "
+                "PersonalizedServer(registry=registry)"
+            )
+        super().__init__(config, registry, model, clock=clock)
+
+    @version_id_too
     def predict(self, client_id: str | Sequence[str], features: Any, version: str | int | None = None,  # type: ignore[override]
                 **options: Any) -> dict[str, Any]:  # fmt: skip
         """Answer a client: a row [D] or rows [N, D], by its own head.
@@ -40,6 +65,7 @@ class PersonalizedServer(ModelServer):
         client: Sequence[str] = () if client_id is None else client_id  # the server takes None for "not asked"
         return super().predict(features, version, client=client, **options)
 
+    @version_id_too
     def batch_predict(
         self, batch: Iterable[tuple[str, Any]], version: str | int | None = None, **options: Any
     ) -> list[dict[str, Any]]:

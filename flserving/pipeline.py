@@ -32,15 +32,25 @@ def create_serving_pipeline(
     return server
 
 
-def demo_serving(rows: int = 3) -> dict[str, Any]:
-    """Serve the tutorial's 32-64-10 model (random weights) for ``rows`` random rows; prints and returns the answer."""
+def demo_serving(requests: int = 100) -> tuple[ModelServer, list[dict[str, Any]]]:
+    """Serve the tutorial's 32-64-10 model (random weights) and send it ``requests`` random rows, one at a time.
+
+    Prints how many were answered, the server's health and statistics, and the mean latency.
+
+    Returns:
+        The server, still open (close it, or leave it to the end of the process), and its answers.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = models.build("tutorial_mlp")
-    with create_serving_pipeline(model) as server:
-        answer = server.predict(np.random.default_rng(0).standard_normal((rows, 32), dtype=np.float32))
-        print(
-            f"version {answer['model_version']} says {answer['predictions']} in {answer['latency_ms']:.2f} ms; "
-            f"{server.health_check()['status']}"
-        )
-    return answer
+    rows = np.random.default_rng(0).standard_normal((requests, 32), dtype=np.float32)
+    server = create_serving_pipeline(model)
+    results = [server.predict(row) for row in rows]
+    health = server.health_check()
+    stats = server.get_all_stats()["v1.0"]
+    mean_ms = sum(result["latency_ms"] for result in results) / max(1, len(results))
+    print(f"answered {len(results)} requests with version {health['default_version']}")
+    print(f"health: {health['status']}, loaded: {', '.join(health['loaded_models'])}")
+    print(f"the engine: {stats['request_count']} requests, {stats['avg_latency_ms']:.3f} ms each")
+    print(f"mean latency: {mean_ms:.3f} ms")
+    return server, results

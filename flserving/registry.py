@@ -107,7 +107,7 @@ class Registry(Catalogue):
         name: str,
         model: nn.Module | Mapping[str, Tensor],
         *,
-        architecture: str,
+        architecture: str | None = None,
         parameters: Mapping[str, JSON] | None = None,
         preprocessing: draft.Statistics | None = None,
         lineage: Lineage | Mapping[str, Any] | None = None,
@@ -123,7 +123,8 @@ class Registry(Catalogue):
 
         Args:
             model: A module or its state dict; read once, into a copy, so it may go on training.
-            architecture: A registered one, which with ``parameters`` must build a module of exactly these tensors.
+            architecture: A registered one, which with ``parameters`` must build a module of exactly these tensors. A
+                plain ``nn.Sequential`` over feature rows needs none: it is stored as ``sequential``.
             preprocessing: ``mean`` and ``std`` of the training data, one number per feature.
             lineage: The federated round; a ``parent_version`` must exist.
             metrics: Finite numbers; the course's are global_accuracy, mean_client_accuracy, worst_client_accuracy.

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from flserving.accounts import STAGES
+from flserving.aliases import version_id_too
 from flserving.cache import PredictionCache
 from flserving.config import ServingConfig, deadline_s
 from flserving.doors import Awaiting, Blocking, Door
@@ -71,13 +72,14 @@ class ModelServer(ModelHost):
 
     # Requests
 
+    @version_id_too
     def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
                 timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
                 client: str | Sequence[str] | None = None) -> dict[str, Any]:  # fmt: skip
         """Answer one request: a row [D] or rows [N, D].
 
         Args:
-            version: A version id or an alias; the alias ``default`` when not given.
+            version: A version id or an alias; the alias ``default`` when not given. Also by the name ``version_id``.
             model: Name of the model; the first one served when not given.
             timeout_ms: Deadline, from now to the answer; the config's ``timeout_ms`` when not given.
             stages: Add ``stages_ms``, where the time of this request went.
@@ -105,12 +107,14 @@ class ModelServer(ModelHost):
             return end.value  # type: ignore[no-any-return]
         raise AssertionError("a blocking request suspended")
 
+    @version_id_too
     async def apredict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
                        timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
                        client: str | Sequence[str] | None = None) -> dict[str, Any]:  # fmt: skip
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
         return await self._answer(features, version, model, timeout_ms, stages, arrays, client, self._awaiting)
 
+    @version_id_too
     def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, *, model: str | None = None,
                       timeout_ms: float | None = None) -> list[dict[str, Any]]:  # fmt: skip
         """Answer several requests, each a row or rows, as one: they are admitted, run and fail together.
@@ -256,15 +260,22 @@ class ModelServer(ModelHost):
     # What operators see
 
     def get_all_stats(self) -> dict[str, Any]:
-        """Counters and durations of the server, its queue, its caches, and the engines in memory."""
-        engines = {"/".join(key): engine.get_stats() for key, engine in self.model_cache.items()}
+        """Counters and durations of the server, its queue, its caches, and the engines in memory.
+
+        An engine of the default model is also found by its version alone: ``stats["v1.0"]["request_count"]``. It
+        counts what it ran; what a cache answered or a check refused is in ``server``.
+        """
+        loaded = dict(self.model_cache.items())
+        engines = {"/".join(key): engine.get_stats() for key, engine in loaded.items()}
         queue = {
             "waiting_rows": self._batcher.queue.rows,
             "running": self._batcher.busy,
             "max_queue_rows": self.config.max_queue_rows,
         }
         predictions = None if self.prediction_cache is None else self.prediction_cache.stats()
-        return {
+        model = self._router.routes.model
+        by_version = {key[1]: engines["/".join(key)] for key in loaded if key[0] == model}
+        return by_version | {
             "server": self.telemetry.snapshot(),
             "queue": queue,
             "model_cache": self.model_cache.stats(),

@@ -36,26 +36,36 @@ class Executions:
     """Runs of a model: how many, over how many rows, how long."""
 
     def __init__(self) -> None:
-        self._lock, self._seconds, self._rows = threading.Lock(), Histogram(), 0
-        self._pending: list[tuple[int, float]] = []
+        self._lock = threading.Lock()
+        self._seconds = Histogram()
+        self._rows = 0
+        self._requests = 0
+        self._pending: list[tuple[int, float, int]] = []
 
-    def add(self, rows: int, seconds: float) -> None:
-        self._pending.append((rows, seconds))  # atomic under the interpreter lock
+    def add(self, rows: int, seconds: float, requests: int = 1) -> None:
+        self._pending.append((rows, seconds, requests))  # atomic under the interpreter lock
         if len(self._pending) >= _PENDING:
             self._fold()
 
     def summary(self) -> dict[str, Any]:
-        """``rows``, ``executions``, and ``execution``: their durations (:meth:`Histogram.summary_ms`)."""
+        """``request_count``, ``rows``, ``executions``, and ``execution``: their durations
+        (:meth:`Histogram.summary_ms`), of which ``avg_latency_ms`` is the mean (0 before the first)."""
         self._fold()
         with self._lock:
-            seconds = self._seconds.summary_ms()
-            return {"rows": self._rows, "executions": self._seconds.count, "execution": seconds}
+            return {
+                "request_count": self._requests,
+                "rows": self._rows,
+                "executions": self._seconds.count,
+                "avg_latency_ms": self._seconds.total_s * 1e3 / max(1, self._seconds.count),
+                "execution": self._seconds.summary_ms(),
+            }
 
     def _fold(self) -> None:
         with self._lock:
-            taken = np.array(_take(self._pending), np.float64).reshape(-1, 2)
+            taken = np.array(_take(self._pending), np.float64).reshape(-1, 3)
             self._rows += int(taken[:, 0].sum())
-            record([self._seconds], taken[:, 1:])
+            self._requests += int(taken[:, 2].sum())
+            record([self._seconds], taken[:, 1:2])
 
 
 class Telemetry:

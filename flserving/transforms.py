@@ -5,6 +5,7 @@ Imports ``errors`` only. Both sides work on a whole batch at once.
 
 import hashlib
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,7 +33,8 @@ class Preprocessor:
     Args:
         normalize: Apply ``(x - mean) / std`` where statistics are given; False shows what training-serving skew does.
         mean: Per-feature mean, [D]. ``std``: per-feature standard deviation, [D], >= 0. Give both or neither.
-            A constant feature (std 0) is centred and left unscaled, as in scikit-learn's StandardScaler.
+            One number stands for all features. A constant feature (std 0) is centred and left unscaled, as in
+            scikit-learn's StandardScaler.
         num_features: Expected D; taken from the statistics where they are given. None accepts any width.
 
     Raises:
@@ -52,31 +54,40 @@ class Preprocessor:
             raise ConfigError(f"num_features is {num_features!r}: it must be an integer, at least 1")
         self.normalize, self.num_features, self.mean, self.std = normalize, num_features, None, None
         if mean is not None and std is not None:
-            self.mean, self.std = self._statistic("mean", mean), self._statistic("std", std)
-            if len(self.mean) != len(self.std):
+            self.mean = self._statistic("mean", mean)
+            self.std = self._statistic("std", std)
+            width = max(self.mean.size if self.mean.ndim else 0, self.std.size if self.std.ndim else 0)
+            width = width or num_features or 0
+            if width:  # else one number for rows of any width
+                self.mean = self.mean if self.mean.ndim else np.full(width, self.mean)
+                self.std = self.std if self.std.ndim else np.full(width, self.std)
+            if self.mean.shape != self.std.shape:
                 raise ConfigError(f"mean has {len(self.mean)} features, std has {len(self.std)}: one of them is wrong")
             if (self.std < 0).any():
                 raise ConfigError(f"std holds {self.std.min():g}: a standard deviation is not negative")
-            if num_features not in (None, len(self.mean)):
-                raise ConfigError(f"statistics have {len(self.mean)} features, the model takes {num_features}")
-            self.num_features = len(self.mean)
+            if width:
+                if num_features not in (None, width):
+                    raise ConfigError(f"statistics have {width} features, the model takes {num_features}")
+                self.num_features = width
             # A constant feature is only centred; so is one with a subnormal std, whose inverse may overflow float32.
             std = np.where(self.std >= np.finfo(np.float32).tiny, self.std, np.float32(1))
-            self._shift, self._scale = torch.from_numpy(self.mean), torch.from_numpy(std).reciprocal()
+            self._shift = torch.as_tensor(self.mean)
+            self._scale = torch.as_tensor(std).reciprocal()
 
     @staticmethod
     def _statistic(name: str, values: ArrayLike) -> Floats:
+        """``values`` as float32 [D], or as [] where it is one number."""
         try:
             array = np.asarray(values)
         except Exception as error:
             raise ConfigError(f"{name} is not a list of numbers: {error}") from error
-        if array.ndim != 1 or not array.size or array.dtype.kind not in _REAL:
+        if array.ndim > 1 or not array.size or array.dtype.kind not in _REAL:
             raise ConfigError(f"{name} has shape {array.shape} and dtype {array.dtype}: give one number per feature")
         with np.errstate(all="ignore"):  # beyond float32 becomes infinite
             numbers = array.astype(np.float32)
         if not _is_finite(numbers):
             worst = int(np.isfinite(numbers).argmin())
-            raise ConfigError(f"{name} of feature {worst} is {array[worst]}: it must be finite in float32")
+            raise ConfigError(f"{name} of feature {worst} is {array.flat[worst]}: it must be finite in float32")
         return numbers
 
     @property
@@ -147,8 +158,10 @@ class Preprocessor:
         return self.standardise(self.validate(features))
 
 
-class Outputs:
+class Outputs(Mapping[str, list[Any]]):
     """What a model said about N rows: arrays for the whole batch, and their lists, made at most once.
+
+    As a mapping it holds the lists by the names of the answer's keys: ``outputs["predictions"]``.
 
     ``predictions`` int64 [N] (classification) or float32 [N] or [N, K] (regression); ``confidences`` float32 [N] and
     ``probabilities`` float32 [N, C] for classification, else None.
@@ -162,8 +175,19 @@ class Outputs:
         self.predictions, self.confidences, self.probabilities = predictions, confidences, probabilities
         self._lists: dict[str, list[Any]] | None = None
 
-    def __len__(self) -> int:
+    @property
+    def rows(self) -> int:
+        """N."""
         return len(self.predictions)
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return self.lists()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays())
+
+    def __len__(self) -> int:
+        return len(self.arrays())
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The outputs that exist, by the names of the answer's keys."""

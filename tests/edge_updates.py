@@ -41,7 +41,7 @@ def head_of(value: float) -> dict[str, torch.Tensor]:
 
 def update_forever(root: Path, report: int) -> None:
     """Updates in turn: round n with a head that answers n + 0.5, then another head, n + 0.25, on the same body."""
-    with Registry(root) as registry, EdgeModelServer(ServingConfig(warmup_samples=1), registry) as edge:
+    with Registry(root) as registry, EdgeModelServer(config=ServingConfig(warmup_samples=1), registry=registry) as edge:
         while True:
             os.write(report, b".")
             number = len(registry.version_numbers("model"))
@@ -55,7 +55,7 @@ def update_forever(root: Path, report: int) -> None:
 
 def check(root: Path, known: int) -> int:
     """The device starts with a whole model: weights, head and round of one update. Returns its version (0: none)."""
-    with Registry(root) as registry, EdgeModelServer(ServingConfig(warmup_samples=1), registry) as edge:
+    with Registry(root) as registry, EdgeModelServer(config=ServingConfig(warmup_samples=1), registry=registry) as edge:
         if not (version := registry.aliases("model").get("default", 0)):
             assert known == 0
             return 0

@@ -53,12 +53,12 @@ class Clocks:
 
     def edge(self, registry, **options):
         clocks = {"clock": lambda: self.monotonic_s, "wall": lambda: self.wall_s}
-        return EdgeModelServer(CONFIG, registry, **clocks, **options)
+        return EdgeModelServer(config=CONFIG, registry=registry, **clocks, **options)
 
 
 @pytest.fixture
 def edge():
-    with EdgeModelServer(CONFIG) as made:
+    with EdgeModelServer(config=CONFIG) as made:
         yield made
 
 
@@ -324,14 +324,14 @@ def test_a_bad_update_leaves_what_served_before(edge, monkeypatch):
 
 
 def test_a_module_without_an_update_has_no_round_and_an_unknown_age():
-    with EdgeModelServer(CONFIG, fresh_s=60) as edge:
+    with EdgeModelServer(config=CONFIG, fresh_s=60) as edge:
         edge.load_model("v1", Tagged(), output_type="regression", num_features=2)
         answer = edge.predict(ROW)
         assert (answer["round"], answer["age_s"], answer["degraded"], answer["path"]) == (None, None, True, "local")
 
 
 def test_a_temporary_registry_goes_with_its_server_and_a_given_one_stays(tmp_path):
-    edge = EdgeModelServer(CONFIG)
+    edge = EdgeModelServer(config=CONFIG)
     folder = Path(edge.registry.root)
     edge.update_global(state_of(1), output_type="regression", **MLP)
     edge.close()
@@ -340,7 +340,7 @@ def test_a_temporary_registry_goes_with_its_server_and_a_given_one_stays(tmp_pat
     with pytest.raises(ServerClosedError):
         edge.predict(ROW)
     with Registry(tmp_path) as registry:
-        with EdgeModelServer(CONFIG, registry) as edge:
+        with EdgeModelServer(config=CONFIG, registry=registry) as edge:
             edge.update_global(state_of(1), round=4, output_type="regression", head=head_of(1.5), **MLP)
-        with EdgeModelServer(CONFIG, registry) as edge:  # started again, without anybody to ask
+        with EdgeModelServer(config=CONFIG, registry=registry) as edge:  # started again, without anybody to ask
             assert told(edge.predict(ROW)) == (1.5, "personal", "own", 4)

@@ -70,7 +70,7 @@ class World:
 
     def __init__(self, head=False, **limits):
         self.now_s, self.cloud, self.hybrids = 1.9e9, Cloud(), []
-        self.edge = EdgeModelServer(CONFIG, clock=lambda: self.now_s, wall=lambda: self.now_s, **limits)
+        self.edge = EdgeModelServer(config=CONFIG, clock=lambda: self.now_s, wall=lambda: self.now_s, **limits)
         self.edge.update_global(state(), round=4, head=HEAD if head else None, **MLP)
 
     def hybrid(self, policy="local_first", **options):
@@ -273,7 +273,7 @@ def test_identical_requests_ask_the_cloud_once():
 
 
 def test_a_cloud_that_waits_costs_its_share_of_the_time_and_then_the_device_answers(world):
-    with EdgeModelServer(CONFIG) as edge:  # by the real clock
+    with EdgeModelServer(config=CONFIG) as edge:  # by the real clock
         edge.update_global(state(), round=4, **MLP)
         world.cloud.gate.clear()
         with HybridServer(edge, world.cloud, consent=True, cloud_share=0.02, cloud_calls=1) as hybrid:
@@ -307,7 +307,7 @@ async def test_the_event_loop_goes_on_while_the_cloud_is_asked(world):
 def slow():
     """A hybrid whose device answers (the row itself) when its probe is released; hedges after 1 ms."""
     probe, cloud = Probe(), Cloud()
-    with EdgeModelServer(CONFIG) as edge:
+    with EdgeModelServer(config=CONFIG) as edge:
         edge.load_model("v1", Gated(probe), output_type="regression", num_features=2)
         with HybridServer(edge, cloud, consent=True, hedge_ms=1) as hybrid:
             probe.shut()
@@ -409,7 +409,7 @@ def test_the_breaker_counts_what_says_that_the_cloud_is_ill(world):
 
 
 def test_a_device_without_a_model_asks_the_cloud_and_says_why_it_cannot_when_that_fails(world):
-    with EdgeModelServer(CONFIG) as empty, HybridServer(empty, world.cloud, consent=True) as hybrid:
+    with EdgeModelServer(config=CONFIG) as empty, HybridServer(empty, world.cloud, consent=True) as hybrid:
         assert hybrid.predict(UNSURE)["path"] == "cloud"
         world.cloud.error = ServerClosedError("away")
         with pytest.raises(FlservingError, match="no model is served"):

@@ -68,7 +68,7 @@ class Cut:
 
 @pytest.fixture
 def edge():
-    with EdgeModelServer(ServingConfig(warmup_samples=1, timeout_ms=TIMEOUT_MS)) as made:
+    with EdgeModelServer(config=ServingConfig(warmup_samples=1, timeout_ms=TIMEOUT_MS)) as made:
         made.update_global(state(), round=4, **MLP)
         yield made
 
@@ -86,7 +86,7 @@ def test_a_cut_cloud(edge, how, way):
     breaker = CircuitBreaker(FAILURES, PAUSE_S, clock=lambda: now[0])
     try:
         with (
-            EdgeModelServer(edge.config) as centre,
+            EdgeModelServer(config=edge.config) as centre,
             flserving.serve(centre) as endpoint,
             Client(endpoint.url, endpoint.token) as healthy,
             Client(cut.url) as away,

@@ -30,7 +30,10 @@ FLOORS = {
         *("routing", "transforms", "models", "datasets", "config"),
         *("heads", "headfile", "release", "delta", "split", "feedback", "backends", "exporting"),
     },
-    1: {"cache", "telemetry", "network", "breaker", "calibration", "sequential", "bandit", "verdict", "monitoring"},
+    1: {
+        *("aliases", "cache", "telemetry", "network", "breaker", "calibration"),
+        *("sequential", "bandit", "verdict", "monitoring"),
+    },
     0: {"errors", "accounts"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

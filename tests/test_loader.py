@@ -237,7 +237,7 @@ def test_a_module_in_training_keeps_its_gradients(store):
 def test_an_engine_is_loaded_with_the_settings_and_transforms_of_its_version(store):
     store.add("v1", nn.Linear(8, 3), Preprocessor(mean=[1] * 8, std=[2] * 8), Postprocessor(threshold=0.25))
     engine = load_engine(store, "v1", ServingConfig(max_batch_size=5, warmup_samples=3))
-    assert (engine.version, engine.max_batch_size, engine.warmup_samples) == ("v1", 5, 3)
+    assert (engine.version, engine.max_batch_size, engine.config.warmup_samples) == ("v1", 5, 3)
     assert engine.get_stats()["warmup_executions"] == 4 and engine.typical_s < math.inf
     assert engine.preprocessor.num_features == 8 and engine.postprocessor.threshold == 0.25
     assert engine.predict(X)["model_version"] == "v1"

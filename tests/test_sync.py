@@ -43,7 +43,7 @@ BIG = [64, 2048, 3]  # half a megabyte of weights: many reads of a socket
 def device(root, url, token="infer", **options):
     with (
         Registry(root) as registry,
-        EdgeModelServer(ServingConfig(warmup_samples=1), registry) as edge,
+        EdgeModelServer(config=ServingConfig(warmup_samples=1), registry=registry) as edge,
         contextlib.closing(SyncAgent(url, token, registry, edge=edge, **options)) as agent,
     ):
         yield registry, agent

@@ -279,7 +279,6 @@ STATISTICS = {
     "beyond float32": ({"mean": [1e300], "std": [1]}, r"mean of feature 0 is 1e\+300: it must be finite in float32"),
     "beyond float64": ({"mean": [10**400], "std": [1]}, "mean has shape .* and dtype object"),
     "empty": ({"mean": [], "std": []}, r"mean has shape \(0,\)"),
-    "scalar": ({"mean": 1.0, "std": 1.0}, r"mean has shape \(\)"),
     "table": ({"mean": [[1]], "std": [[1]]}, r"mean has shape \(1, 1\)"),
     "strings": ({"mean": ["1"], "std": ["1"]}, "dtype <U1"),
     "None": ({"mean": [None], "std": [1]}, "dtype object"),
@@ -381,7 +380,7 @@ def test_a_confidence_equal_to_the_threshold_is_enough(threshold):
 def test_a_regression_gives_the_values_as_they_are(shape, wanted):
     values = torch.randn(shape)
     out = Postprocessor("regression")(values)
-    assert out.predictions.shape == wanted and len(out) == shape[0]
+    assert out.predictions.shape == wanted and out.rows == shape[0]
     assert out.predictions.tolist() == values.reshape(wanted).tolist()
     assert out.confidences is None and out.probabilities is None and list(out.lists()) == ["predictions"]
 

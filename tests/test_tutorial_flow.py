@@ -1,6 +1,7 @@
 """The tutorial's own flow, word for word, and the contract of its names (MISSION.md's table)."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_the_flow(model, x):
     assert stats["server"]["requests"] == stats["server"]["succeeded"] == 2 and stats["server"]["rows"] == 6
     assert stats["server"]["executions"] == 2, "the warm-up is not in the statistics"
     assert stats["engines"]["local/v1.0"]["rows"] == 6
-    assert stats.keys() == {"server", "queue", "model_cache", "prediction_cache", "engines"}
+    assert stats.keys() == {"server", "queue", "model_cache", "prediction_cache", "engines", "v1.0"}
     for answer, rows in zip(server.engines["v1.0"].batch_predict([x[0], x[1:4]]), (1, 3), strict=True):
         assert_answer(answer, rows)
     json.dumps([health, stats])  # both can be shown and sent as they are
@@ -124,15 +125,22 @@ def test_batch_predict_gives_every_request_its_own_answer(model, x):
         assert server.get_all_stats()["server"]["requests"] == 2, "as one request"
 
 
-def test_the_demonstration_shows_an_answer(capsys):
+def test_the_demonstration_serves_a_hundred_requests(capsys):
     torch.manual_seed(7)
     state = torch.random.get_rng_state()
-    answer = demo_serving(rows=4)
-    assert_answer(answer, 4)
-    said = capsys.readouterr().out
-    assert "version v1.0" in said and str(answer["predictions"]) in said and "healthy" in said
-    assert demo_serving(rows=4)["predictions"] == answer["predictions"], "the same each time"
-    assert torch.equal(torch.random.get_rng_state(), state), "and nobody's random numbers change"
+    server, results = demo_serving()
+    with server:
+        assert len(results) == server.get_all_stats()["v1.0"]["request_count"] == 100
+        for answer in results:
+            assert_answer(answer, 1)
+        said = capsys.readouterr().out
+        assert "100 requests with version v1.0" in said and "healthy" in said
+        mean_ms = float(re.search(r"mean latency: ([\d.]+) ms", said)[1])
+        assert mean_ms == pytest.approx(np.mean([answer["latency_ms"] for answer in results]), abs=1e-3)
+    again, few = demo_serving(requests=4)
+    again.close()
+    assert [answer["predictions"] for answer in few] == [answer["predictions"] for answer in results[:4]]
+    assert torch.equal(torch.random.get_rng_state(), state), "nobody's random numbers change"
 
 
 def test_a_pipeline_that_cannot_start_leaves_nothing(monkeypatch, tmp_path):
