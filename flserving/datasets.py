@@ -6,7 +6,7 @@ statistics that the clients computed together.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import isfinite
 
 import numpy as np
@@ -26,6 +26,10 @@ MIN_SAMPLES = 10  # of a client, both splits together
 class Client:
     """One client and its own samples: features float32 [n, D], labels int64 [n]; the test split is held out.
 
+    Args:
+        resolution: The smallest step that its features are measured in, if there is one: a spread below it tells
+            nothing, and is not blown up to 1 by standardising. 1 for the digits: one grey level.
+
     Raises:
         InvalidInputError: An array with another shape or dtype, no samples, a negative label, NaN or infinity.
     """
@@ -35,6 +39,7 @@ class Client:
     train_y: Labels
     test_x: Features
     test_y: Labels
+    resolution: float = 0.0
 
     def __post_init__(self) -> None:
         for split, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
@@ -114,6 +119,7 @@ def make_clients(
     alpha: float = 0.1,
     permute_labels: bool = False,
     seed: int = 0,
+    resolution: float | None = None,
 ) -> tuple[Client, ...]:
     """Partition a data set by ``dirichlet_partition``; 30 % of each class that a client holds are held out.
 
@@ -122,12 +128,16 @@ def make_clients(
         permute_labels: Every client names the classes in its own way: concept shift, under which no single model can
             be right for all clients. Who holds which samples stays the same.
         seed: Same seed, same clients.
+        resolution: See :class:`Client`. When not given: one grey level for rows of :func:`digits`, else 0.
 
     Raises:
         ConfigError: A setting out of range. InvalidInputError: Features or labels that a client cannot hold.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed is {seed!r}: use an integer >= 0")
+    if resolution is None:
+        known = digits()[0] if features.shape[1:] == (64,) else None
+        resolution = 1.0 if known is not None and (features is known or features.base is known) else 0.0
     rng, naming_rng = np.random.default_rng(seed).spawn(2)  # two, so that naming does not change who holds what
     classes = int(labels.max()) + 1
     naming = _namings(classes, naming_rng)
@@ -136,7 +146,14 @@ def make_clients(
         name = next(naming) if permute_labels else np.arange(classes)
         train, test = _hold_out(rng.permutation(indices), labels)
         clients.append(
-            Client(f"client-{number:02d}", features[train], name[labels[train]], features[test], name[labels[test]])
+            Client(
+                id=f"client-{number:02d}",
+                train_x=features[train],
+                train_y=name[labels[train]],
+                test_x=features[test],
+                test_y=name[labels[test]],
+                resolution=resolution,
+            )
         )
     return tuple(clients)
 
@@ -165,32 +182,85 @@ def _namings(classes: int, rng: np.random.Generator) -> Iterator[Labels]:
             yield names[(rows + shift) % classes]
 
 
-def federated_statistics(clients: Sequence[Client], min_std: float = 1.0) -> dict[str, list[float]]:
-    """Mean and standard deviation of each feature over all training splits: ``{"mean": [D], "std": [D]}``.
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """What a client tells of its features, and no sample: how many there are, their mean, and how far they are from it.
 
-    A client sends three sums (samples, x, x squared: 2 D + 1 numbers) and no sample; the server adds them up. What it
-    gets equals the statistics of the pooled data. The answer fits ``Registry.publish(preprocessing=...)`` and
-    ``create_serving_pipeline(feature_stats=...)``.
+    Sums of squares would be as short, but ``E[x^2] - E[x]^2`` cancels where the mean is large beside the spread; these
+    are right to rounding at any offset, and exactly 0 apart for a constant.
 
     Args:
-        min_std: Floor of every standard deviation. A pixel that is black but for one sample has a tiny one: divided by
-            it, the next stray dot would be 100 sigma. The default, 1, is one grey level of the digits.
+        count: Samples. ``mean``: float64 [D]. ``m2``: summed squared deviations from that mean, float64 [D].
+
+    Source: Chan, Golub and LeVeque, The American Statistician 37(3), 1983.
+    """
+
+    count: int
+    mean: NDArray[np.float64]
+    m2: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, features: Features) -> "Moments":
+        """Those of float32 [n, D], n >= 1, in two passes."""
+        x = features.astype(np.float64)  # in which the sum of n equal float32 numbers is exact
+        mean = x.mean(axis=0)
+        away = x - mean
+        m2 = (away * away).sum(axis=0) - away.sum(axis=0) ** 2 / len(x)  # the last term is what the mean is off
+        return cls(len(x), mean, np.maximum(m2, 0.0))
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Those of both clients' samples together."""
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        mean = self.mean + apart * (other.count / count)
+        m2 = self.m2 + other.m2 + apart * apart * (self.count * other.count / count)
+        return Moments(count, mean, m2)
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """Standard deviations, [D]."""
+        return np.sqrt(self.m2 / self.count)
+
+    @property
+    def constant(self) -> NDArray[np.bool_]:
+        """Which features do not vary, but for rounding, [D]: judged by their own size, so the unit does not matter.
+
+        Source: scikit-learn's StandardScaler (``_is_constant_feature``), after the same paper.
+        """
+        eps = float(np.finfo(np.float64).eps)
+        variance = self.m2 / self.count
+        rounding = self.count * eps * variance + (self.count * eps * self.mean) ** 2
+        return (variance <= rounding) | (self.std < np.finfo(np.float32).tiny)
+
+
+def federated_statistics(clients: Sequence[Client], min_std: float | None = None) -> dict[str, list[float]]:
+    """Mean and standard deviation of each feature over all training splits: ``{"mean": [D], "std": [D]}``.
+
+    A client sends its :class:`Moments` (2 D + 1 numbers) and no sample; the server merges them. What it gets equals the
+    statistics of the pooled data. The answer fits ``Registry.publish(preprocessing=...)`` and
+    ``create_serving_pipeline(feature_stats=...)``.
+
+    Features may be in any unit. One that is the same everywhere gets 1: it is centred and left unscaled, as by
+    scikit-learn's StandardScaler. One that varies at a single client varies.
+
+    Args:
+        min_std: Floor of every standard deviation, in the features' unit; the clients' ``resolution`` when not given. A
+            pixel that is black but for one sample has a tiny one: divided by it, the next stray dot would be 100 sigma.
 
     Raises:
         ConfigError: min_std is not a number > 0. InvalidInputError: No clients, or clients with different features.
     """
-    if not (isinstance(min_std, int | float) and isfinite(min_std) and min_std > 0):
-        raise ConfigError(f"min_std is {min_std!r}: use a number > 0")
+    if min_std is not None and not (isinstance(min_std, int | float) and isfinite(min_std) and min_std > 0):
+        raise ConfigError(f"min_std is {min_std!r}: use a number > 0, or None")
     widths = {client.train_x.shape[1] for client in clients}
     if len(widths) != 1:
         raise InvalidInputError(
             f"clients have rows of {sorted(widths)} features: give at least one client, and all the same"
         )
-    count, (width,) = 0, widths
-    total, squares = np.zeros(width), np.zeros(width)
-    for client in clients:
-        x = client.train_x.astype(np.float64)  # in float32 the difference below would cancel
-        count, total, squares = count + len(x), total + x.sum(axis=0), squares + (x * x).sum(axis=0)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))
-    return {"mean": mean.tolist(), "std": np.maximum(std, min_std).tolist()}
+    pooled = reduce(Moments.merged, (Moments.of(client.train_x) for client in clients))
+    if min_std is None:
+        floor = max(client.resolution for client in clients)
+        std = np.where(pooled.constant, 1.0, np.maximum(pooled.std, floor))
+    else:
+        std = np.maximum(pooled.std, min_std)
+    return {"mean": pooled.mean.tolist(), "std": std.tolist()}

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sklearn.preprocessing import StandardScaler
 
 from flserving import datasets
 from flserving.datasets import MIN_SAMPLES, Client, digits, dirichlet_partition, federated_statistics, make_clients
@@ -151,21 +152,75 @@ def test_a_client_holds_only_sound_samples(change, says):
         client(**change)
 
 
-@given(num_clients=st.integers(1, 40), seed=st.integers(0, 99), scale=st.floats(1.0, 100.0), shift=st.floats(-1e3, 1e3))
+@example(num_clients=1, seed=0, scale=1.0, shift=624.4319575018467)
+@example(num_clients=40, seed=0, scale=1.0, shift=1e6)
+@given(
+    num_clients=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    scale=st.one_of(st.floats(1.0, 100.0), st.floats(1e-15, 1e15)),
+    shift=st.one_of(st.floats(-1e3, 1e3), st.floats(-1e8, 1e8)),
+)
 @settings(max_examples=25, deadline=None)
 def test_statistics_from_sums_equal_those_of_the_pooled_samples(num_clients, seed, scale, shift):
+    """To rounding, at any offset: sums of squares gave a constant feature at 624 a spread of 1e-4."""
     x = (X * np.float32(scale) + np.float32(shift)).astype(np.float32)
     clients = make_clients(x, Y, num_clients=num_clients, seed=seed)
-    pooled = np.concatenate([client.train_x for client in clients]).astype(np.float64)
-    statistics = federated_statistics(clients, min_std=1e-9)
-    np.testing.assert_allclose(statistics["mean"], pooled.mean(axis=0), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(statistics["std"], np.maximum(pooled.std(axis=0), 1e-9), rtol=1e-6, atol=1e-4)
+    pooled = np.concatenate([client.train_x for client in clients]).astype(np.longdouble)
+    floor = 1e-30
+    statistics = federated_statistics(clients, min_std=floor)
+    size = np.abs(pooled).max()
+    np.testing.assert_allclose(statistics["mean"], pooled.mean(axis=0).astype(float), rtol=1e-12, atol=1e-15 * size)
+    varies = np.ptp(pooled, axis=0) > 0
+    std = np.where(varies, pooled.std(axis=0), floor).astype(float)
+    # two float64 means differ by rounding of their own size, all else by rounding of the spread
+    np.testing.assert_allclose(statistics["std"], std, rtol=1e-12, atol=1e-15 * size)
+    assert np.array_equal(statistics["std"], np.where(varies, statistics["std"], floor)), "a constant is exactly one"
 
 
-def test_a_nearly_constant_feature_is_not_blown_up():
+@given(data=st.data(), seed=st.integers(0, 99), unit=st.integers(-40, 40))
+@settings(max_examples=50, deadline=None)
+def test_statistics_are_in_the_unit_of_their_features_and_constant_ones_are_left_alone(data, seed, unit):
+    """As scikit-learn's StandardScaler says of the pooled samples; powers of two, so that nothing rounds."""
+    scale = np.float32(2.0**unit)
+    x = X.copy()
+    x[:, 5] = data.draw(st.sampled_from([0.0, 0.1, -7e3, 1e6]))
+    clients = make_clients(x * scale, Y, num_clients=data.draw(st.integers(1, 40)), seed=seed)
+    scaler = StandardScaler().fit(np.concatenate([client.train_x for client in clients]).astype(np.float64))
+    statistics = federated_statistics(clients)
+    np.testing.assert_allclose(statistics["std"], scaler.scale_, rtol=1e-9)
+    assert statistics["std"][0] == statistics["std"][5] == 1.0
+    assert statistics["mean"][5] == x[0, 5] * scale
+
+
+def test_a_feature_that_varies_at_one_client_or_between_clients_only_is_scaled():
+    """Each of the others sees a constant; all of them together do not."""
+    x = np.full((4, 3), 5.0, np.float32)
+    varied = x.copy()
+    varied[:, 0] = [5, 5, 5, 9]
+    varied[:, 1] = 6.0  # constant at every client, but not the same
+    clients = [client(id=str(i), train_x=x, test_x=x[:2]) for i in range(3)]
+    clients.append(client(id="odd", train_x=varied, test_x=varied[:2]))
+    pooled = np.concatenate([one.train_x for one in clients]).astype(float)
+    statistics = federated_statistics(clients)
+    np.testing.assert_allclose(statistics["std"], [pooled[:, 0].std(), pooled[:, 1].std(), 1.0], rtol=1e-12)
+    assert federated_statistics(clients[:3]) == {"mean": [5.0] * 3, "std": [1.0] * 3}
+
+
+@pytest.mark.parametrize("rows", [X, X[:300]], ids=["all", "some"])
+def test_a_pixel_that_varies_by_less_than_a_grey_level_is_not_blown_up(rows):
+    """The digits' own resolution; a constant pixel is left as it is."""
+    clients = make_clients(rows, Y[: len(rows)], num_clients=5)
+    pooled = np.concatenate([one.train_x for one in clients]).astype(float)
+    assert {one.resolution for one in clients} == {1.0}
+    np.testing.assert_allclose(federated_statistics(clients)["std"], np.maximum(pooled.std(axis=0), 1), rtol=1e-12)
+    assert {one.resolution for one in make_clients(rows / 16, Y[: len(rows)], num_clients=5)} == {0.0}
+
+
+def test_a_floor_is_for_those_who_know_the_unit():
     x = np.array([[0, 0], [0, 2], [0, 4], [1, 6]], np.float32)
     one = client(train_x=x, test_x=x[:2])
-    assert federated_statistics([one])["std"] == [1.0, np.sqrt(5)]
+    assert federated_statistics([one])["std"] == [np.sqrt(3 / 16), np.sqrt(5)]
+    assert federated_statistics([one], min_std=1.0)["std"] == [1.0, np.sqrt(5)]
     assert federated_statistics([one], min_std=3.0)["std"] == [3.0, 3.0]
     assert federated_statistics([one], min_std=0.1)["std"] == [np.sqrt(3 / 16), np.sqrt(5)]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_iris
 from torch import nn
 
 from flserving import federated, models
@@ -161,6 +162,47 @@ def test_the_default_training_takes_seconds():
 def test_two_rounds_are_one_and_then_another():
     one, two = train(rounds=1), train(rounds=2)
     assert equal(one.final.state, two.rounds[0].state) and not equal(two.rounds[0].state, two.final.state)
+
+
+def flowers(scale=1.0, shift=0.0):
+    """Iris at four clients, in a unit of its own: ``scale`` 1 is centimetres."""
+    x, y = load_iris(return_X_y=True)
+    return make_clients((x * scale + shift).astype(np.float32), y.astype(np.int64), num_clients=4, alpha=1.0)
+
+
+def flower_model(scale, shift):
+    sizes = {"sizes": [4, 16, 3]}
+    return train(clients=flowers(scale, shift), rounds=20, architecture="mlp", parameters=sizes, local_epochs=5).final
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift"),
+    [(0.01, 0.0), (10.0, 0.0), (1e-6, 0.0), (1e6, 0.0), (1.0, 200.0), (0.01, -3.0), (np.array([1, 10, 0.01, 1e4]), 0)],
+    ids=["metres", "millimetres", "tiny", "huge", "offset", "metres and offset", "a unit for each column"],
+)
+def test_a_training_does_not_depend_on_the_unit_of_its_features(scale, shift):
+    """Without a setting: in metres, iris was at chance, because a spread below 1 was taken for none."""
+    centimetres = flower_model(scale=1.0, shift=0.0)
+    same = flower_model(scale, shift)
+    assert_close(same.state, centimetres.state, rtol=1e-2, atol=1e-3)
+    metric = centimetres.metrics
+    other = same.metrics
+    assert metric["global_accuracy"] > 0.9
+    samples = 45
+    assert other["global_accuracy"] == pytest.approx(metric["global_accuracy"], abs=1.01 / samples), "one sample"
+
+
+@pytest.mark.parametrize("resolution", [1 / 16, None])
+def test_digits_train_as_well_with_their_grey_levels_in_another_unit(resolution):
+    """Equal where the unit's step is told (a division by 16 rounds nothing); a little else without it."""
+    options = {"rounds": 5, "local_epochs": 2, "alpha": 1.0}
+    usual = federated.train(**options, progress=False).final.metrics
+    clients = make_clients(X / 16, Y, alpha=options.pop("alpha"), resolution=resolution)
+    other = federated.train(**options, clients=clients, progress=False).final.metrics
+    assert usual["global_accuracy"] > 0.8
+    tolerance = {"mean_client_accuracy": 0.02, "global_accuracy": 0.02, "worst_client_accuracy": 0.15}
+    for name, value in usual.items():
+        assert other[name] == pytest.approx(value, abs=1e-9 if resolution else tolerance[name])
 
 
 # --- strategies -----------------------------------------------------------------------------------------------------
