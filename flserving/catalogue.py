@@ -1,6 +1,7 @@
 """The catalogue: what the index alone can answer. Names, version numbers, aliases, and the log of their moves."""
 
 import operator
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DEFAULT_ALIAS = "default"
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")  # one spelling of each: the server's routes know no other
 
 
 class Catalogue:
@@ -40,13 +42,23 @@ class Catalogue:
         """Names with at least one version, sorted."""
         return [str(name) for (name,) in self._index.query("SELECT DISTINCT name FROM versions ORDER BY name")]
 
+    def models_by_promotion(self) -> list[str]:
+        """:meth:`models`, those with a default version first, and among them the one that had one first."""
+        sql = (
+            "SELECT name FROM moves AS m WHERE alias = ?1 GROUP BY name HAVING "
+            "(SELECT to_version FROM moves WHERE name = m.name AND alias = ?1 ORDER BY id DESC LIMIT 1) IS NOT NULL "
+            "ORDER BY min(id)"
+        )
+        promoted = [str(name) for (name,) in self._index.query(sql, DEFAULT_ALIAS)]
+        return list(dict.fromkeys([*promoted, *self.models()]))
+
     def version_numbers(self, name: str) -> list[int]:
         """Versions of ``name``, oldest first: 1, 2, ... without gaps. Empty if there is no such name."""
         check_name("model name", name)
         return [v for (v,) in self._index.query("SELECT version FROM versions WHERE name = ? ORDER BY version", name)]
 
     def resolve(self, name: str, ref: int | str | None = None) -> int:
-        """The version that ``ref`` means: a number (3 or "3"), an alias, or None for the alias "default".
+        """The version that ``ref`` means: a number (3 or "3", not "03"), an alias, or None for the alias "default".
 
         Raises:
             NotFoundError: There is none. InvalidInputError: ``ref`` is neither a number, a string nor None.
@@ -54,7 +66,7 @@ class Catalogue:
         check_name("model name", name)
         ref = DEFAULT_ALIAS if ref is None else ref
         found = None
-        if isinstance(ref, str) and not (ref.isascii() and ref.isdigit() and len(ref) < 20):
+        if isinstance(ref, str) and not _NUMBER.fullmatch(ref):
             if is_name(ref):
                 sql = "SELECT to_version FROM moves WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
                 found = self._index.query(sql, name, ref)

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         registry = stack.enter_context(Registry(arguments.directory))
         memory = Memory(registry)
-        model = arguments.model or memory.facts.model or next(iter(registry.models()), "model")
+        model = arguments.model or memory.facts.model or next(iter(registry.models_by_promotion()), "model")
         edge = stack.enter_context(
             EdgeModelServer(
                 registry=registry, model=model, client=arguments.client, wall=memory.wall,

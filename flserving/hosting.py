@@ -3,6 +3,7 @@
 ``ModelServer`` (``server.py``) adds the way of a request.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from flserving.errors import (
     ServerClosedError,
 )
 from flserving.loader import ModuleStore, RegistrySource, Source, load_engine
-from flserving.manifest import Signature
+from flserving.manifest import Signature, is_name
 from flserving.routing import Key, Router
 from flserving.transforms import OutputType, Postprocessor, Preprocessor
 
@@ -44,7 +45,8 @@ class ModelHost:
         self._clock = clock
         self.model_cache = ModelCache(self.config.cache_size, self.config.cache_bytes, clock)
         self._store = ModuleStore()
-        self._sources: dict[str, Source] = {LOCAL: self._store}
+        self._sources: dict[str, Source] = {}
+        self._registries: dict[Registry, None] = {}  # in the order in which they were given
         self._router = Router(self._preload)
         self._load_problems: dict[str, str] = {}  # why a version could not be loaded when it was last tried
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")  # starts no thread until used
@@ -75,9 +77,12 @@ class ModelHost:
 
         Raises:
             InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and ``transforms``. ConfigError:
-                Also a part that is given twice, as an object and by its settings.
+                Also a part that is given twice, as an object and by its settings. ConflictError: Also where a
+                registry's model has the name "local".
         """
         self._check_open()
+        if self._sources.setdefault(LOCAL, self._store) is not self._store:
+            raise ConflictError(f"model {LOCAL!r} comes from a registry here: use another server for load_model")
         before = _preprocessor(preprocessor, feature_stats, num_features)
         if postprocessor is None:
             postprocessor = Postprocessor(output_type or "classification", 0.0 if threshold is None else threshold)
@@ -94,16 +99,29 @@ class ModelHost:
 
     def serve(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
         """Serve every version of ``name`` in ``registry`` and follow its aliases, also those that other
-        processes move."""
+        processes move.
+
+        Raises:
+            NotFoundError: It has no version. ConflictError: The name is taken by another registry or ``load_model``.
+        """
         self._check_open()
-        if name in self._sources:
+        source = RegistrySource(registry, name, threshold)
+        held = self._sources.setdefault(name, source)
+        if not (isinstance(held, RegistrySource) and held.registry is registry and held.threshold == threshold):
             raise ConflictError(f"model {name!r} is served already: use another server for another registry")
-        self._sources[name] = RegistrySource(registry, name, threshold)
         try:
             self._router.follow(registry, name)
         except BaseException:
-            del self._sources[name]
+            if held is source:
+                del self._sources[name]
             raise
+        self._registries[registry] = None
+
+    def serve_all(self, registry: "Registry") -> None:
+        """Serve every model of ``registry``, also those that are published later (up to ``routing.MOST_MODELS``)."""
+        self._check_open()
+        self._registries[registry] = None
+        self._router.follow_all(registry, functools.partial(self.serve, registry))
 
     @version_id_too
     def set_default(self, version: str | int, model: str | None = None) -> None:
@@ -113,7 +131,9 @@ class ModelHost:
             NotFoundError: No such version. ConflictError: The model's aliases belong to its registry.
         """
         self._check_open()
-        self._router.set_alias((model or self._router.routes.model or LOCAL, str(version)))
+        if model is None:
+            model = self._router.routes.model or LOCAL
+        self._router.set_alias((model, str(version)))
 
     def resolve(self, version: str | int | None = None, model: str | None = None) -> Key:
         """The (model, version) that a version id or alias leads to now. Raises NotFoundError, ModelUnloadedError."""
@@ -143,12 +163,17 @@ class ModelHost:
         self.model_cache.clear([key for key, _ in self.model_cache.items() if key[0] == model])
 
     def reload(self, model: str) -> None:
-        """Read its registry again, load its default version, and put a model (back) into service.
+        """Read its registry again, load its default version, and put a model (back) into service; a new one, too.
 
         Raises:
             NotFoundError, CorruptArtifactError, OverloadedError: It stays as it was.
         """
         self._check_open()
+        if model not in self._sources and is_name(model):
+            for registry in list(self._registries):
+                if registry.version_numbers(model):
+                    self.serve(registry, model)
+                    break
         self._router.restore(model)
 
     def refresh(self) -> None:

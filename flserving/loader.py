@@ -30,6 +30,7 @@ from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelEr
 from flserving.heads import HeadStore
 from flserving.manifest import Manifest, Signature
 from flserving.personalization import PersonalEngine
+from flserving.routing import DEFAULT
 from flserving.transforms import Postprocessor, Preprocessor
 from flserving.weights import first_non_finite
 
@@ -187,8 +188,8 @@ class ModuleStore:
         """Store a module under a new version id. The module is read, never changed.
 
         Raises:
-            InvalidModelError: Not a module, an id outside ``[A-Za-z0-9._-]``, an unknown input width, or it fails on
-                one row.
+            InvalidModelError: Not a module, an id outside ``[A-Za-z0-9._-]`` or "default", an unknown input width, or
+                it fails on one row.
             ConflictError: The id is taken by another model (a version never changes); the same again is fine.
         """
         if not isinstance(module, nn.Module):
@@ -197,6 +198,8 @@ class ModuleStore:
             raise InvalidModelError(
                 f"version id {version!r}: use up to 64 letters, digits and . _ -, starting with a letter or digit"
             )
+        if version == DEFAULT:
+            raise InvalidModelError(f"version id {version!r} is the alias of the version that answers: choose another")
         if preprocessor.num_features is None:
             preprocessor = Preprocessor(num_features=input_width(module))
         try:

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+NOT_FOR_MODELS = frozenset({"stats"})
+"""Names that a route of REST has where others have the model's; older registries may hold such models."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +139,8 @@ class Registry(Catalogue):
 
         Cost: one copy and two hashes of the weights beside one write to the disk, and four waits for small writes.
         """
-        check_name("model name", name)
+        if check_name("model name", name) in NOT_FOR_MODELS:
+            raise InvalidModelError(f"model name {name!r} is a route of REST, /v2/models/{name}: choose another")
         if alias is not None:
             check_move(alias, who, why or "published")
         content = draft.prepare(

@@ -2,6 +2,8 @@
 
 Readers take no lock: they read one immutable :class:`Routes`. A version takes over only after it has been loaded and
 is warm (availability-preserving, as TensorFlow Serving calls it: Olston et al. 2017). Imports ``errors`` and ``split``.
+
+Within one model a name means one thing: no version id equals an alias, and "default" is always the alias.
 """
 
 import itertools
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str]
 """(model, version)."""
+DEFAULT = "default"
+"""The alias that answers who names no version."""
+MOST_MODELS = 1000
+"""Models that are followed without being named; each costs a place in the table and a look at every change."""
+_NEW_MODELS_PER_LOOK = 16  # others wait for a change of routes while these are loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,7 @@ class Served:
     aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> version
     experiments: Mapping[str, Experiment] = field(default_factory=dict)  # by alias
     withdrawn: bool = False  # an operator took it out of service
+    promoted: bool = False  # its alias "default" has led somewhere, though it may not have loaded
 
     def targets(self, name: str) -> dict[tuple[str, str], Key]:
         """Where each version id and alias leads."""
@@ -48,7 +56,7 @@ class Routes:
 
     models: Mapping[str, Served] = field(default_factory=dict)
     targets: Mapping[tuple[str, str], Key] = field(default_factory=dict)  # (model, version or alias) -> key
-    model: str | None = None  # answers when the caller names none
+    model: str | None = None  # answers who names none: the first that was promoted, whatever the alphabet says
 
     def of(self, name: str | None) -> Served:
         """What is known of a model; nothing of an unknown one."""
@@ -76,6 +84,7 @@ class Router:
         self.problems: dict[str, str] = {}
         self.on_look: Callable[[], object] = tuple
         self._followed: dict[str, tuple[Catalogue, int, Hashable]] = {}  # its local_changes and token when last read
+        self._whole: list[_Whole] = []  # registries of which every model is followed
         self._admin = threading.RLock()  # one change at a time; readers never take it
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -89,14 +98,14 @@ class Router:
         name = routes.model or "" if model is None else str(model)
         if (followed := self._followed.get(name)) is not None and followed[0].local_changes != followed[1]:
             return None  # this process moved an alias just now: do not wait for the watcher
-        return routes.targets.get((name, "default" if version is None else str(version)))
+        return routes.targets.get((name, DEFAULT if version is None else str(version)))
 
     def require(self, version: str | int | None, model: str | None) -> Key:
         """:meth:`find`, or a NotFoundError that names what there is."""
         routes = self.routes
         if (name := routes.model if model is None else str(model)) is None:
             raise NotFoundError("no model is served: call load_model or serve first")
-        ref = "default" if version is None else str(version)
+        ref = DEFAULT if version is None else str(version)
         if (key := routes.targets.get((name, ref))) is not None:
             return key
         self.known(name)
@@ -113,19 +122,21 @@ class Router:
     # Changes
 
     def add(self, key: Key) -> None:
-        """Make a version known; the first model becomes the one that answers who names none."""
+        """Make a version known. ConflictError: Its id is an alias of the model."""
         with self._admin:
             name, version = key
-            known = self.routes.of(name).versions
-            if version not in known:
-                self._replace(name, versions=(*known, version))
+            known = self.routes.of(name)
+            if version == DEFAULT or version in known.aliases:
+                raise ConflictError(f"{version!r} is an alias of {name!r}: give the version another id")
+            if version not in known.versions:
+                self._replace(name, versions=(*known.versions, version))
 
-    def set_alias(self, key: Key, alias: str = "default") -> None:
+    def set_alias(self, key: Key, alias: str = DEFAULT) -> None:
         """Load a version, then let ``alias`` lead to it.
 
         Raises:
-            NotFoundError: No such version. ConflictError: The model's aliases belong to its registry. Whatever the
-            load raises.
+            NotFoundError: No such version. ConflictError: The model's aliases belong to its registry, or ``alias`` is
+            the id of a version. Whatever the load raises.
         """
         with self._admin:
             name, version = key
@@ -134,9 +145,13 @@ class Router:
                     f"the aliases of {name!r} live in its registry: call registry.set_alias({name!r}, "
                     f"{alias!r}, {version!r}, ...)"
                 )
+            if alias in self.routes.of(name).versions:
+                raise ConflictError(f"{alias!r} is a version of {name!r}: give the alias another name")
             version = self.require(version, name)[1]
             self._preload((name, version))
-            self._replace(name, aliases={**self.routes.of(name).aliases, alias: version})
+            known = self.routes.of(name)
+            promoted = known.promoted or alias == DEFAULT
+            self._replace(name, aliases={**known.aliases, alias: version}, promoted=promoted)
 
     def withdraw(self, name: str) -> None:
         """Let no request reach ``name`` until :meth:`restore`. Raises NotFoundError."""
@@ -150,7 +165,7 @@ class Router:
         with self._admin:
             self.known(name)
             self.refresh(retry=True)
-            if (version := self.routes.of(name).aliases.get("default")) is not None:
+            if (version := self.routes.of(name).aliases.get(DEFAULT)) is not None:
                 self._preload((name, version))
             self._replace(name, withdrawn=False)
 
@@ -162,11 +177,53 @@ class Router:
             changes, token = registry.local_changes, registry.change_token()
             self._read(name, registry)
             self._followed[name] = (registry, changes, token)
-            if self._watcher is None:
-                self._watcher = threading.Thread(
-                    target=_watch, args=(weakref.ref(self), self._closing), name="flserving-watcher", daemon=True
-                )
-                self._watcher.start()
+            self._start_watcher()
+
+    def follow_all(self, registry: "Catalogue", serve: Callable[[str], object]) -> None:
+        """Let every model of ``registry`` be served, also those that are published later, up to ``MOST_MODELS``.
+
+        ``serve`` is called with each new name: its part is to call :meth:`follow`.
+        """
+        with self._admin:
+            whole = _Whole(registry, serve)
+            for name in self._new_models(whole):
+                serve(name)
+            self._whole.append(whole)
+            self._start_watcher()
+
+    def _new_models(self, whole: "_Whole") -> list[str]:
+        """Names that are not followed yet and have not failed, as many as there is room for."""
+        names = whole.registry.models_by_promotion()
+        new = [name for name in names if name not in self._followed and name not in whole.failed]
+        room = max(0, MOST_MODELS - len(self._followed))
+        if len(new) > room:
+            self.problems[_WHOLE] = f"{len(new) - room} models are not served, the most is {MOST_MODELS}: load them"
+        else:
+            self.problems.pop(_WHOLE, None)
+        return new[:room]
+
+    def _look_for_models(self, whole: "_Whole", token: Hashable, retry: bool) -> None:
+        if retry and whole.failed:
+            whole.failed.clear()
+            whole.seen = None
+        if token == whole.seen:
+            return
+        new = self._new_models(whole)
+        for name in new[:_NEW_MODELS_PER_LOOK]:
+            try:
+                whole.serve(name)
+            except Exception as error:  # one that cannot be served must not stop the others, nor the watch
+                self.problems[f"{name}/registry"] = _said(error)
+                whole.failed.add(name)
+        if len(new) <= _NEW_MODELS_PER_LOOK:
+            whole.seen = token
+
+    def _start_watcher(self) -> None:
+        if self._watcher is None:
+            self._watcher = threading.Thread(
+                target=_watch, args=(weakref.ref(self), self._closing), name="flserving-watcher", daemon=True
+            )
+            self._watcher.start()
 
     def refresh(self, wait_s: float = -1, retry: bool = False) -> None:
         """Look at the registries now: new versions are known, aliases lead where they lead there.
@@ -181,14 +238,21 @@ class Router:
         if not self._admin.acquire(timeout=wait_s):
             raise DeadlineExceededError("a change of routes took longer than timeout_ms: try again, or raise it")
         try:
+            tokens: dict[int, Hashable] = {}  # one question for all models of a registry
+            for whole in self._whole:
+                try:
+                    self._look_for_models(whole, _token(whole.registry, tokens), retry)
+                except Exception as error:
+                    self.problems[_WHOLE] = _said(error)
             for name, (registry, _, seen) in list(self._followed.items()):
                 unread = f"{name}/registry"
                 try:
-                    changes, token = registry.local_changes, registry.change_token()
+                    changes = registry.local_changes
+                    token = _token(registry, tokens)
                     if token != seen or (retry and self._troubled(name)):
                         self._read(name, registry)
                 except Exception as error:  # one that cannot be read now must not stop the others, nor the watch
-                    self.problems[unread] = f"{type(error).__name__}: {error}"
+                    self.problems[unread] = _said(error)
                 else:
                     self.problems.pop(unread, None)
                     self._followed[name] = (registry, changes, token)
@@ -208,12 +272,12 @@ class Router:
             experiments = dict(registry.experiments(name))
             if token == registry.change_token():
                 break
-        before, default = self.routes.of(name), aliases.get("default")
-        self._replace(name, versions=versions)
-        fresh = [] if default is None or default == before.aliases.get("default") else [default]
-        if not self._loads(name, fresh, "default", f"version {default} does not answer"):
-            del aliases["default"]
-            aliases |= {alias: version for alias, version in before.aliases.items() if alias == "default"}
+        before, default = self.routes.of(name), aliases.get(DEFAULT)
+        self._replace(name, versions=versions, promoted=before.promoted or default is not None)
+        fresh = [] if default is None or default == before.aliases.get(DEFAULT) else [default]
+        if not self._loads(name, fresh, DEFAULT, f"version {default} does not answer"):
+            del aliases[DEFAULT]
+            aliases |= {alias: version for alias, version in before.aliases.items() if alias == DEFAULT}
         for old in [old for old in self.problems if old.startswith(f"{name}/") and old.endswith(" experiment")]:
             del self.problems[old]
         for alias, experiment in list(experiments.items()):
@@ -246,8 +310,38 @@ class Router:
         """Change what is known of one model, by swapping the reference: readers see the old table or the new one."""
         old = self.routes
         served = replace(old.of(name), **changes)
+        if name in old.models and served == old.of(name):
+            return
         others = {key: target for key, target in old.targets.items() if key[0] != name}
-        self.routes = Routes({**old.models, name: served}, others | served.targets(name), old.model or name)
+        model = old.model or name
+        if served.promoted and not old.of(model).promoted:
+            model = name
+        self.routes = Routes({**old.models, name: served}, others | served.targets(name), model)
+
+
+@dataclass(slots=True, eq=False)
+class _Whole:
+    """A registry of which every model is followed."""
+
+    registry: "Catalogue"
+    serve: Callable[[str], object]
+    seen: Hashable = None  # its token when all its models were known
+    failed: set[str] = field(default_factory=set)  # could not be served
+
+
+_WHOLE = "registry"
+"""The problem of a registry as a whole; those of its models begin with their names."""
+
+
+def _token(registry: "Catalogue", known: dict[int, Hashable]) -> Hashable:
+    """The registry's token, asked once in a look."""
+    if id(registry) not in known:
+        known[id(registry)] = registry.change_token()
+    return known[id(registry)]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _watch(router: "weakref.ref[Router]", closing: threading.Event) -> None:

@@ -41,7 +41,8 @@ class ModelServer(ModelHost):
 
     Args:
         config: Settings; the defaults of :class:`ServingConfig` when not given.
-        registry: Where durable versions come from; ``model`` is the one name to serve, all of them when not given.
+        registry: Where durable versions come from; ``model`` is the one name to serve; when not given all of them, also
+            those that are published later.
         clock: Monotonic seconds.
 
     Sets torch to one intra-op thread for the whole process: faster for small models, and workers never
@@ -66,9 +67,10 @@ class ModelServer(ModelHost):
         self._batcher = Batcher(self.config, self.telemetry.execution, clock)
         self._blocking, self._awaiting = Blocking(self), Awaiting(self)
         self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)
-        if registry is not None:
-            for name in registry.models() if model is None else [model]:
-                self.serve(registry, name)
+        if registry is not None and model is None:
+            self.serve_all(registry)
+        elif registry is not None and model is not None:
+            self.serve(registry, model)
 
     # Requests
 

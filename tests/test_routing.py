@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from flserving import ModelServer, Registry, ServingConfig, models
+from flserving import ModelServer, Registry, ServingConfig, models, routing
 from flserving.errors import (
     ConflictError,
     CorruptArtifactError,
     DeadlineExceededError,
     FlservingError,
+    InvalidModelError,
     ModelUnloadedError,
     NotFoundError,
 )
@@ -576,8 +577,10 @@ def test_local_models_live_beside_a_registry(server, published):
 
 
 def test_names_are_served_once_and_a_refused_one_leaves_nothing(server, published, tmp_path):
+    server.serve(published, "digits")  # again: the server may have found a new name first
     with pytest.raises(ConflictError, match="'digits' is served already"):
-        server.serve(published, "digits")
+        server.serve(published, "digits", threshold=0.5)
+    server.load_model("v1", Constant(7), output_type="regression", num_features=2)
     with pytest.raises(ConflictError, match="'local' is served already"):
         server.serve(published, "local")
     with pytest.raises(NotFoundError, match="no version of 'later'"):
@@ -585,6 +588,8 @@ def test_names_are_served_once_and_a_refused_one_leaves_nothing(server, publishe
     with Registry(tmp_path / "other") as other:
         other.publish("later", constant(5), architecture="tutorial_mlp", alias="default")
         server.serve(other, "later")
+        with pytest.raises(ConflictError, match="'later' is served already"):
+            server.serve(published, "later")
         assert server.predict(X, model="later")["predictions"] == [5], "from the registry that has it"
 
 
@@ -606,6 +611,168 @@ def test_a_model_without_a_default_is_not_ready(registry):
         assert said(server, 1) == 1
         move(registry, 1)
         assert said(server) == 1 and server.health_check()["ready"]
+
+
+def publish(registry, name, label, alias="default"):
+    registry.publish(name, constant(label), architecture="tutorial_mlp", alias=alias)
+
+
+def test_readiness_and_the_default_model_do_not_depend_on_the_alphabet(published, quiet):
+    """A draft that sorts first keeps nobody waiting; who was promoted first stays the default, also after a restart."""
+    publish(published, "aaa-draft", 5, alias=None)
+    for promoted_later in (False, True):
+        if promoted_later:
+            published.set_alias("aaa-draft", "default", 1, who="test", why="test")
+        with ModelServer(registry=published) as server:
+            health = server.health_check()
+            assert (health["ready"], health["default_model"]) == (True, "digits")
+            assert said(server) == 1
+            assert server.predict(X, 1, model="aaa-draft")["predictions"] == [5]
+
+
+def test_the_first_model_that_is_promoted_becomes_the_default(registry, quiet):
+    for name in ("a", "b"):
+        publish(registry, name, 5, alias=None)
+    with ModelServer(registry=registry) as server:
+        assert not server.ready
+        registry.set_alias("b", "default", 1, who="test", why="test")
+        assert server.predict(X)["predictions"] == [5] and server.ready
+        registry.set_alias("a", "default", 1, who="test", why="test")
+        server.refresh()
+        registry.remove_alias("b", "default", who="test", why="test")
+        server.refresh()
+        assert server.health_check()["default_model"] == "b", "who names no model never gets another one in silence"
+        assert not server.ready
+
+
+def test_a_default_model_that_cannot_be_loaded_is_not_replaced_by_another_one(published, quiet):
+    publish(published, "extra", 5)
+    break_weights(published, 1)
+    with ModelServer(registry=published) as server:
+        assert server.health_check()["default_model"] == "digits" and not server.ready
+
+
+def test_a_model_published_under_a_new_name_is_served_by_itself(server, published, quick):
+    publish(published, "aaa", 5)
+    assert server.predict(X, model="aaa")["predictions"] == [5], "this process's own change, at the next request"
+    with Registry(published.root) as elsewhere:
+        publish(elsewhere, "bbb", 6)
+    wait_until(lambda: "bbb" in server.health_check()["models"], "the watcher's look")
+    assert server.predict(X, model="bbb")["predictions"] == [6]
+    assert said(server) == 1, "a new model never becomes the default one"
+
+
+def test_a_server_of_one_model_serves_another_one_when_it_is_loaded_and_not_before(published, quiet):
+    with ModelServer(registry=published, model="digits") as server:
+        publish(published, "extra", 5)
+        server.refresh()
+        for name in ("extra", "nobody", "Not A Name"):
+            with pytest.raises(NotFoundError, match="no model"):
+                server.predict(X, model=name)
+        server.reload("extra")
+        assert server.predict(X, model="extra")["predictions"] == [5] and said(server) == 1
+        for name in ("nobody", "Not A Name", ""):
+            with pytest.raises(NotFoundError, match="no model"):
+                server.reload(name)
+
+
+def test_a_new_model_that_cannot_be_served_stops_no_other(server, published, quiet):
+    server.load_model("v1", Constant(7), output_type="regression", num_features=2)
+    publish(published, "local", 5)
+    publish(published, "zzz", 6)
+    assert server.predict(X, model="zzz")["predictions"] == [6]
+    assert "served already" in server.health_check()["problems"]["local/registry"]
+    assert server.predict(row(1), model="local")["predictions"] == [7.0]
+
+
+def test_a_registry_may_have_a_model_called_local(registry, quiet):
+    publish(registry, "local", 5)
+    with ModelServer(registry=registry) as server:
+        assert server.predict(X)["predictions"] == [5]
+        with pytest.raises(ConflictError, match="'local' comes from a registry"):
+            server.load_model("v1", Constant(7), output_type="regression", num_features=2)
+
+
+class FakeWhole(FakeRegistry):
+    """A registry of many models, each with version 1."""
+
+    def __init__(self, *names):
+        super().__init__(1, default=1)
+        self.names = list(names)
+
+    def models_by_promotion(self):
+        return list(self.names)
+
+
+def test_new_models_are_followed_a_few_at_a_time_and_up_to_a_limit(router, quiet, monkeypatch):
+    monkeypatch.setattr(routing, "MOST_MODELS", 40)
+    registry = FakeWhole("first")
+    broken = [f"broken-{number:02}" for number in range(20)]
+
+    def serve(name):
+        if name in broken:
+            raise CorruptArtifactError("flipped byte")
+        router.follow(registry, name)
+
+    router.follow_all(registry, serve)
+    registry.names += broken + [f"m-{number:02}" for number in range(60)]
+    registry.change(here=False)
+    router.refresh()
+    assert len(router.problems) - 1 == 16, "others wait for a look: it does not take everything at once"
+    for _ in range(5):
+        router.refresh()
+    assert len(router.routes.models) == 40, "what cannot be served keeps nobody out"
+    assert router.problems["registry"] == "21 models are not served, the most is 40: load them"
+    broken.clear()
+    monkeypatch.setattr(routing, "MOST_MODELS", 100)
+    for _ in range(5):
+        router.refresh(retry=True)
+    assert len(router.routes.models) == 81 and not router.problems
+
+
+def test_looks_cost_one_question_for_each_registry_and_not_for_each_model(router, quiet):
+    registry = FakeWhole(*(f"m-{number}" for number in range(30)))
+    asked = []
+    token = registry.change_token
+    registry.change_token = lambda: asked.append(1) or token()
+    router.follow_all(registry, lambda name: router.follow(registry, name))
+    router.refresh()
+    asked.clear()
+    reads = registry.reads
+    router.refresh()
+    assert len(asked) == 1 and registry.reads == reads
+
+
+# No name means two things
+
+
+def test_a_version_is_never_called_as_an_alias(router):
+    """load_model("v1", A), load_model("default", B): asking for "default" must not give A."""
+    with serving(Constant(1), version="v1") as server:
+        with pytest.raises(InvalidModelError, match="'default' is the alias"):
+            server.load_model("default", Constant(2), output_type="regression", num_features=2)
+        assert server.predict(row(0), "default")["predictions"] == [1.0]
+        assert server.health_check()["models"]["local"]["versions"] == ["v1"]
+    for name in ("v1", "v2"):
+        router.add(("a", name))
+    router.set_alias(("a", "v1"), "champion")
+    for version in ("champion", "default"):
+        with pytest.raises(ConflictError, match=f"'{version}' is an alias of 'a'"):
+            router.add(("a", version))
+    with pytest.raises(ConflictError, match="'v2' is a version of 'a'"):
+        router.set_alias(("a", "v1"), "v2")
+    assert router.require("v2", "a") == ("a", "v2")
+
+
+def test_a_version_number_has_one_spelling_for_the_registry_and_for_its_server(server, published):
+    for ref in ("01", "001", "+1", "1.0", " 1", "١", "1" * 30):
+        for ask in (published.resolve, lambda name, ref: server.resolve(ref, name)):
+            with pytest.raises(NotFoundError):
+                ask("digits", ref)
+    assert published.resolve("digits", "1") == int(server.resolve("1", "digits")[1]) == 1
+    for alias in ("1", "01", "default "):
+        with pytest.raises(InvalidModelError):
+            move(published, 1, alias)
 
 
 def test_a_forgotten_server_of_a_registry_is_collected(published, quick):

@@ -646,6 +646,7 @@ def public_calls(server):
         "batch_predict": lambda: server.batch_predict([row(0)]),
         "load_model": lambda: server.load_model("v2", Tagged(), output_type="regression", num_features=2),
         "serve": lambda: server.serve(None, "digits"),
+        "serve_all": lambda: server.serve_all(None),
         "set_default": lambda: server.set_default("v1.0"),
         "refresh": lambda: server.refresh(),
         "lease": lambda: server.lease("v1.0").__enter__(),

@@ -113,6 +113,14 @@ class Tokens:
             )
         return identity
 
+    def allow(self, authorization: str | bytes | None, role: Role) -> bool:
+        """Whether :meth:`check` would let the sender in."""
+        try:
+            self.check(authorization, role)
+        except (UnauthorizedError, ForbiddenError):
+            return False
+        return True
+
     def _find(self, authorization: str | bytes | None) -> Identity:
         if not authorization:
             raise UnauthorizedError("no credential: send the header 'Authorization: Bearer <token>'")

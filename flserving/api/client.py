@@ -97,11 +97,13 @@ class _Calls:
         return self._calls.feedback(model, receipt, reward)
 
     async def _named(self, model: str | None, attempts: Attempts) -> str:
-        if not (model or self._default):
+        if model is not None:
+            return model
+        if not self._default:
             if not (index := await self._read(self._calls.models(), attempts)):
                 raise NotFoundError(f"no model is served at {self.url}: publish one first")
             self._default = index[0]["name"]
-        return model or self._default
+        return self._default
 
     @staticmethod
     def _where(model: str | None, version: str | int | None) -> Where | None:

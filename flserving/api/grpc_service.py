@@ -18,7 +18,7 @@ from flserving.api import messages
 from flserving.api.auth import Role, Tokens
 from flserving.api.protocol import REASON
 from flserving.api.refusals import Refusals
-from flserving.api.v2 import V2, Call
+from flserving.api.v2 import V2, Call, unnamed
 from flserving.errors import (
     DeadlineExceededError,
     FlservingError,
@@ -116,8 +116,13 @@ class Service:
             if role is not None:
                 self._check(context, role)
             request = messages.decode(kind, body)
-            inline = method in ("ServerLive", "ServerReady")
-            return messages.encode(reply, answer(request) if inline else await asyncio.to_thread(answer, request))
+            if method in ("ServerLive", "ServerReady"):
+                return messages.encode(reply, answer(request))
+            try:
+                content = await asyncio.to_thread(answer, request)
+            except FlservingError as error:
+                raise error if self._tokens.allow(_authorization(context), Role.READ) else unnamed(error) from None
+            return messages.encode(reply, content)
 
         return call
 

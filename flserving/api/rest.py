@@ -29,7 +29,7 @@ from flserving.api.openapi import OPERATIONS, FeedbackRequest, IndexRequest, Rep
 from flserving.api.options import ApiOptions
 from flserving.api.protocol import REASON, read_infer, read_json, write_infer
 from flserving.api.refusals import Refusals
-from flserving.api.v2 import V2, Call
+from flserving.api.v2 import V2, Call, unnamed
 from flserving.errors import FlservingError, InvalidInputError, NotSupportedError
 
 _log = logging.getLogger("flserving.api")
@@ -152,7 +152,11 @@ class RestApp:
         return {"live": True, "ready": True} if self._v2.ready() else _unready(live=True, ready=False)
 
     async def _model_ready(self, request: Request) -> Any:
-        ready = await _ask(self._v2, "model_ready", request)
+        try:
+            ready = await _ask(self._v2, "model_ready", request)
+        except FlservingError as error:
+            authorization = request.headers.get("authorization")
+            raise error if self._tokens.allow(authorization, Role.READ) else unnamed(error) from None
         name = request.path_params["model"]
         return {"name": name, "ready": True} if ready else _unready(name=name, ready=False)
 

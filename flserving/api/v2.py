@@ -79,7 +79,8 @@ class V2:
         return {"name": "flserving", "version": installed_version("flserving"), "extensions": extensions}
 
     def models(self) -> dict[str, list[str]]:
-        return {"models": list(self.server.health_check()["models"])}
+        """Names; the one that answers who names none comes first."""
+        return {"models": _default_first(self.server.health_check())}
 
     def model_metadata(self, model: str, version: str | None = None) -> dict[str, Any]:
         """Raises NotFoundError, ModelUnloadedError, CorruptArtifactError."""
@@ -144,11 +145,12 @@ class V2:
     # The repository
 
     def index(self, ready: bool = False) -> list[dict[str, str]]:
-        """Every version of every model, with its state and, where it cannot answer, the reason."""
+        """Every version of every model, with its state and, where it cannot answer, the reason. The model that answers
+        who names none comes first."""
         health = self.server.health_check()
         withdrawn, rows = self.server.unloaded, list[dict[str, str]]()
-        for model, known in health["models"].items():
-            for version in known["versions"]:
+        for model in _default_first(health):
+            for version in health["models"][model]["versions"]:
                 problem = health["problems"].get(f"{model}/{version}", "")
                 reason = "unloaded" if model in withdrawn else problem
                 if not (ready and reason):
@@ -207,6 +209,17 @@ class V2:
     async def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
         """Reward the answer of an experiment. Raises as :meth:`Experiments.feedback`, which counts it."""
         await asyncio.to_thread(self.server.experiments.feedback, model, receipt, reward, client)
+
+
+def unnamed(error: FlservingError) -> FlservingError:
+    """``error`` for a caller without the role to read: of the same class, without a word on what there is here."""
+    if isinstance(error, NotFoundError):
+        return NotFoundError("no such model or version")
+    return type(error)("the model cannot answer now")
+
+
+def _default_first(health: Mapping[str, Any]) -> list[str]:
+    return sorted(health["models"], key=lambda name: name != health["default_model"])
 
 
 def _features(call: Call) -> NDArray[Any]:
