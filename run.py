@@ -1,14 +1,27 @@
 """flserving in two commands. Nothing but Python 3.11 or newer is needed; the same on Linux, macOS and Windows.
 
     python run.py lab  [NOTEBOOK] [options of jupyter lab]   open the course in JupyterLab
-    python run.py test [options of pytest]                   run the default test suite, every notebook included
+    python run.py test [options of pytest]                   run the default test suite
 
 Both keep everything that they install in the folder .venv next to this file; the first call takes a few minutes, later
-calls install again only after pyproject.toml has changed. Examples:
+calls install again only after pyproject.toml or requirements/ has changed. What is installed are the versions in
+requirements/, with which the course was tested, checked by their hashes. Examples:
 
     python run.py lab notebooks/03_caching.ipynb --no-browser
     python run.py test tests/test_registry.py -k alias
+
+Options of run.py itself, for both:
+
+    --cuda             on Linux: the CUDA build of torch (2.7 GB to download), not the CPU build
+    --venv FOLDER      another folder than .venv, for example for another Python
+
+For those who change flserving:
+
+    python run.py test --latest   with the newest versions that pyproject.toml allows, in .venv-latest
+    python run.py test --lowest   the core's tests with the oldest ones, in .venv-lowest
+    python run.py lock            write requirements/ anew, with the newest versions
 """
+
 # This file must parse on every Python that people still have, so that the refusal below can be printed:
 # no f-strings, no annotations, nothing newer than Python 2.7's grammar.
 import sys
@@ -23,13 +36,16 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import urllib.parse
 
 ROOT = pathlib.Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-STAMP = VENV / "flserving-install.json"  # what was installed here, and from which pyproject.toml
+ON_LINUX = sys.platform == "linux"
+LOCKED = ROOT / "requirements"
+CPU_BUILDS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own; for Linux pip's index has CUDA builds only
+STAMP = "flserving-install.json"  # in the environment: what was installed there, and from which files
 FIRST_NOTEBOOK = ROOT / "notebooks" / "00_start_here.ipynb"
 PYTEST_OPTIONS = [
     "-n", "2", "--dist", "loadscope",  # a notebook's cells must stay on one worker: they share a kernel
@@ -37,75 +53,167 @@ PYTEST_OPTIONS = [
     "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "120",
     "--nbval-sanitize-with", os.path.join("tests", "nbval_sanitize.cfg"),
 ]  # fmt: skip
+CORE_OPTIONS = ["-n", "2", "--dist", "loadscope", "tests", "--ignore=tests/browser", "--ignore-glob=*/test_lab_*"]
+OWN_ENVIRONMENT = {"--latest": ".venv-latest", "--lowest": ".venv-lowest"}
+TORCH = re.compile("(torch|triton|nvidia-.*|cuda-.*)$")  # torch and what only its CUDA build needs
+LOCK_HEADS = {
+    "course": "All but torch, of the extras course and onnx.",
+    "test": "What the extra test adds.",
+    "torch": "The builds of pip's own index: CUDA on Linux, CPU elsewhere.",
+}
 
 
 class Failure(Exception):
     """Something that the user can mend; the message says what and how."""
 
 
-def venv_python():
-    """The interpreter inside .venv: Windows and the others put it in different places."""
-    return VENV / "Scripts" / "python.exe" if os.name == "nt" else VENV / "bin" / "python"
+class Venv:
+    """A virtual environment of this folder, and what is installed in it."""
 
+    def __init__(self, name, cuda=False):
+        self.folder = ROOT / name
+        self.cuda = cuda
 
-def call(command, **variables):
-    """Run a command in .venv's environment, pass Ctrl-C and SIGTERM on to it, return its exit code."""
-    environment = dict(os.environ, **variables)
-    environment["PATH"] = str(venv_python().parent) + os.pathsep + environment.get("PATH", "")
-    environment["VIRTUAL_ENV"] = str(VENV)
-    environment["JUPYTER_PREFER_ENV_PATH"] = "1"  # else a python3 kernel of another installation may win
-    environment.pop("PYTHONHOME", None)
-    # Ctrl-C reaches the child as well, which decides (JupyterLab asks first): here it must only not end the wait
-    signal.signal(signal.SIGINT, lambda *_: None)
-    process = subprocess.Popen([str(part) for part in command], cwd=str(ROOT), env=environment)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    return process.wait()
+    def python(self):
+        """Its interpreter: Windows and the others put it in different places."""
+        return self.folder / "Scripts" / "python.exe" if os.name == "nt" else self.folder / "bin" / "python"
 
+    def call(self, command, **variables):
+        """Run a command in its environment, pass Ctrl-C and SIGTERM on to it, return its exit code."""
+        environment = dict(os.environ, **variables)
+        environment["PATH"] = str(self.python().parent) + os.pathsep + environment.get("PATH", "")
+        environment["VIRTUAL_ENV"] = str(self.folder)
+        environment["JUPYTER_PREFER_ENV_PATH"] = "1"  # else a python3 kernel of another installation may win
+        environment.pop("PYTHONHOME", None)
+        # Ctrl-C reaches the child as well, which decides (JupyterLab asks first): here it must only not end the wait
+        signal.signal(signal.SIGINT, lambda *_: None)
+        process = subprocess.Popen([str(part) for part in command], cwd=str(ROOT), env=environment)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        return process.wait()
 
-def make_venv():
-    """Make .venv if it is missing; refuse one whose Python is missing or too old."""
-    if not VENV.exists():
-        sys.stderr.write("Making .venv with Python %s ...\n" % sys.version.split()[0])
-        if subprocess.call([sys.executable, "-m", "venv", str(VENV)]):
+    def run(self, module, *arguments, **variables):
+        """Run a module with its Python, return the exit code."""
+        return self.call([self.python(), "-m", module] + list(arguments), **variables)  # noqa: RUF005 (old grammar)
+
+    def pip(self, *arguments):
+        """Install something; raise Failure if that does not work."""
+        code = self.run("pip", "install", "--disable-pip-version-check", *arguments)
+        if code:
             raise Failure(
-                "Python could not make the virtual environment (its own lines are above). On Debian and Ubuntu install "
-                "the package python%d.%d-venv, then delete .venv and run this again." % tuple(sys.version_info[:2])
+                "pip could not install flserving (its own lines are above; exit code %d). Check the network and that "
+                "3 GB of disk are free (9 GB for a CUDA build of torch), then run this again." % code
             )
-    question = "import sys; sys.exit(sys.version_info < (3, 11))"
-    if not venv_python().exists() or subprocess.call([str(venv_python()), "-c", question]):
-        raise Failure("%s does not hold a working Python 3.11 or newer: delete that folder and run this again." % VENV)
+
+    def make(self):
+        """Make it if it is missing; refuse one whose Python is missing or too old."""
+        if not self.folder.exists():
+            sys.stderr.write("Making %s with Python %s ...\n" % (self.folder.name, sys.version.split()[0]))
+            if subprocess.call([sys.executable, "-m", "venv", str(self.folder)]):
+                raise Failure(
+                    "Python could not make the virtual environment (its own lines are above). On Debian and Ubuntu "
+                    "install the package python%d.%d-venv, then delete %s and run this again."
+                    % (tuple(sys.version_info[:2]) + (self.folder.name,))  # noqa: RUF005 (old grammar)
+                )
+        question = "import sys; sys.exit(sys.version_info < (3, 11))"
+        if not self.python().exists() or subprocess.call([str(self.python()), "-c", question]):
+            raise Failure(
+                "%s does not hold a working Python 3.11 or newer: delete that folder and run this again." % self.folder
+            )
+
+    def installed(self):
+        """What the stamp says; {} where nothing, or half of an installation, is there."""
+        try:
+            return json.loads((self.folder / STAMP).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def prepare(self, extras, install):
+        """Make it hold the project with at least ``extras``, put there by ``install(venv, extras)``."""
+        self.make()
+        # the folder is part of it: an installation in editable mode points back at its folder, which may be moved
+        read = [ROOT / "pyproject.toml"] + sorted(LOCKED.glob("*.txt"))  # noqa: RUF005 (old grammar)
+        content = b"".join(path.read_bytes() for path in read) + str(ROOT).encode()
+        stamp = {"fingerprint": hashlib.sha256(content).hexdigest()}
+        found = self.installed()
+        if found.get("fingerprint") == stamp["fingerprint"]:
+            extras = extras.union(found["extras"])
+        self.cuda = self.cuda or found.get("cuda", False)  # who asked for CUDA once need not say it each time
+        stamp["extras"] = sorted(extras)
+        stamp["cuda"] = self.cuda
+        if stamp == found:
+            return
+        sys.stderr.write("Installing flserving into %s (minutes the first time) ...\n" % self.folder.name)
+        install(self, stamp["extras"])
+        (self.folder / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
 
 
-def installed(fingerprint):
-    """The extras that .venv holds for this fingerprint; None if the project must be installed (again)."""
-    try:
-        stamp = json.loads(STAMP.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return set(stamp["extras"]) if stamp["fingerprint"] == fingerprint else None
+def install_locked(venv, extras):
+    """The versions of requirements/, each file checked by its hash (torch's CPU build excepted: see install_torch)."""
+    files = ["course"] + ["test"] * ("test" in extras)
+    named = [word for name in files for word in ("-r", str(LOCKED / (name + ".txt")))]
+    venv.pip("--require-hashes", "--no-deps", *named)
+    install_torch(venv, locked_torch())
+    venv.pip("--no-deps", "--no-build-isolation", "--editable", ".")  # setuptools is among the locked ones
 
 
-def prepare(extras):
-    """Make .venv hold the project with at least ``extras``, as pyproject.toml asks for it now."""
-    make_venv()
-    # the folder is part of it: an installation in editable mode points back at its folder, which may be moved
-    fingerprint = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + str(ROOT).encode()).hexdigest()
-    present = installed(fingerprint)
-    if present is not None and extras <= present:
-        return
-    wanted = sorted(extras | (present or set()))
-    target = ".[%s]" % ",".join(wanted) if wanted else "."
-    sys.stderr.write("Installing flserving into .venv (minutes the first time) ...\n")
-    code = call([venv_python(), "-m", "pip", "install", "--disable-pip-version-check", "--editable", target])
-    if code:
-        raise Failure(
-            "pip could not install flserving (its own lines are above; exit code %d). Check the network and that 3 GB "
-            "of disk are free (9 GB for a CUDA build of torch), then run this again." % code
+def install_latest(venv, extras):
+    """The newest versions that pyproject.toml allows; of torch the locked one, whose bound is raised by hand."""
+    install_torch(venv, locked_torch())
+    pins = venv.folder / "torch.txt"
+    pins.write_text("torch==%s\n" % locked_torch(), encoding="utf-8")
+    eagerly = ["--upgrade", "--upgrade-strategy", "eager", "--constraint", str(pins)]
+    venv.pip(*(eagerly + ["--editable", ".[%s]" % ",".join(extras)]))  # noqa: RUF005 (old grammar)
+
+
+def install_lowest(venv, extras):
+    """The lower bounds of pyproject.toml for all that runs; the tools of the tests are as new as they can be beside."""
+    bounds = lowest()
+    install_torch(venv, bounds["torch"])
+    pins = venv.folder / "lowest.txt"
+    pins.write_text("".join("%s==%s\n" % pin for pin in sorted(bounds.items())), encoding="utf-8")
+    venv.pip("--constraint", str(pins), "--editable", ".[%s]" % ",".join(extras))
+
+
+def lowest():
+    """name -> lower bound, of everything in pyproject.toml but the tools of the tests."""
+    import tomllib  # Python 3.11
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + extras["course"] + extras["onnx"]
+    return dict(re.match(r"([\w.-]+)(?:\[[^]]*\])?>=([\w.]+)", line).groups() for line in lines)
+
+
+def locked_torch():
+    """The version of torch in requirements/torch.txt."""
+    return re.search(r"^torch==([\w.]+)", (LOCKED / "torch.txt").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+
+
+def install_torch(venv, version):
+    """torch: on Linux the CPU build, unless CUDA is asked for; elsewhere there is only one build.
+
+    The CPU builds of Linux are not in pip's own index, which knows no hashes of them: they are taken by version, from
+    where pip is told to look (a folder of wheels, an index of one's own) or else from PyTorch's own address.
+    """
+    if ON_LINUX and not venv.cuda:
+        asked = ["install", "--disable-pip-version-check", "--no-deps", "torch==%s+cpu" % version]
+        for more in ([], ["--index-url", CPU_BUILDS]):
+            if venv.run("pip", *(asked + more)) == 0:
+                sys.stderr.write("torch is the CPU build; for CUDA add --cuda.\n")
+                return
+        sys.stderr.write(
+            "No CPU build of torch %s can be had, neither from pip's index nor from %s: this takes the CUDA build, "
+            "some GB; it works as well.\n" % (version, CPU_BUILDS)
         )
-    STAMP.write_text(json.dumps({"fingerprint": fingerprint, "extras": wanted}), encoding="utf-8")
+    if any(venv.folder.rglob("torch-*+cpu.dist-info")):  # pip would take it for the same version
+        venv.run("pip", "uninstall", "--yes", "torch")
+    if version == locked_torch():
+        venv.pip("--require-hashes", "--no-deps", "-r", str(LOCKED / "torch.txt"))
+    else:
+        venv.pip("torch==%s" % version)
 
 
-def lab(arguments):
+def lab(arguments, venv):
     """Open the named notebook, or the first one, in JupyterLab; its folder is what the file browser shows."""
     notebook = FIRST_NOTEBOOK
     if arguments and not arguments[0].startswith("-"):
@@ -113,30 +221,97 @@ def lab(arguments):
         arguments = arguments[1:]
     if not notebook.exists():
         raise Failure("There is no notebook %s: name one of the folder notebooks/." % notebook)
-    prepare({"onnx"})  # notebook 09 exports models
+    venv.prepare({"course", "onnx"}, install_locked)  # notebook 09 exports models
     address = "/lab/tree/" + urllib.parse.quote(notebook.name)  # what the browser opens, and what the terminal shows
     options = ["--ServerApp.root_dir=%s" % notebook.parent, "--LabApp.default_url=" + address]
-    return call([venv_python(), "-m", "jupyterlab"] + options + arguments)  # noqa: RUF005 (old grammar)
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in arguments:
+        options.append("--allow-root")  # containers and cloud notebooks are root; JupyterLab refuses that by default
+    return venv.run("jupyterlab", *(options + arguments))
 
 
-def test(arguments):
+def test(arguments, venv):
     """Run pytest over tests/ and notebooks/; the arguments come last and so win."""
-    prepare({"test", "onnx"})
-    command = [venv_python(), "-m", "pytest"] + PYTEST_OPTIONS + arguments  # noqa: RUF005 (old grammar)
-    return call(command, FLSERVING_STATIC="1")  # in nbval's runs a widget draws every corner of its sliders
+    install = install_locked
+    options = PYTEST_OPTIONS
+    if "--latest" in arguments:
+        install = install_latest
+        (venv.folder / STAMP).unlink(missing_ok=True)  # what is newest today is not known from last time
+    if "--lowest" in arguments:
+        install = install_lowest
+        options = CORE_OPTIONS
+    venv.prepare({"course", "onnx", "test"}, install)
+    arguments = [word for word in arguments if word not in OWN_ENVIRONMENT]
+    # in nbval's runs a widget draws every corner of its sliders
+    return venv.run("pytest", *(options + arguments), FLSERVING_STATIC="1")
+
+
+def lock(arguments, venv):
+    """Write requirements/ anew: the newest versions that fit pyproject.toml, for every Python and system, with hashes.
+
+    uv resolves for all systems at once. First the course, so that no tool of the tests holds it back.
+    """
+    if arguments:
+        raise Failure("lock takes no arguments, got %s." % " ".join(arguments))
+    venv.make()
+    venv.pip("--upgrade", "uv")
+    LOCKED.mkdir(exist_ok=True)
+    course = resolve(venv, {"course", "onnx"}, {})
+    everything = resolve(venv, {"course", "onnx", "test"}, course)
+    torch = {name: text for name, text in everything.items() if TORCH.match(name)}
+    write_lock("torch", torch)
+    write_lock("course", {name: text for name, text in course.items() if name not in torch})
+    write_lock("test", {name: text for name, text in everything.items() if name not in course and name not in torch})
+    return 0
+
+
+def resolve(venv, extras, known):
+    """name -> its lines in a requirements file with hashes, for ``extras`` beside the versions of ``known``."""
+    made = venv.folder / "lock.txt"
+    pins = venv.folder / "known.txt"
+    build = venv.folder / "build.txt"
+    pins.write_text("".join(known.values()), encoding="utf-8")
+    build.write_text("setuptools>=77\n", encoding="utf-8")  # builds the project itself: see pyproject.toml
+    command = ["pip", "compile", "pyproject.toml", str(build), "--constraints", str(pins), "--universal"]
+    command += ["--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-header", "--upgrade", "--quiet"]
+    command += [word for extra in sorted(extras) for word in ("--extra", extra)]
+    if venv.run("uv", *(command + ["--output-file", str(made)])):  # noqa: RUF005 (old grammar)
+        raise Failure("uv found no set of versions (its own lines are above): mend the bounds in pyproject.toml.")
+    blocks = {}
+    for block in re.split(r"^(?=[A-Za-z0-9])", made.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        name = block.split("==")[0]
+        blocks[name] = blocks.get(name, "") + block  # one name may stand there twice, for different Pythons
+    return blocks
+
+
+def write_lock(name, blocks):
+    """One file of requirements/."""
+    head = "# Made by `python run.py lock`: the versions that the course was tested with. %s\n" % LOCK_HEADS[name]
+    (LOCKED / (name + ".txt")).write_text(head + "".join(blocks[key] for key in sorted(blocks)), encoding="utf-8")
 
 
 def main(arguments):
     """Return the exit code: the job's own, 1 for something to mend here, 2 for a command line that names no job."""
-    jobs = {"lab": lab, "test": test}
+    jobs = {"lab": lab, "test": test, "lock": lock}
     if arguments and (arguments[0] in ("-h", "--help") or arguments[1:] in (["-h"], ["--help"])):
         sys.stdout.write(__doc__)
         return 0
     if not arguments or arguments[0] not in jobs:
-        sys.stderr.write(__doc__ + "\nrun.py: name a command, lab or test.\n")
+        sys.stderr.write(__doc__ + "\nrun.py: name a command, lab, test or lock.\n")
         return 2
+    job = arguments[0]
+    arguments = arguments[1:]
+    folder = ".venv-lock" if job == "lock" else ".venv"
     try:
-        return jobs[arguments[0]](arguments[1:])
+        if job == "test":
+            folder = next((OWN_ENVIRONMENT[word] for word in arguments if word in OWN_ENVIRONMENT), folder)
+        if "--venv" in arguments:
+            place = arguments.index("--venv")
+            if place + 1 == len(arguments):
+                raise Failure("--venv needs the name of a folder: for example --venv .venv-3.12")
+            folder = arguments[place + 1]
+            arguments = arguments[:place] + arguments[place + 2 :]
+        venv = Venv(folder, cuda="--cuda" in arguments)
+        return jobs[job]([word for word in arguments if word != "--cuda"], venv)
     except Failure as failure:
         sys.stderr.write("run.py: %s\n" % failure)
         return 1

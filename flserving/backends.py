@@ -9,7 +9,6 @@ proportional to the rows. Left out of the list are operators that draw random nu
 by what is in it: there, a row's answer would depend on whose rows are beside it.
 """
 
-import importlib
 import math
 from typing import Any
 
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flserving.errors import InvalidModelError, NotSupportedError
+from flserving.errors import InvalidModelError
+from flserving.extras import need
 from flserving.models import register
 from flserving.weights import as_bytes
 
@@ -32,14 +32,6 @@ _FLOATS = {1, 10, 11}  # data types: float32, float16, float64
 _PLAIN = {1, 2, 3, 6, 7, 8}  # types of attributes: numbers, text and lists of them; no tensors, no graphs
 
 
-def need(package: str) -> Any:
-    """Import an optional package. Raises NotSupportedError where it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise NotSupportedError(f"{error.name} is not installed: pip install 'flserving[onnx]'") from None
-
-
 def check(graph: bytes, inputs: int, outputs: int) -> None:
     """Refuse what is not a harmless graph from float32 [N, inputs] to float32 [N, outputs], without running it.
 
@@ -49,7 +41,7 @@ def check(graph: bytes, inputs: int, outputs: int) -> None:
 
     Cost: two shape inferences, about 1 ms, and two copies of the graph.
     """
-    onnx = need("onnx")
+    onnx = need("onnx", "onnx")
     try:
         model = onnx.ModelProto.FromString(graph)
         odd = _oddity(onnx, model)
@@ -131,7 +123,7 @@ class OnnxModel(nn.Module):
     def __init__(self, inputs: int, outputs: int, nbytes: int) -> None:
         super().__init__()
         for package in ("onnx", "onnxruntime"):  # who cannot run it learns that before it downloads anything
-            need(package)
+            need(package, "onnx")
         self.inputs, self.outputs = inputs, outputs
         self.register_buffer("graph", torch.zeros(nbytes, dtype=torch.uint8))
         self._session: Any = None
@@ -163,7 +155,7 @@ class OnnxModel(nn.Module):
     def _open(self) -> Any:
         data = bytes(as_bytes(self.graph))
         check(data, self.inputs, self.outputs)
-        runtime = need("onnxruntime")
+        runtime = need("onnxruntime", "onnx")
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are the server's

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from flserving.errors import ConfigError, ConflictError, InvalidInputError, InvalidModelError, NotFoundError
+from flserving.extras import of_extra
 from flserving.index import Index, Transaction
 from flserving.manifest import MAX_VERSION, check_name, is_name
 from flserving.split import Experiment
@@ -223,7 +224,8 @@ class Catalogue:
 
     def history(self, name: str, alias: str | None = None) -> "pd.DataFrame":
         """Every move, oldest first: when, alias, action, from, to, who, why. NotFoundError: no such name."""
-        from flserving import tables
+        with of_extra("course"):
+            from flserving import tables
 
         if alias is not None:
             check_name("alias", alias)

@@ -1,6 +1,7 @@
 """``python -m flserving doctor``: is this installation able to run the course? Each line is ``ok`` or what to do."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 LOWEST_PYTHON = (3, 11)
+REMEDY = "in the project's folder run `python -m pip install -e .`"
 LOWEST_FREE_BYTES = 500_000_000  # room for a registry of the course, many times over
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM_PLACES = (
@@ -49,31 +51,57 @@ def check_python() -> Check:
     return Check(True, version)
 
 
-def check_packages() -> Check:
-    """Every dependency is there and within the bounds that pyproject.toml gives."""
+def _packages(extra: str) -> tuple[list[str], list[str]]:
+    """What is installed of an extra ("": of the server), and what is wrong with it, by pyproject.toml's bounds."""
     from packaging.requirements import Requirement
 
-    found, wrong = [], []
+    found = []
+    wrong = []
     for line in importlib.metadata.requires("flserving") or []:
         requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        if marker is None and extra:
+            continue
+        if marker is not None and (not marker.evaluate({"extra": extra}) or (extra and marker.evaluate({"extra": ""}))):
             continue
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             wrong.append(f"{requirement.name} is missing")
             continue
-        inside = requirement.specifier.contains(version, prereleases=True)
         found.append(f"{requirement.name} {version}")
-        if not inside:
+        if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} is {version}, needed {requirement.specifier}")
+    return found, wrong
+
+
+def check_packages() -> Check:
+    """Every package of the server is there and within the bounds that pyproject.toml gives."""
+    found, wrong = _packages("")
     if wrong:
-        return Check(False, f"packages: {'; '.join(wrong)}; in the project's folder run `python -m pip install -e .`")
+        return Check(False, f"packages: {'; '.join(wrong)}; {REMEDY}")
     return Check(True, ", ".join(found))
+
+
+def has_course() -> bool:
+    """Whether the notebooks can be opened here; a server needs nothing of that."""
+    return importlib.util.find_spec("jupyterlab") is not None
+
+
+def check_course() -> Check:
+    """The same for the packages of the course, where there is a course."""
+    if not has_course():
+        return Check(False, 'course: not installed; its notebooks need `pip install "flserving[course]"`', needed=False)
+    found, wrong = _packages("course")
+    if wrong:
+        return Check(False, f"course: {'; '.join(wrong)}; in the project's folder run `python run.py lab`")
+    return Check(True, f"course: {', '.join(found)}")
 
 
 def check_kernel() -> Check:
     """The kernel ``python3``, which the notebooks ask for, is this very Python."""
+    if not has_course():
+        return Check(False, "kernel python3: only the course uses it", needed=False)
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
     remedy = "start JupyterLab with `python run.py lab`, which prefers this environment"
@@ -153,6 +181,7 @@ def check_chromium() -> Check:
 CHECKS: tuple[Callable[[], Check], ...] = (
     check_python,
     check_packages,
+    check_course,
     check_kernel,
     check_threads,
     check_prediction,
@@ -169,7 +198,7 @@ def checks() -> Iterator[Check]:
             yield run()
         except Exception as error:  # a doctor must not die of the illness, and the report is no place for a traceback
             name = run.__name__.removeprefix("check_")
-            yield Check(False, f"{name}: {type(error).__name__}: {error}; install again: `python -m pip install -e .`")
+            yield Check(False, f"{name}: {type(error).__name__}: {error}; {REMEDY}")
 
 
 def report(out: TextIO) -> int:

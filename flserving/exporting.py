@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flserving.backends import OnnxModel, need
+from flserving.backends import OnnxModel
 from flserving.errors import InvalidModelError
+from flserving.extras import need
 
 TOLERANCE = 1e-5  # largest difference of an export from torch, as a share of the largest output (at least of 1)
 _NOISY = ("torch.onnx._internal.exporter._registration", "onnxruntime.quantization.matmul_nbits_quantizer")
@@ -56,10 +57,10 @@ def graph_of(module: nn.Module, inputs: int, outputs: int) -> Any:
     Raises:
         InvalidModelError: It cannot be exported, or the export answers otherwise than the module by over ``TOLERANCE``.
     """
-    onnx = need("onnx")
+    onnx = need("onnx", "onnx")
     if isinstance(module, OnnxModel):
         return onnx.ModelProto.FromString(bytes(module.graph.numpy()))
-    need("onnxscript")
+    need("onnxscript", "onnx")
     rows = torch.randn(16, inputs, generator=torch.Generator().manual_seed(0))
     kind = type(module).__name__
     try:
@@ -89,9 +90,9 @@ def block_quantised(graph: Any, bits: int) -> Any:
         InvalidModelError: There is no such layer.
     """
     with _quiet():
-        wrapped = need("onnxruntime.quantization.onnx_model").ONNXModel(graph)
+        wrapped = need("onnxruntime.quantization.onnx_model", "onnx").ONNXModel(graph)
         wrapped.replace_gemm_with_matmul()
-        tool = need("onnxruntime.quantization.matmul_nbits_quantizer")
+        tool = need("onnxruntime.quantization.matmul_nbits_quantizer", "onnx")
         settings = tool.DefaultWeightOnlyQuantConfig(
             block_size=32, is_symmetric=True, bits=bits, accuracy_level=4 if bits == 8 else 1
         )  # 4: activations as int8; 1: as float32
@@ -113,13 +114,15 @@ def calibrated(graph: Any, rows: Tensor) -> Any:
     Raises:
         InvalidModelError: It is quantised already.
     """
-    onnx, tool = need("onnx"), need("onnxruntime.quantization")
+    onnx = need("onnx", "onnx")
+    tool = need("onnxruntime.quantization", "onnx")
     if any(node.op_type in ("QuantizeLinear", "MatMulNBits") for node in graph.graph.node):
         raise InvalidModelError("the version is quantised already: quantise its parent")
     batches = iter([{graph.graph.input[0].name: rows[at : at + 256].numpy()} for at in range(0, len(rows), 256)])
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         before, ready, after = (str(Path(folder) / f"{step}.onnx") for step in ("before", "ready", "after"))
         onnx.save(graph, before)
-        need("onnxruntime.quantization.shape_inference").quant_pre_process(before, ready, skip_symbolic_shape=True)
+        shapes = need("onnxruntime.quantization.shape_inference", "onnx")
+        shapes.quant_pre_process(before, ready, skip_symbolic_shape=True)
         tool.quantize_static(ready, after, SimpleNamespace(get_next=lambda: next(batches, None)), per_channel=True)
         return onnx.load(after)

@@ -6,6 +6,7 @@ a client keeps for itself, and in what order it trains, lies the whole differenc
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -66,8 +67,6 @@ def train(
     Cost: with the defaults about 2 s on one core.
     Source: McMahan et al., AISTATS 2017 (arXiv 1602.05629), algorithm 1 with C = 1.
     """
-    from tqdm.auto import tqdm
-
     recipe = Recipe(
         strategy=strategy,
         rounds=rounds,
@@ -91,14 +90,30 @@ def train(
         raise ConfigError(f"clients are {[client.id for client in clients][:5]}: give at least one, with unique ids")
     federation = _Federation(recipe, clients, preprocessing or datasets.federated_statistics(clients), corrupt)
     done: list[Round] = []
-    with tqdm(total=rounds, desc=strategy, unit="round", disable=not progress) as bar:
+    with _progress_bar(strategy, rounds, progress) as show:
         for number in range(1, rounds + 1):
             done.append(federation.play(number))
-            bar.set_postfix(mean=f"{done[-1].metrics['mean_client_accuracy']:.3f}", rejected=len(done[-1].rejected))
-            bar.update()
+            show(done[-1])
             if on_round is not None:
                 on_round(done[-1])
     return Run(recipe, tuple(clients), tuple(done))
+
+
+@contextmanager
+def _progress_bar(strategy: str, rounds: int, wanted: bool) -> Iterator[Callable[[Round], None]]:
+    """Takes each round when it is done. Without tqdm there is no bar: no training ends for want of one."""
+    if not wanted or find_spec("tqdm") is None:
+        yield lambda done: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=rounds, desc=strategy, unit="round") as bar:
+
+        def show(done: Round) -> None:
+            bar.set_postfix(mean=f"{done.metrics['mean_client_accuracy']:.3f}", rejected=len(done.rejected))
+            bar.update()
+
+        yield show
 
 
 class _Federation:

@@ -11,6 +11,7 @@ from flserving.aliases import version_id_too
 from flserving.config import ServingConfig
 from flserving.datasets import Client
 from flserving.errors import ConfigError, InvalidInputError
+from flserving.extras import of_extra
 from flserving.server import ModelServer
 from flserving.transforms import Preprocessor
 
@@ -105,7 +106,8 @@ class PersonalizedServer(ModelServer):
             InvalidInputError: No clients. NotFoundError: No such version, or a client without a head where the
             configuration refuses it.
         """
-        import pandas as pd
+        with of_extra("course"):
+            import pandas as pd
 
         if not clients:
             raise InvalidInputError("there are no clients: give at least one, with held-out samples")

@@ -37,6 +37,7 @@ from flserving.errors import (
     InvalidModelError,
     ModelTooLargeError,
 )
+from flserving.extras import of_extra
 from flserving.heads import FILE_NAME as HEADS
 from flserving.heads import HeadSet, HeadStore, neutral_head, trained_on
 from flserving.index import FILE_NAME, Index
@@ -251,7 +252,8 @@ class Registry(Catalogue):
 
     def versions(self, name: str) -> "pd.DataFrame":
         """One row per version: see :func:`flserving.tables.versions`. NotFoundError: no such name."""
-        from flserving import tables
+        with of_extra("course"):
+            from flserving import tables
 
         numbers = self.version_numbers(name)
         if not numbers:
@@ -266,7 +268,8 @@ class Registry(Catalogue):
 
     def compare(self, name: str, a: int | str, b: int | str) -> "pd.DataFrame":
         """Two versions (numbers or aliases) side by side: see :func:`flserving.tables.compare`. Reads both whole."""
-        from flserving import tables
+        with of_extra("course"):
+            from flserving import tables
 
         first, second = self.read(name, self.resolve(name, a)), self.read(name, self.resolve(name, b))
         return tables.compare((first.manifest, first.tensors), (second.manifest, second.tensors))

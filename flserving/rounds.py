@@ -15,6 +15,7 @@ from flserving import models
 from flserving.aggregation import State
 from flserving.datasets import Client
 from flserving.errors import ConfigError
+from flserving.extras import of_extra
 from flserving.heads import HeadSet
 from flserving.manifest import Lineage, Manifest
 from flserving.registry import Registry
@@ -160,7 +161,8 @@ class Run:
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per round: its metrics, and how many clients were accepted and rejected."""
-        import pandas as pd
+        with of_extra("course"):
+            import pandas as pd
 
         rows = [
             {"round": r.number, **r.metrics, "accepted": len(r.sample_counts), "rejected": len(r.rejected)}

@@ -50,11 +50,16 @@ def information(effect: float, alpha: float, power: float) -> float:
     That is the most the test may take: a look there alone has the power, and the looks before it only add to it. It
     is about twice :func:`fixed_information`, the price of looking; where there is an effect it mostly ends before.
     """
-    from scipy.optimize import brentq
-
     z = _Z.inv_cdf(power)
-    x = brentq(lambda x: math.sqrt(x) - half_width(1.0, alpha, math.sqrt(x)) - z, 1e-2, 1e6)
-    return float(x) / effect**2
+    below = math.sqrt(1e-2)
+    above = math.sqrt(1e6)
+    for _ in range(60):  # bisection: 60 halvings leave less than a float can hold
+        root = (below + above) / 2
+        if root - half_width(1.0, alpha, root) < z:
+            below = root
+        else:
+            above = root
+    return (root / effect) ** 2
 
 
 def fixed_information(effect: float, alpha: float, power: float) -> float:

@@ -1,8 +1,10 @@
-"""What the gate says of a version: one row a check. Imports nothing from the package."""
+"""What the gate says of a version: one row a check. Imports ``extras`` only."""
 
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from flserving.extras import of_extra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +45,8 @@ class Verdict:
 
     def to_frame(self) -> "pd.DataFrame":
         """One row a check: passed, value, limit, words."""
-        import pandas as pd
+        with of_extra("course"):
+            import pandas as pd
 
         rows = [(c.name, c.passed, c.value, c.limit, c.words) for c in self.checks]
         return pd.DataFrame(rows, columns=["check", "passed", "value", "limit", "words"]).set_index("check")

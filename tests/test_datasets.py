@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
 from flserving import datasets
@@ -22,6 +23,8 @@ def test_digits_are_the_real_ones_and_nobody_can_change_them():
     assert np.bincount(Y).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     with pytest.raises(ValueError, match="read-only"):
         X[0, 0] = 1
+    real_x, real_y = load_digits(return_X_y=True)
+    assert np.array_equal(X, real_x) and np.array_equal(Y, real_y)
 
 
 @given(

@@ -41,7 +41,7 @@ def test_a_check_that_breaks_is_a_line_and_not_the_end(monkeypatch):
 
     code, lines = lines_of([check_moon, lambda: doctor.Check(True, "fine")], monkeypatch)
     assert code == 1
-    assert lines[0].startswith("-- moon: OSError: no moon tonight; install again")
+    assert lines[0].startswith("-- moon: OSError: no moon tonight; in the project's folder run")
     assert lines[1] == "ok fine"
 
 
@@ -61,6 +61,20 @@ def test_packages_that_are_missing_or_too_old_are_named(monkeypatch):
     assert "torch is 2.5.1, needed" in check.text and "pandas is missing" in check.text
     assert "numpy" not in check.text and "nbgrader" not in check.text
     assert "python -m pip install -e ." in check.text
+
+
+def test_the_course_is_a_line_of_its_own_and_no_server_needs_it(monkeypatch):
+    """Where JupyterLab is, all of the course must be; where it is not, nobody meant to open notebooks there."""
+    needed = ["torch>=2.6", 'jupyterlab>=4.3; extra == "course"', "uvloop>=0.21; platform_system != 'Nowhere'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needed)
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "4.2.0")
+    assert doctor.check_course().text.startswith("course: jupyterlab is 4.2.0, needed >=4.3; in the project's folder")
+    assert not doctor.check_course().ok and doctor.check_course().needed
+    assert doctor.check_packages().text == "torch 4.2.0, uvloop 4.2.0"
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    for check in (doctor.check_course(), doctor.check_kernel()):
+        assert not check.ok and not check.needed
+    assert 'pip install "flserving[course]"' in doctor.check_course().text
 
 
 def test_an_old_python_is_told(monkeypatch):

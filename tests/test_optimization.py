@@ -206,7 +206,7 @@ def test_a_forward_that_asks_for_values_is_not_exported(registry):
 
 def test_without_the_extra_the_way_out_is_named(registry, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(NotSupportedError, match=r"onnx is not installed: pip install 'flserving\[onnx\]'"):
+    with pytest.raises(NotSupportedError, match=r'onnx is not installed: pip install "flserving\[onnx\]"'):
         optimization.to_onnx(registry, "digits", 1)
 
 

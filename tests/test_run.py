@@ -9,11 +9,20 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "run.py").read_text(encoding="utf-8")
+PYPROJECT = """
+[project]
+dependencies = ["torch>=2.6,<2.14", "httpcore[asyncio]>=1.0", "uvloop>=0.21; platform_system != 'Windows'"]
+[project.optional-dependencies]
+course = ["jupyterlab>=4.3"]
+onnx = ["onnx>=1.18"]
+test = ["pytest>=8.3"]
+"""
 
 
 class Sandbox:
@@ -21,24 +30,41 @@ class Sandbox:
 
     def __init__(self, folder: Path) -> None:
         folder = folder.resolve()
-        self.folder, self.calls, self.variables, self.exit_code = folder, [], {}, 0
-        (folder / "pyproject.toml").write_text("[project]\n")
+        self.folder = folder
+        self.calls = []
+        self.variables = {}
+        self.exit_code = 0
+        self.refused = ()  # a call that holds one of these words fails
+        (folder / "pyproject.toml").write_text(PYPROJECT)
+        (folder / "requirements").mkdir()
+        (folder / "requirements" / "torch.txt").write_text("# made\ntorch==2.13.0 \\\n    --hash=sha256:00\n")
         (folder / "notebooks").mkdir()
         (folder / "notebooks" / "00_start_here.ipynb").write_text("{}")
         (folder / "run.py").write_text(SOURCE)
         script = runpy.run_path(str(folder / "run.py"))
         self.main = script["main"]
         self.globals = self.main.__globals__
-        self.globals["call"] = self._record
+        self.globals["ON_LINUX"] = True
+        script["Venv"].call = lambda venv, command, **variables: self._record(venv, command, variables)
 
-    def _record(self, command, **variables):
-        self.calls.append([str(part) for part in command[1:]])
+    def _record(self, venv, command, variables):
+        words = [str(part).replace(str(self.folder), "ROOT") for part in command]
+        assert words[0].startswith(f"ROOT/{venv.folder.name}/")
+        self.calls.append(words[1:])
         self.variables = variables
-        return self.exit_code
+        return 1 if any(word in " ".join(words) for word in self.refused) else self.exit_code
 
-    def venv(self) -> None:
+    def venv(self, name=".venv") -> None:
         """A virtual environment without pip, in a fraction of a second."""
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.folder / ".venv"], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.folder / name], check=True)
+
+    def jobs(self) -> list[list[str]]:
+        """The calls that are no installation."""
+        return [call for call in self.calls if call[1] != "pip"]
+
+    def installed(self) -> list[str]:
+        """What pip was asked for, without what all of its calls say."""
+        return [" ".join(call[4:]) for call in self.calls if call[:2] == ["-m", "pip"]]
 
 
 @pytest.fixture
@@ -48,17 +74,104 @@ def sandbox(tmp_path):
     return box
 
 
-def lab_options(notebook: Path) -> list[str]:
-    return [f"--ServerApp.root_dir={notebook.parent}", f"--LabApp.default_url=/lab/tree/{notebook.name}"]
+def lab_options(folder: str, notebook: str) -> list[str]:
+    options = [f"--ServerApp.root_dir=ROOT/{folder}", f"--LabApp.default_url=/lab/tree/{notebook}"]
+    return [*options, "--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else options
 
 
-INSTALL = ["-m", "pip", "install", "--disable-pip-version-check", "--editable"]
+COURSE = "--require-hashes --no-deps -r ROOT/requirements/course.txt"
+TESTS = f"{COURSE} -r ROOT/requirements/test.txt"
+CPU = "--no-deps torch==2.13.0+cpu"
+PYTORCH = f"{CPU} --index-url https://download.pytorch.org/whl/cpu"
+ANY_TORCH = "--require-hashes --no-deps -r ROOT/requirements/torch.txt"
+PROJECT = "--no-deps --no-build-isolation --editable ."
 
 
 def test_lab_installs_and_opens_the_first_notebook(sandbox):
     assert sandbox.main(["lab", "--no-browser"]) == 0
-    first = lab_options(sandbox.folder / "notebooks" / "00_start_here.ipynb")
-    assert sandbox.calls == [[*INSTALL, ".[onnx]"], ["-m", "jupyterlab", *first, "--no-browser"]]
+    first = lab_options("notebooks", "00_start_here.ipynb")
+    assert sandbox.installed() == [COURSE, CPU, PROJECT]
+    assert sandbox.jobs() == [["-m", "jupyterlab", *first, "--no-browser"]]
+
+
+@pytest.mark.parametrize("user", [0, 1000, None])
+def test_lab_as_root_is_allowed_and_as_anybody_else_says_nothing_of_it(sandbox, user):
+    """JupyterLab refuses to start as root, which containers and cloud notebooks are. None: Windows knows no users."""
+    known = {} if user is None else {"geteuid": lambda: user}
+    others = {name: value for name, value in vars(os).items() if name != "geteuid"}
+    sandbox.globals["os"] = SimpleNamespace(**others, **known)
+    assert sandbox.main(["lab"]) == 0
+    assert sandbox.calls[-1].count("--allow-root") == (user == 0)
+    sandbox.main(["lab", "--allow-root"])
+    assert sandbox.calls[-1].count("--allow-root") == 1
+
+
+def test_on_linux_torch_is_the_cpu_build_that_pip_finds_else_pytorchs_else_any(sandbox, capsys):
+    """The CPU build needs no word from the user; where it cannot be had, a sentence says so."""
+    sandbox.refused = [CPU]
+    assert sandbox.main(["lab"]) == 0
+    assert sandbox.installed() == [COURSE, CPU, PYTORCH, ANY_TORCH, PROJECT]
+    assert "this takes the CUDA build" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("linux", "options"), [(False, []), (True, ["--cuda"])])
+def test_elsewhere_and_with_cuda_torch_is_the_build_of_pips_index(sandbox, linux, options):
+    sandbox.globals["ON_LINUX"] = linux
+    assert sandbox.main(["lab", *options, "--no-browser"]) == 0
+    assert sandbox.installed() == [COURSE, ANY_TORCH, PROJECT]
+    assert "--cuda" not in sandbox.calls[-1]
+
+
+def test_who_asked_for_cuda_once_keeps_it_and_replaces_the_cpu_build(sandbox):
+    sandbox.main(["lab"])
+    found = sandbox.folder / ".venv" / "lib" / "torch-2.13.0+cpu.dist-info"
+    found.mkdir()
+    sandbox.calls.clear()
+    sandbox.main(["lab", "--cuda"])
+    assert sandbox.installed()[1:3] == ["torch", ANY_TORCH] and "uninstall" in sandbox.calls[1]
+    found.rmdir()
+    sandbox.calls.clear()
+    sandbox.main(["lab"])
+    assert sandbox.installed() == []
+    sandbox.main(["test"])
+    assert sandbox.installed() == [TESTS, ANY_TORCH, PROJECT]
+
+
+def test_another_environment_can_be_named(sandbox, capsys):
+    sandbox.venv(".venv-3.12")
+    assert sandbox.main(["test", "--venv", ".venv-3.12", "tests/test_errors.py"]) == 0
+    assert sandbox.calls[-1][-1] == "tests/test_errors.py" and "--venv" not in sandbox.calls[-1]
+    assert (sandbox.folder / ".venv-3.12" / "flserving-install.json").exists()
+    assert sandbox.main(["test", "--venv"]) == 1
+    assert "needs the name of a folder" in capsys.readouterr().err
+
+
+def test_latest_takes_the_newest_each_time_in_an_environment_of_its_own(sandbox):
+    sandbox.venv(".venv-latest")
+    newest = (
+        "--upgrade --upgrade-strategy eager --constraint ROOT/.venv-latest/torch.txt --editable .[course,onnx,test]"
+    )
+    for _ in range(2):
+        sandbox.calls.clear()
+        assert sandbox.main(["test", "--latest", "-k", "lru"]) == 0
+        assert sandbox.installed() == [CPU, newest]
+        assert sandbox.calls[-1][-2:] == ["-k", "lru"] and "--latest" not in sandbox.calls[-1]
+    assert (sandbox.folder / ".venv-latest" / "torch.txt").read_text() == "torch==2.13.0\n"
+
+
+def test_lowest_takes_the_lower_bounds_and_runs_the_cores_tests(sandbox):
+    sandbox.venv(".venv-lowest")
+    assert sandbox.main(["test", "--lowest"]) == 0
+    oldest = "--constraint ROOT/.venv-lowest/lowest.txt --editable .[course,onnx,test]"
+    assert sandbox.installed() == ["--no-deps torch==2.6+cpu", oldest]
+    pins = (sandbox.folder / ".venv-lowest" / "lowest.txt").read_text().splitlines()
+    assert pins == ["httpcore==1.0", "jupyterlab==4.3", "onnx==1.18", "torch==2.6", "uvloop==0.21"], "not pytest"
+    assert "--nbval" not in sandbox.calls[-1] and "tests" in sandbox.calls[-1]
+    sandbox.refused = ["torch==2.6+cpu"]
+    (sandbox.folder / ".venv-lowest" / "flserving-install.json").unlink()
+    sandbox.calls.clear()
+    assert sandbox.main(["test", "--lowest"]) == 0
+    assert sandbox.installed()[2] == "torch==2.6", "without hashes: those are of the locked one"
 
 
 def test_lab_opens_a_named_notebook_from_where_the_user_stands(sandbox, monkeypatch):
@@ -66,7 +179,7 @@ def test_lab_opens_a_named_notebook_from_where_the_user_stands(sandbox, monkeypa
     (sandbox.folder / "student" / "03 mine.ipynb").write_text("{}")
     monkeypatch.chdir(sandbox.folder / "student")
     assert sandbox.main(["lab", "03 mine.ipynb"]) == 0
-    assert sandbox.calls[-1][2:] == lab_options(sandbox.folder / "student" / "03%20mine.ipynb")
+    assert sandbox.calls[-1][2:] == lab_options("student", "03%20mine.ipynb")
 
 
 def test_lab_names_a_notebook_that_is_not_there_before_it_installs(sandbox, capsys):
@@ -79,37 +192,34 @@ def test_test_installs_the_test_extra_and_hands_arguments_and_exit_code_on(sandb
     assert sandbox.main(["test"]) == 0
     sandbox.exit_code = 5
     assert sandbox.main(["test", "tests/test_cache.py", "-k", "lru"]) == 5
-    assert sandbox.calls[0] == [*INSTALL, ".[onnx,test]"]
+    assert sandbox.installed() == [TESTS, CPU, PROJECT]
     assert sandbox.calls[-1][:2] == ["-m", "pytest"]
     assert sandbox.calls[-1][-3:] == ["tests/test_cache.py", "-k", "lru"]
     assert "--nbval" in sandbox.calls[-1] and sandbox.variables == {"FLSERVING_STATIC": "1"}
 
 
-def installs(box: Sandbox) -> list[str]:
-    return [call[-1] for call in box.calls if "pip" in call]
-
-
 def test_it_installs_again_only_when_pyproject_or_the_wish_changes(sandbox):
     for command in ("test", "test", "lab"):
         sandbox.main([command])
-    assert installs(sandbox) == [".[onnx,test]"]
-    (sandbox.folder / "pyproject.toml").write_text("[project]\nname = 'more'\n")
-    sandbox.main(["lab"])
-    assert installs(sandbox) == [".[onnx,test]", ".[onnx]"]
-    sandbox.main(["lab"])
-    sandbox.main(["test"])
-    assert installs(sandbox) == [".[onnx,test]", ".[onnx]", ".[onnx,test]"]
+    assert sandbox.installed() == [TESTS, CPU, PROJECT]
+    for changed in ("pyproject.toml", "requirements/torch.txt"):
+        sandbox.calls.clear()
+        with (sandbox.folder / changed).open("a") as file:
+            file.write("# more\n")
+        for command in ("lab", "lab", "test"):
+            sandbox.main([command])
+        assert sandbox.installed() == [COURSE, CPU, PROJECT, TESTS, CPU, PROJECT]
 
 
 def test_a_folder_that_was_moved_is_installed_again(sandbox):
     sandbox.main(["lab"])
-    stamp = sandbox.globals["STAMP"]
+    stamp = sandbox.folder / ".venv" / sandbox.globals["STAMP"]
     content = json.loads(stamp.read_text())
     stamp.write_text(json.dumps({**content, "fingerprint": "of another folder"}))
     sandbox.main(["lab"])
     stamp.write_text("{ half a file")
     sandbox.main(["lab"])
-    assert installs(sandbox) == [".[onnx]"] * 3
+    assert sandbox.installed() == [COURSE, CPU, PROJECT] * 3
 
 
 def test_a_failed_installation_is_told_and_tried_again(sandbox, capsys):
@@ -118,7 +228,7 @@ def test_a_failed_installation_is_told_and_tried_again(sandbox, capsys):
     assert "pip could not install flserving" in capsys.readouterr().err
     sandbox.exit_code = 0
     assert sandbox.main(["test"]) == 0
-    assert installs(sandbox) == [".[onnx,test]"] * 2
+    assert sandbox.installed() == [TESTS, TESTS, CPU, PROJECT]
 
 
 def test_it_makes_the_environment(tmp_path, monkeypatch):
@@ -194,7 +304,7 @@ def test_signals_reach_the_job_and_its_exit_code_comes_back(sandbox, sent, expec
         print("ready", flush=True)
         time.sleep(60)
     """)
-    code = f"import run, sys; sys.exit(run.call([sys.executable, '-c', {job!r}]))"
+    code = f"import run, sys; sys.exit(run.Venv('.venv').call([sys.executable, '-c', {job!r}]))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=sandbox.folder, stdout=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
     with process:
@@ -206,8 +316,8 @@ def test_signals_reach_the_job_and_its_exit_code_comes_back(sandbox, sent, expec
 
 def test_the_job_sees_the_environment_of_the_venv(sandbox):
     code = "import os; print(os.environ['JUPYTER_PREFER_ENV_PATH'], os.environ['PATH'].split(os.pathsep)[0])"
-    command = f"import run, sys; sys.exit(run.call([run.venv_python(), '-c', {code!r}]))"
+    command = f"import run, sys; venv = run.Venv('.venv'); sys.exit(venv.call([venv.python(), '-c', {code!r}]))"
     result = subprocess.run(
         [sys.executable, "-c", command], cwd=sandbox.folder, capture_output=True, text=True, timeout=60
     )
-    assert result.stdout.split() == ["1", str(sandbox.globals["venv_python"]().parent)], result.stderr
+    assert result.stdout.split() == ["1", str(sandbox.globals["Venv"](".venv").python().parent)], result.stderr

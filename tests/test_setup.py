@@ -18,6 +18,7 @@ from notebook_gates import MACHINE_PATH
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(PYPROJECT)["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 # where conda-forge has another name than PyPI
 CONDA_NAME = {"torch": "pytorch-cpu", "prometheus-client": "prometheus_client"}
@@ -37,7 +38,9 @@ def conda_requirements() -> dict[str, SpecifierSet]:
 
 
 def test_conda_and_pip_ask_for_the_same():
-    everywhere = [r for r in map(Requirement, PROJECT["dependencies"]) if not r.marker]  # the others come by pip
+    everywhere = [
+        r for r in map(Requirement, PROJECT["dependencies"] + EXTRAS["course"]) if not r.marker
+    ]  # the others come by pip
     wanted = {CONDA_NAME.get(r.name, r.name): r.specifier for r in everywhere}
     wanted["python"] = SpecifierSet(PROJECT["requires-python"])
     wanted["pip"] = SpecifierSet()  # it reads the file's last section
@@ -46,7 +49,9 @@ def test_conda_and_pip_ask_for_the_same():
 
 def test_conda_uses_one_channel_and_installs_the_project_by_pip():
     assert ENVIRONMENT["channels"] == ["conda-forge"]
-    assert [line for line in ENVIRONMENT["dependencies"] if isinstance(line, dict)] == [{"pip": ["-e .[onnx,test]"]}]
+    assert [line for line in ENVIRONMENT["dependencies"] if isinstance(line, dict)] == [
+        {"pip": ["-e .[course,onnx,test]"]}
+    ]
 
 
 def test_torch_is_bounded_so_that_pip_finds_a_build_that_was_tried():
@@ -55,12 +60,11 @@ def test_torch_is_bounded_so_that_pip_finds_a_build_that_was_tried():
 
 
 def test_every_dependency_says_why_and_from_which_version_on():
-    extras = PROJECT["optional-dependencies"]
-    for requirement in [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]:
+    for requirement in [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]:
         entry = re.search(rf'^    "{re.escape(requirement)}",\s+# \S.+$', PYPROJECT, re.MULTILINE)
         assert entry, f"{requirement}: say in a comment on its line why it is there"
         assert ">=" in requirement, f"{requirement}: no lower bound"
-    assert set(extras) == {"test", "onnx", "flower", "otel", "grading"}
+    assert set(EXTRAS) == {"course", "test", "onnx", "flower", "otel", "grading"}
 
 
 def test_every_data_file_of_the_package_is_installed_with_it():

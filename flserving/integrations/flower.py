@@ -30,7 +30,7 @@ try:
     from flserving.integrations.flower_grid import LocalGrid, run
 except ImportError as error:
     raise NotSupportedError(
-        f"flwr cannot be imported ({error}): run pip install -e .[flower] in an environment of its own, because flwr "
+        f'flwr cannot be imported ({error}): run pip install "flserving[flower]" in an environment of its own: flwr '
         "pins protobuf, starlette, uvicorn and others to releases of its choice"
     ) from error
 

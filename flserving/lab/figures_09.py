@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from flserving.backends import need
 from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine
 from flserving.errors import NotSupportedError
+from flserving.extras import need
 from flserving.lab.roofline import Machine, roofline_us, work
 from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.loader import RegistrySource, load_engine
@@ -47,12 +47,12 @@ def need_onnx() -> None:
     """Stop a notebook with one message where a package of the extra onnx is missing. Raises OnnxMissing."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         try:
-            need(package)
+            need(package, "onnx")
         except NotSupportedError:
             raise OnnxMissing(
                 f"This notebook needs the extra onnx: {package} is not installed.\n"
                 'Run   %pip install "onnx>=1.18" "onnxruntime>=1.22" "onnxscript>=0.5"   in a cell of its own\n'
-                "(or `python -m pip install -e .[onnx]` in the course's folder), then run this cell again."
+                '(or `python -m pip install -e ".[onnx]"` in the course\'s folder), then run this cell again.'
             ) from None
 
 
