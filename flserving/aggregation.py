@@ -48,6 +48,12 @@ def fault(update: object, expected: State) -> str | None:
     return None
 
 
+def reason_of(error: Exception) -> str:
+    """Why a client's training failed, in one short line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}"[:200]
+
+
 def _some(names: Set[object]) -> list[str]:
     return sorted(str(name)[:40] for name in names)[:3]
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from flserving import datasets, models
-from flserving.aggregation import State, aggregate, fault
+from flserving.aggregation import State, aggregate, fault, reason_of
 from flserving.datasets import Client
-from flserving.errors import ConfigError, InvalidModelError
+from flserving.errors import ConfigError, InvalidModelError, ModelExecutionError
 from flserving.rounds import STRATEGIES, Recipe, Round, Run, Statistics, Strategy, publish_rounds
 from flserving.transforms import Preprocessor
 
@@ -55,11 +56,15 @@ def train(
         preprocessing: ``{"mean": [D], "std": [D]}`` to standardise with; by default what the clients' sums give.
         seed: Same seed, same result. The caller's random state and thread count stay as they are.
         corrupt: Stands between client and server: ``(client_id, round, update) -> update``. Change the update to play
-            a faulty or hostile client, return None to play a silent one.
+            a faulty or hostile client, return None to play a silent one. What it raises ends the training.
         on_round: Called after each round, e.g. ``publish_rounds(registry, name)``. What it raises ends the training.
         progress: Show a progress bar.
 
+    A client whose training raises is left out of the round, and named in ``Round.rejected``; as is one whose update
+    cannot be averaged.
+
     Raises:
+        ModelExecutionError: The training of every client raised.
         ConfigError: A setting out of range. NotFoundError: No such architecture.
         InvalidModelError: An architecture that does not take these features and labels, or lacks the head that the
             strategy needs.
@@ -142,21 +147,38 @@ class _Federation:
         with _isolated():
             updates: dict[str, State] = {}
             rejected: dict[str, str] = {}
+            raised = 0
             for index, client in enumerate(self.train):
                 _seed(self.recipe.seed, number, index)  # so that no client's fault changes another's shuffling
-                update: Any = self._local_update(client)
+                try:
+                    update: Any = self._local_update(client)
+                except Exception as error:  # of its data, its memory, its part of the model: the others train on
+                    raised += 1
+                    rejected[client] = reason_of(error)
+                    continue
                 if self.corrupt is not None:
                     update = self.corrupt(client, number, update)
                 if reason := fault(update, self.state):
                     rejected[client] = reason
                 else:
                     updates[client] = update
+            if raised == len(self.train):
+                client, reason = next(iter(rejected.items()))
+                raise ModelExecutionError(
+                    f"round {number}: the training of all {raised} clients failed, that of {client!r} by {reason}: "
+                    "mend the model or the samples"
+                )
             counts = {client: len(self.train[client][1]) for client in updates}
             if updates:
                 self.state = aggregate(list(updates.values()), list(counts.values()))
             if self.strategy.keeps is not None:
                 self.kept |= {client: _part(update, self.strategy.keeps) for client, update in updates.items()}
-            tuned = {client: self._tuned_head(client, number) for client in updates} if self.strategy.fine_tunes else {}
+            tuned: dict[str, State] = {}
+            for client in updates if self.strategy.fine_tunes else ():
+                try:
+                    tuned[client] = self._tuned_head(client, number)
+                except Exception as error:  # the global model serves it
+                    rejected[client] = f"its head was not fitted: {reason_of(error)}"
             return self._measured(number, self.kept | tuned, counts, rejected)
 
     def _local_update(self, client: str) -> State:
@@ -180,14 +202,23 @@ class _Federation:
         x, y = self.train[client]
         weights = [w for w in self.module.train().get_submodule(part).parameters() if w.requires_grad]
         for _ in range(self.recipe.local_epochs):
-            order = torch.randperm(len(y))
-            for start in range(0, len(y), self.recipe.batch_size):
-                batch = order[start : start + self.recipe.batch_size]
+            for batch in self._batches(len(y)):
                 loss = cross_entropy(self.module(x[batch]), y[batch])
                 gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
                 with torch.no_grad():
                     for weight, gradient in zip(weights, gradients, strict=True):
                         weight.sub_(gradient, alpha=self.recipe.learning_rate)
+
+    def _batches(self, rows: int) -> list[Tensor]:
+        """All rows in a new order. Batch statistics of one row are none: where the model takes some, a last batch of
+        one row goes into the one before. (To drop it, as ``DataLoader(drop_last=True)`` does, would cost a small client
+        a part of what it has.)"""
+        batches = list(torch.split(torch.randperm(rows), self.recipe.batch_size))
+        takes_statistics = any(isinstance(part, _BatchNorm) for part in self.module.modules())
+        if takes_statistics and len(batches) > 1 and len(batches[-1]) == 1:
+            last = batches.pop()
+            batches[-1] = torch.cat([batches[-1], last])
+        return batches
 
     def _measured(
         self, number: int, personal: dict[str, State], counts: dict[str, int], rejected: dict[str, str]

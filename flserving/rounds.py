@@ -124,7 +124,8 @@ class Round:
         metrics: ``global_accuracy``: the global model on all held-out samples together; ``mean_client_accuracy``,
             ``worst_client_accuracy``: over clients, each with its own model on its own held-out samples.
         client_accuracy: The latter by client id. ``sample_counts``: training samples of the accepted clients.
-        rejected: Client id -> why its update was left out. If all were, ``state`` is that of the round before.
+        rejected: Client id -> why its update was left out: its training raised, or it was faulty. If all were,
+            ``state`` is that of the round before.
         preprocessing: ``mean`` and ``std`` that the features were standardised with.
     """
 

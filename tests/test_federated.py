@@ -14,11 +14,12 @@ from torch import nn
 from flserving import federated, models
 from flserving.aggregation import aggregate, fault
 from flserving.datasets import Client, digits, make_clients
-from flserving.errors import ConfigError, InvalidInputError, InvalidModelError, NotFoundError
+from flserving.errors import ConfigError, InvalidInputError, InvalidModelError, ModelExecutionError, NotFoundError
 from flserving.registry import Registry
 from flserving.rounds import STRATEGIES, publish_rounds
 
 X, Y = digits()
+UNSCALED = {"mean": [0.0] * 64, "std": [1.0] * 64}
 PIXELS = {"mean": [0.0] * 64, "std": [16.0] * 64}
 FOUR = make_clients(X[:200], Y[:200], num_clients=4, alpha=1.0)  # enough to train on, small enough to be quick
 
@@ -138,11 +139,11 @@ def numbered(client_id, rows):
 
 
 def test_every_sample_is_used_once_an_epoch_in_a_new_order_each_time(spy):
-    threads, unscaled = torch.get_num_threads(), {"mean": [0.0] * 64, "std": [1.0] * 64}
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         twins = [numbered("a", 37), numbered("b", 37)]
-        train(architecture="spy", clients=twins, rounds=1, local_epochs=3, preprocessing=unscaled)
+        train(architecture="spy", clients=twins, rounds=1, local_epochs=3, preprocessing=UNSCALED)
     finally:
         torch.set_num_threads(threads)
     assert [len(rows) for rows, _ in spy] == [16, 16, 5] * 6
@@ -394,6 +395,97 @@ def test_a_faulty_update_is_counted_and_the_round_goes_on_as_if_it_had_never_com
         assert bad not in result.personal, "no head is taken from a client that was rejected"
         assert bad in result.client_accuracy, "it is served all the same, by the global model"
     assert all(tensor.isfinite().all() for tensor in run.final.state.values())
+
+
+@pytest.fixture
+def architecture(monkeypatch):
+    """A registrar of architectures that are forgotten after the test."""
+    monkeypatch.setattr(models, "_known", dict(models._known))
+    return models.register
+
+
+class Normed(models.SplitModel):
+    """What most networks look like: batch normalisation in the body."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU()), nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rows", [17, 33, 2, 16])
+def test_a_client_whose_last_batch_is_one_row_trains_under_batch_normalisation(architecture, strategy, rows):
+    """17 samples are a batch of 16 and one of 1, of which there are no statistics: a bare ValueError, once."""
+    architecture("normed", input_shape=(64,), output_shape=(10,))(Normed)
+    run = train(strategy, architecture="normed", clients=[numbered("odd", rows), *FOUR])
+    assert all(result.rejected == {} for result in run.rounds)
+    assert run.final.sample_counts["odd"] == rows
+
+
+def test_a_last_batch_of_one_row_is_merged_under_batch_normalisation_only(architecture, spy):
+    class NormedSpy(models.build("spy").__class__):
+        def __init__(self):
+            super().__init__(nn.Linear(64, 16), nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 10)))
+
+    architecture("normed_spy", input_shape=(64,), output_shape=(10,))(NormedSpy)
+    for name, sizes in (("spy", [16, 16, 1]), ("normed_spy", [16, 17])):
+        spy.clear()
+        train(architecture=name, clients=[numbered("a", 33)], rounds=1, preprocessing=UNSCALED)
+        assert [len(rows) for rows, _ in spy] == sizes
+        assert sorted(row for rows, _ in spy for row in rows) == list(range(33)), "no sample is dropped"
+
+
+@pytest.mark.parametrize("alpha", [1.0, 100.0])
+def test_the_digits_partition_trains_under_batch_normalisation(architecture, alpha):
+    architecture("normed", input_shape=(64,), output_shape=(10,))(Normed)
+    run = federated.train(architecture="normed", alpha=alpha, rounds=1, local_epochs=1, progress=False)
+    sizes = [len(client.train_y) % 16 for client in run.clients]
+    assert 1 in sizes, "some client's last batch is one row"
+    assert run.final.rejected == {} and len(run.final.sample_counts) == 20
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "error", [ValueError("odd\nrows"), MemoryError(), RuntimeError("x" * 9999)], ids=["value", "memory", "long"]
+)
+def test_a_client_whose_training_raises_is_left_out_and_named(architecture, tmp_path, strategy, error):
+    """The others train as if it had said nothing, and its failure is in the version's note."""
+
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if self.training and not x.is_meta and (x[:, 0] == 77).any():
+                raise error
+            return super().forward(x)
+
+    architecture("picky", input_shape=(64,), output_shape=(10,))(
+        lambda: models.SplitModel(Picky(64, 16), nn.Linear(16, 10))
+    )
+    rows = FOUR[0].train_x.copy()
+    rows[-1, 0] = 77
+    bad = Client("bad", rows, FOUR[0].train_y, FOUR[0].test_x, FOUR[0].test_y)
+    options = {"architecture": "picky", "clients": [*FOUR, bad], "preprocessing": UNSCALED}
+    registry = Registry(tmp_path)
+    run = train(strategy, on_round=publish_rounds(registry, "m"), **options)
+    silent = train(strategy, **options | {"clients": FOUR})
+    for result, wanted in zip(run.rounds, silent.rounds, strict=True):
+        assert list(result.rejected) == ["bad"] and len(result.rejected["bad"]) <= 200
+        assert result.rejected["bad"].startswith(f"{type(error).__name__}: ") and "\n" not in result.rejected["bad"]
+        assert equal(result.state, wanted.state) and "bad" not in result.sample_counts
+        assert "bad" in result.client_accuracy
+    with registry:
+        manifest = registry.manifest("m", 2)
+    assert "bad rejected: " in manifest.note and manifest.lineage.extra["rejected_clients"] == 1
+
+
+def test_when_the_training_of_every_client_raises_the_error_says_so(architecture):
+    class Broken(models.SplitModel):
+        def forward(self, x):
+            if self.training and not x.is_meta:
+                raise ValueError("no such thing")
+            return super().forward(x)
+
+    architecture("broken", input_shape=(64,), output_shape=(10,))(lambda: Broken(nn.Identity(), nn.Linear(64, 10)))
+    with pytest.raises(ModelExecutionError, match=r"round 1: .*all 4 clients.*client-00.*ValueError: no such thing"):
+        train(architecture="broken")
 
 
 def test_without_the_rejected_client_the_rest_is_averaged_by_hand():

@@ -238,6 +238,34 @@ def test_a_failing_client_is_one_lost_reply(play, registry, apps):
     assert "5 rejected: ZeroDivisionError: no samples today" in manifest.note
 
 
+def test_a_reply_that_cannot_be_averaged_is_one_lost_reply(play, registry, apps):
+    """Each of these ended the federation."""
+
+    def change(client, number, reply):
+        if number == 2:
+            if client == 3:
+                reply.content["metrics"].pop("num-examples")
+            if client == 4:
+                reply.content["metrics"]["num-examples"] = -1.0
+            if client in (5, 6):
+                arrays = reply.content["arrays"].to_torch_state_dict()
+                arrays["head.bias"] = arrays["head.bias"][:1] if client == 5 else arrays["head.bias"] * float("nan")
+                reply.content["arrays"] = ArrayRecord(arrays)
+        return reply
+
+    from flwr.app import ArrayRecord
+
+    rounds, _ = play(app=faulty(apps, change), on_round=publish_rounds(registry, "m"))
+    assert [len(it.sample_counts) for it in rounds] == [K, K - 4, K]
+    assert list(rounds[1].rejected.values()) == [
+        "it tells 'num-examples' = None",
+        "it tells 'num-examples' = -1.0",
+        "its arrays or metrics have other names or shapes than those of the others",
+        "its arrays hold NaN or infinite values",
+    ]
+    assert registry.manifest("m", 2).lineage.extra["rejected_clients"] == 4
+
+
 def test_a_round_that_nobody_answers(play, registry, apps):
     def change(client, number, reply):
         raise ValueError("away")

@@ -9,10 +9,12 @@ takes the one takes the other: ``publish_rounds``, ``gated``, or a function of y
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from flserving import draft, models
@@ -80,8 +82,10 @@ class Publishing(Strategy):
             or else what the strategy made of the clients', is ``global_accuracy``. All numbers are kept, too, as
             ``train.*`` and ``evaluate.*`` (aggregated from the clients) and ``server.*`` (from ``evaluate_fn``).
 
-    A client whose reply is an error or does not come counts as rejected. A round without any valid reply leaves the
-    model as it was, and says so; if it is the first one, the client app is broken, and the training ends.
+    A client counts as rejected whose reply is an error, does not come, holds NaN or infinite numbers, or has another
+    form than most of the others have, the number of samples included; the strategy does not see it. A round without any
+    valid reply leaves the model as it was, and says so; if it is the first one, the client app is broken, and the
+    training ends.
 
     Raises:
         ConfigError: Wrong arguments; clients that do not tell ``samples``. NotFoundError: No such architecture.
@@ -168,23 +172,18 @@ class Publishing(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The strategy's own; who replied, and with how many samples, is remembered."""
-        replies, seen = list(replies), self._seen or _Seen({})
-        told = {str(reply.metadata.src_node_id): _numbers(reply) for reply in replies if not reply.has_error()}
-        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        seen = self._seen or _Seen({})
+        ordered = sorted(replies, key=lambda reply: int(reply.metadata.src_node_id))
+        faults = self._faults(ordered)
+        kept = [reply for reply in ordered if reply.has_error() or str(reply.metadata.src_node_id) not in faults]
+        counts = {str(it.metadata.src_node_id): _numbers(it)[self.samples] for it in kept if not it.has_error()}
+        arrays, metrics = self.strategy.aggregate_train(server_round, kept)
         seen.note("train", metrics)
-        for reply in sorted(replies, key=lambda reply: int(reply.metadata.src_node_id)):
-            client = str(reply.metadata.src_node_id)
-            if reply.has_error():
-                seen.rejected[client] = " ".join((reply.error.reason or f"error {reply.error.code}").split())[-200:]
-            elif arrays is None:
+        seen.rejected |= faults
+        for client, count in counts.items():
+            if arrays is None:
                 seen.rejected[client] = "the strategy made no model of the replies"
             else:
-                count = told[client].get(self.samples)
-                if not isinstance(count, int | float) or count < 0 or not float(count).is_integer():
-                    raise ConfigError(
-                        f"client {client} tells {self.samples!r} = {count!r} among {sorted(told[client])}: let it tell "
-                        "how many samples it trained on, or name that metric by samples="
-                    )
                 seen.samples[client] = int(count)
                 seen.rejected.pop(client, None)
         if not self._trained and arrays is None:
@@ -192,6 +191,34 @@ class Publishing(Strategy):
             raise ModelExecutionError(f"round {server_round} has no valid reply ({first}): mend the client app")
         self._trained = True
         return arrays, metrics
+
+    def _faults(self, replies: Sequence[Message]) -> dict[str, str]:
+        """Why replies are left out, by client. ConfigError: none of them tells its samples, so the app is wrong."""
+        faults = {}
+        sound = []
+        for reply in replies:
+            client = str(reply.metadata.src_node_id)
+            if reply.has_error():
+                faults[client] = " ".join((reply.error.reason or f"error {reply.error.code}").split())[-200:]
+            else:
+                sound.append((client, reply, _form(reply), _numbers(reply)))
+        uncounted = [(client, numbers) for client, _, _, numbers in sound if not _is_count(numbers.get(self.samples))]
+        if sound and len(uncounted) == len(sound):
+            client, numbers = uncounted[0]
+            raise ConfigError(
+                f"client {client} tells {self.samples!r} = {numbers.get(self.samples)!r} among {sorted(numbers)}: let "
+                "it tell how many samples it trained on, or name that metric by samples="
+            )
+        faults |= {client: f"it tells {self.samples!r} = {it.get(self.samples)!r:.40}" for client, it in uncounted}
+        forms = Counter(form for client, _, form, _ in sound if client not in faults)
+        for client, reply, form, _ in sound:
+            if client in faults:
+                continue
+            if form != forms.most_common(1)[0][0]:
+                faults[client] = "its arrays or metrics have other names or shapes than those of the others"
+            elif not _is_finite(reply):
+                faults[client] = "its arrays hold NaN or infinite values"
+        return faults
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -259,3 +286,27 @@ class Publishing(Strategy):
 def _numbers(reply: Message) -> dict[str, Any]:
     """All metrics of a reply, whatever its records are called."""
     return {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
+
+
+def _form(reply: Message) -> tuple[Any, ...]:
+    """What must be alike in all replies, or they cannot be averaged."""
+    arrays = (
+        (record, name, tuple(array.shape), array.dtype)
+        for record, content in reply.content.array_records.items()
+        for name, array in content.items()
+    )
+    metrics = ((record, name) for record, content in reply.content.metric_records.items() for name in content)
+    return tuple(sorted(arrays)), tuple(sorted(metrics))
+
+
+def _is_finite(reply: Message) -> bool:
+    for record in reply.content.array_records.values():
+        for array in record.values():
+            is_float = array.stype == "numpy.ndarray" and np.issubdtype(np.dtype(array.dtype), np.floating)
+            if is_float and not np.isfinite(array.numpy()).all():
+                return False
+    return True
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | float) and value >= 0 and float(value).is_integer()
