@@ -147,7 +147,7 @@ class HeadSet:
                 sha.update(data := column.tobytes())
                 yield data
 
-        nbytes = storage.write_parts(path, parts())
+        nbytes = storage.write_parts(path, parts(), storage.PRIVATE)
         return HeadsEntry(self.layout, num_heads, rows - 1, outputs, nbytes, sha.hexdigest())
 
 

@@ -66,7 +66,8 @@ class Registry(Catalogue):
     """Versions of models in a folder. For several threads and several processes; not to be carried over a fork.
 
     Args:
-        root: The folder; made if it is missing. Use a local disk: SQLite's WAL needs shared memory.
+        root: The folder; made if it is missing, for its owner alone; ``~`` is your home. Use a local disk: SQLite's WAL
+            needs shared memory. One that cannot be written is read, and followed while others write to it.
         max_artifact_bytes: Largest weights file that is written or read.
         busy_timeout_s: How long a change waits for other writers.
         now: UTC clock of the log.
@@ -77,7 +78,7 @@ class Registry(Catalogue):
         InvalidModelError: A model name or alias outside the alphabet.
         CorruptArtifactError: The index or a file is not what was written.
         OverloadedError: Other writers kept a change waiting for ``busy_timeout_s``.
-        FlservingError: The disk is full, or the folder may not be written.
+        FlservingError: The disk is full, or the folder cannot be written (``read_only`` says why).
     """
 
     def __init__(
@@ -92,18 +93,33 @@ class Registry(Catalogue):
             raise ConfigError(f"max_artifact_bytes is {max_artifact_bytes!r}: it must be an integer >= 1")
         if type(busy_timeout_s) not in (int, float) or not 0 <= busy_timeout_s <= 3600:
             raise ConfigError(f"busy_timeout_s is {busy_timeout_s!r}: it must be a number in [0, 3600]")
+        self.max_artifact_bytes = max_artifact_bytes
         try:
-            self.root, self.max_artifact_bytes = os.path.realpath(os.fspath(root)), max_artifact_bytes
+            self.root = os.path.realpath(storage.user_path(root))
             self._models, self._staging = f"{self.root}/models", f"{self.root}/staging"
-            for folder in (self._models, self._staging):
-                os.makedirs(folder, exist_ok=True)
+            unwritable = self._make_folders()
             orphaned = bool(os.listdir(self._models)) and not os.path.lexists(f"{self.root}/{FILE_NAME}")
         except (OSError, TypeError, ValueError) as error:  # ValueError: a NUL inside
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{root!r} cannot hold a registry ({reason}): choose a folder") from error
         if orphaned:  # with a new index, the next publish would take their numbers
             raise CorruptArtifactError(f"{FILE_NAME} is missing beside published versions: restore it from a backup")
-        super().__init__(Index(self.root, busy_timeout_s, lambda: draft.timestamp(now())))
+        super().__init__(Index(self.root, busy_timeout_s, lambda: draft.timestamp(now()), unwritable))
+
+    def _make_folders(self) -> str | None:
+        """Make what is missing. Returns why nothing can be written to a registry that is there, None where it can."""
+        holds_one = os.path.isfile(f"{self.root}/{FILE_NAME}") and os.path.isdir(self._models)
+        if holds_one and (reason := storage.why_unwritable(self.root)) is not None:
+            return reason
+        os.makedirs(self.root, mode=0o700, exist_ok=True)
+        for folder in (self._models, self._staging):
+            os.makedirs(folder, exist_ok=True)
+        return None
+
+    @property
+    def read_only(self) -> str | None:
+        """Why nothing can be written: its file system is read-only, or its folder another user's. None: it can."""
+        return self._index.unwritable
 
     def publish(
         self,
@@ -171,8 +187,9 @@ class Registry(Catalogue):
                 manifest = msgspec.structs.replace(content.manifest, digests=digests, heads=entry)
                 return self._commit(manifest, folder, alias, who, why)
         except OSError as error:
+            advice = "permissions" if error.errno in storage.READ_ONLY else "free space and permissions"
             raise FlservingError(
-                f"{name!r} was not published ({error.strerror}): check the registry's free space and permissions"
+                f"{name!r} was not published ({error.strerror}): check the registry's {advice}"
             ) from error
 
     def _commit(self, manifest: Manifest, folder: str, alias: str | None, who: str, why: str) -> Manifest:

@@ -23,6 +23,10 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO must not hang
 _BINARY = getattr(os, "O_BINARY", 0)  # only on Windows
 
+PRIVATE = 0o600
+"""Mode of files that only their owner reads: a umask can only take more away."""
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
 if sys.platform == "win32":
     _seeking = threading.Lock()
 
@@ -36,14 +40,33 @@ else:
     read_at = os.pread
 
 
-def write_file(path: str, data: bytes | memoryview) -> None:
+def user_path(path: str | os.PathLike[str]) -> str:
+    """A path as its user means it: ``~`` is the home folder. (Shells leave it alone in ``--registry=~/models``.)"""
+    return os.path.expanduser(os.fspath(path))
+
+
+def why_unwritable(folder: str) -> str | None:
+    """Why nobody here may write to a folder: its file system is read-only, or it is another user's.
+
+    None where it may be written, though its disk may be full.
+    """
+    path = f"{folder}/.{secrets.token_hex(8)}"
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW, PRIVATE))
+        os.unlink(path)
+    except OSError as error:
+        return error.strerror if error.errno in READ_ONLY else None
+    return None
+
+
+def write_file(path: str, data: bytes | memoryview, mode: int = 0o644) -> None:
     """Create ``path``, write it whole and wait until the disk has it. OSError if it exists, or on a full disk."""
-    write_parts(path, [data])
+    write_parts(path, [data], mode)
 
 
-def write_parts(path: str, parts: Iterable[bytes | memoryview]) -> int:
+def write_parts(path: str, parts: Iterable[bytes | memoryview], mode: int = 0o644) -> int:
     """:func:`write_file` part by part, for what does not fit into memory at once. Returns the number of bytes."""
-    nbytes, fd = 0, os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, 0o644)
+    nbytes, fd = 0, os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, mode)
     try:
         for part in parts:
             rest = memoryview(part)
