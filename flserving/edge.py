@@ -6,7 +6,6 @@ registry's. Every answer says which round it came from and how old that is.
 """
 
 import contextlib
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +26,11 @@ from flserving.manifest import Lineage, Manifest
 from flserving.registry import Registry
 from flserving.routing import Key
 from flserving.server import ModelServer
+from flserving.storage import own_folder
 
 _NOBODY = ""  # stands in for a client where the global model was asked for
 UPDATED_AT = "updated_at_s"  # in the lineage of a version that brought only a head
+_AGES = 16  # versions whose ages are kept
 _SLACK_S = 60.0  # a clock that was set back by less than this is taken as right: daemons that keep time do so
 
 
@@ -95,8 +96,11 @@ class EdgeModelServer(ModelServer):
         if model == LOCAL or not client:
             raise ConfigError(f"model is {model!r}, client is {client!r}: choose another name, and name a client")
         super().__init__(checked(config), clock=clock)
-        self._folder = None if registry else tempfile.TemporaryDirectory(prefix="flserving-edge-")
-        self.registry = registry or Registry(self._folder.name)  # type: ignore[union-attr]
+        self._remove_registry: Callable[[], object] | None = None  # where it is temporary
+        if registry is None:
+            folder, self._remove_registry = own_folder(self, "flserving-edge-")
+            registry = Registry(folder)
+        self.registry = registry
         self.model, self.client, self.fresh_s, self.refuse_s = model, client, fresh_s, refuse_s
         self._wall, self._updating = wall, threading.Lock()
         self._ages: dict[Key, tuple[int | None, Age]] = {}  # its round, its age
@@ -180,7 +184,14 @@ class EdgeModelServer(ModelServer):
         if (known := self._ages.get(key)) is None:
             manifest = self.registry.manifest(key[0], int(key[1]))
             age = Age(_updated_at(manifest), self._clock, self._wall)
-            known = self._ages.setdefault(key, (manifest.round, age))
+            known = self._keep_age(key, manifest.round, age)
+        return known
+
+    def _keep_age(self, key: Key, number: int | None, age: Age) -> tuple[int | None, Age]:
+        known = self._ages[key] = number, age
+        for oldest in list(self._ages)[:-_AGES]:
+            if oldest[1] != self._router.routes.of(oldest[0]).aliases.get("default"):
+                self._ages.pop(oldest, None)  # what its manifest tells is enough
         return known
 
     # Updates
@@ -266,7 +277,7 @@ class EdgeModelServer(ModelServer):
         """
         now = current(self.registry, self.model)
         if now is not None:
-            self._ages[self.model, str(now.version)] = now.round, Age(self._wall(), self._clock, self._wall)
+            self._keep_age((self.model, str(now.version)), now.round, Age(self._wall(), self._clock, self._wall))
 
     def _install(
         self, state: nn.Module | Mapping[str, Tensor], heads: HeadSet | None, published: Mapping[str, Any],
@@ -275,7 +286,7 @@ class EdgeModelServer(ModelServer):
         name = model or self.model
         manifest = self.registry.publish(name, state, heads=heads, **published)
         key = name, str(manifest.version)
-        self._ages[key] = age or (manifest.round, Age(self._wall(), self._clock, self._wall))
+        self._keep_age(key, *(age or (manifest.round, Age(self._wall(), self._clock, self._wall))))
         if name not in self._sources:
             self.serve(self.registry, name)
         self._preload(key)  # whatever does not answer raises here: no alias leads to it
@@ -296,9 +307,9 @@ class EdgeModelServer(ModelServer):
     def close(self, drain_s: float = 5.0) -> None:
         """As :meth:`ModelServer.close`; a temporary registry goes too. Idempotent."""
         super().close(drain_s)
-        if self._folder is not None:
+        if self._remove_registry is not None:
             self.registry.close()
-            self._folder.cleanup()
+            self._remove_registry()
 
 
 def current(registry: Registry, model: str) -> Manifest | None:

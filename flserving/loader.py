@@ -7,12 +7,10 @@ module that a notebook hands to a server, kept in a temporary directory, so that
 import hashlib
 import itertools
 import json
+import os
 import re
-import shutil
-import tempfile
 import threading
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,11 +24,12 @@ from flserving import models
 from flserving.cache import nbytes_of
 from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine, copy_of
-from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelError, NotFoundError
+from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelError, NotFoundError, ServerClosedError
 from flserving.heads import HeadStore
 from flserving.manifest import Manifest, Signature
 from flserving.personalization import PersonalEngine
 from flserving.routing import DEFAULT
+from flserving.storage import own_folder
 from flserving.transforms import Postprocessor, Preprocessor
 from flserving.weights import first_non_finite
 
@@ -173,9 +172,9 @@ class ModuleStore:
     """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="flserving-"))
-        # runs on close(), when the store is forgotten, and at exit
-        self.close = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folder: Path | None = None  # made when something is put there: one who is killed leaves none behind
+        self._closed = False
+        self._remove: Callable[[], object] = tuple
         self._numbers = itertools.count()
         self._stored: dict[str, _Stored] = {}
         self._signatures: dict[str, Signature] = {}
@@ -208,7 +207,8 @@ class ModuleStore:
             structure = copy_of(module, {id(t): _like(t, t.detach().to("meta")) for _, t in tensors})
         except Exception as error:
             raise InvalidModelError(f"cannot store the {type(module).__name__}: {error}") from error
-        file, digest = self._folder / f"{next(self._numbers)}.safetensors", hashlib.sha256(data).hexdigest()
+        file = self._make_folder() / f"{os.getpid()}-{next(self._numbers)}.safetensors"  # a forked child adds here too
+        digest = hashlib.sha256(data).hexdigest()
         stored = _Stored(structure, _code(module), file, digest, preprocessor, postprocessor)
         with self._adding:
             if (held := self._stored.get(version)) is not None:
@@ -230,6 +230,21 @@ class ModuleStore:
                     f"({error.__cause__ or error}): it must take float32 [N, {preprocessor.num_features}]; pass "
                     "num_features where that is wrong"
                 ) from error
+
+    def close(self) -> None:
+        """Remove the folder, which also happens when the store is forgotten, and at exit. Idempotent."""
+        with self._adding:
+            self._closed = True
+        self._remove()
+
+    def _make_folder(self) -> Path:
+        with self._adding:
+            if self._folder is None:
+                if self._closed:
+                    raise ServerClosedError("the store of models was closed: open a new one")
+                folder, self._remove = own_folder(self, "flserving-")
+                self._folder = Path(folder)
+            return self._folder
 
     def nbytes(self, version: str, head_cache_bytes: int) -> int:
         """As :meth:`RegistrySource.nbytes`."""

@@ -9,7 +9,9 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -57,6 +59,18 @@ def why_unwritable(folder: str) -> str | None:
     except OSError as error:
         return error.strerror if error.errno in READ_ONLY else None
     return None
+
+
+def own_folder(owner: object, prefix: str) -> tuple[str, "weakref.finalize[..., object]"]:
+    """A temporary folder, and what removes it: when called, when ``owner`` is forgotten, and at exit. Only the process
+    that made it removes it: a forked child that ends must not take its parent's files along."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    return folder, weakref.finalize(owner, _remove, folder, os.getpid())
+
+
+def _remove(folder: str, maker: int) -> None:
+    if os.getpid() == maker:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_file(path: str, data: bytes | memoryview, mode: int = 0o644) -> None:

@@ -1,17 +1,20 @@
 """``flserving serve`` in a process of its own, and callers that keep it busy."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
+import flserving
 from flserving import Registry, models
 from flserving.api.client import Client
 from serving_models import wait_until
@@ -32,14 +35,16 @@ def two_versions(root):
 class Running:
     """A command that serves; ``url``, ``grpc_url`` and ``token`` as it printed them."""
 
-    def __init__(self, root, *options, **environment):
-        command = [sys.executable, "-m", "flserving", "serve", "--registry", str(root), "--port", "0"]
+    def __init__(self, root, *options, program=None, **environment):
+        start = ["-m", "flserving"] if program is None else [str(Path(__file__).parent / program)]
+        command = [sys.executable, *start, "serve", "--registry", str(root), "--port", "0"]
         self.process = subprocess.Popen(
             [*command, "--grpc-port", "0", *map(str, options)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(flserving.__file__).parents[1]), **environment},
         )  # fmt: skip
         lines = [self.process.stdout.readline() for _ in range(3)]
-        assert lines[0].startswith("REST"), self.process.communicate()
+        assert lines[0].startswith("REST"), (lines, self.process.communicate())
         self.url, self.grpc_url, self.token = (line.split()[1] for line in lines)
 
     def client(self, place, **options):
@@ -64,8 +69,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(root, *options, **environment):
-    served = Running(root, *options, **environment)
+def running(root, *options, program=None, **environment):
+    """``program``: a script of this folder, in place of flserving's own command line."""
+    served = Running(root, *options, program=program, **environment)
     workers = served.workers()
     try:
         yield served
@@ -80,17 +86,21 @@ def running(root, *options, **environment):
 
 
 class Load:
-    """Threads that ask until told to stop, each with one client; what they got is in ``answers`` and ``errors``."""
+    """Threads that ask until told to stop, each with one client; what they got is in ``answers`` and ``errors``.
+    ``calls``: after so many each ends by itself."""
 
-    def __init__(self, make_client, threads=4):
+    def __init__(self, make_client, threads=4, calls=None):
         self.answers, self.errors, self._stop = [], [], threading.Event()
+        self._calls = calls
         self._threads = [threading.Thread(target=self._ask, args=(make_client(n),)) for n in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def _ask(self, client):
         with client:
-            while not self._stop.is_set():
+            for _ in itertools.count() if self._calls is None else range(self._calls):
+                if self._stop.is_set():
+                    break
                 try:
                     self.answers.append((time.monotonic(), client.predict(X)["model_version"]))
                 except Exception as error:

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -18,10 +17,11 @@ import pytest
 from flserving import Registry, ServingConfig, cli
 from flserving.api.client import Client
 from flserving.api.options import ApiOptions
+from flserving.api.retries import Retries
 from flserving.api.worker import Plan, _serve
 from flserving.errors import ConfigError, NotFoundError
 from serving_models import wait_until
-from serving_processes import X, running, two_versions
+from serving_processes import Load, X, kill_one, running, two_versions
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,33 @@ def test_workers_end_when_their_supervisor_is_killed(registry_root):
         served.process.kill()
         psutil.wait_procs(workers, timeout=20)
         assert not any(worker.is_running() for worker in workers)
+
+
+def test_sigterm_while_a_worker_is_forked_lets_the_others_finish(registry_root):
+    """A replacement that has no handlers of its own yet must not pass the order on as if the supervisor got a second
+    one: the healthy worker answers what it admitted, and nobody has to be killed."""
+    options = ["--workers", 2, "--num-workers", 8, "--max-batch-size", 1]
+    with running(registry_root, *options, program="late_worker.py", LATE_S="2", SLOW_S="2") as served:
+        victim, _ = served.workers()
+        victim.kill()
+        assert served.process.stdout.readline() == "forked\n"  # from now on it sleeps: all calls reach the other one
+        load = Load(lambda n: served.client(0, retries=Retries(attempts=1)), threads=8, calls=1)
+        metrics = {"url": f"{served.url}/metrics", "headers": {"authorization": f"Bearer {served.token}"}}
+        wait_until(lambda: "flserving_executions_running 8.0" in httpx.get(**metrics).text)
+        assert served.end(signal.SIGTERM) == 0, served.stderr
+        load.stop()
+    assert load.errors == [] and len(load.answers) == 8
+
+
+def test_a_killed_process_leaves_nothing_in_the_temporary_folder(registry_root, tmp_path):
+    with running(registry_root, "--workers", 2, TMPDIR=str(tmp_path)) as served:
+        for _ in range(2):
+            kill_one(served)
+        assert len(list(tmp_path.iterdir())) == 1, "the supervisor's own"
+        workers = served.workers()
+        served.process.kill()
+        psutil.wait_procs(workers, timeout=20)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_second_signal_kills_at_once(registry_root):
@@ -93,9 +120,9 @@ def test_a_worker_refuses_an_empty_registry_and_a_model_that_nobody_published(re
     told, tell = multiprocessing.Pipe(duplex=False)
     with told, tell:
         with pytest.raises(ConfigError, match="is empty: publish a version first"):
-            _serve(Plan(registry=str(tmp_path / "empty")), 0, tell, os.getppid())
+            _serve(Plan(registry=str(tmp_path / "empty")), 0, tell, told)
         with pytest.raises(NotFoundError, match="no version of 'nothing'"):
-            _serve(Plan(registry=str(registry_root), model="nothing"), 0, tell, os.getppid())
+            _serve(Plan(registry=str(registry_root), model="nothing"), 0, tell, told)
         assert not told.poll()
 
 

@@ -3,6 +3,10 @@
 import copy
 import gc
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import flserving
 from flserving import ModelCache, Postprocessor, Preprocessor, Registry, ServingConfig, models
 from flserving.errors import (
     ConflictError,
@@ -23,6 +28,7 @@ from flserving.errors import (
     InvalidModelError,
     ModelExecutionError,
     NotFoundError,
+    ServerClosedError,
 )
 from flserving.loader import ModuleStore, RegistrySource, input_width, load_engine
 
@@ -38,7 +44,7 @@ def store():
 
 
 def files_of(store: ModuleStore) -> list[Path]:
-    return sorted(store._folder.iterdir())
+    return [] if store._folder is None else sorted(store._folder.iterdir())
 
 
 def add(store: ModuleStore, module: nn.Module, version: str = "v1", features: int | None = 8, **policy: object) -> None:
@@ -587,6 +593,51 @@ def test_close_removes_the_folder_and_is_idempotent(store):
         store.parts("v1")
     with pytest.raises(InvalidModelError, match="No such file"):
         add(store, nn.Linear(8, 3), "v2")
+
+
+def test_a_store_without_modules_has_no_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = ModuleStore()
+    assert not list(tmp_path.iterdir()), "a process that is killed before it stores anything leaves nothing"
+    store.close()
+    with pytest.raises(ServerClosedError):
+        add(store, nn.Linear(8, 3))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_that_ends_leaves_its_parents_folder(tmp_path):
+    """It ends as Python ends, with all its finalizers; what it stored itself does not meet its parent's files."""
+    code = """
+import gc, os, sys, tempfile, weakref
+import torch
+from torch import nn
+from flserving.config import ServingConfig
+from flserving.edge import EdgeModelServer
+from flserving.loader import ModuleStore, load_engine
+from flserving.transforms import Postprocessor, Preprocessor
+
+store, edge = ModuleStore(), EdgeModelServer()
+add = lambda version: store.add(version, nn.Linear(2, 2), Preprocessor(num_features=2), Postprocessor())
+add("parent")
+pid = os.fork()
+if pid == 0:
+    add("child")
+    store.close()
+    del store
+    gc.collect()
+    sys.exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+add("after")
+for version in ("parent", "after"):
+    load_engine(store, version, ServingConfig())
+edge.registry.models()
+assert len(os.listdir(tempfile.gettempdir())) == 2
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(flserving.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir()), "the parent takes them along"
 
 
 def test_a_forgotten_store_removes_its_folder():

@@ -16,7 +16,7 @@ import uvicorn
 from flserving.api.auth import Role, Tokens
 from flserving.api.options import ApiOptions, check_origin
 from flserving.api.ports import listen, refuse
-from flserving.api.v2 import V2
+from flserving.api.v2 import V2, Others
 from flserving.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,12 +37,15 @@ class Endpoint:
     Closed at the end of a ``with`` block, by :meth:`close`, when nobody holds it any more, and when Python ends.
     """
 
-    def __init__(self, server: "ModelServer", options: ApiOptions, *, reuse_port: bool = False) -> None:
+    def __init__(
+        self, server: "ModelServer", options: ApiOptions, *, reuse_port: bool = False, others: Others = tuple
+    ) -> None:
         self.token: str | None = None
         if options.tokens is None:
             tokens, self.token = Tokens.random(Role.ADMIN if options.admin else Role.INFER)
             options = replace(options, tokens=tokens)
         self.v2, self.options = V2(server, options.admin), options
+        self.v2.others = others  # before a port opens: the first scrape must see them
         self._doors = _Doors(self.v2, options, listen(options.host, options.port, reuse_port), reuse_port)
         self._finalize = weakref.finalize(self, self._doors.close, 0.0, 0.0)
         port, grpc_port = self._doors.open()

@@ -6,11 +6,9 @@ loaded torch but run nothing: a replacement answers in a fraction of a second.
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,8 +17,9 @@ from typing import Any
 
 from flserving.api.endpoint import DRAIN_S
 from flserving.api.ports import listen
-from flserving.api.worker import Plan, work
+from flserving.api.worker import STOPPING, Plan, work
 from flserving.errors import ConfigError, FlservingError
+from flserving.storage import own_folder
 
 START_S = 60.0
 """How long a worker may take from its start to its first answer."""
@@ -68,7 +67,8 @@ class Supervisor:
         self._say, self._slots = say, [_Slot(number) for number in range(workers)]
         self._grace_s = drain_s + notice_s + _KILL_S
         self._ports: list[socket.socket] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="flserving-run-")
+        self._lifeline, self._alive = _CONTEXT.Pipe(duplex=False)  # nobody writes: workers see when our end closes
+        folder, self._remove_folder = own_folder(self, "flserving-run-")
         try:
             options = plan.options
             options = replace(options, port=self._keep_port(options.host, options.port))
@@ -77,7 +77,7 @@ class Supervisor:
         except BaseException:
             self._close()
             raise
-        self._plan = replace(plan, options=options, folder=self._folder.name, drain_s=drain_s, notice_s=notice_s)
+        self._plan = replace(plan, options=options, folder=folder, drain_s=drain_s, notice_s=notice_s)
 
     def run(self, announce: Callable[[str, str | None], object]) -> int:
         """Serve until SIGTERM or SIGINT, then let admitted requests finish. ``announce`` is told the two addresses
@@ -141,11 +141,15 @@ class Supervisor:
 
     def _start(self, slot: _Slot) -> None:
         ours, theirs = _CONTEXT.Pipe(duplex=False)
+        inherited = self._alive if _CONTEXT.get_start_method() == "fork" else None
         slot.process = _CONTEXT.Process(
-            target=work, args=(self._plan, slot.number, theirs, os.getpid()), name=f"flserving-{slot.number}"
+            target=work,
+            args=(self._plan, slot.number, theirs, self._lifeline, inherited),
+            name=f"flserving-{slot.number}",
         )
         slot.pipe, slot.ready_s = ours, None
-        slot.process.start()
+        with _held_back():  # until it has handlers of its own, what reaches a child would be written to our socket
+            slot.process.start()
         theirs.close()
 
     def _hear(self, slot: _Slot, first: bool) -> tuple[str, str | None] | None:
@@ -211,9 +215,22 @@ class Supervisor:
         return int(self._ports[-1].getsockname()[1])
 
     def _close(self) -> None:
-        for kept in self._ports:
+        for kept in (*self._ports, self._lifeline, self._alive):
             kept.close()
-        self._folder.cleanup()
+        self._remove_folder()
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """SIGTERM and SIGINT wait until the end of the block; a child that starts in it lets them in itself."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where a child is no copy of its parent
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -223,7 +240,7 @@ def _signals() -> Iterator[socket.socket]:
     ours.setblocking(False)
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
     try:
         yield ours
     finally:

@@ -24,6 +24,8 @@ INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
 Value = bool | int | float | str
 TOLD = ("head", "path", "round", "age_s", "degraded", "arm", "receipt")
 """What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's answer."""
+Others = Callable[[], Sequence[Mapping[str, Any]]]
+"""Gives the totals of the other processes behind an address."""
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
 
 
@@ -60,7 +62,7 @@ class V2:
         self.server, self.admin = server, admin
         self.origins = set[str]()  # web pages that may call, beside those of the options; may grow while serving
         self.draining = False  # not ready any more, though what was let in is still answered
-        self.others: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # totals of other processes behind this address
+        self.others: Others = tuple
 
     # Health
 

@@ -1,4 +1,5 @@
-"""One worker process: a server and its doors, until SIGTERM or until its supervisor is gone.
+"""One worker process: a server and its doors, until SIGTERM or until its supervisor is gone (a pipe of which it held
+the other end has closed: parents cannot be asked for on every system).
 
 Workers tell each other their totals through one file each, so that ``/metrics`` of any of them shows the sum. What it
 shows of the others is at most ``EXCHANGE_S`` old; what has been shown never goes down, also when a worker is killed.
@@ -8,12 +9,13 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +31,7 @@ from flserving.registry import Registry
 from flserving.server import ModelServer
 
 EXCHANGE_S = 1.0
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 BUSY_TIMEOUT_S = 5.0  # how long a locked registry keeps a worker waiting
 
 
@@ -76,13 +79,21 @@ def _read(path: Path, gone: bool = False) -> dict[str, Any]:
     return found | {"now": {}} if gone or age_s > 3 * EXCHANGE_S else found
 
 
-def work(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
-    """Run a worker; tell the pipe (url, grpc_url) when it answers, or in words why it cannot."""
+def work(plan: Plan, place: int, pipe: Connection, lifeline: Connection, inherited: Connection | None = None) -> None:
+    """Run a worker; tell the pipe (url, grpc_url) when it answers, or in words why it cannot.
+
+    Args:
+        lifeline: Readable once the supervisor is gone. ``inherited``: a forked child's copy of the other end.
+    """
+    if inherited is not None:
+        inherited.close()
     signal.set_wakeup_fd(-1)  # the supervisor's, if forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the supervisor decides
     signal.signal(signal.SIGTERM, _end)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # held back since before the fork
     try:
-        _serve(plan, place, pipe, supervisor)
+        _serve(plan, place, pipe, lifeline)
     except (FlservingError, OSError) as error:
         with pipe:
             if not pipe.closed:
@@ -90,7 +101,7 @@ def work(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
         raise SystemExit(1) from None
 
 
-def _serve(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
+def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> None:
     if not (Path(plan.registry) / FILE_NAME).is_file():
         raise ConfigError(f"no registry in {plan.registry!r}: name the folder that versions were published to")
     with (
@@ -100,21 +111,23 @@ def _serve(plan: Plan, place: int, pipe: Connection, supervisor: int) -> None:
         if not registry.models():
             raise ConfigError(f"the registry in {plan.registry!r} is empty: publish a version first")
         exchange = Totals(plan.folder, place, server)
-        endpoint = Endpoint(server, plan.options, reuse_port=hasattr(os, "fork"))
+        endpoint = Endpoint(server, plan.options, reuse_port=hasattr(os, "fork"), others=exchange.others)
+        orphaned = False
         try:
-            endpoint.v2.others = exchange.others
             gc.collect()
             gc.freeze()  # what torch and the rest brought along stays: to look at it in each full collection took 90 ms
             pipe.send((endpoint.url, endpoint.grpc_url))
             pipe.close()
-            while os.getppid() == supervisor:  # else it was killed: nobody would stop us
+            while not orphaned:  # else nobody would stop us
                 with contextlib.suppress(OSError):  # a full disk makes the others' sums older, and stops nobody
                     exchange.write()
-                time.sleep(EXCHANGE_S)
+                orphaned = bool(wait([lifeline], EXCHANGE_S))
         finally:
             endpoint.close(plan.drain_s, plan.notice_s)
             with contextlib.suppress(OSError):
                 exchange.write()
+            if orphaned:
+                shutil.rmtree(plan.folder, ignore_errors=True)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
