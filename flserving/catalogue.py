@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from flserving.errors import ConfigError, ConflictError, InvalidInputError, InvalidModelError, NotFoundError
+from flserving.errors import (
+    ConfigError,
+    ConflictError,
+    FlservingError,
+    InvalidInputError,
+    InvalidModelError,
+    NotFoundError,
+)
 from flserving.extras import of_extra
-from flserving.index import Index, Transaction
+from flserving.index import CONTENT, Index, Transaction
 from flserving.manifest import MAX_VERSION, check_name, is_name
 from flserving.split import Experiment
 
@@ -122,11 +129,19 @@ class Catalogue:
             return transaction.remove_alias(name, alias, who, why)
 
     def experiments(self, name: str) -> dict[str, Experiment]:
-        """The running experiments of ``name``, by the alias that each is on."""
+        """The running experiments of ``name``, by the alias that each is on; those that can be read here."""
+        return {alias: it for alias, it in self._experiments(name).items() if isinstance(it, Experiment)}
+
+    def unread_experiments(self, name: str) -> dict[str, str]:
+        """Aliases of ``name`` whose experiment cannot be read here, and why: a newer flserving started it, or it is
+        damaged. The alias's own version answers there; :meth:`conclude_experiment` ends it."""
+        return {alias: it for alias, it in self._experiments(name).items() if isinstance(it, str)}
+
+    def _experiments(self, name: str) -> dict[str, Experiment | str]:
         check_name("model name", name)
         last = "SELECT max(id) FROM experiments WHERE name = ? GROUP BY alias"
-        rows = self._index.query(f"SELECT alias, content FROM experiments WHERE id IN ({last}) ORDER BY alias", name)
-        return {alias: _experiment(content) for alias, content in rows if content is not None}
+        sql = f"SELECT alias, {CONTENT} FROM experiments WHERE id IN ({last}) ORDER BY alias"
+        return {alias: _read(content) for alias, content in self._index.query(sql, name) if content is not None}
 
     def start_experiment(
         self, name: str, experiment: Experiment, alias: str = DEFAULT_ALIAS, *, who: str, why: str
@@ -138,8 +153,8 @@ class Catalogue:
 
         Raises:
             ConfigError: Weights that do not sum to one, an empty arm, a policy that does not fit.
-            NotFoundError: No such version or alias. ConflictError: The alias is in another experiment, or this one
-            runs with other arms. Nothing has changed then.
+            NotFoundError: No such version or alias. ConflictError: The alias is in another experiment, or in one that
+            cannot be read, or this one runs with other arms. Nothing has changed then.
         """
         experiment.check()
         for version in experiment.versions:
@@ -152,34 +167,40 @@ class Catalogue:
                 raise ConfigError(f"no arm of {experiment.id!r} has version {target}, where {alias!r} points: name it")
             fresh = secrets.token_hex(8), secrets.token_hex(16)
             if running is not None:
-                old = _experiment(running)
+                old = _read(running)
+                if isinstance(old, str):
+                    raise ConflictError(f"alias {alias!r} of {name!r} is in an experiment, {old}: conclude that first")
                 if old.id != experiment.id:
                     raise ConflictError(f"alias {alias!r} of {name!r} is in experiment {old.id!r}: conclude that first")
                 if _shape(old) != _shape(experiment):
                     raise ConflictError(f"experiment {old.id!r} runs with other arms: conclude it, or take another id")
                 fresh = old.run, old.key
             experiment = msgspec.structs.replace(experiment, run=fresh[0], key=fresh[1])
-            if (content := msgspec.json.encode(experiment).decode()) != running:
-                transaction.set_experiment(name, alias, content, who, why)
+            if (content := msgspec.json.encode(experiment)) != running:
+                transaction.set_experiment(name, alias, content.decode(), who, why)
         return experiment
 
     def conclude_experiment(
         self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
         run: str | None = None,
-    ) -> Experiment:  # fmt: skip
+    ) -> Experiment | None:  # fmt: skip
         """End the experiment on an alias and, in the same transaction, point the alias at ``version`` (None: it stays).
+
+        Returns what ended; None where that cannot be read here.
 
         Raises:
             NotFoundError: No experiment there, or no such version. ConflictError: It is another ``run`` than the one
-            meant. Nothing has changed then.
+            meant, or it cannot be told. Nothing has changed then.
         """
         wanted = None if version is None else self.resolve(name, checked_version(name, version))
         with self._move(name, alias, who, why) as transaction:
             if (running := transaction.experiment(name, alias)) is None:
                 raise NotFoundError(f"alias {alias!r} of {name!r} is in no experiment: there is nothing to conclude")
-            ended = _experiment(running)
-            if run is not None and run != ended.run:
-                raise ConflictError(f"another experiment has begun on alias {alias!r} of {name!r}: {ended.id!r}")
+            found = _read(running)
+            ended = found if isinstance(found, Experiment) else None
+            if run is not None and (ended is None or run != ended.run):
+                what = found if ended is None else ended.id
+                raise ConflictError(f"another experiment has begun on alias {alias!r} of {name!r}: {what!r}")
             transaction.set_experiment(name, alias, None, who, why)
             if wanted is not None:
                 transaction.set_alias(name, alias, wanted, who, why)
@@ -194,13 +215,14 @@ class Catalogue:
         return (now - datetime.fromisoformat(began[0][0])).total_seconds() if began else 0.0
 
     def experiment_log(self, name: str) -> list[dict[str, Any]]:
-        """Every start, change and end, oldest first: at, alias, experiment (None: it ended), who, why."""
+        """Every start, change and end, oldest first: at, alias, experiment (None: it ended; where it cannot be read,
+        why), who, why."""
         check_name("model name", name)
         rows = self._index.query(
-            "SELECT at, alias, content, who, why FROM experiments WHERE name = ? ORDER BY id", name
+            f"SELECT at, alias, {CONTENT}, who, why FROM experiments WHERE name = ? ORDER BY id", name
         )
         return [
-            {"at": at, "alias": alias, "experiment": content and _experiment(content), "who": who, "why": why}
+            {"at": at, "alias": alias, "experiment": content and _read(content), "who": who, "why": why}
             for at, alias, content, who, why in rows
         ]
 
@@ -242,8 +264,16 @@ class Catalogue:
         return NotFoundError(f"{name!r} has no version or alias {ref[:80]!r}: it has {known}")
 
 
-def _experiment(content: str) -> Experiment:
-    return msgspec.json.decode(content, type=Experiment)
+def _read(content: bytes) -> Experiment | str:
+    """An experiment, or why it cannot be run here."""
+    try:
+        experiment = msgspec.json.decode(content, type=Experiment)
+        experiment.check()
+        if experiment.arms:
+            experiment.arm_of("")  # its key is one
+    except (msgspec.MsgspecError, FlservingError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        return f"which cannot be read here ({error})"
+    return experiment
 
 
 def _shape(experiment: Experiment) -> object:

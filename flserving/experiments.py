@@ -4,12 +4,15 @@ The configuration lives in the registry (``split.py``), rewards and failures of 
 (``feedback.py``): every process follows both, and a canary's end is one transaction, whichever process sees it first.
 """
 
+import asyncio
 import contextlib
 import functools
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
@@ -18,20 +21,30 @@ from numpy.typing import NDArray
 
 from flserving import sequential
 from flserving.bandit import Thompson
+from flserving.bookkeeping import Clerk
 from flserving.engine import Prediction
-from flserving.errors import ConflictError, CorruptArtifactError, ForbiddenError, NotFoundError
+from flserving.errors import (
+    ConflictError,
+    CorruptArtifactError,
+    FlservingError,
+    ForbiddenError,
+    NotFoundError,
+    OverloadedError,
+)
 from flserving.feedback import FeedbackStore
 from flserving.personalization import ids_of
 from flserving.routing import Key, Router
 from flserving.sequential import Rewards
 from flserving.shadow import Shadow
-from flserving.split import Crossroads, Policy
+from flserving.split import Crossroads, Experiment, Policy
 from flserving.transforms import Floats
 
 CALLER: ContextVar[str | None] = ContextVar("flserving-caller", default=None)
 """The client of a request's credential, where it did not ask for private answers: it still decides the arm."""
 OF_THE_MODEL = ("ModelExecution", "CorruptArtifact", "ModelTooLarge", "Internal")
 JUDGE_S = 1.0
+FEEDBACK_S = 3.0  # longest wait for a reward to be counted
+MOST_SEEN = 10_000  # arms and failing clients of a run that are counted while the store cannot take them
 
 
 class Chosen(NamedTuple):
@@ -101,6 +114,10 @@ def _means(policy: Policy, rewards: Rewards) -> dict[str, float]:
 class Experiments:
     """What one server does with the experiments that its routes name.
 
+    An answer asks memory alone: the arm is computed, what a bandit knows was learned before, a receipt needs a key that
+    was read when the routes were. What may block is done by a clerk, one for each registry: counting, learning,
+    judging, taking feedback. While a store cannot be used, answers carry no receipt, and ``problems`` says why.
+
     Args:
         lease: Pins a version: ``(version, model)``. ``personal``: where a client's rows run on an engine.
         busy: Whether callers wait.
@@ -112,33 +129,40 @@ class Experiments:
     ) -> None:  # fmt: skip
         self._router, self._lease, self._personal = router, lease, personal
         self.shadow = Shadow(self._shadowed, busy)
-        self._lock, self._judged_s = threading.Lock(), 0.0
+        self._lock = threading.Lock()  # of what an answer touches: held for a dictionary's change, never for a disk's
+        self._opening = threading.Lock()
         self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
+        self._clerks: dict[str, Clerk] = {}  # by the registry's folder
+        self._judged_s: dict[str, float] = {}  # by the registry's folder, when its experiments were judged last
         self._bandits: dict[str, Thompson] = {}  # by run, as the next one
         self._seen: dict[str, Counter[tuple[str, str | None]]] = {}  # by run: arm and who got an error, not stored yet
-        router.on_look = self.look
+        self._dropped: Counter[str] = Counter()  # by run: what was not counted, because too much waited to be
+        router.on_look, router.on_experiments = self.wake, self.prepare
 
-    # The way of a request
+    # The way of a request: nothing here may block
 
     def choose(self, road: Crossroads, client: str | Sequence[str] | None) -> tuple[Key, Chosen]:
         """Which version answers ``client`` (None: who the credential names), by the configuration of ``road``."""
         who, experiment = CALLER.get() if client is None else client, road.experiment
         if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
             return road, Chosen(road, None, "", client)
-        self._store(self._registry(road[0]))  # what can fail fails before the answer is made
-        arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(road).choose()
+        arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(experiment).choose()
         return (road[0], str(experiment.arms[arm].version)), Chosen(road, arm, who, client)
 
     def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Prediction) -> dict[str, str]:
-        """What the answer says of it: ``arm`` and ``receipt``. Sends a copy to the shadow."""
+        """What the answer says of it: ``arm`` and, unless feedback cannot be taken now, ``receipt``. Sends a copy to
+        the shadow."""
         (model, _), experiment = chosen.road, chosen.road.experiment
         if (shadow := experiment.shadow) is not None and str(shadow) != version:
             self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
         if chosen.arm is None:
             return {}
         self._see(chosen, None)
-        receipt = self._store(self._registry(model)).receipt(experiment.run, chosen.arm, chosen.who)
-        return {"arm": chosen.arm, "receipt": receipt}
+        registry: Any = self._router.followed(model)
+        store = None if registry is None else self._stores.get(registry.root)
+        if store is None or store.problem is not None:
+            return {"arm": chosen.arm}
+        return {"arm": chosen.arm, "receipt": store.receipt(experiment.run, chosen.arm, chosen.who)}
 
     def failed(self, chosen: Chosen, reason: str) -> None:
         """The request got an error: it counts against its arm where the model is to blame."""
@@ -146,9 +170,17 @@ class Experiments:
             self._see(chosen, chosen.who)
 
     def _see(self, chosen: Chosen, failed: str | None) -> None:
-        if chosen.arm is not None:
-            with self._lock:
-                self._seen.setdefault(chosen.road.experiment.run, Counter())[chosen.arm, failed] += 1
+        if chosen.arm is None:
+            return
+        run, seen = chosen.road.experiment.run, (chosen.arm, failed)
+        with self._lock:
+            counts = self._seen.setdefault(run, Counter())
+            if seen in counts or len(counts) < MOST_SEEN:
+                counts[seen] += 1
+            else:
+                self._dropped[run] += 1
+
+    # Feedback
 
     def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
         """Count the reward in [0, 1] that ``client`` gives the answer whose receipt this is.
@@ -157,44 +189,94 @@ class Experiments:
             ForbiddenError: No client, a forged receipt, somebody else's, or this client has given too many.
             ConflictError: Given already, too late, or the experiment is over. InvalidInputError: No such reward.
             NotFoundError: No such model. Nothing has changed then.
+            OverloadedError: Too much feedback waits, or the store keeps it waiting. CorruptArtifactError,
+            FlservingError: The store cannot be used.
         """
+        job = self._give(model, receipt, reward, client)
+        try:
+            job.result(FEEDBACK_S)
+        except TimeoutError:
+            job.cancel()
+            raise _late() from None
+
+    async def afeedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
+        """:meth:`feedback` for coroutines."""
+        job = self._give(model, receipt, reward, client)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(job), FEEDBACK_S)
+        except TimeoutError:
+            raise _late() from None
+
+    def _give(self, model: str, receipt: str, reward: float | None, client: str | None) -> Future[None]:
         if not client:
             raise ForbiddenError("feedback needs a client: ask for a credential that names you")
         self._router.known(model)
         registry = self._registry(model)
-        said = self._store(registry).read(receipt, client)
+        return self._clerk(registry).do(self._count, registry, model, receipt, reward, client)
+
+    def pseudonym(self, model: str, client: str) -> str:
+        """Under which name a client's rewards are kept, and told of in verdicts."""
+        return self._store(self._registry(model)).pseudonym(client).hex()
+
+    def _count(self, registry: Any, model: str, receipt: str, reward: float | None, client: str) -> None:
+        store = self._store(registry)
+        said = store.read(receipt, client)
         if all(running.run != said.run for running in registry.experiments(model).values()):
             raise ConflictError("the experiment of this answer is over: its feedback decides nothing any more")
-        self._store(registry).add(said, reward)
+        store.add(said, reward)
 
     # What is learned
 
+    def prepare(self, registry: Any) -> None:
+        """Called when routes with experiments of ``registry`` were read, before they are followed."""
+        with contextlib.suppress(FlservingError):  # the look that follows tells it
+            self._store(registry)
+        self._clerk(registry).routine(functools.partial(self._look_at, registry))
+
+    def wake(self) -> None:
+        """Called by the watcher: have the clerks look. Never waits."""
+        for registry in self._running():
+            self._clerk(registry).routine(functools.partial(self._look_at, registry))
+
     def look(self) -> None:
-        """Called by the watcher: let bandits learn, and canaries be promoted or rolled back."""
+        """Let bandits learn, and canaries be promoted or rolled back: what the clerks do. Waits for the stores."""
+        for registry in self._running():
+            self._look_at(registry)
+
+    def _running(self) -> list[Any]:
+        """The registries with experiments; what is over is forgotten."""
+        self._forget()
+        followed = (self._router.followed(model) for model, _ in self._router.routes.experiments)
+        return list({id(registry): registry for registry in followed if registry is not None}.values())
+
+    def _forget(self) -> None:
+        """What is over needs no memory."""
         running = self._router.routes.experiments
-        runs = {experiment.run for experiment in running.values()}
+        runs, verdicts = {experiment.run for experiment in running.values()}, {_verdict(*key) for key in running}
         with self._lock:
-            for kept in (self._bandits, self._seen):
+            for kept in (self._bandits, self._seen, self._dropped):
                 for run in kept.keys() - runs:
                     del kept[run]
-        judges = time.monotonic() - self._judged_s >= JUDGE_S
-        self._judged_s = time.monotonic() if judges else self._judged_s
-        problems, of = self._router.problems, {key: f"{'/'.join(key)} verdict" for key in running}
-        for over in [it for it in list(problems) if it.endswith(" verdict") and it not in of.values()]:
-            problems.pop(over, None)
-        for (model, alias), experiment in running.items():
-            if experiment.rule != "bandit" and not judges:
+        for over in [it for it in list(self._router.problems) if it.endswith(" verdict") and it not in verdicts]:
+            self._router.problems.pop(over, None)
+
+    def _look_at(self, registry: Any) -> None:
+        judges = time.monotonic() - self._judged_s.get(registry.root, -math.inf) >= JUDGE_S
+        if judges:
+            self._judged_s[registry.root] = time.monotonic()
+        for (model, alias), experiment in self._router.routes.experiments.items():
+            if self._router.followed(model) is not registry or (experiment.rule != "bandit" and not judges):
                 continue
             try:
                 if experiment.rule == "bandit":
-                    self._bandit(Crossroads.at((model, ""), alias, experiment), learn=True)
+                    self._learn(registry, experiment)
                 elif experiment.policy is not None:
                     self.decide(model, alias)
                 elif experiment.arms:
-                    self._outcomes(self._registry(model), experiment.run)
-                problems.pop(of[model, alias], None)
-            except Exception as error:  # the watch goes on
-                problems[of[model, alias]] = f"{type(error).__name__}: {error}"
+                    self._outcomes(registry, experiment.run)
+                self._router.problems.pop(_verdict(model, alias), None)
+            except Exception as error:  # the next look comes
+                self._router.problems[_verdict(model, alias)] = f"{type(error).__name__}: {error}"
 
     def decide(self, model: str, alias: str = "default") -> Verdict:
         """Judge the canary on an alias now, and promote it or roll it back. NotFoundError: None runs there."""
@@ -222,7 +304,8 @@ class Experiments:
 
     def report(self, model: str, alias: str = "default") -> dict[str, Any]:
         """The running experiment on an alias: ``id``, ``arms`` (each with its version, weight, answers, failures of the
-        model, rewards, mean, clients, worst client), ``shadow`` (its copies here). Empty where there is none."""
+        model, rewards, mean, clients, worst client), ``shadow`` (its copies here), ``dropped`` (what was not counted
+        here, because the store could not take it). Empty where there is none."""
         if (experiment := self._router.routes.experiments.get((model, alias))) is None:
             return {}
         registry, arms = self._registry(model), {}
@@ -238,11 +321,13 @@ class Experiments:
                 "worst": min((got / n for n, got in given.values()), default=None),
             }  # fmt: skip
         shadow = None if experiment.shadow is None else self.shadow.stats((model, str(experiment.shadow)))
-        return {"id": experiment.id, "arms": arms, "shadow": shadow}
+        return {"id": experiment.id, "arms": arms, "shadow": shadow, "dropped": self._dropped[experiment.run]}
 
     def close(self) -> None:
         """Idempotent."""
         self.shadow.close()
+        for clerk in list(self._clerks.values()):
+            clerk.close()
         for store in self._stores.values():
             store.close()
 
@@ -260,20 +345,21 @@ class Experiments:
                 raise
         return store.outcomes(run)
 
-    def _bandit(self, road: Crossroads, learn: bool = False) -> Thompson:
-        """With ``learn`` it follows the rewards, and the failures of the models, which are rewards of 0."""
-        experiment, bandit = road.experiment, self._bandits.get(road.experiment.run)
-        if bandit is None or learn:
-            registry = self._registry(road[0])
-            sums, outcomes = self._store(registry).sums(experiment.run), self._outcomes(registry, experiment.run)
+    def _bandit(self, experiment: Experiment) -> Thompson:
+        """It knows nothing until the clerk has looked at the store."""
+        if (bandit := self._bandits.get(experiment.run)) is None:
             with self._lock:
                 bandit = self._bandits.setdefault(experiment.run, Thompson(experiment.arms))
-            known = {}
-            for name in experiment.arms:
-                n, total = sums.get(name, (0, 0.0))
-                known[name] = n + outcomes.get(name, (0, 0, 0))[1], total
-            bandit.learn(known)
         return bandit
+
+    def _learn(self, registry: Any, experiment: Experiment) -> None:
+        """Follow the rewards, and the failures of the models, which are rewards of 0."""
+        sums, outcomes = self._store(registry).sums(experiment.run), self._outcomes(registry, experiment.run)
+        known = {}
+        for name in experiment.arms:
+            n, total = sums.get(name, (0, 0.0))
+            known[name] = n + outcomes.get(name, (0, 0, 0))[1], total
+        self._bandit(experiment).learn(known)
 
     def _shadowed(self, key: Key, rows: Floats, client: str | Sequence[str] | None) -> NDArray[Any]:
         with self._lease(key[1], key[0]) as engine:
@@ -290,8 +376,24 @@ class Experiments:
         return registry
 
     def _store(self, registry: Any) -> FeedbackStore:
+        """Reads the key at the first call. Raises as :func:`storage.kept_secret`."""
         if (store := self._stores.get(registry.root)) is None:
-            with self._lock:
+            with self._opening:
                 if (store := self._stores.get(registry.root)) is None:
                     store = self._stores[registry.root] = FeedbackStore(registry.root)
         return store
+
+    def _clerk(self, registry: Any) -> Clerk:
+        with self._opening:
+            if (clerk := self._clerks.get(registry.root)) is None:
+                clerk = self._clerks[registry.root] = Clerk()
+        return clerk
+
+
+def _verdict(model: str, alias: str) -> str:
+    """The name of a problem."""
+    return f"{model}/{alias} verdict"
+
+
+def _late() -> OverloadedError:
+    return OverloadedError(f"the feedback was not counted within {FEEDBACK_S:g} s: try again later")

@@ -80,6 +80,9 @@ _SCHEMA = (
 )
 
 
+CONTENT = "CAST(content AS BLOB)"  # as text, one damaged byte would fail the query for all rows
+
+
 class Transaction:
     """What may be written, all or nothing. Made by :meth:`Index.transaction`, valid inside its ``with`` block."""
 
@@ -132,9 +135,9 @@ class Transaction:
         last = self._last_move(name, alias)
         return last[1] if last else None
 
-    def experiment(self, name: str, alias: str) -> str | None:
+    def experiment(self, name: str, alias: str) -> bytes | None:
         """The experiment that the alias is in, as JSON."""
-        sql = "SELECT content FROM experiments WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
+        sql = f"SELECT {CONTENT} FROM experiments WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
         rows = self._fetch(sql, name, alias)
         return rows[0][0] if rows else None
 

@@ -216,7 +216,7 @@ class Registry(Catalogue):
     def conclude_experiment(
         self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
         run: str | None = None,
-    ) -> Experiment:  # fmt: skip
+    ) -> Experiment | None:  # fmt: skip
         """:meth:`Catalogue.conclude_experiment`, of a version that can be read. CorruptArtifactError: It is gone."""
         if version is not None:
             self.read(name, version)

@@ -8,8 +8,6 @@ reaches it: the operator took the higher one back with :meth:`Registry.rollback`
 """
 
 import math
-import os
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from msgspec import Meta, Struct
 
 from flserving import delta, storage, weights
 from flserving.catalogue import DEFAULT_ALIAS
-from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError
+from flserving.errors import CorruptArtifactError, ForbiddenError
 from flserving.heads import HeadSet, Layout
 from flserving.manifest import MAX_MANIFEST_NBYTES, Count, Digest, Manifest, Version, sha256
 from flserving.registry import MANIFEST, Registry
@@ -256,26 +254,4 @@ def _private_key(root: str) -> Any:
     """The registry's key; made at the first call of any process."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    path = f"{root}/{KEY_FILE}"
-    try:
-        if not os.path.lexists(path):
-            fresh = f"{path}.{secrets.token_hex(8)}"
-            fd = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with open(fd, "wb") as file:
-                file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex().encode())
-                file.flush()
-                os.fsync(fd)
-            try:
-                os.link(fresh, path)  # unlike a rename it never replaces the key of another process
-            except FileExistsError:
-                pass
-            finally:
-                os.unlink(fresh)
-        if os.name == "posix" and os.stat(path).st_mode & 0o077:
-            raise ForbiddenError(f"{KEY_FILE} can be read by other users: chmod 600, and think about a new key")
-        with open(path, "rb") as opened:
-            return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(opened.read(65).decode()))
-    except ValueError:
-        raise CorruptArtifactError(f"{KEY_FILE} is not a key: restore it from a backup") from None
-    except OSError as error:
-        raise FlservingError(f"{KEY_FILE} cannot be used ({error.strerror}): check the folder") from error
+    return Ed25519PrivateKey.from_private_bytes(storage.kept_secret(root, KEY_FILE))

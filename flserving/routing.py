@@ -70,7 +70,8 @@ class Routes:
 
 class Router:
     """The table of routes and its changes. ``preload`` loads a version before a default route moves to it, and every
-    version of an experiment before that begins. ``on_look`` is called whenever the registries were looked at.
+    version of an experiment before that begins. ``on_look`` is called whenever the registries were looked at,
+    ``on_experiments`` before routes with experiments of a registry are followed; neither may wait.
 
     A version that cannot be loaded does not take over: what answered before goes on, ``problems`` says why, and the
     load is tried again now and then. A registry that cannot be read leaves its routes as they are.
@@ -83,6 +84,7 @@ class Router:
         self.routes, self._preload = Routes(), preload
         self.problems: dict[str, str] = {}
         self.on_look: Callable[[], object] = tuple
+        self.on_experiments: Callable[[Catalogue], object] = id
         self._followed: dict[str, tuple[Catalogue, int, Hashable]] = {}  # its local_changes and token when last read
         self._whole: list[_Whole] = []  # registries of which every model is followed
         self._admin = threading.RLock()  # one change at a time; readers never take it
@@ -269,7 +271,7 @@ class Router:
             token = registry.change_token()
             versions = tuple(map(str, registry.version_numbers(name)))
             aliases = {alias: str(number) for alias, number in registry.aliases(name).items()}
-            experiments = dict(registry.experiments(name))
+            experiments, unread = dict(registry.experiments(name)), registry.unread_experiments(name)
             if token == registry.change_token():
                 break
         before, default = self.routes.of(name), aliases.get(DEFAULT)
@@ -280,11 +282,15 @@ class Router:
             aliases |= {alias: version for alias, version in before.aliases.items() if alias == DEFAULT}
         for old in [old for old in self.problems if old.startswith(f"{name}/") and old.endswith(" experiment")]:
             del self.problems[old]
+        for alias, why in unread.items():
+            self.problems[f"{name}/{alias} experiment"] = f"{alias!r} is in an experiment {why}: conclude it, or update"
         for alias, experiment in list(experiments.items()):
             numbers = map(str, experiment.versions)
             if not self._loads(name, numbers, f"{alias} experiment", f"{experiment.id} does not run"):
                 del experiments[alias]
                 experiments |= {running: it for running, it in before.experiments.items() if running == alias}
+        if experiments:
+            self.on_experiments(registry)
         self._replace(name, aliases=aliases, experiments=experiments)
 
     def _loads(self, name: str, versions: Iterable[str], what: str, told: str) -> bool:

@@ -13,12 +13,12 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
 
-from flserving.errors import CorruptArtifactError, FlservingError
+from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError
 from flserving.weights import as_bytes
 
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
@@ -91,6 +91,40 @@ def write_parts(path: str, parts: Iterable[bytes | memoryview], mode: int = 0o64
     finally:
         os.close(fd)
     return nbytes
+
+
+def kept_secret(root: str, name: str) -> bytes:
+    """32 random bytes that only this folder's owner knows, made by the first call of any process: a file of hex digits.
+
+    Raises:
+        ForbiddenError: Other users can read it. CorruptArtifactError: It is no such secret. FlservingError: It cannot
+        be read, or not be made.
+    """
+    path = f"{root}/{name}"
+    try:
+        if not os.path.lexists(path):
+            fresh = f"{path}.{secrets.token_hex(8)}"
+            fd = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            try:
+                with open(fd, "wb") as file:
+                    file.write(secrets.token_bytes(32).hex().encode())
+                    file.flush()
+                    os.fsync(fd)
+                with suppress(FileExistsError):
+                    os.link(fresh, path)  # unlike a rename it never replaces the secret of another process
+            finally:
+                os.unlink(fresh)
+        if os.name == "posix" and os.stat(path).st_mode & 0o077:
+            raise ForbiddenError(f"{name} can be read by other users: chmod 600, and think about a new key")
+        with open(path, "rb") as opened:
+            secret = bytes.fromhex(opened.read(65).decode())
+    except ValueError:
+        secret = b""
+    except OSError as error:
+        raise FlservingError(f"{name} cannot be used ({error.strerror}): check the folder") from error
+    if len(secret) != 32:
+        raise CorruptArtifactError(f"{name} is not a key: restore it from a backup")
+    return secret
 
 
 def sync_directory(path: str) -> None:

@@ -19,13 +19,13 @@ def published(root, versions=3, **options):
     return registry
 
 
-def publish(registry, value, fragile=False, **options):
+def publish(registry, value, fragile=False, name="m", **options):
     state = models.build("mlp", {"sizes": [4, 2, 1]}).state_dict()
-    for name, tensor in state.items():
-        tensor.fill_(1e30 if fragile and name.endswith("weight") else 0.0)  # finite, but not what it makes of a 1
+    for part, tensor in state.items():
+        tensor.fill_(1e30 if fragile and part.endswith("weight") else 0.0)  # finite, but not what it makes of a 1
     state["head.bias"].fill_(float(value))
     return registry.publish(
-        "m", state, architecture="mlp", parameters={"sizes": [4, 2, 1]}, output_type="regression", **options
+        name, state, architecture="mlp", parameters={"sizes": [4, 2, 1]}, output_type="regression", **options
     )
 
 

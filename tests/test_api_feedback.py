@@ -28,7 +28,7 @@ from flserving.errors import (
     ServerClosedError,
     UnauthorizedError,
 )
-from flserving.feedback import FILE_NAME, FeedbackStore
+from flserving.feedback import FILE_NAME, KEY_FILE, FeedbackStore
 from flserving.split import Experiment
 from grpc_door import Caller, health, metadata, status
 from serving_models import PATIENCE_S, Threads
@@ -67,7 +67,8 @@ def test_a_reward_counts_once_and_for_the_arm_of_its_answer(store):
         store.add(store.read(receipt, "c-1"), 1)
     store.add(store.read(store.receipt("run", "b", "c-1"), "c-1"), 1)
     store.add(store.read(store.receipt("other", "b", "c-1"), "c-1"), 1)
-    assert store.rewards("run") == {"a": {"c-1": (1, 0.5)}, "b": {"c-1": (1, 1.0)}}
+    name = store.pseudonym("c-1").hex()
+    assert store.rewards("run") == {"a": {name: (1, 0.5)}, "b": {name: (1, 1.0)}}
     assert store.sums("run") == {"a": (1, 0.5), "b": (1, 1.0)}
 
 
@@ -136,7 +137,8 @@ def test_of_many_that_replay_one_receipt_at_once_in_two_stores_one_counts(store,
     assert other.sums("run") == {"a": (1, 1.0)}
     other.close()
     if os.name == "posix":
-        assert stat.S_IMODE((tmp_path / FILE_NAME).stat().st_mode) == 0o600, "it holds the key"
+        modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in (FILE_NAME, KEY_FILE)]
+        assert modes == [0o600, 0o600], "who gave which reward, and the key to their names"
 
 
 # Over the network
@@ -298,6 +300,7 @@ def test_feedback_for_an_experiment_that_is_over_decides_nothing(door, registry,
             caller.feedback(receipt, 1)
     registry.conclude_experiment("m", **LOG)
     store = server.experiments._store(registry)
-    assert "c-3" not in store.rewards(running.run).get(running.arm_of("c-3"), {}) and store.rewards(again.run) == {}
+    name = store.pseudonym("c-3").hex()
+    assert name not in store.rewards(running.run).get(running.arm_of("c-3"), {}) and store.rewards(again.run) == {}
     with pytest.raises(NotFoundError):
         server.experiments.feedback("nothing", receipt, 1, "c-3")

@@ -213,7 +213,8 @@ def test_an_id_that_is_no_unicode_text_gives_feedback_too(registry, server):
     running = registry.start_experiment("m", AB, **LOG)
     answer = server.predict(ROW, client="\udc80")
     server.experiments.feedback("m", answer["receipt"], 0.5, "\udc80")
-    assert server.experiments._store(registry).rewards(running.run) == {answer["arm"]: {"\udc80": (1, 0.5)}}
+    name = server.experiments.pseudonym("m", "\udc80")
+    assert server.experiments._store(registry).rewards(running.run) == {answer["arm"]: {name: (1, 0.5)}}
     with pytest.raises(ForbiddenError):
         server.experiments.feedback("m", server.predict(ROW, client="\udc80")["receipt"], 0.5, "\udc81")
 
@@ -390,11 +391,12 @@ def test_a_canary_ends_by_itself(registry, server, monkeypatch, mean, version):
     running = registry.start_experiment("m", Experiment.canary("round-2", 1, 2, share=0.5), **LOG)
     assert {server.predict(ROW, client=f"c-{i}")["arm"] for i in range(30)} == {"control", "canary"}
     store, draws = server.experiments._store(registry), np.random.default_rng(0)
-    with store._lock:
+    with store._writing() as database:
         for i in range(200):
             arm = running.arm_of(f"c-{i}")
             total = float(draws.binomial(200, mean if arm == "canary" else 0.9))
-            store._db.execute("INSERT INTO rewards VALUES (?, ?, ?, 200, ?)", (running.run, arm, f"c-{i}", total))
+            row = (running.run, arm, store.pseudonym(f"c-{i}"), total)
+            database.execute("INSERT INTO rewards VALUES (?, ?, ?, 200, ?)", row)
     wait_until(lambda: registry.experiments("m") == {}, "the verdict")
     assert registry.aliases("m") == {"default": version}
     assert server.predict(ROW, client="c-1")["predictions"] == [version]

@@ -47,6 +47,9 @@ class FakeRegistry:
     def experiments(self, name):
         return dict(self.running)
 
+    def unread_experiments(self, name):
+        return {}
+
     def aliases(self, name):
         return dict(self.moved)
 

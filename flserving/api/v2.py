@@ -210,7 +210,7 @@ class V2:
 
     async def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
         """Reward the answer of an experiment. Raises as :meth:`Experiments.feedback`, which counts it."""
-        await asyncio.to_thread(self.server.experiments.feedback, model, receipt, reward, client)
+        await self.server.experiments.afeedback(model, receipt, reward, client)
 
 
 def unnamed(error: FlservingError) -> FlservingError:
