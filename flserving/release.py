@@ -3,8 +3,9 @@
 A statement is canonical JSON, signed with Ed25519 (RFC 8032) under a label of its kind. The private key lies in the
 registry's folder, readable by its owner alone; devices pin the public one. The ``serial`` grows with every change of
 the registry, so an older statement is known by it; the ``nonce`` is the asker's, so a statement that carries it was
-made after the question, whatever the clocks say. A lower round than one seen before is accepted only where ``rollback``
-reaches it: the operator took the higher one back with :meth:`Registry.rollback`.
+made after the question, whatever the clocks say. A lower version than one that ran before is accepted only where
+``undone`` reaches that: the operator took it back with :meth:`Registry.rollback`. Rounds may start again at 1: a new
+training makes new versions.
 """
 
 import math
@@ -29,12 +30,14 @@ MAX_RELEASE_NBYTES = 1 << 16
 VALID_S = 86_400  # how long a statement may be relied on
 
 
-class Statement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Statement(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """The version to run. Times are whole seconds since 1970, UTC.
 
     ``round`` is the lineage's; a version without one counts by its version number. ``int8_sha256`` is the digest of
-    the version's tensors as :func:`delta.quantised` makes them. ``rollback`` is the highest round that was ever taken
+    the version's tensors as :func:`delta.quantised` makes them. ``undone`` is the highest version that was ever taken
     back, 0 where none above this one was: devices that run a later one, of which nobody said so, do not go lower.
+    ``rollback`` is the same in rounds. It is what devices of before ``undone`` go by, who read no statement with a
+    field that they do not know; to them ``undone`` is not said.
     """
 
     model: str
@@ -47,6 +50,7 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     expires_at: Count
     rollback: Count
     nonce: Annotated[str, Meta(pattern=r"^[0-9a-f]{0,64}$")]
+    undone: Count | None = None
 
 
 class HeadStatement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -97,8 +101,11 @@ class Signer:
         self._known: dict[str, Statement] = {}
         self._describing = threading.Lock()  # after a change all devices ask at once: one reads the weights
 
-    def release(self, model: str, nonce: str = "") -> Release:
+    def release(self, model: str, nonce: str = "", by_version: bool = True) -> Release:
         """The signed statement of ``model``. NotFoundError: no such model, or nothing is its default.
+
+        Args:
+            by_version: Say ``undone``. False for who may be a device that does not know it.
 
         Cost: about 0.1 ms; after a change of the registry, a read of the weights beside it.
         """
@@ -108,7 +115,7 @@ class Signer:
                 known = self._known[model] = self._describe(model, self._registry.change_token())
         issued = int(self._now())
         made = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + VALID_S, nonce=nonce)
-        return self.sign(made)
+        return self.sign(made if by_version else msgspec.structs.replace(made, undone=None))
 
     def head(self, model: str, version: int, head: HeadSet) -> Head:
         """The one head of ``head``, signed as part of a version."""
@@ -130,10 +137,11 @@ class Signer:
         version = registry.resolve(model, DEFAULT_ALIAS)
         artifact = registry.read(model, version)
         number = round_of(artifact.manifest)
-        undone = (registry.manifest(model, one) for one in registry.rolled_back(model, DEFAULT_ALIAS))
-        back = max(map(round_of, undone), default=0)
+        undone = registry.rolled_back(model, DEFAULT_ALIAS)
+        back = max((round_of(registry.manifest(model, one)) for one in undone), default=0)
         return Statement(
             model=model, version=version, round=number, serial=serial, rollback=back if back > number else 0,
+            undone=max((one for one in undone if one > version), default=0),
             manifest_sha256=sha256(manifest_bytes(registry, model, version)),
             int8_sha256=weights.digest(delta.quantised(artifact.tensors)),
             issued_at=0, expires_at=0, nonce="",
@@ -201,9 +209,10 @@ def open_head(data: bytes, key: str, model: str, manifest_sha256: str, client: s
 
 
 class Seen(Struct, frozen=True, kw_only=True):
-    """The highest that a device has accepted: what comes later must not lie below it."""
+    """What a device has accepted: what comes later must not lie below it. ``version`` is the cloud's number."""
 
     serial: int = 0
+    version: int = 0
     round: int = 0
     manifest_sha256: str = ""
 
@@ -217,7 +226,7 @@ def check(statement: Statement, model: str, nonce: str, seen: Seen, now_s: float
 
     Raises:
         ForbiddenError: Another model's, an answer to another question, older than one seen before, expired, or a lower
-            round that nobody rolled back to.
+            version that nobody rolled back to (a lower round, where the cloud is of before ``Statement.undone``).
     """
     if statement.model != model:
         raise ForbiddenError(f"the release is of model {statement.model!r}, this device runs {model!r}")
@@ -232,9 +241,13 @@ def check(statement: Statement, model: str, nonce: str, seen: Seen, now_s: float
         raise ForbiddenError(f"two releases of serial {statement.serial} name different versions: ask the operator")
     if (late_s := max(now_s, statement.issued_at) - statement.expires_at) >= 0:
         raise ForbiddenError(f"the release expired {late_s:.0f} s ago: check the clocks of this device and the cloud")
-    if max(statement.round, statement.rollback) < seen.round:
+    if statement.undone is None or not seen.version:
+        kind, offered, reached, ran = "round", statement.round, statement.rollback, seen.round
+    else:
+        kind, offered, reached, ran = "version", statement.version, statement.undone, seen.version
+    if max(offered, reached) < ran:
         raise ForbiddenError(
-            f"the release has round {statement.round}, {seen.round} ran here before: a way back must be signed, by "
+            f"the release has {kind} {offered}, {ran} ran here before: a way back must be signed, by "
             "registry.rollback() in the cloud"
         )
 

@@ -161,8 +161,8 @@ class SyncAgent:
                 self._registry.set_alias(model, "default", held, who="sync", why=why)
             self._edge.refresh()
             self._edge.confirm()
-            if self.memory.facts.round != statement.round:
-                self.memory.note(round=statement.round)
+            if (self.memory.facts.version, self.memory.facts.round) != (statement.version, statement.round):
+                self.memory.note(version=statement.version, round=statement.round)
             self._prune(model)
             return Pulled(changed, statement.round, statement.version, held, self._cloud.nbytes)
 
@@ -176,11 +176,17 @@ class SyncAgent:
         facts, nonce = self.memory.facts, secrets.token_hex(16)
         model = self._model or facts.model or self._first_model()
         local = current(self._registry, model)
-        path = f"/v2/repository/models/{model}/release?nonce={nonce}"
+        path = f"/v2/repository/models/{model}/release?nonce={nonce}&by=version"
         answer = self._cloud.get(path, MAX_RELEASE_NBYTES, "release")
         statement, key = verify(answer, Statement, self._key or facts.key)
-        now_s, runs = self._wall(), 0 if local is None else round_of(local)
-        check(statement, model, nonce, msgspec.structs.replace(facts, round=max(facts.round, runs)), now_s)
+        now_s = self._wall()
+        if local is None:
+            seen = facts
+        else:
+            ran = local.extra.get("cloud_version", 0)
+            version = max(facts.version, ran if isinstance(ran, int) else 0)
+            seen = msgspec.structs.replace(facts, version=version, round=max(facts.round, round_of(local)))
+        check(statement, model, nonce, seen, now_s)
         # It was signed just now: so much later than that it is, or the clock is wrong and was so before.
         facts_now = {"serial": statement.serial, "manifest_sha256": statement.manifest_sha256}
         self.memory.note(model=model, key=key, seen_s=max(now_s, statement.issued_at), **facts_now)

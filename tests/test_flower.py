@@ -289,7 +289,7 @@ def test_the_gate_refuses_a_poisoned_round(play, registry, apps):
     assert registry.resolve("m") == 2 and registry.version_numbers("m") == [1, 2, 3]
 
 
-def test_what_overflows_is_refused_and_what_only_tells_nan_is_not(play, registry, apps):
+def test_what_overflows_is_refused_and_what_only_tells_nan_is_not(play, registry, apps, strategies):
     def loss_is_nan(client, number, reply):
         reply.content["metrics"]["loss"] = float("nan") if client == 0 else 1.0
         return reply
@@ -297,9 +297,18 @@ def test_what_overflows_is_refused_and_what_only_tells_nan_is_not(play, registry
     play(app=faulty(apps, loss_is_nan), rounds=1, on_round=publish_rounds(registry, "m"))
     manifest = registry.manifest("m", 1)
     assert manifest.lineage.extra["not_finite"] == "train.loss" and "train.loss" not in manifest.metrics
-    app = faulty(apps, lambda client, number, reply: scaled(reply, float("nan")) if client == 0 else reply)
-    with pytest.raises(InvalidModelError, match="holds NaN"):
+    app = faulty(apps, lambda client, number, reply: scaled(reply, float("nan")))
+    with pytest.raises(ModelExecutionError, match="client 1: its arrays hold NaN"):
         play(app=app, rounds=1, on_round=publish_rounds(registry, "m"))
+
+    class Overflowing(strategies.FedAvg):
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            state = {name: tensor * float("inf") for name, tensor in arrays.to_torch_state_dict().items()}
+            return type(arrays)(state), metrics
+
+    with pytest.raises(InvalidModelError, match="holds NaN"):
+        play(Overflowing(), rounds=1, on_round=publish_rounds(registry, "m"))
     assert registry.version_numbers("m") == [1]
 
 

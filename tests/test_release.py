@@ -109,6 +109,25 @@ def test_the_serial_grows_with_every_change_and_rollbacks_are_signed(registry, s
     assert (now().round, now().rollback) == (2, 3)
 
 
+def test_what_was_taken_back_is_told_in_versions_too(registry, signer):
+    """Rounds say nothing once a training starts anew."""
+
+    def now(**options):
+        return verify(wire(signer.release("m", **options)), Statement, None)[0]
+
+    publish(registry, 1)
+    assert (now().version, now().round, now().undone) == (4, 1, 0)
+    registry.rollback("m", who="test", why="the new training is worse")
+    assert (now().version, now().round, now().rollback, now().undone) == (3, 3, 0, 4)
+    assert now(by_version=False).undone is None
+    release = signer.release("m")
+    without = msgspec.json.decode(release.statement)
+    del without["serial"]
+    changed = msgspec.structs.replace(release, statement=msgspec.json.encode(without).decode())
+    with pytest.raises(CorruptArtifactError, match="serial"):
+        verify(wire(changed), Statement, None)
+
+
 def test_what_has_no_default_is_not_released(registry, signer):
     with pytest.raises(NotFoundError):
         signer.release("none")
@@ -196,6 +215,8 @@ GOOD = Statement(
     expires_at=NOW_S + 600, rollback=0, nonce="ab",
 )  # fmt: skip
 SEEN = Seen(serial=6, round=3, manifest_sha256="a" * 64)
+RAN = msgspec.structs.replace(SEEN, version=3)
+NEWER = {"serial": 7, "manifest_sha256": "c" * 64}
 
 
 @pytest.mark.parametrize(
@@ -217,8 +238,14 @@ SEEN = Seen(serial=6, round=3, manifest_sha256="a" * 64)
         ({"expires_at": NOW_S}, SEEN, 0, "expired"),
         ({"serial": 7, "round": 2, "manifest_sha256": "c" * 64}, SEEN, NOW_S, "round 2, 3 ran here"),
         ({"serial": 7, "round": 1, "rollback": 2, "manifest_sha256": "c" * 64}, SEEN, NOW_S, "round 1, 3 ran here"),
+        (NEWER | {"version": 4, "round": 1, "undone": 0}, RAN, NOW_S, None),  # trained anew
+        (NEWER | {"version": 2, "round": 9, "undone": 3}, RAN, NOW_S, None),
+        (NEWER | {"version": 2, "round": 9, "undone": 0}, RAN, NOW_S, "version 2, 3 ran here"),
+        (NEWER | {"version": 1, "undone": 2, "rollback": 99}, RAN, NOW_S, "version 1, 3 ran here"),
+        (NEWER | {"version": 4, "round": 1}, RAN, NOW_S, "round 1, 3 ran here"),  # a cloud of before ``undone``
+        (NEWER | {"version": 4, "round": 1, "undone": 0}, SEEN, NOW_S, "round 1, 3 ran here"),  # what ran, is unknown
     ],
-    ids=range(16),
+    ids=range(22),
 )
 def test_what_a_device_follows(changes, seen, now_s, says):
     statement = msgspec.structs.replace(GOOD, **changes)

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import random
 import runpy
+import tempfile
 import threading
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import msgspec
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge_cloud import CLIENTS, SIZES, Between, X, cloud, heads, publish, state
 from edge_proxy import Liar, instead
@@ -31,7 +35,7 @@ from flserving.errors import (
     UnauthorizedError,
 )
 from flserving.hybrid import HybridServer
-from flserving.release import Signer
+from flserving.release import Seen, Signer, Statement, check, verify
 from flserving.split import Experiment
 from flserving.sync import Memory, SyncAgent
 from serving_models import PATIENCE_S
@@ -325,7 +329,7 @@ def test_a_downgrade_needs_a_signed_rollback(served, tmp_path):
     with device(tmp_path / "edge", endpoint.url) as (registry, agent):
         agent.pull()
         released.set_alias("m", "default", 1, who="test", why="a mistake")
-        with pytest.raises(ForbiddenError, match="round 1, 2 ran here"):
+        with pytest.raises(ForbiddenError, match="version 1, 2 ran here"):
             agent.pull()
         assert runs(registry, 2)
         released.rollback("m", who="test", why="undo")  # now 2 again
@@ -337,9 +341,95 @@ def test_a_downgrade_needs_a_signed_rollback(served, tmp_path):
         publish(released, 4)
         assert agent.pull().round == 4
         released.set_alias("m", "default", 1, who="test", why="a mistake: that 3 was taken back once is no excuse")
-        with pytest.raises(ForbiddenError, match="round 1, 4 ran here"):
+        with pytest.raises(ForbiddenError, match="version 1, 4 ran here"):
             agent.pull()
         assert runs(registry, 4)
+
+
+def test_a_training_that_starts_anew_reaches_the_devices_and_can_be_taken_back(served, tmp_path):
+    """Its rounds start at 1 again; it is the serial that only grows, and versions."""
+    released, endpoint = served
+    for number in (2, 3):
+        publish(released, number)
+    with device(tmp_path / "edge", endpoint.url) as (registry, agent):
+        assert agent.pull().round == 3
+        for number in (1, 2):
+            publish(released, number)
+            pulled = agent.pull()
+            assert (pulled.changed, pulled.round, pulled.version) == (True, number, 3 + number) and runs(
+                registry, number
+            )
+        released.set_alias("m", "default", 3, who="test", why="a mistake: its round is higher, but it ran before")
+        with pytest.raises(ForbiddenError, match="version 3, 5 ran here"):
+            agent.pull()
+        assert runs(registry, 2)
+        released.rollback("m", who="test", why="undo")
+        assert not agent.pull().changed
+        released.rollback("m", who="test", why="the new training is worse")
+        assert (agent.pull().version, runs(registry, 1)) == (4, True)
+        released.rollback("m", who="test", why="all of it")
+        assert (agent.pull().version, runs(registry, 3)) == (3, True)
+        publish(released, 1)
+        assert (agent.pull().version, runs(registry, 1)) == (6, True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_no_replay_of_an_older_release_is_ever_followed(seed):
+    """Over any history of a cloud: all that it signed before is refused once, and again after a restart."""
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as root, Registry(root) as released:
+        signer = Signer(released)
+        seen, old = Seen(), []
+        for step in range(8):
+            move = rng.choice(["next", "anew", "back"]) if step else "next"
+            if move == "back" and len(released.version_numbers("m")) > 1:
+                with contextlib.suppress(FlservingError):  # nothing is left to go back to
+                    released.rollback("m", who="test", why="worse")
+            else:
+                publish(released, 1 if move == "anew" else rng.randint(1, 9))
+            data = msgspec.json.encode(signer.release("m", "ab"))
+            statement, _ = verify(data, Statement, signer.public)
+            now_s = statement.issued_at
+            check(statement, "m", "ab", seen, now_s)
+            older = [one for one in old if one.serial < statement.serial]
+            seen = Seen(
+                serial=statement.serial, version=statement.version, round=statement.round,
+                manifest_sha256=statement.manifest_sha256,
+            )  # fmt: skip
+            for replayed in older:
+                with pytest.raises(ForbiddenError):
+                    check(replayed, "m", "ab", seen, now_s)
+            with pytest.raises(ForbiddenError, match="another question"):
+                check(statement, "m", "cd", seen, now_s)
+            old.append(statement)
+
+
+def test_a_device_that_followed_rounds_goes_on_by_versions(served, tmp_path):
+    """Its memory is of before versions were noted; what its model says of itself counts."""
+    released, endpoint = served
+    publish(released, 2)
+    with device(tmp_path / "edge", endpoint.url) as (_, agent):
+        agent.pull()
+    memory = tmp_path / "edge" / "sync" / "state.json"
+    facts = msgspec.json.decode(memory.read_bytes())
+    del facts["version"]
+    memory.write_bytes(msgspec.json.encode(facts))
+    with device(tmp_path / "edge", endpoint.url) as (registry, agent):
+        released.set_alias("m", "default", 1, who="test", why="a mistake")
+        with pytest.raises(ForbiddenError, match="version 1, 2 ran here"):
+            agent.pull()
+        publish(released, 1)
+        assert agent.pull().version == 3 and runs(registry, 1)
+
+
+def test_a_device_of_before_versions_can_read_what_it_asks_for(served):
+    """It asks without ``by``, and knows no field ``undone``."""
+    statement = msgspec.json.decode(msgspec.json.decode(recorded(served[1].url))["statement"])
+    assert statement.keys() == {
+        *("model", "version", "round", "serial", "manifest_sha256", "int8_sha256", "issued_at", "expires_at"),
+        *("rollback", "nonce"),
+    }
 
 
 # Lies
@@ -601,7 +691,7 @@ def test_a_downgrade_is_refused_also_where_the_version_that_ran_is_broken(served
         agent.pull()
         (tmp_path / "edge" / "models" / "m" / "1" / "manifest.json").write_bytes(b"broken")
         released.set_alias("m", "default", 1, who="test", why="a mistake")
-        with pytest.raises(ForbiddenError, match="round 1, 2 ran here"):
+        with pytest.raises(ForbiddenError, match="version 1, 2 ran here"):
             agent.pull()
         released.rollback("m", who="test", why="undo")
         assert agent.pull().changed and runs(registry, 2)

@@ -89,7 +89,8 @@ class Artifacts:
         registry, nonce = self._registry(request), request.query_params.get("nonce", "")
         if not re.fullmatch(r"[0-9a-f]{0,64}", nonce):
             raise InvalidInputError(f"nonce is {nonce[:80]!r}: send up to 64 hex digits")
-        return self._signer(registry).release(request.path_params["model"], nonce)
+        by_version = request.query_params.get("by") == "version"
+        return self._signer(registry).release(request.path_params["model"], nonce, by_version)
 
     def _weights(self, request: Request) -> Response:
         registry, model, version = self._version(request)
