@@ -29,15 +29,20 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Options of ``flserving edge``."""
     parser.add_argument("--cloud", required=True, metavar="URL", help="a server that was started with --artifacts")
     parser.add_argument("--client", required=True, metavar="ID", help="whose device this is: its own head comes along")
-    parser.add_argument("--directory", required=True, metavar="DIR", help="where the device keeps its models")
+    home = os.path.expanduser  # a shell leaves ~ alone in --directory=~/device
+    parser.add_argument(
+        "--directory", required=True, metavar="DIR", type=home, help="where the device keeps its models"
+    )
     parser.add_argument("--model", metavar="NAME", help="the model to run; the first one of the cloud by default")
-    parser.add_argument("--token-file", metavar="FILE", help=f"the token for the cloud; or the variable {TOKEN}")
+    parser.add_argument(
+        "--token-file", metavar="FILE", type=home, help=f"the token for the cloud; or the variable {TOKEN}"
+    )
     parser.add_argument(
         "--key",
         metavar="HEX",
         help="the cloud's public key (GET .../release tells it); by default that of the first contact",
     )
-    parser.add_argument("--ca", metavar="FILE", help="PEM file of the authority to trust for https")
+    parser.add_argument("--ca", metavar="FILE", type=home, help="PEM file of the authority to trust for https")
     parser.add_argument("--form", choices=["exact", "int8"], default="exact", help="int8: a quarter of the bytes")
     parser.add_argument("--poll-s", type=float, default=60.0, help="how often to look for a newer model (default 60)")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="longest silence of the cloud (default 10)")
@@ -150,14 +155,17 @@ def _check(arguments: argparse.Namespace) -> None:
 def _cloud_token(path: str | None) -> str | None:
     """The device's credential: of a file that others cannot read, or of the environment; never of the command line,
     which every user of the machine sees."""
-    from flserving.api.auth import checked_token
+    from flserving.api.auth import checked_token, text_of
 
     given = os.environ.get(TOKEN)
     if path is None:
         return None if given is None else checked_token(given)
     if given is not None:
         raise ConfigError(f"a token in {path} and one in {TOKEN}: drop one of them")
-    token = _read(path).decode("ascii", "replace").strip()
+    try:
+        token = text_of(_read(path)).strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text: write the token into it, in UTF-8") from error
     if os.name == "posix" and os.stat(path).st_mode & stat.S_IROTH:
         raise ConfigError(f"{path} holds a token and every user can read it: chmod 600")
     return checked_token(token)

@@ -1,5 +1,6 @@
 """Bearer tokens: who they stand for, and that neither a file nor a message gives one away."""
 
+import codecs
 import hashlib
 import json
 
@@ -109,6 +110,25 @@ def test_reads_plain_and_hashed_tokens_from_a_file(tmp_path):
     assert tokens.check("Bearer one", Role.READ) == Identity(Role.ADMIN)
     assert tokens.check("Bearer two", Role.READ) == Identity(Role.INFER, "c-9")
     assert tokens.check("Bearer three", Role.READ) == Identity(Role.READ)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-sig"])
+def test_a_file_of_tokens_may_have_a_byte_order_mark(tmp_path, encoding):
+    """Notepad writes one before UTF-8, PowerShell's ``>`` before UTF-16."""
+    content = json.dumps([{"token": "one", "client": "Zoë"}], ensure_ascii=False)
+    path = tmp_path / "tokens.json"
+    if encoding == "utf-16-be-sig":
+        path.write_bytes(codecs.BOM_UTF16_BE + content.encode("utf-16-be"))
+    else:
+        path.write_bytes(content.encode(encoding))
+    path.chmod(0o600)
+    assert Tokens.read(path).check("Bearer one", Role.READ) == Identity(Role.INFER, "Zoë")
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file_with(tmp_path, [{"token": "one"}])
+    assert Tokens.read("~/tokens.json").check("Bearer one", Role.READ).role is Role.INFER
 
 
 def test_a_file_that_everybody_reads_may_hold_hashes_only(tmp_path):

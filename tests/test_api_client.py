@@ -198,7 +198,21 @@ def test_the_codes_of_other_servers(code, kind, again):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "localhost:80", "ftp://a:1", "grpc://host", "http://a:99999", "http://a/v2", "http://u:p@a:1", "http://a:1#x"],
+    [
+        "",
+        "localhost",
+        ":80",
+        "a:99999",
+        "a b:80",
+        "a:80/v2",
+        "u:p@a:1",
+        "ftp://a:1",
+        "grpc://host",
+        "http://a:99999",
+        "http://a/v2",
+        "http://u:p@a:1",
+        "http://a:1#x",
+    ],
 )
 def test_a_url_that_cannot_be_called(url):
     with pytest.raises(ConfigError, match="cannot be called"):
@@ -302,6 +316,25 @@ def test_what_is_tried_again_over_rest(status, headers, attempts, kind):
     assert type(caught.value) is kind and len(asked) == attempts
     if "retry-after" in headers:
         assert all(slept >= 0.01 for slept in clock.slept)
+
+
+def test_the_printed_grpc_address_is_an_address():
+    """What an endpoint shows as its gRPC address is one that our own client takes; so does gRPC write addresses."""
+    with flserving.create_serving_pipeline(models.build("tutorial_mlp")) as server, flserving.serve(server) as endpoint:
+        with Client(endpoint.grpc_url, endpoint.token) as client:
+            assert client.url == f"grpc://{endpoint.grpc_url}"
+            assert client.predict(X)["model_version"] == "v1.0"
+
+        async def ask():
+            async with AsyncClient(endpoint.grpc_url, endpoint.token) as client:
+                return await client.predict(X)
+
+        assert asyncio.run(ask())["model_version"] == "v1.0"
+        rest = endpoint.url.removeprefix("http://")
+        with Client(rest, endpoint.token, timeout_ms=1000) as client, pytest.raises(ServerClosedError, match=rest):
+            client.predict(X)  # gRPC's own words say that this is no port of its kind
+    for address in ("localhost:8001", "10.0.0.1:8001", "[::1]:8001", "models.example.org:8001"):
+        assert Client(address).url == f"grpc://{address}"
 
 
 def test_a_slow_server_ends_at_the_deadline():

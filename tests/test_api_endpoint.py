@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -235,11 +236,12 @@ def test_own_tokens_and_the_admin_role(server):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
-def test_tls_on_both_doors(server, tmp_path):
-    certificate, key = self_signed(tmp_path)
+def test_tls_on_both_doors(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    certificate, key = ("~/" + Path(path).relative_to(tmp_path).as_posix() for path in self_signed(tmp_path))
     with flserving.serve(server, certificate=certificate, key=key) as endpoint:
         assert endpoint.url.startswith("https://")
-        for url in (endpoint.url, f"grpcs://{endpoint.grpc_url}"):
+        for url in (endpoint.url, f"grpcs://{endpoint.grpc_url}", endpoint.grpc_url):
             with Client(url, endpoint.token, ca=certificate) as client:
                 assert client.predict(X)["predictions"] == X.tolist()
         with Client(endpoint.url, endpoint.token, timeout_ms=1000) as doubting, pytest.raises(ServerClosedError):

@@ -1,5 +1,6 @@
 """``flserving serve`` and ``flserving demo`` as an operator runs them: real processes, signals, messages."""
 
+import argparse
 import json
 import multiprocessing
 import re
@@ -133,6 +134,27 @@ def test_every_setting_of_the_server_is_an_option(capsys):
     for field in (*fields(ServingConfig), *fields(ApiOptions)):
         if field.name not in {"tokens", "origins", "hosts"}:  # --token-file, --origin, --allow-host
             assert f"--{field.name.replace('_', '-')} " in shown
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_path_on_the_command_line_may_begin_at_home(command, monkeypatch, tmp_path):
+    """Shells leave ``~`` alone in ``--registry=~/models``: a folder called ``~`` is what nobody means."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = argparse.ArgumentParser()
+    cli.COMMANDS[command].options(parser)
+    paths = [action for action in parser._actions if action.metavar in ("DIR", "FILE")]
+    assert paths or command == "doctor"
+    for action in paths:
+        assert action.type("~/a") == str(tmp_path / "a"), f"{command} {action.option_strings}"
+
+
+def test_a_plan_and_the_options_of_an_endpoint_may_begin_at_home(registry_root, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(registry_root.parent))
+    told, tell = multiprocessing.Pipe(duplex=False)
+    with told, tell, pytest.raises(NotFoundError, match="no version of 'nothing'"):
+        _serve(Plan(registry=f"~/{registry_root.name}", model="nothing"), 0, tell, told)
+    with pytest.raises(ConfigError, match=f"certificate '{registry_root.parent}/none.pem' cannot be read"):
+        ApiOptions(certificate="~/none.pem", key="~/none.pem")
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")

@@ -104,7 +104,7 @@ def test_a_policy_asks_the_cloud_where_the_device_is_in_doubt(tmp_path):
 
 def test_a_device_over_tls_trusts_its_authority_only_and_reads_its_token_from_a_file(tmp_path):
     secret, key, certificate = (tmp_path / name for name in ("token", "key.pem", "certificate.pem"))
-    secret.write_text("c-1\n")
+    secret.write_text("c-1\n", encoding="utf-8-sig")  # as Notepad writes it
     secret.chmod(0o600)
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",

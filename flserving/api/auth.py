@@ -3,6 +3,7 @@
 A token is kept as its sha256 alone, so neither memory dumps nor messages of the server hold one.
 """
 
+import codecs
 import enum
 import hmac
 import os
@@ -65,9 +66,9 @@ class Tokens:
             ConfigError: Unreadable, malformed, a token twice, or plain tokens that every user of the machine can read.
         """
         try:
-            with Path(path).open("rb") as file:
+            with Path(path).expanduser().open("rb") as file:
                 everybody_reads = os.name == "posix" and bool(os.fstat(file.fileno()).st_mode & stat.S_IROTH)
-                entries = msgspec.json.decode(file.read(), type=list[_Entry])
+                entries = msgspec.json.decode(text_of(file.read()), type=list[_Entry])
         except OSError as error:
             raise ConfigError(f"cannot read the tokens in {path}: {error.strerror}") from error
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -140,6 +141,16 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     sha256: str | None = None
     role: Literal["read", "infer", "admin"] = "infer"
     client: str | None = None
+
+
+def text_of(data: bytes) -> str:
+    """A text file's content, with or without a byte order mark: editors and shells of Windows write one.
+
+    Raises:
+        UnicodeDecodeError: Neither UTF-8 nor, with its mark, UTF-16.
+    """
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if marked else "utf-8-sig")
 
 
 def checked_token(token: str) -> str:

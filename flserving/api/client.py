@@ -8,6 +8,7 @@
 
 import asyncio
 import functools
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from os import PathLike
@@ -26,6 +27,7 @@ from flserving.transforms import Preprocessor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_TARGET = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")  # host:port, [IPv6]:port
 _PORTS = {"http": 80, "https": 443, "grpc": None, "grpcs": None}
 
 
@@ -57,10 +59,12 @@ class _Calls:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Any] | None = None,
     ) -> None:
+        if isinstance(url, str) and _TARGET.fullmatch(url):  # as gRPC writes addresses, and Endpoint.grpc_url
+            url = f"{'grpc' if ca is None else 'grpcs'}://{url}"
         parts = address(url, _PORTS)
         headers = {} if token is None else {"authorization": f"Bearer {checked_token(token)}"}
         try:
-            authority = None if ca is None else Path(ca).read_bytes()
+            authority = None if ca is None else Path(ca).expanduser().read_bytes()
         except OSError as error:
             raise ConfigError(f"ca {str(ca)!r} cannot be read: {error.strerror}") from error
         self.url, self.timeout_ms = f"{parts.scheme}://{parts.netloc}", timeout_ms
@@ -207,7 +211,8 @@ class Client(_Calls):
     """Calls a server and waits. Thread-safe; connections are kept, so make one and use it many times.
 
     Args:
-        url: ``http://``, ``https://``, ``grpc://`` or ``grpcs://`` host:port.
+        url: ``http://``, ``https://``, ``grpc://`` or ``grpcs://`` host:port. A mere host:port means gRPC, with TLS
+            where ``ca`` is given: ``Endpoint.grpc_url`` is one.
         timeout_ms: Deadline of a call, retries included; the server is told what is left of it.
         retries: How often and when to try again; ``Retries(attempts=1)`` for never.
         ca: PEM file of the authority to trust instead of the system's: for a certificate that you signed yourself.

@@ -29,12 +29,19 @@ _PORTS = {"port": 8000, "grpc_port": 8001}
 
 def serve_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``flserving serve``; those of :class:`ServingConfig` are its fields."""
-    parser.add_argument("--registry", required=True, metavar="DIR", help="folder that versions were published to")
-    parser.add_argument("--model", metavar="NAME", help="the one model to serve; all of the registry by default")
+    home = os.path.expanduser  # a shell leaves ~ alone in --registry=~/models
+    parser.add_argument(
+        "--registry", required=True, metavar="DIR", type=home, help="folder that versions were published to"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the one model to serve; by default all of the registry, new ones too"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes on one port, each with its own engine")
     parser.add_argument("--grace-s", type=float, default=5.0, help="how long admitted requests may finish at the end")
     parser.add_argument("--notice-s", type=float, default=0.5, help="how long before that readiness is false already")
-    parser.add_argument("--token-file", metavar="FILE", help='JSON: [{"token": "...", "role": "infer"}, ...]')
+    parser.add_argument(
+        "--token-file", metavar="FILE", type=home, help='JSON: [{"token": "...", "role": "infer"}, ...]'
+    )
     parser.add_argument("--no-token", action="store_true", help="let everybody in who can reach the port")
     parser.add_argument("--no-grpc", action="store_true", help="REST only")
     parser.add_argument("--admin", action="store_true", help="let the role admin load and unload models")
@@ -86,7 +93,9 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``flserving demo``."""
-    parser.add_argument("--directory", metavar="DIR", help="keep the registry here; a temporary folder by default")
+    parser.add_argument(
+        "--directory", metavar="DIR", type=os.path.expanduser, help="keep the registry here; by default it is temporary"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="federated rounds to train (default 3)")
     parser.add_argument("--port", type=int, default=0, help="port of REST; 0 takes a free one")
 

@@ -30,7 +30,7 @@ class Endpoint:
     """Where a server can be reached. Made by :func:`flserving.serve`; closing it leaves the server itself open.
 
     Attributes:
-        url: Of REST. ``grpc_url`` is "host:port", None without gRPC.
+        url: Of REST. ``grpc_url`` is "host:port", None without gRPC. Clients of flserving take either.
         token: The random one; None where the options brought their own credentials.
         v2: The operations behind both doors.
 

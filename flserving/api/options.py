@@ -1,5 +1,6 @@
 """Settings of a network endpoint: frozen, checked when made, so that a wrong one is a message and not a hang."""
 
+import os
 import ssl
 from dataclasses import dataclass
 from os import PathLike
@@ -79,6 +80,9 @@ class ApiOptions:
                 raise ConfigError(f"hosts holds {host!r}: give a name or name:port, for example models.example.org")
         if not isinstance(self.tokens, Tokens | None):
             raise ConfigError(f"tokens is a {type(self.tokens).__name__}: make a Tokens object")
+        for name in ("certificate", "key"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         if (self.certificate is None) != (self.key is None):
             given, missing = ("certificate", "key") if self.key is None else ("key", "certificate")
             raise ConfigError(f"{given} is given without {missing}: TLS needs both PEM files")

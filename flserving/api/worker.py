@@ -102,7 +102,7 @@ def work(plan: Plan, place: int, pipe: Connection, lifeline: Connection, inherit
 
 
 def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> None:
-    if not (Path(plan.registry) / FILE_NAME).is_file():
+    if not (Path(plan.registry).expanduser() / FILE_NAME).is_file():
         raise ConfigError(f"no registry in {plan.registry!r}: name the folder that versions were published to")
     with (
         Registry(plan.registry, busy_timeout_s=BUSY_TIMEOUT_S) as registry,
