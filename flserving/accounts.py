@@ -1,8 +1,10 @@
-"""What telemetry keeps: histograms of durations, an account of each version. The owner locks. Imports nothing."""
+"""What telemetry keeps: histograms of durations, an account of each version; and what batches usually cost. The owner
+locks. Imports nothing."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +69,69 @@ def record(
         histogram.at_most += at_most[i]
         histogram.count, histogram.total_s = histogram.count + count, histogram.total_s + total_s
         histogram.highest_s = max(histogram.highest_s, highest_s)
+
+
+class Usual(NamedTuple):
+    """What batches of one order of size usually are and take."""
+
+    rows: float
+    seconds: float
+    at_s: float  # when the last one ended
+
+
+class Costs:
+    """What batches usually take, by what they run on and by their size: the figures that admission goes by.
+
+    One running mean for each power of two of rows, and a straight line from one to the next. It falls faster than it
+    rises, and one hiccup counts as twice the usual at most: who is refused by a wrong figure is a loss, who is let in
+    by one can still be dropped. A figure that nothing confirmed for a while is none, so that an old one refuses nobody
+    for ever. The owner locks.
+    """
+
+    FRESH_S = 1.0
+    RISE, FALL = 0.25, 0.5
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[Any, dict[int, Usual]] = WeakKeyDictionary()
+
+    def add(self, lane: Any, rows: int, seconds: float, now_s: float) -> None:
+        """A batch of ``rows`` rows has taken so long, until ``now_s``."""
+        figures = self._known.setdefault(lane, {})
+        size = rows.bit_length()
+        before = figures.get(size)
+        if before is None or not self._fresh(before, now_s - seconds):
+            figures[size] = Usual(rows, seconds, now_s)
+            return
+        pace = self.FALL if seconds < before.seconds else self.RISE
+        seconds = min(seconds, 2 * before.seconds)
+        figures[size] = Usual(
+            before.rows + pace * (rows - before.rows), before.seconds + pace * (seconds - before.seconds), now_s
+        )
+
+    def usual_s(self, lane: Any, rows: int, now_s: float = -math.inf) -> float:
+        """Seconds of a usual batch of ``rows`` rows; 0 while unknown at ``now_s`` (not given: however old).
+
+        A size never seen takes as long as the next smaller one, or its part of the next larger one: the least it can.
+        """
+        figures = self._known.get(lane) if self._known else None
+        if not figures:
+            return 0.0
+        fresh = {size: figure for size, figure in figures.items() if self._fresh(figure, now_s)}
+        size = rows.bit_length()
+        own = fresh.get(size)
+        smaller = fresh[max(sizes)] if (sizes := [other for other in fresh if other < size]) else None
+        if own is None:
+            if smaller is not None:
+                return smaller.seconds
+            larger = fresh[min(fresh)] if fresh else Usual(1, 0, now_s)
+            return larger.seconds * rows / larger.rows
+        if smaller is None:
+            return own.seconds
+        slope = (own.seconds - smaller.seconds) / (own.rows - smaller.rows)
+        return max(smaller.seconds, own.seconds + max(0.0, slope) * (rows - own.rows))
+
+    def _fresh(self, figure: Usual, now_s: float) -> bool:
+        return now_s - figure.at_s <= self.FRESH_S + 3 * figure.seconds
 
 
 class Account:

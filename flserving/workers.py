@@ -1,10 +1,10 @@
 """The threads behind the batch queue: who runs a batch, who waits for it, and what happens when it fails.
 
-A caller whose server is idle runs its own request, on its own thread (handing it over and back costs about 75 us).
-Callers on an event loop share one batch a turn of the loop; it runs on the loop while that is short (``INLINE_S``),
-else on a worker. Everything else waits in the :class:`~flserving.batching.BatchQueue` for a worker thread. Workers
-start when needed and leave when idle. Imports ``batching``, ``waiting``,
-``config`` and ``errors``.
+A caller whose server is idle runs its own request, on its own thread (handing it over and back costs about 75 us),
+where the model is known to be done well before the deadline: nobody can call a thread back from a model. Callers on an
+event loop share one batch a turn of the loop; it runs on the loop while that is short (``INLINE_S``), else on a worker.
+Everything else waits in the :class:`~flserving.batching.BatchQueue` for a worker thread. Workers start when needed and
+leave when idle. Imports ``batching``, ``waiting``, ``accounts``, ``config`` and ``errors``.
 """
 
 import asyncio
@@ -13,15 +13,23 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from flserving.accounts import Costs
 from flserving.batching import BatchQueue, Request
 from flserving.config import ServingConfig
-from flserving.errors import DeadlineExceededError, ModelExecutionError, OverloadedError, ServerClosedError
+from flserving.errors import (
+    DeadlineExceededError,
+    FlservingError,
+    ModelExecutionError,
+    OverloadedError,
+    ServerClosedError,
+)
 from flserving.waiting import LoopSide, answer, refuse
 
 INLINE_S = 2e-3  # an event loop may be held this long: under the 5 ms that a thread waits for the interpreter lock
 IDLE_S = 5.0  # a worker with nothing to do leaves after this long
+SURE = 2.0  # a thread runs its own request where this many times the usual duration fits before the deadline
 
 
 class Lane(Hashable, Protocol):
@@ -33,11 +41,23 @@ class Lane(Hashable, Protocol):
         """One result per payload, in their order; raises if any of them makes the model fail."""
 
 
+class Run(NamedTuple):
+    """A slot in use: what runs in it, since when, and until when it usually would."""
+
+    lane: Lane
+    rows: int
+    start_s: float
+    end_s: float
+
+
 class Batcher:
     """Runs requests in batches, at most ``num_workers`` at a time. Callers block (:meth:`run`) or await (:meth:`arun`).
 
     Guarantees: a request that is past its deadline never reaches the model; a batch that fails is retried by halves
     until the request at fault fails alone; every request gets its own result or one typed error.
+
+    A thread hears of its deadline when it is there, whatever the model does: only a model whose usual duration fits
+    into it twice runs on the caller's own thread, which returns when the model does.
     """
 
     def __init__(
@@ -47,9 +67,11 @@ class Batcher:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config, self._on_execution, self._clock = config, on_execution, clock
+        self._costs = Costs()
         self.queue: BatchQueue[Any] = BatchQueue(
-            config.max_batch_size, config.max_wait_time_ms / 1e3, config.max_queue_rows, config.batching
-        )
+            config.max_batch_size, config.max_wait_time_ms / 1e3, config.max_queue_rows, config.batching,
+            servers=config.num_workers, costs=self._costs,
+        )  # fmt: skip
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._threads: set[threading.Thread] = set()
@@ -63,28 +85,36 @@ class Batcher:
 
     # Callers that block
 
-    def run(self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float) -> Any:
-        """Run one request and return its result.
+    def run(
+        self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+    ) -> Any:
+        """Run one request and return its result. ``client`` is whose share of the queue it uses.
 
         Raises:
             OverloadedError, DeadlineExceededError, ServerClosedError, or what the model raised for this request.
         """
         with self._lock:
-            self._admit(arrival_s, deadline_s)
+            now_s = self._admit(arrival_s, deadline_s)
             idle = self.busy < self.config.num_workers and not self.queue
-            if inline := idle and self.config.batching == "work_conserving":
-                self.busy += 1
+            inline = idle and self.config.batching == "work_conserving"
+            if inline and now_s + SURE * self._usual_s(lane, rows) <= deadline_s:
+                slot = self._take_slot(lane, rows, now_s)
             else:
-                request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s)
+                inline = False
+                request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s, client)
                 request.waiter = threading.Lock()
                 request.waiter.acquire()
-                self._enqueue(request)
+                dropped = self._enqueue(request, now_s)
                 self._call_worker()
         if inline:
+            ran = False
             try:
-                return self._run_on_lane(lane, (payload,), rows)[0]
+                result = self._run_on_lane(lane, (payload,), rows)[0]
+                ran = True
+                return result
             finally:
-                self._give_back_slot()
+                self._give_back_slot(slot, ran)
+        self._refuse_dropped(dropped)
         answered = False
         try:
             answered = request.waiter.acquire(timeout=max(0.0, deadline_s - self._clock()))
@@ -103,9 +133,11 @@ class Batcher:
 
     # Callers that await
 
-    async def arun(self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float) -> Any:
+    async def arun(
+        self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+    ) -> Any:
         """:meth:`run` for coroutines: whoever arrives in one turn of the event loop shares a batch."""
-        request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s)
+        request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s, client)
         loop = asyncio.get_running_loop()
         here: LoopSide | None = getattr(self._here, "side", None)
         if here is None or here.loop is not loop:
@@ -113,10 +145,10 @@ class Batcher:
         future = loop.create_future()
         request.waiter = (here, future)
         with self._lock:
-            self._admit(arrival_s, deadline_s)
-            self._enqueue(request)
+            dropped = self._enqueue(request, self._admit(arrival_s, deadline_s))
             if self.config.batching == "hold_until_full":
                 self._call_worker()
+        self._refuse_dropped(dropped)
         here.waiting.add(request)
         if not here.turn_ends and self.config.batching == "work_conserving":
             here.turn_ends = True
@@ -146,10 +178,11 @@ class Batcher:
                 self._call_worker()
             else:
                 batch, expired = self.queue.take(now)
-                self.busy += bool(batch)
+                if batch:
+                    slot = self._take_slot(batch[0].lane, sum(request.rows for request in batch), now)
         self._settle_late(expired)
         if batch:
-            self._execute(batch)
+            self._execute(batch, slot)
         if self.queue and not slow and not here.turn_ends:
             here.turn_ends = True
             here.loop.call_soon(self._end_of_turn, here)
@@ -175,18 +208,31 @@ class Batcher:
 
     # Workers
 
-    def _admit(self, arrival_s: float, deadline_s: float) -> None:
+    def _admit(self, arrival_s: float, deadline_s: float) -> float:
+        """The time. Raises where it is too late."""
         if self.closed:
             raise ServerClosedError("the server was closed: open a new one")
-        if deadline_s <= self._clock():
+        now_s = self._clock()
+        if deadline_s <= now_s:
             raise self._too_late(arrival_s, deadline_s)
+        return now_s
 
-    def _enqueue(self, request: Request[Lane]) -> None:
+    def _usual_s(self, lane: Lane, rows: int) -> float:
+        """Seconds that so many rows take: as they did, however long ago, else as in the warm-up; else infinite."""
+        chunk = min(rows, self.config.max_batch_size)
+        return (self._costs.usual_s(lane, chunk) or lane.typical_s) * rows / chunk
+
+    def _enqueue(self, request: Request[Lane], now_s: float) -> list[Request[Lane]]:
+        """Put it into the queue; who had to make room comes back."""
         try:
-            self.queue.push(request)
+            return self.queue.push(request, now_s)
         except OverloadedError:
             self._call_worker()  # who was to look at the queue may be gone: an event loop that was closed
             raise
+
+    def _refuse_dropped(self, dropped: Sequence[Request[Lane]]) -> None:
+        for request in dropped:
+            refuse(request, OverloadedError("the queue is full of your requests, and others have a share: try later"))
 
     def _call_worker(self) -> None:
         """Under the lock: make sure that somebody looks at the queue. A busy worker looks when it is done."""
@@ -204,8 +250,10 @@ class Batcher:
             ready_s = None
             with self._lock:
                 if self.busy < self.config.num_workers:
-                    batch, expired = self.queue.take(self._clock(), self.closed)
-                    self.busy += bool(batch)
+                    now_s = self._clock()
+                    batch, expired = self.queue.take(now_s, self.closed)
+                    if batch:
+                        slot = self._take_slot(batch[0].lane, sum(request.rows for request in batch), now_s)
                     ready_s = self.queue.next_ready_s()
                     if batch and self.queue and ready_s is not None:
                         self._call_worker()
@@ -224,13 +272,13 @@ class Batcher:
             self._settle_late(expired)
             if batch:
                 with contextlib.suppress(BaseException):  # its callers know; a thread that ends here would be missed
-                    self._execute(batch)
+                    self._execute(batch, slot)
 
-    def _execute(self, batch: list[Request[Lane]]) -> None:
+    def _execute(self, batch: list[Request[Lane]], slot: Run) -> None:
         """Run a batch whose slot is taken already, and give the slot back. The caller then looks at the queue."""
-        interrupted = False
+        interrupted = ran = False
         try:
-            self._run_or_halve(batch)
+            ran = self._run_or_halve(batch)
         except BaseException as error:  # an interrupt: nobody may be left waiting
             interrupted = True
             told = ModelExecutionError(f"the execution was interrupted by {type(error).__name__}: try again")
@@ -239,11 +287,22 @@ class Batcher:
                     refuse(request, told)
             raise
         finally:
-            self._give_back_slot(hand_over=interrupted)
+            self._give_back_slot(slot, ran, hand_over=interrupted)
 
-    def _give_back_slot(self, hand_over: bool = True) -> None:
+    def _take_slot(self, lane: Lane, rows: int, now_s: float) -> Run:
+        """Under the lock."""
+        self.busy += 1
+        end_s = now_s + self.queue.usual_s(lane, rows, now_s)
+        self.queue.ends_s.append(end_s)
+        return Run(lane, rows, now_s, end_s)
+
+    def _give_back_slot(self, slot: Run, ran: bool, hand_over: bool = True) -> None:
+        """``ran``: whether it was one execution, which tells how long such a one takes."""
         with self._lock:
             self.busy -= 1
+            self.queue.ends_s.remove(slot.end_s)
+            if ran:
+                self.queue.learn(slot.lane, slot.rows, slot.start_s, self._clock())
             if hand_over and self.queue:
                 self._call_worker()
 
@@ -252,26 +311,42 @@ class Batcher:
         self._on_execution(lane, rows, results)
         return results
 
-    def _run_or_halve(self, batch: Sequence[Request[Lane]]) -> None:
+    def _run_or_halve(self, batch: Sequence[Request[Lane]]) -> bool:
+        """Whether one execution answered all."""
         try:
             rows = sum(request.rows for request in batch)
             results = self._run_on_lane(batch[0].lane, [request.payload for request in batch], rows)
         except Exception as error:
             if len(batch) == 1:
                 refuse(batch[0], error)
-                return
+                return False
             # at worst 2n - 1 executions, log2(n) deep: Triton and Clipper fail the whole batch instead
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 now_s = self._clock()  # failing took time: who is late or gone by now does not reach the model again
                 self._settle_late([request for request in half if request.deadline_s <= now_s])
                 if rest := [request for request in half if request.state == "running" and request.deadline_s > now_s]:
                     self._run_or_halve(rest)
-            return
+            return False
         answer(batch, results)
+        return True
 
     def _settle_late(self, requests: Sequence[Request[Lane]]) -> None:
+        """Who is past its deadline, or could not keep it any more."""
+        now_s = self._clock()
         for request in requests:
-            refuse(request, self._too_late(request.arrival_s, request.deadline_s))
+            if request.deadline_s <= now_s:
+                refuse(request, self._too_late(request.arrival_s, request.deadline_s))
+            else:
+                refuse(request, self._hopeless(request, now_s))
+
+    def _hopeless(self, request: Request[Lane], now_s: float) -> FlservingError:
+        usual_s = self.queue.usual_s(request.lane, request.rows, now_s)
+        left = f"an answer usually takes {usual_s * 1e3:.0f} ms"
+        if request.deadline_s - request.arrival_s < usual_s:  # whatever waits besides
+            allowed_ms = (request.deadline_s - request.arrival_s) * 1e3
+            return DeadlineExceededError(f"{left}, the deadline was {allowed_ms:.0f} ms: raise timeout_ms")
+        left_ms = (request.deadline_s - now_s) * 1e3
+        return OverloadedError(f"{left}, the deadline leaves {left_ms:.0f} ms: try again later, or raise timeout_ms")
 
     def _too_late(self, arrival_s: float, deadline_s: float) -> DeadlineExceededError:
         waited_ms, allowed_ms = (self._clock() - arrival_s) * 1e3, (deadline_s - arrival_s) * 1e3

@@ -18,6 +18,10 @@ POLICIES = ("work_conserving", "hold_until_full")
 TENTHS = st.integers(0, 30).map(lambda tenths: tenths / 10)  # not exact in binary: sums and differences round
 
 
+class Server:
+    """A lane with a name of its own; figures of cost are kept by lane."""
+
+
 class Reference:
     """What the queue promises, in the simplest form: one list of waiting requests, in order of arrival."""
 
@@ -32,14 +36,23 @@ class Reference:
     def line(self, lane):
         return [request for request in self.waiting if request.lane == lane]
 
+    def due_s(self, lane):
+        """When a lane is ready by waiting alone; held back on purpose, nobody waits for more than half of his time."""
+        if self.policy == "work_conserving":
+            return self.line(lane)[0].arrival_s + self.max_wait_s
+        return min(
+            request.arrival_s + min(self.max_wait_s, max(0.0, (request.deadline_s - request.arrival_s) / 2))
+            for request in self.line(lane)
+        )
+
     def ready(self, now_s, draining):
         """Lanes of which the queue may serve any."""
         lanes = {request.lane for request in self.waiting}
-        heads = {lane: self.line(lane)[0].arrival_s for lane in lanes}
+        due_s = {lane: self.due_s(lane) for lane in lanes}
         rows = {lane: sum(request.rows for request in self.line(lane)) for lane in lanes}
-        overdue = {lane for lane in lanes if now_s >= heads[lane] + self.max_wait_s}
+        overdue = {lane for lane in lanes if now_s >= due_s[lane]}
         if overdue:
-            return {lane for lane in overdue if heads[lane] == min(heads.values())}
+            return {lane for lane in overdue if due_s[lane] == min(due_s.values())}
         fullest = {lane for lane in lanes if rows[lane] == max(rows.values())}
         if self.policy == "work_conserving" or draining:
             return fullest
@@ -131,8 +144,7 @@ class QueueMachine(RuleBasedStateMachine):
     def wait_until_ready(self):
         """At ``next_ready_s`` something is ready; a moment earlier only what is full (or anything, unless held)."""
         at_s = self.queue.next_ready_s()
-        heads = [self.reference.line(lane)[0].arrival_s for lane in {r.lane for r in self.reference.waiting}]
-        assert at_s == min(heads) + self.reference.max_wait_s
+        assert at_s == min(self.reference.due_s(lane) for lane in {r.lane for r in self.reference.waiting})
         self.now_s = max(self.now_s, at_s)
         assert self.queue.first_ready(self.now_s) is not None
         assert (self.queue.first_ready(math.nextafter(at_s, -math.inf)) is not None) == bool(
@@ -224,6 +236,21 @@ def test_one_request_above_the_bound_enters_an_empty_queue_only(max_rows):
     (large,), _ = queue.take(0.0)
     assert large.rows == 500, "it runs alone, whatever the batch size"
     queue.push(Request("b", None, 1, 0.0, 9.0))
+
+
+@pytest.mark.parametrize(("usual_s", "held_until_s"), [(None, 10.025), (0.02, 10.015), (0.06, 10.0)])
+def test_nobody_is_held_past_half_of_what_the_deadline_leaves(usual_s, held_until_s):
+    """A hold of 100 ms, a deadline in 50: what is left after the usual duration of the model is halved."""
+    queue = BatchQueue(4, 0.1, 100, "hold_until_full")
+    lane = Server()
+    if usual_s is not None:
+        queue.learn(lane, 1, 3.0, 3.0 + usual_s)  # long ago
+    patient, hasty = Request(lane, None, 1, 9.99, 99.0), Request(lane, None, 1, 10.0, 10.05)
+    queue.push(patient)
+    queue.push(hasty)
+    assert queue.next_ready_s() == pytest.approx(held_until_s)
+    assert queue.take(held_until_s - 1e-6) == ([], [])
+    assert queue.take(held_until_s + 1e-6) == ([patient, hasty], [])
 
 
 def run_in_virtual_time(queue, arrivals_s, service_s, workers):

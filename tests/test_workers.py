@@ -211,6 +211,34 @@ def test_hold_until_full_waits_for_the_batch_or_for_the_limit(harness):
     assert asyncio.run(brief.arun(lane, 8)) == ("lane", 8)
 
 
+@pytest.mark.parametrize("door", ["sync", "async"])
+def test_hold_until_full_holds_nobody_past_the_deadline(harness, door):
+    """An idle server with a hold that is longer than the caller's patience: nothing can come of holding on."""
+    h, lane = harness(batching="hold_until_full", max_batch_size=3, max_wait_time_ms=60_000), Lane()
+    for i in range(3):
+        answer = h.run(lane, i, timeout_s=1) if door == "sync" else asyncio.run(h.arun(lane, i, timeout_s=1))
+        assert answer == ("lane", i)
+
+
+def test_a_thread_hears_of_its_deadline_while_the_model_runs_on(harness):
+    """Nobody can call a thread back from a model, so only one that is known to be quick enough runs on it."""
+    h, lane = harness(), Lane(typical_s=0.03)
+    lane.probe.shut()
+    with pytest.raises(DeadlineExceededError, match=r"the deadline was 50 ms: .*timeout_ms"):
+        h.run(lane, "slow", timeout_s=0.05)
+    assert lane.probe.inside_now == 1, "it came back before the model did"
+    lane.probe.release()
+    h.assert_idle()
+    assert h.run(lane, "quick", timeout_s=PATIENCE_S) == ("lane", "quick")
+    assert lane.runners == ["flserving-worker", threading.current_thread().name]
+
+
+def test_an_unknown_model_does_not_run_on_a_callers_thread_until_it_is_known(harness):
+    h, lane = harness(), Lane(typical_s=math.inf)
+    assert [h.run(lane, i) for i in range(3)] == [("lane", i) for i in range(3)]
+    assert lane.runners == ["flserving-worker", *[threading.current_thread().name] * 2]
+
+
 # Failures
 
 
