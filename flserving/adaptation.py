@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flserving import models
 from flserving.datasets import Client
 from flserving.errors import ConfigError, InvalidInputError
 from flserving.heads import HeadSet, Layout, neutral_head, trained_on_state
@@ -65,7 +66,8 @@ def fit_heads(
         raise ConfigError(f"epochs is {epochs!r}, learning_rate {rate!r}: use 0 to 1000 epochs, a rate in (0, 1000]")
     model = as_split(last.model())
     start = neutral_head(layout, last.state)
-    standardise = Preprocessor(mean=last.preprocessing["mean"], std=last.preprocessing["std"])
+    shape, _ = models.signature(last.recipe.architecture, last.recipe.parameters)
+    standardise = Preprocessor(mean=last.preprocessing["mean"], std=last.preprocessing["std"], input_shape=shape)
     heads, own, generic = [], {}, {}
 
     def views(x: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""The second backend: ONNX Runtime, behind the same engine. Imports ``errors``, ``models`` and ``weights`` only.
+"""The second backend: ONNX Runtime, behind the same engine. Imports ``errors``, ``models``, ``probing`` and ``weights``
+only.
 
 A version runs on it when its manifest names the architecture ``onnx``. Its one tensor is the graph, uint8 [nbytes], in
 the same weights file as any other tensor. So all that holds for weights holds for graphs: digests, deltas, signed
@@ -6,10 +7,13 @@ releases, caches, servers and devices take them as they are, and no second file 
 
 A graph is code, so what may run is listed: no file beside it, no loop, no function, sizes that are known beforehand and
 proportional to the rows. Left out of the list are operators that draw random numbers, and those that quantise a batch
-by what is in it: there, a row's answer would depend on whose rows are beside it.
+by what is in it: there, a row's answer would depend on whose rows are beside it. Normalisations are listed where they
+take their statistics from a row alone (InstanceNormalization is what exporters make of GroupNorm). A graph can still
+put listed operators together so that rows meet: ``probing.check_rows`` looks for that at every publish and load.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,22 +22,24 @@ from torch import Tensor, nn
 
 from flserving.errors import InvalidModelError
 from flserving.extras import need
-from flserving.models import register
+from flserving.models import JSON, Shape, register
+from flserving.probing import QUANTISED_TOLERANCE
 from flserving.weights import as_bytes
 
 _MOST_NODES, _MOST_VALUES = 10_000, 1 << 26  # of a graph; of one tensor inside it that is no weight, for one row
 _OPERATORS = (
     "Abs Add AveragePool BatchNormalization Cast Clip Concat Conv DequantizeLinear Div Elu Erf Exp Flatten Gather Gelu "
-    "Gemm GlobalAveragePool HardSigmoid HardSwish Identity LayerNormalization LeakyRelu LogSoftmax MatMul MatMulNBits "
-    "Max MaxPool Min Mul Neg Pad Pow QuantizeLinear ReduceMax ReduceMean ReduceSum Relu Reshape Selu Sigmoid Slice "
+    "Gemm GlobalAveragePool GlobalMaxPool GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization "
+    "LayerNormalization LeakyRelu LogSoftmax MatMul MatMulNBits Max MaxPool Min Mish Mul Neg PRelu Pad Pow "
+    "QuantizeLinear RMSNormalization Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape Selu Shape Sigmoid Slice "
     "Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze"
 )
 _FLOATS = {1, 10, 11}  # data types: float32, float16, float64
 _PLAIN = {1, 2, 3, 6, 7, 8}  # types of attributes: numbers, text and lists of them; no tensors, no graphs
 
 
-def check(graph: bytes, inputs: int, outputs: int) -> None:
-    """Refuse what is not a harmless graph from float32 [N, inputs] to float32 [N, outputs], without running it.
+def check(graph: bytes, inputs: Shape, outputs: int) -> None:
+    """Refuse what is not a harmless graph from float32 [N, *inputs] to float32 [N, outputs], without running it.
 
     Raises:
         InvalidModelError: Not ONNX, an operator that is not listed, weights in another file, or a tensor that is too
@@ -61,8 +67,9 @@ def check(graph: bytes, inputs: int, outputs: int) -> None:
             )
     ends = [[it.type.tensor_type for it in side] for side in (model.graph.input, model.graph.output)]
     found = [[(it.elem_type, [d.dim_value for d in it.shape.dim][1:]) for it in side] for side in ends]
-    if found != [[(1, [inputs])], [(1, [outputs])]]:  # 1: float32
-        raise InvalidModelError(f"the ONNX graph maps {found}: it must map float32 [N, {inputs}] to [N, {outputs}]")
+    if found != [[(1, list(inputs))], [(1, [outputs])]]:  # 1: float32
+        wanted = ", ".join(map(str, ("N", *inputs)))
+        raise InvalidModelError(f"the ONNX graph maps {found}: it must map float32 [{wanted}] to [N, {outputs}]")
 
 
 def _oddity(onnx: Any, model: Any) -> str | None:
@@ -106,13 +113,17 @@ def _shapes(onnx: Any, model: Any, rows: int) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
+def _shape(inputs: int | Sequence[int]) -> Shape:
+    return (inputs,) if isinstance(inputs, int) else tuple(inputs)
+
+
 @register(
     "onnx",
-    input_shape=lambda inputs, outputs, nbytes: (inputs,),
+    input_shape=lambda inputs, outputs, nbytes: _shape(inputs),
     output_shape=lambda inputs, outputs, nbytes: (outputs,),
 )
 class OnnxModel(nn.Module):
-    """float32 [N, inputs] -> float32 [N, outputs] by ONNX Runtime, on as many threads as torch has when it is loaded.
+    """float32 [N, *inputs] -> float32 [N, outputs] by ONNX Runtime, on as many threads as torch has when it is loaded.
 
     ``graph`` is the ONNX file's bytes. Loading them checks them and makes the session; a graph that is refused fails
     the load like any weights that do not fit. Raises NotSupportedError: onnx or onnxruntime is not installed.
@@ -120,16 +131,17 @@ class OnnxModel(nn.Module):
 
     graph: Tensor
 
-    def __init__(self, inputs: int, outputs: int, nbytes: int) -> None:
+    def __init__(self, inputs: int | Sequence[int], outputs: int, nbytes: int) -> None:
         super().__init__()
         for package in ("onnx", "onnxruntime"):  # who cannot run it learns that before it downloads anything
             need(package, "onnx")
-        self.inputs, self.outputs = inputs, outputs
+        self.inputs = _shape(inputs)
+        self.outputs = outputs
         self.register_buffer("graph", torch.zeros(nbytes, dtype=torch.uint8))
         self._session: Any = None
 
     @classmethod
-    def of(cls, graph: bytes, inputs: int, outputs: int) -> "OnnxModel":
+    def of(cls, graph: bytes, inputs: int | Sequence[int], outputs: int) -> "OnnxModel":
         """A loaded model. Raises as :func:`check`."""
         model = cls(inputs, outputs, len(graph))
         model.graph = torch.frombuffer(bytearray(graph), dtype=torch.uint8)
@@ -142,9 +154,10 @@ class OnnxModel(nn.Module):
         return 2 * self.graph.nbytes
 
     @property
-    def parameters_of(self) -> dict[str, int]:
+    def parameters_of(self) -> dict[str, JSON]:
         """What builds it again, for a manifest."""
-        return {"inputs": self.inputs, "outputs": self.outputs, "nbytes": self.graph.nbytes}
+        inputs = self.inputs[0] if len(self.inputs) == 1 else list(self.inputs)
+        return {"inputs": inputs, "outputs": self.outputs, "nbytes": self.graph.nbytes}
 
     def forward(self, rows: Tensor) -> Tensor:
         if self._session is None:  # a copy of a loaded model
@@ -159,11 +172,16 @@ class OnnxModel(nn.Module):
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are the server's
+        # Without VNNI an int8 product adds pairs in 16 bits and saturates: other answers than the graph defines, and
+        # than the same graph gives on a newer processor. This takes the exact, slower way there, and only there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except Exception as error:  # as many classes as ONNX Runtime has status codes
             raise InvalidModelError(f"ONNX Runtime refuses the graph: {str(error)[:300]}") from None
         self._input = session.get_inputs()[0].name
+        if any(node in data for node in (b"QuantizeLinear", b"MatMulNBits")):
+            self.rounds_by = QUANTISED_TOLERANCE
         return session
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

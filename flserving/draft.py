@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import prod
 from typing import Any, Literal
 
 import msgspec
@@ -12,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flserving import backends, models, weights
+from flserving import backends, models, probing, weights
 from flserving.errors import InvalidModelError
 from flserving.heads import HeadSet
 from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature, encode
-from flserving.transforms import Preprocessor
+from flserving.transforms import ONE_OUTPUT, Postprocessor, Preprocessor
 
 Statistics = Preprocessing | Mapping[str, Sequence[float]]
 _PENDING = Digests("0" * 64, "0" * 64, None, "0" * 64)  # stands in until the weights are hashed
@@ -51,10 +50,14 @@ def prepare(
     note: str,
     max_artifact_bytes: int,
     heads: HeadSet | None = None,
+    answers: bool = False,
 ) -> Draft:
     """Check and freeze what :meth:`Registry.publish` was given; its errors and arguments are described there.
 
-    Cost: one copy of the weights, one pass for finiteness, and building the architecture on the meta device.
+    ``answers``: an alias is to lead to it, so a row of zeros must get an answer.
+
+    Cost: two copies of the weights, one pass for finiteness, building the architecture, and a few forwards of a few
+    rows (see :func:`flserving.probing.check_rows`).
     """
     if architecture is None:
         if not isinstance(model, nn.Module) or parameters:
@@ -75,7 +78,9 @@ def prepare(
         raise InvalidModelError(f"{bad} holds NaN or infinite values: publish a model that trained without overflow")
     if heads is not None:
         _check_heads(module, heads)
-    statistics, digest = _statistics(preprocessing, prod(inputs))
+    statistics, digest = _statistics(preprocessing, inputs)
+    if output_type == "classification" and outputs == (1,):
+        raise InvalidModelError(f"{architecture!r} has outputs of shape [1]: {ONE_OUTPUT}")
     try:
         manifest = Manifest(
             name=name,
@@ -94,6 +99,7 @@ def prepare(
     except (TypeError, ValueError, AttributeError, OverflowError) as error:  # msgspec's are ValueErrors
         raise InvalidModelError(f"lineage or metrics of {name!r} are not valid: {error}") from error
     encode(manifest)
+    _check_service(architecture, parameters, tensors, (inputs, outputs), Postprocessor(output_type), answers)
     return Draft(manifest, image, tensors)
 
 
@@ -121,6 +127,21 @@ def _check_fit(architecture: str, parameters: Mapping[str, models.JSON], tensors
     return module
 
 
+def _check_service(
+    architecture: str, parameters: Mapping[str, models.JSON], tensors: Mapping[str, Tensor],
+    shapes: tuple[models.Shape, models.Shape], postprocessor: Postprocessor, answers: bool,
+) -> None:  # fmt: skip
+    """What holds of every model that may serve: see ``probing``. On a copy, for a forward may change a buffer."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    nbytes = sum(tensor.nbytes for tensor in copies.values())
+    module = models.restore(architecture, parameters, copies, nbytes=nbytes).eval().requires_grad_(False)
+    try:
+        probing.check_answer(module, *shapes, postprocessor if answers else None)
+        probing.check_rows(module, shapes[0], probing.tolerance_of(module))
+    except InvalidModelError as error:
+        raise InvalidModelError(f"a model of {architecture!r} cannot be served: {error}") from error
+
+
 def _check_heads(module: nn.Module, heads: HeadSet) -> None:
     """Heads go on the input of the last linear layer, adapters on its output."""
     if not isinstance(heads, HeadSet):
@@ -134,13 +155,14 @@ def _check_heads(module: nn.Module, heads: HeadSet) -> None:
         )
 
 
-def _statistics(given: Statistics | None, num_features: int) -> tuple[Preprocessing | None, str]:
+def _statistics(given: Statistics | None, inputs: models.Shape) -> tuple[Preprocessing | None, str]:
     """What goes into the manifest, and the digest by which caches tell preprocessings apart."""
     if given is None:
         return None, Preprocessor().digest
     entries = msgspec.structs.asdict(given) if isinstance(given, Preprocessing) else dict(given)
     if entries.keys() != {"mean", "std"}:
         raise InvalidModelError(f"preprocessing has {sorted(map(str, entries))}: give 'mean' and 'std'")
-    digest = Preprocessor(mean=entries["mean"], std=entries["std"], num_features=num_features).digest
-    mean, std = (tuple(np.asarray(entries[key], dtype=np.float64).tolist()) for key in ("mean", "std"))
-    return Preprocessing(mean, std), digest
+    digest = Preprocessor(mean=entries["mean"], std=entries["std"], input_shape=inputs).digest
+    mean, std = (np.asarray(entries[key], dtype=np.float64) for key in ("mean", "std"))
+    mean, std = (it if it.ndim == 1 else np.broadcast_to(it, inputs).ravel() for it in (mean, std))
+    return Preprocessing(tuple(mean.tolist()), tuple(std.tolist())), digest

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flserving.backends import OnnxModel
 from flserving.errors import InvalidModelError
 from flserving.extras import need
+from flserving.models import Shape
 
 TOLERANCE = 1e-5  # largest difference of an export from torch, as a share of the largest output (at least of 1)
 _NOISY = ("torch.onnx._internal.exporter._registration", "onnxruntime.quantization.matmul_nbits_quantizer")
@@ -39,7 +40,7 @@ def _quiet() -> Iterator[None]:
         root.setLevel(level)
 
 
-def sealed(graph: Any, inputs: int, outputs: int) -> OnnxModel:
+def sealed(graph: Any, inputs: Shape, outputs: int) -> OnnxModel:
     """The graph without what tools noted in it (paths of this machine among it), ready to run: same weights, same
     bytes. Raises InvalidModelError: see :func:`flserving.backends.check`."""
     inside = graph.graph
@@ -51,7 +52,7 @@ def sealed(graph: Any, inputs: int, outputs: int) -> OnnxModel:
     return OnnxModel.of(graph.SerializeToString(deterministic=True), inputs, outputs)
 
 
-def graph_of(module: nn.Module, inputs: int, outputs: int) -> Any:
+def graph_of(module: nn.Module, inputs: Shape, outputs: int) -> Any:
     """An ``onnx.ModelProto`` that answers as the module does: its own, or an export that was compared with torch.
 
     Raises:
@@ -61,7 +62,7 @@ def graph_of(module: nn.Module, inputs: int, outputs: int) -> Any:
     if isinstance(module, OnnxModel):
         return onnx.ModelProto.FromString(bytes(module.graph.numpy()))
     need("onnxscript", "onnx")
-    rows = torch.randn(16, inputs, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(16, *inputs, generator=torch.Generator().manual_seed(0))
     kind = type(module).__name__
     try:
         with _quiet(), torch.no_grad():

@@ -4,6 +4,7 @@ One round: every client trains the model on its own samples; the server checks w
 a client keeps for itself, and in what order it trains, lies the whole difference between the ``STRATEGIES``.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -132,7 +133,10 @@ class _Federation:
             raise ConfigError(f"preprocessing has the keys {sorted(preprocessing)}: give mean and std, nothing else")
         self.preprocessing = {name: [float(value) for value in preprocessing[name]] for name in ("mean", "std")}
         mean, std = self.preprocessing["mean"], self.preprocessing["std"]
-        standardise = Preprocessor(mean=mean, std=std)  # the server's own: serving sees what training saw
+        shape, _ = models.signature(recipe.architecture, recipe.parameters)
+        fits = math.prod(shape) == len(mean)  # else _check_fit says what is wrong
+        # the server's own: serving sees what training saw
+        standardise = Preprocessor(mean=mean, std=std, input_shape=shape if fits else None)
         self.train = {c.id: (standardise(c.train_x), torch.tensor(c.train_y)) for c in clients}
         self.test = {c.id: (standardise(c.test_x), torch.tensor(c.test_y)) for c in clients}
         with _isolated():
@@ -247,7 +251,8 @@ def _check_fit(recipe: Recipe, module: nn.Module, clients: Sequence[Client]) -> 
     inputs, outputs = models.signature(recipe.architecture, recipe.parameters)
     width = clients[0].train_x.shape[1]
     classes = 1 + max(int(max(client.train_y.max(), client.test_y.max())) for client in clients)
-    if inputs != (width,) or len(outputs) != 1 or outputs[0] < classes:
+    classes = max(classes, 2)  # over a single logit there is nothing to learn
+    if math.prod(inputs) != width or len(outputs) != 1 or outputs[0] < classes:
         raise InvalidModelError(
             f"{recipe.architecture!r} maps rows {inputs} to {outputs}: the clients' samples need ({width},) to "
             f"({classes},) or more; choose another architecture or other parameters"

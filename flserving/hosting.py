@@ -5,7 +5,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,7 @@ class ModelHost:
         output_type: OutputType | None = None,
         threshold: float | None = None,
         num_features: int | None = None,
+        input_shape: Sequence[int] | None = None,
     ) -> InferenceEngine:
         """Serve any module under the id ``version``, without a registry; the first one becomes the default.
 
@@ -74,6 +75,7 @@ class ModelHost:
                 ``{"mean": [D], "std": [D]}`` of the training data.
             postprocessor: What happens to the outputs; made from ``output_type`` and ``threshold`` when not given.
             num_features: D, where it cannot be told from the first layer.
+            input_shape: Shape of a row, where it is not [D]: e.g. (3, 32, 32).
 
         Raises:
             InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and ``transforms``. ConfigError:
@@ -83,7 +85,7 @@ class ModelHost:
         self._check_open()
         if self._sources.setdefault(LOCAL, self._store) is not self._store:
             raise ConflictError(f"model {LOCAL!r} comes from a registry here: use another server for load_model")
-        before = _preprocessor(preprocessor, feature_stats, num_features)
+        before = _preprocessor(preprocessor, feature_stats, num_features, input_shape)
         if postprocessor is None:
             postprocessor = Postprocessor(output_type or "classification", 0.0 if threshold is None else threshold)
         elif not isinstance(postprocessor, Postprocessor):
@@ -287,11 +289,14 @@ def _preprocessor(
     given: Preprocessor | Mapping[str, ArrayLike] | None,
     feature_stats: Mapping[str, ArrayLike] | None,
     num_features: int | None,
+    input_shape: Sequence[int] | None,
 ) -> Preprocessor:
     """The one that was given, or one made from statistics. Raises ConfigError."""
     if isinstance(given, Preprocessor):
-        if feature_stats is not None or num_features is not None:
-            raise ConfigError("feature_stats and num_features are the preprocessor's own: give them or it, not both")
+        if feature_stats is not None or num_features is not None or input_shape is not None:
+            raise ConfigError(
+                "feature_stats, num_features and input_shape are the preprocessor's own: give them or it, not both"
+            )
         return given
     if given is not None and feature_stats is not None:
         raise ConfigError("statistics are given twice: as the third argument and as feature_stats")
@@ -302,7 +307,9 @@ def _preprocessor(
         raise ConfigError(f"preprocessor is a {type(statistics).__name__}: pass a Preprocessor, or its mean and std")
     if unknown := set(statistics) - {"mean", "std"}:
         raise ConfigError(f"feature_stats has {', '.join(sorted(map(str, unknown)))}: it takes mean and std")
-    return Preprocessor(mean=statistics.get("mean"), std=statistics.get("std"), num_features=num_features)
+    return Preprocessor(
+        mean=statistics.get("mean"), std=statistics.get("std"), num_features=num_features, input_shape=input_shape
+    )
 
 
 class _Engines(dict[str, InferenceEngine]):

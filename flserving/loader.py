@@ -24,10 +24,18 @@ from flserving import models
 from flserving.cache import nbytes_of
 from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine, copy_of
-from flserving.errors import ConflictError, CorruptArtifactError, InvalidModelError, NotFoundError, ServerClosedError
+from flserving.errors import (
+    ConflictError,
+    CorruptArtifactError,
+    InvalidModelError,
+    ModelExecutionError,
+    NotFoundError,
+    ServerClosedError,
+)
 from flserving.heads import HeadStore
-from flserving.manifest import Manifest, Signature
+from flserving.manifest import Signature
 from flserving.personalization import PersonalEngine
+from flserving.probing import check_rows, tolerance_of
 from flserving.routing import DEFAULT
 from flserving.storage import own_folder
 from flserving.transforms import Postprocessor, Preprocessor
@@ -53,6 +61,13 @@ class Parts:
     digest: str
     heads: HeadStore | None = None
     round: int | None = None  # of the federated training
+    probed: bool = False  # whether its rows were seen not to see each other
+    code: object = None  # the architecture's definition, where ``digest`` names all of the rest
+
+
+_probed: set[tuple[object, str]] = set()
+"""What was found sound in this process: the same code over the same weights need not be probed at every load."""
+_MOST_PROBED = 4096
 
 
 def load_engine(source: "Source", version: str, config: ServingConfig) -> InferenceEngine:
@@ -60,9 +75,11 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
 
     Raises:
         NotFoundError: No such version. CorruptArtifactError: Its bytes or its weights are not whole.
-        ModelExecutionError: It does not answer a row of its own input width.
+        ModelExecutionError: It does not answer a row of its own input shape, or its rows see each other (see
+        :func:`flserving.probing.check_rows`).
 
-    Cost: one pass over the weights for the digest and one for finiteness, then ``warmup_samples`` + 1 forwards.
+    Cost: one pass over the weights for the digest and one for finiteness, then ``warmup_samples`` + 1 forwards; six
+    more when a process loads it for the first time.
     """
     parts = source.parts(version)
     if (odd := first_non_finite(parts.tensors)) is not None:
@@ -77,12 +94,29 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
         owned=True,
     )
     engine.warmup()
+    _probe(parts, engine)
     engine.round = parts.round
     if parts.heads is not None:
         parts.heads.resize(config.head_cache_bytes)
         engine.personal = PersonalEngine(engine, parts.heads)
         engine.nbytes += parts.heads.nbytes
     return engine
+
+
+def _probe(parts: Parts, engine: InferenceEngine) -> None:
+    key = (parts.code, parts.digest)
+    if parts.probed or key in _probed:
+        return
+    width = engine.preprocessor.num_features
+    shape = engine.preprocessor.input_shape or (() if width is None else (width,))
+    try:
+        check_rows(engine.model, shape, tolerance_of(engine.model))
+    except InvalidModelError as error:
+        raise ModelExecutionError(f"version {engine.version!r}: {error}") from error
+    if parts.code is not None:
+        if len(_probed) >= _MOST_PROBED:
+            _probed.clear()
+        _probed.add(key)
 
 
 class RegistrySource:
@@ -99,9 +133,10 @@ class RegistrySource:
     def parts(self, version: str) -> Parts:
         artifact = self.registry.read(self.name, int(version))
         manifest = artifact.manifest
-        module = self._empty(manifest)
         try:
-            module.load_state_dict(artifact.tensors, strict=True, assign=True)
+            module = models.restore(
+                manifest.architecture, manifest.parameters, artifact.tensors, nbytes=manifest.weights_nbytes
+            )
         except RuntimeError as error:
             raise CorruptArtifactError(
                 f"{self.name} version {version} does not fit its architecture {manifest.architecture!r}: {error}"
@@ -110,21 +145,15 @@ class RegistrySource:
         preprocessor = Preprocessor(
             mean=statistics.mean if statistics else None,
             std=statistics.std if statistics else None,
-            num_features=manifest.signature.input_shape[-1],
+            input_shape=manifest.signature.input_shape,
         )
         postprocessor = Postprocessor(manifest.signature.output_type, self.threshold)
         code = f"{manifest.architecture} {json.dumps(manifest.parameters, sort_keys=True)}"
         digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
-        return Parts(module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads, manifest.round)
-
-    def _empty(self, manifest: Manifest) -> nn.Module:
-        """The module whose weights are to be loaded: without memory where initialising it would cost more."""
-        if manifest.weights_nbytes >= 1 << 18:
-            with torch.device("meta"):
-                module = models.build(manifest.architecture, manifest.parameters)
-            if not any(part._non_persistent_buffers_set or _has_tensor(part) for part in module.modules()):
-                return module  # no file holds the values of others
-        return models.build(manifest.architecture, manifest.parameters)
+        return Parts(
+            module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads, manifest.round,
+            code=models.definition(manifest.architecture),
+        )  # fmt: skip
 
     def nbytes(self, version: str, head_cache_bytes: int) -> int:
         """Bytes that the loaded version will hold, from its manifest alone. Raises as :meth:`signature`."""
@@ -143,11 +172,6 @@ class RegistrySource:
         return self.registry.manifest(self.name, int(version)).metrics
 
 
-def _has_tensor(part: nn.Module) -> bool:
-    """Whether a tensor that is neither parameter nor buffer is an attribute."""
-    return any(isinstance(value, torch.Tensor) for value in vars(part).values())
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stored:
     structure: nn.Module  # on the meta device: layers and attributes, no weights
@@ -159,7 +183,14 @@ class _Stored:
 
     def answers_as(self, other: "_Stored") -> bool:
         mine, theirs = (
-            (it.digest, it.code, it.preprocessor.digest, it.preprocessor.num_features, it.postprocessor.policy)
+            (
+                it.digest,
+                it.code,
+                it.preprocessor.digest,
+                it.preprocessor.num_features,
+                it.preprocessor.input_shape,
+                it.postprocessor.policy,
+            )
             for it in (self, other)
         )
         return mine == theirs
@@ -187,8 +218,8 @@ class ModuleStore:
         """Store a module under a new version id. The module is read, never changed.
 
         Raises:
-            InvalidModelError: Not a module, an id outside ``[A-Za-z0-9._-]`` or "default", an unknown input width, or
-                it fails on one row.
+            InvalidModelError: Not a module, an id outside ``[A-Za-z0-9._-]`` or "default", an unknown input width, it
+                fails on one row, or its rows see each other.
             ConflictError: The id is taken by another model (a version never changes); the same again is fine.
         """
         if not isinstance(module, nn.Module):
@@ -225,10 +256,13 @@ class ModuleStore:
                 file.unlink(missing_ok=True)
                 if not isinstance(error, Exception):
                     raise
+                name, shape = type(module).__name__, preprocessor.input_shape or [preprocessor.num_features]
+                if isinstance(error.__cause__, InvalidModelError):  # the probe's: it does answer a row
+                    raise InvalidModelError(f"the {name} cannot be served: {error.__cause__}") from error
                 raise InvalidModelError(
-                    f"the {type(module).__name__} does not answer a row of {preprocessor.num_features} features "
-                    f"({error.__cause__ or error}): it must take float32 [N, {preprocessor.num_features}]; pass "
-                    "num_features where that is wrong"
+                    f"the {name} does not answer a row of {preprocessor.num_features} features "
+                    f"({error.__cause__ or error}): it must take float32 [N, {', '.join(map(str, shape))}]; pass "
+                    "num_features or input_shape where that is wrong"
                 ) from error
 
     def close(self) -> None:
@@ -273,7 +307,8 @@ class ModuleStore:
         module = copy_of(stored.structure, places)
         finite = dict(module.named_parameters())  # a buffer may be a mask of minus infinities
         digest = f"{stored.digest}/{stored.file.stem}"  # no text tells all of a module's code: never shared
-        return Parts(module, finite, stored.preprocessor, stored.postprocessor, digest)
+        probed = version in self._signatures  # it was added
+        return Parts(module, finite, stored.preprocessor, stored.postprocessor, digest, probed=probed)
 
     def _find(self, version: str) -> _Stored:
         if (stored := self._stored.get(version)) is None:
@@ -290,7 +325,8 @@ def _signature_of(engine: InferenceEngine) -> Signature:
     width = engine.preprocessor.num_features or 0
     outputs = engine.execute([np.zeros((1, width), np.float32)])[0].arrays()
     seen = outputs.get("probabilities", outputs["predictions"])
-    return Signature((width,), seen.shape[1:], output_type=engine.postprocessor.output_type)
+    shape = engine.preprocessor.input_shape or (width,)
+    return Signature(shape, seen.shape[1:], output_type=engine.postprocessor.output_type)
 
 
 def input_width(module: nn.Module) -> int:
@@ -305,7 +341,8 @@ def input_width(module: nn.Module) -> int:
         if next(layer.parameters(recurse=False), None) is not None:
             break
     raise InvalidModelError(
-        f"the input width of {type(module).__name__} cannot be told from its first layer: pass num_features"
+        f"the input width of {type(module).__name__} cannot be told from its first layer: pass num_features (or "
+        "input_shape, e.g. (3, 32, 32))"
     )
 
 

@@ -110,6 +110,37 @@ def build(architecture: str, parameters: Mapping[str, JSON] | None = None) -> nn
     return _call(entry, entry.factory, text)
 
 
+def restore(
+    architecture: str, parameters: Mapping[str, JSON], tensors: Mapping[str, Tensor], *, nbytes: int
+) -> nn.Module:
+    """The module that holds these very tensors. ``nbytes``: their size; a large module is built without memory first,
+    where initialising it would cost more.
+
+    Raises:
+        RuntimeError: They do not fit. What :func:`build` raises.
+    """
+    module = None
+    if nbytes >= 1 << 18:
+        with torch.device("meta"):
+            module = build(architecture, parameters)
+        if any(part._non_persistent_buffers_set or _has_tensor(part) for part in module.modules()):
+            module = None  # no file holds the values of these
+    if module is None:
+        module = build(architecture, parameters)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module
+
+
+def _has_tensor(part: nn.Module) -> bool:
+    """Whether a tensor that is neither parameter nor buffer is an attribute."""
+    return any(isinstance(value, Tensor) for value in vars(part).values())
+
+
+def definition(architecture: str) -> object:
+    """What stands for the code of an architecture: another object as soon as the name is registered anew."""
+    return _find(architecture)
+
+
 def signature(architecture: str, parameters: Mapping[str, JSON] | None = None) -> tuple[Shape, Shape]:
     """Shapes of one row in and one row out, without the batch: ``((64,), (10,))``. Raises as ``build``."""
     return _checked_shapes(_find(architecture), _canonical(architecture, parameters))

@@ -2,8 +2,9 @@
 
 What is made goes into the registry under the same name: its parent is the version it was made from, and its lineage
 says how (``extra["optimisation"]`` and what follows it). Servers and devices load it as they load any version; none of
-its caches is shared with its parent, for the digests differ. Nothing is said here about what it is worth: measure it
-with ``flserving.lab.optimization.report``. Metrics are not inherited. Personal heads belong to the body that they were
+its caches is shared with its parent, for the digests differ. Before it is published it answers sample rows beside its
+parent, and what answers too differently is refused: see ``TOLERANCES``. What it is worth, is measured with
+``flserving.lab.optimization.report``. Metrics are not inherited. Personal heads belong to the body that they were
 trained on: a version that has some is refused, unless ``heads=None`` says that its clients shall go without.
 
 ``torch.export`` makes the ONNX versions; its own archive (.pt2) is not taken, for loading one unpickles.
@@ -33,6 +34,13 @@ from flserving.registry import Registry
 Method: TypeAlias = Literal["dynamic", "static", "int4"]
 METHODS: tuple[Method, ...] = ("dynamic", "static", "int4")
 _TOLD = "optimisation"
+TOLERANCES: Mapping[str, float] = {"onnx": 1e-3, "quantised": 0.05, "pruned": 0.25, "distilled": 0.25}
+"""How far a version's answers may be from its parent's, by technique. For a classifier it is the mean total variation
+between their probabilities (half the sum of the differences; 1 where both are sure, of two classes), which is at least
+the share of answers that turn from one sure class to another. For a regression it is the root of the mean squared
+difference, as a share of the standard deviation of the parent's answers."""
+_SAMPLES = 512  # rows that are compared where no data are given
+_MOST_SAMPLES = 4096
 
 
 def to_onnx(registry: Registry, name: str, version: int | str = "default", **published: Any) -> Manifest:
@@ -40,18 +48,22 @@ def to_onnx(registry: Registry, name: str, version: int | str = "default", **pub
 
     Args:
         version: A version or an alias.
-        published: ``metrics``, ``alias``, ``who``, ``why``, ``note`` of :meth:`Registry.publish`, or ``heads=None``; so
+        published: ``metrics``, ``alias``, ``who``, ``why``, ``note`` of :meth:`Registry.publish`, or ``heads=None``;
+            ``tolerance``, in place of that in ``TOLERANCES``; ``samples``, the data to compare with the parent on (by
+            default the method's own data; without any, normal rows where the model expects standardised ones). So
             everywhere here.
 
     Raises:
         InvalidModelError: It cannot be exported (its forward depends on values, say), an operator is not listed in
-            ``backends``, or the export answers otherwise. NotSupportedError: onnx is not installed.
+            ``backends``, or the new version's answers are too far from its parent's. NotSupportedError: onnx is not
+            installed.
 
     Cost: 1 to 3 s, and 5 s more the first time.
     """
     parent, parts = _parent(registry, name, version, published)
-    widths = _widths(parent)
-    return _publish(registry, parent, sealed(graph_of(parts.module, *widths), *widths), "onnx", {}, published)
+    shapes = _shapes(parent)
+    exported = sealed(graph_of(parts.module, *shapes), *shapes)
+    return _publish(registry, parent, parts, exported, "onnx", {}, None, **published)
 
 
 def quantise(
@@ -64,7 +76,9 @@ def quantise(
     the whole batch, as is usual, a row's answer would depend on whose rows are beside it.) ``int4``: 4 bits a weight
     with a scale for every 32, computed in float32. Both are of linear layers; others stay float32. ``static``: int8
     everywhere, one scale a tensor (weights: a channel), activations as ``data`` has shown them (Jacob et al., CVPR
-    2018, arXiv 1712.05877). Of the data, the ranges of activations go into the graph and nothing else.
+    2018, arXiv 1712.05877). Of the data, the ranges of activations go into the graph and nothing else. The products are
+    exact on every processor, so the answers are the same on each; where there are no instructions for it (VNNI), that
+    takes more time.
 
     Raises:
         ConfigError: No such method, or no data for ``static``. InvalidModelError: No layer of the kind, or as
@@ -75,13 +89,14 @@ def quantise(
             f"method is {method!r}: use one of {', '.join(METHODS)}; give data for static, and only there"
         )
     parent, parts = _parent(registry, name, version, published)
-    widths = _widths(parent)
-    graph = graph_of(parts.module, *widths)
+    shapes = _shapes(parent)
+    graph = graph_of(parts.module, *shapes)
     if data is None:
         graph = block_quantised(graph, 8 if method == "dynamic" else 4)
     else:
         graph = calibrated(graph, torch.cat(rows_of(data, parts.preprocessor)))
-    return _publish(registry, parent, sealed(graph, *widths), f"quantised, {method}", {}, published)
+    quantised = sealed(graph, *shapes)
+    return _publish(registry, parent, parts, quantised, f"quantised, {method}", {}, data, **published)
 
 
 def prune(
@@ -116,7 +131,7 @@ def prune(
         student = taught(student, _classifier(parts, parent), data, parts.preprocessor, **settings, masks=masks)
     told = {"share": share, "epochs": 0 if data is None else epochs, "seed": seed}
     kind = "pruned, structured" if structured else "pruned"
-    return _publish(registry, parent, student, kind, told, published, architecture, parameters)
+    return _publish(registry, parent, parts, student, kind, told, data, architecture, parameters, **published)
 
 
 def distil(
@@ -151,7 +166,7 @@ def distil(
         "seed": seed,
     }
     student = taught(student, _classifier(parts, parent), data, parts.preprocessor, rate=learning_rate, **told)
-    return _publish(registry, parent, student, "distilled", told, published, architecture, parameters)
+    return _publish(registry, parent, parts, student, "distilled", told, data, architecture, parameters, **published)
 
 
 def _parent(
@@ -166,11 +181,12 @@ def _parent(
     return parent, RegistrySource(registry, name).parts(str(parent.version))
 
 
-def _widths(parent: Manifest) -> tuple[int, int]:
-    shapes = parent.signature.input_shape, parent.signature.output_shape
-    if any(len(shape) != 1 for shape in shapes):
-        raise InvalidModelError(f"{parent.architecture!r} maps {shapes[0]} to {shapes[1]}: only flat rows are exported")
-    return shapes[0][0], shapes[1][0]
+def _shapes(parent: Manifest) -> tuple[models.Shape, int]:
+    inputs = parent.signature.input_shape
+    outputs = parent.signature.output_shape
+    if len(outputs) != 1:
+        raise InvalidModelError(f"{parent.architecture!r} maps {inputs} to {outputs}: only flat outputs are exported")
+    return inputs, outputs[0]
 
 
 def _classifier(parts: Parts, parent: Manifest) -> nn.Module:
@@ -180,9 +196,27 @@ def _classifier(parts: Parts, parent: Manifest) -> nn.Module:
 
 
 def _publish(
-    registry: Registry, parent: Manifest, model: nn.Module, technique: str, told: Mapping[str, Any],
-    published: Mapping[str, Any], architecture: str = "onnx", parameters: Mapping[str, models.JSON] | None = None,
+    registry: Registry, parent: Manifest, parts: Parts, model: nn.Module, technique: str, told: Mapping[str, Any],
+    data: Data | None, architecture: str = "onnx", parameters: Mapping[str, models.JSON] | None = None, *,
+    tolerance: float | None = None, samples: Data | None = None, **published: Any,
 ) -> Manifest:  # fmt: skip
+    """Compare with the parent, then publish.
+
+    Raises:
+        ConfigError: ``tolerance`` is no number >= 0. InvalidModelError: It is exceeded.
+    """
+    most = TOLERANCES[technique.split(",")[0]] if tolerance is None else tolerance
+    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 0:
+        raise ConfigError(f"tolerance is {tolerance!r}: use a number >= 0, e.g. 0.05")
+    rows = _sample(parent, parts, data if samples is None else samples)
+    distance = _distance(parts.module, model, rows, parent.signature.output_type)
+    if not distance <= most:
+        raise InvalidModelError(
+            f"{parent.name!r} version {parent.version}, {technique}, answers {len(rows)} sample rows otherwise than "
+            f"its parent by {distance:.3g}, the tolerance is {most:g} ({parent.signature.output_type}; see "
+            "optimization.TOLERANCES): keep the parent, give data or change less, or state another tolerance="
+        )
+    told = {**told, "distance": round(distance, 6)}
     before = parent.lineage or Lineage()
     extra = {key: value for key, value in before.extra.items() if not key.startswith(_TOLD)}  # the parent has its own
     extra |= {_TOLD: technique, **{f"{_TOLD}_{key}": value for key, value in told.items()}}
@@ -192,6 +226,29 @@ def _publish(
         preprocessing=parent.preprocessing, output_type=parent.signature.output_type,
         lineage=msgspec.structs.replace(before, parent_version=parent.version, extra=extra), **published,
     )  # fmt: skip
+
+
+def _sample(parent: Manifest, parts: Parts, data: Data | None) -> Tensor:
+    """Standardised rows to compare two versions on."""
+    if data is not None:
+        rows = torch.cat(rows_of(data, parts.preprocessor))
+        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), _MOST_SAMPLES)).long()
+        return rows[chosen]
+    source = torch.Generator().manual_seed(0)
+    return torch.randn(_SAMPLES, *parent.signature.input_shape, generator=source)
+
+
+def _distance(parent: nn.Module, model: nn.Module, rows: Tensor, output_type: str) -> float:
+    """How far two models' answers to standardised rows are apart, see ``TOLERANCES``."""
+    parts = torch.split(rows, 256)
+    with torch.inference_mode():
+        wanted, found = (torch.cat([it.eval()(part.clone()) for part in parts]).double() for it in (parent, model))
+    if output_type == "classification":
+        gap = (wanted.softmax(1) - found.softmax(1)).abs().sum(1) / 2
+        return float(gap.mean())
+    error = (wanted - found).square().mean().sqrt()
+    spread = wanted.std(0, correction=0).square().mean().sqrt()
+    return float(error / spread.clamp(min=1e-12))
 
 
 def _linear(module: nn.Module) -> list[nn.Linear]:

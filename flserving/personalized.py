@@ -13,7 +13,7 @@ from flserving.datasets import Client
 from flserving.errors import ConfigError, InvalidInputError
 from flserving.extras import of_extra
 from flserving.server import ModelServer
-from flserving.transforms import Preprocessor
+from flserving.transforms import Several
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +80,7 @@ class PersonalizedServer(ModelServer):
         """
         try:
             clients, rows = zip(*batch, strict=True)
-            table = np.concatenate([Preprocessor().validate(row) for row in rows])
+            table = Several(rows)
         except (TypeError, ValueError) as error:
             refusal = InvalidInputError(f"the batch is not a list of (client_id, row [D]), at least one: {error}")
             self.telemetry.failure(refusal.reason)

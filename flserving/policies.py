@@ -76,7 +76,7 @@ class Turn:
             InvalidInputError: The features are not rows of finite numbers.
         """
         server, door = self.server, door or self.door
-        rows = Preprocessor().validate(self._features).copy()  # what is hashed is what is sent
+        rows = self._rows().copy()  # what is hashed is what is sent
         scope = self._client if self._client is None or isinstance(self._client, str) else tuple(self._client)
         route = server._router.routes.targets.get((server.model, "default"))
         key = (scope, route, rows.shape, hashlib.blake2b(rows.data, digest_size=32).digest())
@@ -102,6 +102,13 @@ class Turn:
             del flight  # as in ModelServer: an error's frames must not hold what holds the error
         assert kept is not None
         return kept.answer(path, self)
+
+    def _rows(self) -> NDArray[np.float32]:
+        """The request's rows, flat: what shape a row has, the device's model tells."""
+        shape = None
+        with suppress(FlservingError):  # there may be no model yet
+            shape = self.server.edge.signature(self.server.edge.resolve()).input_shape
+        return Preprocessor(input_shape=None if shape is None or len(shape) == 1 else shape).validate(self._features)
 
     def degraded(self, local: Answered | None) -> Answered:
         """The device's answer where a better one was wanted. Raises why the device gave none, if it did not."""

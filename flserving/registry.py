@@ -151,7 +151,9 @@ class Registry(Catalogue):
             alias: Also pointed at the new version, in the same transaction; ``who`` and ``why`` go to the log.
 
         Raises:
-            InvalidModelError: Weights that do not fit, are not finite, or are too large; an invalid manifest entry.
+            InvalidModelError: Weights that do not fit, are not finite, or are too large; an invalid manifest entry; a
+                model that does not run, whose rows see each other, or, with an alias, that does not answer a row of
+                zeros. Nothing is stored then, and the alias stays where it was.
             ConfigError: Invalid preprocessing statistics. NotFoundError: An unknown architecture.
 
         Cost: one copy and two hashes of the weights beside one write to the disk, and four waits for small writes.
@@ -172,6 +174,7 @@ class Registry(Catalogue):
             note=note,
             max_artifact_bytes=self.max_artifact_bytes,
             heads=heads,
+            answers=alias is not None,
         )
         try:
             with (

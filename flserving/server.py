@@ -23,13 +23,13 @@ from flserving.cache import PredictionCache
 from flserving.config import ServingConfig, deadline_s
 from flserving.doors import Awaiting, Blocking, Door
 from flserving.engine import Execution, InferenceEngine, Prediction
-from flserving.errors import DeadlineExceededError, FlservingError, InvalidInputError, NotFoundError, OverloadedError
+from flserving.errors import DeadlineExceededError, FlservingError, NotFoundError, OverloadedError
 from flserving.experiments import Experiments
 from flserving.hosting import ModelHost
 from flserving.personalization import each, ids_of
 from flserving.split import Crossroads
 from flserving.telemetry import Telemetry
-from flserving.transforms import Floats, Outputs, Preprocessor
+from flserving.transforms import Floats, Outputs, Several
 from flserving.workers import Batcher
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ModelServer(ModelHost):
     def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
                 timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
                 client: str | Sequence[str] | None = None) -> dict[str, Any]:  # fmt: skip
-        """Answer one request: a row [D] or rows [N, D].
+        """Answer one request: a row [D] or rows [N, D]; or of the shape that the model takes, as [N, 3, 32, 32].
 
         Args:
             version: A version id or an alias; the alias ``default`` when not given. Also by the name ``version_id``.
@@ -124,23 +124,12 @@ class ModelServer(ModelHost):
         Returns:
             One answer per request, in their order; their ``latency_ms`` is that of the whole.
         """
-        check = Preprocessor().validate
-        try:
-            if not isinstance(batch, Iterable):
-                raise InvalidInputError(f"batch is a {type(batch).__name__}: send a list of requests")
-            parts = [check(features) for features in batch]
-            if not parts:
-                raise InvalidInputError("the batch is empty: send at least one request")
-            if len(widths := {part.shape[1] for part in parts}) > 1:
-                raise InvalidInputError(f"rows have {sorted(widths)} features: every request needs the model's number")
-        except FlservingError as error:
-            self.telemetry.failure(error.reason)
-            raise
-        answer = self.predict(np.concatenate(parts), version=version, model=model, timeout_ms=timeout_ms)
+        several = Several(batch)
+        answer = self.predict(several, version=version, model=model, timeout_ms=timeout_ms)
         lists = {name: value for name, value in answer.items() if isinstance(value, list)}
         answers, start = [], 0
-        for part in parts:
-            stop = start + len(part)
+        for length in several.lengths:
+            stop = start + length
             answers.append(answer | {name: values[start:stop] for name, values in lists.items()})
             start = stop
         return answers

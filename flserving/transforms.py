@@ -5,7 +5,7 @@ Imports ``errors`` only. Both sides work on a whole batch at once.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,6 +16,11 @@ from flserving.errors import ConfigError, InvalidInputError, ModelExecutionError
 
 Floats = NDArray[np.float32]
 OutputType = Literal["classification", "regression"]
+ONE_OUTPUT = (
+    "a classifier with one output would answer class 0 with confidence 1.0 to every row, for a softmax over one logit "
+    "is 1: give it two outputs (a sigmoid's model becomes one when a constant 0 is put before its logit), or serve its "
+    "number with output_type='regression'"
+)
 _REAL = "biuf"  # numpy's kinds of dtype: bool, integers, floats
 ABSTAIN = -1
 """The prediction of a row whose confidence is under the threshold (scikit-learn's label for "unlabelled")."""
@@ -27,15 +32,45 @@ def _is_finite(x: NDArray[Any]) -> bool:
     return (x.size <= 4096 and math.isfinite(np.vdot(x, x))) or bool(np.isfinite(x).all())
 
 
+class Several:
+    """Several requests, each a row or rows, that are to be answered as one. They are checked where the model's shape
+    is known; ``lengths`` holds their numbers of rows then."""
+
+    def __init__(self, batch: Any) -> None:
+        self.requests: Any = list(batch) if isinstance(batch, Iterable) else batch
+        self.lengths: list[int] = []
+
+    def rows(self, validate: Callable[[Any], Floats]) -> Floats:
+        """All rows, float32 [N, D]. Raises InvalidInputError."""
+        if not isinstance(self.requests, list):
+            raise InvalidInputError(f"batch is a {type(self.requests).__name__}: send a list of requests")
+        if not self.requests:
+            raise InvalidInputError("the batch is empty: send at least one request")
+        parts = []
+        for number, features in enumerate(self.requests):
+            try:
+                parts.append(validate(features))
+            except InvalidInputError as error:
+                raise InvalidInputError(f"request {number} of the batch: {error}") from error
+        if len(widths := {part.shape[1] for part in parts}) > 1:
+            raise InvalidInputError(f"rows have {sorted(widths)} features: every request needs the model's number")
+        self.lengths = [len(part) for part in parts]
+        return np.concatenate(parts)
+
+
 class Preprocessor:
-    """Features -> float32 [N, D]: checked, and standardised with the statistics of the training data.
+    """Features -> float32: checked, and standardised with the statistics of the training data.
+
+    Rows are kept flat, [N, D], from the check to the model, which gets them in its own shape.
 
     Args:
         normalize: Apply ``(x - mean) / std`` where statistics are given; False shows what training-serving skew does.
         mean: Per-feature mean, [D]. ``std``: per-feature standard deviation, [D], >= 0. Give both or neither.
             One number stands for all features. A constant feature (std 0) is centred and left unscaled, as in
-            scikit-learn's StandardScaler.
+            scikit-learn's StandardScaler. With an ``input_shape`` also what broadcasts to it: [3, 1, 1] holds one
+            number per channel.
         num_features: Expected D; taken from the statistics where they are given. None accepts any width.
+        input_shape: Shape of one row as the model takes it, e.g. (3, 32, 32); D is then its product. None: (D,).
 
     Raises:
         ConfigError: One statistic without the other, different lengths, negative or non-finite values, an absurd D.
@@ -47,7 +82,11 @@ class Preprocessor:
         mean: ArrayLike | None = None,
         std: ArrayLike | None = None,
         num_features: int | None = None,
+        input_shape: Sequence[int] | None = None,
     ) -> None:
+        self.input_shape: tuple[int, ...] | None = None  # None: (D,)
+        if input_shape is not None:
+            num_features = self._shaped(input_shape, num_features)
         if (mean is None) != (std is None):
             raise ConfigError(f"{'mean' if mean is None else 'std'} is missing: give mean and std, or neither")
         if num_features is not None and (type(num_features) is not int or num_features < 1):
@@ -74,11 +113,23 @@ class Preprocessor:
             self._shift = torch.as_tensor(self.mean)
             self._scale = torch.as_tensor(std).reciprocal()
 
-    @staticmethod
-    def _statistic(name: str, values: ArrayLike) -> Floats:
+    def _shaped(self, input_shape: Sequence[int], num_features: int | None) -> int:
+        """Keep the shape of a row; returns its number of features."""
+        shape = tuple(input_shape) if isinstance(input_shape, Sequence) else (0,)
+        if not all(type(size) is int and size > 0 for size in shape):
+            raise ConfigError(f"input_shape is {input_shape!r}: give the sizes of one row, e.g. (3, 32, 32)")
+        size = math.prod(shape)
+        if num_features not in (None, size):
+            raise ConfigError(f"input_shape {list(shape)} has {size} numbers, num_features is {num_features!r}")
+        self.input_shape = None if len(shape) == 1 else shape
+        return size
+
+    def _statistic(self, name: str, values: ArrayLike) -> Floats:
         """``values`` as float32 [D], or as [] where it is one number."""
         try:
             array = np.asarray(values)
+            if self.input_shape is not None and array.ndim == len(self.input_shape):
+                array = np.broadcast_to(array, self.input_shape).ravel()
         except Exception as error:
             raise ConfigError(f"{name} is not a list of numbers: {error}") from error
         if array.ndim > 1 or not array.size or array.dtype.kind not in _REAL:
@@ -100,22 +151,30 @@ class Preprocessor:
     def validate(self, features: Any, max_rows: int | None = None) -> Floats:
         """Check one request: a row [D] or rows [N, D] of real numbers (array, tensor, nested lists) -> float32 [N, D].
 
-        No copy where the input is a float32 array already. Cost: about 1 us for one small row.
+        Where the model takes rows of another shape than [D], a row or rows of that shape, too: no request can be read
+        in two ways. No copy where the input is a float32 array already. Cost: about 1 us for one small row.
 
         Raises:
             InvalidInputError: Ragged, empty, of the wrong width or dtype, too many rows, NaN or infinite.
         """
         if type(features) is not np.ndarray:
-            features = self._to_array(features)
+            features = features.rows(self.validate) if type(features) is Several else self._to_array(features)
         if features.dtype != np.float32:
             if features.dtype.kind not in _REAL:
                 raise InvalidInputError(f"features have dtype {features.dtype}: send real numbers")
             with np.errstate(all="ignore"):  # beyond float32 becomes infinite, which is refused below
                 features = features.astype(np.float32)
+        if self.input_shape is not None:
+            extra = features.ndim - len(self.input_shape)  # 1: the batch; 0: a row of its own
+            if extra in (0, 1) and features.shape[extra:] == self.input_shape:
+                features = features.reshape(-1, self.num_features)
         if features.ndim == 1:
             features = features.reshape(1, -1)
         if features.ndim != 2 or not features.size:
-            raise InvalidInputError(f"features have shape {features.shape}: send one row [D] or rows [N, D], not empty")
+            row = ", ".join(map(str, self.input_shape or ["D"]))
+            raise InvalidInputError(
+                f"features have shape {features.shape}: send one row [{row}] or rows [N, {row}], not empty"
+            )
         if self.num_features is not None and features.shape[1] != self.num_features:
             raise InvalidInputError(f"rows have {features.shape[1]} features, the model takes {self.num_features}")
         if max_rows is not None and len(features) > max_rows:
@@ -128,6 +187,15 @@ class Preprocessor:
                 f"row {row}, feature {column} is {features[row, column]}: every number must be finite in float32"
             )
         return features  # type: ignore[no-any-return]
+
+    @classmethod
+    def rows_of_any_shape(cls, features: Any) -> Floats:
+        """Numbers float32, checked as :meth:`validate` does, of at least two dimensions: for who sends them to where
+        the shape is known."""
+        array = cls._to_array(features)
+        if array.ndim <= 2:
+            return cls().validate(array)
+        return cls().validate(array.reshape(len(array), -1)).reshape(array.shape)
 
     @staticmethod
     def _to_array(features: Any) -> NDArray[Any]:
@@ -143,7 +211,7 @@ class Preprocessor:
             ) from error
 
     def standardise(self, rows: Floats, in_place: bool = False) -> torch.Tensor:
-        """Validated rows [N, D] -> float32 tensor [N, D], standardised where there are statistics.
+        """Validated rows [N, D] -> float32 tensor [N, *input_shape], standardised where there are statistics.
 
         A copy, unless ``in_place``: the model may work in place, and the caller's array is not ours. A value too large
         for the statistics becomes infinite, which :class:`Postprocessor` refuses.
@@ -151,10 +219,10 @@ class Preprocessor:
         values = torch.from_numpy(rows if in_place else rows.copy())
         if self.mean is not None and self.normalize:
             values.sub_(self._shift).mul_(self._scale)
-        return values
+        return values if self.input_shape is None else values.view(-1, *self.input_shape)
 
     def __call__(self, features: Any) -> torch.Tensor:
-        """Validate and standardise: features -> float32 tensor [N, D]."""
+        """Validate and standardise: features -> float32 tensor [N, *input_shape]."""
         return self.standardise(self.validate(features))
 
 
@@ -250,8 +318,8 @@ class Postprocessor:
         """Logits [N, C], or values [N] or [N, K], of any real dtype -> :class:`Outputs` of N rows.
 
         Raises:
-            ModelExecutionError: Another shape, or something in the outputs is not finite (for logits: after the
-                softmax, so a logit of minus infinity is a class that cannot be).
+            ModelExecutionError: Another shape, a classifier's single logit, or something in the outputs is not finite
+                (for logits: after the softmax, so a logit of minus infinity is a class that cannot be).
         """
         if type(values) is not torch.Tensor or values.dtype is not torch.float32 or values.requires_grad:
             values = torch.as_tensor(values).detach()
@@ -269,6 +337,8 @@ class Postprocessor:
             if not _is_finite(array):
                 raise ModelExecutionError("the model's output is not finite: check its weights and the input's scale")
             return Outputs(array[:, 0] if dims == 2 and array.shape[1] == 1 else array)
+        if values.shape[1] == 1:
+            raise ModelExecutionError(ONE_OUTPUT)
         probabilities = torch.softmax(values, 1)
         top, classes = probabilities.max(1)
         confidences, predictions = top.numpy(), classes.numpy()

@@ -116,7 +116,7 @@ def test_a_head_for_another_body_never_answers_and_comes_back_with_its_body(edge
 
 
 def test_a_model_of_another_shape_comes_without_the_head_of_the_one_before(edge):
-    edge.update_global(state_of(1), round=1, head=head_of(0.5), **MLP)
+    edge.update_global(state_of(1), round=1, head=head_of(0.5), output_type="regression", **MLP)
     wider = {"architecture": "mlp", "parameters": {"sizes": [2, 5, 1]}}
     edge.update_global(build("mlp", wider["parameters"]), round=2, **wider)
     answer = edge.predict(ROW)

@@ -424,8 +424,8 @@ def test_an_interrupt_is_not_swallowed():
 def test_a_failed_chunk_fails_its_request_and_the_engine_goes_on():
     engine = InferenceEngine(Gives(lambda x: torch.log(x - 5)), config=ServingConfig(max_batch_size=2))
     with pytest.raises(ModelExecutionError):
-        engine.predict([[9.0], [8.0], [1.0]])
-    assert engine.predict([[9.0], [8.0]])["predictions"] == [0, 0]
+        engine.predict([[9.0, 6.0], [8.0, 6.0], [1.0, 6.0]])
+    assert engine.predict([[9.0, 6.0], [8.0, 6.0]])["predictions"] == [0, 0]
 
 
 # The fast path

@@ -28,7 +28,18 @@ FLOORS = {
     2: {
         *("registry", "catalogue", "draft", "index", "manifest", "storage", "tables", "weights"),
         *("routing", "transforms", "models", "datasets", "config"),
-        *("heads", "headfile", "release", "delta", "split", "feedback", "bookkeeping", "backends", "exporting"),
+        *(
+            "heads",
+            "headfile",
+            "probing",
+            "release",
+            "delta",
+            "split",
+            "feedback",
+            "bookkeeping",
+            "backends",
+            "exporting",
+        ),
     },
     1: {
         *("aliases", "cache", "telemetry", "network", "breaker", "calibration"),

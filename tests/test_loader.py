@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import flserving
-from flserving import ModelCache, Postprocessor, Preprocessor, Registry, ServingConfig, models
+from flserving import ModelCache, Postprocessor, Preprocessor, Registry, ServingConfig, draft, models
 from flserving.errors import (
     ConflictError,
     CorruptArtifactError,
@@ -704,7 +704,8 @@ def test_statistics_output_type_and_threshold_come_with_the_version(registry):
     engine = load_engine(RegistrySource(registry, "m"), "1", CONFIG)
     assert engine.preprocessor([4, 7]).tolist() == [[1, 5]] and engine.postprocessor.output_type == "regression"
     assert engine.preprocessor.digest == registry.manifest("m", 1).digests.preprocessing, "served as trained"
-    registry.publish("c", models.build("mlp", sizes), architecture="mlp", parameters=sizes)
+    two = {"sizes": [2, 2]}
+    registry.publish("c", models.build("mlp", two), architecture="mlp", parameters=two)
     assert load_engine(RegistrySource(registry, "c", threshold=0.75), "1", CONFIG).postprocessor.threshold == 0.75
 
 
@@ -777,12 +778,17 @@ def test_an_architecture_that_changed_since_is_typed(registry, allow_list, monke
         load_engine(RegistrySource(registry, "m"), "1", CONFIG)
 
 
-def test_a_model_that_does_not_run_is_found_at_the_load(registry, allow_list):
+def test_a_model_that_does_not_run_is_found_at_the_publish_and_if_it_is_there_at_the_load(
+    registry, allow_list, monkeypatch
+):
     class Broken(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("only here")
 
     models.register("broken", input_shape=(8,), output_shape=(3,))(lambda: Broken(8, 3))
+    with pytest.raises(InvalidModelError, match=r"does not answer a row of shape.*only here"):
+        registry.publish("m", Broken(8, 3), architecture="broken")
+    monkeypatch.setattr(draft, "_check_service", lambda *_: None)  # as by a flserving that did not look
     registry.publish("m", Broken(8, 3), architecture="broken")
     with pytest.raises(ModelExecutionError, match="model '1' failed on rows of shape"):
         load_engine(RegistrySource(registry, "m"), "1", CONFIG)

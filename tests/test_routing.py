@@ -797,7 +797,8 @@ def test_an_unloaded_model_answers_nobody_and_leaves_memory_until_it_is_loaded_a
             with pytest.raises(ModelUnloadedError, match="'local' was unloaded: load it again"):
                 server.predict(row(1), version)
         assert not server.model_cache.items() and not server.health_check()["ready"]
-        server.load_model("b", Constant(2), num_features=1)  # a new version does not put the model back by itself
+        # a new version does not put the model back by itself
+        server.load_model("b", Constant(2), output_type="regression", num_features=1)
         with pytest.raises(ModelUnloadedError):
             server.predict(row(1), "b")
         server.reload("local")

@@ -84,7 +84,7 @@ class _Calls:
     def _infer(self, features: Any, model: str, version: str | int | None, stages: bool,
                personal: bool) -> Callable[[float], Sent]:  # fmt: skip
         """The call as a function of the seconds that are left: the server is told its deadline."""
-        rows, parameters = Preprocessor().validate(features), dict[str, Any]()
+        rows, parameters = Preprocessor.rows_of_any_shape(features), dict[str, Any]()
         number = None if version is None else str(version)
         if number is not None and not number.isdecimal():
             parameters["alias"], number = number, None

@@ -21,6 +21,7 @@ from flserving import draft, models
 from flserving.aggregation import State
 from flserving.errors import ConfigError, InvalidModelError, ModelExecutionError, NotSupportedError
 from flserving.rounds import Origin, Round, Statistics
+from flserving.transforms import ONE_OUTPUT
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when it is imported
 try:
@@ -112,6 +113,8 @@ class Publishing(Strategy):
             )
         if not callable(on_round):
             raise ConfigError(f"on_round is {on_round!r}: give a function, as publish_rounds(registry, name) makes one")
+        if models.signature(architecture, parameters)[1] == (1,):
+            raise InvalidModelError(f"{architecture!r} has outputs of shape [1]: {ONE_OUTPUT}")
         with torch.device("meta"):
             self._wanted = models.build(architecture, parameters).state_dict()
         self.strategy, self.on_round, self.preprocessing = strategy, on_round, preprocessing
