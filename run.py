@@ -1,7 +1,9 @@
 """flserving in two commands. Nothing but Python 3.11 or newer is needed; the same on Linux, macOS and Windows.
 
     python run.py lab  [NOTEBOOK] [options of jupyter lab]   open the course in JupyterLab
-    python run.py test [options of pytest]                   run the default test suite
+    python run.py test [options of pytest]                   run the quick tests, or those that the options name
+    python run.py test --all                                 run what CI runs: every notebook, and a real browser
+    python run.py test --fuzz                                run the property tests with new and more examples
 
 Both keep everything that they install in the folder .venv next to this file; the first call takes a few minutes, later
 calls install again only after pyproject.toml or requirements/ has changed. What is installed are the versions in
@@ -61,6 +63,7 @@ LOCK_HEADS = {
     "test": "What the extra test adds.",
     "torch": "The builds of pip's own index: CUDA on Linux, CPU elsewhere.",
 }
+FUZZ_OPTIONS = ["--hypothesis-profile=fuzz", "--timeout=3600", "-m", "hypothesis"]
 
 
 class Failure(Exception):
@@ -230,7 +233,11 @@ def lab(arguments, venv):
 
 
 def test(arguments, venv):
-    """Run pytest over tests/ and notebooks/; the arguments come last and so win."""
+    """Run pytest: the quick tier if nothing is named (see tests/conftest.py); the arguments come last and so win."""
+    if "--all" in arguments:  # what is named runs, and these two folders hold everything
+        arguments = ["tests", "notebooks"] + [word for word in arguments if word != "--all"]
+    if "--fuzz" in arguments:  # Hypothesis marks its tests
+        arguments = FUZZ_OPTIONS + [word for word in arguments if word != "--fuzz"]
     install = install_locked
     options = PYTEST_OPTIONS
     if "--latest" in arguments:

@@ -2,13 +2,18 @@
 
 import atexit
 import os
+import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
+
+from budget import EXAMPLES, FUZZ_TIMES, fuzzing
 
 # Before torch is loaded: the suite runs on two workers, each with its own threads. Kernels of notebooks inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,9 +26,37 @@ os.environ["IPYTHONDIR"] = str(Path(_home) / "ipython")
 os.environ["JUPYTER_CONFIG_DIR"] = str(Path(_home) / "jupyter")
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this Python, whatever else is installed
 
-# A shared machine may stall for longer than any deadline that would still say something about the code.
-settings.register_profile("flserving", deadline=None, print_blob=True)
+# The same examples today and in a year. A shared machine may stall for longer than any deadline that would still say
+# something about the code. The fuzz tier draws anew; pytest's --hypothesis-profile chooses it.
+settings.register_profile("flserving", max_examples=EXAMPLES, derandomize=True, database=None, deadline=None)
+settings.register_profile("fuzz", max_examples=EXAMPLES * FUZZ_TIMES, deadline=None, print_blob=True)
 settings.load_profile("flserving")
+
+# The quick tier leaves out whole modules that are marked ``full``, and these notebooks.
+QUICK_NOTEBOOKS = ("00_start_here", "03_caching")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Who names nothing gets the quick tier; who names a path, words (-k) or marks (-m) gets what is named."""
+    nothing_named = config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.keyword
+    if nothing_named and config.option.markexpr in config.getini("addopts"):
+        config.option.markexpr = f"({config.option.markexpr}) and not full"  # xdist hands it to its workers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.suffix == ".ipynb" and item.path.stem not in QUICK_NOTEBOOKS:
+            item.add_marker("full")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed of its own is the same in every run, whatever ran before it."""
+    if not fuzzing():
+        random.seed(0)
+        np.random.seed(0)
+        if torch := sys.modules.get("torch"):
+            torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

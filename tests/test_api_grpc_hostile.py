@@ -10,10 +10,11 @@ import time
 import grpc
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import nn
 
+from budget import examples
 from flserving.api import messages
 from flserving.api.messages import message
 from flserving.config import ServingConfig
@@ -102,7 +103,7 @@ def test_unknown_methods_and_services_are_unimplemented(caller):
         assert caller.refused(path, b"")[0] == "UNIMPLEMENTED", path
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_no_bytes_are_an_internal_error(caller, data):
     good = request(X).SerializeToString()

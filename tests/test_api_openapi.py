@@ -5,10 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from schemathesis import checks
 
+from budget import examples
 from flserving.api.auth import Role, Tokens
 from flserving.api.openapi import OPERATIONS, document, page
 from flserving.api.options import ApiOptions
@@ -38,7 +39,7 @@ def test_every_route_does_what_the_document_says(described, o):
     if o.name == "metrics":
         pytest.importorskip("flserving.api.metrics")
 
-    @settings(max_examples=12, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @examples(12, suppress_health_check=list(HealthCheck))
     @given(case=described[o.path][o.method].as_strategy(), exists=st.booleans())
     def conforms(case, exists):
         if exists and "{model}" in o.path:

@@ -9,9 +9,10 @@ import httpx
 import orjson
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from budget import examples
 from rest_corpus import CORPUS, MOST
 from rest_door import WIDTH, bearer, binary, door, rows, tensor, text, two_versions
 from serving_models import PATIENCE_S
@@ -83,7 +84,7 @@ def test_a_bomb_is_refused_without_being_unpacked(http):
     assert peak_kib() - before < 20 << 10
 
 
-QUIET = settings(max_examples=150, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+QUIET = examples(150, suppress_health_check=list(HealthCheck))
 
 
 @QUIET

@@ -6,10 +6,11 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from budget import examples
 from flserving.batching import BatchQueue, Request
 from flserving.errors import OverloadedError
 from flserving.lab.simulate import simulate_batching
@@ -186,7 +187,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestQueueMachine.settings = examples(150, stateful_step_count=40)
 
 
 def test_a_taken_or_dropped_request_is_not_kept():
@@ -277,7 +278,7 @@ def run_in_virtual_time(queue, arrivals_s, service_s, workers):
 
 
 @pytest.mark.parametrize(("policy", "workers"), list(itertools.product(POLICIES, (1, 3))))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     gaps=st.lists(st.integers(0, 5), min_size=1, max_size=60),
     max_batch_size=st.integers(1, 5),

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
+from budget import examples
 from flserving import datasets
 from flserving.datasets import MIN_SAMPLES, Client, digits, dirichlet_partition, federated_statistics, make_clients
 from flserving.errors import ConfigError, InvalidInputError
@@ -33,7 +34,7 @@ def test_digits_are_the_real_ones_and_nobody_can_change_them():
     alpha=st.floats(1e-3, 1e6),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_every_sample_goes_to_exactly_one_client_and_every_client_gets_enough(num_samples, share, alpha, seed):
     num_clients = 1 + int(share * (num_samples // MIN_SAMPLES - 1))
     parts = dirichlet_partition(labels_of(num_samples), num_clients, alpha, np.random.default_rng(seed))
@@ -43,7 +44,7 @@ def test_every_sample_goes_to_exactly_one_client_and_every_client_gets_enough(nu
 
 
 @given(num_clients=st.integers(1, 179), alpha=st.sampled_from([1e-3, 0.1, 1.0, 100.0]), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_every_client_has_both_splits_and_no_sample_is_in_two(num_clients, alpha, seed):
     x = np.arange(len(Y), dtype=np.float32)[:, None]  # a feature that says which sample it is
     clients = make_clients(x, Y, num_clients=num_clients, alpha=alpha, seed=seed)
@@ -163,7 +164,7 @@ def test_a_client_holds_only_sound_samples(change, says):
     scale=st.one_of(st.floats(1.0, 100.0), st.floats(1e-15, 1e15)),
     shift=st.one_of(st.floats(-1e3, 1e3), st.floats(-1e8, 1e8)),
 )
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_statistics_from_sums_equal_those_of_the_pooled_samples(num_clients, seed, scale, shift):
     """To rounding, at any offset: sums of squares gave a constant feature at 624 a spread of 1e-4."""
     x = (X * np.float32(scale) + np.float32(shift)).astype(np.float32)
@@ -181,7 +182,7 @@ def test_statistics_from_sums_equal_those_of_the_pooled_samples(num_clients, see
 
 
 @given(data=st.data(), seed=st.integers(0, 99), unit=st.integers(-40, 40))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_statistics_are_in_the_unit_of_their_features_and_constant_ones_are_left_alone(data, seed, unit):
     """As scikit-learn's StandardScaler says of the pooled samples; powers of two, so that nothing rounds."""
     scale = np.float32(2.0**unit)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 
+from budget import examples
 from edge_cloud import state
 from flserving import delta, weights
 from flserving.errors import ConflictError, CorruptArtifactError
@@ -67,7 +68,7 @@ def test_only_changed_tensors_travel():
     assert len(data) == 4 + length + target["head.bias"].nbytes
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(0, 2**32 - 1), st.floats(-44, 38))
 def test_quantised_is_near_and_a_projection(seed, magnitude):
     w = np.random.default_rng(seed).standard_normal((3, 17)) * 10.0**magnitude

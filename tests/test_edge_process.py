@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import budget
 from edge_cloud import Between, X, cloud, publish
 from flserving import Registry, cli
 from flserving.api.client import Client
@@ -212,7 +213,7 @@ def test_what_the_cloud_says_does_not_command_the_terminal(capsys):
 
 def kills(tmp_path, count, form, sizes):
     """Kill a device in the midst of ``count`` updates; how often it had the new round, and how often the one before."""
-    seed = int.from_bytes(os.urandom(4), "little")
+    seed = budget.seed()
     with cloud(tmp_path / "cloud") as (released, endpoint):
         publish(released, 1, with_heads=True, sizes=sizes)
         endpoint.v2.server.serve(released, "m")

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from budget import examples
 from flserving import InferenceEngine, Postprocessor, Preprocessor, ServingConfig, models
 from flserving.engine import Prediction, copy_of, lean
 from flserving.errors import ConfigError, InvalidInputError, InvalidModelError, ModelExecutionError
@@ -195,7 +196,7 @@ def test_a_config_is_a_serving_config(wrong):
 BUILT_IN = {name: module(name) for name in ("tutorial_mlp", "digits_mlp", "digits_cnn")}
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=12),
     name=st.sampled_from(sorted(BUILT_IN)),

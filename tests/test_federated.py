@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_iris
 from torch import nn
 
+from budget import examples
 from flserving import federated, models
 from flserving.aggregation import aggregate, fault
 from flserving.datasets import Client, digits, make_clients
@@ -58,7 +59,7 @@ def accuracy(module, client, preprocessing):
 
 
 @given(seed=st.integers(0, 10_000), weights=st.lists(st.integers(1, 500), min_size=1, max_size=6))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_aggregation_is_the_weighted_mean(seed, weights):
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((len(weights), 3, 2)).astype(np.float32)

@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from budget import examples
 from flserving import models, storage
 from flserving.errors import CorruptArtifactError, FlservingError, InvalidModelError
 from flserving.headfile import checksums, stride
@@ -51,7 +52,7 @@ def slots_of(store, clients):
 # What comes back
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     count=st.integers(1, 40), inputs=st.integers(1, 9), outputs=st.integers(1, 5),
     budget=st.sampled_from([1, 300, 1500, 1 << 20]), seed=st.integers(0, 99),
@@ -362,7 +363,7 @@ def test_a_damaged_head_fails_its_client_and_no_other(tmp_path):
     assert torch.equal(store.gather(np.array([6, 8])), store.gather(np.array([8, 6])).flip(0))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(st.lists(st.integers(0, 703), min_size=1, max_size=6, unique=True), st.integers(0, 99))
 def test_the_checksum_sees_every_few_flipped_bits(bits, seed):
     """A pair of sign bits is what a sum modulo 2**64 alone would miss."""

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 
 import nbformat
 import numpy as np
@@ -90,3 +92,18 @@ def test_the_data_of_the_latency_check_tell_all_mistakes_apart():
         assert np.percentile(total_ms, 99, method=method) == np.percentile(total_ms, 99)
     assert (total_ms == 50).any() and (times >= 0).all()
     assert len({len(ms) for ms in stages.values()}) == 1
+
+
+def test_a_try_waits_for_no_compiler():
+    """What torch loads to export or compile takes seconds: no check, on its own in a fresh kernel, needs it."""
+    code = f"""if True:
+        import sys
+        import numpy as np
+        for solution, check in {list(zip(SOLUTIONS.values(), CHECKS.values(), strict=True))!r}:
+            names = {{"np": np}}
+            exec(solution, names)
+            exec(check, names)
+        print(*sorted({{"sympy", "torch._dynamo", "torch._inductor", "onnxscript"}} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.returncode) == ([], 0), done.stderr

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from budget import examples
 from flserving import create_serving_pipeline, models, monitoring
 from flserving.api.metrics import exposition
 from flserving.errors import ConfigError
@@ -145,7 +146,7 @@ def test_quantiles_are_those_of_prometheus(tmp_path):
     promtool(tmp_path, series, checks)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.lists(st.floats(1e-6, 9), min_size=1, max_size=200), st.floats(0.01, 1))
 def test_a_quantile_lies_in_the_bucket_of_the_exact_one(seconds, q):
     bounds = np.array([*figures.BOUNDS_S, math.inf])

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from budget import examples
 from flserving.batching import BatchQueue, Request
 from flserving.lab import simulate_batching
 
@@ -31,7 +32,7 @@ def through_the_queue(arrival_s, service_s, max_batch_size, workers, policy, max
     return batches
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     seed=st.integers(0, 10_000),
     max_batch_size=st.integers(1, 6),

@@ -6,9 +6,10 @@ import math
 import cachetools
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from budget import examples
 from flserving.errors import ConfigError
 from flserving.lab import theory
 from flserving.lab.arrivals import Poisson, Zipf, arrival_times_s
@@ -147,7 +148,7 @@ def slow_batching(arrival_s, service_s, max_batch_size, workers, policy, max_wai
     return batches
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     arrivals=st.lists(st.integers(0, 60), max_size=40).map(sorted),
     work=st.tuples(st.integers(1, 9), st.integers(0, 3)),

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from budget import examples
 from flserving import models
 from flserving.errors import ConflictError, FlservingError, InvalidModelError, NotFoundError
 
@@ -71,7 +72,7 @@ def test_the_cnn_reads_pixels_in_rows():
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=2, max_size=6))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_any_valid_mlp_keeps_its_signature_on_the_meta_device(sizes):
     (inputs,), (outputs,) = models.signature("mlp", {"sizes": sizes})
     with torch.device("meta"):

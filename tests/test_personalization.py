@@ -8,10 +8,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from budget import examples
 from flserving import models
 from flserving.config import ServingConfig
 from flserving.errors import CorruptArtifactError, ModelExecutionError
@@ -72,7 +73,7 @@ def stage(request, tmp_path_factory):
         yield request.param, model, weights, engine
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(
     asked=st.lists(st.tuples(st.integers(0, CLIENTS + 2), st.integers(0, 30)), min_size=1, max_size=30),
     cuts=st.sets(st.integers(1, 29)),

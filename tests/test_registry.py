@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import registry_crash
+from budget import examples
 from flserving import models
 from flserving.errors import (
     ConfigError,
@@ -567,9 +568,7 @@ def test_aliases_behave_like_a_dict_with_undo(tmp_path: Path) -> None:
     AliasMachine.base = tmp_path
     run_state_machine_as_test(
         AliasMachine,
-        settings=settings(
-            max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
+        settings=examples(25, stateful_step_count=25, suppress_health_check=list(HealthCheck)),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import budget
 import registry_crash
 from flserving import storage, weights
 from flserving.errors import FlservingError, OverloadedError
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked pr
 
 
 def test_kill_at_random_instants(tmp_path: Path) -> None:
-    result = registry_crash.start("random", tmp_path / "registry", 120, int.from_bytes(os.urandom(4), "little"))
+    result = registry_crash.start("random", tmp_path / "registry", 120, budget.seed())
     assert result["kills"] == 120
     assert result["interrupted"] >= 5, f"the kills hit hardly any publish: {result}"
     assert result["versions"] >= 5, f"hardly any publish came through: {result}"

@@ -198,6 +198,15 @@ def test_test_installs_the_test_extra_and_hands_arguments_and_exit_code_on(sandb
     assert "--nbval" in sandbox.calls[-1] and sandbox.variables == {"FLSERVING_STATIC": "1"}
 
 
+def test_all_names_both_folders_and_fuzz_the_property_tests(sandbox):
+    def asked(*arguments):
+        assert sandbox.main(["test", *arguments]) == 0
+        return sandbox.calls[-1][sandbox.calls[-1].index(sandbox.globals["PYTEST_OPTIONS"][-1]) + 1 :]
+
+    assert asked("--all", "-x") == ["tests", "notebooks", "-x"]
+    assert asked("-x", "--fuzz") == ["--hypothesis-profile=fuzz", "--timeout=3600", "-m", "hypothesis", "-x"]
+
+
 def test_it_installs_again_only_when_pyproject_or_the_wish_changes(sandbox):
     for command in ("test", "test", "lab"):
         sandbox.main([command])

@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from budget import examples
 from edge_cloud import CLIENTS, SIZES, Between, X, cloud, heads, publish, state
 from edge_proxy import Liar, instead
 from flserving import ModelServer, Registry, ServingConfig, delta, weights
@@ -373,7 +374,7 @@ def test_a_training_that_starts_anew_reaches_the_devices_and_can_be_taken_back(s
         assert (agent.pull().version, runs(registry, 1)) == (6, True)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(seed=st.integers(0, 2**32))
 def test_no_replay_of_an_older_release_is_ever_followed(seed):
     """Over any history of a cloud: all that it signed before is refused once, and again after a restart."""

@@ -157,6 +157,11 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = self.largest = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here. Else torch imports its compiler and sympy, 2 s, at the first call."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made, self.count = func(*args, **(kwargs or {})), self.count + 1
         given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
