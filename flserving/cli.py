@@ -36,7 +36,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 1 with the reason on stderr where it cannot do what was asked.
+    """Run one subcommand and return its exit code: 1 with the reason on stderr where it cannot do what was asked, 130
+    where Ctrl-C comes before it is under way.
 
     A wrong command line ends in ``SystemExit(2)`` with the usage.
 
@@ -53,3 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlservingError as error:
         print(f"flserving: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # Ctrl-C while it starts; what serves has handlers of its own
+        print("flserving: interrupted", file=sys.stderr)
+        return 130  # what a shell says of SIGINT

@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         pulling = threading.Thread(target=_keep_up, args=(agent, arguments.poll_s, stop, _say), daemon=True)
         pulling.start()
         stop.wait()
+        _say("stopping")  # also where the first look for an update is not over yet and has said nothing
         endpoint.close()
         pulling.join(_END_S)
         if pulling.is_alive():  # the registry survives any end; a silent cloud must not put it off

@@ -183,3 +183,12 @@ def test_the_command_returns_the_doctors_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "CHECKS", [lambda: doctor.Check(False, "ill: rest")])
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().out == "-- ill: rest\n"
+
+
+def test_ctrl_c_while_a_command_starts_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.COMMANDS["doctor"]._replace(run=interrupted))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "flserving: interrupted\n"
