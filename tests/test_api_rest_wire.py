@@ -1,5 +1,6 @@
 """What no HTTP client would say, said on bare sockets: slow, half, broken, too much."""
 
+import gzip
 import socket
 import struct
 
@@ -50,6 +51,37 @@ def test_what_is_no_http_gets_a_400_and_the_connection_is_of_no_more_use(endpoin
         wire.say(line.replace(b"{host}", wire.host))
         status, body = wire.answer()
         assert 400 <= status < 500 and orjson.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("version", "codings", "status"),
+    [
+        (b"1.1", [b"chunked"], 200),
+        (b"1.1", [b" Chunked "], 200),
+        (b"1.1", [b"gzip, chunked"], 501),
+        (b"1.1", [b"gzip", b"chunked"], 501),
+        (b"1.1", [b"identity, chunked"], 501),
+        (b"1.1", [b"x-own"], 501),
+        (b"1.1", [b"chunked, gzip"], 400),
+        (b"1.1", [b"chunked", b"gzip"], 400),
+        (b"1.1", [b"chunked, chunked"], 400),
+        (b"1.0", [b"chunked"], 400),
+        (b"1.0", [b"gzip, chunked"], 400),
+    ],
+)
+def test_a_transfer_coding_that_is_not_undone_here_is_refused(endpoint, version, codings, status):
+    """RFC 9112, 6.1: what was coded is never read as if it were the body, and a doubtful end closes the connection."""
+    body = gzip.compress(text()) if b"gzip" in b"".join(codings) else text()
+    with Wire(endpoint) as wire:
+        head = wire.head(*(b"Transfer-Encoding: " + coding for coding in codings)).replace(
+            b"HTTP/1.1", b"HTTP/" + version
+        )
+        wire.say(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        seen, answer = wire.answer()
+        assert seen == status, answer
+        if status != 200:
+            assert orjson.loads(answer)["error"]
+            assert wire.closed()
 
 
 def test_headers_over_the_limit_get_a_431(endpoint):

@@ -24,7 +24,11 @@ class GrpcDoor:
         self.port = port
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls; those under way have ``grace_s`` to end, then they are cancelled. Idempotent."""
+        """Take no new calls; those under way have ``grace_s`` to end, then they are cancelled. Idempotent.
+
+        A call that comes between the shutdown of gRPC's core and the moment when its client hears of it is told
+        CANCELLED by the core itself: no handler sees it and no option changes it. :class:`Client` tries it again.
+        """
         self._service.stopping.set()  # watchers would stay to the end of the grace
         await self._server.stop(grace_s)
 

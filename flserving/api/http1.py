@@ -20,6 +20,7 @@ GONE = "the client is gone"
 """With what a request's task is cancelled when its connection is lost."""
 HALF_CLOSED_S = 0.5  # how long to answer a client that has shut its side down: most of those have gone
 _MOST_HEADER_BYTES, _MOST_CHUNKS, _MOST_JOINED, _MOST_PIPELINED = 64 << 10, 1 << 16, 64 << 10, 128
+_REASONS = {400: "InvalidInput", 408: "DeadlineExceeded", 501: "NotSupported"}  # others are too large
 _LONG_HEAD = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
 
 
@@ -140,12 +141,27 @@ class Http1(HttpToolsProtocol):
                 raise ValueError(self._problem)
         if len(self.pipeline) >= _MOST_PIPELINED:
             raise ValueError("too many requests wait on one connection")
+        self._check_coding()
         if self.parser.should_upgrade():
             return  # see _unsupported_upgrade_warning
         self._in_head, self._head_bytes = False, 0
         super().on_headers_complete()
         self.headers = _Trailers()
         self.cycle.__class__ = _Cycle  # its task has not begun; uvicorn names the class in the midst of that method
+
+    def _check_coding(self) -> None:
+        """Refuse a body that would be read undecoded, or whose end is in doubt (RFC 9112, 6.1)."""
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if not codings:
+            return
+        if self.parser.get_http_version() != "1.1":
+            self._problem = 400, "Transfer-Encoding in HTTP/1.0: its body has no certain end; send Content-Length"
+            raise ValueError(self._problem)
+        coding = b", ".join(codings).strip()
+        if coding.lower() != b"chunked":
+            shown = coding[:64].decode("latin-1")
+            self._problem = 501, f"Transfer-Encoding {shown!r} is not read here: chunked alone, and Content-Encoding"
+            raise ValueError(self._problem)
 
     def on_chunk_header(self) -> None:
         self._chunks += 1
@@ -197,7 +213,7 @@ class Http1(HttpToolsProtocol):
             self.flow.pause_reading()
             return
         if self._in_head or not self.cycle.response_complete:  # else in a body that nobody wanted
-            self.refused({400: "InvalidInput", 408: "DeadlineExceeded"}.get(status, "TooLarge"))
+            self.refused(_REASONS.get(status, "TooLarge"))
             body = orjson.dumps({"error": text})
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             if not (self._answering and self.cycle.response_started):
