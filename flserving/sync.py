@@ -30,11 +30,14 @@ from flserving.downloads import Downloads, disk_full
 from flserving.edge import UPDATED_AT, EdgeModelServer, current
 from flserving.errors import (
     ConfigError,
-    ConflictError,
     CorruptArtifactError,
+    DeadlineExceededError,
+    FlservingError,
     ForbiddenError,
     ModelTooLargeError,
     NotFoundError,
+    ServerClosedError,
+    UnauthorizedError,
 )
 from flserving.heads import HeadSet, trained_on
 from flserving.manifest import Lineage, Manifest, sha256
@@ -274,7 +277,9 @@ class SyncAgent:
                 if found != (new.digests.weights if exact else statement.int8_sha256):
                     raise CorruptArtifactError("the delta does not lead to the version that was signed: try again")
                 return tensors
-            except (ConflictError, NotFoundError, CorruptArtifactError):
+            except (ServerClosedError, DeadlineExceededError, UnauthorizedError):  # the weights would not come either
+                raise
+            except FlservingError:
                 if base is None:  # nothing else would bring this form
                     raise
         image = self._cloud.fetch(f"{path}/weights", statement.manifest_sha256[:32], new.weights_nbytes, "weights")

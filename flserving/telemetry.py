@@ -86,7 +86,7 @@ class Telemetry:
         self._served: dict[str, Account] = {}
         self._failed: dict[tuple[str, str], list[float]] = {}  # (version, reason) -> how many, seconds
         self._refused: Counter[tuple[str, str]] = Counter()  # (protocol, reason)
-        self._told: dict[str, Counter[str]] = {"head": Counter(), "path": Counter()}
+        self._told: dict[str, Counter[str]] = {"head": Counter(), "path": Counter(), "delta": Counter()}
         self._at_doors: dict[str, NDArray[np.float64]] = {}  # protocol -> how many, parse seconds, serialise seconds
         self._latency = Histogram()
         self._stages = [Histogram() for _ in STAGES]
@@ -129,8 +129,9 @@ class Telemetry:
         with self._lock:
             self._refused[protocol, reason] += 1
 
-    def told(self, what: Literal["head", "path"], values: Iterable[str]) -> None:
-        """Count what answers said of themselves: the ``head`` of each row, the ``path`` of each answer. Closed sets."""
+    def told(self, what: Literal["head", "path", "delta"], values: Iterable[str]) -> None:
+        """Count what answers said of themselves: the ``head`` of each row, the ``path`` of each answer; and what became
+        of each ``delta`` that was wanted. Closed sets."""
         with self._lock:
             self._told[what].update(values)
 

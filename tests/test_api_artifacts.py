@@ -1,5 +1,6 @@
 """What devices may download: who gets it, that it is what was published, and from any byte on."""
 
+import contextlib
 import os
 import threading
 
@@ -7,11 +8,13 @@ import httpx
 import pytest
 
 from edge_cloud import CLIENTS, cloud, heads, publish, state
-from flserving import cli, delta, weights
+from flserving import Registry, cli, delta, weights
 from flserving.api.artifacts import Artifacts
 from flserving.api.openapi import OPERATIONS
+from flserving.edge import EdgeModelServer
 from flserving.manifest import sha256
 from flserving.release import Statement, open_head, verify
+from flserving.sync import SyncAgent
 from rest_door import bearer
 from serving_models import PATIENCE_S, wait_until
 
@@ -20,7 +23,7 @@ ROUTES = {
     "release": f"{REPOSITORY}/release?nonce=ab",
     "manifest": f"{REPOSITORY}/versions/2/manifest",
     "weights": f"{REPOSITORY}/versions/2/weights",
-    "delta": f"{REPOSITORY}/versions/2/delta?base=1",
+    "delta": f"{REPOSITORY}/versions/3/delta?base=1",
     "head": f"{REPOSITORY}/versions/3/head",
 }
 
@@ -88,10 +91,10 @@ def test_what_comes_is_what_was_published(served):
         assert whole.headers["accept-ranges"] == "bytes" and whole.status_code == 200
     for form in delta.FORMS:
         for base, start in ((0, None), (1, state(1))):
-            content = get(endpoint, f"{REPOSITORY}/versions/2/delta?base={base}&form={form}").content
+            content = get(endpoint, f"{REPOSITORY}/versions/3/delta?base={base}&form={form}").content
             start = delta.quantised(start) if form == "int8" and start else start
-            got = delta.apply(content, start, state(2), form)
-            assert weights.digest(got) == weights.digest(delta.quantised(state(2)) if form == "int8" else state(2))
+            got = delta.apply(content, start, state(3), form)
+            assert weights.digest(got) == weights.digest(delta.quantised(state(3)) if form == "int8" else state(3))
     assert sha256(get(endpoint, f"{REPOSITORY}/versions/3/manifest").content) == statement.manifest_sha256
     for place, client in enumerate(CLIENTS):
         answer = get(endpoint, ROUTES["head"], client)
@@ -155,7 +158,7 @@ def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
     made = []
     encode = delta.encode
     monkeypatch.setattr("flserving.api.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
-    with cloud(tmp_path, 1, 2) as (_, endpoint):
+    with cloud(tmp_path, 1, 2) as (registry, endpoint):
         path = f"{REPOSITORY}/versions/2/delta?base=1"
         contents = []
         threads = [threading.Thread(target=lambda: contents.append(get(endpoint, path).content)) for _ in range(6)]
@@ -170,8 +173,12 @@ def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
             assert get(endpoint, f"{REPOSITORY}/versions/2/delta?base={base}&form={form}").status_code == 200
             assert sum(file.stat().st_size for file in (tmp_path / "deltas").iterdir()) <= most
         monkeypatch.setattr("flserving.api.artifacts._DELTAS_NBYTES", 1)
-        assert get(endpoint, f"{REPOSITORY}/versions/1/delta?form=exact").status_code == 200
-        assert os.listdir(tmp_path / "deltas") == ["m-1-0-exact"], "one larger than that is kept until the next"
+        publish(registry, 3)
+        assert get(endpoint, f"{REPOSITORY}/versions/3/delta?form=exact").status_code == 200
+        assert os.listdir(tmp_path / "deltas") == ["m-3-0-exact"], "one larger than that is kept until the next"
+        refused = get(endpoint, path)
+        assert refused.status_code == 404 and "not the released one" in refused.json()["error"]
+        registry.rollback("m", who="test", why="worse")
         assert get(endpoint, path).content == contents[0]
 
 
@@ -189,7 +196,7 @@ def test_who_waits_for_a_delta_keeps_no_thread_from_others(tmp_path, monkeypatch
         statuses = []
 
         def ask():
-            url = endpoint.url + ROUTES["delta"]
+            url = f"{endpoint.url}{REPOSITORY}/versions/2/delta?base=1"
             statuses.append(httpx.get(url, headers=bearer("infer"), timeout=PATIENCE_S).status_code)
 
         threads = [threading.Thread(target=ask) for _ in range(40)]
@@ -205,16 +212,137 @@ def test_who_waits_for_a_delta_keeps_no_thread_from_others(tmp_path, monkeypatch
         assert statuses == [200] * 40
 
 
-def test_a_full_disk_of_the_cloud_is_an_answer(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def spoil(folder, how, monkeypatch):
+    """Make it impossible to keep a delta."""
+    if how == "a file in its place":
+        folder.write_text("no folder")
+    elif how == "a loop in its place":
+        folder.symlink_to(folder)
+    else:
 
+        def full(path, *_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("flserving.api.artifacts.write_file", full)
+
+
+@pytest.mark.parametrize("how", ["a file in its place", "a loop in its place", "a full disk"])
+@pytest.mark.parametrize("form", delta.FORMS)
+def test_a_cloud_that_can_keep_no_delta_updates_its_devices_all_the_same(tmp_path, monkeypatch, how, form):
+    """Deltas save bytes, the weights are what matters; health and metrics say that something is wrong."""
+    made = []
+    encode = delta.encode
+    monkeypatch.setattr("flserving.api.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
+    with cloud(tmp_path / "cloud", 1) as (released, endpoint), Registry(tmp_path / "edge") as registry:
+        with EdgeModelServer(registry=registry) as edge:
+            agent = SyncAgent(endpoint.url, "infer", registry, edge=edge, form=form)
+            with contextlib.closing(agent):
+                spoil(tmp_path / "cloud" / "deltas", how, monkeypatch)
+                assert agent.pull().round == 1
+                for number in (2, 3):
+                    publish(released, number)
+                    pulled = agent.pull()
+                    assert pulled.changed and pulled.round == number
+                    assert ("weights" in pulled.nbytes) == (form == "exact")
+        assert len(made) == (1 if form == "exact" else 3), "an exact one is not made again only to be thrown away"
+        server = endpoint.v2.server
+        assert "deltas cannot be kept" in server.health_check()["problems"]["m/deltas"]
+        assert server.health_check()["ready"]
+        assert 'flserving_deltas_total{outcome="not_kept"}' in get(endpoint, "/metrics").text
+
+
+def test_deltas_are_tried_again_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr("flserving.api.artifacts._RETRY_S", 0.0)
     with cloud(tmp_path, 1, 2) as (_, endpoint):
-        monkeypatch.setattr("flserving.api.artifacts.os.replace", full)
-        answer = get(endpoint, f"{REPOSITORY}/versions/2/delta?base=1")
-        assert answer.status_code == 500 and "free space" in answer.json()["error"]
-        assert os.listdir(tmp_path / "deltas") == []
-        assert get(endpoint, ROUTES["weights"]).status_code == 200
+        path = f"{REPOSITORY}/versions/2/delta?base=1"
+        (tmp_path / "deltas").write_text("no folder")
+        refused = get(endpoint, path)
+        assert refused.status_code == 404 and "download the weights" in refused.json()["error"]
+        (tmp_path / "deltas").unlink()
+        assert get(endpoint, path).status_code == 200
+        assert endpoint.v2.server.health_check()["problems"] == {}
+
+
+def test_one_device_that_wants_many_deltas_delays_nobodys_head(tmp_path, monkeypatch):
+    """It has one made at a time, is told so at once for the others, and heads wait for none of them."""
+    begun, go_on, encode = threading.Event(), threading.Event(), delta.encode
+
+    def slow(*given):
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return encode(*given)
+
+    monkeypatch.setattr("flserving.api.artifacts.encode", slow)
+    with cloud(tmp_path, *range(1, 13), with_heads=True) as (_, endpoint):
+        url = endpoint.url + REPOSITORY + "/versions/12"
+        statuses = []
+
+        def ask(base, token="c-1"):
+            answer = httpx.get(f"{url}/delta?base={base}", headers=bearer(token), timeout=PATIENCE_S)
+            statuses.append((token, answer.status_code))
+
+        greedy = [threading.Thread(target=ask, args=(base,)) for base in range(12)]
+        try:
+            greedy[0].start()
+            assert begun.wait(PATIENCE_S)
+            for thread in greedy[1:]:
+                thread.start()
+            wait_until(lambda: len(statuses) == 11)
+            assert statuses == [("c-1", 429)] * 11, "the excess is refused while the one is made"
+            other = threading.Thread(target=ask, args=(3, "c-2"))
+            other.start()
+            greedy.append(other)
+            for token in ("c-2", "c-1"):
+                answer = httpx.get(f"{url}/head", headers=bearer(token), timeout=PATIENCE_S)
+                assert answer.status_code == 200, "no delta is ready, the head is"
+            assert len(statuses) == 11
+        finally:
+            go_on.set()
+            for thread in greedy:
+                thread.join()
+        assert sorted(statuses[11:]) == [("c-1", 200), ("c-2", 200)]
+
+
+def test_heads_of_old_versions_delay_no_head_of_the_released_one(tmp_path, monkeypatch):
+    begun, go_on, read = threading.Event(), threading.Event(), Registry.read
+
+    def slow(self, model, version):
+        if version == 1:
+            begun.set()
+            assert go_on.wait(PATIENCE_S)
+        return read(self, model, version)
+
+    with cloud(tmp_path, 1, 2, with_heads=True) as (_, endpoint):
+        monkeypatch.setattr(Registry, "read", slow)
+        url = endpoint.url + REPOSITORY + "/versions"
+        answers = []
+
+        def ask():
+            answers.append(httpx.get(f"{url}/1/head", headers=bearer("c-1"), timeout=PATIENCE_S).status_code)
+
+        waiting = threading.Thread(target=ask)
+        waiting.start()
+        try:
+            assert begun.wait(PATIENCE_S)
+            assert httpx.get(f"{url}/2/head", headers=bearer("c-2"), timeout=PATIENCE_S).status_code == 200
+            assert answers == []
+        finally:
+            go_on.set()
+            waiting.join()
+        assert answers == [200]
+
+
+def test_a_device_takes_the_weights_where_its_delta_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("flserving.api.artifacts._SHARED_PLACES", 0)
+    with (
+        cloud(tmp_path / "cloud", 1) as (released, endpoint),
+        Registry(tmp_path / "edge") as registry,
+        EdgeModelServer(registry=registry) as edge,
+        contextlib.closing(SyncAgent(endpoint.url, "infer", registry, edge=edge)) as agent,
+    ):
+        agent.pull()
+        publish(released, 2)
+        assert agent.pull().nbytes.keys() >= {"weights", "manifest"}
 
 
 def test_a_link_in_the_place_of_weights_is_not_followed(tmp_path):

@@ -123,6 +123,8 @@ class ServerCollector(Collector):
                        (((head,), n) for head, n in whole["told"]["head"].items()))  # fmt: skip
         yield _counter("path_answers", "Answers of an edge or hybrid server, by where they came from.", ("path",),
                        (((path,), n) for path, n in whole["told"]["path"].items()))  # fmt: skip
+        yield _counter("deltas", "Deltas that devices asked for first: made, refused (too many), not_kept (the disk).",
+                       ("outcome",), (((it,), n) for it, n in whole["told"].get("delta", {}).items()))  # fmt: skip
 
     def _versions(self) -> Iterator[Metric]:
         labels = {name: version_of(name) for name in ("flserving", "torch")} | {"python": platform.python_version()}

@@ -117,7 +117,10 @@ class Operation(NamedTuple):
 
 _MODEL, _VERSION = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
 _REPOSITORY, _RELEASED = "/v2/repository/models/{model}", "/v2/repository/models/{model}/versions/{version}"
-_NONCE = {"nonce": {"type": "string", "pattern": "^[0-9a-f]{0,64}$"}}
+_NONCE = {
+    "nonce": {"type": "string", "pattern": "^[0-9a-f]{0,64}$"},
+    "by": {"type": "string", "enum": ["version"]},  # what was taken back is told in versions, not in rounds alone
+}
 _DELTA = {"base": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "form": {"type": "string", "enum": list(FORMS)}}
 _READ, _INFER, _ADMIN = Role.READ, Role.INFER, Role.ADMIN
 OPERATIONS = (
