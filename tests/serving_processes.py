@@ -17,7 +17,7 @@ import torch
 import flserving
 from flserving import Registry, models
 from flserving.api.client import Client
-from serving_models import wait_until
+from serving_models import PATIENCE_S, wait_until
 
 X = np.random.default_rng(0).standard_normal((1, 64), dtype=np.float32)
 
@@ -64,7 +64,7 @@ class Running:
         return self.wait()
 
     def wait(self):
-        _, self.stderr = self.process.communicate(timeout=20)
+        _, self.stderr = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode
 
 
@@ -77,12 +77,12 @@ def running(root, *options, program=None, **environment):
         yield served
     finally:
         served.process.kill()
-        served.process.wait(20)
+        served.process.wait(PATIENCE_S)
         served.process.stdout.close()
         served.process.stderr.close()
         for worker in workers:  # none outlives its supervisor
             with contextlib.suppress(psutil.NoSuchProcess):
-                worker.wait(20)
+                worker.wait(PATIENCE_S)
 
 
 class Load:
@@ -91,18 +91,20 @@ class Load:
 
     def __init__(self, make_client, threads=4, calls=None):
         self.answers, self.errors, self._stop = [], [], threading.Event()
+        self.latest = [None] * threads  # the version that answered each thread last
         self._calls = calls
-        self._threads = [threading.Thread(target=self._ask, args=(make_client(n),)) for n in range(threads)]
+        self._threads = [threading.Thread(target=self._ask, args=(n, make_client(n))) for n in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def _ask(self, client):
+    def _ask(self, number, client):
         with client:
             for _ in itertools.count() if self._calls is None else range(self._calls):
                 if self._stop.is_set():
                     break
                 try:
-                    self.answers.append((time.monotonic(), client.predict(X)["model_version"]))
+                    self.latest[number] = client.predict(X)["model_version"]
+                    self.answers.append((time.monotonic(), self.latest[number]))
                 except Exception as error:
                     self.errors.append(error)
                     self._stop.wait(0.01)
@@ -110,8 +112,14 @@ class Load:
     def stop(self):
         self._stop.set()
         for thread in self._threads:
-            thread.join(20)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()  # also where the test has failed: its threads would take the others' processor and memory
 
 
 def kill_one(served):

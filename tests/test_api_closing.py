@@ -13,7 +13,7 @@ import flserving
 from flserving.api.client import Client
 from flserving.api.retries import Retries
 from flserving.errors import ServerClosedError
-from serving_models import wait_until
+from serving_models import PATIENCE_S, wait_until
 from serving_processes import Load
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
@@ -30,7 +30,7 @@ def server():
 def callers(endpoint, number):
     address = ("127.0.0.1", int(endpoint.url.rpartition(":")[2]))
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(socket.create_connection(address, timeout=5)) for _ in range(number)]
+        yield [stack.enter_context(socket.create_connection(address, timeout=PATIENCE_S)) for _ in range(number)]
 
 
 def answer(caller):
@@ -42,8 +42,8 @@ def answer(caller):
 def test_who_waits_in_the_queue_of_the_listener_is_answered(server):
     endpoint = flserving.serve(server, grpc_port=None, hosts=("127.0.0.1",))
     stalled, resume = threading.Event(), threading.Event()
-    endpoint._doors._loop.call_soon_threadsafe(lambda: (stalled.set(), resume.wait(20)))
-    assert stalled.wait(20)
+    endpoint._doors._loop.call_soon_threadsafe(lambda: (stalled.set(), resume.wait(PATIENCE_S)))
+    assert stalled.wait(PATIENCE_S)
     with callers(endpoint, 100) as waiting:  # nobody accepts them
         for caller in waiting:
             caller.sendall(LIVE)
@@ -75,8 +75,8 @@ def test_a_connection_that_says_nothing_does_not_hold_it_up(server):
     endpoint = flserving.serve(server, grpc_port=None, hosts=("127.0.0.1",))
     with callers(endpoint, 2) as (silent, _):
         started_s = time.monotonic()
-        endpoint.close(drain_s=20)
-        assert time.monotonic() - started_s < 5 and silent.recv(1) == b""
+        endpoint.close(drain_s=10 * PATIENCE_S)
+        assert time.monotonic() - started_s < PATIENCE_S and silent.recv(1) == b""
 
 
 @linux
@@ -84,11 +84,10 @@ def test_a_connection_that_says_nothing_does_not_hold_it_up(server):
 def test_closing_under_load_answers_exactly_what_was_admitted(server, scheme):
     endpoint = flserving.serve(server)
     url = endpoint.url if scheme == "http" else f"grpc://{endpoint.grpc_url}"
-    load = Load(lambda _: Client(url, endpoint.token, retries=Retries(attempts=1)), threads=8)
-    wait_until(lambda: len(load.answers) > 200)
-    endpoint.close(notice_s=0.1)
-    asked = len(load.answers)
-    load.stop()
+    with Load(lambda _: Client(url, endpoint.token, retries=Retries(attempts=1)), threads=8) as load:
+        wait_until(lambda: len(load.answers) > 200)
+        endpoint.close(notice_s=0.1)
+        asked = len(load.answers)
     assert len(load.answers) == asked == server.get_all_stats()["server"]["requests"], "admitted and not answered"
     assert {type(error) for error in load.errors} <= {ServerClosedError}
     # gRPC cancels what had not reached the server when it closed; REST lets all in who can connect

@@ -127,7 +127,7 @@ def test_of_many_that_replay_one_receipt_at_once_in_two_stores_one_counts(store,
     receipt, threads, ready = store.receipt("run", "a", "c-1"), Threads(), threading.Barrier(8)
 
     def give(where):
-        ready.wait(20)
+        ready.wait(PATIENCE_S)
         where.add(where.read(receipt, "c-1"), 1)
 
     for place in range(8):

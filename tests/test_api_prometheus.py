@@ -15,7 +15,7 @@ import yaml
 import flserving
 from flserving.api.metrics import exposition
 from flserving.errors import FlservingError
-from serving_models import POISON, Poison, Probe, Tagged, row, serving, wait_until
+from serving_models import PATIENCE_S, POISON, Poison, Probe, Tagged, row, serving, wait_until
 
 MONITORING = files("flserving.monitoring")
 DASHBOARD = json.loads(MONITORING.joinpath("dashboard.json").read_text(encoding="utf-8"))
@@ -218,7 +218,7 @@ class Prometheus:
     def close(self):
         self.http.close()
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(PATIENCE_S)
         self.log.close()
 
 

@@ -21,7 +21,7 @@ from flserving.api.options import ApiOptions
 from flserving.api.retries import Retries
 from flserving.api.worker import Plan, _serve
 from flserving.errors import ConfigError, NotFoundError
-from serving_models import wait_until
+from serving_models import PATIENCE_S, wait_until
 from serving_processes import Load, X, kill_one, running, two_versions
 
 
@@ -45,7 +45,7 @@ def test_workers_end_when_their_supervisor_is_killed(registry_root):
     with running(registry_root) as served:
         workers = served.workers()
         served.process.kill()
-        psutil.wait_procs(workers, timeout=20)
+        psutil.wait_procs(workers, timeout=PATIENCE_S)
         assert not any(worker.is_running() for worker in workers)
 
 
@@ -57,11 +57,10 @@ def test_sigterm_while_a_worker_is_forked_lets_the_others_finish(registry_root):
         victim, _ = served.workers()
         victim.kill()
         assert served.process.stdout.readline() == "forked\n"  # from now on it sleeps: all calls reach the other one
-        load = Load(lambda n: served.client(0, retries=Retries(attempts=1)), threads=8, calls=1)
-        metrics = {"url": f"{served.url}/metrics", "headers": {"authorization": f"Bearer {served.token}"}}
-        wait_until(lambda: "flserving_executions_running 8.0" in httpx.get(**metrics).text)
-        assert served.end(signal.SIGTERM) == 0, served.stderr
-        load.stop()
+        with Load(lambda n: served.client(0, retries=Retries(attempts=1)), threads=8, calls=1) as load:
+            metrics = {"url": f"{served.url}/metrics", "headers": {"authorization": f"Bearer {served.token}"}}
+            wait_until(lambda: "flserving_executions_running 8.0" in httpx.get(**metrics).text)
+            assert served.end(signal.SIGTERM) == 0, served.stderr
     assert load.errors == [] and len(load.answers) == 8
 
 
@@ -72,7 +71,7 @@ def test_a_killed_process_leaves_nothing_in_the_temporary_folder(registry_root, 
         assert len(list(tmp_path.iterdir())) == 1, "the supervisor's own"
         workers = served.workers()
         served.process.kill()
-        psutil.wait_procs(workers, timeout=20)
+        psutil.wait_procs(workers, timeout=PATIENCE_S)
         assert not list(tmp_path.iterdir())
 
 
@@ -172,7 +171,7 @@ def test_the_lines_of_the_demo_work_as_printed(tmp_path):
         curls = [line for line in lines if line.startswith("curl")]
         assert len(curls) == 4
         ready, metadata, answer, metrics = (
-            subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=20, check=True).stdout
+            subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
             for curl in curls
         )
         assert json.loads(ready)["ready"] and json.loads(metadata)["name"] == "digits"
@@ -180,7 +179,7 @@ def test_the_lines_of_the_demo_work_as_printed(tmp_path):
         assert "flserving_requests_total" in metrics
         assert any(line.startswith("promoted version 1") for line in lines)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0 and (tmp_path / "registry").is_dir()
+        assert process.wait(PATIENCE_S) == 0 and (tmp_path / "registry").is_dir()
     finally:
         process.kill()
         process.communicate()

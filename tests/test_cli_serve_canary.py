@@ -12,7 +12,7 @@ from flserving.api.client import Client
 from flserving.api.retries import Retries
 from flserving.errors import ModelExecutionError
 from flserving.split import Experiment
-from serving_models import wait_until
+from serving_models import PATIENCE_S, wait_until
 from serving_processes import running
 
 NAMES = [f"c-{i}" for i in range(12)]
@@ -64,7 +64,7 @@ def test_workers_agree_on_arms_and_roll_a_failing_canary_back_together(root):
 
         canary = registry.start_experiment("m", Experiment.canary("round-4", 1, 4, share=0.5), **LOG)
         arms, failed = [canary.arm_of(name) for name in NAMES], 0
-        until_s = time.monotonic() + 20
+        until_s = time.monotonic() + PATIENCE_S
         while registry.experiments("m") and time.monotonic() < until_s:
             for one, arm in zip(clients, arms, strict=True):
                 try:
@@ -75,7 +75,7 @@ def test_workers_agree_on_arms_and_roll_a_failing_canary_back_together(root):
         last = registry.experiment_log("m")[-1]
         assert last["experiment"] is None and last["who"] == "round-4" and failed > 1
         assert "requests failed in the model" in last["why"]
-        time.sleep(1)  # every worker looks four times a second
+        wait_until(lambda: {answer["model_version"] for answer in asked()} == {"1"}, "every worker's next look")
         for _ in range(20):
             assert {answer["model_version"] for answer in asked()} == {"1"}
         for one in clients:

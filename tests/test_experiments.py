@@ -30,7 +30,7 @@ from flserving.experiments import Verdict, judge
 from flserving.routing import Router
 from flserving.shadow import Shadow
 from flserving.split import Arm, Experiment, Policy
-from serving_models import Threads, wait_until
+from serving_models import PATIENCE_S, Threads, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 LOG = {"who": "test", "why": "to see"}
@@ -317,7 +317,7 @@ def test_a_shadow_is_bounded_drops_when_busy_and_survives_its_own_errors():
 
     def run(key, rows, client):
         calls.append(client)
-        gate.wait(20)
+        gate.wait(PATIENCE_S)
         if client == "bad":
             raise RuntimeError("the shadow's own")
         return rows[:, 0]

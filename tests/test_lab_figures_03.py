@@ -11,6 +11,7 @@ from flserving.cache import ModelCache
 from flserving.errors import ConfigError
 from flserving.lab import caching, figures_03
 from flserving.lab.arrivals import Zipf
+from serving_models import PATIENCE_S
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -76,7 +77,7 @@ def test_a_stampede_loads_once_each_and_a_single_flight_once():
         return models.get("m") or models.setdefault("m", load())
 
     def slow_load():
-        everybody_missed.wait(30)
+        everybody_missed.wait(PATIENCE_S)
         return caching.Weightless()
 
     run = caching.stampede(from_dict, slow_load, callers)
@@ -89,7 +90,7 @@ def test_a_stampede_loads_once_each_and_a_single_flight_once():
 
     def load_when_all_are_there():
         for _ in range(callers):
-            assert everybody_came.acquire(timeout=30)
+            assert everybody_came.acquire(timeout=PATIENCE_S)
         return caching.Weightless()
 
     run = caching.stampede(from_cache, load_when_all_are_there, callers)

@@ -13,6 +13,7 @@ from flserving.api.protocol import read_infer
 from flserving.errors import InvalidInputError, OverloadedError
 from flserving.lab import figures_05 as figures
 from flserving.lab import storm, wire
+from serving_models import PATIENCE_S
 
 SHAPES = [(1, 1), (3, 64), (32, 784), (1000, 10)]
 
@@ -167,7 +168,7 @@ def test_an_outcome_is_told_by_its_class_and_a_bug_shows_as_one():
 
 
 def test_callers_at_once_are_timed_from_the_call_to_its_end():
-    together = threading.Barrier(5, timeout=20)
+    together = threading.Barrier(5, timeout=PATIENCE_S)
 
     def call():
         if together.wait() == 0:

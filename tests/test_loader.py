@@ -31,6 +31,7 @@ from flserving.errors import (
     ServerClosedError,
 )
 from flserving.loader import ModuleStore, RegistrySource, input_width, load_engine
+from serving_models import PATIENCE_S
 
 CONFIG = ServingConfig(warmup_samples=1, max_batch_size=4)
 X = torch.from_numpy(np.random.default_rng(0).standard_normal((7, 8)).astype(np.float32))
@@ -389,7 +390,7 @@ def test_eight_threads_add_at_once(store):
     barrier, modules = threading.Barrier(8), [nn.Linear(8, 3) for _ in range(8)]
 
     def work(i: int) -> list[str]:
-        barrier.wait(20)
+        barrier.wait(PATIENCE_S)
         outcomes = []
         for turn in range(5):
             add(store, modules[i], f"own-{i}-{turn}")
@@ -429,12 +430,12 @@ def test_who_adds_an_id_while_another_fails_with_it_gets_it(store):
 
     def fail() -> None:
         trying.set()
-        assert go_on.wait(20)
+        assert go_on.wait(PATIENCE_S)
         raise RuntimeError("after all")
 
     with ThreadPoolExecutor(2) as pool:
         failing = pool.submit(add, store, Fails(fail))
-        assert trying.wait(20)
+        assert trying.wait(PATIENCE_S)
         good = pool.submit(add, store, module := nn.Linear(8, 3))
         while not good.running():
             pass

@@ -31,7 +31,7 @@ from flserving.errors import (
 from flserving.loader import ModuleStore, load_engine
 from flserving.transforms import Postprocessor, Preprocessor
 
-SOON_S = 20.0  # how long a thread may take before a test fails; reached only by a failure
+SOON_S = 100.0  # how long a thread may take before a test fails; reached only by a failure
 
 
 @dataclass(eq=False)

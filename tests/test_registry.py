@@ -34,6 +34,7 @@ from flserving.errors import (
 from flserving.manifest import Lineage
 from flserving.registry import Registry
 from flserving.transforms import Preprocessor
+from serving_models import PATIENCE_S
 
 BY = {"who": "ana", "why": "test"}
 
@@ -721,8 +722,8 @@ def test_a_thread_waits_no_longer_either_and_readers_not_at_all(tmp_path: Path) 
         registry.publish("m", **tiny())
         with registry._index.transaction(), ThreadPoolExecutor(1) as pool:
             writing = pool.submit(registry.set_alias, "m", "default", 1, **BY)
-            assert isinstance(writing.exception(timeout=30), OverloadedError)
-            assert pool.submit(registry.read, "m", 1).result(timeout=30).manifest.version == 1
+            assert isinstance(writing.exception(timeout=PATIENCE_S), OverloadedError)
+            assert pool.submit(registry.read, "m", 1).result(timeout=PATIENCE_S).manifest.version == 1
 
 
 # At once

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from flserving.accounts import BOUNDS_S, STAGES, Histogram, merged, record
 from flserving.engine import Execution, Prediction
 from flserving.telemetry import _PENDING, Executions, Telemetry
+from serving_models import PATIENCE_S
 
 
 def histogram_of(seconds: np.ndarray) -> Histogram:
@@ -190,7 +191,7 @@ def test_the_accounts_balance_in_every_snapshot_under_eight_threads(restless):
 
     def work(seed: int) -> tuple[int, int, float]:
         rng, good, rows, busy_s = random.Random(seed), 0, 0, 0.0
-        barrier.wait(20)
+        barrier.wait(PATIENCE_S)
         for _ in range(per_thread):
             if rng.random() < 0.1:
                 telemetry.failure(rng.choice(["InvalidInput", "Overloaded"]))
@@ -202,7 +203,7 @@ def test_the_accounts_balance_in_every_snapshot_under_eight_threads(restless):
         return good, rows, busy_s
 
     def watch() -> int:
-        barrier.wait(20)
+        barrier.wait(PATIENCE_S)
         looks, before = 0, 0
         while not done.is_set() or not looks:
             seen = telemetry.snapshot()
