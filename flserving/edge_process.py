@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flserving.errors import ConfigError, FlservingError
+from flserving.own_code import import_modules, import_option
 
 if TYPE_CHECKING:
     from flserving.edge import EdgeModelServer
@@ -34,6 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--directory", required=True, metavar="DIR", type=home, help="where the device keeps its models"
     )
     parser.add_argument("--model", metavar="NAME", help="the model to run; the first one of the cloud by default")
+    import_option(parser)
     parser.add_argument(
         "--token-file", metavar="FILE", type=home, help=f"the token for the cloud; or the variable {TOKEN}"
     )
@@ -69,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from flserving.registry import Registry
     from flserving.sync import Memory, SyncAgent
 
+    import_modules(arguments.imports)
     given, tokens = os.environ.get("FLSERVING_TOKEN"), Tokens()
     tokens.add(token := given or secrets.token_urlsafe(32), Role.INFER, arguments.client)
     with contextlib.ExitStack() as stack:

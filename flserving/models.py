@@ -64,6 +64,9 @@ def register(
         max_values: Most numbers (weights and buffers) in a built module, so that a hostile manifest cannot fill the
             memory. The default, 2**28, is 1 GiB of float32.
 
+    Registering is running code, so every process that serves it does so: import the module in a notebook, and name it
+    to the commands: ``flserving serve --import mynet`` and ``flserving edge --import mynet``.
+
     The decorated factory gets the manifest's parameters as keyword arguments. It must make its tensors through
     torch, and must not read its tensors' values, because sizes are checked on torch's "meta" device first.
 
@@ -155,7 +158,8 @@ def _find(architecture: str) -> Architecture:
         return _known[architecture]
     except (KeyError, TypeError):  # TypeError: not even a string
         raise NotFoundError(
-            f"no architecture {architecture!r}; known: {', '.join(names())}. Add yours with models.register(name, ...)"
+            f"no architecture {architecture!r}; known: {', '.join(names())}. Add yours with models.register(name, ...) "
+            "(a command runs the module that does so with --import MODULE)"
         ) from None
 
 

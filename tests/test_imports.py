@@ -27,7 +27,7 @@ FLOORS = {
     },
     2: {
         *("registry", "catalogue", "draft", "index", "manifest", "storage", "tables", "weights"),
-        *("routing", "transforms", "models", "datasets", "config"),
+        *("routing", "transforms", "models", "own_code", "datasets", "config"),
         *(
             "heads",
             "headfile",

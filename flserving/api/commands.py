@@ -13,6 +13,7 @@ from typing import Any
 from flserving.api.options import ApiOptions
 from flserving.config import CHOICES, ServingConfig
 from flserving.errors import ConfigError
+from flserving.own_code import import_option
 
 _API = {  # field of ApiOptions -> its help
     "host": "address to listen on; 0.0.0.0 lets other computers in",
@@ -36,6 +37,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="the one model to serve; by default all of the registry, new ones too"
     )
+    import_option(parser)
     parser.add_argument("--workers", type=int, default=1, help="processes on one port, each with its own engine")
     parser.add_argument("--grace-s", type=float, default=5.0, help="how long admitted requests may finish at the end")
     parser.add_argument("--notice-s", type=float, default=0.5, help="how long before that readiness is false already")
@@ -79,7 +81,13 @@ def serve(arguments: argparse.Namespace) -> int:
         origins=tuple(arguments.origin),
         hosts=tuple(arguments.allow_host),
     )
-    plan = Plan(registry=arguments.registry, model=arguments.model, config=config, options=options)
+    plan = Plan(
+        registry=arguments.registry,
+        model=arguments.model,
+        config=config,
+        options=options,
+        imports=tuple(arguments.imports),
+    )
     supervisor = Supervisor(
         plan, arguments.workers, drain_s=arguments.grace_s, notice_s=arguments.notice_s,
         say=lambda line: print(f"flserving: {line}", file=sys.stderr, flush=True),

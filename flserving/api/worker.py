@@ -27,6 +27,7 @@ from flserving.api.options import ApiOptions
 from flserving.config import ServingConfig
 from flserving.errors import ConfigError, FlservingError
 from flserving.index import FILE_NAME
+from flserving.own_code import import_modules
 from flserving.registry import Registry
 from flserving.server import ModelServer
 
@@ -37,12 +38,14 @@ BUSY_TIMEOUT_S = 5.0  # how long a locked registry keeps a worker waiting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What every worker serves. ``model`` None: every model of the registry."""
+    """What every worker serves. ``model`` None: every model of the registry. ``imports``: modules that each worker runs
+    first, for their architectures."""
 
     registry: str
     model: str | None = None
     config: ServingConfig = field(default_factory=ServingConfig)
     options: ApiOptions = field(default_factory=ApiOptions)
+    imports: tuple[str, ...] = ()
     folder: str = ""  # for the totals
     drain_s: float = DRAIN_S
     notice_s: float = 0.0
@@ -102,6 +105,7 @@ def work(plan: Plan, place: int, pipe: Connection, lifeline: Connection, inherit
 
 
 def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> None:
+    import_modules(plan.imports)
     if not (Path(plan.registry).expanduser() / FILE_NAME).is_file():
         raise ConfigError(f"no registry in {plan.registry!r}: name the folder that versions were published to")
     with (
