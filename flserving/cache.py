@@ -277,6 +277,17 @@ def _held(entry: Lease) -> int:
     return entry.nbytes
 
 
+class _Shelf:
+    """The keys of one owner, coldest first, and the bytes under them."""
+
+    __slots__ = ("keys", "nbytes", "owner")
+
+    def __init__(self, owner: Hashable) -> None:
+        self.owner = owner
+        self.keys: OrderedDict[Hashable, None] = OrderedDict()
+        self.nbytes = 0
+
+
 class PredictionCache(Generic[V]):
     """Predictions by what determines them, least recently used first out, bounded in bytes, with an age limit.
 
@@ -286,6 +297,10 @@ class PredictionCache(Generic[V]):
 
     Concurrent misses of one key are computed once: :meth:`begin` makes one caller the *leader*, who must call
     :meth:`finish`; the others wait on its future. Source: single flight (Go's x/sync; Clipper, NSDI 2017, section 4.2).
+
+    What must go is the coldest entry of an *owner* with more than its share: the budget through the number of owners.
+    So one caller's thousand inputs push out its own, and nobody else's; where there is one owner, it is least recently
+    used. Source: the shares of fair queueing (see ``batching``), on memory.
 
     Args:
         max_bytes: Byte budget, overhead included. ``ttl_s``: age at which an entry is forgotten; 0 means never.
@@ -297,7 +312,8 @@ class PredictionCache(Generic[V]):
         if type(max_bytes) is not int or max_bytes < 1 or not isinstance(ttl_s, int | float) or not ttl_s >= 0:
             raise ConfigError(f"max_bytes is {max_bytes!r}, ttl_s is {ttl_s!r}: give an integer >= 1 and an age >= 0")
         self.max_bytes, self.ttl_s, self._clock = max_bytes, ttl_s, clock
-        self._entries: OrderedDict[Hashable, tuple[V, float, int]] = OrderedDict()
+        self._entries: dict[Hashable, tuple[V, float, int, _Shelf]] = {}
+        self._shelves: OrderedDict[Hashable, _Shelf] = OrderedDict()  # by owner, in the order in which they are asked
         self._flights: dict[Hashable, Future[V]] = {}
         self._lock = threading.Lock()
         self.nbytes = self.hits = self.misses = self.shared = self.evictions = self.expirations = 0
@@ -309,13 +325,12 @@ class PredictionCache(Generic[V]):
         """(value, None, False) on a hit; (None, future, leads) on a miss: who leads computes, and calls `finish`."""
         with self._lock:
             if (entry := self._entries.get(key)) is not None:
-                value, born_s, nbytes = entry
+                value, born_s, _, shelf = entry
                 if not self.ttl_s or self._clock() - born_s < self.ttl_s:
-                    self._entries.move_to_end(key)
+                    shelf.keys.move_to_end(key)
                     self.hits += 1
                     return value, None, False
-                del self._entries[key]
-                self.nbytes -= nbytes
+                self._forget(key)
                 self.expirations += 1
             if (flight := self._flights.get(key)) is not None:
                 self.shared += 1
@@ -324,16 +339,29 @@ class PredictionCache(Generic[V]):
             flight = self._flights[key] = Future()
             return None, flight, True
 
-    def finish(self, key: Hashable, flight: Future[V], value: V | None = None, error: Exception | None = None) -> None:
-        """The leader's duty: keep ``value`` (if it fits the budget) or pass on ``error``, and wake who waits."""
+    def finish(
+        self,
+        key: Hashable,
+        flight: Future[V],
+        value: V | None = None,
+        error: Exception | None = None,
+        owner: Hashable = None,
+    ) -> None:
+        """The leader's duty: keep ``value`` (if it fits the budget) as ``owner``'s, or pass on ``error``, and wake who
+        waits."""
         with self._lock:
             self._flights.pop(key, None)
             if value is not None and (nbytes := value.nbytes + self.OVERHEAD) <= self.max_bytes:
-                while self.nbytes + nbytes > self.max_bytes:
-                    self.nbytes -= self._entries.popitem(last=False)[1][2]
-                    self.evictions += 1
-                self._entries[key] = (value, self._clock(), nbytes)
-                self.nbytes += nbytes
+                shelf = self._shelves.get(owner) or _Shelf(owner)
+                fits = True
+                while fits and self.nbytes + nbytes > self.max_bytes:
+                    fits = self._evict(shelf, nbytes)
+                if fits:
+                    self._shelves[owner] = shelf
+                    self._entries[key] = (value, self._clock(), nbytes, shelf)
+                    shelf.keys[key] = None
+                    shelf.nbytes += nbytes
+                    self.nbytes += nbytes
         if error is not None:
             flight.set_exception(error)
         elif value is not None:
@@ -342,7 +370,33 @@ class PredictionCache(Generic[V]):
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._shelves.clear()
             self.nbytes = 0
+
+    def _evict(self, mine: _Shelf, nbytes: int) -> bool:
+        """Forget the coldest of ``mine``, to which so many bytes come, or of another one with more than its share.
+        False where nobody has: what comes is more than a share itself."""
+        share = self.max_bytes / (len(self._shelves) + (mine.owner not in self._shelves))
+        shelf = mine
+        if not mine.keys or mine.nbytes + nbytes <= share:
+            for _ in range(len(self._shelves)):
+                shelf = next(iter(self._shelves.values()))
+                if shelf.nbytes > share:
+                    break
+                self._shelves.move_to_end(shelf.owner)
+            else:
+                return False
+        self._forget(next(iter(shelf.keys)))
+        self.evictions += 1
+        return True
+
+    def _forget(self, key: Hashable) -> None:
+        _, _, nbytes, shelf = self._entries.pop(key)
+        self.nbytes -= nbytes
+        shelf.nbytes -= nbytes
+        del shelf.keys[key]
+        if not shelf.keys:
+            self._shelves.pop(shelf.owner, None)
 
     def stats(self) -> dict[str, int]:
         with self._lock:

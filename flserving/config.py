@@ -7,7 +7,12 @@ from flserving.errors import ConfigError, InvalidInputError
 
 BatchingPolicy = Literal["work_conserving", "hold_until_full"]
 UnknownClient = Literal["global_head", "refuse"]
-CHOICES: dict[str, tuple[str, ...]] = {"batching": get_args(BatchingPolicy), "unknown_client": get_args(UnknownClient)}
+CacheScope = Literal["caller", "shared"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "batching": get_args(BatchingPolicy),
+    "unknown_client": get_args(UnknownClient),
+    "prediction_cache_scope": get_args(CacheScope),
+}
 
 # name -> (lowest, highest, what the upper bound protects from)
 _BOUNDS: dict[str, tuple[int, int, str]] = {
@@ -34,8 +39,9 @@ class ServingConfig:
         max_batch_size: Most rows in one execution of the model.
         max_wait_time_ms: Longest that a request may be held back on purpose. Under ``work_conserving`` a
             request is never held while a worker is idle; when a worker comes free it takes the fullest
-            queue, but none whose oldest request has waited this long is passed over. Under
-            ``hold_until_full`` it is how long a batch may wait to fill.
+            queue, but none whose oldest request has waited this long is passed over (where several callers
+            wait, they take turns). Under ``hold_until_full`` it is how long a batch may wait to fill; nobody
+            is held for more than half of what his deadline leaves.
         cache_size: Most model versions in memory at once, those being loaded included: with room for one only, the
             old version leaves before the new one is read.
         warmup_samples: Single-row forwards that a freshly loaded version runs before it answers (then one
@@ -43,11 +49,17 @@ class ServingConfig:
         num_workers: Most model executions at the same time.
         timeout_ms: Default deadline of a request, from its arrival to its answer.
         batching: ``work_conserving`` or ``hold_until_full``.
-        max_queue_rows: Most rows waiting for a worker; beyond it a request is refused at once.
+        max_queue_rows: Most rows waiting for a worker; beyond it a request is refused at once, or, where its caller
+            has less than a share of them, the last request of the caller who has most. Long before that a request is
+            refused that could not end before its deadline.
         max_request_rows: Most rows in one request.
         cache_bytes: Byte budget of the model cache.
         prediction_cache_bytes: Byte budget of the prediction cache; 0 switches it off.
         prediction_cache_ttl_s: Age in seconds at which a cached prediction is forgotten; 0 means never.
+        prediction_cache_scope: Who may find a cached prediction: ``caller``, whom it was computed for (by credential;
+            callers without one are one), or ``shared``, everybody. Shared, it hits more often and reveals what others
+            asked: an input that somebody sent before is answered several times faster, so one probe tells. A personal
+            prediction is its client's alone in either case.
         head_cache_bytes: Byte budget of the personal heads that one loaded version keeps in memory.
         unknown_client: What a client without a personal head gets: ``global_head``, or ``refuse``.
 
@@ -67,6 +79,7 @@ class ServingConfig:
     cache_bytes: int = 1 << 30
     prediction_cache_bytes: int = 0
     prediction_cache_ttl_s: float = 0
+    prediction_cache_scope: CacheScope = "caller"
     head_cache_bytes: int = 256 << 20
     unknown_client: UnknownClient = "global_head"
 

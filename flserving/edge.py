@@ -150,7 +150,7 @@ class EdgeModelServer(ModelServer):
 
     async def _local(
         self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
-        stages: bool, arrays: bool, client: str | Sequence[str] | None, door: Door,
+        stages: bool, arrays: bool, client: str | Sequence[str] | None, caller: str | None, door: Door,
     ) -> dict[str, Any]:  # fmt: skip
         client = self.client if client is None else None if client == _NOBODY else client
         own = client == self.client and version is None and model in (None, self.model)
@@ -163,7 +163,7 @@ class EdgeModelServer(ModelServer):
             except StaleModelError as error:
                 self.telemetry.failure(error.reason, "/".join(key))
                 raise
-        answer = await super()._answer(features, version, model, timeout_ms, stages, arrays, client, door)
+        answer = await super()._answer(features, version, model, timeout_ms, stages, arrays, client, caller, door)
         if model == self.local_model:
             answer["model_type"] = "personal"
         return answer | self._told((model or self._router.routes.model or "", answer["model_version"]))

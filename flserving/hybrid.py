@@ -86,13 +86,13 @@ class HybridServer(EdgeModelServer):
 
     async def _answer(
         self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
-        stages: bool, arrays: bool, client: str | Sequence[str] | None, door: Door,
+        stages: bool, arrays: bool, client: str | Sequence[str] | None, caller: str | None, door: Door,
     ) -> Answered:  # fmt: skip
         if version is not None or model not in (None, self.model):
             self._check_open()
-            answer = await self.edge._local(features, version, model, timeout_ms, stages, arrays, client, door)
+            answer = await self.edge._local(features, version, model, timeout_ms, stages, arrays, client, caller, door)
         else:
-            turn = Turn(self, features, self._timeout_s(timeout_ms), stages, arrays, client, door)
+            turn = Turn(self, features, self._timeout_s(timeout_ms), stages, arrays, client, caller, door)
             answer = await self._policy(turn)
             answer["latency_ms"] = (self._clock() - turn.started_s) * 1e3
         self.telemetry.told("path", [answer["path"]])

@@ -43,11 +43,12 @@ class Turn:
 
     def __init__(
         self, server: "HybridServer", features: Any, timeout_s: float, stages: bool, arrays: bool,
-        client: str | Sequence[str] | None, door: Door,
+        client: str | Sequence[str] | None, caller: str | None, door: Door,
     ) -> None:  # fmt: skip
         self.server, self.clock, self.door = server, server._clock, door
         self.problem: FlservingError | None = None  # why the device did not answer
         self._features, self._client, self._stages, self._arrays = features, client, stages, arrays
+        self._caller = caller
         self._cloud_s = timeout_s * (server.cloud_share if server.consent else 0.0)
         self._local_s, self.started_s = timeout_s - self._cloud_s, self.clock()
         self.ends_s = self.started_s + timeout_s
@@ -57,7 +58,7 @@ class Turn:
         try:
             return await self.server.edge._local(
                 self._features, None, None, self._local_s * 1e3, self._stages, self._arrays, self._client,
-                door or self.door,
+                self._caller, door or self.door,
             )  # fmt: skip
         except _MENDABLE as error:
             self.problem = error

@@ -77,7 +77,7 @@ class ModelServer(ModelHost):
     @version_id_too
     def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
                 timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                client: str | Sequence[str] | None = None) -> dict[str, Any]:  # fmt: skip
+                client: str | Sequence[str] | None = None, caller: str | None = None) -> dict[str, Any]:  # fmt: skip
         """Answer one request: a row [D] or rows [N, D]; or of the shape that the model takes, as [N, 3, 32, 32].
 
         Args:
@@ -88,6 +88,8 @@ class ModelServer(ModelHost):
             arrays: Give numpy arrays, views of the whole batch's and only to be read, in place of lists.
             client: Who asks, by its credential: it gets its personal head where the version has one, and its cached
                 predictions are its own. One id a row lets rows of many clients share a batch.
+            caller: Whose share of the queue and of the prediction cache this uses; the one ``client``'s when not given.
+                Callers without a name share one.
 
         Returns:
             ``predictions`` [N], ``confidences`` [N] and ``probabilities`` [N][C] (classification only) as lists,
@@ -104,7 +106,8 @@ class ModelServer(ModelHost):
             CorruptArtifactError, ServerClosedError: Each counted under its reason in the statistics.
         """
         try:  # the blocking door never suspends, so one step runs the whole coroutine
-            self._answer(features, version, model, timeout_ms, stages, arrays, client, self._blocking).send(None)
+            door = self._blocking
+            self._answer(features, version, model, timeout_ms, stages, arrays, client, caller, door).send(None)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
         raise AssertionError("a blocking request suspended")
@@ -112,9 +115,10 @@ class ModelServer(ModelHost):
     @version_id_too
     async def apredict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
                        timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                       client: str | Sequence[str] | None = None) -> dict[str, Any]:  # fmt: skip
+                       client: str | Sequence[str] | None = None,
+                       caller: str | None = None) -> dict[str, Any]:  # fmt: skip
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
-        return await self._answer(features, version, model, timeout_ms, stages, arrays, client, self._awaiting)
+        return await self._answer(features, version, model, timeout_ms, stages, arrays, client, caller, self._awaiting)
 
     @version_id_too
     def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, *, model: str | None = None,
@@ -136,7 +140,7 @@ class ModelServer(ModelHost):
 
     async def _answer(
         self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
-        stages: bool, arrays: bool, client: str | Sequence[str] | None, door: Door,
+        stages: bool, arrays: bool, client: str | Sequence[str] | None, caller: str | None, door: Door,
     ) -> dict[str, Any]:  # fmt: skip
         """The one path. ``door`` knows how to wait: blocking or awaiting."""
         started_s, key, found, chosen = self._clock(), None, None, None
@@ -152,13 +156,15 @@ class ModelServer(ModelHost):
                 lane, slots = engine, None
                 if client is not None:
                     lane, slots, found = self._personal(engine, client := ids_of(client, len(rows)), len(rows))
+                if caller is None and isinstance(client, str):
+                    caller = f"client {client}"
                 validated_s = looked_up_s = self._clock()
                 if self.prediction_cache is None:
                     payload = rows if slots is None else (rows, slots)
-                    prediction = await door.run(lane, payload, len(rows), started_s, deadline_s)
+                    prediction = await door.run(lane, payload, len(rows), started_s, deadline_s, caller)
                 else:
                     prediction, looked_up_s = await self._through_cache(
-                        self.prediction_cache, door, lane, rows, slots, started_s, deadline_s, client
+                        self.prediction_cache, door, lane, rows, slots, started_s, deadline_s, client, caller
                     )
                 answer: dict[str, Any] = prediction.arrays() if arrays else prediction.lists()
             finally:
@@ -210,14 +216,17 @@ class ModelServer(ModelHost):
 
     async def _through_cache(
         self, cache: PredictionCache[Outputs], door: Door, lane: Any, rows: Floats, slots: NDArray[np.int64] | None,
-        started_s: float, deadline_s: float, client: str | tuple[str, ...] | None,
+        started_s: float, deadline_s: float, client: str | tuple[str, ...] | None, caller: str | None,
     ) -> tuple[Prediction, float]:  # fmt: skip
-        """The prediction, and when the look-up ended. A client shares its entries with nobody, None with all."""
+        """The prediction, and when the look-up ended. Who may find it again is in its key: the client of a personal
+        answer; and the caller, but where the setting says that all share (no name: all without one)."""
         rows = rows.copy()  # what was hashed is what runs, whatever the caller does to its array meanwhile
         payload = rows if slots is None else (rows, slots)
         content = hashlib.blake2b(rows.data, digest_size=32)
-        if client is not None:  # in the hash, as the key's size does not count in the cache's budget
-            content.update(repr(client).encode())
+        apart = self.config.prediction_cache_scope == "caller"
+        scope = (client if apart or slots is not None else None, caller if apart else None)
+        if scope != (None, None):  # in the hash, as the key's size does not count in the cache's budget
+            content.update(repr(scope).encode())
         key = (lane.identity, rows.shape, content.digest())
         while True:
             value, flight, leads = cache.begin(key)
@@ -225,13 +234,13 @@ class ModelServer(ModelHost):
             try:
                 if flight is not None and leads:
                     try:
-                        prediction = await door.run(lane, payload, len(rows), started_s, deadline_s)
+                        prediction = await door.run(lane, payload, len(rows), started_s, deadline_s, caller)
                         value = prediction.execution.outputs.copy_rows(prediction.start, prediction.stop)
                     except BaseException as error:
                         cancelled = OverloadedError("the request that computed this was cancelled: try again")
                         cache.finish(key, flight, error=error if isinstance(error, Exception) else cancelled)
                         raise
-                    cache.finish(key, flight, value)
+                    cache.finish(key, flight, value, owner=caller)
                     return prediction, looked_up_s
                 if flight is not None:
                     if not await door.follow(flight, deadline_s):

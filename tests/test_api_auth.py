@@ -157,3 +157,15 @@ def test_a_malformed_file_is_refused_with_a_reason_and_without_the_token(tmp_pat
 def test_a_missing_file_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         Tokens.read(tmp_path / "none.json")
+
+
+def test_a_caller_is_its_client_else_its_token_else_nobody():
+    tokens = Tokens()
+    for token, client in [("one", "c-1"), ("two", "c-1"), ("three", None), ("four", None), ("five", "c-2")]:
+        tokens.add(token, client=client)
+    one, two, three, four, five = (
+        tokens.check(f"Bearer {token}", Role.INFER).caller for token in ("one", "two", "three", "four", "five")
+    )
+    assert one == two and len({one, three, four, five}) == 4
+    assert "three" not in three, "it is not the token itself"
+    assert Tokens.open().check(None, Role.INFER).caller is None

@@ -225,3 +225,13 @@ def test_hot_swap_under_load_fails_and_mixes_nothing():
             answers = [answer for seen in threads.results() for answer in seen]
     assert len(answers) >= 800
     assert set(answers) == {("v1", 1.0, 1.0, 1.0), ("v2", 2.0, 2.0, 2.0)}
+
+
+def test_each_credential_has_its_own_scope_of_the_prediction_cache():
+    """The token of a client, two of no client, and again: a hit is for who asked before, whatever the door."""
+    asked = [("infer", 0), ("client", 0), ("admin", 0), ("infer", 1), ("client", 1), ("admin", 1)]
+    with two_versions(prediction_cache_bytes=1 << 20) as server, door(server) as endpoint:
+        for token, hit in asked:
+            hits = server.prediction_cache.hits
+            answer = httpx.post(endpoint.url + INFER, content=text(), headers=bearer(token))
+            assert answer.status_code == 200 and server.prediction_cache.hits - hits == hit

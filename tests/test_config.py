@@ -32,6 +32,7 @@ def test_the_defaults_are_the_stated_ones():
         "max_batch_size": 32, "max_wait_time_ms": 100, "cache_size": 5, "warmup_samples": 10, "num_workers": 4,
         "timeout_ms": 5000, "batching": "work_conserving", "max_queue_rows": 4096, "max_request_rows": 16_384,
         "cache_bytes": 2**30, "prediction_cache_bytes": 0, "prediction_cache_ttl_s": 0,
+        "prediction_cache_scope": "caller",
         "head_cache_bytes": 2**28, "unknown_client": "global_head",
     }  # fmt: skip
 
@@ -76,7 +77,11 @@ def test_counts_are_whole_python_numbers(name, value):
         ServingConfig(**{name: value})
 
 
-CHOICES = {"batching": ("work_conserving", "hold_until_full"), "unknown_client": ("global_head", "refuse")}
+CHOICES = {
+    "batching": ("work_conserving", "hold_until_full"),
+    "unknown_client": ("global_head", "refuse"),
+    "prediction_cache_scope": ("caller", "shared"),
+}
 
 
 @pytest.mark.parametrize("name", CHOICES)

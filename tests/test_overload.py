@@ -161,3 +161,69 @@ def test_who_is_too_late_makes_room_and_who_is_not_keeps_his_place():
     queue.learn(model, 1, 9.9, 10.0)  # not known before
     first, late, *others = requests
     assert queue.take(10.0) == ([first, *others], [late])
+
+
+# Shares
+
+
+@pytest.mark.parametrize("deadline_s", [0.25, 1.0, 5.0])
+@pytest.mark.parametrize("max_rows", [16, 4096])
+def test_a_flood_leaves_a_quiet_client_its_answers(deadline_s, max_rows):
+    """One client asks ten times what the model can do, another one a twentieth of it: by time or by rows, the flood
+    fills the queue, and 95 of 100 of the quiet one's requests are answered all the same."""
+    model = Model(0.04, 0.0, 4, 1)
+    rates = {"flood": 10 * model.capacity, "quiet": model.capacity / 20}
+    run = Run(model, rates, deadline_s, seconds=8, max_rows=max_rows)
+    assert run.came["quiet"] > 20
+    assert run.answered["quiet"] >= 0.95 * run.came["quiet"]
+    assert run.goodput >= 0.85 * model.capacity, "and the flood gets the rest"
+
+
+def test_two_floods_share_whatever_their_size():
+    """About alike; what was dropped from the line too late has used its turn, so the larger one gets a little less."""
+    model = Model(0.04, 0.0, 4, 1)
+    run = Run(model, {"a": 3 * model.capacity, "b": 12 * model.capacity}, 0.5, seconds=6)
+    assert max(run.answered.values()) <= 0.6 * sum(run.answered.values())
+
+
+def test_clients_take_turns_by_the_row_and_each_is_served_first_in_first_out():
+    """All wait at once, with requests of 1 to 5 rows. While two clients both wait, they have had the same, give or take
+    the largest request of either (Shreedhar and Varghese, theorem 3, with a quantum of a row) and one batch."""
+    rng = random.Random(0)
+    queue, served = BatchQueue(8, 0.1, 10_000), dict.fromkeys("abc", 0)
+    waiting = {name: [] for name in served}
+    for _ in range(300):
+        name = rng.choice("aaaabbc")
+        request = Request("model", None, rng.randint(1, 5), 0.0, math.inf, name)
+        waiting[name].append(request)
+        queue.push(request)
+    while queue:
+        batch, _ = queue.take(0.0)
+        for request in batch:
+            assert request is waiting[request.client].pop(0)
+            served[request.client] += request.rows
+        had = [served[name] for name in waiting if waiting[name]]
+        assert not had or max(had) - min(had) <= 2 * 5 + 8
+
+
+def test_a_quiet_client_of_another_model_has_its_turn_too():
+    queue = BatchQueue(4, 0.1, 10_000)
+    for _ in range(1000):
+        queue.push(Request("flooded", None, 1, 0.0, 99.0, "flood"))
+    queue.push(quiet := Request("lonely", None, 1, 1.0, 99.0, "quiet"))
+    lanes = [queue.take(1.0)[0] for _ in range(2)]
+    assert [quiet] in lanes
+
+
+def test_who_has_most_makes_room_for_who_has_less():
+    queue = BatchQueue(4, 0.1, 10)
+    flood = [Request("a", number, 2, 0.0, 99.0, "flood") for number in range(5)]
+    for request in flood:
+        assert queue.push(request) == []
+    quiet = [Request("b", None, 1, 0.0, 99.0, "quiet") for _ in range(6)]
+    assert [queue.push(request) for request in quiet[:5]] == [[flood[4]], [], [flood[3]], [], [flood[2]]]
+    assert queue.rows == 9
+    with pytest.raises(OverloadedError, match="9 rows wait already, the limit is 10"):
+        queue.push(Request("a", None, 2, 0.0, 99.0, "flood"))
+    with pytest.raises(OverloadedError, match="the limit is 10"):
+        queue.push(Request("b", None, 2, 0.0, 99.0, "quiet"))

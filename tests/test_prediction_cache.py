@@ -223,7 +223,7 @@ def test_random_use_by_eight_threads_keeps_the_accounts():
         assert sum(pool.map(work, range(8))) == 8 * 500
     assert cache.hits + cache.misses + cache.shared == 8 * 500 and not cache._flights
     assert cache.most_bytes <= 20 * OVERHEAD and cache.evictions > 100 and cache.expirations > 0
-    assert cache.nbytes == sum(nbytes for _, _, nbytes in cache._entries.values())
+    assert cache.nbytes == sum(nbytes for _, _, nbytes, _ in cache._entries.values())
 
 
 @pytest.mark.parametrize(("entries", "classes"), [(100, 10), (800, 2), (300, 300)])
@@ -282,3 +282,40 @@ def test_a_follower_gets_the_leaders_future_itself():
     cache = PredictionCache(OVERHEAD)
     futures = [cache.begin("k")[1] for _ in range(3)]
     assert all(isinstance(future, Future) and future is futures[0] for future in futures)
+
+
+def keep(cache: PredictionCache[Any], key: Any, owner: Any, nbytes: int = 0) -> None:
+    """One caller alone asks for ``key``, and hands in what it computed on a miss."""
+    found, flight, _ = cache.begin(key)
+    if found is None:
+        cache.finish(key, flight, Value(nbytes), owner=owner)
+
+
+def test_one_owners_flood_pushes_out_its_own_entries_only():
+    cache = PredictionCache(100 * OVERHEAD)
+    for i in range(100):
+        keep(cache, ("flood", i), "flood")
+    for i in range(20):
+        keep(cache, ("quiet", i), "quiet")
+    for i in range(5000):
+        keep(cache, ("flood", 1000 + i), "flood")
+    assert all(cache.begin(("quiet", i))[0] is not None for i in range(20)), "within its share, nothing went"
+    assert cache.nbytes == 100 * OVERHEAD, "and the flood has the rest"
+
+
+@given(
+    room=st.integers(1, 12),
+    trace=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 5000)), max_size=120),
+)
+def test_who_stays_within_his_share_loses_nothing_and_the_budget_holds(room, trace):
+    cache, kept = Watched(room * OVERHEAD), {owner: {} for owner in range(4)}
+    for owner, number, nbytes in trace:
+        keep(cache, (owner, number), owner, nbytes)
+        kept[owner].setdefault(number, nbytes + OVERHEAD)
+        assert cache.nbytes == sum(entry[2] for entry in cache._entries.values())
+        assert cache.nbytes == sum(shelf.nbytes for shelf in cache._shelves.values())
+        assert all(shelf.keys for shelf in cache._shelves.values())
+    for owner, mine in kept.items():
+        if sum(mine.values()) <= cache.max_bytes / len(kept):
+            assert all((owner, number) in cache._entries for number in mine)
+    assert cache.most_bytes <= room * OVERHEAD

@@ -453,3 +453,35 @@ def test_a_crowd_over_few_rows_gets_right_answers_and_leaves_no_flight(serve):
     assert stats["server"]["requests"] == len(sent)
     assert stats["prediction_cache"]["nbytes"] <= stats["prediction_cache"]["max_bytes"]
     assert stats["server"]["failed_by_reason"].keys() <= {"DeadlineExceeded", "Cancelled"}
+
+
+# Whose
+
+
+def test_no_caller_finds_what_another_one_asked(serve):
+    """Callers by credential, clients, and those without a name (who are one): the same rows from each, in any order.
+    A hit is told by the count of hits and of executions, not by the clock."""
+    server = serve(Tagged())
+    names = [{"caller": "token a"}, {"caller": "token b"}, {"client": "c-1"}, {"client": "c-2"}, {}]
+    asked, rng = set(), random.Random(0)
+    for _ in range(200):
+        who, first = rng.randrange(len(names)), rng.randrange(6)
+        hits = cache_stats(server)["hits"]
+        assert server.predict(row(first), **names[who])["predictions"] == [[first, first]]
+        assert cache_stats(server)["hits"] - hits == ((who, first) in asked)
+        asked.add((who, first))
+    assert server.get_all_stats()["server"]["executions"] == len(asked)
+    assert server.predict(row(0), client="c-1", caller="client c-1") and len(asked) == 30
+
+
+def test_one_callers_inputs_do_not_push_out_anothers(serve):
+    nbytes = 2 * np.float32().nbytes + PredictionCache.OVERHEAD
+    server = serve(Tagged(), prediction_cache_bytes=40 * nbytes)
+    for first in range(10):
+        server.predict(row(first), caller="quiet")
+    for first in range(500):
+        server.predict(row(first), caller="flood")
+    hits = cache_stats(server)["hits"]
+    for first in range(10):
+        server.predict(row(first), caller="quiet")
+    assert cache_stats(server)["hits"] - hits == 10

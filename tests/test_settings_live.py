@@ -212,6 +212,18 @@ def test_prediction_cache_bytes__bounds_the_answers_that_are_kept(prediction_cac
         assert (kept and kept["size"]) == {0: None, 1 << 20: 3}.get(prediction_cache_bytes, 2)
 
 
+@pytest.mark.parametrize(("prediction_cache_scope", "calls"), [("caller", 2), ("shared", 1)])
+def test_prediction_cache_scope__says_who_may_find_a_kept_answer(prediction_cache_scope, calls):
+    probe = Probe()
+    settings = {"prediction_cache_bytes": 1 << 20, "prediction_cache_scope": prediction_cache_scope}
+    with serving(Gated(probe), **settings) as server:
+        probe.shut()
+        probe.release()
+        for caller in ("token a", "token b", "token a"):
+            server.predict(row(1), caller=caller)
+        assert probe.calls == calls
+
+
 @pytest.mark.parametrize("prediction_cache_ttl_s", [0, 10])
 def test_prediction_cache_ttl_s__is_the_age_at_which_an_answer_is_forgotten(prediction_cache_ttl_s):
     now_s = [1000.0]

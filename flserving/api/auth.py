@@ -9,7 +9,7 @@ import hmac
 import os
 import secrets
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Self
@@ -29,10 +29,15 @@ class Role(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a credential stands for. ``client`` is the federated client whose private answers it may ask for."""
+    """What a credential stands for. ``client`` is the federated client whose private answers it may ask for.
+
+    ``caller`` is whose share of the queue and of the prediction cache it uses: the client's, however many tokens that
+    has, else the token's own; None where no credential is asked.
+    """
 
     role: Role
     client: str | None = None
+    caller: str | None = field(default=None, compare=False)
 
 
 class Tokens:
@@ -99,7 +104,8 @@ class Tokens:
     def _put(self, digest: bytes, role: Role, client: str | None) -> None:
         if client == "":
             raise ConfigError("client is '': name the client, or leave it out")
-        self._identities[digest[:8]] = digest, Identity(role, client)
+        caller = f"token {digest[:8].hex()}" if client is None else f"client {client}"
+        self._identities[digest[:8]] = digest, Identity(role, client, caller)
 
     def check(self, authorization: str | bytes | None, needed: Role) -> Identity:
         """Who sent this ``Authorization`` header.

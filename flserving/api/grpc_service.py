@@ -94,6 +94,7 @@ class Service:
                 outputs=messages.requested(request),
                 parameters=_within(context.time_remaining(), messages.parameters(request.parameters)),
                 client=identity.client,
+                caller=identity.caller,
             )
         parsed_s = time.perf_counter()
         self._inside += 1

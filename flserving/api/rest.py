@@ -87,7 +87,7 @@ class RestApp:
             started_s = time.perf_counter()
             asked = read_infer(body, _json_bytes(headers.get(b"inference-header-content-length")))
             parse_s = time.perf_counter() - started_s
-            call = Call(model, version, asked.inputs, asked.outputs, asked.parameters, who.client)
+            call = Call(model, version, asked.inputs, asked.outputs, asked.parameters, who.client, who.caller)
         continued, answering = telemetry.continued, self._v2.infer(call)
         answer = await (answering if continued is None else continued(headers.items(), answering))
         answered_s = time.perf_counter()

@@ -31,7 +31,8 @@ _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification
 
 @dataclass(slots=True)
 class Call:
-    """One inference request, read from the wire. ``outputs`` None asks for all of them."""
+    """One inference request, read from the wire. ``outputs`` None asks for all of them. ``client`` and ``caller`` are
+    those of its credential (:class:`~flserving.api.auth.Identity`)."""
 
     model: str
     version: str | None
@@ -39,6 +40,7 @@ class Call:
     outputs: Sequence[str] | None
     parameters: Mapping[str, Value]
     client: str | None = None
+    caller: str | None = None
 
 
 @dataclass(slots=True)
@@ -193,8 +195,9 @@ class V2:
             raise
         CALLER.set(call.client)  # whose arm it is, also where no private answer is asked for; of this task alone
         answer = await self.server.apredict(
-            features, version, model=call.model, timeout_ms=timeout_ms, stages=stages, arrays=True, client=client
-        )
+            features, version, model=call.model, timeout_ms=timeout_ms, stages=stages, arrays=True, client=client,
+            caller=call.caller,
+        )  # fmt: skip
         outputs = {name: value for name, value in answer.items() if type(value) is np.ndarray}
         if call.outputs is not None:
             try:
