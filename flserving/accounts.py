@@ -45,10 +45,13 @@ class Histogram:
         bucket = int(np.searchsorted(np.cumsum(self.counts), rank))
         return float(min(_LOWEST_S * _GROWTH ** (bucket + 0.5), self.highest_s))
 
-    def summary_ms(self) -> dict[str, float]:
-        """``count``, ``mean_ms``, ``p50_ms``, ``p95_ms``, ``p99_ms`` and ``max_ms``; NaN where nothing was recorded."""
+    def summary_ms(self) -> dict[str, float | None]:
+        """``count``, ``mean_ms``, ``p50_ms``, ``p95_ms``, ``p99_ms`` and ``max_ms``. None, which JSON can say, where
+        nothing was recorded."""
+        if not self.count:
+            return {"count": 0, **dict.fromkeys(("mean_ms", "p50_ms", "p95_ms", "p99_ms")), "max_ms": 0.0}
         percentiles = {f"p{q}_ms": self.percentile_s(q / 100) * 1e3 for q in (50, 95, 99)}
-        mean = self.total_s / self.count * 1e3 if self.count else math.nan
+        mean = self.total_s / self.count * 1e3
         return {"count": self.count, "mean_ms": mean, **percentiles, "max_ms": self.highest_s * 1e3}
 
 
@@ -143,6 +146,24 @@ class Account:
         self.cache = np.zeros((2, 2))  # hits and misses: how many, seconds
         self.at_most = np.zeros(_BUCKETS, np.int64)
         self.batches: dict[int, NDArray[np.float64]] = {}  # rows -> executions, seconds of their three stages
+        self.failures: dict[str, NDArray[np.float64]] = {}  # reason -> how many, seconds
+
+    def add(self, other: "Account") -> None:
+        """What ``other`` counted, too."""
+        self.requests += other.requests
+        self.rows += other.rows
+        self.last_ms = max(self.last_ms, other.last_ms)
+        self.stages += other.stages
+        self.cache += other.cache
+        self.at_most += other.at_most
+        for size, batch in other.batches.items():
+            self.batches[size] = self.batches.get(size, 0) + batch
+        for reason, failed in other.failures.items():
+            self.failures[reason] = self.failures.get(reason, 0) + failed
+
+    def add_failure(self, reason: str, seconds: float) -> None:
+        account = self.failures.setdefault(reason, np.zeros(2))
+        account += 1, seconds
 
     def add_requests(self, rows: int, spent: NDArray[np.float64], last_ms: int) -> None:
         """Answered requests: seconds in each stage and in all [n, stages + 1]; the time of day of the last one."""

@@ -33,6 +33,7 @@ from flserving.transforms import OutputType, Postprocessor, Preprocessor
 if TYPE_CHECKING:
     from flserving.registry import Registry
 
+_PROBLEMS = 32  # versions of which health_check says why they could not be loaded
 LOCAL = "local"
 """Name of the model whose versions come from :meth:`ModelServer.load_model`."""
 
@@ -208,6 +209,15 @@ class ModelHost:
         model = self._router.routes.model
         return _Engines(self.lease, {key[1]: engine for key, engine in self.model_cache.items() if key[0] == model})
 
+    def held(self) -> set[str]:
+        """The versions ("model/version") that are in memory, or that an alias or an experiment leads to."""
+        keys = {key for key, _ in self.model_cache.items()}
+        for name, served in self._router.routes.models.items():
+            keys.update((name, version) for version in served.aliases.values())
+            for experiment in served.experiments.values():
+                keys.update((name, str(number)) for number in experiment.versions)
+        return set(map("/".join, keys))
+
     @property
     def cache(self) -> ModelCache:
         """The cache of loaded models: ``model_cache``."""
@@ -258,7 +268,9 @@ class ModelHost:
         except FlservingError as error:
             self._check_open()  # its files went while it loaded
             if not isinstance(error, OverloadedError | DeadlineExceededError):  # those say nothing of the version
-                self._load_problems[problem] = str(error)  # bounded: only versions that exist are loaded
+                self._load_problems[problem] = str(error)
+                for oldest in list(self._load_problems)[:-_PROBLEMS]:
+                    self._load_problems.pop(oldest, None)
             raise
         self._load_problems.pop(problem, None)
         return lease

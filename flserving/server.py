@@ -63,7 +63,7 @@ class ModelServer(ModelHost):
         self.prediction_cache: PredictionCache[Outputs] | None = (
             PredictionCache(budget, self.config.prediction_cache_ttl_s, clock) if budget else None
         )
-        self.telemetry = Telemetry(clock, self.config.max_batch_size)
+        self.telemetry = Telemetry(clock, self.config.max_batch_size, self.held)
         self._batcher = Batcher(self.config, self.telemetry.execution, clock)
         self._blocking, self._awaiting = Blocking(self), Awaiting(self)
         self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)

@@ -10,7 +10,7 @@ full or somebody reads.
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence, Set
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -30,6 +30,12 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 _PENDING = 512  # records folded at once: about 0.5 us each instead of 5
+_FRESH = 64  # versions with counts that nobody was shown yet
+KEEP_S = 10.0
+"""How long the counts of a version are kept after it was last held. Several processes add theirs up under one name: all
+of them have to see that nobody holds it before the first one forgets what it counted."""
+OTHER = "other"
+"""What versions that are not held are called together, in place of their ids."""
 
 
 class Executions:
@@ -74,23 +80,37 @@ class Telemetry:
     Holds by construction: ``succeeded + sum(failed.values()) == requests``; the latency histogram's count equals
     ``succeeded``; the stages' seconds add up to the latency's.
 
+    However many versions are asked, memory stays flat: only those that are *held* (in memory, or led to) have accounts
+    of their own. What others were asked is counted as the version ``other`` of their model. Counts never move from one
+    account to another, which a rate would count twice: what was shown under a version's name goes with the name, and a
+    version that comes back starts at zero, which monitoring takes as a restart.
+
     Args:
         clock: The clock of the marks. ``largest_batch``: most rows in one forward of a model.
+        held: Gives the versions ("model/version") that have accounts of their own; all, when not given.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, largest_batch: int = 1 << 62) -> None:
-        self._clock, self._largest_batch = clock, largest_batch
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        largest_batch: int = 1 << 62,
+        held: Callable[[], Set[str]] | None = None,
+    ) -> None:
+        self._clock, self._largest_batch, self._held = clock, largest_batch, held
         self.observer: Observer | None = None
         self.continued: Continued | None = None
         self._lock = threading.Lock()
-        self._served: dict[str, Account] = {}
-        self._failed: dict[tuple[str, str], list[float]] = {}  # (version, reason) -> how many, seconds
+        self._fresh: dict[str, Account] = {}  # by version: since the last look
+        self._kept: dict[str, Account] = {}  # by what is shown: a version that is held, or all others of a model
+        self._seen_s: dict[str, float] = {}  # when each of those was held last
+        self._failed: Counter[str] = Counter()
+        self.elsewhere: Set[str] = frozenset()  # held by other processes behind the same address
         self._refused: Counter[tuple[str, str]] = Counter()  # (protocol, reason)
         self._told: dict[str, Counter[str]] = {"head": Counter(), "path": Counter(), "delta": Counter()}
         self._at_doors: dict[str, NDArray[np.float64]] = {}  # protocol -> how many, parse seconds, serialise seconds
         self._latency = Histogram()
         self._stages = [Histogram() for _ in STAGES]
-        self._runs = self._run_rows = 0
+        self._runs = self._run_rows = self._rows = 0
         self._pending: list[tuple[str, int, tuple[float, ...]]] = []
         self._pending_runs: list[tuple[str, int, tuple[float, float, float, float]]] = []
         self._pending_doors: list[tuple[str, float, float]] = []
@@ -111,9 +131,8 @@ class Telemetry:
         so the sets of labels are closed.
         """
         with self._lock:
-            account = self._failed.setdefault((version, reason), [0, 0.0])
-            account[0] += 1
-            account[1] += seconds
+            self._of(version).add_failure(reason, seconds)
+            self._failed[reason] += 1
         if self.observer is not None:
             self.observer(version, 0, ((now_s := self._clock()) - seconds, now_s), reason)
 
@@ -146,21 +165,20 @@ class Telemetry:
         """One consistent copy of everything since the start, durations in milliseconds."""
         with self._lock:
             self._fold_all()
-            by_reason: Counter[str] = Counter()
-            for (_, reason), (count, _) in self._failed.items():
-                by_reason[reason] += int(count)
-            succeeded, failed = self._latency.count, sum(by_reason.values())
+            self._settle()
+            succeeded = self._latency.count
+            failed = self._failed.total()
+            by_version = {name: account.requests for name, account in self._kept.items() if name in self._seen_s}
+            by_version[OTHER] = succeeded - sum(by_version.values())
             return {
                 "requests": succeeded + failed,
                 "succeeded": succeeded,
                 "failed": failed,
-                "failed_by_reason": dict(by_reason),
-                "rows": sum(served.rows for served in self._served.values()),
+                "failed_by_reason": dict(self._failed),
+                "rows": self._rows,
                 "executions": self._runs,
                 "mean_batch_rows": self._run_rows / max(1, self._runs),
-                "requests_by_version": {
-                    name: served.requests for name, served in self._served.items() if served.requests
-                },
+                "requests_by_version": {name: requests for name, requests in by_version.items() if requests},
                 "latency": self._latency.summary_ms(),
                 "stages": {name: h.summary_ms() for name, h in zip(STAGES, self._stages, strict=True)},
                 "rows_by_head": dict(self._told["head"]),
@@ -169,10 +187,19 @@ class Telemetry:
                 "latency_total_ms": self._latency.total_s * 1e3,
             }
 
+    def retiring(self) -> bool:
+        """Whether something is kept of versions that this server does not hold."""
+        with self._lock:
+            held = self._names()
+            return any(name not in held for name in self._seen_s)
+
     def totals(self) -> dict[str, Any]:
         """One consistent copy of the sums behind every statistic: plain numbers that only grow.
 
         Those of several processes are added by :func:`~flserving.accounts.merged`.
+        ``named``: the keys of ``versions`` to be shown: versions that are held, and "model/other" for all others of
+        a model. Those that only other processes hold (``elsewhere``) are in ``versions`` too, as a part of the sum.
+        ``answered`` and ``failed`` (by reason): of all versions that ever were.
         ``versions`` by "model/version": answered ``requests``, their ``rows`` and ``seconds``; ``at_most``: how many
         took at most each of ``BOUNDS_S`` but more than the one before, then the rest; ``stages`` and ``cache``: [how
         many, seconds]; ``batches`` by rows: [executions, preprocess, infer, postprocess seconds];
@@ -185,12 +212,17 @@ class Telemetry:
         refusals: dict[str, Any] = {}
         with self._lock:
             self._fold_all()
-            for (version, reason), account in self._failed.items():
-                failures.setdefault(version, {})[reason] = list(account)
+            held = self._settle()
+            for name, account in self._kept.items():
+                if account.failures:
+                    failures[name] = {reason: [int(n), s] for reason, (n, s) in account.failures.items()}
             for (protocol, reason), count in self._refused.items():
                 refusals.setdefault(protocol, {})[reason] = count
             return {
-                "versions": {name: served.totals() for name, served in self._served.items()},
+                "named": {name: 1 for name in self._kept if name in held or name not in self._seen_s},
+                "answered": self._latency.count,
+                "failed": dict(self._failed),
+                "versions": {name: account.totals() for name, account in self._kept.items()},
                 "stages": {
                     name: {"seconds": histogram.total_s, "at_most": histogram.at_most.tolist()}
                     for name, histogram in zip(STAGES, self._stages, strict=True)
@@ -209,7 +241,31 @@ class Telemetry:
         self._fold_doors()
 
     def _of(self, version: str) -> Account:
-        return self._served.get(version) or self._served.setdefault(version, Account())
+        if version not in self._fresh:
+            if len(self._fresh) >= _FRESH:
+                self._settle()
+            self._fresh[version] = Account()
+        return self._fresh[version]
+
+    def _names(self) -> Set[str]:
+        return {*self._fresh, *self._seen_s} if self._held is None else self._held()
+
+    def _settle(self) -> Set[str]:
+        """Give what is fresh its names, forget versions that nobody has held for a while; the versions held."""
+        held = self._names()
+        now_s = self._clock()
+        for version, account in self._fresh.items():
+            name = version if version in held or not version else f"{version.partition('/')[0]}/{OTHER}"
+            if name in held:
+                self._seen_s[name] = now_s
+            self._kept.setdefault(name, Account()).add(account)
+        self._fresh.clear()
+        for name, seen_s in list(self._seen_s.items()):
+            if name in held or name in self.elsewhere:
+                self._seen_s[name] = now_s
+            elif now_s - seen_s >= KEEP_S:
+                del self._seen_s[name], self._kept[name]
+        return held
 
     def _fold(self) -> None:
         taken = _take(self._pending)
@@ -223,6 +279,7 @@ class Telemetry:
         to_unix_s = time.time() - self._clock()
         for version, places in _places([version for version, _, _ in taken]).items():
             rows = sum([taken[place][1] for place in places])
+            self._rows += rows
             last_ms = int((marks[places[-1], -1] + to_unix_s) * 1e3)
             self._of(version).add_requests(rows, spent if len(places) == len(taken) else spent[places], last_ms)
 

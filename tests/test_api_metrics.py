@@ -10,10 +10,18 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
+from flserving import ModelServer, Registry, ServingConfig, models
 from flserving.accounts import BOUNDS_S, STAGES, merged
 from flserving.api.metrics import OUTCOMES, exposition, totals
-from flserving.errors import FlservingError
+from flserving.api.v2 import V2
+from flserving.api.worker import Totals
+from flserving.edge import EdgeModelServer
+from flserving.engine import InferenceEngine
+from flserving.errors import FlservingError, InvalidInputError
+from flserving.telemetry import KEEP_S
 from serving_models import POISON, Poison, Probe, Tagged, Threads, row, serving
+
+SIZES = {"sizes": [2, 4, 2]}
 
 
 def series(server, accept="", others=()):
@@ -241,3 +249,87 @@ def test_no_counter_ever_falls_while_the_server_works():
 
 def test_the_bounds_hold_the_target():
     assert 0.05 in BOUNDS_S and list(BOUNDS_S) == sorted(set(BOUNDS_S))
+
+
+def test_series_are_as_many_as_versions_are_held_however_many_were_asked(tmp_path):
+    """One role-infer caller names every old version of a registry, once each: what is in memory, or led to, has a name,
+    the rest is one version ``other``; and health names a bounded number of those that cannot be loaded."""
+    with Registry(tmp_path) as registry:
+        for _ in range(40):
+            registry.publish("m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES)
+        registry.set_alias("m", "default", 40, who="test", why="test")
+        with ModelServer(ServingConfig(cache_size=3, warmup_samples=0), registry) as server:
+            lines = []
+            for version in range(1, 41):
+                server.predict(np.zeros(2), version)
+                with pytest.raises(InvalidInputError):
+                    server.predict(np.zeros(3), version)
+                found = series(server)
+                lines.append(len(found))
+                versions = {dict(labels).get("version") for _, labels in found} - {None, ""}
+                assert versions <= {"40", "other", *(str(version - i) for i in range(3))}
+            assert max(lines[5:]) - min(lines[5:]) <= 2, lines
+            assert total(found, "flserving_outcomes_total") == 80
+            assert by(found, "flserving_request_failures_total", "version")["40"] == 1
+            statistics = V2(server).statistics()["model_stats"]
+            assert {it["version"] for it in statistics} >= {"40"} and len(statistics) <= 41
+
+
+def test_what_several_processes_counted_of_a_version_stays_a_sum_while_one_of_them_holds_it(tmp_path):
+    """Else the series would fall, and a monitor take what one of them had counted before for new."""
+    with Registry(tmp_path / "registry") as registry:
+        for _ in range(3):
+            registry.publish("m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES)
+        registry.set_alias("m", "default", 3, who="test", why="test")
+        config = ServingConfig(cache_size=2, warmup_samples=0)
+        now_s = [0.0]
+        with (
+            ModelServer(config, registry, clock=lambda: now_s[0]) as here,
+            ModelServer(config, registry, clock=lambda: now_s[0]) as there,
+        ):
+            exchanges = [Totals(str(tmp_path), place, server) for place, server in enumerate((here, there))]
+            for server, exchange in zip((here, there), exchanges, strict=True):
+                server.predict(np.zeros(2), 1)
+                exchange.write()
+            here.predict(np.zeros(2), 2)
+            here.predict(np.zeros(2), 3)
+            assert "m/1" not in here.held() and "m/1" in there.held()
+            for _ in range(3):
+                now_s[0] += KEEP_S
+                for exchange in exchanges:
+                    exchange.write()
+                for server, exchange in zip((here, there), exchanges, strict=True):
+                    found = series(server, others=exchange.others())
+                    assert total(found, "flserving_requests_total", version="1") == 2
+            there.predict(np.zeros(2), 2)
+            there.predict(np.zeros(2), 3)
+            for _ in range(2):
+                for exchange in exchanges:
+                    exchange.write()
+                found = series(here, others=exchanges[0].others())
+                assert total(found, "flserving_requests_total", version="1") == 0, "nobody holds it"
+                assert total(found, "flserving_outcomes_total") == 6
+                now_s[0] += KEEP_S
+            assert "m/1" not in here.telemetry.totals()["versions"]
+
+
+def json_or_error(value):
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def test_all_that_a_server_says_of_itself_is_json(tmp_path):
+    """Before its first request, and after one: no NaN, no infinity, no arrays."""
+    with Registry(tmp_path) as registry:
+        registry.publish("m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES, alias="default")
+        with ModelServer(ServingConfig(prediction_cache_bytes=1 << 20), registry) as server, EdgeModelServer() as edge:
+            edge.update_global(models.build("mlp", SIZES), architecture="mlp", parameters=SIZES)
+            engine = InferenceEngine(models.build("mlp", SIZES))
+            door = V2(server)
+            for asked in range(2):
+                for it in (server, edge):
+                    json_or_error([it.get_all_stats(), it.health_check(), it.telemetry.totals(), totals(it)])
+                json_or_error([door.statistics(), door.settings(), door.index(), engine.get_stats()])
+                if not asked:
+                    assert server.get_all_stats()["server"]["latency"]["p99_ms"] is None
+                json_or_error([server.predict(np.zeros(2), stages=True), edge.predict(np.zeros(2), stages=True)])
+                json_or_error([engine.predict(np.zeros(2)), server.batch_predict([np.zeros(2)])])

@@ -21,9 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 PYTHON_BLOCKS = [  # with what each prints; the one with flwr is in test_flower
-    (code, shown)
-    for (language, code), (_, shown) in pairwise(BLOCKS)
-    if language == "python" and "flwr" not in code
+    (code, shown) for (language, code), (_, shown) in pairwise(BLOCKS) if language == "python" and "flwr" not in code
 ]
 LINES = [line.partition("  #")[0].strip() for kind, code in BLOCKS if kind == "sh" for line in code.splitlines()]
 COMMANDS = list(dict.fromkeys(re.sub(r"^\.(venv|flower)/bin/python", "python", line) for line in LINES if line))

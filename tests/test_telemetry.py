@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from flserving.accounts import BOUNDS_S, STAGES, Histogram, merged, record
 from flserving.engine import Execution, Prediction
-from flserving.telemetry import _PENDING, Executions, Telemetry
+from flserving.telemetry import _PENDING, KEEP_S, Executions, Telemetry
 from serving_models import PATIENCE_S
 
 
@@ -72,10 +72,11 @@ def test_durations_outside_the_buckets_are_counted_and_no_percentile_exceeds_the
     assert histogram_of(np.array([1.001e-3])).percentile_s(0.99) <= 1.001e-3
 
 
-def test_nothing_recorded_is_nan_not_zero():
+def test_nothing_recorded_is_none_not_zero():
     summary = Histogram().summary_ms()
     assert summary["count"] == 0 == summary["max_ms"]
-    assert all(math.isnan(summary[name]) for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms"))
+    assert all(summary[name] is None for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms"))
+    assert math.isnan(Histogram().percentile_s(0.5))
 
 
 def test_a_summary_is_in_milliseconds():
@@ -117,7 +118,7 @@ class Meddler(list):
 def test_a_record_that_arrives_during_a_fold_waits_for_the_next():
     telemetry, executions = Telemetry(), Executions()
     telemetry._pending, executions._pending = Meddler(), Meddler()
-    telemetry._pending.late, executions._pending.late = ("m/1", 1, marks(0.0, 0.001)), (1, 0.001)
+    telemetry._pending.late, executions._pending.late = ("m/1", 1, marks(0.0, 0.001)), (1, 0.001, 1)
     telemetry.success("m/1", 1, marks(0.0, 0.001))
     executions.add(1, 0.001)
     assert [telemetry.snapshot()["requests"] for _ in range(3)] == [1, 2, 3]
@@ -309,6 +310,7 @@ def test_totals_of_processes_add_up_to_those_of_one(requests, processes):
     one, sums = alone.totals(), merged([telemetry.totals() for telemetry in several])
     for account in (*one["versions"].values(), *sums["versions"].values()):
         del account["last_inference_ms"]
+    assert one.pop("named").keys() == sums.pop("named").keys()  # there are as many as processes hold them
     assert sums == one
 
 
@@ -322,3 +324,72 @@ def test_an_observer_is_told_of_every_request_and_of_none_when_there_is_none():
     telemetry.failure("NotFound")
     assert told == [("m/1", 3, marks(1.0, 0.5), ""), ("", 0, (49.5, 50.0), "NotFound")]
     assert telemetry.snapshot()["requests"] == 4
+
+
+class Fleet:
+    """Processes behind one address, each with its held versions; ``asked`` counts, a scrape reads all of them."""
+
+    def __init__(self, processes: int) -> None:
+        self.now_s = 0.0
+        self.held: list[set[str]] = [set() for _ in range(processes)]
+        self.members = [
+            Telemetry(lambda: self.now_s, held=lambda place=place: self.held[place]) for place in range(processes)
+        ]
+        self.last: dict[str, float] = {}  # series -> value at its last scrape
+        self.increase = 0.0  # what a monitor adds up: a lower value is a restart
+        self.shown: set[str] = set()
+        self._named: list[set[str]] = [set() for _ in range(processes)]
+
+    def scrape(self) -> None:
+        totals = []
+        for place, member in enumerate(self.members):
+            member.elsewhere = set().union(*(names for other, names in enumerate(self._named) if other != place))
+            totals.append(member.totals())
+            self._named[place] = set(totals[-1]["named"])
+        whole = merged(totals)
+        self.shown = set(whole["named"])
+        for name in self.shown & whole["versions"].keys():
+            value = whole["versions"][name]["requests"]
+            before = self.last.get(name, 0)
+            self.increase += value - before if value >= before else value
+            self.last[name] = value
+
+
+@given(
+    st.integers(1, 3),
+    st.sampled_from([0.1, 3.0, 30.0]),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(1, 9)), max_size=60),
+)
+def test_a_monitor_counts_each_request_once_whatever_versions_come_and_go(processes, pause_s, steps):
+    """Prometheus adds up what each series grew by, and takes a fall for a restart: neither what is folded into
+    ``other`` nor a version that leaves memory and comes back may be counted twice. Nor is anything lost, unless a
+    version comes back after it was forgotten: such a restart may be too small to be seen, as that of any process."""
+    fleet, asked = Fleet(processes), 0
+    for place, version, count in steps:
+        place %= processes
+        name = f"m/{version}"
+        fleet.held[place] = {*sorted(fleet.held[place])[-1:], name} if count % 2 else set()  # cold: gone again
+        for _ in range(count):
+            fleet.members[place].success(name, 1, marks(fleet.now_s, 0.1))
+        asked += count
+        fleet.scrape()
+        assert fleet.increase <= asked
+        assert fleet.increase == asked or pause_s * len(steps) >= KEEP_S
+        assert fleet.shown <= {"m/other"}.union(*fleet.held)
+        fleet.now_s += pause_s
+
+
+def test_memory_is_flat_over_ten_thousand_versions():
+    held: set[str] = set()
+    telemetry = Telemetry(itertools.count().__next__, held=lambda: held)
+    for version in range(10_000):
+        held = {f"m/{version}", "m/0"}
+        telemetry.success(f"m/{version}", 1, marks(0.0, 0.001))
+        telemetry.failure("NotFound", f"m/{version - 5}", 0.001)
+        assert len(telemetry._kept) + len(telemetry._fresh) < 200
+        if version % 100 == 0:
+            telemetry.totals()
+    totals, seen = telemetry.totals(), telemetry.snapshot()
+    assert totals["named"].keys() <= {"m/9999", "m/0", "m/other"} and totals["answered"] == 10_000
+    assert totals["failed"] == {"NotFound": 10_000} == seen["failed_by_reason"]
+    assert sum(seen["requests_by_version"].values()) == seen["succeeded"] == seen["rows"] == 10_000

@@ -1,13 +1,14 @@
 """What ``/metrics`` shows: the server's totals as Prometheus reads them, base units, labels only from closed sets.
 
-Models and versions come from the router, reasons are error classes, stages and protocols are fixed: no caller can add a
-series. Nothing is counted here; every scrape reads :meth:`Telemetry.totals` and the caches' own counters.
+Models come from the router, versions are those that are held (in memory, or led to) and ``other`` for the rest, reasons
+are error classes, stages and protocols are fixed: no caller can add series without bound. Nothing is counted here;
+every scrape reads :meth:`Telemetry.totals` and the caches' own counters.
 """
 
 import contextlib
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from importlib.metadata import version as version_of
 from itertools import accumulate
@@ -90,7 +91,7 @@ def exposition(server: "ModelServer", accept: str = "", others: Sequence[Mapping
         others: :func:`totals` of the other processes behind the same address. Sums are shown, of ``process_...`` too;
             only the time of the start stays this one's.
 
-    Thread-safe. Cost: about 1 ms, and 30 us for each version that was asked.
+    Thread-safe. Cost: about 1 ms, and 30 us for each version that is held.
     """
     registry = CollectorRegistry()
     registry.register(ServerCollector(server, others))
@@ -106,6 +107,8 @@ class ServerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         whole = merged([totals(self._server), *self._others])
+        for counts in ("versions", "failures"):  # what is not held any more is hidden before it is forgotten
+            whole[counts] = {name: it for name, it in whole[counts].items() if name in whole["named"]}
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"flserving_{name}", text, value=whole["now"][name])
         for metric in _PROCESS.collect():  # gives names and texts; the values are those of all
@@ -115,7 +118,7 @@ class ServerCollector(Collector):
         for cache, counters in whole["caches"].items():
             for name, value in counters.items():
                 yield CounterMetricFamily(f"flserving_{cache}_{name}", _MEANING[name], value=value)
-        yield from self._versions()
+        yield from self._versions(self._server.held() | whole["named"].keys())
         yield from _requests(whole)
         yield from _inference(whole["versions"])
         yield from _doors(whole)
@@ -126,15 +129,16 @@ class ServerCollector(Collector):
         yield _counter("deltas", "Deltas that devices asked for first: made, refused (too many), not_kept (the disk).",
                        ("outcome",), (((it,), n) for it, n in whole["told"].get("delta", {}).items()))  # fmt: skip
 
-    def _versions(self) -> Iterator[Metric]:
+    def _versions(self, held: Set[str]) -> Iterator[Metric]:
         labels = {name: version_of(name) for name in ("flserving", "torch")} | {"python": platform.python_version()}
         yield _gauge("build_info", "Versions of the software.", labels, [(tuple(labels.values()), 1)])
         served = {
             (model, version, alias): 1
             for model, known in self._server.health_check()["models"].items()
             for alias, version in [*known["aliases"].items(), *(("", version) for version in known["versions"])]
+            if f"{model}/{version}" in held
         }
-        help_text = "Versions that can be asked for, each also once for every alias that leads to it."
+        help_text = "Versions in memory or led to, each also once for every alias that leads to it."
         yield _gauge("model_version_info", help_text, ("model", "version", "alias"), served.items())
         help_text = "Accuracy on held-out data as published, of every version that an alias leads to."
         keys = {(model, version) for model, version, alias in served if alias}
@@ -151,12 +155,13 @@ class ServerCollector(Collector):
 def _requests(whole: Mapping[str, Any]) -> Iterator[Metric]:
     answered, failures, refusals = whole["versions"], whole["failures"], whole["refusals"]
     requests = Counter({name: account["requests"] for name, account in answered.items()})
-    outcomes = Counter(dict.fromkeys(OUTCOMES, 0) | {"ok": sum(requests.values())})
+    outcomes = Counter(dict.fromkeys(OUTCOMES, 0) | {"ok": whole["answered"]})
+    for reason, count in whole["failed"].items():
+        outcomes[_outcome(reason)] += count
     failed = {(*_split(""), reason, str(_status(reason))): 0 for reason in ("Internal", "Overloaded")}
     for name, reasons in failures.items():
         for reason, (count, _) in reasons.items():
             requests[name] += count
-            outcomes[_outcome(reason)] += count
             failed[*_split(name), reason, str(_status(reason))] = count
     refused = {}
     for protocol, reasons in refusals.items():

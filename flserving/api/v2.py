@@ -19,6 +19,7 @@ from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, 
 from flserving.experiments import CALLER
 from flserving.manifest import Signature
 from flserving.server import ModelServer
+from flserving.telemetry import OTHER
 
 INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
 Value = bool | int | float | str
@@ -142,7 +143,7 @@ class V2:
             if version is not None or model not in known:
                 names = {"/".join(self.server.resolve(version, model))}
             else:
-                names = {f"{model}/{number}" for number in known[model]["versions"]} & names
+                names = {f"{model}/{number}" for number in (*known[model]["versions"], OTHER)} & names
                 names = names or {"/".join(self.server.resolve(None, model))}
         return {"model_stats": [model_statistics(name, totals) for name in sorted(names)]}
 

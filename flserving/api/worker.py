@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,6 +30,7 @@ from flserving.index import FILE_NAME
 from flserving.own_code import import_modules
 from flserving.registry import Registry
 from flserving.server import ModelServer
+from flserving.telemetry import OTHER
 
 EXCHANGE_S = 1.0
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -57,20 +58,39 @@ class Totals:
     def __init__(self, folder: str, place: int, server: ModelServer) -> None:
         self._path, self._server = Path(folder) / f"{place}.json", server
         self._before = _read(self._path, gone=True)
+        server.telemetry.elsewhere = _named(self._beside())
+        held = server.held() | server.telemetry.elsewhere
+        for counts in self._before.keys() & {"versions", "failures"}:
+            for name in self._before[counts].keys() - held:
+                if name and not name.endswith(f"/{OTHER}"):
+                    del self._before[counts][name]
         self._lock = threading.Lock()  # a scrape writes too: the newer sums must be written last
 
     def others(self) -> list[Mapping[str, Any]]:
         """All but this server's own. Writes first: what is shown now must not be lost when this worker is killed."""
         with contextlib.suppress(OSError):  # a full disk must not hide the server from its operators
             self.write()
-        paths = sorted(self._path.parent.glob("[0-9]*.json"))
-        return [self._before, *(_read(path) for path in paths if path != self._path)]
+        beside = self._beside()
+        self._server.telemetry.elsewhere = _named(beside)
+        return [self._before, *beside]
 
     def write(self) -> None:
         fresh = self._path.with_suffix(f".{os.getpid()}")
+        telemetry = self._server.telemetry
+        if telemetry.retiring():  # else it needs no look at the others
+            telemetry.elsewhere = _named(self._beside())
         with self._lock:
             fresh.write_text(json.dumps(merged([self._before, totals(self._server)])), encoding="ascii")
             os.replace(fresh, self._path)
+
+    def _beside(self) -> list[dict[str, Any]]:
+        paths = sorted(self._path.parent.glob("[0-9]*.json"))
+        return [_read(path) for path in paths if path != self._path]
+
+
+def _named(others: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Versions that other workers hold."""
+    return frozenset(name for other in others for name in other.get("named", ()))
 
 
 def _read(path: Path, gone: bool = False) -> dict[str, Any]:
@@ -79,7 +99,7 @@ def _read(path: Path, gone: bool = False) -> dict[str, Any]:
         age_s, found = time.time() - path.stat().st_mtime, dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return {}
-    return found | {"now": {}} if gone or age_s > 3 * EXCHANGE_S else found
+    return found | {"now": {}, "named": {}} if gone or age_s > 3 * EXCHANGE_S else found
 
 
 def work(plan: Plan, place: int, pipe: Connection, lifeline: Connection, inherited: Connection | None = None) -> None:
