@@ -209,7 +209,7 @@ class ModelHost:
         model = self._router.routes.model
         return _Engines(self.lease, {key[1]: engine for key, engine in self.model_cache.items() if key[0] == model})
 
-    def held(self) -> set[str]:
+    def _held(self) -> set[str]:
         """The versions ("model/version") that are in memory, or that an alias or an experiment leads to."""
         keys = {key for key, _ in self.model_cache.items()}
         for name, served in self._router.routes.models.items():

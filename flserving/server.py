@@ -9,6 +9,7 @@ found.
 import asyncio
 import hashlib
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
@@ -63,7 +64,13 @@ class ModelServer(ModelHost):
         self.prediction_cache: PredictionCache[Outputs] | None = (
             PredictionCache(budget, self.config.prediction_cache_ttl_s, clock) if budget else None
         )
-        self.telemetry = Telemetry(clock, self.config.max_batch_size, self.held)
+        held = weakref.WeakMethod(self._held)  # threads know the telemetry: they must not keep a forgotten server
+
+        def names() -> set[str]:
+            alive = held()
+            return set() if alive is None else alive()
+
+        self.telemetry = Telemetry(clock, self.config.max_batch_size, names)
         self._batcher = Batcher(self.config, self.telemetry.execution, clock)
         self._blocking, self._awaiting = Blocking(self), Awaiting(self)
         self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)

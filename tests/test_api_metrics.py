@@ -293,7 +293,7 @@ def test_what_several_processes_counted_of_a_version_stays_a_sum_while_one_of_th
                 exchange.write()
             here.predict(np.zeros(2), 2)
             here.predict(np.zeros(2), 3)
-            assert "m/1" not in here.held() and "m/1" in there.held()
+            assert "m/1" not in here._held() and "m/1" in there._held()
             for _ in range(3):
                 now_s[0] += KEEP_S
                 for exchange in exchanges:

@@ -118,7 +118,7 @@ class ServerCollector(Collector):
         for cache, counters in whole["caches"].items():
             for name, value in counters.items():
                 yield CounterMetricFamily(f"flserving_{cache}_{name}", _MEANING[name], value=value)
-        yield from self._versions(self._server.held() | whole["named"].keys())
+        yield from self._versions(self._server._held() | whole["named"].keys())
         yield from _requests(whole)
         yield from _inference(whole["versions"])
         yield from _doors(whole)

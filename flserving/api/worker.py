@@ -59,7 +59,7 @@ class Totals:
         self._path, self._server = Path(folder) / f"{place}.json", server
         self._before = _read(self._path, gone=True)
         server.telemetry.elsewhere = _named(self._beside())
-        held = server.held() | server.telemetry.elsewhere
+        held = server._held() | server.telemetry.elsewhere
         for counts in self._before.keys() & {"versions", "failures"}:
             for name in self._before[counts].keys() - held:
                 if name and not name.endswith(f"/{OTHER}"):
