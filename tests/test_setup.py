@@ -56,7 +56,7 @@ def test_conda_uses_one_channel_and_installs_the_project_by_pip():
 
 def test_torch_is_bounded_so_that_pip_finds_a_build_that_was_tried():
     torch = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "torch")
-    assert torch.specifier == SpecifierSet(">=2.6,<2.14")
+    assert torch.specifier == SpecifierSet(">=2.8,<2.14")
 
 
 def test_every_dependency_says_why_and_from_which_version_on():
