@@ -35,9 +35,9 @@ def two_versions(root):
 class Running:
     """A command that serves; ``url``, ``grpc_url`` and ``token`` as it printed them."""
 
-    def __init__(self, root, *options, program=None, **environment):
+    def __init__(self, root, *options, program=None, prefix=None, **environment):
         start = ["-m", "flserving"] if program is None else [str(Path(__file__).parent / program)]
-        command = [sys.executable, *start, "serve", "--registry", str(root), "--port", "0"]
+        command = [*(prefix or [sys.executable, *start]), "serve", "--registry", str(root), "--port", "0"]
         self.process = subprocess.Popen(
             [*command, "--grpc-port", "0", *map(str, options)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
