@@ -213,7 +213,12 @@ def test_the_demo_trains_serves_and_ends_by_ctrl_c(server_only, tmp_path, monkey
             demo.kill()
 
     with running(
-        tmp_path / "cloud" / "registry", "--artifacts", "--workers", "2", prefix=[server_only / "flserving"], PYTHONPATH=""
+        tmp_path / "cloud" / "registry",
+        "--artifacts",
+        "--workers",
+        "2",
+        prefix=[server_only / "flserving"],
+        PYTHONPATH="",
     ) as cloud:
         rows = triton.InferInput("features", list(X.shape), "FP32")
         rows.set_data_from_numpy(X)
