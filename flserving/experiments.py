@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from flserving import sequential
 from flserving.bandit import Thompson
 from flserving.bookkeeping import Clerk
+from flserving.canary import Verdict, judge
 from flserving.engine import Prediction
 from flserving.errors import (
     ConflictError,
@@ -34,10 +34,11 @@ from flserving.errors import (
 from flserving.feedback import FeedbackStore
 from flserving.personalization import ids_of
 from flserving.routing import Key, Router
-from flserving.sequential import Rewards
 from flserving.shadow import Shadow
-from flserving.split import Crossroads, Experiment, Policy
+from flserving.split import Crossroads, Experiment
 from flserving.transforms import Floats
+
+__all__ = ["CALLER", "Experiments", "Verdict", "judge"]
 
 CALLER: ContextVar[str | None] = ContextVar("flserving-caller", default=None)
 """The client of a request's credential, where it did not ask for private answers: it still decides the arm."""
@@ -54,61 +55,6 @@ class Chosen(NamedTuple):
     arm: str | None
     who: str  # whose arm it is
     asked: str | Sequence[str] | None  # whose personal answers were asked for
-
-
-class Verdict(NamedTuple):
-    decision: Literal["wait", "promote", "rollback"]
-    why: str
-
-
-def judge(
-    policy: Policy, control: Rewards, canary: Rewards, requests: int = 0, failed: int = 0, age_s: float = 0.0
-) -> Verdict:
-    """What the evidence says of a canary. May be asked after every reward.
-
-    It is rolled back once it is shown that its requests fail more often than ``max_failures``, that a client of it is
-    ``worst_margin`` below the control's worst one (each with ``alpha / 4``, the clients sharing theirs), or that it
-    loses anything in the mean (``alpha / 2``); and when the stated sample is used up without a proof that it loses less
-    than ``effect``. It is promoted once there is that proof (``alpha / 2``) and its worst client is not below.
-
-    Args:
-        requests, failed: Of the canary: answered or failed in the model, and failed in the model; without the failures
-            of the client that has the most, whose input may be to blame: nobody decides alone.
-        age_s: Since the canary began; after the policy's ``most_s`` it is rolled back rather than waited for.
-    """
-    verdict = _judge(policy, control, canary, requests, failed)
-    if verdict.decision == "wait" and age_s > policy.most_s:
-        return Verdict("rollback", f"no verdict within {policy.most_s:g} s: {verdict.why}")
-    return verdict
-
-
-def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, failed: int) -> Verdict:
-    if sequential.exceeds(requests, failed, policy.max_failures, policy.alpha / 4):
-        return Verdict("rollback", f"{failed} of {requests} requests failed in the model")
-    lowest = min(_means(policy, control).values(), default=0.0)
-    floor, means = lowest - policy.worst_margin, _means(policy, canary)
-    for client in means if floor > 0 else ():
-        n, total = canary[client]
-        if sequential.exceeds(n, n - total, 1 - floor, policy.alpha / 4 / len(canary)):
-            return Verdict("rollback", f"client {client!r} gets {total / n:.3f}, the control's worst {lowest:.3f}")
-    if min(len(control), len(canary)) < policy.min_clients:
-        return Verdict("wait", f"{len(canary)} and {len(control)} clients gave rewards: {policy.min_clients} decide")
-    (old, old_variance), (new, new_variance) = sequential.mean_of(control), sequential.mean_of(canary)
-    variance, gain = old_variance + new_variance, new - old
-    half = sequential.half_width(variance, policy.alpha, policy.effect)
-    said = f"mean reward {new:.4f} against {old:.4f}: {gain:+.4f} +- {half:.4f}"
-    if gain + half < 0:
-        return Verdict("rollback", said)
-    worst = min(means.values(), default=1.0)
-    if gain - half > -policy.effect and worst >= floor:
-        return Verdict("promote", said)
-    if 1 / variance >= sequential.information(policy.effect, policy.alpha, policy.power):
-        return Verdict("rollback", f"{said}, the worst client {worst:.3f}: no proof within the stated sample")
-    return Verdict("wait", said)
-
-
-def _means(policy: Policy, rewards: Rewards) -> dict[str, float]:
-    return {client: total / n for client, (n, total) in rewards.items() if n >= policy.client_rewards}
 
 
 class Experiments:

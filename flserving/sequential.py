@@ -9,27 +9,43 @@ import functools
 import math
 from collections.abc import Mapping
 from statistics import NormalDist
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+_Number = TypeVar("_Number", float, Floats)
 
 Rewards = Mapping[str, tuple[int, float]]
 """client -> (how many rewards, their sum); a reward is in [0, 1]."""
 
 _Z = NormalDist()
-_GRID = [(i + 0.5) / 32 for i in range(32)]
+_GRID = (np.arange(32) + 0.5) / 32
 
 
 def mean_of(rewards: Rewards) -> tuple[float, float]:
     """The mean reward and the variance of that mean; NaN and infinity with fewer than two clients."""
-    m, n = len(rewards), sum(count for count, _ in rewards.values())
-    if m < 2:
+    if len(rewards) < 2:
         return math.nan, math.inf
-    mean = sum(total for _, total in rewards.values()) / n
-    spread = sum((total - mean * count) ** 2 for count, total in rewards.values())
+    counts, totals = np.array(list(rewards.values()), np.float64).T
+    mean, variance = ratio_of_sums(counts[None], totals[None])
+    return float(mean[0]), float(variance[0])
+
+
+def ratio_of_sums(counts: Floats, totals: Floats) -> tuple[Floats, Floats]:
+    """:func:`mean_of` of many arms: rewards and their sums [arms, clients] -> means and their variances [arms]."""
+    m, n = (counts > 0).sum(axis=1), counts.sum(axis=1)
+    enough = m >= 2
+    mean = np.where(enough, totals.sum(axis=1) / np.maximum(n, 1), np.nan)
+    spread = ((totals - np.where(enough, mean, 0.0)[:, None] * counts) ** 2).sum(axis=1)
     # clients that all say the same leave no spread, which is no certainty: at least that of two successes and two
     # failures that were not seen (Agresti and Coull, The American Statistician 52, 1998)
-    return mean, max(spread, 2.0) / n**2 * m / (m - 1)
+    variance = np.maximum(spread, 2.0) / np.maximum(n, 1) ** 2 * m / np.maximum(m - 1, 1)
+    return mean, np.where(enough, variance, np.inf)
 
 
-def half_width(variance: float, alpha: float, effect: float) -> float:
+def half_width(variance: _Number, alpha: float, effect: float) -> _Number:
     """Half of an interval around an estimated difference that holds the true one at *every* look, save with ``alpha``.
 
     The mixture sequential probability ratio test with a normal mixture of standard deviation ``effect``, inverted:
@@ -37,10 +53,9 @@ def half_width(variance: float, alpha: float, effect: float) -> float:
     Walsh, Always Valid Inference, Operations Research 70, 2022. Exact for normal means with independent increments of
     information, otherwise asymptotic.
     """
-    if not math.isfinite(variance):
-        return math.inf
-    x = effect**2 / variance
-    return math.sqrt(variance * (1 + 1 / x) * (2 * math.log(1 / alpha) + math.log1p(x)))
+    spread = variance + (variance / effect) ** 2
+    width: _Number = np.sqrt(spread * (2 * math.log(1 / alpha) + np.log1p(effect**2 / variance)))
+    return width
 
 
 @functools.cache
@@ -84,16 +99,25 @@ def p_value(difference: float, variance: float) -> float:
 
 def exceeds(n: int, total: float, limit: float, alpha: float) -> bool:
     """Whether ``n`` trials in [0, 1] that add up to ``total`` show a mean above ``limit``: wrong with ``alpha`` at
-    most, however often it is asked.
-
-    A mixture of likelihood ratios against ``limit``, at 32 rates above it: a non-negative supermartingale for any
-    trials whose mean is at most ``limit``. Source: J. Ville, 1939; Waudby-Smith and Ramdas, JRSS B 86, 2024.
-    """
+    most, however often it is asked."""
     if limit <= 0:
         return total > 0
     if limit >= 1:
         return False
-    rates = (limit + (1 - limit) * place for place in _GRID)
-    logs = [total * math.log(p / limit) + (n - total) * math.log((1 - p) / (1 - limit)) for p in rates]
-    top = max(logs)
-    return top + math.log(sum(math.exp(value - top) for value in logs) / len(logs)) >= math.log(1 / alpha)
+    return bool(log_evidence(*map(np.atleast_1d, (float(n), float(total), limit)))[0] >= math.log(1 / alpha))
+
+
+def log_evidence(n: Floats, total: Floats, limit: Floats) -> Floats:
+    """The logarithm of the evidence that ``n`` trials in [0, 1] which add up to ``total`` have a mean above ``limit``,
+    in (0, 1): arrays [N]. It reaches log(1 / alpha), at any time, with probability ``alpha`` at most where they do not.
+
+    A mixture of likelihood ratios against ``limit``, at 32 rates above it: a non-negative supermartingale for any
+    trials whose mean is at most ``limit``, so a test by betting. Source: J. Ville, 1939; Waudby-Smith and Ramdas, JRSS
+    B 86, 2024.
+    """
+    limit = limit[:, None]
+    rates = limit + (1 - limit) * _GRID
+    logs = total[:, None] * np.log(rates / limit) + (n - total)[:, None] * np.log((1 - rates) / (1 - limit))
+    top = logs.max(axis=1)
+    evidence: Floats = top + np.log(np.exp(logs - top[:, None]).mean(axis=1))
+    return evidence

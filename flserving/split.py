@@ -24,19 +24,25 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """When a canary is promoted or rolled back by itself. See :func:`flserving.experiments.judge`.
+    """When a canary is promoted or rolled back by itself. See :func:`flserving.canary.judge`.
 
     Its share is not ramped up meanwhile: rewards pooled over changing shares are biased when quality drifts (Simpson's
     paradox; Kohavi, Tang and Xu, Trustworthy Online Controlled Experiments, 2020, ch. 3).
 
     Attributes:
         effect: A loss of mean reward that matters.
-        alpha: The canary is promoted although it loses ``effect`` with at most ``alpha / 2``, rolled back although it
-            loses nothing with at most ``alpha``.
-        power: How surely a canary that loses nothing is promoted within the stated sample size.
+        alpha: The canary is promoted although it loses ``effect`` with at most ``alpha / 2``, or although it ruins a
+            client that was checked with at most ``alpha / 2``; rolled back as harmful although it is not with at most
+            ``3 * alpha / 4``.
+        power: How surely a canary that loses nothing is proven to within the stated sample size; one without a proof
+            is rolled back there. More power means a larger sample, and hardly a longer wait for a good canary.
         min_clients: Fewer clients than this in an arm decide nothing: its variance is not known well enough.
         worst_margin: How far the worst client of the canary may be below the worst one of the control.
-        client_rewards: A client with fewer rewards is not called the worst.
+        ruin: A client that is so far below the worst one of the control is ruined: promotion needs a proof, for each
+            client that was checked, that it is not. Less than ``worst_margin`` counts as that.
+        client_rewards: A client with so many rewards was checked; one with fewer is not called the worst.
+        checked_share: Of the canary's clients that gave rewards, the share that must have been checked before it is
+            promoted. The rest may be ruined unseen: lower it only where many clients hardly ever give a reward.
         max_failures: Share of requests that may fail in the model itself; one client's failures alone decide nothing.
         most_s: A canary without a verdict for so long is rolled back: without feedback it would run for ever. The
             default is a week.
@@ -44,17 +50,21 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     effect: float = 0.05
     alpha: float = 0.05
-    power: float = 0.8
+    power: float = 0.99
     min_clients: int = 20
     worst_margin: float = 0.1
+    ruin: float = 0.2
     client_rewards: int = 20
+    checked_share: float = 0.98
     max_failures: float = 0.01
     most_s: float = 7 * 86_400.0
 
     def check(self) -> None:
-        for name in ("effect", "alpha", "power", "worst_margin", "max_failures"):
+        for name in ("effect", "alpha", "power", "worst_margin", "ruin", "max_failures"):
             if not 0 < (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} is {value!r}: it must be a number in (0, 1)")
+        if not 0 < self.checked_share <= 1:
+            raise ConfigError(f"checked_share is {self.checked_share!r}: it must be a number in (0, 1]")
         for name in ("min_clients", "client_rewards"):
             if (value := getattr(self, name)) < 2:
                 raise ConfigError(f"{name} is {value!r}: it must be at least 2")

@@ -122,6 +122,9 @@ def test_a_client_changes_its_arm_only_for_one_whose_weight_grew_against_its_own
         (Experiment.canary("x", 2, 3), ConfigError, "no arm of 'x' has version 1"),
         (Experiment.canary("x", 1, 1), ConfigError, "two sticky arms"),
         (Experiment.canary("x", 1, 2, policy=Policy(effect=0)), ConfigError, "effect is 0"),
+        (Experiment.canary("x", 1, 2, policy=Policy(ruin=1)), ConfigError, "ruin is 1"),
+        (Experiment.canary("x", 1, 2, policy=Policy(checked_share=0)), ConfigError, "checked_share is 0"),
+        (Experiment.canary("x", 1, 2, policy=Policy(checked_share=1.1)), ConfigError, "checked_share is 1.1"),
         (Experiment.canary("x", 1, 2, policy=Policy(min_clients=1)), ConfigError, "min_clients is 1"),
         (Experiment.canary("x", 1, 2, policy=Policy(min_clients=2.5)), ConfigError, "is none: Expected `int`"),
         (Experiment.canary("x", 1, 2, policy=Policy(alpha="5 %")), ConfigError, r"got `str` - at `\$.policy.alpha`"),
@@ -349,6 +352,16 @@ def test_a_shadow_is_bounded_drops_when_busy_and_survives_its_own_errors():
 # Canaries
 
 
+def test_a_policy_from_before_there_were_fields_is_read_with_their_defaults(registry):
+    """Old registries load; and what they decide is as safe as it would be today."""
+    old = Experiment.canary("x", 1, 2, policy=Policy(effect=0.1, power=0.8))
+    content = msgspec.to_builtins(msgspec.structs.replace(old, run="1f", key="ab"))
+    del content["policy"]["ruin"], content["policy"]["checked_share"]
+    with registry._index.transaction() as transaction:
+        transaction.set_experiment("m", "default", msgspec.json.encode(content).decode(), **LOG)
+    assert registry.experiments("m")["default"].policy == Policy(effect=0.1, power=0.8, ruin=0.2, checked_share=0.98)
+
+
 def rewards(mean, clients=60, each=100, **special):
     return {f"c-{i}": (each, each * mean) for i in range(clients)} | special
 
@@ -363,7 +376,25 @@ def rewards(mean, clients=60, each=100, **special):
         (rewards(0.9), rewards(0.9), (0, 0, 604_801), "promote", "against 0.9000"),
         (rewards(0.9), rewards(0.9, each=1), (), "wait", "mean reward"),
         (rewards(0.9), rewards(0.9, bad=(100, 20.0)), (), "rollback", "'bad' gets 0.200, the control's worst 0.900"),
-        (rewards(0.9), rewards(0.9, unlucky=(100, 78.0)), (), "rollback", "worst client 0.780: no proof"),
+        (rewards(0.9), rewards(0.9, unlucky=(100, 78.0)), (), "wait", "worst client 0.780, the control's 0.900"),
+        (rewards(0.9), rewards(0.9, unlucky=(100, 78.0)), (0, 0, 604_801), "rollback", "no verdict within 604800 s"),
+        (rewards(0.9), rewards(0.9, 98, few=(5, 5.0), more=(5, 5.0)), (), "promote", "against 0.9000"),
+        (
+            rewards(0.9),
+            rewards(0.9, 90, few=(5, 5.0), more=(5, 5.0)),
+            (),
+            "wait",
+            "90 of 92 clients gave 20 rewards: 98%",
+        ),
+        (
+            rewards(0.9, each=19),
+            rewards(0.9),
+            (),
+            "wait",
+            "60 of 60 clients gave 20 rewards: 98% of these and 20 of the",
+        ),
+        (rewards(0.9, each=500), rewards(0.9, ill=(25, 17.0)), (), "wait", "worst client 0.680, the control's 0.900"),
+        (rewards(0.9, 19), rewards(0.9), (), "wait", "60 and 19 clients"),
         ({}, {}, (1000, 0), "wait", "0 and 0 clients"),
         ({}, {}, (1000, 100), "rollback", "100 of 1000 requests failed in the model"),
     ],
@@ -376,6 +407,12 @@ def rewards(mean, clients=60, each=100, **special):
         "few-rewards",
         "bad-client",
         "unlucky-client",
+        "unlucky-client-late",
+        "few-unchecked",
+        "too-many-unchecked",
+        "control-unchecked",
+        "not-spared",
+        "few-clients-of-the-control",
         "no-feedback",
         "failing",
     ],

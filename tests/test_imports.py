@@ -23,7 +23,7 @@ FLOORS = {
     4: {"server", "hosting", "doors", "pipeline", "personalized", "integrations"},
     3: {
         *("engine", "batching", "waiting", "workers", "loader", "personalization", "optimization", "distillation"),
-        *("federated", "rounds", "aggregation", "adaptation", "experiments", "shadow", "gate"),
+        *("federated", "rounds", "aggregation", "adaptation", "experiments", "canary", "shadow", "gate"),
     },
     2: {
         *("registry", "catalogue", "draft", "index", "manifest", "storage", "tables", "weights"),
