@@ -1,5 +1,7 @@
-"""A canary that harms is hardly ever promoted, and one that does not is hardly ever rolled back: simulated error rates of
-the verdict itself, looked at again and again, with as many clients as there may be."""
+"""A canary that harms is hardly ever promoted, and one that does not is hardly ever rolled back.
+
+Simulated error rates of the verdict itself, looked at again and again, with as many clients as there may be.
+"""
 
 import math
 from typing import NamedTuple
