@@ -32,8 +32,15 @@ settings.register_profile("flserving", max_examples=EXAMPLES, derandomize=True, 
 settings.register_profile("fuzz", max_examples=EXAMPLES * FUZZ_TIMES, deadline=None, print_blob=True)
 settings.load_profile("flserving")
 
-# The quick tier leaves out whole modules that are marked ``full``, and these notebooks.
-QUICK_NOTEBOOKS = ("00_start_here", "03_caching")
+# The quick tier: four minutes on two cores. It leaves out what is marked ``full``, these modules (processes that are
+# started, killed and waited for; real durations; long trainings), and all notebooks but two.
+FULL = {
+    "test_notebooks_in_browser",
+    *("test_api_prometheus", "test_cli_serve_canary", "test_cli_serve_load", "test_edge_process", "test_network_proxy"),
+    *("test_lab_attacks", "test_lab_fleet", "test_lab_optimization", "test_optimization_fleet"),
+    *("test_benchmarks", "test_registry_crash", "test_student_copies", "test_tiers"),
+}
+QUICK_NOTEBOOKS = {"00_start_here", "03_caching"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,7 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.suffix == ".ipynb" and item.path.stem not in QUICK_NOTEBOOKS:
+        notebook = item.path.suffix == ".ipynb"
+        if item.path.stem in FULL or (notebook and item.path.stem not in QUICK_NOTEBOOKS):
             item.add_marker("full")
 
 

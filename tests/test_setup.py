@@ -121,5 +121,5 @@ def test_ci_runs_the_same_command_as_everybody():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111, "not executable"
     text = script.read_text(encoding="utf-8")
-    assert "python3.11 run.py test" in text and "torch.version.cuda" in text
+    assert "python3.11 run.py test --all" in text and "torch.version.cuda" in text
     assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0

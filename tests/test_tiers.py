@@ -34,8 +34,6 @@ MODULES = {
 }
 
 
-pytestmark = pytest.mark.full
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
@@ -99,6 +97,14 @@ def test_property_tests_draw_the_same_each_day_and_more_and_anew_in_the_fuzz_tie
     fuzzed = drawn("--hypothesis-profile", "fuzz")
     assert len(fuzzed[0]) == 3 * budget.FUZZ_TIMES
     assert fuzzed != drawn("--hypothesis-profile", "fuzz")
+
+
+def test_every_name_of_the_full_tier_is_there():
+    source = (HERE / "conftest.py").read_text(encoding="utf-8")
+    names = re.findall(r'"(test_\w+)"', source)
+    assert len(names) > 10 and set(names) <= {path.stem for path in HERE.rglob("test_*.py")}
+    notebooks = {path.stem for path in (HERE.parent / "notebooks").glob("*.ipynb")}
+    assert set(re.findall(r'"(\d\d_\w+)"', source)) <= notebooks
 
 
 @pytest.mark.parametrize("count", [0, budget.MOST_EXAMPLES + 1])
