@@ -222,7 +222,8 @@ def _right(wrong: Sequence[int]) -> tuple[NDArray[np.bool_], ...]:
 @functools.cache
 def _graph() -> bytes:
     """The version to quantise, an mlp 64-96-10. It is written down layer by layer: torch's exporter takes 6 s."""
-    onnx, rng = need("onnx"), np.random.default_rng(9)
+    onnx = need("onnx", "onnx")
+    rng = np.random.default_rng(9)
     weights = {
         "hidden": rng.uniform(-0.125, 0.125, (96, 64)).astype(np.float32),
         "hidden_bias": rng.uniform(-0.125, 0.125, 96).astype(np.float32),
