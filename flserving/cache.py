@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+from flserving import forks
 from flserving.errors import ConfigError, DeadlineExceededError, ModelTooLargeError, OverloadedError
 
 Clock = Callable[[], float]
@@ -60,6 +61,7 @@ class ModelCache:
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
         self._line: list[object] = []  # who waits for room, first come first served
+        forks.in_child(self, ModelCache._begin_anew)
         self.nbytes = self.hits = self.misses = self.evictions = self.loads = self.failed_loads = 0
 
     def __len__(self) -> int:
@@ -180,6 +182,17 @@ class ModelCache:
         with self._lock:
             names = ("max_size", "hits", "misses", "evictions", "loads", "failed_loads", "nbytes")
             return {"size": len(self), "max_bytes": self.max_bytes or 0} | {name: getattr(self, name) for name in names}
+
+    def _begin_anew(self) -> None:
+        """In a forked child: keep the models; nobody uses them, and nobody loads any."""
+        self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)
+        self._entries = OrderedDict((key, Lease(entry.value, entry.nbytes)) for key, entry in self._entries.items())
+        self._leaving = set()
+        self._arriving = set()
+        self._loading = {}
+        self._line = []
+        self.nbytes = sum(map(_held, self._entries.values()))
 
     # The rest runs under the lock.
     def _hit(self, key: Hashable) -> Lease | None:
@@ -316,6 +329,7 @@ class PredictionCache(Generic[V]):
         self._shelves: OrderedDict[Hashable, _Shelf] = OrderedDict()  # by owner, in the order in which they are asked
         self._flights: dict[Hashable, Future[V]] = {}
         self._lock = threading.Lock()
+        forks.in_child(self, PredictionCache._begin_anew)
         self.nbytes = self.hits = self.misses = self.shared = self.evictions = self.expirations = 0
 
     def __len__(self) -> int:
@@ -366,6 +380,12 @@ class PredictionCache(Generic[V]):
             flight.set_exception(error)
         elif value is not None:
             flight.set_result(value)
+
+    def _begin_anew(self) -> None:
+        """In a forked child, which has no leader of any flight."""
+        self._lock = threading.Lock()
+        self._flights = {}
+        self.clear()
 
     def clear(self) -> None:
         with self._lock:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from flserving import forks
 from flserving.bandit import Thompson
 from flserving.bookkeeping import Clerk
 from flserving.canary import Verdict, judge
@@ -77,6 +78,7 @@ class Experiments:
         self.shadow = Shadow(self._shadowed, busy)
         self._lock = threading.Lock()  # of what an answer touches: held for a dictionary's change, never for a disk's
         self._opening = threading.Lock()
+        forks.fresh_locks_in_child(self, "_lock", "_opening")
         self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
         self._clerks: dict[str, Clerk] = {}  # by the registry's folder
         self._judged_s: dict[str, float] = {}  # by the registry's folder, when its experiments were judged last

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from flserving import storage
+from flserving import forks, storage
 from flserving.errors import (
     ConflictError,
     CorruptArtifactError,
@@ -88,6 +88,7 @@ class FeedbackStore:
         self._path = f"{root}/{FILE_NAME}"
         self._key = storage.kept_secret(root, KEY_FILE)
         self._lock = threading.Lock()
+        forks.fresh_locks_in_child(self, "_lock")
         self._database: sqlite3.Connection | None = None
         self._opened: list[tuple[int, int]] | None = None
         self._closed = self._unwritable = False

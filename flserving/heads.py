@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flserving import storage, weights
+from flserving import forks, storage, weights
 from flserving.errors import InvalidModelError
 from flserving.headfile import (
     ALIGNMENT,
@@ -176,6 +176,7 @@ class HeadStore:
         self.inputs, self.outputs = entry.inputs, entry.outputs
         self._width, self._neutral = neutral.numel(), neutral.reshape(-1)
         self._file, self._lock = HeadFile(root, relative, entry, digest), threading.Lock()
+        forks.fresh_locks_in_child(self, "_lock")
         self.resize(256 << 20)
 
     def resize(self, budget_nbytes: int) -> None:

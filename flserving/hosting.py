@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import ArrayLike
 from torch import nn
 
+from flserving import forks
 from flserving.aliases import version_id_too
 from flserving.cache import Lease, ModelCache
 from flserving.config import ServingConfig, checked
@@ -52,6 +53,7 @@ class ModelHost:
         self._load_problems: dict[str, str] = {}  # why a version could not be loaded when it was last tried
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")  # starts no thread until used
         self._closed, self._started_s = False, clock()
+        forks.in_child(self, ModelHost._begin_anew)
 
     @version_id_too
     def load_model(
@@ -253,6 +255,10 @@ class ModelHost:
             "problems": problems,
             "uptime_s": self._clock() - self._started_s,
         }
+
+    def _begin_anew(self) -> None:
+        """In a forked child: threads that load."""
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")
 
     def _check_open(self) -> None:
         if self._closed:

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from flserving import forks
 from flserving.errors import (
     ConfigError,
     ConflictError,
@@ -187,6 +188,7 @@ class Index:
         self.unwritable = unwritable
         self._pid, self.commits = os.getpid(), 0
         self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
+        forks.fresh_locks_in_child(self, "_read_lock", "_write_lock")
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
         self._seen: object = None  # the files as they were when the reader of an unwritable folder opened them

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from flserving import models
+from flserving import forks, models
 from flserving.cache import nbytes_of
 from flserving.config import ServingConfig
 from flserving.engine import InferenceEngine, copy_of
@@ -210,6 +210,7 @@ class ModuleStore:
         self._stored: dict[str, _Stored] = {}
         self._signatures: dict[str, Signature] = {}
         self._adding = threading.Lock()
+        forks.fresh_locks_in_child(self, "_adding")
 
     def versions(self) -> list[str]:
         return list(self._stored)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from flserving import forks
 from flserving.errors import ConflictError, DeadlineExceededError, ModelUnloadedError, NotFoundError
 from flserving.split import Crossroads, Experiment
 
@@ -90,6 +91,7 @@ class Router:
         self._admin = threading.RLock()  # one change at a time; readers never take it
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
+        forks.in_child(self, Router._begin_anew)
 
     # Readers
 
@@ -260,6 +262,17 @@ class Router:
                     self._followed[name] = (registry, changes, token)
         finally:
             self._admin.release()
+
+    def _begin_anew(self) -> None:
+        """In a forked child: the routes stay as they are, for registries are not to be carried over a fork."""
+        self._admin = threading.RLock()
+        self._closing = threading.Event()
+        self._watcher = None
+        if self._followed or self._whole:
+            self.problems["registries"] = (
+                "this server was made before a fork: it does not see new versions and aliases; make another one in the "
+                "new process"
+            )
 
     def close(self) -> None:
         self._closing.set()

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flserving import forks
+
 Key = tuple[str, str]
 Run = Callable[[Key, NDArray[Any], Any], NDArray[Any]]
 """The predictions of a version for the rows of a client."""
@@ -26,11 +28,16 @@ class Shadow:
     """Args: ``run`` runs a version, ``busy`` says that callers wait; ``capacity``: most copies that wait."""
 
     def __init__(self, run: Run, busy: Callable[[], bool], capacity: int = 64) -> None:
-        self._run, self._busy = run, busy
-        self._waiting: queue.Queue[tuple[Key, NDArray[Any], Any, NDArray[Any]]] = queue.Queue(capacity)
+        self._run, self._busy, self._capacity = run, busy, capacity
+        self._counts: dict[Key, dict[str, float]] = {}
+        self._begin()
+        forks.in_child(self, Shadow._begin)
+
+    def _begin(self) -> None:
+        """Nothing waits and nobody works: at the start, and in a forked child."""
+        self._waiting: queue.Queue[tuple[Key, NDArray[Any], Any, NDArray[Any]]] = queue.Queue(self._capacity)
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._counts: dict[Key, dict[str, float]] = {}
 
     def offer(self, key: Key, rows: NDArray[Any], client: Any, given: NDArray[Any]) -> None:
         """Take a copy of a request and of the predictions that it was answered with. Never waits."""

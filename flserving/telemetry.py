@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from flserving import forks
 from flserving.accounts import STAGES, Account, Histogram, record
 
 Protocol = Literal["rest", "grpc"]
@@ -43,6 +44,7 @@ class Executions:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        forks.fresh_locks_in_child(self, "_lock")
         self._seconds = Histogram()
         self._rows = 0
         self._requests = 0
@@ -100,6 +102,7 @@ class Telemetry:
         self.observer: Observer | None = None
         self.continued: Continued | None = None
         self._lock = threading.Lock()
+        forks.fresh_locks_in_child(self, "_lock")
         self._fresh: dict[str, Account] = {}  # by version: since the last look
         self._kept: dict[str, Account] = {}  # by what is shown: a version that is held, or all others of a model
         self._seen_s: dict[str, float] = {}  # when each of those was held last

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from flserving import forks
 from flserving.accounts import Costs
 from flserving.batching import BatchQueue, Request
 from flserving.config import ServingConfig
@@ -68,6 +69,13 @@ class Batcher:
     ) -> None:
         self.config, self._on_execution, self._clock = config, on_execution, clock
         self._costs = Costs()
+        self.closed = False
+        self._begin()
+        forks.in_child(self, Batcher._begin)
+
+    def _begin(self) -> None:
+        """Nobody waits and nobody works: at the start, and in a forked child, which has none of these threads."""
+        config = self.config
         self.queue: BatchQueue[Any] = BatchQueue(
             config.max_batch_size, config.max_wait_time_ms / 1e3, config.max_queue_rows, config.batching,
             servers=config.num_workers, costs=self._costs,
@@ -76,7 +84,6 @@ class Batcher:
         self._work = threading.Condition(self._lock)
         self._threads: set[threading.Thread] = set()
         self._sleeping = self.busy = 0
-        self.closed = False
         self._here = threading.local()  # .side: this batcher's side of the thread's event loop
 
     def loaded(self) -> bool:

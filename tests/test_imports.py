@@ -45,7 +45,7 @@ FLOORS = {
         *("aliases", "cache", "telemetry", "network", "breaker", "calibration"),
         *("sequential", "bandit", "verdict", "monitoring"),
     },
-    0: {"errors", "accounts", "extras"},
+    0: {"errors", "accounts", "forks", "extras"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 NOT_AT_IMPORT = {

@@ -1,13 +1,18 @@
 """Memory of a server: room is kept before a byte is read, and what can never fit is refused unread."""
 
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from torch import nn
 
+import flserving
 from flserving import ModelServer, Registry, ServingConfig, hosting, models
 from flserving.errors import ModelTooLargeError
 from flserving.heads import HeadSet
@@ -15,7 +20,7 @@ from flserving.loader import load_engine
 from flserving.optimization import quantise
 from serving_models import PATIENCE_S
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "small", "heads", "onnx", "local"])
@@ -79,3 +84,13 @@ def test_cold_versions_asked_at_once_stay_within_the_budget(tmp_path, monkeypatc
             answers = list(callers.map(lambda version: server.predict(np.zeros(8), version), range(1, 25)))
             assert [answer["model_version"] for answer in answers] == [str(version) for version in range(1, 25)]
             assert max(most) <= 2 and server.model_cache.nbytes <= 3 * nbytes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_child_that_a_busy_parent_forks_answers(tmp_path):
+    """With none of its parent's threads, and whatever locks they held: at once, or with an error that says why."""
+    program = Path(__file__).with_name("busy_fork.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(flserving.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(program), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
