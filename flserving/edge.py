@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flserving.aliases import version_id_too
 from flserving.config import ServingConfig, checked
 from flserving.doors import Door
+from flserving.engine import InferenceEngine
 from flserving.errors import ConfigError, CorruptArtifactError, InvalidInputError, InvalidModelError, StaleModelError
 from flserving.heads import HeadSet, Layout, trained_on
 from flserving.hosting import LOCAL
@@ -293,6 +294,12 @@ class EdgeModelServer(ModelServer):
         self.registry.set_alias(name, "default", manifest.version, who="edge", why=f"update to version {key[1]}")
         self.refresh()
         return manifest
+
+    def _build(self, key: Key) -> InferenceEngine:
+        engine = super()._build(key)
+        if engine.personal is not None:  # a head's time runs out by the clock that tells the model's age
+            engine.personal.store.wall = self._wall
+        return engine
 
     # What operators see
 

@@ -4,8 +4,11 @@ On disk they are one file (``headfile.py``); in memory are its index and the hea
 """
 
 import hashlib
+import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 
 import numpy as np
 import torch
@@ -28,10 +31,11 @@ from flserving.headfile import (
 )
 from flserving.manifest import Digests, HeadsEntry, is_digest, sha256
 
-__all__ = ["FILE_NAME", "STALE", "UNKNOWN", "HeadSet", "HeadStore", "Layout", "neutral_head", "trained_on"]
+__all__ = ["EXPIRED", "FILE_NAME", "STALE", "UNKNOWN", "HeadSet", "HeadStore", "Layout", "neutral_head", "trained_on"]
 
-UNKNOWN, STALE = -1, -2
-"""Slots that mean: the global head answers, because there is no head, or one that was trained on something else."""
+UNKNOWN, STALE, EXPIRED = -1, -2, -3
+"""Slots that mean: the global head answers, because there is no head, one that was trained on something else, or one
+whose time is over."""
 
 _CHUNK = 4096  # heads written at a time
 
@@ -65,14 +69,17 @@ class HeadSet:
             it once, in chunks.
         trained_on: Digest of what each head was trained on (see :func:`trained_on`), or one for all; None is the
             version that they are published with.
+        expires_at: From then on they answer no more: a datetime with a time zone, or ISO 8601 text of one; None: never.
+            It is kept in the manifest, in UTC, and goes with a head to its device.
 
     Raises:
-        InvalidModelError: Another shape or dtype, ids twice, too long or not text. (Values are checked at publish.)
+        InvalidModelError: Another shape or dtype, ids twice, too long or not text, no such time. (Values are checked
+        at publish.)
     """
 
     def __init__(
         self, layout: Layout, clients: Sequence[str], weights: NDArray[np.float32],
-        trained_on: str | Sequence[str] | None = None,
+        trained_on: str | Sequence[str] | None = None, expires_at: datetime | str | None = None,
     ) -> None:  # fmt: skip
         if layout not in LAYOUTS:
             raise InvalidModelError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
@@ -91,6 +98,7 @@ class HeadSet:
         if digests is not None and (len(digests) not in (1, len(clients)) or not all(map(is_digest, digests))):
             raise InvalidModelError(f"trained_on has {len(digests)} entries: give a sha256 for all heads, or one each")
         self.layout, self.clients, self.weights, self.trained_on = layout, clients, weights, digests
+        self.expires_at = _in_utc(expires_at)
         keys = np.frombuffer(b"".join(map(key_of, clients)), ">u8").reshape(-1, 2).astype(np.uint64)
         self._order = np.lexsort((keys[:, 1], keys[:, 0]))
         self._keys = keys[self._order]
@@ -100,12 +108,12 @@ class HeadSet:
     @classmethod
     def from_states(
         cls, personal: Mapping[str, Mapping[str, Tensor]], layout: Layout = "head",
-        trained_on: str | Sequence[str] | None = None,
+        trained_on: str | Sequence[str] | None = None, expires_at: datetime | str | None = None,
     ) -> "HeadSet":  # fmt: skip
         """From state dicts: client id -> {"head.weight": [out, in], "head.bias": [out]} (a missing bias is zero)."""
         try:
             heads = [_as_matrix(state) for state in personal.values()]
-            return cls(layout, list(personal), np.stack(heads), trained_on)
+            return cls(layout, list(personal), np.stack(heads), trained_on, expires_at)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, InvalidModelError):
                 raise
@@ -148,7 +156,22 @@ class HeadSet:
                 yield data
 
         nbytes = storage.write_parts(path, parts(), storage.PRIVATE)
-        return HeadsEntry(self.layout, num_heads, rows - 1, outputs, nbytes, sha.hexdigest())
+        return HeadsEntry(self.layout, num_heads, rows - 1, outputs, nbytes, sha.hexdigest(), self.expires_at)
+
+
+def _in_utc(at: datetime | str | None) -> str | None:
+    """ISO 8601 with the offset +00:00."""
+    if at is None:
+        return None
+    try:
+        given = datetime.fromisoformat(at) if isinstance(at, str) else at
+        if given.tzinfo is None:
+            raise ValueError("it has no time zone")
+        return given.astimezone(UTC).isoformat()
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise InvalidModelError(
+            f"expires_at is {str(at)[:80]!r} ({error}): give a time such as 2027-01-31T12:00:00+00:00"
+        ) from error
 
 
 def _as_matrix(state: Mapping[str, Tensor]) -> NDArray[np.float32]:
@@ -164,6 +187,7 @@ class HeadStore:
         root, relative: The file; messages name the latter only.
         entry: What the manifest says of it. ``digest``: what its heads must be trained on not to be stale.
         neutral: float32 [inputs + 1, outputs]: what stands in where no head answers.
+        wall: Seconds since 1970: decides when heads are expired.
 
     Raises:
         CorruptArtifactError: The file or its index is not what was published.
@@ -171,7 +195,13 @@ class HeadStore:
     Closed when it is forgotten, and not before: the number of a closed file is soon another file's.
     """
 
-    def __init__(self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: Tensor) -> None:
+    def __init__(
+        self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: Tensor,
+        wall: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.wall, self.expires_at = wall, entry.expires_at
+        at = entry.expires_at
+        self._expires_s = math.inf if at is None else datetime.fromisoformat(at).timestamp()
         self.layout, self.num_heads, self.digest = entry.layout, entry.num_heads, entry.index_sha256
         self.inputs, self.outputs = entry.inputs, entry.outputs
         self._width, self._neutral = neutral.numel(), neutral.reshape(-1)
@@ -185,8 +215,8 @@ class HeadStore:
         self._hot = torch.empty(capacity + 2, self._file.stride // 4)  # virtual memory until it is written to
         self._hot[capacity:, : self._width] = self._neutral
         self._absent = capacity + 1
-        self._place = np.full(self.num_heads + 2, self._absent, np.int64)  # slot -> row of _hot
-        self._place[[UNKNOWN, STALE]] = capacity
+        self._place = np.full(self.num_heads + 3, self._absent, np.int64)  # slot -> row of _hot
+        self._place[[UNKNOWN, STALE, EXPIRED]] = capacity
         self._holds = np.full(capacity, UNKNOWN, np.int64)  # row of _hot -> slot
         self._used = np.zeros(capacity + 2, np.int64)  # row of _hot -> turn of its last use
         self._free, self._turn = np.arange(capacity), 0
@@ -200,13 +230,20 @@ class HeadStore:
         index = entry.nbytes - ALIGNMENT - entry.num_heads * stride(entry)
         fits = entry.num_heads
         hot = (capacity + 2) * stride(entry)
-        tables = 8 * (entry.num_heads + 2) + 8 * capacity + 8 * (capacity + 2) + 8 * capacity
+        tables = 8 * (entry.num_heads + 3) + 8 * capacity + 8 * (capacity + 2) + 8 * capacity
         return index + fits + hot + tables
 
     def find(self, client: str) -> int:
-        """The slot of a client's head; UNKNOWN or STALE where the global head answers. Cost: a binary search."""
+        """The slot of a client's head; UNKNOWN, STALE or EXPIRED where the global head answers. A binary search."""
         slot = self._file.find(client)
+        if slot >= 0 and self.expired:
+            return EXPIRED
         return STALE if slot >= 0 and not self._file.fits[slot] else slot
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time of these heads is over. All heads of a version have the same."""
+        return self._expires_s != math.inf and self.wall() >= self._expires_s
 
     def take(self, client: str) -> HeadSet | None:
         """One client's head alone, with what it was trained on, also a stale one: to publish it again, or to send it.
@@ -218,7 +255,7 @@ class HeadStore:
             return None
         record = self._file.load(np.array([slot]))[:, : self._width]
         head = record.reshape(1, self.inputs + 1, self.outputs)
-        return HeadSet(self.layout, [client], head, self._file.trained_on(slot))
+        return HeadSet(self.layout, [client], head, self._file.trained_on(slot), self.expires_at)
 
     def gather(self, slots: NDArray[np.int64]) -> Tensor:
         """Heads by slot: float32 [N, inputs + 1, outputs], in a tensor of their own. Negative slots give the neutral.

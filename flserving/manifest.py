@@ -26,6 +26,7 @@ Shape = tuple[Annotated[int, Meta(ge=1)], ...]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Meta(max_length=10_000)]
 Label = Annotated[str, Meta(min_length=1, max_length=64)]
+Time = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")]  # UTC
 
 
 class Signature(Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,10 +78,11 @@ class Digests(Struct, frozen=True, forbid_unknown_fields=True):
     preprocessing: Digest
 
 
-class HeadsEntry(Struct, frozen=True, forbid_unknown_fields=True):
+class HeadsEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The personal heads beside the weights (see ``heads.py``): ``num_heads`` of float32 [inputs + 1, outputs].
 
-    ``index_sha256`` covers the file's header and index, and through the records' checksums the rest.
+    ``index_sha256`` covers the file's header and index, and through the records' checksums the rest. From
+    ``expires_at`` on the heads answer no more; where they never expire it is not written, as it never was before.
     """
 
     layout: Literal["head", "additive", "adapter"]
@@ -89,6 +91,7 @@ class HeadsEntry(Struct, frozen=True, forbid_unknown_fields=True):
     outputs: Annotated[int, Meta(ge=1, le=1 << 20)]
     nbytes: Annotated[int, Meta(ge=1)]
     index_sha256: Digest
+    expires_at: Time | None = None
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,7 +108,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     metrics: dict[Label, float]
     digests: Digests
     weights_nbytes: Annotated[int, Meta(ge=1)]
-    created_at: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00$")]  # UTC
+    created_at: Time
     note: Text
     heads: HeadsEntry | None = None  # manifests from before there were heads do not have it
 

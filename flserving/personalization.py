@@ -13,12 +13,12 @@ from torch import Tensor
 
 from flserving.engine import InferenceEngine, Lane, Prediction, lean
 from flserving.errors import InvalidInputError
-from flserving.heads import STALE, UNKNOWN, HeadStore
+from flserving.heads import EXPIRED, STALE, UNKNOWN, HeadStore
 from flserving.models import as_split
 from flserving.transforms import Floats
 
 Slots = NDArray[np.int64]
-_FOUND = {UNKNOWN: "unknown", STALE: "stale"}
+_FOUND = {UNKNOWN: "unknown", STALE: "stale", EXPIRED: "expired"}
 
 
 class PersonalEngine(Lane):
@@ -43,7 +43,7 @@ class PersonalEngine(Lane):
         self._body, self._head = lean(model.body), lean(model.head)
 
     def choose(self, clients: str | Sequence[str], rows: int) -> tuple[Slots, str | list[str]]:
-        """Slots [rows] of these clients' heads, and what was found: "own", "unknown" or "stale".
+        """Slots [rows] of these clients' heads, and what was found: "own", "unknown", "stale" or "expired".
 
         One client has all rows; of several there is one a row (the server sees to that), and one word a row comes back.
         """

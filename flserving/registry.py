@@ -70,7 +70,7 @@ class Registry(Catalogue):
             needs shared memory. One that cannot be written is read, and followed while others write to it.
         max_artifact_bytes: Largest weights file that is written or read.
         busy_timeout_s: How long a change waits for other writers.
-        now: UTC clock of the log.
+        now: UTC clock of the log, and of when personal heads expire.
 
     Close it, or use it as a context manager. After :meth:`close` every call raises ServerClosedError.
 
@@ -104,6 +104,7 @@ class Registry(Catalogue):
             raise ConfigError(f"{root!r} cannot hold a registry ({reason}): choose a folder") from error
         if orphaned:  # with a new index, the next publish would take their numbers
             raise CorruptArtifactError(f"{FILE_NAME} is missing beside published versions: restore it from a backup")
+        self._now = now
         super().__init__(Index(self.root, busy_timeout_s, lambda: draft.timestamp(now()), unwritable))
 
     def _make_folders(self) -> str | None:
@@ -266,8 +267,10 @@ class Registry(Catalogue):
             raise _changed(path)
         tensors, heads = weights.unpack(image, path), None
         if (entry := manifest.heads) is not None:
+            now = self._now
             path, current = f"{name}/{manifest.version}/{HEADS}", trained_on(entry.layout, manifest.digests)
-            heads = HeadStore(self._models, path, entry, current, neutral_head(entry.layout, tensors))
+            neutral = neutral_head(entry.layout, tensors)
+            heads = HeadStore(self._models, path, entry, current, neutral, lambda: now().timestamp())
         return Artifact(manifest, tensors, heads)
 
     def versions(self, name: str) -> "pd.DataFrame":

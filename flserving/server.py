@@ -102,7 +102,8 @@ class ModelServer(ModelHost):
             ``predictions`` [N], ``confidences`` [N] and ``probabilities`` [N][C] (classification only) as lists,
             ``latency_ms``, ``model_version``, ``model_type`` ("global"; "personal" where every row got its client's
             head; "mixed"). Where a client was given, ``head``: "own", or why the global head answered: "unknown" (no
-            head of this client), "stale" (its head was trained on another body), "none" (the version has no heads);
+            head of this client), "stale" (its head was trained on another body), "expired" (the time that it was
+            published for is over), "none" (the version has no heads);
             a list of them for one id a row. Where its lineage tells it, the federated ``round`` of the version. Where
             the alias is in an experiment and one client asks: ``arm``, and the ``receipt`` with which that client may
             give feedback (``experiments.feedback``).
@@ -215,7 +216,7 @@ class ModelServer(ModelHost):
             slots, found = None, "none" if isinstance(client, str) else ["none"] * rows
         else:
             slots, found = engine.personal.choose(client, rows)
-        if self.config.unknown_client == "refuse" and any(one in ("unknown", "none") for one in each(found)):
+        if self.config.unknown_client == "refuse" and any(one in ("unknown", "expired", "none") for one in each(found)):
             raise NotFoundError("no personal head here for this client: train one, or let the global head answer")
         if slots is None or (slots < 0).all():
             return engine, None, found

@@ -302,4 +302,5 @@ class SyncAgent:
         assert key is not None
         head = open_head(data, key, new.name, statement.manifest_sha256, self._client)
         fits = head.trained_on is not None and head.trained_on[0] == trained_on(head.layout, new.digests)
-        return HeadSet(head.layout, head.clients, head.weights, None if fits else head.trained_on)
+        trained = None if fits else head.trained_on
+        return HeadSet(head.layout, head.clients, head.weights, trained, new.heads.expires_at)

@@ -200,7 +200,7 @@ class Artifacts:
         return None
 
     def _head(self, registry: Registry, model: str, version: int, store: HeadStore | None, client: str) -> Head:
-        taken = None if store is None else store.take(client)
+        taken = None if store is None or store.expired else store.take(client)
         if taken is None:
             raise NotFoundError(f"version {version} of {model!r} has no head of this client")
         return self._signer(registry).head(model, version, taken)
