@@ -59,6 +59,53 @@ def test_torch_is_bounded_so_that_pip_finds_a_build_that_was_tried():
     assert torch.specifier == SpecifierSet(">=2.8,<2.14")
 
 
+def locked(name: str) -> list[str]:
+    """The lines of one file of requirements/, a requirement and its hashes on one."""
+    text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+    return [line for line in text.replace("\\\n", " ").splitlines() if not line.startswith("#")]
+
+
+def test_what_is_locked_fits_pyproject_on_every_python():
+    """`python run.py lock` brings the two together again."""
+    course, tests, torch = ({}, {}, {})
+    for name, found in (("course", course), ("test", tests), ("torch", torch)):
+        for line in locked(name):
+            requirement = Requirement(line.partition("--hash")[0])
+            found.setdefault(requirement.name, []).append(requirement)
+    assert not course.keys() & tests.keys() and not torch.keys() & (course.keys() | tests.keys())
+    for lines, files in (
+        (PROJECT["dependencies"] + EXTRAS["course"] + EXTRAS["onnx"], course | torch),
+        (EXTRAS["test"], course | tests),
+        (tomllib.loads(PYPROJECT)["build-system"]["requires"], course),
+    ):
+        for wanted in map(Requirement, lines):
+            versions = [next(iter(pin.specifier)).version for pin in files[wanted.name]]
+            assert all(version in wanted.specifier for version in versions), f"{wanted}: locked are {versions}"
+
+
+@pytest.mark.parametrize("name", ["course", "test", "torch"])
+def test_what_is_locked_has_hashes_and_names_no_index(name):
+    for line in locked(name):
+        assert re.match(r"[a-z0-9-]+==[\w.]+( ;.*?)? +--hash=sha256:[0-9a-f]{64}", line), line[:200]
+        assert "://" not in line and " @ " not in line and "index" not in line.partition("--hash")[0].split("==")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "why"),
+    [
+        ("starlette", "1.0.0", "CVE-2026-48710"),
+        ("orjson", "3.11.5", "CVE-2025-67221"),
+        ("cryptography", "46.0.4", "CVE-2026-26007"),
+        ("protobuf", "6.33.4", "CVE-2026-0994"),
+        ("httpcore", "1.0.8", "admits h11 without the fix of CVE-2025-43859"),
+        ("uvicorn", "0.46.0", "has no ssl_context_factory"),
+    ],
+)
+def test_a_release_that_is_known_to_be_broken_is_out_of_bounds(name, broken, why):
+    requirement = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == name)
+    assert broken not in requirement.specifier, why
+
+
 def test_every_dependency_says_why_and_from_which_version_on():
     for requirement in [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)]:
         entry = re.search(rf'^    "{re.escape(requirement)}",\s+# \S.+$', PYPROJECT, re.MULTILINE)
