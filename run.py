@@ -255,15 +255,16 @@ def test(arguments, venv):
 def lock(arguments, venv):
     """Write requirements/ anew: the newest versions that fit pyproject.toml, for every Python and system, with hashes.
 
-    uv resolves for all systems at once. First the course, so that no tool of the tests holds it back.
+    uv resolves for all systems at once, and course and tests together: the course alone would take a protobuf beside
+    which only an old tritonclient fits, whose parts must be compiled on Python 3.12 and newer.
     """
     if arguments:
         raise Failure("lock takes no arguments, got %s." % " ".join(arguments))
     venv.make()
     venv.pip("--upgrade", "uv")
     LOCKED.mkdir(exist_ok=True)
-    course = resolve(venv, {"course", "onnx"}, {})
-    everything = resolve(venv, {"course", "onnx", "test"}, course)
+    everything = resolve(venv, {"course", "onnx", "test"}, {})
+    course = resolve(venv, {"course", "onnx"}, everything)
     torch = {name: text for name, text in everything.items() if TORCH.match(name)}
     write_lock("torch", torch)
     write_lock("course", {name: text for name, text in course.items() if name not in torch})

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -205,6 +206,43 @@ def test_all_names_both_folders_and_fuzz_the_property_tests(sandbox):
 
     assert asked("--all", "-x") == ["tests", "notebooks", "-x"]
     assert asked("-x", "--fuzz") == ["--hypothesis-profile=fuzz", "--timeout=3600", "-m", "hypothesis", "-x"]
+
+
+def test_lock_writes_three_files_with_each_package_in_one_of_them(sandbox):
+    """torch and what its CUDA build needs apart: the CPU build must not pull gigabytes, nor be refused for its hash."""
+    sandbox.venv(".venv-lock")
+    made = "{0}==1.0 ; sys_platform == 'linux' \\\n    --hash=sha256:{0}\n"
+    asked = []
+
+    def answer(venv, command):
+        if command[2] == "uv":
+            extras = [word for word, before in zip(command[1:], command[:-1], strict=True) if before == "--extra"]
+            known = Path(command[command.index("--constraints") + 1]).read_text().count("==")
+            asked.append((extras, known))
+            names = ["numpy", "nvidia-cudnn-cu13", "torch", "triton", "tritonclient", "cuda-toolkit"]
+            kept = [name for name in names if name != "tritonclient" or "test" in extras]
+            text = "".join(made.format(name) for name in kept) + made.format("numpy").replace("1.0", "2.0")
+            Path(command[-1]).write_text(text)
+        return 0
+
+    sandbox.globals["Venv"].call = answer
+    assert sandbox.main(["lock"]) == 0
+    assert asked == [(["course", "onnx", "test"], 0), (["course", "onnx"], 7)]
+    files = {path.stem: path.read_text() for path in (sandbox.folder / "requirements").iterdir()}
+    assert files.keys() == {"course", "test", "torch"}
+    assert (
+        files["course"].splitlines()[1:]
+        == (made.format("numpy") + made.format("numpy").replace("1.0", "2.0")).splitlines()
+    )
+    assert files["test"].splitlines()[1:] == made.format("tritonclient").splitlines()
+    assert re.findall(r"^[\w-]+", files["torch"], re.MULTILINE) == [
+        "cuda-toolkit",
+        "nvidia-cudnn-cu13",
+        "torch",
+        "triton",
+    ]
+    assert "python run.py lock" in files["course"]
+    assert sandbox.main(["lock", "now"]) == 1
 
 
 def test_it_installs_again_only_when_pyproject_or_the_wish_changes(sandbox):
