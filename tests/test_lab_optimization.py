@@ -69,8 +69,8 @@ def test_a_report_of_versions(tmp_path):
     run = train(rounds=2, num_clients=5, alpha=1.0, progress=False)
     with Registry(tmp_path) as registry:
         publish_rounds(registry, "digits")(run.final)
-        optimization.prune(registry, "digits", 1, 0.9)
-        optimization.prune(registry, "digits", 2, 0.5, structured=True)  # a chain
+        optimization.prune(registry, "digits", 1, 0.9, tolerance=1)
+        optimization.prune(registry, "digits", 2, 0.5, structured=True, tolerance=1)  # a chain
         frame = lab.report(registry, "digits", [3, 2, 1], run.clients, memory=False, turns=2, each=2)
         metrics = registry.manifest("digits", 1).metrics
     assert list(frame.index) == [3, 2, 1] and frame.original.tolist() == [1, 1, 1]

@@ -23,7 +23,7 @@ MAKERS = {
     "dynamic": lambda registry, **options: optimization.quantise(registry, "m", 1, **options),
     "static": lambda registry, **options: optimization.quantise(registry, "m", 1, "static", X, **options),
     "distil": lambda registry, **options: optimization.distil(
-        registry, "m", X, 1, parameters={"sizes": [8, 4, 3]}, epochs=1, **options
+        registry, "m", X, 1, parameters={"sizes": [8, 4, 3]}, epochs=1, tolerance=1, **options
     ),
 }
 
