@@ -217,7 +217,7 @@ def test_lock_writes_three_files_with_each_package_in_one_of_them(sandbox):
     def answer(venv, command):
         if command[2] == "uv":
             extras = [word for word, before in zip(command[1:], command[:-1], strict=True) if before == "--extra"]
-            known = Path(command[command.index("--constraints") + 1]).read_text().count("==")
+            known = Path(command[command.index("--constraints") + 1]).read_text().count("--hash")
             asked.append((extras, known))
             names = ["numpy", "nvidia-cudnn-cu13", "torch", "triton", "tritonclient", "cuda-toolkit"]
             kept = [name for name in names if name != "tritonclient" or "test" in extras]
@@ -230,17 +230,10 @@ def test_lock_writes_three_files_with_each_package_in_one_of_them(sandbox):
     assert asked == [(["course", "onnx", "test"], 0), (["course", "onnx"], 7)]
     files = {path.stem: path.read_text() for path in (sandbox.folder / "requirements").iterdir()}
     assert files.keys() == {"course", "test", "torch"}
-    assert (
-        files["course"].splitlines()[1:]
-        == (made.format("numpy") + made.format("numpy").replace("1.0", "2.0")).splitlines()
-    )
-    assert files["test"].splitlines()[1:] == made.format("tritonclient").splitlines()
-    assert re.findall(r"^[\w-]+", files["torch"], re.MULTILINE) == [
-        "cuda-toolkit",
-        "nvidia-cudnn-cu13",
-        "torch",
-        "triton",
-    ]
+    names = {stem: re.findall(r"^[a-z][\w-]+", text, re.MULTILINE) for stem, text in files.items()}
+    cuda = ["cuda-toolkit", "nvidia-cudnn-cu13", "torch", "triton"]
+    assert names == {"course": ["numpy", "numpy"], "test": ["tritonclient"], "torch": cuda}
+    assert files["test"].endswith(made.format("tritonclient"))
     assert "python run.py lock" in files["course"]
     assert sandbox.main(["lock", "now"]) == 1
 

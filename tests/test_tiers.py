@@ -34,7 +34,6 @@ MODULES = {
 }
 
 
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A project with this one's settings, and one test of each tier."""
