@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flserving import optimization
-from flserving.backends import OnnxModel, need
+from flserving.backends import OnnxModel
 from flserving.datasets import Client
+from flserving.extras import need
 from flserving.lab.checks.asking import ask
 from flserving.manifest import Manifest
 from flserving.registry import Registry
