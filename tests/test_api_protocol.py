@@ -69,9 +69,9 @@ def test_many_lists_do_not_wake_the_garbage_collector_and_it_is_on_again():
     one = {"name": "x", "shape": [100_000, 1], "datatype": "FP32", "data": [[1.0]] * 100_000}
     gc.callbacks.append(count)
     try:
-        read_infer(orjson.dumps({"inputs": [one]}))
+        read_infer(orjson.dumps({"inputs": [one]}), most_numbers=1 << 22)
         with pytest.raises(InvalidInputError):
-            read_infer(b"[" + b"[]," * 100_000)
+            read_infer(b"[" + b"[]," * 100_000, most_numbers=1 << 22)
     finally:
         gc.callbacks.remove(count)
     assert len(collections) < 20 and gc.isenabled()  # 100,000 lists would wake it 140 times

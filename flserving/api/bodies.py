@@ -9,9 +9,9 @@ from flserving.errors import InvalidInputError, TooLargeError, UnsupportedEncodi
 _WINDOW = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # zlib's wbits; deflate is zlib's framing
 _LEAST = 1400
 """Bytes of an answer that one packet carries anyway: compressing fewer gains nothing."""
-_QUICK = 16 << 10
-"""Compressed bytes that are inflated on the spot; more of them would hold up everybody for milliseconds. (Reading JSON
-in a thread frees nobody: it holds the interpreter lock.)"""
+_QUICK = 256 << 10
+"""Bytes that are inflated on the spot; more of them would hold up everybody for milliseconds. (Reading JSON in a thread
+frees nobody: it holds the interpreter lock.)"""
 
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, most_bytes: int) -> bytes:
@@ -43,8 +43,13 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, most_bytes: i
         raise _too_large(most_bytes)
     if encoding == b"identity":
         return body
-    if len(body) <= _QUICK:
-        return _inflated(body, _WINDOW[encoding], most_bytes)
+    if len(body) <= _QUICK // 16:  # those few may hold a thousand times as many
+        quick = min(_QUICK, most_bytes)
+        try:
+            return _inflated(body, _WINDOW[encoding], quick)
+        except TooLargeError:
+            if quick == most_bytes:
+                raise
     return await asyncio.to_thread(_inflated, body, _WINDOW[encoding], most_bytes)
 
 
@@ -75,10 +80,16 @@ def _inflated(body: bytes, window: int, most_bytes: int) -> bytes:
     return content
 
 
-def deflated(accepted: bytes, content: bytes) -> tuple[bytes | None, bytes]:
+async def deflated(accepted: bytes, content: bytes) -> tuple[bytes | None, bytes]:
     """The encoding and the content: compressed if the caller accepts it and it is worth it."""
     if len(content) < _LEAST:
         return None, content
+    if len(content) <= _QUICK:
+        return _deflated(accepted, content)
+    return await asyncio.to_thread(_deflated, accepted, content)
+
+
+def _deflated(accepted: bytes, content: bytes) -> tuple[bytes | None, bytes]:
     offers = [offer.replace(b" ", b"").partition(b";q=") for offer in accepted.lower().split(b",")]
     names = {name for name, _, weight in offers if weight.strip(b"0.") or not weight}
     for name in (b"gzip", b"deflate"):

@@ -20,6 +20,7 @@ _API = {  # field of ApiOptions -> its help
     "port": "port of REST; 0 takes a free one",
     "grpc_port": "port of gRPC; 0 takes a free one",
     "max_body_bytes": "largest body of a request",
+    "max_numbers": "most numbers in a body that are not binary tensors; a list counts as 16",
     "max_connections": "most connections at once, for each door of each worker",
     "slow_client_s": "longest wait for the rest of a request that has begun",
     "certificate": "PEM file with the certificate chain: REST and gRPC then speak TLS",

@@ -43,7 +43,7 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -
     Raises:
         ConfigError: The address cannot be listened on.
     """
-    service = Service(v2, options.tokens or Tokens(), options.max_connections)
+    service = Service(v2, options.tokens or Tokens(), options.max_connections, options.max_numbers)
     server = _server(options, reuse_port)
     for name, methods in service.methods().items():
         server.add_registered_method_handlers(name, methods)

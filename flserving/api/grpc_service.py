@@ -16,7 +16,7 @@ import grpc
 
 from flserving.api import messages
 from flserving.api.auth import Role, Tokens
-from flserving.api.protocol import REASON
+from flserving.api.protocol import MOST_NUMBERS, REASON
 from flserving.api.refusals import Refusals
 from flserving.api.v2 import V2, Call, unnamed
 from flserving.errors import (
@@ -46,8 +46,9 @@ Unary = Callable[[bytes, Any], Awaitable[bytes]]
 class Service:
     """The methods of all services: bytes in, bytes out."""
 
-    def __init__(self, v2: V2, tokens: Tokens, most_calls: int) -> None:
+    def __init__(self, v2: V2, tokens: Tokens, most_calls: int, most_numbers: int = MOST_NUMBERS) -> None:
         self._v2, self._tokens, self._most_calls = v2, tokens, most_calls
+        self._most_numbers = most_numbers
         self._inside = self._watchers = 0
         self._telemetry, self._refusals = v2.server.telemetry, Refusals(v2.server.telemetry, "grpc")
         self.stopping = asyncio.Event()
@@ -86,6 +87,7 @@ class Service:
             if self._inside >= self._most_calls:
                 raise OverloadedError(f"{self._inside} calls are under way, the most that are let in: try again later")
             identity = self._tokens.check(_authorization(context), Role.INFER)
+            messages.check_cost(body, self._most_numbers)
             request = messages.decode(messages.InferRequest, body)
             call = Call(
                 model=request.model_name,

@@ -15,7 +15,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, json_format, messag
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
-from flserving.api.protocol import DTYPES, NAMES, from_raw
+from flserving.api.protocol import DTYPES, NAMES, from_raw, too_long
 from flserving.errors import InvalidInputError, NotSupportedError
 
 SERVICE, HEALTH = "inference.GRPCInferenceService", "grpc.health.v1.Health"
@@ -44,6 +44,64 @@ _CONTENTS = {  # datatype -> the field of typed contents; FP16 and BF16 have non
     "FP64": "fp64_contents",
 }
 _MOST_OUTPUTS, _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 32, 1 << 40  # what no caller means, and only costs time
+
+
+_SHORT = 64 << 10  # bytes that hold too few fields to take long
+_FIELD_COST = 64  # what a field takes to read, and to be counted here, in numbers
+# number of a field -> what is in it: fields, or how many numbers a byte may hold (1 and a half for what is text)
+_CONTENTS_COSTS = {6: 1 / 4, 7: 1 / 8}  # fp32_contents and fp64_contents have the size of their numbers
+# the id; the inputs and their contents; raw_input_contents, which are not looked at
+_INFER_COSTS: dict[int, Any] = {3: 0.05, 5: {5: _CONTENTS_COSTS}, 7: 0.0}
+
+
+def check_cost(body: bytes, most_numbers: int) -> None:
+    """Whether a ModelInferRequest may be read: what is not raw tensors holds up everybody.
+
+    Raises:
+        TooLargeError: To read it takes as long as more than ``most_numbers`` numbers. InvalidInputError: It is none.
+    """
+    if len(body) > _SHORT:
+        try:
+            _cost(memoryview(body), _INFER_COSTS, 0.0, most_numbers)
+        except IndexError:
+            raise InvalidInputError(f"{len(body)} bytes are not a ModelInferRequest message") from None
+
+
+def _cost(body: memoryview, costs: Mapping[int, Any], cost: float, most: int) -> float:
+    """``cost`` and that of the fields in ``body``, in numbers. Source: protobuf's encoding, its records of tag,
+    length and value."""
+    at = 0
+    while at < len(body):
+        cost += _FIELD_COST
+        tag, at = _varint(body, at)
+        size = {1: 8, 5: 4}.get(tag & 7, 0)
+        if tag & 7 == 0:
+            _, at = _varint(body, at)
+        elif tag & 7 == 2:
+            size, at = _varint(body, at)
+            inside = costs.get(tag >> 3, 1.5)
+            if isinstance(inside, float):
+                cost += size * inside
+            else:
+                cost = _cost(body[at : at + size], inside, cost, most)
+        elif not size:  # groups: no field of the protocol's
+            raise IndexError
+        at += size
+        if cost > most:
+            raise too_long(round(cost), most)
+    return cost
+
+
+def _varint(body: memoryview, at: int) -> tuple[int, int]:
+    """The number at ``at``, and where it ends."""
+    value = shift = 0
+    while (byte := body[at]) >= 0x80:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        at += 1
+        if shift > 63:
+            raise IndexError
+    return value | byte << shift, at + 1
 
 
 def decode(kind: Any, body: bytes) -> Any:

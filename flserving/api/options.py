@@ -7,6 +7,7 @@ from os import PathLike
 from urllib.parse import urlsplit
 
 from flserving.api.auth import Tokens
+from flserving.api.protocol import MOST_NUMBERS
 from flserving.errors import ConfigError
 
 # name -> (lowest, highest, what the bound protects from)
@@ -14,6 +15,7 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "port": (0, 65_535, "0 takes a free one"),
     "grpc_port": (0, 65_535, "0 takes a free one, None leaves gRPC out"),
     "max_body_bytes": (1024, 1 << 30, "a body lives in memory"),
+    "max_numbers": (1024, 1 << 27, "to read a number takes up to 50 ns, in which nobody else is answered"),
     "max_connections": (1, 65_536, "each connection is an open file"),
     "slow_client_s": (0.1, 3600, "a client that sends nothing must not hold a connection for ever"),
 }
@@ -32,8 +34,9 @@ class ApiOptions:
         artifacts: Whether devices may download releases, manifests, weights, deltas and their own heads (role infer).
         origins: Web pages that may call, as ``https://host[:port]``; none by default.
         hosts: More names that a request's Host header may hold (behind a proxy); the address itself always may.
-        max_body_bytes: Largest body of a request, also after decompression. To read so much JSON holds up everybody
-            (16 MiB for about 0.1 s); binary tensors do not.
+        max_body_bytes: Largest body of a request, also after decompression.
+        max_numbers: Most numbers in a body that are not binary tensors (JSON; typed contents of gRPC); a list counts
+            as 16, a name as 7. To read them holds up everybody, up to 50 ns each. Binary tensors are read at once.
         max_connections: Most connections at once, and most gRPC calls under way; each door counts its own.
         slow_client_s: Longest wait for the rest of a request that has begun.
         certificate: PEM file with the certificate chain; given with ``key``, both doors speak TLS.
@@ -52,6 +55,7 @@ class ApiOptions:
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
+    max_numbers: int = MOST_NUMBERS
     max_connections: int = 1024
     slow_client_s: float = 10.0
     certificate: "str | PathLike[str] | None" = None

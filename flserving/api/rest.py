@@ -85,18 +85,21 @@ class RestApp:
             who = self._tokens.check(headers.get(b"authorization"), Role.INFER)
             body = await read_body(headers, receive, self._options.max_body_bytes)
             started_s = time.perf_counter()
-            asked = read_infer(body, _json_bytes(headers.get(b"inference-header-content-length")))
+            json_bytes = _json_bytes(headers.get(b"inference-header-content-length"))
+            asked = read_infer(body, json_bytes, self._options.max_numbers)
             parse_s = time.perf_counter() - started_s
             call = Call(model, version, asked.inputs, asked.outputs, asked.parameters, who.client, who.caller)
         continued, answering = telemetry.continued, self._v2.infer(call)
         answer = await (answering if continued is None else continued(headers.items(), answering))
         answered_s = time.perf_counter()
         with self._refusals:
-            content, json_bytes = write_infer(answer.model, answer.version, answer.outputs, answer.parameters, asked)
+            content, json_bytes = write_infer(
+                answer.model, answer.version, answer.outputs, answer.parameters, asked, self._options.max_numbers
+            )
             length = b"inference-header-content-length"
             reply = [_JSON] if json_bytes is None else [_BYTES, (length, b"%d" % json_bytes)]
             if b"accept-encoding" in headers:
-                encoding, content = deflated(headers[b"accept-encoding"], content)
+                encoding, content = await deflated(headers[b"accept-encoding"], content)
                 if encoding is not None:
                     reply.append((b"content-encoding", encoding))
             reply.append((b"content-length", b"%d" % len(content)))
@@ -143,7 +146,7 @@ class RestApp:
     async def _body(self, request: Request, kind: type[msgspec.Struct], required: bool = False) -> Any:
         headers = dict(request.scope["headers"])
         body = await read_body(headers, request.receive, self._options.max_body_bytes)
-        return read_json(body, kind) if body or required else kind()
+        return read_json(body, kind, self._options.max_numbers) if body or required else kind()
 
     async def _live(self, request: Request) -> Any:
         return {"live": True}  # whoever can ask gets an answer: nothing here blocks
