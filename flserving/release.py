@@ -8,6 +8,7 @@ made after the question, whatever the clocks say. A lower version than one that 
 training makes new versions.
 """
 
+import hmac
 import math
 import threading
 import time
@@ -116,6 +117,10 @@ class Signer:
         issued = int(self._now())
         made = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + VALID_S, nonce=nonce)
         return self.sign(made if by_version else msgspec.structs.replace(made, undone=None))
+
+    def pseudonym(self, name: str) -> str:
+        """A device by another name, the same for every process of this registry; nobody else can tell whose it is."""
+        return hmac.digest(self._key.private_bytes_raw(), b"flserving device\n" + name.encode(), "sha256")[:12].hex()
 
     def head(self, model: str, version: int, head: HeadSet) -> Head:
         """The one head of ``head``, signed as part of a version."""

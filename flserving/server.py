@@ -26,6 +26,7 @@ from flserving.doors import Awaiting, Blocking, Door
 from flserving.engine import Execution, InferenceEngine, Prediction
 from flserving.errors import DeadlineExceededError, FlservingError, NotFoundError, OverloadedError
 from flserving.experiments import Experiments
+from flserving.fleet import Fleet
 from flserving.hosting import ModelHost
 from flserving.personalization import each, ids_of
 from flserving.split import Crossroads
@@ -71,6 +72,7 @@ class ModelServer(ModelHost):
             return set() if alive is None else alive()
 
         self.telemetry = Telemetry(clock, self.config.max_batch_size, names)
+        self.fleet = Fleet()
         self._batcher = Batcher(self.config, self.telemetry.execution, clock)
         self._blocking, self._awaiting = Blocking(self), Awaiting(self)
         self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)
@@ -268,7 +270,8 @@ class ModelServer(ModelHost):
     # What operators see
 
     def get_all_stats(self) -> dict[str, Any]:
-        """Counters and durations of the server, its queue, its caches, and the engines in memory.
+        """Counters and durations of the server, its queue, its caches, the engines in memory, and, by model, what the
+        devices of its ``fleet`` run.
 
         An engine of the default model is also found by its version alone: ``stats["v1.0"]["request_count"]``. It
         counts what it ran; what a cache answered or a check refused is in ``server``.
@@ -289,6 +292,7 @@ class ModelServer(ModelHost):
             "model_cache": self.model_cache.stats(),
             "prediction_cache": predictions,
             "engines": engines,
+            "fleet": {name: skew.summary() for name, skew in self.fleet.skew().items()},
         }
 
     def close(self, drain_s: float = 5.0) -> None:

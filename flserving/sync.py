@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import msgspec
 import torch
@@ -50,6 +51,7 @@ _SLACK_NBYTES = 1 << 20  # a delta of what cannot be compressed is a little long
 class _Facts(Seen, frozen=True, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     key: str | None = None  # the cloud's, trusted since the first pull
+    device: str = ""  # tells this device from others with the same credential
     seen_s: float = 0.0
 
 
@@ -179,7 +181,7 @@ class SyncAgent:
         facts, nonce = self.memory.facts, secrets.token_hex(16)
         model = self._model or facts.model or self._first_model()
         local = current(self._registry, model)
-        path = f"/v2/repository/models/{model}/release?nonce={nonce}&by=version"
+        path = f"/v2/repository/models/{model}/release?nonce={nonce}&by=version&{self._report(local)}"
         answer = self._cloud.get(path, MAX_RELEASE_NBYTES, "release")
         statement, key = verify(answer, Statement, self._key or facts.key)
         now_s = self._wall()
@@ -194,6 +196,19 @@ class SyncAgent:
         facts_now = {"serial": statement.serial, "manifest_sha256": statement.manifest_sha256}
         self.memory.note(model=model, key=key, seen_s=max(now_s, statement.issued_at), **facts_now)
         return statement, model
+
+    def _report(self, local: Manifest | None) -> str:
+        """What runs here, for the cloud's picture of its fleet: its version, the round of that, how old it is."""
+        if not self.memory.facts.device:
+            self.memory.note(device=secrets.token_hex(8))
+        report: dict[str, Any] = {"device": self.memory.facts.device}
+        served = self._edge.get_all_stats()["edge"]
+        ran = None if local is None else local.extra.get("cloud_version")
+        if local is not None and isinstance(ran, int):
+            report |= {"version": ran, "round": round_of(local)}
+            if served is not None and served["age_s"] is not None:
+                report["age_s"] = f"{served['age_s']:.3f}"
+        return urlencode(report)
 
     def _first_model(self) -> str:
         answer = self._cloud.get("/v2/models", MAX_RELEASE_NBYTES, "release")

@@ -42,7 +42,7 @@ FLOORS = {
         ),
     },
     1: {
-        *("aliases", "cache", "telemetry", "network", "breaker", "calibration"),
+        *("aliases", "cache", "telemetry", "fleet", "network", "breaker", "calibration"),
         *("sequential", "bandit", "verdict", "monitoring"),
     },
     0: {"errors", "accounts", "forks", "extras"},

@@ -41,6 +41,8 @@ _PLACES = 1  # deltas that are made at a time for one client: a device asks for 
 _SHARED_PLACES = 8  # for a credential without a client, which a fleet may share
 _RETRY_S = 60.0  # after which deltas are tried again where none could be kept
 _MOST_MAKING = 32  # for all callers together
+_MOST_DIGITS = 20
+_DEVICE = re.compile(r"[0-9a-f]{16}")
 _FROM = re.compile(r"bytes=(\d{1,15})-")
 
 
@@ -127,7 +129,22 @@ class Artifacts:
         if not re.fullmatch(r"[0-9a-f]{0,64}", nonce):
             raise InvalidInputError(f"nonce is {nonce[:80]!r}: send up to 64 hex digits")
         by_version = request.query_params.get("by") == "version"
-        return self._signer(registry).release(request.path_params["model"], nonce, by_version)
+        signer = self._signer(registry)
+        release = signer.release(request.path_params["model"], nonce, by_version)
+        self._report(request, signer)
+        return release
+
+    def _report(self, request: Request, signer: Signer) -> None:
+        """Note what the asking device runs. It may say nothing; what makes no sense counts as that."""
+        said, client = request.query_params, request.state.who.client
+        if not _DEVICE.fullmatch(said.get("device", "")):
+            return
+        name = f"device {said['device']}" if client is None else f"client {client}"
+        with contextlib.suppress(ValueError):
+            version, number = (int(said.get(key, "0")[:_MOST_DIGITS]) for key in ("version", "round"))
+            age_s = float(said["age_s"][:_MOST_DIGITS]) if "age_s" in said else None
+            model = request.path_params["model"]
+            self._server.fleet.report(signer.pseudonym(name), client is None, model, version, number, age_s)
 
     def _weights(self, request: Request) -> Response:
         registry, model, version = self._version(request)

@@ -6,6 +6,7 @@ every scrape reads :meth:`Telemetry.totals` and the caches' own counters.
 """
 
 import contextlib
+import math
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -15,12 +16,19 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeHistogramMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from flserving.accounts import BOUNDS_S, merged
 from flserving.errors import BY_REASON, FlservingError
+from flserving.fleet import AGES_S, Skew
 
 if TYPE_CHECKING:
     from flserving.server import ModelServer
@@ -65,7 +73,8 @@ def totals(server: "ModelServer") -> dict[str, Any]:
     ``now`` what may also fall: leave that out of what a process that ended has left behind."""
     stats, health = server.get_all_stats(), server.health_check()
     caches = {name: stats[name] or {} for name in _CACHES}
-    now: dict[str, float] = {
+    now: dict[str, Any] = {
+        "fleet": server.fleet.lines(),
         "ready": int(health["ready"]),
         "processes": 1,
         "problems": len(health["problems"]),
@@ -119,6 +128,8 @@ class ServerCollector(Collector):
             for name, value in counters.items():
                 yield CounterMetricFamily(f"flserving_{cache}_{name}", _MEANING[name], value=value)
         yield from self._versions(self._server._held() | whole["named"].keys())
+        yield from _fleet(self._server.fleet.skew(whole["now"]["fleet"]))
+        yield from _device(self._server.get_all_stats().get("edge"))
         yield from _requests(whole)
         yield from _inference(whole["versions"])
         yield from _doors(whole)
@@ -150,6 +161,28 @@ class ServerCollector(Collector):
                 published = self._server.published_metrics(key)
                 yield from (((*key, of), published[f"{of}_accuracy"]) for of in ACCURACIES
                             if f"{of}_accuracy" in published)  # fmt: skip
+
+
+def _fleet(skews: Mapping[str, Skew]) -> Iterator[Metric]:
+    text = "Devices by the round that they run, as of their last pull within a week; of most rounds, the rest is other."
+    rounds = {(model, number): n for model, skew in skews.items() for number, n in skew.rounds.items()}
+    yield _gauge("fleet_devices", text, ("model", "round"), rounds.items())
+    text = "How long ago each device's model was known to be the current one."
+    ages = GaugeHistogramMetricFamily("flserving_fleet_age_seconds", text, labels=("model",))
+    for model, skew in skews.items():
+        ages.add_metric([model], _buckets(AGES_S, skew.ages), skew.total_s)
+    yield ages
+
+
+def _device(edge: Mapping[str, Any] | None) -> Iterator[Metric]:
+    """Of a device: what it serves itself."""
+    if edge is None:
+        return
+    age_s = math.inf if edge["age_s"] is None else edge["age_s"]
+    text = "Seconds since this device's model was known to be the current one; infinite: it cannot tell."
+    yield GaugeMetricFamily("flserving_edge_age_seconds", text, value=age_s)
+    if edge["round"] is not None:
+        yield GaugeMetricFamily("flserving_edge_round", "Federated round of this device's model.", value=edge["round"])
 
 
 def _requests(whole: Mapping[str, Any]) -> Iterator[Metric]:

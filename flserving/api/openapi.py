@@ -119,6 +119,10 @@ _MODEL, _VERSION = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
 _REPOSITORY, _RELEASED = "/v2/repository/models/{model}", "/v2/repository/models/{model}/versions/{version}"
 _NONCE = {
     "nonce": {"type": "string", "pattern": "^[0-9a-f]{0,64}$"},
+    "device": {"type": "string", "pattern": "^[0-9a-f]{16}$"},  # with what it runs now, for the picture of the fleet
+    "version": {"type": "integer", "minimum": 0},
+    "round": {"type": "integer", "minimum": 0},
+    "age_s": {"type": "number", "minimum": 0},
     "by": {"type": "string", "enum": ["version"]},  # what was taken back is told in versions, not in rounds alone
 }
 _DELTA = {"base": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "form": {"type": "string", "enum": list(FORMS)}}
