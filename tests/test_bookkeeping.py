@@ -169,6 +169,36 @@ def test_answers_health_and_promotions_wait_for_no_feedback_store(
         assert sum(arm["rewards"] for arm in server.experiments.report("m")["arms"].values()) == 1
 
 
+OPTIONAL = (FILE_NAME, KEY_FILE, "publishing.sqlite3", "release.key", "deltas")
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before", "meanwhile"])
+@pytest.mark.parametrize("what", ["garbage", "directory", "removed"])
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_no_optional_file_of_a_registry_is_needed_for_an_answer(tmp_path, registry, name, what, begun):
+    path = tmp_path / name
+
+    def harm():
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if what == "directory":
+            path.mkdir()
+        elif what == "garbage":
+            path.touch(0o600)
+            path.write_bytes(b"garbage " * 1_000)
+
+    if not begun:
+        harm()
+    with server_of(registry) as server:
+        registry.start_experiment("m", AB, **LOG)
+        for turn in range(20):
+            if begun and turn == 10:
+                server.experiments.report("m")  # whatever is made at first use is there
+                harm()
+            assert server.predict(ROW, client="c")["arm"] in AB.arms
+        registry.conclude_experiment("m", version=2, **LOG)
+        assert server.predict(ROW, client="c")["model_version"] == "2", "promotions go on, too"
+
+
 def test_an_answer_is_given_while_the_store_is_being_opened(registry, server, monkeypatch):
     """However long that takes: nothing of it happens in the thread that answers."""
     opening, open_it = threading.Event(), threading.Event()
