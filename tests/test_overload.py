@@ -1,13 +1,18 @@
-"""Overload in virtual time: callers who come whether or not the others were answered, and a model of known speed."""
+"""Overload: callers who come whether or not the others were answered, and a model of known speed. In virtual time."""
 
+import asyncio
+import contextlib
 import heapq
 import math
 import random
+import time
 
 import pytest
+from torch import nn
 
 from flserving.batching import BatchQueue, Request
-from flserving.errors import OverloadedError
+from flserving.errors import DeadlineExceededError, OverloadedError
+from serving_models import row, serving
 
 DEADLINES_S = (0.06, 0.1, 0.25, 1.0, 5.0)
 WARM_S = 1.0  # the first second is not counted: nobody knows the model yet
@@ -227,3 +232,69 @@ def test_who_has_most_makes_room_for_who_has_less():
         queue.push(Request("a", None, 2, 0.0, 99.0, "flood"))
     with pytest.raises(OverloadedError, match="the limit is 10"):
         queue.push(Request("b", None, 2, 0.0, 99.0, "quiet"))
+
+
+# The real server
+
+
+class Slow(nn.Module):
+    """A model of known speed: a batch takes ``seconds``, whatever is in it."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)  # its work
+        return x * 1.0
+
+
+@pytest.mark.parametrize("timeout_ms", [50, 100])
+def test_a_caller_of_a_model_that_is_too_slow_hears_of_it_at_the_deadline(timeout_ms):
+    """An idle server and a model of 800 ms: a blocking predict returns long before the model does, again and again."""
+    with serving(Slow(0.8)) as server:
+        for _ in range(2):
+            start_s = time.perf_counter()
+            with pytest.raises(DeadlineExceededError, match="timeout_ms"):
+                server.predict(row(1), timeout_ms=timeout_ms)
+            assert time.perf_counter() - start_s < 0.7
+
+
+def test_an_idle_server_that_holds_on_for_fuller_batches_keeps_deadlines():
+    with serving(Slow(0.0), batching="hold_until_full", max_wait_time_ms=10_000) as server:
+        answers = [server.predict(row(1), timeout_ms=1000) for _ in range(3)]
+    assert all(answer["predictions"] == [[1, 1]] for answer in answers)
+
+
+async def open_loop(server, rates, seconds, timeout_ms):
+    """Callers who come by the clock, whatever becomes of the others; answers in time by caller, and who came."""
+    rng, tasks, answered, came = random.Random(0), [], dict.fromkeys(rates, 0), dict.fromkeys(rates, 0)
+
+    async def ask(caller):
+        with contextlib.suppress(OverloadedError, DeadlineExceededError):
+            await server.apredict(row(1), timeout_ms=timeout_ms, caller=caller)
+            answered[caller] += 1
+
+    start_s = time.perf_counter()
+    coming = [(rng.expovariate(rate), caller) for caller, rate in rates.items()]
+    heapq.heapify(coming)
+    while coming[0][0] < seconds:
+        at_s, caller = heapq.heappop(coming)
+        await asyncio.sleep(start_s + at_s - time.perf_counter())
+        came[caller] += 1
+        tasks.append(asyncio.create_task(ask(caller)))
+        heapq.heappush(coming, (at_s + rng.expovariate(rates[caller]), caller))
+    await asyncio.gather(*tasks)
+    return answered, came
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [2, 10])
+@pytest.mark.parametrize("timeout_ms", [150, 1000, 5000])
+def test_a_real_server_keeps_its_goodput_and_a_quiet_caller_its_answers(timeout_ms, load):
+    """100 rows a second are what the model can do; a flood asks ``load`` times that, a quiet caller five a second."""
+    with serving(Slow(0.04), num_workers=1, max_batch_size=4) as server:
+        server.predict(row(0))
+        answered, came = asyncio.run(open_loop(server, {"flood": 100 * load, "quiet": 5}, 6, timeout_ms))
+    assert sum(answered.values()) >= 0.9 * 100 * 6 * 0.9, "nine tenths of a goodput that the clock's jitter lowers"
+    assert answered["quiet"] >= 0.95 * came["quiet"]
