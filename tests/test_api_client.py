@@ -331,7 +331,8 @@ def test_the_printed_grpc_address_is_an_address():
 
         assert asyncio.run(ask())["model_version"] == "v1.0"
         rest = endpoint.url.removeprefix("http://")
-        with Client(rest, endpoint.token, timeout_ms=1000) as client, pytest.raises(ServerClosedError, match=rest):
+        once = Retries(attempts=1)
+        with Client(rest, endpoint.token, retries=once) as client, pytest.raises(ServerClosedError, match=rest):
             client.predict(X)  # gRPC's own words say that this is no port of its kind
     for address in ("localhost:8001", "10.0.0.1:8001", "[::1]:8001", "models.example.org:8001"):
         assert Client(address).url == f"grpc://{address}"

@@ -175,7 +175,7 @@ def test_a_request_through_the_proxy_takes_what_the_link_says(endpoint):
     row = np.ones((1, 4), np.float32)
     with real_ways.far_away(endpoint, "any", Link(rtt_ms=50)) as far:
         took_ms, up, down = real_ways.timed(far, row, far[1].models()[0]["name"], requests=3)
-    assert 50 < took_ms < 500 and 300 < up < 2000 and 200 < down < 2000
+    assert 50 < took_ms < 20_000 and 300 < up < 2000 and 200 < down < 2000
 
 
 def test_every_device_is_asked_for_its_owners_rows_and_those_of_guests():

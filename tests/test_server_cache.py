@@ -267,7 +267,7 @@ def test_when_the_leader_runs_out_of_time_a_follower_takes_over(gated, leader):
     blocker, leading, callers = Threads(), Threads(), Threads()
     blocker.start(server.predict, row(0))
     probe.wait_inside(1)
-    lead(server, leading, leader, timeout_ms=300)
+    lead(server, leading, leader, timeout_ms=2000)  # until then the others have come
     wait_until(lambda: server._batcher.queue.rows == 1)
     for door in ("sync", "async", "sync", "async"):
         lead(server, callers, door)

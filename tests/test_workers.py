@@ -284,7 +284,7 @@ def test_a_retry_leaves_out_who_is_late_by_then(harness):
     h.start(lane, 0)
     lane.probe.wait_inside(1)
     h.queue_up(lane, [POISON, 1], timeout_s=PATIENCE_S)
-    h.queue_up(lane, [2, 3], timeout_s=0.2)
+    h.queue_up(lane, [2, 3], timeout_s=1)  # long enough for the batch of four to begin
     lane.probe.release(1)
     wait_until(lambda: lane.probe.calls == 2, "the batch of four")
     wait_until(lambda: sum(isinstance(each, DeadlineExceededError) for each in h.threads._outcomes) == 2)

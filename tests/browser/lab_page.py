@@ -12,9 +12,9 @@ from playwright.sync_api import Browser, Error, Locator, Page
 from lab_scripts import CELLS, IDLE, LABEL, PIXELS, READY
 from lab_server import LabServer
 
-OPEN_TIMEOUT_S = 60
-RUN_TIMEOUT_S = 180
-CHANGE_TIMEOUT_S = 30
+OPEN_TIMEOUT_S = 200
+RUN_TIMEOUT_S = 400
+CHANGE_TIMEOUT_S = 100
 BUTTON_TIMEOUT_S = 5  # shorter: a button may have nothing to do where it stands
 STILL_S = 0.3  # a picture that has not changed for this long is taken to be finished
 FRAME_S = 1.0  # after a button: it may have started an animation, whose frames take less than this
