@@ -1,5 +1,6 @@
 """The house style, and ``explore``: sliders over a pure model and a pure drawing."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -190,6 +191,36 @@ def test_static_switch_runs_every_corner_and_shows_nothing(monkeypatch):
     )
     with pytest.raises(ZeroDivisionError) as caught:  # the slider end that nobody dragged to
         explore(lambda a: line(1 / (a - 9)), draw, a=(1, 9, 2))
+    assert "a=9" in "".join(caught.value.__notes__)
+
+
+def test_of_a_large_box_any_two_controls_are_drawn_at_all_their_ends(monkeypatch):
+    monkeypatch.setenv("FLSERVING_STATIC", "1")
+    controls = {
+        "way": ["rest", "grpc", "none", "both"],
+        "a": (1, 9, 1),
+        "b": (0.5, 1.5, 0.5),
+        "c": (2, 3, 1),
+        "log": False,
+    }
+    computed, drawn = [], []
+
+    def drawing(values):
+        drawn.append(values)
+        return draw(line(1))
+
+    explore(lambda **values: computed.append(values) or values, drawing, **controls)
+    assert len(computed) == 64 and len(drawn) <= 10
+    for one, two in itertools.combinations(controls, 2):
+        assert {(v[one], v[two]) for v in drawn} == {(v[one], v[two]) for v in computed}
+    explore(lambda b: computed.append(b) or {}, lambda numbers: drawn.append(1) or draw(line(1)), b=(1, 2, 1))
+    assert drawn[-2:] == [1, 1], "a single slider is drawn at both its ends"
+
+    def fails(values):
+        return draw(line(1 / (values["a"] - 9) if values["log"] else 1))
+
+    with pytest.raises(ZeroDivisionError) as caught:  # only where two controls meet
+        explore(lambda **values: values, fails, **controls)
     assert "a=9" in "".join(caught.value.__notes__)
 
 
