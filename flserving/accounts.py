@@ -99,7 +99,9 @@ class Costs:
 
     def add(self, lane: Any, rows: int, seconds: float, now_s: float) -> None:
         """A batch of ``rows`` rows has taken so long, until ``now_s``."""
-        figures = self._known.setdefault(lane, {})
+        figures = self._known.get(lane)
+        if figures is None:
+            figures = self._known[lane] = {}
         size = rows.bit_length()
         before = figures.get(size)
         if before is None or not self._fresh(before, now_s - seconds):
@@ -119,8 +121,11 @@ class Costs:
         figures = self._known.get(lane) if self._known else None
         if not figures:
             return 0.0
-        fresh = {size: figure for size, figure in figures.items() if self._fresh(figure, now_s)}
         size = rows.bit_length()
+        own = figures.get(size)
+        if own is not None and own.rows == rows and self._fresh(own, now_s):
+            return own.seconds
+        fresh = {size: figure for size, figure in figures.items() if self._fresh(figure, now_s)}
         own = fresh.get(size)
         smaller = fresh[max(sizes)] if (sizes := [other for other in fresh if other < size]) else None
         if own is None:

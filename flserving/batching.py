@@ -303,8 +303,11 @@ class BatchQueue(Generic[L]):
 
     def learn(self, lane: L, rows: int, start_s: float, end_s: float) -> None:
         """So many rows of a lane took from ``start_s`` to ``end_s``."""
-        chunk = min(rows, self.max_batch_size)
-        self.costs.add(lane, chunk, (end_s - start_s) * chunk / rows, end_s)
+        seconds = end_s - start_s
+        if rows > self.max_batch_size:
+            seconds *= self.max_batch_size / rows
+            rows = self.max_batch_size
+        self.costs.add(lane, rows, seconds, end_s)
 
     def _head(self, lane: L) -> Request[L]:
         return self._lines[lane][0]

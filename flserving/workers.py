@@ -104,8 +104,8 @@ class Batcher:
             now_s = self._admit(arrival_s, deadline_s)
             idle = self.busy < self.config.num_workers and not self.queue
             inline = idle and self.config.batching == "work_conserving"
-            if inline and now_s + SURE * self._usual_s(lane, rows) <= deadline_s:
-                slot = self._take_slot(lane, rows, now_s)
+            if inline and now_s + SURE * (usual_s := self._usual_s(lane, rows)) <= deadline_s:
+                slot = self._take_slot(lane, rows, now_s, usual_s)
             else:
                 inline = False
                 request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s, client)
@@ -226,8 +226,10 @@ class Batcher:
 
     def _usual_s(self, lane: Lane, rows: int) -> float:
         """Seconds that so many rows take: as they did, however long ago, else as in the warm-up; else infinite."""
-        chunk = min(rows, self.config.max_batch_size)
-        return (self._costs.usual_s(lane, chunk) or lane.typical_s) * rows / chunk
+        largest = self.config.max_batch_size
+        if rows <= largest:
+            return self._costs.usual_s(lane, rows) or lane.typical_s
+        return (self._costs.usual_s(lane, largest) or lane.typical_s) * rows / largest
 
     def _enqueue(self, request: Request[Lane], now_s: float) -> list[Request[Lane]]:
         """Put it into the queue; who had to make room comes back."""
@@ -296,10 +298,10 @@ class Batcher:
         finally:
             self._give_back_slot(slot, ran, hand_over=interrupted)
 
-    def _take_slot(self, lane: Lane, rows: int, now_s: float) -> Run:
+    def _take_slot(self, lane: Lane, rows: int, now_s: float, usual_s: float | None = None) -> Run:
         """Under the lock."""
         self.busy += 1
-        end_s = now_s + self.queue.usual_s(lane, rows, now_s)
+        end_s = now_s + (self.queue.usual_s(lane, rows, now_s) if usual_s is None else usual_s)
         self.queue.ends_s.append(end_s)
         return Run(lane, rows, now_s, end_s)
 
