@@ -1,6 +1,6 @@
 """With the real flwr. It pins versions that ours does not, so it lives in an environment of its own:
 
-python -m venv .flower && .flower/bin/python -m pip install -e .[flower,test]
+python -m venv .flower && .flower/bin/python -m pip install -e ".[flower,test]"
 .flower/bin/python -m pytest -m flower tests/test_flower.py
 """
 

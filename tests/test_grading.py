@@ -16,7 +16,7 @@ import pytest
 from flserving.lab import exercises
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("nbgrader", reason="needs the extra grading: pip install -e .[grading]")
+pytest.importorskip("nbgrader", reason='needs the extra grading: pip install -e ".[grading]"')
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 WITH_EXERCISES = [
