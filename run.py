@@ -196,14 +196,13 @@ def install_torch(venv, version):
     """torch: on Linux the CPU build, unless CUDA is asked for; elsewhere there is only one build.
 
     The CPU builds of Linux are not in pip's own index, which knows no hashes of them: they are taken by version, from
-    where pip is told to look (a folder of wheels, an index of one's own) or else from PyTorch's own address.
+    where pip is told to look (a folder of wheels, an index of one's own) or from PyTorch's own address.
     """
     if ON_LINUX and not venv.cuda:
-        asked = ["install", "--disable-pip-version-check", "--no-deps", "torch==%s+cpu" % version]
-        for more in ([], ["--index-url", CPU_BUILDS]):
-            if venv.run("pip", *(asked + more)) == 0:
-                sys.stderr.write("torch is the CPU build; for CUDA add --cuda.\n")
-                return
+        build = ["--no-deps", "torch==%s+cpu" % version, "--extra-index-url", CPU_BUILDS, "--retries", "2"]
+        if venv.run("pip", "install", "--disable-pip-version-check", *build) == 0:
+            sys.stderr.write("torch is the CPU build; for CUDA add --cuda.\n")
+            return
         sys.stderr.write(
             "No CPU build of torch %s can be had, neither from pip's index nor from %s: this takes the CUDA build, "
             "some GB; it works as well.\n" % (version, CPU_BUILDS)
