@@ -7,20 +7,24 @@ Benfield, 2016).
 """
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from flserving.accounts import Costs
+from flserving.batching import MARGIN
 from flserving.cache import Lease
 from flserving.engine import Prediction
-from flserving.errors import DeadlineExceededError
+from flserving.errors import DeadlineExceededError, OverloadedError
 from flserving.routing import Key
 
 if TYPE_CHECKING:
     from flserving.server import ModelServer
 
 T = TypeVar("T")
+_AT_ONCE_S = 5e-3  # a job that starts within this has not waited for a loader
 
 
 class Blocking:
@@ -54,13 +58,36 @@ class Awaiting:
 
     def __init__(self, server: "ModelServer") -> None:
         self._server, self.run = server, server._batcher.arun
+        self._costs, self._lock = Costs(), threading.Lock()
 
     async def find(self, version: str | int | None, model: str | None, deadline_s: float) -> Key:
         await self._in_thread(deadline_s, lambda nothing: None, self._server._refresh, deadline_s)
         return self._server._router.require(version, model)
 
     async def load(self, key: Key, deadline_s: float) -> Lease:
-        return await self._in_thread(deadline_s, self._server.model_cache.release, self._server._load, key, deadline_s)
+        came_s = self._server._clock()
+        release = self._server.model_cache.release
+        return await self._in_thread(deadline_s, release, self._load_in_time, key, came_s, deadline_s)
+
+    def _load_in_time(self, key: Key, came_s: float, deadline_s: float) -> Lease:
+        """Load a version, but not for who has waited for a loader until it cannot end in time any more: under more
+        loads than can be done each would come too late. (The rule of :meth:`BatchQueue.take`, for loads.)"""
+        server, source = self._server, self._server._sources.get(key[0])
+        start_s = server._clock()
+        with self._lock:
+            usual_s = self._costs.usual_s(source, 1, start_s)
+        if start_s - came_s > _AT_ONCE_S and start_s + MARGIN * usual_s > deadline_s:
+            raise OverloadedError(
+                f"other loads came first: one usually takes {usual_s * 1e3:.0f} ms, the deadline leaves "
+                f"{(deadline_s - start_s) * 1e3:.0f} ms: try again later, or raise timeout_ms"
+            )
+        cold = key not in server.model_cache
+        lease = server._load(key, deadline_s)
+        if cold and source is not None:
+            end_s = server._clock()
+            with self._lock:
+                self._costs.add(source, 1, end_s - start_s, end_s)
+        return lease
 
     async def follow(self, flight: Future[Any], deadline_s: float) -> bool:
         loop, done = asyncio.get_running_loop(), asyncio.Event()

@@ -6,11 +6,14 @@ import heapq
 import math
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
+from flserving import hosting
 from flserving.batching import BatchQueue, Request
+from flserving.doors import Awaiting
 from flserving.errors import DeadlineExceededError, OverloadedError
 from serving_models import row, serving
 
@@ -298,3 +301,65 @@ def test_a_real_server_keeps_its_goodput_and_a_quiet_caller_its_answers(timeout_
         answered, came = asyncio.run(open_loop(server, {"flood": 100 * load, "quiet": 5}, 6, timeout_ms))
     assert sum(answered.values()) >= 0.9 * 100 * 6 * 0.9, "nine tenths of a goodput that the clock's jitter lowers"
     assert answered["quiet"] >= 0.95 * came["quiet"]
+
+
+# Cold loads
+
+
+def test_a_load_that_waited_until_it_cannot_end_in_time_is_not_begun():
+    """A load takes 100 ms, by a clock that only loads move. Who comes first is loaded, however short its time; who had
+    to wait is not, when too little is left; and after a while one tries again."""
+    now_s, loads = [0.0], []
+
+    class Host:
+        def __init__(self):
+            self.model_cache = ()
+            self._sources = {"m": Model(0, 0, 1, 1)}
+            self._batcher = SimpleNamespace(arun=None)
+
+        def _clock(self):
+            return now_s[0]
+
+        def _load(self, key, deadline_s):
+            loads.append(key)
+            now_s[0] += 0.1
+
+    door = Awaiting(Host())
+
+    def ask(came_s, deadline_s):
+        door._load_in_time(("m", str(len(loads))), came_s, deadline_s)
+
+    ask(0.0, 0.05)
+    ask(now_s[0], now_s[0] + 0.05)
+    ask(now_s[0] - 1, now_s[0] + 0.15)
+    with pytest.raises(OverloadedError, match="one usually takes 100 ms, the deadline leaves 50 ms"):
+        ask(now_s[0] - 1, now_s[0] + 0.05)
+    assert len(loads) == 3
+    now_s[0] += 2
+    ask(now_s[0] - 1, now_s[0] + 0.05)
+    assert len(loads) == 4
+
+
+@pytest.mark.slow
+def test_more_cold_loads_than_can_be_done_are_not_all_late(monkeypatch):
+    """Two loaders at 50 ms a load do 40 a second; 100 a second are asked, of versions that never stay in memory."""
+    real = hosting.load_engine
+    monkeypatch.setattr(hosting, "load_engine", lambda *args: (time.sleep(0.05), real(*args))[1])
+    with serving(cache_size=1) as server:
+        for version in range(8):
+            server.load_model(f"v{version}", nn.Linear(2, 1), output_type="regression", num_features=2)
+
+        async def main():
+            answered, tasks = [], []
+
+            async def ask(number):
+                with contextlib.suppress(OverloadedError, DeadlineExceededError):
+                    answered.append(await server.apredict(row(1), f"v{number % 8}", timeout_ms=500))
+
+            for number in range(400):
+                tasks.append(asyncio.create_task(ask(number)))
+                await asyncio.sleep(0.01)
+            await asyncio.gather(*tasks)
+            return len(answered)
+
+        assert asyncio.run(main()) >= 0.4 * 40 * 4, "without the rule it is 0.14"
