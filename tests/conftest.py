@@ -38,7 +38,7 @@ FULL = {
     "test_notebooks_in_browser",
     *("test_api_prometheus", "test_cli_serve_canary", "test_cli_serve_load", "test_edge_process", "test_network_proxy"),
     *("test_lab_attacks", "test_lab_fleet", "test_lab_optimization", "test_optimization_fleet"),
-    *("test_benchmarks", "test_registry_crash", "test_student_copies", "test_tiers"),
+    *("test_benchmarks", "test_registry_crash", "test_student_copies", "test_tiers", "test_wheel"),
 }
 QUICK_NOTEBOOKS = {"00_start_here", "03_caching"}
 
