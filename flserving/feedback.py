@@ -223,7 +223,7 @@ class FeedbackStore:
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         until_s = time.monotonic() + BUSY_S
         while True:
-            database = sqlite3.connect(self._path, BUSY_S, isolation_level=None, check_same_thread=False)
+            database = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 # NORMAL: a power cut may take the last rewards along with the marks of their receipts, never one alone
                 for setting in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):

@@ -218,7 +218,7 @@ class Index:
             time.sleep(0.01)
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, self._timeout_s, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self._path, timeout=self._timeout_s, isolation_level=None, check_same_thread=False)
         try:
             for setting in ("foreign_keys = ON", "trusted_schema = OFF", "synchronous = FULL", "journal_mode = WAL"):
                 connection.execute(f"PRAGMA {setting}").fetchall()
@@ -247,7 +247,9 @@ class Index:
             raise FlservingError(f"{FILE_NAME} was not closed by who wrote it: open it once where it can be written")
         if self._reader is None or seen != self._seen:
             uri = Path(self._path).as_uri() + "?mode=ro" + ("" if log else "&immutable=1")
-            connection = sqlite3.connect(uri, self._timeout_s, isolation_level=None, check_same_thread=False, uri=True)
+            connection = sqlite3.connect(
+                uri, timeout=self._timeout_s, isolation_level=None, check_same_thread=False, uri=True
+            )
             try:
                 connection.execute("PRAGMA trusted_schema = OFF").fetchall()
                 if (layout := _layout(connection)) < _LAYOUT:
@@ -319,7 +321,7 @@ class Index:
         self._writable()
         with self._typed_errors():
             _make_private(f"{self._root}/{LOCK_NAME}")
-            connection = sqlite3.connect(f"{self._root}/{LOCK_NAME}", self._timeout_s, isolation_level=None)
+            connection = sqlite3.connect(f"{self._root}/{LOCK_NAME}", timeout=self._timeout_s, isolation_level=None)
         with closing(connection):
             with self._typed_errors():
                 connection.execute("BEGIN EXCLUSIVE")

@@ -53,7 +53,7 @@ def server(registry):
 @contextmanager
 def locked(path):
     """Somebody keeps the database: for readers, too, unless they were here before. It outlives every wait of a test."""
-    other = sqlite3.connect(path, 0, isolation_level=None)
+    other = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
         try:
             other.executescript("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE; CREATE TABLE held (x)")

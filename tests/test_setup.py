@@ -1,5 +1,6 @@
 """The set-up files agree with each other and with what they promise."""
 
+import ast
 import hashlib
 import os
 import re
@@ -120,6 +121,14 @@ def test_every_data_file_of_the_package_is_installed_with_it():
         if path.is_file() and path.suffix not in {".py", ".pyc"}:
             package = ".".join(path.parent.relative_to(ROOT).parts)
             assert any(path.match(pattern) for pattern in patterns.get(package, [])), f"{path} is not in package-data"
+
+
+def test_no_call_is_deprecated_on_a_newer_python_than_this():
+    """Python 3.13 warns of more than one argument by place to sqlite3.connect, and 3.15 refuses it."""
+    for path in (ROOT / "flserving").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "sqlite3.connect":
+                assert len(node.args) == 1, f"{path}:{node.lineno}: name its settings"
 
 
 def test_the_licence_is_the_apache_licence_2():
