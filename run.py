@@ -52,7 +52,7 @@ FIRST_NOTEBOOK = ROOT / "notebooks" / "00_start_here.ipynb"
 PYTEST_OPTIONS = [
     "-n", "2", "--dist", "loadscope",  # a notebook's cells must stay on one worker: they share a kernel
     "--no-loadscope-reorder",  # in the order collected: the browser's few long tests first, not last and alone
-    "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "120",
+    "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "500",
     "--nbval-sanitize-with", os.path.join("tests", "nbval_sanitize.cfg"),
 ]  # fmt: skip
 CORE_OPTIONS = ["-n", "2", "--dist", "loadscope", "tests", "--ignore=tests/browser", "--ignore-glob=*/test_lab_*"]

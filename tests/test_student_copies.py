@@ -56,7 +56,7 @@ def run_as_students(copies: dict[str, NotebookNode], checks: dict[str, set[int]]
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"  # two notebooks may use the same one
     everything = new_notebook(cells=cells)
-    NotebookClient(everything, timeout=300, kernel_name="python3", allow_errors=True).execute()
+    NotebookClient(everything, timeout=500, kernel_name="python3", allow_errors=True).execute()
     return {name: list(_wrong(student, chosen[name], checks[name])) for name, student in copies.items()}
 
 
