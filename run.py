@@ -55,7 +55,7 @@ PYTEST_OPTIONS = [
     "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "500",
     "--nbval-sanitize-with", os.path.join("tests", "nbval_sanitize.cfg"),
 ]  # fmt: skip
-CORE_OPTIONS = ["-n", "2", "--dist", "loadscope", "tests", "--ignore=tests/browser", "--ignore-glob=*/test_lab_*"]
+CORE_OPTIONS = ["-n", "2", "--dist", "loadscope", "--ignore=tests/browser", "--ignore-glob=*/test_lab_*"]
 OWN_ENVIRONMENT = {"--latest": ".venv-latest", "--lowest": ".venv-lowest"}
 TORCH = re.compile("(torch|triton|nvidia-.*|cuda-.*)$")  # torch and what only its CUDA build needs
 LOCK_HEADS = {
