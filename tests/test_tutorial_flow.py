@@ -51,7 +51,7 @@ def test_the_flow(model, x):
     assert stats["server"]["requests"] == stats["server"]["succeeded"] == 2 and stats["server"]["rows"] == 6
     assert stats["server"]["executions"] == 2, "the warm-up is not in the statistics"
     assert stats["engines"]["local/v1.0"]["rows"] == 6
-    assert stats.keys() == {"server", "queue", "model_cache", "prediction_cache", "engines", "v1.0"}
+    assert stats.keys() == {"server", "queue", "model_cache", "prediction_cache", "engines", "fleet", "v1.0"}
     for answer, rows in zip(server.engines["v1.0"].batch_predict([x[0], x[1:4]]), (1, 3), strict=True):
         assert_answer(answer, rows)
     json.dumps([health, stats])  # both can be shown and sent as they are
