@@ -36,7 +36,8 @@ settings.load_profile("flserving")
 # started, killed and waited for; real durations; long trainings), and all notebooks but two.
 FULL = {
     "test_notebooks_in_browser",
-    *("test_api_prometheus", "test_cli_serve_canary", "test_cli_serve_load", "test_edge_process", "test_network_proxy"),
+    *("test_api_prometheus", "test_cli_serve", "test_cli_serve_canary", "test_cli_serve_load", "test_edge_process"),
+    *("test_network_proxy", "test_own_code"),
     *("test_lab_attacks", "test_lab_fleet", "test_lab_optimization", "test_optimization_fleet"),
     *("test_benchmarks", "test_registry_crash", "test_student_copies", "test_tiers", "test_wheel"),
 }
