@@ -195,7 +195,7 @@ class Users:
 
     def keep_asking(
         self, begin: Callable[[], object], over: Callable[[], object], *, callers: int = 2, around: int = 800,
-        most_s: float = 30.0, seed: int = 0,
+        most_s: float = 240.0, seed: int = 0,
     ) -> tuple["pd.DataFrame", tuple[float, float]]:  # fmt: skip
         """Ask from threads; after ``around`` answers call ``begin``, wait until ``over()`` or ``most_s`` passed, and
         go on for as many answers again.
