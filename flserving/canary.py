@@ -132,8 +132,7 @@ def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, fai
     if found.few[0]:
         return Verdict("wait", f"{len(canary)} and {len(control)} clients gave rewards: {policy.min_clients} decide")
     old, new = float(found.old[0]), float(found.new[0])
-    gain = round(new - old, 4) + 0.0  # plus zero: no minus before a nought
-    said = f"mean reward {new:.4f} against {old:.4f}: {gain:+.4f} +- {found.half[0]:.4f}"
+    said = f"mean reward {new:.4f} against {old:.4f}: {new - old:+z.4f} +- {found.half[0]:.4f}"
     if found.lost[0]:
         return Verdict("rollback", said)
     if found.promoted[0]:

@@ -137,3 +137,11 @@ def test_less_is_shown_of_a_higher_limit(n, mean, one, other):
     assert evidence[1] <= max(evidence[0], 0.0) + 1e-9
     assert evidence[0] <= 1e-9 or mean > low, "a mean at the limit or below shows nothing"
     assert exceeds(n, n * mean, low, 0.05) == bool(evidence[0] >= math.log(20))
+
+
+def test_no_difference_has_no_sign():
+    """A sum of rounded rewards is a hair less than the other: what is said of it is +0, not -0."""
+    control = {f"user-{i}": (100, 90.0) for i in range(60)}
+    canary = {f"user-{i}": (1, 0.9 - 1e-9) for i in range(60)}
+    policy = Policy(effect=0.05, min_clients=10)
+    assert ": +0.0000 +- " in judge(policy, control, canary).why

@@ -199,7 +199,7 @@ def verdict(row: Mapping[str, Any], original: Mapping[str, Any], noise: float) -
     held = row["peak_mb"] / original["peak_mb"]  # NaN where it was not measured: then nothing is said
     words += [f"memory {held:.1f} x"] if abs(held - 1) > MARGIN else []
     change = row["accuracy"] - original["accuracy"]
-    words.append(f"accuracy {100 * change:+.1f} points" + (", within noise" if abs(change) <= noise else ""))
+    words.append(f"accuracy {100 * change:+z.1f} points" + (", within noise" if abs(change) <= noise else ""))
     return "; ".join(words)
 
 
