@@ -190,7 +190,7 @@ class BatchQueue(Generic[L]):
         size = min(self._lane_rows[lane], self.max_batch_size)
         while True:
             batch, hopeless, rows, seen = self._chosen(line, size, now_s)
-            if 2 * rows > size or size == 1 or len(hopeless) == len(line):
+            if 2 * rows > size or size == 1 or len(batch) + len(hopeless) == seen:  # nobody was passed over
                 break
             size //= 2
         for request in batch:

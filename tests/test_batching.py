@@ -299,3 +299,13 @@ def test_runs_the_batches_of_the_simulator(policy, workers, gaps, max_batch_size
     )
     assert ours == trace.batch.tolist()
     assert starts_s == trace.batch_start_s.tolist()
+
+
+def test_who_is_late_leaves_with_the_batch_that_he_would_have_filled():
+    """One row fits and one is past its deadline: a smaller batch would help nobody, and leave the late one waiting."""
+    queue = BatchQueue(2, 0.0, 10)
+    fits, late = Request("a", None, 1, 7.0, 7.7), Request("a", None, 1, 7.0, 7.1)
+    queue.push(fits)
+    queue.push(late)
+    assert queue.take(7.1) == ([fits], [late])
+    assert not queue
