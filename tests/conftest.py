@@ -29,7 +29,8 @@ os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this Python, whatev
 # The same examples today and in a year. A shared machine may stall for longer than any deadline that would still say
 # something about the code. The fuzz tier draws anew; pytest's --hypothesis-profile chooses it.
 settings.register_profile("flserving", max_examples=EXAMPLES, derandomize=True, database=None, deadline=None)
-settings.register_profile("fuzz", max_examples=EXAMPLES * FUZZ_TIMES, deadline=None, print_blob=True)
+# Hypothesis derandomises by itself where the variable CI is set: this tier draws anew there as well.
+settings.register_profile("fuzz", max_examples=EXAMPLES * FUZZ_TIMES, derandomize=False, deadline=None, print_blob=True)
 settings.load_profile("flserving")
 
 # The quick tier: four minutes on two cores. It leaves out what is marked ``full``, these modules (processes that are

@@ -84,7 +84,13 @@ def test_workers_run_the_same_tier(project):
     assert "test_quick" in passed and "test_full" not in passed and "05_rest" not in passed
 
 
-def test_property_tests_draw_the_same_each_day_and_more_and_anew_in_the_fuzz_tier(project):
+@pytest.mark.parametrize("on_ci", [False, True])  # Hypothesis has defaults of its own where CI is set
+def test_property_tests_draw_the_same_each_day_and_more_and_anew_in_the_fuzz_tier(project, monkeypatch, on_ci):
+    if on_ci:
+        monkeypatch.setenv("CI", "true")
+    else:
+        monkeypatch.delenv("CI", raising=False)
+
     def drawn(*options):
         shown = pytest_in(project, "-s", "tests/test_drawn.py", *options)
         few, many = (re.findall(r"drew (-?\d+)", part) for part in shown.split("test_drawn.py")[1].split(".", 2)[:2])
