@@ -5,16 +5,16 @@ The names below are the whole public surface; everything else is imported from i
 """
 
 from flserving.api import serve
-from flserving.cache import ModelCache, PredictionCache
-from flserving.config import ServingConfig
 from flserving.edge import EdgeModelServer
-from flserving.engine import InferenceEngine
 from flserving.errors import FlservingError
-from flserving.personalized import PersonalizedServer
-from flserving.pipeline import create_serving_pipeline, demo_serving
+from flserving.models.processing import Postprocessor, Preprocessor
 from flserving.registry import Registry
-from flserving.server import ModelServer
-from flserving.transforms import Postprocessor, Preprocessor
+from flserving.serving.cache import ModelCache, PredictionCache
+from flserving.serving.config import ServingConfig
+from flserving.serving.engine import InferenceEngine
+from flserving.serving.personalized import PersonalizedServer
+from flserving.serving.pipeline import create_serving_pipeline, demo_serving
+from flserving.serving.server import ModelServer
 
 __all__ = [
     "EdgeModelServer",

@@ -2,7 +2,7 @@
 
 import sys
 
-from flserving.cli import main
+from flserving.api.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

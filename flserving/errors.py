@@ -22,7 +22,7 @@
     ├── ModelTooLargeError         503 RESOURCE_EXHAUSTED   a model does not fit the cache's byte budget
     └── DeadlineExceededError      504 DEADLINE_EXCEEDED    the answer would come too late
 
-A message says what was wrong, the value seen, and what to change. Imports nothing.
+A message says what was wrong, the value seen, and what to change.
 """
 
 

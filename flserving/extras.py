@@ -1,4 +1,4 @@
-"""What an installation may lack: packages of an extra, and the words for it. Imports ``errors`` only."""
+"""What an installation may lack: packages of an extra, and the words for it."""
 
 import importlib
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 """What a forked child has to make anew: locks that another thread of its parent may hold, for ever, and whatever waits
-for threads, of which it has only the one that forked. Imports nothing."""
+for threads, of which it has only the one that forked."""
 
 import functools
 import os

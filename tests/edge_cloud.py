@@ -10,7 +10,7 @@ import torch
 import flserving
 from flserving import ModelServer, Registry
 from flserving.api.auth import Role, Tokens
-from flserving.heads import HeadSet
+from flserving.registry.heads import HeadSet
 from serving_models import PATIENCE_S
 
 SIZES = [8, 24, 3]

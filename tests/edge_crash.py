@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from edge_cloud import state
-from flserving import Registry, delta, weights
-from flserving.edge import EdgeModelServer
-from flserving.registry import WEIGHTS
-from flserving.sync import Memory, SyncAgent
+from flserving import Registry
+from flserving.edge import EdgeModelServer, delta
+from flserving.edge.sync import Memory, SyncAgent
+from flserving.models import weights
+from flserving.registry.registry import WEIGHTS
 from registry_crash import fork
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from flserving.config import ServingConfig
 from flserving.edge import EdgeModelServer
 from flserving.registry import Registry
+from flserving.serving.config import ServingConfig
 from forked import fork
 
 MLP: dict[str, Any] = {"architecture": "mlp", "parameters": {"sizes": [2, 2, 1]}}

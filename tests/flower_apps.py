@@ -7,8 +7,8 @@ from flwr.clientapp import ClientApp
 from torch.nn.functional import cross_entropy
 
 from flserving import models
-from flserving.datasets import Client, federated_statistics
-from flserving.transforms import Preprocessor
+from flserving.federated.data import Client, federated_statistics
+from flserving.models.processing import Preprocessor
 
 ARCHITECTURE = "digits_mlp"
 CONFIG = {"lr": 0.1, "local-epochs": 5, "batch": 16}

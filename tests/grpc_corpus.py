@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from flserving.api import messages
-from flserving.api.messages import InferRequest
+from flserving.api.grpc import codec
+from flserving.api.grpc.codec import InferRequest
 from grpc_door import request
 
 WIDTH = 3
@@ -76,10 +76,10 @@ def corpus():
         yield f"raw and {field}_contents", both.SerializeToString()
         del both.raw_input_contents[:]
         for kind in ("BOOL", "INT8", "INT64", "UINT32", "UINT64", "FP16", "FP32", "FP64", "BYTES", "BF16"):
-            if messages._CONTENTS.get(kind) != f"{field}_contents":
+            if codec._CONTENTS.get(kind) != f"{field}_contents":
                 both.inputs[0].datatype = kind
                 yield f"{kind} in {field}_contents", both.SerializeToString()
-        fits = next((kind for kind, name in messages._CONTENTS.items() if name == f"{field}_contents"), "FP32")
+        fits = next((kind for kind, name in codec._CONTENTS.items() if name == f"{field}_contents"), "FP32")
         both.inputs[0].datatype = fits
         getattr(both.inputs[0].contents, f"{field}_contents").append(values[0])
         yield f"seven {field}_contents", both.SerializeToString()

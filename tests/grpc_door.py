@@ -8,10 +8,10 @@ import grpc
 import numpy as np
 
 from flserving.api.auth import Role, Tokens
-from flserving.api.grpc import start_grpc
-from flserving.api.messages import InferRequest, InferResponse, message
+from flserving.api.dataplane import V2
+from flserving.api.grpc.codec import InferRequest, InferResponse, message
+from flserving.api.grpc.server import start_grpc
 from flserving.api.options import ApiOptions
-from flserving.api.v2 import V2
 from serving_models import PATIENCE_S
 
 ROLES = {"read": Role.READ, "infer": Role.INFER, "admin": Role.ADMIN}

@@ -5,9 +5,8 @@ import os
 import sys
 import time
 
-from flserving import cli
-from flserving.api import supervisor
-from flserving.engine import InferenceEngine
+from flserving.api import cli, supervisor
+from flserving.serving.engine import InferenceEngine
 
 work, execute, warmup = supervisor.work, InferenceEngine.execute, InferenceEngine.warmup
 started = 0

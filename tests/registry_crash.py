@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from flserving import draft, headfile, heads, index, manifest, registry, storage, weights
 from flserving.errors import NotFoundError
-from flserving.heads import HeadSet
-from flserving.registry import Registry
+from flserving.models import weights
+from flserving.registry import Registry, headfile, heads, index, manifest, registry, storage, validation
+from flserving.registry.heads import HeadSet
 from forked import fork
 
 SIZES = [16, 32, 4]
 BIG_SIZES = [256, 512, 4]  # half a megabyte: a longer write to be killed in
-TRACED = {module.__file__ for module in (registry, storage, index, draft, weights, manifest, heads, headfile)}
+TRACED = {module.__file__ for module in (registry, storage, index, validation, weights, manifest, heads, headfile)}
 
 
 def tensors_of(seed: int) -> dict[str, torch.Tensor]:

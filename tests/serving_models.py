@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from flserving.config import ServingConfig
-from flserving.server import ModelServer
+from flserving.serving.config import ServingConfig
+from flserving.serving.server import ModelServer
 
 POISON = -666.0
 """A row that starts with this number makes a :class:`Poison` model fail."""

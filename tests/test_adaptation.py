@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from flserving.adaptation import fit_heads
-from flserving.config import ServingConfig
-from flserving.datasets import Client, digits, make_clients
 from flserving.errors import ConfigError, InvalidInputError, InvalidModelError
 from flserving.federated import train
-from flserving.loader import RegistrySource, load_engine
+from flserving.federated.data import Client, digits, make_clients
+from flserving.federated.heads import fit_heads
 from flserving.registry import Registry
+from flserving.serving.config import ServingConfig
+from flserving.serving.loader import RegistrySource, load_engine
 
 LAYOUTS = ("head", "additive", "adapter")
 

@@ -8,13 +8,15 @@ import httpx
 import pytest
 
 from edge_cloud import CLIENTS, cloud, heads, publish, state
-from flserving import Registry, cli, delta, weights
-from flserving.api.artifacts import Artifacts
-from flserving.api.openapi import OPERATIONS
-from flserving.edge import EdgeModelServer
-from flserving.manifest import sha256
-from flserving.release import Statement, open_head, verify
-from flserving.sync import SyncAgent
+from flserving import Registry
+from flserving.api import cli
+from flserving.api.rest.artifacts import Artifacts
+from flserving.api.rest.openapi import OPERATIONS
+from flserving.edge import EdgeModelServer, delta
+from flserving.edge.release import Statement, open_head, verify
+from flserving.edge.sync import SyncAgent
+from flserving.models import weights
+from flserving.registry.manifest import sha256
 from rest_door import bearer
 from serving_models import PATIENCE_S, wait_until
 
@@ -157,7 +159,7 @@ def test_versions_of_other_shapes_have_no_delta(tmp_path):
 def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
     made = []
     encode = delta.encode
-    monkeypatch.setattr("flserving.api.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
+    monkeypatch.setattr("flserving.api.rest.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
     with cloud(tmp_path, 1, 2) as (registry, endpoint):
         path = f"{REPOSITORY}/versions/2/delta?base=1"
         contents = []
@@ -168,11 +170,11 @@ def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
             thread.join()
         assert len(made) == 1 and len(contents) == 6 and len(set(contents)) == 1
         most = 2 * len(contents[0])
-        monkeypatch.setattr("flserving.api.artifacts._DELTAS_NBYTES", most)
+        monkeypatch.setattr("flserving.api.rest.artifacts._DELTAS_NBYTES", most)
         for base, form in ((0, "exact"), (0, "int8"), (1, "int8"), (1, "exact")):
             assert get(endpoint, f"{REPOSITORY}/versions/2/delta?base={base}&form={form}").status_code == 200
             assert sum(file.stat().st_size for file in (tmp_path / "deltas").iterdir()) <= most
-        monkeypatch.setattr("flserving.api.artifacts._DELTAS_NBYTES", 1)
+        monkeypatch.setattr("flserving.api.rest.artifacts._DELTAS_NBYTES", 1)
         publish(registry, 3)
         assert get(endpoint, f"{REPOSITORY}/versions/3/delta?form=exact").status_code == 200
         assert os.listdir(tmp_path / "deltas") == ["m-3-0-exact"], "one larger than that is kept until the next"
@@ -191,7 +193,7 @@ def test_who_waits_for_a_delta_keeps_no_thread_from_others(tmp_path, monkeypatch
         return await answer(self, request)
 
     monkeypatch.setattr(Artifacts, "delta", counted)
-    monkeypatch.setattr("flserving.api.artifacts.encode", lambda *given: made.wait(PATIENCE_S) and encode(*given))
+    monkeypatch.setattr("flserving.api.rest.artifacts.encode", lambda *given: made.wait(PATIENCE_S) and encode(*given))
     with cloud(tmp_path, 1, 2) as (_, endpoint):
         statuses = []
 
@@ -223,7 +225,7 @@ def spoil(folder, how, monkeypatch):
         def full(path, *_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("flserving.api.artifacts.write_file", full)
+        monkeypatch.setattr("flserving.api.rest.artifacts.write_file", full)
 
 
 @pytest.mark.parametrize("how", ["a file in its place", "a loop in its place", "a full disk"])
@@ -232,7 +234,7 @@ def test_a_cloud_that_can_keep_no_delta_updates_its_devices_all_the_same(tmp_pat
     """Deltas save bytes, the weights are what matters; health and metrics say that something is wrong."""
     made = []
     encode = delta.encode
-    monkeypatch.setattr("flserving.api.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
+    monkeypatch.setattr("flserving.api.rest.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
     with cloud(tmp_path / "cloud", 1) as (released, endpoint), Registry(tmp_path / "edge") as registry:
         with EdgeModelServer(registry=registry) as edge:
             agent = SyncAgent(endpoint.url, "infer", registry, edge=edge, form=form)
@@ -252,7 +254,7 @@ def test_a_cloud_that_can_keep_no_delta_updates_its_devices_all_the_same(tmp_pat
 
 
 def test_deltas_are_tried_again_after_a_while(tmp_path, monkeypatch):
-    monkeypatch.setattr("flserving.api.artifacts._RETRY_S", 0.0)
+    monkeypatch.setattr("flserving.api.rest.artifacts._RETRY_S", 0.0)
     with cloud(tmp_path, 1, 2) as (_, endpoint):
         path = f"{REPOSITORY}/versions/2/delta?base=1"
         (tmp_path / "deltas").write_text("no folder")
@@ -272,7 +274,7 @@ def test_one_device_that_wants_many_deltas_delays_nobodys_head(tmp_path, monkeyp
         assert go_on.wait(PATIENCE_S)
         return encode(*given)
 
-    monkeypatch.setattr("flserving.api.artifacts.encode", slow)
+    monkeypatch.setattr("flserving.api.rest.artifacts.encode", slow)
     with cloud(tmp_path, *range(1, 13), with_heads=True) as (_, endpoint):
         url = endpoint.url + REPOSITORY + "/versions/12"
         statuses = []
@@ -333,7 +335,7 @@ def test_heads_of_old_versions_delay_no_head_of_the_released_one(tmp_path, monke
 
 
 def test_a_device_takes_the_weights_where_its_delta_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("flserving.api.artifacts._SHARED_PLACES", 0)
+    monkeypatch.setattr("flserving.api.rest.artifacts._SHARED_PLACES", 0)
     with (
         cloud(tmp_path / "cloud", 1) as (released, endpoint),
         Registry(tmp_path / "edge") as registry,

@@ -9,9 +9,9 @@ import pytest
 
 import flserving
 from flserving import ServingConfig, errors, models
-from flserving.api.carriers import _CHANNEL, REASON, _grpc_refusal, _refusal
 from flserving.api.client import AsyncClient, Client
-from flserving.api.retries import Attempts, Refused, Retries
+from flserving.api.client.retries import Attempts, Refused, Retries
+from flserving.api.client.transports import _CHANNEL, REASON, _grpc_refusal, _refusal
 from flserving.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -149,7 +149,7 @@ def test_errors_are_the_servers_own(client, arguments, kind, says):
 
 @pytest.mark.parametrize("way", ["blocking", "awaiting"])
 def test_an_answer_without_end_is_given_up(served, url, way, monkeypatch):
-    monkeypatch.setattr("flserving.api.carriers.MAX_ANSWER_NBYTES", 2000)
+    monkeypatch.setattr("flserving.api.client.transports.MAX_ANSWER_NBYTES", 2000)
     monkeypatch.setitem(_CHANNEL, "grpc.max_receive_message_length", 2000)
 
     async def ask(rows):

@@ -11,7 +11,7 @@ import pytest
 
 import flserving
 from flserving.api.client import Client
-from flserving.api.retries import Retries
+from flserving.api.client.retries import Retries
 from flserving.errors import ServerClosedError
 from serving_models import PATIENCE_S, wait_until
 from serving_processes import Load

@@ -9,8 +9,9 @@ import numpy as np
 import orjson
 import pytest
 
-from flserving.api import messages, protocol
-from flserving.api.protocol import MOST_NUMBERS, read_infer, write_infer
+from flserving.api.grpc import codec
+from flserving.api.rest import codec as rest_codec
+from flserving.api.rest.codec import MOST_NUMBERS, read_infer, write_infer
 from flserving.errors import FlservingError, TooLargeError
 from grpc_door import Caller, open_door
 from rest_door import INFER, bearer, binary, door, rows, text, two_versions
@@ -52,7 +53,7 @@ LARGEST = {  # just let in
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_before_the_parser_sees_it(name, monkeypatch):
     body = BOMBS[name]
-    monkeypatch.setattr(protocol.orjson, "loads", None, raising=False)
+    monkeypatch.setattr(rest_codec.orjson, "loads", None, raising=False)
     with pytest.raises(TooLargeError, match=rf"{MOST_NUMBERS} are let in: .*max_numbers"):
         read_infer(body)
     head = orjson.dumps({"inputs": []})
@@ -75,10 +76,10 @@ def test_binary_tensors_have_no_such_limit():
     request = binary(x)
     length = int(request["headers"]["Inference-Header-Content-Length"])
     assert read_infer(request["content"], length).inputs["features"].shape == x.shape
-    message = messages.InferRequest(model_name="m")
+    message = codec.InferRequest(model_name="m")
     message.inputs.add(name="features", datatype="FP32", shape=x.shape)
     message.raw_input_contents.append(x.tobytes())
-    messages.check_cost(message.SerializeToString(), MOST_NUMBERS)
+    codec.check_cost(message.SerializeToString(), MOST_NUMBERS)
 
 
 def test_an_answer_of_more_numbers_than_are_read_goes_as_bytes():
@@ -136,22 +137,22 @@ MESSAGES = {
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_a_message_of_many_parts_is_refused_before_it_is_read(name):
-    messages.decode(messages.InferRequest, MESSAGES[name])  # it is one
+    codec.decode(codec.InferRequest, MESSAGES[name])  # it is one
     with pytest.raises(TooLargeError, match="raw_input_contents over gRPC"):
-        messages.check_cost(MESSAGES[name], MOST_NUMBERS)
+        codec.check_cost(MESSAGES[name], MOST_NUMBERS)
 
 
 @pytest.mark.parametrize("body", [b"\x0b" * 100_000, b"\xff" * 100_000, b"\0" * 70_000 + b"\x2a"], ids=repr)
 def test_what_cannot_be_counted_is_not_read(body):
     with pytest.raises(FlservingError, match=r"are not a ModelInferRequest message|let in"):
-        messages.check_cost(body, MOST_NUMBERS)
+        codec.check_cost(body, MOST_NUMBERS)
 
 
 def test_typed_contents_of_many_rows_are_read():
-    message = messages.InferRequest(model_name="m")
+    message = codec.InferRequest(model_name="m")
     message.inputs.add(name="features", datatype="FP32", shape=[8000, 64])
     message.inputs[0].contents.fp32_contents.extend([0.5] * (8000 * 64))
-    messages.check_cost(message.SerializeToString(), MOST_NUMBERS)
+    codec.check_cost(message.SerializeToString(), MOST_NUMBERS)
 
 
 def test_over_grpc_a_message_of_many_parts_is_refused_and_the_next_one_answered(server):

@@ -19,9 +19,9 @@ import pytest
 import flserving
 from flserving.api.auth import Role, Tokens
 from flserving.api.client import AsyncClient, Client
+from flserving.api.client.retries import Retries
 from flserving.api.options import ApiOptions
-from flserving.api.ports import listen
-from flserving.api.retries import Retries
+from flserving.api.sockets import listen
 from flserving.errors import ConfigError, ConflictError, ForbiddenError, ServerClosedError, UnauthorizedError
 from serving_models import PATIENCE_S, Gated, Probe, Tagged, serving, wait_until
 

@@ -18,8 +18,8 @@ import flserving
 from experiment_models import ROW, published, server_of
 from flserving.api.auth import Role, Tokens
 from flserving.api.client import AsyncClient, Client
-from flserving.api.messages import message
-from flserving.api.retries import Refused
+from flserving.api.client.retries import Refused
+from flserving.api.grpc.codec import message
 from flserving.errors import (
     ConflictError,
     ForbiddenError,
@@ -28,8 +28,8 @@ from flserving.errors import (
     ServerClosedError,
     UnauthorizedError,
 )
-from flserving.feedback import FILE_NAME, KEY_FILE, FeedbackStore
-from flserving.split import Experiment
+from flserving.experiments.feedback import FILE_NAME, KEY_FILE, FeedbackStore
+from flserving.registry.experiment import Experiment
 from grpc_door import Caller, health, metadata, status
 from serving_models import PATIENCE_S, Threads
 

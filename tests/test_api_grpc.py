@@ -13,10 +13,10 @@ import tritonclient.grpc.aio as triton_aio
 from torch import nn
 from tritonclient.utils import InferenceServerException
 
-from flserving.api import messages
-from flserving.config import ServingConfig
+from flserving.api.grpc import codec
 from flserving.errors import ConfigError
-from flserving.server import ModelServer
+from flserving.serving.config import ServingConfig
+from flserving.serving.server import ModelServer
 from grpc_door import INFER, Caller, arrays, health, metadata, open_door, request, status
 from serving_models import PATIENCE_S, wait_until
 
@@ -146,7 +146,7 @@ def test_load_and_unload_understand_both_numberings(server, target):
 def test_health_needs_no_credential_and_follows_the_drain(door):
     v2, target = door
     with grpc.insecure_channel(target) as channel:
-        assert {status(health(channel, s)) for s in ("", messages.SERVICE)} == {"SERVING"}
+        assert {status(health(channel, s)) for s in ("", codec.SERVICE)} == {"SERVING"}
         with pytest.raises(grpc.RpcError) as unknown:
             health(channel, "nope")
         assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
@@ -157,7 +157,7 @@ def test_health_needs_no_credential_and_follows_the_drain(door):
         v2.draining = True
         try:
             assert status(next(watch)) == "NOT_SERVING" and status(health(channel)) == "NOT_SERVING"
-            live, ready = (channel.unary_unary(f"/{messages.SERVICE}/Server{kind}")(b"") for kind in ("Live", "Ready"))
+            live, ready = (channel.unary_unary(f"/{codec.SERVICE}/Server{kind}")(b"") for kind in ("Live", "Ready"))
             assert (live, ready) == (b"\x08\x01", b"")
         finally:
             v2.draining = False

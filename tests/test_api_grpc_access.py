@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from torch import nn
 
-from flserving.api import messages
-from flserving.config import ServingConfig
-from flserving.server import ModelServer
+from flserving.api.grpc import codec
+from flserving.serving.config import ServingConfig
+from flserving.serving.server import ModelServer
 from grpc_door import INFER, Caller, arrays, metadata, open_door, request
 from serving_models import PATIENCE_S
 
@@ -44,7 +44,7 @@ ORDER = [None, "read", "infer", "admin"]
 @pytest.mark.parametrize("method", LEAST)
 def test_every_method_with_every_role(target, method, token):
     with grpc.insecure_channel(target) as channel:
-        call = channel.unary_unary(f"/{messages.SERVICE}/{method}")
+        call = channel.unary_unary(f"/{codec.SERVICE}/{method}")
         try:
             call(BODIES.get(method, b""), metadata=metadata(token), timeout=PATIENCE_S)
             got = "OK"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from budget import examples
-from flserving.api import messages
-from flserving.api.messages import message
-from flserving.config import ServingConfig
-from flserving.server import ModelServer
+from flserving.api.grpc import codec
+from flserving.api.grpc.codec import message
+from flserving.serving.config import ServingConfig
+from flserving.serving.server import ModelServer
 from grpc_corpus import CORPUS, WIDTH, X, varied
 from grpc_door import INFER, Caller, open_door, request
 from serving_models import PATIENCE_S, wait_until
@@ -130,7 +130,7 @@ def test_an_unexpected_error_is_told_without_a_detail(server, caller, monkeypatc
     assert "secret 42" not in caplog.text and "RuntimeError" in caplog.text
     assert "Internal" not in server.telemetry.totals()["refusals"]["grpc"], "of the server, not of the door"
     monkeypatch.undo()
-    monkeypatch.setattr(messages, "response", None)
+    monkeypatch.setattr(codec, "response", None)
     assert caller.refused(INFER, request(X)) == ("INTERNAL", "internal error")
     assert server.telemetry.totals()["refusals"]["grpc"]["Internal"] == 1
 

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from flserving.api import messages
+from flserving.api.grpc import codec
 from grpc_door import INFER, Caller, arrays, health, metadata, open_door, request, status
 from serving_models import PATIENCE_S, Constant, Gated, Probe, Threads, serving, wait_until
 
@@ -105,7 +105,7 @@ def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing():
             call, body = channel.unary_unary(INFER), request(np.zeros((4, 2), np.float32)).SerializeToString()
             while not stop.is_set():
                 try:
-                    answer = messages.InferResponse.FromString(await call(body, metadata=metadata("infer")))
+                    answer = codec.InferResponse.FromString(await call(body, metadata=metadata("infer")))
                 except grpc.RpcError as error:
                     failures.append(error)
                     return

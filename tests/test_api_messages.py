@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import flserving.api.messages as m
-from flserving.api.protocol import DTYPES
+import flserving.api.grpc.codec as m
+from flserving.api.rest.codec import DTYPES
 from flserving.errors import InvalidInputError, NotSupportedError
 
 API = Path(m.__file__).parent

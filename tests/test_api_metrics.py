@@ -11,14 +11,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from flserving import ModelServer, Registry, ServingConfig, models
-from flserving.accounts import BOUNDS_S, STAGES, merged
-from flserving.api.metrics import OUTCOMES, exposition, totals
-from flserving.api.v2 import V2
+from flserving.api.dataplane import V2
 from flserving.api.worker import Totals
 from flserving.edge import EdgeModelServer
-from flserving.engine import InferenceEngine
 from flserving.errors import FlservingError, InvalidInputError
-from flserving.telemetry import KEEP_S
+from flserving.monitoring.metrics import BOUNDS_S, STAGES, merged
+from flserving.monitoring.prometheus import OUTCOMES, exposition, totals
+from flserving.monitoring.telemetry import KEEP_S
+from flserving.serving.engine import InferenceEngine
 from serving_models import POISON, Poison, Probe, Tagged, Threads, row, serving
 
 SIZES = {"sizes": [2, 4, 2]}

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from flserving import ModelServer, Registry, models
-from flserving.api import messages
 from flserving.api.auth import Tokens
 from flserving.api.client import Client
-from flserving.api.grpc_service import Service
-from flserving.api.openapi import OPERATIONS
-from flserving.api.v2 import V2
+from flserving.api.dataplane import V2
+from flserving.api.grpc import codec
+from flserving.api.grpc.service import Service
+from flserving.api.rest.openapi import OPERATIONS
 from flserving.errors import InvalidModelError, NotFoundError
-from flserving.registry import NOT_FOR_MODELS
-from flserving.routing import Router
+from flserving.registry.registry import NOT_FOR_MODELS
+from flserving.serving.router import Router
 from grpc_door import Caller, metadata, open_door
 from rest_door import bearer, door
 from serving_models import PATIENCE_S, wait_until
@@ -77,14 +77,14 @@ def test_no_route_tells_names_to_a_caller_without_the_role_to_read(server, opera
 @pytest.mark.parametrize("token", NONE, ids=str)
 def test_no_method_tells_names_to_a_caller_without_the_role_to_read(server, token):
     with open_door(server) as (_, target, _, _), grpc.insecure_channel(target) as channel:
-        for method in Service(V2(server), Tokens(), 1).methods()[messages.SERVICE]:
-            kind = messages.message(f"inference.{method}Request")
+        for method in Service(V2(server), Tokens(), 1).methods()[codec.SERVICE]:
+            kind = codec.message(f"inference.{method}Request")
             fields = {field.name for field in kind.DESCRIPTOR.fields}
             for model in MODELS:
                 for version in VERSIONS:
                     values = {"name": model, "model_name": model, "version": version, "model_version": version}
                     body = kind(**{name: value for name, value in values.items() if name in fields})
-                    call = channel.unary_unary(f"/{messages.SERVICE}/{method}")
+                    call = channel.unary_unary(f"/{codec.SERVICE}/{method}")
                     try:
                         said = str(call(body.SerializeToString(), metadata=metadata(token), timeout=PATIENCE_S))
                     except grpc.RpcError as error:

@@ -11,10 +11,10 @@ from schemathesis import checks
 
 from budget import examples
 from flserving.api.auth import Role, Tokens
-from flserving.api.openapi import OPERATIONS, document, page
+from flserving.api.dataplane import V2
 from flserving.api.options import ApiOptions
-from flserving.api.rest import RestApp
-from flserving.api.v2 import V2
+from flserving.api.rest.app import RestApp
+from flserving.api.rest.openapi import OPERATIONS, document, page
 from serving_models import Constant, serving
 
 TOKENS = Tokens()
@@ -37,7 +37,7 @@ def described(app):
 @pytest.mark.parametrize("o", OPERATIONS, ids=lambda o: f"{o.method} {o.path}")
 def test_every_route_does_what_the_document_says(described, o):
     if o.name == "metrics":
-        pytest.importorskip("flserving.api.metrics")
+        pytest.importorskip("flserving.monitoring.prometheus")
 
     @examples(12, suppress_health_check=list(HealthCheck))
     @given(case=described[o.path][o.method].as_strategy(), exists=st.booleans())

@@ -9,10 +9,10 @@ import flserving
 from flserving import Registry, ServingConfig, models
 from flserving.api.auth import Role, Tokens
 from flserving.api.client import Client
-from flserving.api.v2 import V2, Call
+from flserving.api.dataplane import V2, Call
 from flserving.errors import ForbiddenError, NotFoundError
-from flserving.heads import HeadSet
-from flserving.personalized import PersonalizedServer
+from flserving.registry.heads import HeadSet
+from flserving.serving.personalized import PersonalizedServer
 
 CLIENTS = [f"c-{i}" for i in range(100)]
 HEADLESS = "c-none"

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 import flserving
-from flserving.api.metrics import exposition
 from flserving.errors import FlservingError
+from flserving.monitoring.prometheus import exposition
 from serving_models import PATIENCE_S, POISON, Poison, Probe, Tagged, row, serving, wait_until
 
 MONITORING = files("flserving.monitoring")

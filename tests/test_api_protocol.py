@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from flserving.api.protocol import DTYPES, from_raw, read_infer, write_infer
+from flserving.api.rest.codec import DTYPES, from_raw, read_infer, write_infer
 from flserving.errors import InvalidInputError
 
 ASKED = read_infer(b'{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}], "id": "7"}')

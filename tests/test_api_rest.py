@@ -11,7 +11,7 @@ import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 
-from flserving.telemetry import STAGES
+from flserving.monitoring.telemetry import STAGES
 from rest_door import CLASSES, WIDTH, bearer, binary, door, outputs_of, rows, tensor, text, two_versions
 
 INFER = "/v2/models/local/infer"

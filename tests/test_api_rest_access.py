@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from flserving.api.openapi import OPERATIONS
+from flserving.api.rest.openapi import OPERATIONS
 from rest_door import TOKENS, bearer, door, text, two_versions
 
 INFER = "/v2/models/local/infer"
@@ -34,7 +34,7 @@ def test_role_matrix(endpoint, method, path, role, name, token):
     if name == "feedback":
         return  # needs an answer's receipt: test_api_feedback.py
     if name == "metrics":
-        pytest.importorskip("flserving.api.metrics")
+        pytest.importorskip("flserving.monitoring.prometheus")
     if name == "unload":  # the shared model stays; the role is checked first, the name after it
         path = path.replace("/local/", "/none/")
     content = text() if name == "infer" else b""

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import uvicorn
 
-from flserving.api.http1 import _MOST_PIPELINED
+from flserving.api.rest.http1 import _MOST_PIPELINED
 from rest_door import Wire, door, text, two_versions
 from serving_models import PATIENCE_S, Gated, Probe, serving, wait_until
 

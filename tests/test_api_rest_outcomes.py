@@ -9,12 +9,12 @@ import orjson
 import pytest
 
 from flserving import errors
-from flserving.api import rest
 from flserving.api.auth import Role, Tokens
-from flserving.api.metrics import exposition
+from flserving.api.dataplane import V2
 from flserving.api.options import ApiOptions
-from flserving.api.rest import RestApp
-from flserving.api.v2 import V2
+from flserving.api.rest import app as rest
+from flserving.api.rest.app import RestApp
+from flserving.monitoring.prometheus import exposition
 from rest_door import WIDTH, Wire, bearer, door, text, two_versions
 from serving_models import Constant, Gated, Probe, Threads, serving, wait_until
 

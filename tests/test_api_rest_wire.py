@@ -8,7 +8,7 @@ import httpx
 import orjson
 import pytest
 
-from flserving.api.http1 import _MOST_CHUNKS
+from flserving.api.rest.http1 import _MOST_CHUNKS
 from rest_corpus import MOST
 from rest_door import INFER, Wire, bearer, door, rows, text, two_versions
 from serving_models import Threads, wait_until

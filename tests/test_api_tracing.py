@@ -15,14 +15,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 import flserving
-from flserving.accounts import STAGES
 from flserving.api.auth import Tokens
 from flserving.api.client import Client
+from flserving.api.dataplane import V2
 from flserving.api.options import ApiOptions
-from flserving.api.rest import RestApp
-from flserving.api.tracing import trace
-from flserving.api.v2 import V2
+from flserving.api.rest.app import RestApp
 from flserving.errors import InvalidInputError, NotFoundError
+from flserving.monitoring.metrics import STAGES
+from flserving.monitoring.tracing import trace
 from rest_door import text
 from serving_models import Tagged, row, serving
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flserving import ModelServer, Registry, ServingConfig, models
-from flserving.api.v2 import V2, Call
+from flserving.api.dataplane import V2, Call
 from flserving.errors import (
     FlservingError,
     ForbiddenError,

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from experiment_models import LOUD, ROW, publish, published, server_of
-from flserving.bandit import Thompson
 from flserving.errors import ModelExecutionError
-from flserving.split import Experiment
+from flserving.experiments.bandit import Thompson
+from flserving.registry.experiment import Experiment
 from serving_models import wait_until
 
 MEANS = {"a": 0.5, "b": 0.6, "c": 0.8}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from budget import examples
-from flserving.batching import BatchQueue, Request
 from flserving.errors import OverloadedError
 from flserving.lab.simulate import simulate_batching
+from flserving.serving.batching.policy import BatchQueue, Request
 
 POLICIES = ("work_conserving", "hold_until_full")
 TENTHS = st.integers(0, 30).map(lambda tenths: tenths / 10)  # not exact in binary: sums and differences round

@@ -12,10 +12,9 @@ import pytest
 
 import flserving
 from experiment_models import LOUD, ROW, named, publish, published, server_of
-from flserving import Registry, experiments, feedback
+from flserving import Registry
 from flserving.api.auth import Role, Tokens
 from flserving.api.client import Client
-from flserving.bookkeeping import Clerk
 from flserving.errors import (
     ConflictError,
     CorruptArtifactError,
@@ -24,8 +23,10 @@ from flserving.errors import (
     OverloadedError,
     ServerClosedError,
 )
-from flserving.feedback import FILE_NAME, KEY_FILE, FeedbackStore
-from flserving.split import Experiment
+from flserving.experiments import controller, feedback
+from flserving.experiments.bookkeeping import Clerk
+from flserving.experiments.feedback import FILE_NAME, KEY_FILE, FeedbackStore
+from flserving.registry.experiment import Experiment
 from serving_models import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.timeout(120)
@@ -131,7 +132,7 @@ def tokens_of(*names):
 def test_answers_health_and_promotions_wait_for_no_feedback_store(
     tmp_path, registry, server, monkeypatch, harm, experiment, begun
 ):
-    monkeypatch.setattr(experiments, "JUDGE_S", 0)
+    monkeypatch.setattr(controller, "JUDGE_S", 0)
     monkeypatch.setattr(feedback, "BUSY_S", 0.2)
     path, names = str(tmp_path / FILE_NAME), [f"c-{i}" for i in range(4)]
     publish(registry, 1, name="other", alias="default")
@@ -215,10 +216,10 @@ def test_an_answer_is_given_while_the_store_is_being_opened(registry, server, mo
         receipts = [server.predict(ROW, client="c")["receipt"] for _ in range(3)]
         assert opening.wait(PATIENCE_S)
         receipts.append(server.predict(ROW, client="c")["receipt"])
-        monkeypatch.setattr(experiments, "FEEDBACK_S", 0.01)
+        monkeypatch.setattr(controller, "FEEDBACK_S", 0.01)
         with pytest.raises(OverloadedError, match="not counted within"):
             server.experiments.feedback("m", receipts[0], 1, "c")
-        monkeypatch.setattr(experiments, "FEEDBACK_S", PATIENCE_S)
+        monkeypatch.setattr(controller, "FEEDBACK_S", PATIENCE_S)
     finally:
         open_it.set()
     for receipt in receipts[1:]:
@@ -227,7 +228,7 @@ def test_an_answer_is_given_while_the_store_is_being_opened(registry, server, mo
 
 @pytest.mark.parametrize("content", [b"", b"no key", b"ff" * 31], ids=["empty", "text", "short"])
 def test_a_key_that_cannot_be_read_costs_the_receipts_only(tmp_path, registry, server, monkeypatch, content):
-    monkeypatch.setattr(experiments, "JUDGE_S", 0)
+    monkeypatch.setattr(controller, "JUDGE_S", 0)
     (tmp_path / KEY_FILE).touch(0o600)
     (tmp_path / KEY_FILE).write_bytes(content)
     registry.start_experiment("m", AB, **LOG)
@@ -254,8 +255,8 @@ def test_a_store_that_was_removed_is_made_again(tmp_path, registry, server):
 
 
 def test_what_waits_to_be_counted_is_bounded_and_what_is_dropped_is_told(registry, server, monkeypatch):
-    monkeypatch.setattr(experiments, "JUDGE_S", 3600)
-    monkeypatch.setattr(experiments, "MOST_SEEN", 3)
+    monkeypatch.setattr(controller, "JUDGE_S", 3600)
+    monkeypatch.setattr(controller, "MOST_SEEN", 3)
     publish(registry, 4, fragile=True)
     running = registry.start_experiment("m", Experiment.of("x", {"a": (1, 0.5), "b": (4, 0.5)}), **LOG)
     clients = named(running, "b", 6)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flserving.calibration import calibrate
+from flserving.edge.calibration import calibrate
 from flserving.errors import ConfigError
 
 GOALS = st.integers(0, 840).map(lambda part: part / 840)  # many of them are exactly k/N

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flserving.canary import Arms, findings, judge
-from flserving.sequential import exceeds, log_evidence
-from flserving.split import Policy
+from flserving.experiments.canary import Arms, findings, judge
+from flserving.experiments.statistics import exceeds, log_evidence
+from flserving.registry.experiment import Policy
 
 MEAN = 0.9
 CLIENTS = [25, 75, 150, 500]  # of each arm

@@ -15,10 +15,11 @@ import httpx
 import psutil
 import pytest
 
-from flserving import Registry, ServingConfig, cli
+from flserving import Registry, ServingConfig
+from flserving.api import cli
 from flserving.api.client import Client
+from flserving.api.client.retries import Retries
 from flserving.api.options import ApiOptions
-from flserving.api.retries import Retries
 from flserving.api.worker import Plan, _serve
 from flserving.errors import ConfigError, NotFoundError
 from serving_models import PATIENCE_S, wait_until

@@ -9,9 +9,9 @@ import pytest
 from experiment_models import LOUD, publish, published
 from flserving import Registry
 from flserving.api.client import Client
-from flserving.api.retries import Retries
+from flserving.api.client.retries import Retries
 from flserving.errors import ModelExecutionError
-from flserving.split import Experiment
+from flserving.registry.experiment import Experiment
 from serving_models import PATIENCE_S, wait_until
 from serving_processes import running
 

@@ -10,9 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flserving import Registry
-from flserving.api.retries import Retries
+from flserving.api.client.retries import Retries
 from flserving.errors import ServerClosedError
-from flserving.routing import Router
+from flserving.serving.router import Router
 from serving_models import PATIENCE_S, wait_until
 from serving_processes import Load, X, kill_one, running, two_versions
 

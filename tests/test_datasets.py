@@ -8,9 +8,16 @@ from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
 from budget import examples
-from flserving import datasets
-from flserving.datasets import MIN_SAMPLES, Client, digits, dirichlet_partition, federated_statistics, make_clients
 from flserving.errors import ConfigError, InvalidInputError
+from flserving.federated import data as datasets
+from flserving.federated.data import (
+    MIN_SAMPLES,
+    Client,
+    digits,
+    dirichlet_partition,
+    federated_statistics,
+    make_clients,
+)
 
 X, Y = digits()
 

@@ -14,8 +14,9 @@ from hypothesis import given
 
 from budget import examples
 from edge_cloud import state
-from flserving import delta, weights
+from flserving.edge import delta
 from flserving.errors import ConflictError, CorruptArtifactError
+from flserving.models import weights
 
 ODD = {
     "double": torch.linspace(-1, 1, 7, dtype=torch.float64),
@@ -168,7 +169,7 @@ def test_damage_anywhere_is_refused_or_changes_the_result(form):
 def test_a_bomb_takes_no_memory():
     code = (
         "import resource, sys, zstandard\n"
-        "from flserving import delta\n"
+        "from flserving.edge import delta\n"
         "from flserving.errors import CorruptArtifactError\n"
         "from edge_cloud import state\n"
         "delta.apply(delta.encode(state(1), None, 'exact'), None, state(1), 'exact')\n"

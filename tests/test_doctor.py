@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flserving import cli, doctor
+from flserving.api import cli, doctor
 
 
 def lines_of(checks, monkeypatch):

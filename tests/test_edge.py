@@ -17,7 +17,7 @@ import flserving
 from edge_updates import MLP, head_of, state_of
 from flserving import ServingConfig
 from flserving.api.client import Client
-from flserving.edge import Age, EdgeModelServer
+from flserving.edge.device import Age, EdgeModelServer
 from flserving.errors import (
     ConfigError,
     FlservingError,
@@ -28,9 +28,9 @@ from flserving.errors import (
     ServerClosedError,
     StaleModelError,
 )
-from flserving.heads import HeadSet
 from flserving.models import build
 from flserving.registry import Registry
+from flserving.registry.heads import HeadSet
 from serving_models import Tagged, Threads
 
 pytestmark = pytest.mark.timeout(120)

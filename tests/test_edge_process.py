@@ -16,11 +16,12 @@ import pytest
 
 import budget
 from edge_cloud import Between, X, cloud, publish
-from flserving import Registry, cli
+from flserving import Registry
+from flserving.api import cli
 from flserving.api.client import Client
-from flserving.edge_process import _keep_up, _say
+from flserving.api.edge_process import _keep_up, _say
+from flserving.edge.sync import Pulled
 from flserving.errors import FlservingError, ServerClosedError
-from flserving.sync import Pulled
 from serving_models import PATIENCE_S, wait_until
 
 HERE = Path(__file__).parent

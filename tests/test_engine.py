@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations, prune
 
 from budget import examples
 from flserving import InferenceEngine, Postprocessor, Preprocessor, ServingConfig, models
-from flserving.engine import Prediction, copy_of, lean
 from flserving.errors import ConfigError, InvalidInputError, InvalidModelError, ModelExecutionError
+from flserving.serving.engine import Prediction, copy_of, lean
 
 KEYS = ["predictions", "confidences", "probabilities", "latency_ms", "model_version", "model_type"]
 

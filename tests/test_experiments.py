@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment_models import LOUD, ROW, named, publish, published, server_of
-from flserving import Registry, experiments
+from flserving import Registry
 from flserving.errors import (
     ConfigError,
     ConflictError,
@@ -26,10 +26,10 @@ from flserving.errors import (
     NotFoundError,
     OverloadedError,
 )
-from flserving.experiments import Verdict, judge
-from flserving.routing import Router
-from flserving.shadow import Shadow
-from flserving.split import Arm, Experiment, Policy
+from flserving.experiments import Verdict, controller, judge
+from flserving.experiments.shadow import Shadow
+from flserving.registry.experiment import Arm, Experiment, Policy
+from flserving.serving.router import Router
 from serving_models import PATIENCE_S, Threads, wait_until
 
 pytestmark = pytest.mark.timeout(120)
@@ -424,7 +424,7 @@ def test_what_the_evidence_says(control, canary, more, decision, message):
 
 @pytest.mark.parametrize(("mean", "version"), [(0.9, 2), (0.8, 1)], ids=["promoted", "rolled-back"])
 def test_a_canary_ends_by_itself(registry, server, monkeypatch, mean, version):
-    monkeypatch.setattr(experiments, "JUDGE_S", 0)
+    monkeypatch.setattr(controller, "JUDGE_S", 0)
     running = registry.start_experiment("m", Experiment.canary("round-2", 1, 2, share=0.5), **LOG)
     assert {server.predict(ROW, client=f"c-{i}")["arm"] for i in range(30)} == {"control", "canary"}
     store, draws = server.experiments._store(registry), np.random.default_rng(0)
@@ -444,7 +444,7 @@ def test_a_canary_ends_by_itself(registry, server, monkeypatch, mean, version):
 def test_a_canary_that_fails_is_rolled_back_by_what_all_processes_saw(tmp_path, registry, server, monkeypatch):
     """No feedback at all; two clients' failures in one process show nothing yet, a third's in another one does."""
     monkeypatch.setattr(Router, "WATCH_S", 3600)
-    monkeypatch.setattr(experiments, "JUDGE_S", 3600)
+    monkeypatch.setattr(controller, "JUDGE_S", 3600)
     publish(registry, 4, fragile=True)
     with Registry(tmp_path) as there, server_of(there) as other:
         running = registry.start_experiment("m", Experiment.canary("x", 1, 4, share=0.5), **LOG)
@@ -485,7 +485,7 @@ def test_a_version_that_is_gone_is_not_promoted_and_no_route_changes(tmp_path, r
     server.refresh()
     assert registry.change_token() == token and server._router.routes is routes
     assert {server.predict(ROW, client=f"c-{i}")["predictions"][0] for i in range(30)} == {1, 2}, "from memory"
-    monkeypatch.setattr(experiments, "judge", lambda *_: Verdict("promote", "it wins"))
+    monkeypatch.setattr(controller, "judge", lambda *_: Verdict("promote", "it wins"))
     verdict = server.experiments.decide("m")
     assert verdict.decision == "rollback" and "it wins, but m/2 is missing" in verdict.why
     assert registry.experiment_log("m")[-1]["why"].startswith("rollback: it wins, but m/2 is missing")
@@ -502,12 +502,12 @@ def test_a_version_that_is_gone_is_not_promoted_and_no_route_changes(tmp_path, r
 
 def test_a_verdict_that_cannot_be_reached_is_a_problem_until_it_is_or_the_canary_is_over(registry, server, monkeypatch):
     monkeypatch.setattr(Router, "WATCH_S", 3600)
-    monkeypatch.setattr(experiments, "JUDGE_S", 0)
+    monkeypatch.setattr(controller, "JUDGE_S", 0)
     registry.start_experiment("m", Experiment.canary("x", 1, 2), **LOG)
     server.refresh()
     monkeypatch.setattr(server.experiments._store(registry), "outcomes", lambda run: 1 / 0)
     server.experiments.look()
-    monkeypatch.setattr(experiments, "JUDGE_S", 3600)
+    monkeypatch.setattr(controller, "JUDGE_S", 3600)
     for _ in range(2):  # nothing is judged in these looks
         server.experiments.look()
         assert "ZeroDivisionError" in server.health_check()["problems"]["m/default verdict"]
@@ -547,7 +547,7 @@ def test_a_canary_without_a_verdict_is_rolled_back_after_its_time(tmp_path, monk
 
 
 def test_what_the_store_could_not_take_is_counted_later(registry, server, monkeypatch):
-    monkeypatch.setattr(experiments, "JUDGE_S", 3600)
+    monkeypatch.setattr(controller, "JUDGE_S", 3600)
     running = registry.start_experiment("m", AB, **LOG)
     store, arm = server.experiments._store(registry), running.arm_of("c")
     assert server.predict(ROW, client="c")["arm"] == arm

@@ -12,12 +12,13 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 from budget import examples
-from flserving import federated, models
-from flserving.aggregation import aggregate, fault
-from flserving.datasets import Client, digits, make_clients
+from flserving import models
 from flserving.errors import ConfigError, InvalidInputError, InvalidModelError, ModelExecutionError, NotFoundError
+from flserving.federated import training
+from flserving.federated.aggregation import aggregate, fault
+from flserving.federated.data import Client, digits, make_clients
+from flserving.federated.rounds import STRATEGIES, publish_rounds
 from flserving.registry import Registry
-from flserving.rounds import STRATEGIES, publish_rounds
 
 X, Y = digits()
 UNSCALED = {"mean": [0.0] * 64, "std": [1.0] * 64}
@@ -28,7 +29,7 @@ FOUR = make_clients(X[:200], Y[:200], num_clients=4, alpha=1.0)  # enough to tra
 def train(strategy="fedavg", **options):
     """A quick training: four clients, two rounds of one epoch."""
     options = {"clients": FOUR, "rounds": 2, "local_epochs": 1, "progress": False} | options
-    return federated.train(strategy, **options)
+    return training.train(strategy, **options)
 
 
 def equal(a, b):
@@ -158,7 +159,7 @@ def test_the_default_training_takes_seconds():
     """20 clients, 10 rounds: 2 s of one quiet core. Processor time does not count what else the machine does, and on a
     core that is shared it is up to three times as much."""
     begin = time.process_time()
-    federated.train(progress=False)
+    training.train(progress=False)
     assert time.process_time() - begin < 20
 
 
@@ -199,9 +200,9 @@ def test_a_training_does_not_depend_on_the_unit_of_its_features(scale, shift):
 def test_digits_train_as_well_with_their_grey_levels_in_another_unit(resolution):
     """Equal where the unit's step is told (a division by 16 rounds nothing); a little else without it."""
     options = {"rounds": 5, "local_epochs": 2, "alpha": 1.0}
-    usual = federated.train(**options, progress=False).final.metrics
+    usual = training.train(**options, progress=False).final.metrics
     clients = make_clients(X / 16, Y, alpha=options.pop("alpha"), resolution=resolution)
-    other = federated.train(**options, clients=clients, progress=False).final.metrics
+    other = training.train(**options, clients=clients, progress=False).final.metrics
     assert usual["global_accuracy"] > 0.8
     tolerance = {"mean_client_accuracy": 0.02, "global_accuracy": 0.02, "worst_client_accuracy": 0.15}
     for name, value in usual.items():
@@ -439,7 +440,7 @@ def test_a_last_batch_of_one_row_is_merged_under_batch_normalisation_only(archit
 @pytest.mark.parametrize("alpha", [1.0, 100.0])
 def test_the_digits_partition_trains_under_batch_normalisation(architecture, alpha):
     architecture("normed", input_shape=(64,), output_shape=(10,))(Normed)
-    run = federated.train(architecture="normed", alpha=alpha, rounds=1, local_epochs=1, progress=False)
+    run = training.train(architecture="normed", alpha=alpha, rounds=1, local_epochs=1, progress=False)
     sizes = [len(client.train_y) % 16 for client in run.clients]
     assert 1 in sizes, "some client's last batch is one row"
     assert run.final.rejected == {} and len(run.final.sample_counts) == 20
@@ -700,7 +701,7 @@ def wrong_head_accuracy(run):
 def trained(strategies, partition, seed, rounds, preprocessing=None):
     """Runs by strategy, and the mean over clients of each at the end."""
     runs = {
-        name: federated.train(name, rounds=rounds, seed=seed, preprocessing=preprocessing, progress=False, **partition)
+        name: training.train(name, rounds=rounds, seed=seed, preprocessing=preprocessing, progress=False, **partition)
         for name in strategies
     }
     return runs, SimpleNamespace(**{name: run.final.metrics["mean_client_accuracy"] for name, run in runs.items()})

@@ -10,12 +10,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import flserving
 from edge_cloud import Between, cloud, publish, tokens
-from flserving import Registry, fleet
-from flserving.accounts import merged
+from flserving import Registry
 from flserving.edge import EdgeModelServer
+from flserving.edge.sync import SyncAgent
 from flserving.errors import FlservingError
-from flserving.fleet import Fleet
-from flserving.sync import SyncAgent
+from flserving.monitoring import fleet
+from flserving.monitoring.fleet import Fleet
+from flserving.monitoring.metrics import merged
 from rest_door import bearer
 
 DAY_S = 86_400.0

@@ -19,12 +19,13 @@ import pytest
 import torch
 from scipy.stats import ttest_ind
 
-from flserving import ModelServer, Registry, datasets, federated
-from flserving.adaptation import fit_heads
-from flserving.datasets import digits, federated_statistics, make_clients
+from flserving import ModelServer, Registry, federated
 from flserving.errors import ConfigError, InvalidModelError, ModelExecutionError, NotFoundError
-from flserving.gate import Gate, gated
-from flserving.rounds import publish_rounds
+from flserving.federated import training
+from flserving.federated.data import digits, federated_statistics, make_clients
+from flserving.federated.gate import Gate, gated
+from flserving.federated.heads import fit_heads
+from flserving.federated.rounds import publish_rounds
 
 pytestmark = pytest.mark.flower
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,7 @@ def flower(tmp_path_factory):
         patch.setenv("FLWR_HOME", str(home))
         patch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
         warnings.simplefilter("ignore")  # typer uses what click has deprecated
-        from flserving.integrations import flower
+        from flserving.federated import flower
 
         yield flower
     assert not any(home.iterdir()), "a run in this process writes no file and tells nobody"
@@ -126,7 +127,7 @@ def test_it_is_our_fedavg(play):
     began_s = time.process_time()
     rounds, _ = play(rounds=5)
     print(f"five rounds of ten clients: {time.process_time() - began_s:.2f} s of CPU time")
-    ours = federated.train(clients=CLIENTS, rounds=5, progress=False)
+    ours = training.train(clients=CLIENTS, rounds=5, progress=False)
     pairs = [
         (it.state[name], own.state[name]) for it, own in zip(rounds, ours.rounds, strict=True) for name in own.state
     ]
@@ -152,7 +153,7 @@ def test_other_seeds_reach_the_same_accuracy(play, apps):
         return [play(seed=s, config=config[s])[0][-1].metrics["global_accuracy"] for s in range(5)]
 
     ours = [
-        federated.train(clients=CLIENTS, rounds=ROUNDS, seed=seed, progress=False).final.metrics["global_accuracy"]
+        training.train(clients=CLIENTS, rounds=ROUNDS, seed=seed, progress=False).final.metrics["global_accuracy"]
         for seed in range(100, 105)
     ]
     theirs = accuracies(0.1)
@@ -361,17 +362,17 @@ async def test_a_whole_app_runs_under_a_running_event_loop(flower, apps, strateg
 
 CELLS = """
 import logging
-from flserving.integrations import flower
+from flserving.federated import flower
 import flower_apps
-from flserving import Registry, datasets
-from flserving.rounds import publish_rounds
+from flserving import Registry, federated
+from flserving.federated.rounds import publish_rounds
 from flwr.serverapp.strategy import FedAvg
 logging.getLogger("flwr").setLevel("WARNING")
-clients = datasets.make_clients(*datasets.digits(), num_clients=10, alpha=1.0)
+clients = federated.make_clients(*federated.digits(), num_clients=10, alpha=1.0)
 registry = Registry("models")
 #
 strategy = flower.Publishing(FedAvg(), on_round=publish_rounds(registry, "m"), architecture="digits_mlp",
-                             preprocessing=datasets.federated_statistics(clients))
+                             preprocessing=federated.federated_statistics(clients))
 grid = flower.LocalGrid(flower_apps.client_app(clients), 10)
 result = strategy.start(grid, flower_apps.initial_arrays(), 2, train_config=flower_apps.train_config())
 #
@@ -389,7 +390,7 @@ def test_it_runs_in_a_notebook(flower, tmp_path, monkeypatch):
 def test_the_readmes_lines_run(flower, apps, strategies, registry):
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
     (block,) = [it for it in blocks if "flwr" in it]
-    given = {"registry": registry, "clients": CLIENTS, "datasets": datasets, "federated": federated}
+    given = {"registry": registry, "clients": CLIENTS, "federated": federated}
     given |= {"client_app": apps.client_app(CLIENTS), "arrays": apps.initial_arrays(), "config": apps.train_config()}
     exec(compile(block, "README.md", "exec"), given)
     (name,) = registry.models()

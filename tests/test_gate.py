@@ -8,7 +8,6 @@ import pytest
 from scipy.stats import binomtest
 
 from flserving import Registry, models
-from flserving.datasets import digits, make_clients
 from flserving.errors import (
     ConfigError,
     ConflictError,
@@ -18,10 +17,11 @@ from flserving.errors import (
     NotSupportedError,
 )
 from flserving.federated import train
-from flserving.gate import CHECKS, Gate, gated, golden_rows
-from flserving.manifest import Lineage
-from flserving.rounds import publish_rounds
-from flserving.split import Experiment
+from flserving.federated.data import digits, make_clients
+from flserving.federated.gate import CHECKS, Gate, gated, golden_rows
+from flserving.federated.rounds import publish_rounds
+from flserving.registry.experiment import Experiment
+from flserving.registry.manifest import Lineage
 
 
 @pytest.fixture(scope="module")

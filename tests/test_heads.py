@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budget import examples
-from flserving import models, storage
+from flserving import models
 from flserving.errors import CorruptArtifactError, FlservingError, InvalidModelError
-from flserving.headfile import checksums, stride
-from flserving.heads import STALE, UNKNOWN, HeadSet, HeadStore, trained_on, trained_on_state
-from flserving.manifest import decode, encode
-from flserving.registry import Registry
+from flserving.registry import Registry, storage
+from flserving.registry.headfile import checksums, stride
+from flserving.registry.heads import STALE, UNKNOWN, HeadSet, HeadStore, trained_on, trained_on_state
+from flserving.registry.manifest import decode, encode
 from serving_models import Threads
 
 HERE, ELSEWHERE = "a" * 64, "b" * 64

@@ -10,10 +10,11 @@ import torch
 
 from edge_cloud import CLIENTS, SIZES, X, heads, state, tokens
 from edge_cloud import publish as publish_forever
-from flserving import EdgeModelServer, ModelServer, Registry, ServingConfig, manifest, serve
+from flserving import EdgeModelServer, ModelServer, Registry, ServingConfig, serve
+from flserving.edge.sync import SyncAgent
 from flserving.errors import InvalidModelError, NotFoundError
-from flserving.heads import HeadSet
-from flserving.sync import SyncAgent
+from flserving.registry import manifest
+from flserving.registry.heads import HeadSet
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 EXPIRES = BEGAN + timedelta(days=30)

@@ -13,9 +13,9 @@ import torch
 import flserving
 from flserving import ServingConfig
 from flserving.api.client import Client
-from flserving.api.metrics import exposition
-from flserving.breaker import CircuitBreaker
 from flserving.edge import EdgeModelServer
+from flserving.edge.breaker import CircuitBreaker
+from flserving.edge.hybrid import HybridServer
 from flserving.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -25,7 +25,7 @@ from flserving.errors import (
     StaleModelError,
     UnauthorizedError,
 )
-from flserving.hybrid import HybridServer
+from flserving.monitoring.prometheus import exposition
 from serving_models import PATIENCE_S, Gated, Probe, Threads, wait_until
 
 pytestmark = pytest.mark.timeout(120)

@@ -10,10 +10,10 @@ import pytest
 import flserving
 from flserving import ServingConfig
 from flserving.api.client import Client
-from flserving.breaker import CircuitBreaker
 from flserving.edge import EdgeModelServer
+from flserving.edge.breaker import CircuitBreaker
+from flserving.edge.hybrid import HybridServer
 from flserving.errors import DeadlineExceededError
-from flserving.hybrid import HybridServer
 from serving_models import PATIENCE_S, Threads, wait_until
 from test_hybrid import MLP, SURE, UNSURE, state
 

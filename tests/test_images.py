@@ -12,15 +12,16 @@ from torch import nn
 from torch.nn import functional
 
 import flserving
-from flserving import ModelServer, Registry, ServingConfig, models, optimization
+from flserving import ModelServer, Registry, ServingConfig, models
 from flserving.api.auth import Tokens
 from flserving.api.client import Client
-from flserving.datasets import Client as Samples
 from flserving.edge import EdgeModelServer
 from flserving.errors import ConfigError, InvalidInputError, InvalidModelError
 from flserving.federated import train
-from flserving.heads import HeadSet
-from flserving.transforms import Preprocessor
+from flserving.federated.data import Client as Samples
+from flserving.models.processing import Preprocessor
+from flserving.optimize import methods
+from flserving.registry.heads import HeadSet
 
 NET, SPLIT = "test-images-cifar", "test-images-split"
 SHAPE = (3, 32, 32)
@@ -172,13 +173,13 @@ def test_exports_and_int8_take_images(tmp_path):
         registry.publish("cifar", made(NET), architecture=NET, preprocessing=CHANNELS, alias="default")
         wanted = probabilities(made(NET), X)
         with contextlib.closing(ModelServer(registry=registry)) as server:
-            for make, most in ((optimization.to_onnx, 1e-5), (optimization.quantise, 0.02)):
+            for make, most in ((methods.to_onnx, 1e-5), (methods.quantise, 0.02)):
                 version = make(registry, "cifar", samples=X).version
                 manifest = registry.manifest("cifar", version)
                 assert manifest.signature.input_shape == SHAPE and manifest.parameters["inputs"] == [*SHAPE]
                 found = server.predict(X, version=version, arrays=True)["probabilities"]
                 assert np.abs(found - wanted).max() < most
-            version = optimization.quantise(registry, "cifar", 1, "static", X).version
+            version = methods.quantise(registry, "cifar", 1, "static", X).version
             assert np.abs(server.predict(X, version=version, arrays=True)["probabilities"] - wanted).max() < 0.05
 
 

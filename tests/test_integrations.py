@@ -6,19 +6,19 @@ from dataclasses import replace
 import pytest
 
 from flserving import Registry
-from flserving.adaptation import fit_heads
 from flserving.errors import NotSupportedError
 from flserving.federated import train
-from flserving.rounds import Origin, publish_rounds
+from flserving.federated.heads import fit_heads
+from flserving.federated.rounds import Origin, publish_rounds
 
 
 def test_without_flwr_the_words_say_what_to_install_and_where(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("flserving.integrations.")]:
+    for name in [name for name in sys.modules if name.startswith("flserving.federated.flower")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flwr", None)
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")  # so that what the import sets is taken back
     with pytest.raises(NotSupportedError, match=r'pip install "flserving\[flower\]" in an environment of its own'):
-        import flserving.integrations.flower  # noqa: F401
+        import flserving.federated.flower  # noqa: F401
 
 
 def test_a_round_of_another_framework_is_published_and_gets_heads(tmp_path):

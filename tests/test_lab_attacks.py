@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from flserving import Registry, ServingConfig
-from flserving.datasets import digits, federated_statistics, make_clients
 from flserving.federated import train
-from flserving.gate import CHECKS, Gate, gated
+from flserving.federated.data import digits, federated_statistics, make_clients
+from flserving.federated.gate import CHECKS, Gate, gated
+from flserving.federated.rounds import publish_rounds
 from flserving.lab import attacks
 from flserving.lab.attacks import ATTACKS, TARGET, Attack, Hostile, Replay, attack_table, poisoned, stretched, triggered
-from flserving.loader import RegistrySource, load_engine
-from flserving.rounds import publish_rounds
+from flserving.serving.loader import RegistrySource, load_engine
 
 BY_NAME = {attack.name: attack for attack in ATTACKS}
 

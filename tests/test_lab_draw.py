@@ -11,7 +11,7 @@ import pytest
 from draw_page import SCRIPT, Blank, calls, idle, shown, stroke
 from flserving import create_serving_pipeline, models
 from flserving.api import serve
-from flserving.doctor import find_chromium
+from flserving.api.doctor import find_chromium
 from flserving.errors import ConfigError, FlservingError
 from flserving.lab import draw as draw_module
 from flserving.lab.draw import PIXELS, DigitCanvas, draw_digit

@@ -5,7 +5,7 @@ import pytest
 
 from flserving.lab import figures_00
 from flserving.lab.style import png
-from flserving.transforms import ABSTAIN
+from flserving.models.processing import ABSTAIN
 
 
 def texts(fig):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from flserving import create_serving_pipeline, datasets
+from flserving import create_serving_pipeline
 from flserving.errors import FlservingError, NotFoundError
+from flserving.federated import data
 from flserving.lab import figures_01 as figures
 from flserving.lab import rollout
-from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature
 from flserving.registry import Registry
-from flserving.server import ModelServer
+from flserving.registry.manifest import Digests, Lineage, Manifest, Preprocessing, Signature
+from flserving.serving.server import ModelServer
 
 ACCURACY = pd.Series({"client-00": 0.9, "client-01": 0.4, "client-02": 0.8})
 
@@ -22,12 +23,12 @@ ACCURACY = pd.Series({"client-00": 0.9, "client-01": 0.4, "client-02": 0.8})
 def client(name, labels):
     x = np.zeros((len(labels), 2), np.float32)
     y = np.array(labels, np.int64)
-    return datasets.Client(name, x, y, x, y)
+    return data.Client(name, x, y, x, y)
 
 
 def test_class_counts_add_up_to_the_data_set():
-    images, labels = datasets.digits()
-    counts = rollout.class_counts(datasets.make_clients(images, labels, num_clients=7, alpha=0.3))
+    images, labels = data.digits()
+    counts = rollout.class_counts(data.make_clients(images, labels, num_clients=7, alpha=0.3))
     assert counts.shape == (7, 10) and counts.dtype == np.int64
     assert (counts.sum(axis=0) == np.bincount(labels)).all()
 
@@ -86,7 +87,7 @@ def test_round_figure_tells_its_four_steps():
 
 
 def test_digits_figure_shows_each_class_once():
-    fig = figures.digits_figure(*datasets.digits())
+    fig = figures.digits_figure(*data.digits())
     assert [ax.get_title() for ax in fig.axes] == list("0123456789")
 
 

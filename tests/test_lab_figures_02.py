@@ -7,7 +7,7 @@ import pytest
 from flserving import errors
 from flserving.lab import figures_02
 from flserving.lab.style import png
-from flserving.telemetry import STAGES
+from flserving.monitoring.telemetry import STAGES
 
 STAGES_MS = {name: [0.0] * 3 for name in STAGES} | {"queue": [1.0, 5.0, 2.0], "infer": [4.0, 1.0, 7.0]}
 

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flserving.cache import ModelCache
 from flserving.errors import ConfigError
 from flserving.lab import caching, figures_03
 from flserving.lab.arrivals import Zipf
+from flserving.serving.cache import ModelCache
 from serving_models import PATIENCE_S
 
 

@@ -8,8 +8,8 @@ import pytest
 from google.protobuf import json_format
 
 from flserving import create_serving_pipeline
-from flserving.api.messages import InferRequest, message
-from flserving.api.protocol import read_infer
+from flserving.api.grpc.codec import InferRequest, message
+from flserving.api.rest.codec import read_infer
 from flserving.errors import InvalidInputError, OverloadedError
 from flserving.lab import figures_05 as figures
 from flserving.lab import storm, wire

@@ -9,17 +9,17 @@ from torch import nn
 from flserving import ModelServer, models
 from flserving.api import serve
 from flserving.api.auth import Tokens
-from flserving.breaker import CircuitBreaker
-from flserving.datasets import Client
 from flserving.edge import EdgeModelServer
+from flserving.edge.breaker import CircuitBreaker
+from flserving.edge.hybrid import HybridServer
 from flserving.errors import OverloadedError, ServerClosedError
-from flserving.hybrid import HybridServer
+from flserving.federated.data import Client
 from flserving.lab import figures_07 as figures
 from flserving.lab import real_ways, three_ways
 from flserving.lab.capacity import Prices
 from flserving.lab.checks import threshold as check
+from flserving.lab.network import Link
 from flserving.lab.three_ways import PATHS, SPAN_S, WAYS, Costs, play, summary
-from flserving.network import Link
 
 COSTS = Costs(local_s=0.001, cloud_s=0.002, request_nbytes=1000, response_nbytes=500)
 

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from flserving import federated
-from flserving.adaptation import fit_heads
+from flserving.federated import training
+from flserving.federated.heads import fit_heads
 from flserving.lab import figures_08 as figures
 from flserving.lab import who_gains
 from flserving.lab.checks import check_heads
@@ -17,7 +17,7 @@ SETTING = {"alpha": 100, "clients": 5, "samples": 20, "private": True}
 @pytest.fixture(scope="module")
 def run():
     """Clients with names of their own for the digits: no head but a client's own is right."""
-    return federated.train(
+    return training.train(
         "fedavg_ft", num_clients=6, rounds=2, alpha=1.0, permute_labels=True, local_epochs=2, progress=False
     )
 

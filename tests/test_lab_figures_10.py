@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 
 from experiment_models import published, server_of
-from flserving import sequential
-from flserving.gate import CHECKS
+from flserving.experiments import statistics
+from flserving.federated.gate import CHECKS
 from flserving.lab import figures_10 as figures
 from flserving.lab import trials
 from flserving.lab.checks import rollout
-from flserving.split import Arm, Experiment
+from flserving.registry.experiment import Arm, Experiment
 
 LOG = {"who": "test", "why": "to see"}
 
@@ -32,7 +32,7 @@ def test_peeking_deceives_the_z_test_and_not_the_sequential_one(same):
 def test_the_formulas_keep_what_they_promise():
     """80 % power at the planned size, for both tests; the gap's own variances."""
     variance = (0.9 * 0.1 + 0.85 * 0.15) / 2
-    for name, needed in (("once", sequential.fixed_information), ("always", sequential.information)):
+    for name, needed in (("once", statistics.fixed_information), ("always", statistics.information)):
         rewards = needed(0.05, 0.05, 0.8) * variance * 4
         worse = trials.looked_at(tests=800, looks=1 + int(rewards // 100), gap=0.05, seed=1)
         assert getattr(worse, name)[-1] > 0.72, name
@@ -58,7 +58,7 @@ def test_the_plan_follows_the_laws():
 
 def test_a_gap_is_noticed_where_the_width_falls_below_it():
     information = trials.noticed(0.5, 0.02)
-    assert sequential.half_width(1 / information, 0.05, 0.02) == pytest.approx(0.5, rel=0.01)
+    assert statistics.half_width(1 / information, 0.05, 0.02) == pytest.approx(0.5, rel=0.01)
 
 
 def test_the_bandit_leaves_the_worse_arms_and_its_past_stays():

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from budget import examples
 from flserving import create_serving_pipeline, models, monitoring
-from flserving.api.metrics import exposition
 from flserving.errors import ConfigError
 from flserving.lab import figures_11 as figures
 from flserving.lab.explore import corners
@@ -30,6 +29,7 @@ from flserving.lab.slo import (
     histogram_quantile,
     increases,
 )
+from flserving.monitoring.prometheus import exposition
 
 LOADED = {"load_per_s": (10, 2000, 10), "failure_percent": (0.0, 10.0, 0.1), "lasts_hours": (0.25, 24.0, 0.25)}
 SPREAD = {"median_ms": (1, 60, 1), "spread": (0.1, 1.5, 0.1), "percentile": (50.0, 99.5, 0.5)}

@@ -11,16 +11,16 @@ import pytest
 import flserving
 from bystander import Bystander, prove
 from flserving.api.client import Client
-from flserving.config import ServingConfig
 from flserving.errors import ConfigError
 from flserving.lab.arrivals import Poisson, arrival_times_s
 from flserving.lab.capacity import SLICE, Prices, plan, sustainable_per_s
 from flserving.lab.fleet import PATHS, Fleet, simulate_fleet
 from flserving.lab.load import closed_loop, open_loop
+from flserving.lab.network import Link
 from flserving.lab.proxy import Proxy
 from flserving.lab.simulate import simulate_batching
 from flserving.lab.theory import md1_wait_s
-from flserving.network import Link
+from flserving.serving.config import ServingConfig
 from serving_models import Tagged, row, serving
 
 FAILED, LOCAL, CLOUD, DEGRADED = range(4)

@@ -9,15 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flserving import Registry, ServingConfig, models, optimization
-from flserving.backends import OnnxModel
-from flserving.engine import InferenceEngine
+from flserving import Registry, ServingConfig, models
 from flserving.errors import InvalidModelError
 from flserving.federated import train
+from flserving.federated.rounds import publish_rounds
 from flserving.lab import optimization as lab
 from flserving.lab.sweep import claims, compiled_engine
-from flserving.loader import RegistrySource, load_engine
-from flserving.rounds import publish_rounds
+from flserving.models.onnx import OnnxModel
+from flserving.optimize import methods
+from flserving.serving.engine import InferenceEngine
+from flserving.serving.loader import RegistrySource, load_engine
 
 SCRIPT = Path(__file__).parent / "benchmarks" / "backends.py"
 ORIGINAL = {
@@ -69,8 +70,8 @@ def test_a_report_of_versions(tmp_path):
     run = train(rounds=2, num_clients=5, alpha=1.0, progress=False)
     with Registry(tmp_path) as registry:
         publish_rounds(registry, "digits")(run.final)
-        optimization.prune(registry, "digits", 1, 0.9, tolerance=1)
-        optimization.prune(registry, "digits", 2, 0.5, structured=True, tolerance=1)  # a chain
+        methods.prune(registry, "digits", 1, 0.9, tolerance=1)
+        methods.prune(registry, "digits", 2, 0.5, structured=True, tolerance=1)  # a chain
         frame = lab.report(registry, "digits", [3, 2, 1], run.clients, memory=False, turns=2, each=2)
         metrics = registry.manifest("digits", 1).metrics
     assert list(frame.index) == [3, 2, 1] and frame.original.tolist() == [1, 1, 1]
@@ -105,7 +106,7 @@ def test_every_backend_has_its_row():
     script = runpy.run_path(str(SCRIPT))
     frame = script["rows"](quick=True)
     techniques = {"original", "onnx", "distilled", "pruned", "pruned, structured"}
-    techniques |= {f"quantised, {method}" for method in optimization.METHODS}
+    techniques |= {f"quantised, {method}" for method in methods.METHODS}
     assert set(zip(frame.technique, frame.batch, strict=True)) == {(it, b) for it in techniques for b in lab.BATCHES}
     assert np.isfinite(frame.times).all() and (frame.low <= frame.times).all() and (frame.times <= frame.high).all()
     text = script["markdown"](frame)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from flserving.doctor import find_chromium
+from flserving.api.doctor import find_chromium
 from flserving.errors import ConfigError
 from flserving.lab import player as player_module
 from flserving.lab import style

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budget import examples
-from flserving.batching import BatchQueue, Request
 from flserving.lab import simulate_batching
+from flserving.serving.batching.policy import BatchQueue, Request
 
 
 def through_the_queue(arrival_s, service_s, max_batch_size, workers, policy, max_wait_s):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import flserving
-from flserving import ModelCache, Postprocessor, Preprocessor, Registry, ServingConfig, draft, models
+from flserving import ModelCache, Postprocessor, Preprocessor, Registry, ServingConfig, models
 from flserving.errors import (
     ConflictError,
     CorruptArtifactError,
@@ -30,7 +30,8 @@ from flserving.errors import (
     NotFoundError,
     ServerClosedError,
 )
-from flserving.loader import ModuleStore, RegistrySource, input_width, load_engine
+from flserving.registry import validation
+from flserving.serving.loader import ModuleStore, RegistrySource, input_width, load_engine
 from serving_models import PATIENCE_S
 
 CONFIG = ServingConfig(warmup_samples=1, max_batch_size=4)
@@ -613,10 +614,10 @@ def test_a_forked_child_that_ends_leaves_its_parents_folder(tmp_path):
 import gc, os, sys, tempfile, weakref
 import torch
 from torch import nn
-from flserving.config import ServingConfig
+from flserving.serving.config import ServingConfig
 from flserving.edge import EdgeModelServer
-from flserving.loader import ModuleStore, load_engine
-from flserving.transforms import Postprocessor, Preprocessor
+from flserving.serving.loader import ModuleStore, load_engine
+from flserving.models.processing import Postprocessor, Preprocessor
 
 store, edge = ModuleStore(), EdgeModelServer()
 add = lambda version: store.add(version, nn.Linear(2, 2), Preprocessor(num_features=2), Postprocessor())
@@ -789,7 +790,7 @@ def test_a_model_that_does_not_run_is_found_at_the_publish_and_if_it_is_there_at
     models.register("broken", input_shape=(8,), output_shape=(3,))(lambda: Broken(8, 3))
     with pytest.raises(InvalidModelError, match=r"does not answer a row of shape.*only here"):
         registry.publish("m", Broken(8, 3), architecture="broken")
-    monkeypatch.setattr(draft, "_check_service", lambda *_: None)  # as by a flserving that did not look
+    monkeypatch.setattr(validation, "_check_service", lambda *_: None)  # as by a flserving that did not look
     registry.publish("m", Broken(8, 3), architecture="broken")
     with pytest.raises(ModelExecutionError, match="model '1' failed on rows of shape"):
         load_engine(RegistrySource(registry, "m"), "1", CONFIG)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flserving import manifest
 from flserving.errors import CorruptArtifactError, InvalidModelError
-from flserving.manifest import Digests, Lineage, Manifest, Preprocessing, Signature
+from flserving.registry import manifest
+from flserving.registry.manifest import Digests, Lineage, Manifest, Preprocessing, Signature
 
 DIGEST = "0123456789abcdef" * 4
 

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flserving import ModelCache, ServingConfig, models
-from flserving.cache import Lease, nbytes_of
 from flserving.errors import (
     ConfigError,
     CorruptArtifactError,
@@ -28,8 +27,9 @@ from flserving.errors import (
     ModelTooLargeError,
     OverloadedError,
 )
-from flserving.loader import ModuleStore, load_engine
-from flserving.transforms import Postprocessor, Preprocessor
+from flserving.models.processing import Postprocessor, Preprocessor
+from flserving.serving.cache import Lease, nbytes_of
+from flserving.serving.loader import ModuleStore, load_engine
 
 SOON_S = 100.0  # how long a thread may take before a test fails; reached only by a failure
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from flserving import ModelServer, Registry, ServingConfig, backends, models, optimization
+from flserving import ModelServer, Registry, ServingConfig, models
 from flserving.edge import EdgeModelServer
-from flserving.engine import InferenceEngine
 from flserving.errors import ConfigError, CorruptArtifactError, InvalidModelError, NotSupportedError
 from flserving.federated import train
-from flserving.loader import RegistrySource, load_engine
-from flserving.rounds import publish_rounds
+from flserving.federated.rounds import publish_rounds
+from flserving.models import onnx as backends
+from flserving.optimize import methods
+from flserving.serving.engine import InferenceEngine
+from flserving.serving.loader import RegistrySource, load_engine
 
 SLOPPY = "test_optimization_sloppy"
 
@@ -51,10 +53,10 @@ def exported(tmp_path_factory, run):
     pytest.importorskip("onnxruntime")
     with Registry(tmp_path_factory.mktemp("exported")) as registry:
         publish_rounds(registry, "digits")(run.final)
-        optimization.to_onnx(registry, "digits", 1)
-        for method in optimization.METHODS:
+        methods.to_onnx(registry, "digits", 1)
+        for method in methods.METHODS:
             data = run.clients if method == "static" else None
-            optimization.quantise(registry, "digits", 2, method, data)
+            methods.quantise(registry, "digits", 2, method, data)
         yield registry
 
 
@@ -101,7 +103,7 @@ def test_no_two_versions_share_an_identity_and_exports_are_reproducible(exported
     source = RegistrySource(exported, "digits")
     identities = {load_engine(source, str(n), ServingConfig()).identity for n in range(1, 6)}
     assert len(identities) == 5
-    again = optimization.to_onnx(registry, "digits", 1)
+    again = methods.to_onnx(registry, "digits", 1)
     assert again.digests.weights == exported.manifest("digits", 2).digests.weights
     graph = bytes(registry.read("digits", again.version).tensors["graph"].numpy())
     assert b".py" not in graph and b"flserving" not in graph, "paths of the machine that exported it"
@@ -130,14 +132,14 @@ def test_a_convolution_is_exported_and_calibrated(registry, run):
     torch.manual_seed(0)
     registry.publish("digits", models.build("digits_cnn"), architecture="digits_cnn")
     rows = rows_and_labels(run)[0] / 16
-    made = optimization.quantise(registry, "digits", 2, "static", rows)
+    made = methods.quantise(registry, "digits", 2, "static", rows)
     parent, small = (answers(registry, version, rows, "probabilities") for version in (2, made.version))
     assert np.abs(parent - small).max() < 0.02, "untrained: classes would be decided by a hair"
 
 
 def test_pruning_leaves_zeros_and_the_recovery_keeps_them(registry, run):
     for data in (None, run.clients):
-        made = optimization.prune(registry, "digits", 1, 0.8, data=data, epochs=2)
+        made = methods.prune(registry, "digits", 1, 0.8, data=data, epochs=2)
         tensors = registry.read("digits", made.version).tensors
         weights = torch.cat([t.flatten() for name, t in tensors.items() if name.endswith("weight")])
         assert (weights == 0).float().mean() == pytest.approx(0.8, abs=1e-3)
@@ -154,7 +156,7 @@ def test_structured_pruning_gives_a_smaller_mlp_without_the_weakest_neurons(regi
     dead = [3, 17, 40]
     state["head.weight"][:, dead] = 0  # nobody listens to them: without them nothing changes
     registry.publish("digits", state, architecture="digits_mlp")
-    made = optimization.prune(registry, "digits", 2, 3 / 64, structured=True)
+    made = methods.prune(registry, "digits", 2, 3 / 64, structured=True)
     assert (made.architecture, made.parameters) == ("mlp", {"sizes": [64, 61, 10]})
     rows = np.random.default_rng(0).standard_normal((50, 64), dtype=np.float32)
     parent, small = (answers(registry, version, rows, "probabilities") for version in (2, made.version))
@@ -167,9 +169,9 @@ def test_a_student_learns_from_its_teacher_alone(registry, run, federated):
     rows, _ = rows_and_labels(run)
     data = run.clients if federated else np.concatenate([c.train_x for c in run.clients])
     how = {"rounds": 8, "epochs": 5} if federated else {"epochs": 20}
-    made = optimization.distil(registry, "digits", data, 1, parameters={"sizes": [64, 16, 10]}, **how)
+    made = methods.distil(registry, "digits", data, 1, parameters={"sizes": [64, 16, 10]}, **how)
     assert np.mean(answers(registry, 1, rows) == answers(registry, made.version, rows)) > 0.85
-    again = optimization.distil(registry, "digits", data, 1, parameters={"sizes": [64, 16, 10]}, **how)
+    again = methods.distil(registry, "digits", data, 1, parameters={"sizes": [64, 16, 10]}, **how)
     assert again.digests.weights == made.digests.weights, "same seed, same student"
     assert again.lineage.extra["optimisation"] == "distilled"
 
@@ -180,17 +182,17 @@ def test_what_a_technique_cannot_do_is_told_and_publishes_nothing(registry, run)
     registry.publish("digits", models.build("digits_mlp"), architecture="digits_mlp", output_type="regression")
     small = {"parameters": {"sizes": [64, 16, 10]}}
     for error, message, call in [
-        (InvalidModelError, "no linear or conv", lambda: optimization.prune(registry, "digits", 2)),
-        (InvalidModelError, "no mlp", lambda: optimization.prune(registry, "digits", 3, structured=True)),
-        (InvalidModelError, "no classifier", lambda: optimization.distil(registry, "digits", run.clients, 4, **small)),
-        (InvalidModelError, "does not", lambda: optimization.distil(
+        (InvalidModelError, "no linear or conv", lambda: methods.prune(registry, "digits", 2)),
+        (InvalidModelError, "no mlp", lambda: methods.prune(registry, "digits", 3, structured=True)),
+        (InvalidModelError, "no classifier", lambda: methods.distil(registry, "digits", run.clients, 4, **small)),
+        (InvalidModelError, "does not", lambda: methods.distil(
             registry, "digits", run.clients, 1, parameters={"sizes": [64, 16, 9]})),
-        (ConfigError, "share", lambda: optimization.prune(registry, "digits", 1, 1.0)),
-        (ConfigError, "static", lambda: optimization.quantise(registry, "digits", 1, "static")),
-        (ConfigError, "method", lambda: optimization.quantise(registry, "digits", 1, "int2")),
-        (ConfigError, "labels", lambda: optimization.distil(
+        (ConfigError, "share", lambda: methods.prune(registry, "digits", 1, 1.0)),
+        (ConfigError, "static", lambda: methods.quantise(registry, "digits", 1, "static")),
+        (ConfigError, "method", lambda: methods.quantise(registry, "digits", 1, "int2")),
+        (ConfigError, "labels", lambda: methods.distil(
             registry, "digits", run.clients[0].train_x, 1, label_share=0.5, **small)),
-        (ConfigError, "temperature 0", lambda: optimization.distil(
+        (ConfigError, "temperature 0", lambda: methods.distil(
             registry, "digits", run.clients, 1, temperature=0, **small)),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
@@ -202,13 +204,13 @@ def test_a_forward_that_asks_for_values_is_not_exported(registry):
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     registry.publish("digits", Sloppy(), architecture=SLOPPY)
     with pytest.raises(InvalidModelError, match="cannot be exported"):
-        optimization.to_onnx(registry, "digits", 2)
+        methods.to_onnx(registry, "digits", 2)
 
 
 def test_without_the_extra_the_way_out_is_named(registry, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(NotSupportedError, match=r'onnx is not installed: pip install "flserving\[onnx\]"'):
-        optimization.to_onnx(registry, "digits", 1)
+        methods.to_onnx(registry, "digits", 1)
 
 
 def graph(onnx, nodes, weights=(), inputs=4, outputs=4, **model):
@@ -334,10 +336,10 @@ def test_a_normalised_model_is_exported_quantised_and_served_with_equal_answers(
     rows = np.random.default_rng(0).standard_normal((200, 64), dtype=np.float32)
     with Registry(tmp_path) as registry, ModelServer() as server:
         registry.publish("m", module, architecture="normed", alias="default")
-        made = {"onnx": optimization.to_onnx(registry, "m", 1).version}
-        for method in optimization.METHODS:
+        made = {"onnx": methods.to_onnx(registry, "m", 1).version}
+        for method in methods.METHODS:
             data = rows if method == "static" else None
-            made[method] = optimization.quantise(registry, "m", 1, method, data).version
+            made[method] = methods.quantise(registry, "m", 1, method, data).version
         server.serve(registry, "m")
         wanted = server.predict(rows, arrays=True)["probabilities"]
         for technique, most in {"onnx": 1e-5, "dynamic": 0.02, "static": 0.05, "int4": 0.15}.items():
@@ -361,7 +363,7 @@ def test_static_int8_gives_what_the_graph_defines_on_any_processor(tmp_path, mon
     rows = np.random.default_rng(0).standard_normal((150, 4), dtype=np.float32).clip(-2, 2)
     with Registry(tmp_path) as registry:
         registry.publish("m", module, architecture="mlp", parameters=sizes)
-        made = optimization.quantise(registry, "m", 1, "static", rows)
+        made = methods.quantise(registry, "m", 1, "static", rows)
         graph = bytes(registry.read("m", made.version).tensors["graph"].numpy())
         engine = load_engine(RegistrySource(registry, "m"), str(made.version), ServingConfig(max_batch_size=256))
         found = engine.predict(rows)
@@ -372,26 +374,26 @@ def test_static_int8_gives_what_the_graph_defines_on_any_processor(tmp_path, mon
 
 def test_what_answers_too_differently_is_not_published_unless_that_is_tolerated(registry, run):
     with pytest.raises(InvalidModelError, match=r"1, pruned, answers \d+ sample rows otherwise .* by 0\.\d+, the"):
-        optimization.prune(registry, "digits", 1, 0.97, samples=run.clients, alias="default")
+        methods.prune(registry, "digits", 1, 0.97, samples=run.clients, alias="default")
     assert registry.version_numbers("digits") == [1] and registry.aliases("digits") == {}
-    made = optimization.prune(registry, "digits", 1, 0.97, samples=run.clients, tolerance=1.0)
+    made = methods.prune(registry, "digits", 1, 0.97, samples=run.clients, tolerance=1.0)
     assert 0.25 < made.lineage.extra["optimisation_distance"] <= 1
     for tolerance in (-1, math.nan, "much", True):
         with pytest.raises(ConfigError, match="tolerance is"):
-            optimization.prune(registry, "digits", 1, 0.5, tolerance=tolerance)
+            methods.prune(registry, "digits", 1, 0.5, tolerance=tolerance)
 
 
 def test_every_technique_compares_with_the_parent_before_anything_is_published(registry, run, monkeypatch):
     """A tool that spoils what it makes: nothing of it reaches the registry."""
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(optimization, "_distance", lambda *_: 0.9)
+    monkeypatch.setattr(methods, "_distance", lambda *_: 0.9)
     small = {"parameters": {"sizes": [64, 16, 10]}, "epochs": 1}
     for call in (
-        lambda: optimization.to_onnx(registry, "digits", 1),
-        lambda: optimization.quantise(registry, "digits", 1),
-        lambda: optimization.quantise(registry, "digits", 1, "static", run.clients),
-        lambda: optimization.prune(registry, "digits", 1, 0.1),
-        lambda: optimization.distil(registry, "digits", run.clients, 1, **small),
+        lambda: methods.to_onnx(registry, "digits", 1),
+        lambda: methods.quantise(registry, "digits", 1),
+        lambda: methods.quantise(registry, "digits", 1, "static", run.clients),
+        lambda: methods.prune(registry, "digits", 1, 0.1),
+        lambda: methods.distil(registry, "digits", run.clients, 1, **small),
     ):
         with pytest.raises(InvalidModelError, match=r"by 0\.9, the tolerance is 0\.\d+ \(classification"):
             call()
@@ -406,6 +408,6 @@ def test_a_regressions_distance_is_a_share_of_its_spread():
     with torch.no_grad():
         shifted.bias.add_(0.5)
         spread = parent(rows).std(0, correction=0).square().mean().sqrt()
-    assert optimization._distance(parent, shifted, rows, "regression") == pytest.approx(0.5 / float(spread), rel=1e-5)
-    assert optimization._distance(parent, parent, rows, "regression") == 0
-    assert optimization._distance(parent, parent, rows, "classification") == 0
+    assert methods._distance(parent, shifted, rows, "regression") == pytest.approx(0.5 / float(spread), rel=1e-5)
+    assert methods._distance(parent, parent, rows, "regression") == 0
+    assert methods._distance(parent, parent, rows, "classification") == 0

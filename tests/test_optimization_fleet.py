@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 
 from edge_cloud import CLIENTS, X, cloud, publish
-from flserving import Registry, ServingConfig, delta, optimization
+from flserving import Registry, ServingConfig
 from flserving.api.client import Client
-from flserving.datasets import Client as Holder
-from flserving.edge import EdgeModelServer
+from flserving.edge import EdgeModelServer, delta
+from flserving.edge.sync import SyncAgent
 from flserving.errors import InvalidModelError, NotSupportedError
+from flserving.federated.data import Client as Holder
 from flserving.lab import optimization as lab
-from flserving.loader import RegistrySource, load_engine
-from flserving.personalized import PersonalizedServer
-from flserving.sync import SyncAgent
+from flserving.optimize import methods
+from flserving.serving.loader import RegistrySource, load_engine
+from flserving.serving.personalized import PersonalizedServer
 
 MAKERS = {
-    "prune": lambda registry, **options: optimization.prune(registry, "m", 1, 0.5, structured=True, **options),
-    "onnx": lambda registry, **options: optimization.to_onnx(registry, "m", 1, **options),
-    "dynamic": lambda registry, **options: optimization.quantise(registry, "m", 1, **options),
-    "static": lambda registry, **options: optimization.quantise(registry, "m", 1, "static", X, **options),
-    "distil": lambda registry, **options: optimization.distil(
+    "prune": lambda registry, **options: methods.prune(registry, "m", 1, 0.5, structured=True, **options),
+    "onnx": lambda registry, **options: methods.to_onnx(registry, "m", 1, **options),
+    "dynamic": lambda registry, **options: methods.quantise(registry, "m", 1, **options),
+    "static": lambda registry, **options: methods.quantise(registry, "m", 1, "static", X, **options),
+    "distil": lambda registry, **options: methods.distil(
         registry, "m", X, 1, parameters={"sizes": [8, 4, 3]}, epochs=1, tolerance=1, **options
     ),
 }
@@ -76,7 +77,7 @@ def test_a_device_without_the_runtime_says_so_before_it_downloads_and_serves_on(
     ):
         agent.pull()
         before = edge.predict(X)
-        optimization.to_onnx(released, "m", 1, alias="default")
+        methods.to_onnx(released, "m", 1, alias="default")
         client.predict(X)  # the cloud has it loaded
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
@@ -128,7 +129,7 @@ def test_the_report_judges_clients_as_they_are_answered(tmp_path):
             generic = np.array(server.predict("stranger", rows)["predictions"])
         clients = [Holder(it, rows, labels, rows, labels) for it, labels in said.items()]
         clients.append(Holder("stranger", rows, generic, rows, generic))
-        made = optimization.prune(registry, "m", 1, 0.01, heads=None)
+        made = methods.prune(registry, "m", 1, 0.01, heads=None)
         frame = lab.report(registry, "m", [1, made.version], clients, memory=False, turns=2, each=2)
     assert frame.accuracy[1] == frame.worst_client[1] == 1
     worst = min((labels == generic).mean() for labels in said.values())

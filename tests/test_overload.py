@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from flserving import hosting
-from flserving.batching import BatchQueue, Request
-from flserving.doors import Awaiting
 from flserving.errors import DeadlineExceededError, OverloadedError
+from flserving.serving import repository
+from flserving.serving.batching.policy import BatchQueue, Request
+from flserving.serving.doors import Awaiting
 from serving_models import row, serving
 
 DEADLINES_S = (0.06, 0.1, 0.25, 1.0, 5.0)
@@ -343,8 +343,8 @@ def test_a_load_that_waited_until_it_cannot_end_in_time_is_not_begun():
 @pytest.mark.slow
 def test_more_cold_loads_than_can_be_done_are_not_all_late(monkeypatch):
     """Two loaders at 50 ms a load do 40 a second; 100 a second are asked, of versions that never stay in memory."""
-    real = hosting.load_engine
-    monkeypatch.setattr(hosting, "load_engine", lambda *args: (time.sleep(0.05), real(*args))[1])
+    real = repository.load_engine
+    monkeypatch.setattr(repository, "load_engine", lambda *args: (time.sleep(0.05), real(*args))[1])
     with serving(cache_size=1) as server:
         for version in range(8):
             server.load_model(f"v{version}", nn.Linear(2, 1), output_type="regression", num_features=2)

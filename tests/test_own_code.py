@@ -14,7 +14,7 @@ from edge_cloud import cloud
 from flserving import Registry, models
 from flserving.api.client import Client
 from flserving.errors import ConfigError, FlservingError
-from flserving.own_code import import_modules
+from flserving.models.own_code import import_modules
 from serving_models import wait_until
 from serving_processes import running
 

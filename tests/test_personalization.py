@@ -14,13 +14,13 @@ from torch import nn
 
 from budget import examples
 from flserving import models
-from flserving.config import ServingConfig
 from flserving.errors import CorruptArtifactError, ModelExecutionError
 from flserving.federated import STRATEGIES, publish_rounds, train
-from flserving.heads import HeadSet, trained_on
-from flserving.loader import RegistrySource, load_engine
 from flserving.registry import Registry
-from flserving.server import ModelServer
+from flserving.registry.heads import HeadSet, trained_on
+from flserving.serving.config import ServingConfig
+from flserving.serving.loader import RegistrySource, load_engine
+from flserving.serving.server import ModelServer
 
 SIZES, CLIENTS = [5, 8, 3], 12
 NAMES = [f"client-{number}" for number in range(CLIENTS)]

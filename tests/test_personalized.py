@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from flserving import Registry, ServingConfig, federated, models
+from flserving import Registry, ServingConfig, models
 from flserving.errors import InvalidInputError, NotFoundError
-from flserving.heads import HeadSet
-from flserving.personalized import PersonalizedServer
-from flserving.rounds import publish_rounds
-from flserving.transforms import Preprocessor
+from flserving.federated import training
+from flserving.federated.rounds import publish_rounds
+from flserving.models.processing import Preprocessor
+from flserving.registry.heads import HeadSet
+from flserving.serving.personalized import PersonalizedServer
 from serving_models import Threads
 
 WARM = ServingConfig(warmup_samples=1)
@@ -22,7 +23,7 @@ WARM = ServingConfig(warmup_samples=1)
 def trained(tmp_path_factory):
     """Clients whose labels mean something else at each: only its own head can be right."""
     with Registry(tmp_path_factory.mktemp("registry")) as registry:
-        run = federated.train(
+        run = training.train(
             "fedper", num_clients=8, rounds=3, alpha=1.0, permute_labels=True, progress=False,
             on_round=publish_rounds(registry, "digits", alias="default"),
         )  # fmt: skip
@@ -251,7 +252,7 @@ def test_body_and_heads_change_together_under_load(tmp_path):
 
 
 def series(server):
-    from flserving.api.metrics import exposition
+    from flserving.monitoring.prometheus import exposition
 
     lines = exposition(server)[0].decode().splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}

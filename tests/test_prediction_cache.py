@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from flserving import PredictionCache
 from flserving.errors import ConfigError, ModelExecutionError
-from flserving.transforms import Outputs
+from flserving.models.processing import Outputs
 
 OVERHEAD = PredictionCache.OVERHEAD
 SOON_S = 20.0  # how long a thread may take before a test fails; reached only by a failure

@@ -5,13 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from flserving import InferenceEngine, ModelServer, Registry, ServingConfig, create_serving_pipeline, draft, models
-from flserving.datasets import Client
+from flserving import InferenceEngine, ModelServer, Registry, ServingConfig, create_serving_pipeline, models
 from flserving.edge import EdgeModelServer
 from flserving.errors import InvalidModelError, ModelExecutionError
 from flserving.federated import train
-from flserving.loader import RegistrySource, load_engine
-from flserving.probing import TOLERANCE, check_rows, probe_rows, tolerance_of
+from flserving.federated.data import Client
+from flserving.models.probing import TOLERANCE, check_rows, probe_rows, tolerance_of
+from flserving.registry import validation
+from flserving.serving.loader import RegistrySource, load_engine
 
 
 class Does(nn.Module):
@@ -123,7 +124,7 @@ def test_a_model_whose_rows_see_each_other_is_neither_published_nor_loaded(kind,
     with pytest.raises(InvalidModelError, match="its rows see each other"):
         registry.publish("m", made(kind), architecture="sees")
     assert registry.models() == []
-    monkeypatch.setattr(draft, "_check_service", lambda *_: None)  # by a flserving that did not look
+    monkeypatch.setattr(validation, "_check_service", lambda *_: None)  # by a flserving that did not look
     registry.publish("m", made(kind), architecture="sees")
     with pytest.raises(ModelExecutionError, match="version '1': its rows see each other"):
         load_engine(RegistrySource(registry, "m"), "1", ServingConfig(warmup_samples=0))
@@ -251,8 +252,8 @@ def test_a_classifier_with_one_logit_is_refused_at_every_door(registry):
 
 
 def test_one_logit_that_was_published_before_is_not_loaded(registry, monkeypatch):
-    monkeypatch.setattr(draft, "_check_service", lambda *_: None)
-    monkeypatch.setattr(draft, "ONE_OUTPUT", "")
+    monkeypatch.setattr(validation, "_check_service", lambda *_: None)
+    monkeypatch.setattr(validation, "ONE_OUTPUT", "")
     one = {"architecture": "mlp", "parameters": {"sizes": [4, 1]}}
     registry.publish("m", models.build("mlp", one["parameters"]), output_type="regression", **one)
     source = RegistrySource(registry, "m")

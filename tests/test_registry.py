@@ -31,9 +31,9 @@ from flserving.errors import (
     OverloadedError,
     ServerClosedError,
 )
-from flserving.manifest import Lineage
+from flserving.models.processing import Preprocessor
 from flserving.registry import Registry
-from flserving.transforms import Preprocessor
+from flserving.registry.manifest import Lineage
 from serving_models import PATIENCE_S
 
 BY = {"who": "ana", "why": "test"}

@@ -11,10 +11,10 @@ import torch
 
 import budget
 import registry_crash
-from flserving import storage, weights
 from flserving.errors import FlservingError, OverloadedError
-from flserving.index import Index
-from flserving.registry import Registry
+from flserving.models import weights
+from flserving.registry import Registry, storage
+from flserving.registry.index import Index
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
@@ -121,7 +121,7 @@ def _fails(registry: Registry) -> str | None:
 def test_a_failed_commit_leaves_no_version_and_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Registry(tmp_path) as registry:
         with monkeypatch.context() as patch:
-            patch.setattr("flserving.index.Transaction.set_alias", lambda *_: 1 / 0)
+            patch.setattr("flserving.registry.index.Transaction.set_alias", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 registry_crash.publish_next(registry)
         assert registry.version_numbers("m") == [] and registry.models() == []

@@ -15,10 +15,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from flserving import models, storage, weights
+from flserving import models
 from flserving.errors import ConfigError, CorruptArtifactError, FlservingError, ModelTooLargeError
-from flserving.manifest import MAX_MANIFEST_NBYTES, sha256
-from flserving.registry import Registry
+from flserving.models import weights
+from flserving.registry import Registry, storage
+from flserving.registry.manifest import MAX_MANIFEST_NBYTES, sha256
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from flserving import ModelServer, Registry, models, storage
+from flserving import ModelServer, Registry, models
 from flserving.errors import ConfigError, FlservingError, NotFoundError
-from flserving.heads import HeadSet
-from flserving.index import FILE_NAME
+from flserving.registry import storage
+from flserving.registry.heads import HeadSet
+from flserving.registry.index import FILE_NAME
 from serving_models import wait_until
 
 pytestmark = [

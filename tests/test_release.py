@@ -10,10 +10,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_cloud import CLIENTS, heads, publish, state
-from flserving import Registry, delta, weights
-from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError, NotFoundError
-from flserving.manifest import sha256
-from flserving.release import (
+from flserving import Registry
+from flserving.edge import delta
+from flserving.edge.release import (
     KEY_FILE,
     VALID_S,
     HeadStatement,
@@ -27,6 +26,9 @@ from flserving.release import (
     round_of,
     verify,
 )
+from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError, NotFoundError
+from flserving.models import weights
+from flserving.registry.manifest import sha256
 
 NOW_S = 1_800_000_000
 

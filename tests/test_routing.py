@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from flserving import ModelServer, Registry, ServingConfig, models, routing
+from flserving import ModelServer, Registry, ServingConfig, models
 from flserving.errors import (
     ConflictError,
     CorruptArtifactError,
@@ -21,8 +21,9 @@ from flserving.errors import (
     ModelUnloadedError,
     NotFoundError,
 )
-from flserving.routing import Router
-from flserving.split import Crossroads, Experiment
+from flserving.registry.experiment import Crossroads, Experiment
+from flserving.serving import router as routing
+from flserving.serving.router import Router
 from serving_models import PATIENCE_S, Constant, Threads, collected, row, serving, wait_until
 
 pytestmark = pytest.mark.timeout(90)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from flserving.experiments import judge
-from flserving.sequential import (
+from flserving.experiments.statistics import (
     exceeds,
     fixed_information,
     half_width,
@@ -16,7 +16,7 @@ from flserving.sequential import (
     p_value,
     sample_size,
 )
-from flserving.split import Policy
+from flserving.registry.experiment import Policy
 
 ALPHA, EFFECT, POWER = 0.05, 0.05, 0.8
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from flserving import ModelServer, ServingConfig, create_serving_pipeline, hosting, models, workers
+from flserving import ModelServer, ServingConfig, create_serving_pipeline, models
 from flserving.errors import (
     ConflictError,
     CorruptArtifactError,
@@ -25,6 +25,8 @@ from flserving.errors import (
     OverloadedError,
     ServerClosedError,
 )
+from flserving.serving import repository
+from flserving.serving.batching import workers
 from serving_models import (
     PATIENCE_S,
     POISON,
@@ -76,13 +78,13 @@ def slow(server, version="v1.0"):
 @pytest.fixture
 def gated_loads(monkeypatch):
     """Loads that wait until the test releases them: ``gated_loads.shut()``."""
-    probe, real = Probe(), hosting.load_engine
+    probe, real = Probe(), repository.load_engine
 
     def load_engine(source, version, config):
         with probe.inside([version]):
             return real(source, version, config)
 
-    monkeypatch.setattr(hosting, "load_engine", load_engine)
+    monkeypatch.setattr(repository, "load_engine", load_engine)
     return probe
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flserving.errors import ConfigError, FlservingError, InvalidInputError, InvalidModelError, NotFoundError
-from flserving.telemetry import STAGES
+from flserving.monitoring.telemetry import STAGES
 from serving_models import POISON, Constant, Gated, Poison, Probe, Threads, row, serving
 
 pytestmark = pytest.mark.timeout(60)

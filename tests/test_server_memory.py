@@ -13,11 +13,12 @@ import pytest
 from torch import nn
 
 import flserving
-from flserving import ModelServer, Registry, ServingConfig, hosting, models
+from flserving import ModelServer, Registry, ServingConfig, models
 from flserving.errors import ModelTooLargeError
-from flserving.heads import HeadSet
-from flserving.loader import load_engine
-from flserving.optimization import quantise
+from flserving.optimize.methods import quantise
+from flserving.registry.heads import HeadSet
+from flserving.serving import repository
+from flserving.serving.loader import load_engine
 from serving_models import PATIENCE_S
 
 pytestmark = pytest.mark.timeout(180)
@@ -78,7 +79,7 @@ def test_cold_versions_asked_at_once_stay_within_the_budget(tmp_path, monkeypatc
                 "m", models.build("mlp", {"sizes": sizes}), architecture="mlp", parameters={"sizes": sizes}
             )
         nbytes = 4 * (8 * 64 + 64 + 64 * 3 + 3)
-        monkeypatch.setattr(hosting, "load_engine", built)
+        monkeypatch.setattr(repository, "load_engine", built)
         config = ServingConfig(cache_size=100, cache_bytes=3 * nbytes, timeout_ms=PATIENCE_S * 1e3)
         with ModelServer(config, registry) as server, ThreadPoolExecutor(24) as callers:
             answers = list(callers.map(lambda version: server.predict(np.zeros(8), version), range(1, 25)))

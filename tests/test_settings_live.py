@@ -16,7 +16,7 @@ from flserving.errors import (
     NotFoundError,
     OverloadedError,
 )
-from flserving.heads import HeadSet
+from flserving.registry.heads import HeadSet
 from serving_models import Constant, Gated, Probe, Tagged, Threads, row, serving, wait_until
 
 pytestmark = pytest.mark.timeout(60)

@@ -22,7 +22,7 @@ import flserving
 from flserving import Registry, ServingConfig, models
 from flserving.api.client import AsyncClient
 from flserving.errors import DeadlineExceededError, FlservingError, OverloadedError, ServerClosedError
-from flserving.server import ModelServer
+from flserving.serving.server import ModelServer
 from serving_models import Constant, row
 from serving_processes import X, running
 

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from budget import examples
 from edge_cloud import CLIENTS, SIZES, Between, X, cloud, heads, publish, state
 from edge_proxy import Liar, instead
-from flserving import ModelServer, Registry, ServingConfig, delta, weights
+from flserving import ModelServer, Registry, ServingConfig
 from flserving.api.client import Client
-from flserving.edge import EdgeModelServer
+from flserving.edge import EdgeModelServer, delta
+from flserving.edge.hybrid import HybridServer
+from flserving.edge.release import Seen, Signer, Statement, check, verify
+from flserving.edge.sync import Memory, SyncAgent
 from flserving.errors import (
     ConfigError,
     CorruptArtifactError,
@@ -35,10 +38,8 @@ from flserving.errors import (
     TooLargeError,
     UnauthorizedError,
 )
-from flserving.hybrid import HybridServer
-from flserving.release import Seen, Signer, Statement, check, verify
-from flserving.split import Experiment
-from flserving.sync import Memory, SyncAgent
+from flserving.models import weights
+from flserving.registry.experiment import Experiment
 from serving_models import PATIENCE_S
 
 BIG = [64, 2048, 3]  # half a megabyte of weights: many reads of a socket
@@ -601,11 +602,11 @@ def test_a_full_disk_is_an_error_and_the_model_before_serves_on(served, tmp_path
         publish(released, 2)
         with monkeypatch.context() as patch:
             if place == "note":
-                patch.setattr("flserving.sync.storage.write_file", full)
+                patch.setattr("flserving.edge.sync.storage.write_file", full)
             elif place == "part":
-                patch.setattr("flserving.downloads.open", lambda *given: Full(open(*given)), raising=False)  # noqa: SIM115
+                patch.setattr("flserving.edge.downloads.open", lambda *given: Full(open(*given)), raising=False)  # noqa: SIM115
             else:
-                patch.setattr("flserving.storage.os.rename", full)
+                patch.setattr("flserving.registry.storage.os.rename", full)
             with pytest.raises(FlservingError, match=r"No space left on device.*free"):
                 agent.pull()
         assert runs(registry, 1) and registry.version_numbers("m") == [1]

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flserving.accounts import BOUNDS_S, STAGES, Histogram, merged, record
-from flserving.engine import Execution, Prediction
-from flserving.telemetry import _PENDING, KEEP_S, Executions, Telemetry
+from flserving.monitoring.metrics import BOUNDS_S, STAGES, Histogram, merged, record
+from flserving.monitoring.telemetry import _PENDING, KEEP_S, Executions, Telemetry
+from flserving.serving.engine import Execution, Prediction
 from serving_models import PATIENCE_S
 
 

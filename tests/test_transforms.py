@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from flserving import Postprocessor, Preprocessor
 from flserving.errors import ConfigError, InvalidInputError, ModelExecutionError
-from flserving.transforms import ABSTAIN, Outputs
+from flserving.models.processing import ABSTAIN, Outputs
 
 F32 = np.finfo(np.float32)
 finite = st.floats(-1e6, 1e6, width=32)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flserving import weights
 from flserving.errors import CorruptArtifactError, InvalidModelError
+from flserving.models import weights
 
 DTYPES = list(weights._DTYPES.values())
 

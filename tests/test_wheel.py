@@ -21,8 +21,8 @@ import pytest
 import tritonclient.http as triton
 from packaging.requirements import Requirement
 
-from flserving import datasets
 from flserving.api.client import Client
+from flserving.federated import data
 from serving_models import PATIENCE_S, wait_until
 from serving_processes import running
 
@@ -39,7 +39,7 @@ COURSE = (
     "nbformat",
     "tqdm",
 )
-X = datasets.digits()[0][:3]
+X = data.digits()[0][:3]
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="links files, and ends servers by SIGTERM and SIGINT"),
@@ -156,7 +156,7 @@ def test_the_package_imports_without_the_course(server_only):
         ("import flserving; flserving.Registry('r').history('m')", "pandas"),
         ("import flserving.lab", "matplotlib|scipy|pandas|ipywidgets"),
         (
-            "from flserving import backends; backends.check(b'', 4, 3)",
+            "from flserving.models import onnx; onnx.check(b'', 4, 3)",
             "onnx",
         ),
     ],

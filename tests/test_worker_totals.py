@@ -6,12 +6,12 @@ import shutil
 import httpx
 import pytest
 
-from flserving.accounts import merged
 from flserving.api import worker
 from flserving.api.endpoint import Endpoint
-from flserving.api.metrics import exposition
 from flserving.api.options import ApiOptions
 from flserving.api.worker import Plan, Totals, _serve
+from flserving.monitoring.metrics import merged
+from flserving.monitoring.prometheus import exposition
 from serving_models import Tagged, row, serving
 from serving_processes import two_versions
 

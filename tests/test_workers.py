@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from flserving import workers
-from flserving.config import ServingConfig
 from flserving.errors import DeadlineExceededError, ModelExecutionError, OverloadedError, ServerClosedError
-from flserving.workers import Batcher
+from flserving.serving.batching import workers
+from flserving.serving.batching.workers import Batcher
+from flserving.serving.config import ServingConfig
 from serving_models import PATIENCE_S, POISON, Probe, Threads, flserving_threads, wait_until
 
 pytestmark = pytest.mark.timeout(60)

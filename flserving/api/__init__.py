@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flserving.api.endpoint import Endpoint
-    from flserving.server import ModelServer
+    from flserving.serving.server import ModelServer
 
 
 def serve(server: "ModelServer", **options: Any) -> "Endpoint":

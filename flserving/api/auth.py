@@ -1,4 +1,4 @@
-"""Who may ask what: bearer tokens, their roles, and the client that a token speaks for. Imports ``errors`` only.
+"""Who may ask what: bearer tokens, their roles, and the client that a token speaks for.
 
 A token is kept as its sha256 alone, so neither memory dumps nor messages of the server hold one.
 """

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from flserving.api.options import ApiOptions
-from flserving.config import CHOICES, ServingConfig
 from flserving.errors import ConfigError
-from flserving.own_code import import_option
+from flserving.models.own_code import import_option
+from flserving.serving.config import CHOICES, ServingConfig
 
 _API = {  # field of ApiOptions -> its help
     "host": "address to listen on; 0.0.0.0 lets other computers in",
@@ -112,11 +112,11 @@ def demo_options(parser: argparse.ArgumentParser) -> None:
 def demo(arguments: argparse.Namespace) -> int:
     """Train a model over clients, publish its rounds, promote the best, serve it, and say how to call it."""
     from flserving import api
-    from flserving.datasets import digits
     from flserving.federated import train
+    from flserving.federated.data import digits
+    from flserving.federated.rounds import publish_rounds
     from flserving.registry import Registry
-    from flserving.rounds import publish_rounds
-    from flserving.server import ModelServer
+    from flserving.serving.server import ModelServer
 
     stop = threading.Event()
     with tempfile.TemporaryDirectory(prefix="flserving-demo-") as temporary:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 import uvicorn
 
 from flserving.api.auth import Role, Tokens
+from flserving.api.dataplane import V2, Others
 from flserving.api.options import ApiOptions, check_origin
-from flserving.api.ports import listen, refuse
-from flserving.api.v2 import V2, Others
+from flserving.api.sockets import listen, refuse
 from flserving.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flserving.server import ModelServer
+    from flserving.serving.server import ModelServer
 
 DRAIN_S = 5.0
 """How long admitted requests may take to finish when an endpoint closes."""
@@ -133,7 +133,7 @@ class _Doors:
         rest, grpc = _Rest(self._v2, self._options, self._listener), None
         try:
             if self._options.grpc_port is not None:
-                from flserving.api.grpc import start_grpc  # an endpoint without gRPC does not load grpcio
+                from flserving.api.grpc.server import start_grpc  # an endpoint without gRPC does not load grpcio
 
                 grpc = await start_grpc(self._v2, self._options, reuse_port=self._reuse_port)
             await rest.open()
@@ -160,8 +160,8 @@ class _Rest:
     """How long a client that has just connected may take to send its request when the endpoint closes."""
 
     def __init__(self, v2: V2, options: ApiOptions, listener: socket.socket) -> None:
-        from flserving.api.http1 import protocol_class
-        from flserving.api.rest import RestApp
+        from flserving.api.rest.app import RestApp
+        from flserving.api.rest.http1 import protocol_class
 
         def refused(reason: str) -> None:
             v2.server.telemetry.refusal("rest", reason)

@@ -7,7 +7,7 @@ from os import PathLike
 from urllib.parse import urlsplit
 
 from flserving.api.auth import Tokens
-from flserving.api.protocol import MOST_NUMBERS
+from flserving.api.rest.codec import MOST_NUMBERS
 from flserving.errors import ConfigError
 
 # name -> (lowest, highest, what the bound protects from)

@@ -16,10 +16,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from flserving.api.endpoint import DRAIN_S
-from flserving.api.ports import listen
+from flserving.api.sockets import listen
 from flserving.api.worker import STOPPING, Plan, work
 from flserving.errors import ConfigError, FlservingError
-from flserving.storage import own_folder
+from flserving.registry.storage import own_folder
 
 START_S = 60.0
 """How long a worker may take from its start to its first answer."""

@@ -20,17 +20,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flserving.accounts import merged
 from flserving.api.endpoint import DRAIN_S, Endpoint
-from flserving.api.metrics import totals
 from flserving.api.options import ApiOptions
-from flserving.config import ServingConfig
 from flserving.errors import ConfigError, FlservingError
-from flserving.index import FILE_NAME
-from flserving.own_code import import_modules
+from flserving.models.own_code import import_modules
+from flserving.monitoring.metrics import merged
+from flserving.monitoring.prometheus import totals
+from flserving.monitoring.telemetry import OTHER
 from flserving.registry import Registry
-from flserving.server import ModelServer
-from flserving.telemetry import OTHER
+from flserving.registry.index import FILE_NAME
+from flserving.serving.config import ServingConfig
+from flserving.serving.server import ModelServer
 
 EXCHANGE_S = 1.0
 STOPPING = (signal.SIGTERM, signal.SIGINT)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from flserving.aggregation import State, aggregate, fault
-from flserving.datasets import Client, Features, Labels, digits, federated_statistics, make_clients
 from flserving.federated import train
-from flserving.gate import CHECKS, Gate, Verdict, gated, golden_rows
+from flserving.federated.aggregation import State, aggregate, fault
+from flserving.federated.data import Client, Features, Labels, digits, federated_statistics, make_clients
+from flserving.federated.gate import CHECKS, Gate, Verdict, gated, golden_rows
+from flserving.federated.rounds import Round, publish_rounds
 from flserving.registry import Registry
-from flserving.rounds import Round, publish_rounds
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from flserving.accounts import STAGES
-from flserving.api.calls import GrpcCalls, RestCalls, Where
-from flserving.api.carriers import Carrier, Grpc, Received, Rest, Sent
+from flserving.api.client.calls import GrpcCalls, RestCalls, Where
+from flserving.api.client.transports import Carrier, Grpc, Received, Rest, Sent
 from flserving.errors import ConfigError
 from flserving.lab.arrivals import Floats
-from flserving.transforms import Floats as Rows
+from flserving.models.processing import Floats as Rows
+from flserving.monitoring.metrics import STAGES
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from flserving.api.endpoint import Endpoint
-    from flserving.server import ModelServer
+    from flserving.serving.server import ModelServer
 
 WAYS = ("in process", "gRPC", "REST, binary", "REST, JSON")
 SPANS = ("encode", "wire out", "parse", *STAGES, "serialise", "wire back", "decode")

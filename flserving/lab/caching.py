@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flserving.cache import ModelCache
 from flserving.errors import ConfigError
 from flserving.lab import theory
 from flserving.lab.arrivals import Floats, Ints, Zipf
+from flserving.serving.cache import ModelCache
 
 Bools = npt.NDArray[np.bool_]
 Step = tuple[str, bool, tuple[str, ...]]

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from flserving.lab.arrivals import Floats, Ints
 from flserving.lab.style import COLOURS, figure, styled
-from flserving.transforms import ABSTAIN
+from flserving.models.processing import ABSTAIN
 
 _BLUE, _ORANGE, _GREEN, _GREY = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[6]
 _WIDTH, _STEP, _HEIGHT = 17.0, 20.75, 11.5  # of a box, from box to box, of a box; in hundredths of the picture's width

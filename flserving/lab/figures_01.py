@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
-from flserving.datasets import Features
+from flserving.federated.data import Features
 from flserving.lab.arrivals import Ints
 from flserving.lab.figures_00 import arrow
 from flserving.lab.rollout import Answered

@@ -13,10 +13,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from flserving.accounts import STAGES
 from flserving.errors import FlservingError
 from flserving.lab.arrivals import Floats
 from flserving.lab.style import COLOURS, figure, styled
+from flserving.monitoring.metrics import STAGES
 
 if TYPE_CHECKING:
     import pandas as pd

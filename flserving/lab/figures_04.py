@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from flserving.config import BatchingPolicy
-from flserving.engine import InferenceEngine
 from flserving.lab.arrivals import Floats, Poisson, arrival_times_s
 from flserving.lab.report import LoadReport
 from flserving.lab.simulate import BatchTrace, simulate_batching
 from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.lab.theory import mg1_wait_s
+from flserving.serving.config import BatchingPolicy
+from flserving.serving.engine import InferenceEngine
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from flserving.lab.network import Link
 from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.lab.three_ways import PATHS, summary
-from flserving.network import Link
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from flserving.config import ServingConfig
-from flserving.engine import InferenceEngine
 from flserving.errors import NotSupportedError
 from flserving.extras import need
 from flserving.lab.roofline import Machine, roofline_us, work
 from flserving.lab.style import COLOURS, PLAIN, figure, styled
-from flserving.loader import RegistrySource, load_engine
 from flserving.registry import Registry
+from flserving.serving.config import ServingConfig
+from flserving.serving.engine import InferenceEngine
+from flserving.serving.loader import RegistrySource, load_engine
 
 if TYPE_CHECKING:
     import pandas as pd

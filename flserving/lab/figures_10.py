@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from flserving.gate import CHECKS
+from flserving.federated.gate import CHECKS
 from flserving.lab.style import COLOURS, PLAIN, figure, styled
 from flserving.lab.trials import FIXED, MOST, TYPICAL, Learned, Looks, Plan
 

@@ -10,20 +10,10 @@ from matplotlib.figure import Figure
 from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from flserving.accounts import BOUNDS_S
 from flserving.lab.arrivals import Floats
-from flserving.lab.slo import (
-    FAST,
-    SLO,
-    SLOW,
-    Incident,
-    WindowPair,
-    burn_rates,
-    firing,
-    histogram_quantile,
-    increases,
-)
+from flserving.lab.slo import FAST, SLO, SLOW, Incident, WindowPair, burn_rates, firing, histogram_quantile, increases
 from flserving.lab.style import COLOURS, figure, styled
+from flserving.monitoring.metrics import BOUNDS_S
 
 TARGET_S = 0.05
 BUCKETS_S: dict[str, tuple[float, ...]] = {

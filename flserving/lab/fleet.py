@@ -1,7 +1,7 @@
 """A fleet in virtual time: many devices, their links, and servers. ``lab/capacity.py`` asks it what a million need.
 
-The servers follow :class:`~flserving.batching.BatchQueue`, the code that the real server runs, on simpy's clock; the
-links are :class:`~flserving.network.Link`. Three architectures answer the same requests:
+The servers follow :class:`~flserving.serving.batching.policy.BatchQueue`, the code that the real server runs, on
+simpy's clock; the links are :class:`~flserving.lab.network.Link`. Three architectures answer the same requests:
 
 - ``central``: every request crosses the link, waits for a batch, and comes back;
 - ``edge``: the device answers, the link carries model updates only;
@@ -21,11 +21,11 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from flserving.batching import BatchQueue, Request
-from flserving.config import ServingConfig
 from flserving.errors import ConfigError, OverloadedError
 from flserving.lab.arrivals import Arrivals, Floats, Ints, arrival_times_s
-from flserving.network import Link
+from flserving.lab.network import Link
+from flserving.serving.batching.policy import BatchQueue, Request
+from flserving.serving.config import ServingConfig
 
 Architecture = Literal["central", "edge", "hybrid"]
 PATHS = ("failed", "local", "cloud", "degraded")

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import flserving
-from flserving import weights
-from flserving.config import ServingConfig
-from flserving.datasets import Client
-from flserving.engine import InferenceEngine
-from flserving.loader import RegistrySource, load_engine
-from flserving.manifest import Lineage
+from flserving.federated.data import Client
+from flserving.models import weights
 from flserving.registry import Registry
+from flserving.registry.manifest import Lineage
+from flserving.serving.config import ServingConfig
+from flserving.serving.engine import InferenceEngine
+from flserving.serving.loader import RegistrySource, load_engine
 
 if TYPE_CHECKING:
     import pandas as pd

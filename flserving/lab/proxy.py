@@ -13,7 +13,7 @@ import threading
 from typing import Literal, Self, get_args
 
 from flserving.errors import ConfigError
-from flserving.network import Link
+from flserving.lab.network import Link
 
 Cut = Literal["refuse", "black_hole"]
 CHUNK_NBYTES = 16_384

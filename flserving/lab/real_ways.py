@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flserving.api.client import Client as ApiClient
+from flserving.api.client.retries import Retries
 from flserving.api.endpoint import Endpoint
-from flserving.api.retries import Retries
-from flserving.datasets import Client
 from flserving.errors import FlservingError
+from flserving.federated.data import Client
+from flserving.lab.network import Link
 from flserving.lab.proxy import Proxy
 from flserving.lab.slo import SLO
-from flserving.network import Link
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from flserving.datasets import Client, Features
+from flserving.federated.data import Client, Features
 from flserving.lab.arrivals import Ints
-from flserving.manifest import Manifest
-from flserving.server import ModelServer
+from flserving.registry.manifest import Manifest
+from flserving.serving.server import ModelServer
 
 if TYPE_CHECKING:
     import pandas as pd

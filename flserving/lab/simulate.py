@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flserving.config import BatchingPolicy
 from flserving.errors import ConfigError
 from flserving.lab.arrivals import Floats, Ints
+from flserving.serving.config import BatchingPolicy
 
 
 @dataclass(frozen=True, eq=False)

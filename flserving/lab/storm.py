@@ -1,6 +1,6 @@
 """A retry storm in virtual time: callers that ask again, and a server that stood still for a moment.
 
-Nothing here sleeps. The waits and the budget are the real ones of our client (``flserving.api.retries``).
+Nothing here sleeps. The waits and the budget are the real ones of our client (``flserving.api.client.retries``).
 """
 
 import heapq
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flserving.api.retries import Attempts, Refused, Retries
+from flserving.api.client.retries import Attempts, Refused, Retries
 from flserving.errors import FlservingError, ServerClosedError
 from flserving.lab.arrivals import Floats
 

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flserving import models, optimization
-from flserving.backends import OnnxModel
-from flserving.config import ServingConfig
-from flserving.engine import InferenceEngine
+from flserving import models
 from flserving.errors import InvalidModelError
 from flserving.lab.optimization import BATCHES, MARGIN, race
-from flserving.loader import RegistrySource, load_engine
+from flserving.models.onnx import OnnxModel
+from flserving.optimize import methods
 from flserving.registry import Registry
+from flserving.serving.config import ServingConfig
+from flserving.serving.engine import InferenceEngine
+from flserving.serving.loader import RegistrySource, load_engine
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,12 +100,12 @@ def _techniques(registry: Registry, width: int) -> dict[str, int]:
 
     calibration: NDArray[np.float32] = np.random.default_rng(0).standard_normal((256, 64), dtype=np.float32)
     made = {"": publish(width), "distilled": publish(max(1, width // 4))}
-    made["pruned"] = optimization.prune(registry, "m", 1, 0.5).version
-    made["pruned, structured"] = optimization.prune(registry, "m", 1, 0.5, structured=True).version
-    made["onnx"] = optimization.to_onnx(registry, "m", 1).version
-    for method in optimization.METHODS:
+    made["pruned"] = methods.prune(registry, "m", 1, 0.5).version
+    made["pruned, structured"] = methods.prune(registry, "m", 1, 0.5, structured=True).version
+    made["onnx"] = methods.to_onnx(registry, "m", 1).version
+    for method in methods.METHODS:
         data = calibration if method == "static" else None
-        made[f"quantised, {method}"] = optimization.quantise(registry, "m", made["onnx"], method, data).version
+        made[f"quantised, {method}"] = methods.quantise(registry, "m", made["onnx"], method, data).version
     return made
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flserving.breaker import CircuitBreaker
-from flserving.config import ServingConfig
+from flserving.edge.breaker import CircuitBreaker
 from flserving.lab.arrivals import Floats
 from flserving.lab.capacity import plan
 from flserving.lab.fleet import Fleet
-from flserving.network import Link
+from flserving.lab.network import Link
+from flserving.serving.config import ServingConfig
 
 if TYPE_CHECKING:
     import pandas as pd

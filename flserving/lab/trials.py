@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from flserving import sequential
-from flserving.bandit import Thompson
-from flserving.datasets import Features
 from flserving.errors import ConflictError
+from flserving.experiments import statistics
+from flserving.experiments.bandit import Thompson
+from flserving.federated.data import Features
 from flserving.lab.arrivals import Floats, Ints
-from flserving.server import ModelServer
+from flserving.serving.server import ModelServer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 MEAN = 0.9  # right answers of the version that answers now
 BROKEN = 0.5  # what a broken version loses of them
 ARMS = ("round 3", "round 2", "round 1")
-_half_width = np.vectorize(sequential.half_width, otypes=[float])
-_p_value = np.vectorize(sequential.p_value, otypes=[float])
+_half_width = np.vectorize(statistics.half_width, otypes=[float])
+_p_value = np.vectorize(statistics.p_value, otypes=[float])
 
 
 class Looks(NamedTuple):
@@ -63,9 +63,9 @@ def alarms_by_unit(tests: int = 400, clients: int = 30, each: int = 40, alpha: f
         sums = rng.binomial(each, rng.beta(4.5, 0.5, (2, clients)))
         mean, n = sums.sum(axis=1) / (clients * each), clients * each
         naive = float((mean * (1 - mean) / n).sum())
-        ratios = [sequential.mean_of({str(i): (each, float(s)) for i, s in enumerate(arm)}) for arm in sums]
+        ratios = [statistics.mean_of({str(i): (each, float(s)) for i, s in enumerate(arm)}) for arm in sums]
         gap = float(mean[1] - mean[0])
-        alarms += [sequential.p_value(gap, v) < alpha for v in (naive, ratios[0][1] + ratios[1][1])]
+        alarms += [statistics.p_value(gap, v) < alpha for v in (naive, ratios[0][1] + ratios[1][1])]
     return alarms / tests
 
 
@@ -89,9 +89,9 @@ def plan(effect_percent: float, requests_a_day: int, share_percent: float, alpha
     "Typically" is where half of the tests of a version that is worse by the effect have ended.
     """
     needed: dict[str, Callable[[float], float]] = {
-        FIXED: lambda effect: sequential.fixed_information(effect, alpha, power),
-        MOST: lambda effect: sequential.information(effect, alpha, power),
-        TYPICAL: lambda effect: sequential.information(effect, alpha, 0.5),
+        FIXED: lambda effect: statistics.fixed_information(effect, alpha, power),
+        MOST: lambda effect: statistics.information(effect, alpha, power),
+        TYPICAL: lambda effect: statistics.information(effect, alpha, 0.5),
     }
     effects, shares = np.geomspace(0.5, 10, 25), np.geomspace(1, 50, 25)
     days = {
@@ -119,7 +119,7 @@ def noticed(gap: float, effect: float, alpha: float = 0.05) -> float:
     low, high = 1e-3, 1e9
     while high / low > 1.001:  # the width falls with the information
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if sequential.half_width(1 / middle, alpha, effect) < gap else (middle, high)
+        low, high = (low, middle) if statistics.half_width(1 / middle, alpha, effect) < gap else (middle, high)
     return high
 
 

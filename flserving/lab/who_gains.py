@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flserving import datasets, federated
-from flserving.datasets import Client
-from flserving.heads import HeadSet
+from flserving.federated import data, training
+from flserving.federated.data import Client
+from flserving.federated.rounds import Round
 from flserving.lab.arrivals import Floats
-from flserving.rounds import Round
-from flserving.transforms import Floats as Floats32
-from flserving.transforms import Preprocessor
+from flserving.models.processing import Floats as Floats32
+from flserving.models.processing import Preprocessor
+from flserving.registry.heads import HeadSet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,12 +80,10 @@ def _table() -> "pd.DataFrame":
 def _once(
     alpha: float, clients: int, samples: int, private: bool, seed: int, rounds: int
 ) -> dict[str, tuple[float, ...]]:
-    x, y = datasets.digits()
+    x, y = data.digits()
     chosen = np.random.default_rng(seed).permutation(len(y))[: clients * samples]
-    parts = datasets.make_clients(
-        x[chosen], y[chosen], num_clients=clients, alpha=alpha, permute_labels=private, seed=seed
-    )
-    runs = {name: federated.train(name, rounds=rounds, clients=parts, seed=seed, progress=False) for name in METHODS}
+    parts = data.make_clients(x[chosen], y[chosen], num_clients=clients, alpha=alpha, permute_labels=private, seed=seed)
+    runs = {name: training.train(name, rounds=rounds, clients=parts, seed=seed, progress=False) for name in METHODS}
     shared = global_accuracy(runs["fedavg_ft"])  # fine-tuning leaves the global model alone: it is FedAvg's
     found: dict[str, tuple[float, ...]] = {GLOBAL: (shared.mean(), shared.min(), 0.0, 0.0)}
     for name, run in runs.items():
@@ -94,12 +92,12 @@ def _once(
     return found
 
 
-def own_accuracy(run: federated.Run) -> Floats:
+def own_accuracy(run: training.Run) -> Floats:
     """Accuracy of each client with the model that serves it after the last round, on its held-out samples, [K]."""
     return np.array([run.final.client_accuracy[client.id] for client in run.clients])
 
 
-def global_accuracy(run: federated.Run) -> Floats:
+def global_accuracy(run: training.Run) -> Floats:
     """Accuracy of each client with the last round's global model, on its held-out samples, [K]."""
     body, head = _standardised_body(run.final), run.final.model().get_submodule("head")
     with torch.inference_mode():

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import orjson
 
-from flserving.api.calls import GrpcCalls, RestCalls
+from flserving.api.client.calls import GrpcCalls, RestCalls
 from flserving.errors import InvalidInputError
 from flserving.lab.arrivals import Ints
-from flserving.transforms import Floats
+from flserving.models.processing import Floats
 
 if TYPE_CHECKING:
     import pandas as pd

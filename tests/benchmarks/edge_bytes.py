@@ -19,10 +19,10 @@ import flserving
 from flserving import ModelServer, Registry
 from flserving.api.auth import Role, Tokens
 from flserving.edge import EdgeModelServer
+from flserving.edge.sync import SyncAgent
 from flserving.federated import train
-from flserving.heads import HeadSet
-from flserving.rounds import Round, Run
-from flserving.sync import SyncAgent
+from flserving.federated.rounds import Round, Run
+from flserving.registry.heads import HeadSet
 
 MODELS = {
     "digits_mlp": ("digits_mlp", {}, 10),

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from flserving import Registry, models
-from flserving.config import ServingConfig
-from flserving.heads import HeadSet
-from flserving.loader import RegistrySource, load_engine
 from flserving.models import SplitModel
+from flserving.registry.heads import HeadSet
+from flserving.serving.config import ServingConfig
+from flserving.serving.loader import RegistrySource, load_engine
 
 BATCHES = (1, 16, 64, 256)
 INPUTS, OUTPUTS = 64, 10

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 
 from flserving import ModelServer, Registry, ServingConfig, create_serving_pipeline, models
-from flserving.loader import RegistrySource, load_engine
+from flserving.serving.loader import RegistrySource, load_engine
 
 SMALL = ("tutorial_mlp", {})
 LARGE = ("mlp", {"sizes": [784, 512, 512, 10]})

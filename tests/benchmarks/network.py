@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from flserving import Registry, models
-from flserving.api import messages
+from flserving.api.grpc import codec
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "servers"))
@@ -61,7 +61,7 @@ class System:
             with grpc.insecure_channel(self.target.url.split("//")[1].split("/")[0]) as channel:
                 call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
                 reply = call(self.target.body[5:], metadata=[("authorization", f"Bearer {TOKEN}")], timeout=10)
-            raw = messages.InferResponse.FromString(reply).raw_output_contents[2]
+            raw = codec.InferResponse.FromString(reply).raw_output_contents[2]
             return np.frombuffer(raw, np.float32).tolist()
         request = urllib.request.Request(self.target.url, self.target.body, self.target.headers)
         with urllib.request.urlopen(request, timeout=10) as response:
@@ -85,7 +85,7 @@ def bodies(row: np.ndarray) -> tuple[bytes, bytes, dict[str, str], bytes]:
     head = {"inputs": [tensor | {"parameters": {"binary_data_size": row.nbytes}}]}
     front = json.dumps(head | {"parameters": {"binary_data_output": True}}).encode()
     headers = {"content-type": "application/octet-stream", "Inference-Header-Content-Length": str(len(front))}
-    request = messages.InferRequest(model_name="m", raw_input_contents=[row.tobytes()])
+    request = codec.InferRequest(model_name="m", raw_input_contents=[row.tobytes()])
     request.inputs.add(name="features", datatype="FP32", shape=row.shape)
     message = request.SerializeToString()
     return plain, front + row.tobytes(), headers, b"\0" + len(message).to_bytes(4, "big") + message

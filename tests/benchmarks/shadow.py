@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from flserving import ModelServer, Registry, models
-from flserving.split import Experiment
+from flserving.registry.experiment import Experiment
 
 SIZES = {"small": [32, 64, 10], "large": [784, 512, 512, 10]}
 ON, OFF, AGAIN = "with a shadow", "without", "without, again"

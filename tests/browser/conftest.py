@@ -15,7 +15,7 @@ import nbformat
 import pytest
 
 from cell_needs import needed_cells
-from flserving.doctor import find_chromium
+from flserving.api.doctor import find_chromium
 from lab_server import LabServer, lab_server
 from notebook_gates import code_cells, tags
 

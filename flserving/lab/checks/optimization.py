@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flserving import optimization
-from flserving.backends import OnnxModel
-from flserving.datasets import Client
 from flserving.extras import need
+from flserving.federated.data import Client
 from flserving.lab.checks.asking import ask
-from flserving.manifest import Manifest
+from flserving.models.onnx import OnnxModel
+from flserving.optimize import methods
 from flserving.registry import Registry
+from flserving.registry.manifest import Manifest
 
 NAME, KEYS = "digits", {"version", "smaller", "faster", "points", "worst_points", "serve"}
 Prove = Callable[..., dict[str, Any]]
@@ -261,5 +261,5 @@ def _digests() -> dict[str, str]:
     """What quantising gives: the same rows, the same bytes."""
     splits = {"train": [it.train_x for it in clients()], "held-out": [it.test_x for it in clients()]}
     with _registry() as registry:
-        made = {key: optimization.quantise(registry, NAME, 1, "static", np.concatenate(x)) for key, x in splits.items()}
+        made = {key: methods.quantise(registry, NAME, 1, "static", np.concatenate(x)) for key, x in splits.items()}
         return {key: manifest.digests.weights for key, manifest in made.items()}

@@ -1,0 +1,275 @@
+"""The Open Inference Protocol (V2) over numpy: what REST and gRPC both do, once they have read the bytes.
+
+Nothing here knows a wire format. Names and meanings are the protocol's; where Triton's extensions fill it out
+(statistics, configuration, repository), they are Triton's.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flserving.api.statistics import model_statistics
+from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, NotSupportedError
+from flserving.experiments.controller import CALLER
+from flserving.monitoring.metrics import merged
+from flserving.monitoring.telemetry import OTHER
+from flserving.registry.manifest import Signature
+from flserving.serving.server import ModelServer
+
+INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
+Value = bool | int | float | str
+TOLD = ("head", "path", "round", "age_s", "degraded", "arm", "receipt")
+"""What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's answer."""
+Others = Callable[[], Sequence[Mapping[str, Any]]]
+"""Gives the totals of the other processes behind an address."""
+_UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
+
+
+@dataclass(slots=True)
+class Call:
+    """One inference request, read from the wire. ``outputs`` None asks for all of them. ``client`` and ``caller`` are
+    those of its credential (:class:`~flserving.api.auth.Identity`)."""
+
+    model: str
+    version: str | None
+    inputs: Mapping[str, NDArray[Any]]
+    outputs: Sequence[str] | None
+    parameters: Mapping[str, Value]
+    client: str | None = None
+    caller: str | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What is to be written to the wire. The arrays are only to be read."""
+
+    model: str
+    version: str
+    outputs: dict[str, NDArray[Any]]
+    parameters: dict[str, bool | int | str]
+
+
+class V2:
+    """The protocol's operations on one server.
+
+    Args:
+        admin: Whether models may be loaded and unloaded over the network.
+    """
+
+    def __init__(self, server: ModelServer, admin: bool = False) -> None:
+        self.server, self.admin = server, admin
+        self.origins = set[str]()  # web pages that may call, beside those of the options; may grow while serving
+        self.draining = False  # not ready any more, though what was let in is still answered
+        self.others: Others = tuple
+
+    # Health
+
+    def ready(self) -> bool:
+        return not self.draining and self.server.ready
+
+    def model_ready(self, model: str, version: str | None = None) -> bool:
+        """Whether a version can answer. Raises NotFoundError, ModelUnloadedError."""
+        key = self.server.resolve(version, model)
+        return not self.draining and "/".join(key) not in self.server.health_check()["problems"]
+
+    # What there is
+
+    def server_metadata(self) -> dict[str, Any]:
+        extensions = ["binary_tensor_data", "parameters", "statistics", "model_configuration", "model_repository"]
+        return {"name": "flserving", "version": installed_version("flserving"), "extensions": extensions}
+
+    def models(self) -> dict[str, list[str]]:
+        """Names; the one that answers who names none comes first."""
+        return {"models": _default_first(self.server.health_check())}
+
+    def model_metadata(self, model: str, version: str | None = None) -> dict[str, Any]:
+        """Raises NotFoundError, ModelUnloadedError, CorruptArtifactError."""
+        key = self.server.resolve(version, model)
+        inputs, outputs = _tensors(self.server.signature(key))
+        versions = self.server.health_check()["models"][model]["versions"] if version is None else [key[1]]
+        return {
+            "name": model,
+            "versions": versions,
+            "platform": "pytorch_safetensors",
+            "inputs": [{"name": n, "datatype": kind, "shape": [-1, *dims]} for n, (kind, dims) in inputs.items()],
+            "outputs": [{"name": n, "datatype": kind, "shape": [-1, *dims]} for n, (kind, dims) in outputs.items()],
+        }
+
+    def model_config(self, model: str, version: str | None = None) -> dict[str, Any]:
+        """What perf_analyzer asks for. Raises as :meth:`model_metadata`."""
+        inputs, outputs = _tensors(self.server.signature(self.server.resolve(version, model)))
+        config = self.server.config
+        queue = {
+            "timeout_action": "REJECT",
+            "default_timeout_microseconds": int(config.timeout_ms * 1e3),
+            "allow_timeout_override": True,
+            "max_queue_size": config.max_queue_rows,
+        }
+        held_ms = config.max_wait_time_ms if config.batching == "hold_until_full" else 0
+        return {
+            "name": model,
+            "platform": "pytorch_safetensors",
+            "backend": "flserving",
+            "version_policy": {"all": {}},
+            "max_batch_size": config.max_batch_size,
+            "input": [{"name": n, "data_type": f"TYPE_{kind}", "dims": dims} for n, (kind, dims) in inputs.items()],
+            "output": [{"name": n, "data_type": f"TYPE_{kind}", "dims": dims} for n, (kind, dims) in outputs.items()],
+            "dynamic_batching": {"max_queue_delay_microseconds": int(held_ms * 1e3), "default_queue_policy": queue},
+            "model_transaction_policy": {"decoupled": False},
+            "response_cache": {"enable": self.server.prediction_cache is not None},
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """The server's :class:`ServingConfig`."""
+        return asdict(self.server.config)
+
+    def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Any]:
+        """Counters since the start, of all processes behind this address, durations in nanoseconds.
+
+        One entry for each version that was asked, or for the one that is named.
+
+        Raises:
+            NotFoundError, ModelUnloadedError: The named model or version is not served.
+        """
+        totals = merged([self.server.telemetry.totals(), *self.others()])
+        names = {name for name in (*totals["versions"], *totals["failures"]) if name}
+        if model is not None:
+            known = self.server.health_check()["models"]
+            if version is not None or model not in known:
+                names = {"/".join(self.server.resolve(version, model))}
+            else:
+                names = {f"{model}/{number}" for number in (*known[model]["versions"], OTHER)} & names
+                names = names or {"/".join(self.server.resolve(None, model))}
+        return {"model_stats": [model_statistics(name, totals) for name in sorted(names)]}
+
+    # The repository
+
+    def index(self, ready: bool = False) -> list[dict[str, str]]:
+        """Every version of every model, with its state and, where it cannot answer, the reason. The model that answers
+        who names none comes first."""
+        health = self.server.health_check()
+        withdrawn, rows = self.server.unloaded, list[dict[str, str]]()
+        for model in _default_first(health):
+            for version in health["models"][model]["versions"]:
+                problem = health["problems"].get(f"{model}/{version}", "")
+                reason = "unloaded" if model in withdrawn else problem
+                if not (ready and reason):
+                    state = "UNAVAILABLE" if reason else "READY"
+                    rows.append({"name": model, "version": version, "state": state, "reason": reason})
+        return rows
+
+    async def load(self, model: str) -> None:
+        """Read the model's registry again, load its default version, and put it (back) into service.
+
+        Raises:
+            ForbiddenError: Not switched on. NotFoundError, CorruptArtifactError, OverloadedError: Nothing changed.
+        """
+        self._check_admin()
+        await asyncio.to_thread(self.server.reload, model)
+
+    async def unload(self, model: str) -> None:
+        """Take a model out of service and out of memory. Raises ForbiddenError, NotFoundError."""
+        self._check_admin()
+        await asyncio.to_thread(self.server.unload, model)
+
+    def _check_admin(self) -> None:
+        if not self.admin:
+            raise ForbiddenError("loading and unloading over the network is off: start the server with admin=True")
+
+    # Inference
+
+    async def infer(self, call: Call) -> Answer:
+        """Answer one request. Raises what :meth:`ModelServer.predict` raises, and InvalidInputError, NotSupportedError
+        or ForbiddenError for what the protocol lets a caller ask and this server does not answer."""
+        version, timeout_ms, stages, client = call.version, None, False, None
+        try:
+            features = _features(call)
+            if call.parameters:
+                version, timeout_ms, stages, client = _understood(call)
+        except FlservingError as error:
+            self.server.telemetry.failure(error.reason)  # from here on the server counts
+            raise
+        CALLER.set(call.client)  # whose arm it is, also where no private answer is asked for; of this task alone
+        answer = await self.server.apredict(
+            features, version, model=call.model, timeout_ms=timeout_ms, stages=stages, arrays=True, client=client,
+            caller=call.caller,
+        )  # fmt: skip
+        outputs = {name: value for name, value in answer.items() if type(value) is np.ndarray}
+        if call.outputs is not None:
+            try:
+                outputs = {name: outputs[name] for name in call.outputs}
+            except KeyError as error:
+                raise InvalidInputError(f"a regression has no output {error}: there are {', '.join(outputs)}") from None
+        parameters = {"model_type": answer["model_type"], "latency_us": round(answer["latency_ms"] * 1e3)}
+        told = {name: answer[name] for name in TOLD if answer.get(name) is not None}
+        parameters |= {name: round(value) if isinstance(value, float) else value for name, value in told.items()}
+        if stages:
+            parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
+        return Answer(call.model, answer["model_version"], outputs, parameters)
+
+    async def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
+        """Reward the answer of an experiment. Raises as :meth:`Experiments.feedback`, which counts it."""
+        await self.server.experiments.afeedback(model, receipt, reward, client)
+
+
+def unnamed(error: FlservingError) -> FlservingError:
+    """``error`` for a caller without the role to read: of the same class, without a word on what there is here."""
+    if isinstance(error, NotFoundError):
+        return NotFoundError("no such model or version")
+    return type(error)("the model cannot answer now")
+
+
+def _default_first(health: Mapping[str, Any]) -> list[str]:
+    return sorted(health["models"], key=lambda name: name != health["default_model"])
+
+
+def _features(call: Call) -> NDArray[Any]:
+    if INPUT not in call.inputs or len(call.inputs) != 1:
+        raise InvalidInputError(f"inputs are {', '.join(map(repr, call.inputs)) or 'none'}: send one, {INPUT!r}")
+    if call.outputs is not None and (unknown := [name for name in call.outputs if name not in OUTPUTS]):
+        raise InvalidInputError(f"no output {unknown[0][:64]!r}: there are {', '.join(OUTPUTS)}")
+    return call.inputs[INPUT]
+
+
+def _understood(call: Call) -> tuple[str | None, float | None, bool, str | None]:
+    """Version, timeout in ms, stages, client: what the request's parameters say. Unknown names are the caller's own."""
+    said = call.parameters
+    for name in _UNSUPPORTED:
+        if said.get(name):
+            raise NotSupportedError(f"parameter {name!r} is not supported: leave it out")
+    if said.get("priority"):
+        raise NotSupportedError(f"priority is {said['priority']!r:.64}: there are no priorities here, send 0 or none")
+    version, timeout_ms, client = call.version, None, None
+    if "alias" in said:
+        if version is not None or not isinstance(said["alias"], str):
+            raise InvalidInputError(f"alias is {said['alias']!r:.64}: send a string, and no version in the path")
+        version = said["alias"]
+    if timeout_us := said.get("timeout"):  # 0 is the protocol's "none"
+        if type(timeout_us) is not int:
+            raise InvalidInputError(f"timeout is {timeout_us!r:.64}: send an integer of microseconds")
+        timeout_ms = timeout_us / 1e3
+    flags = {name: said.get(name, False) for name in ("stages", "personal")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise InvalidInputError(f"{name} is {value!r:.64}: send true or false")
+    if flags["personal"] or "client" in said:
+        if call.client is None:
+            raise ForbiddenError("personal answers need a credential of a client: ask for a token that names you")
+        if said.get("client", call.client) != call.client:  # the same words whether or not there is such a client
+            raise NotFoundError("no personal head here under that name: leave the parameter client out")
+        client = call.client
+    return version, timeout_ms, bool(flags["stages"]), client
+
+
+def _tensors(signature: Signature) -> tuple[dict[str, tuple[str, list[int]]], dict[str, tuple[str, list[int]]]]:
+    """Inputs and outputs: datatype and dimensions without the batch."""
+    inputs = {INPUT: ("FP32", list(signature.input_shape))}
+    shape = list(signature.output_shape)
+    if signature.output_type == "regression":
+        return inputs, {"predictions": ("FP32", [] if shape == [1] else shape)}
+    return inputs, {"predictions": ("INT64", []), "confidences": ("FP32", []), "probabilities": ("FP32", shape)}

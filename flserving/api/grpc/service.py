@@ -1,0 +1,245 @@
+"""The methods of gRPC: the Open Inference Protocol V2, grpc.health.v1 and feedback, over the same operations as REST.
+
+They take and give bytes, so that a message which cannot be read is answered with INVALID_ARGUMENT and a reason.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+
+from flserving.api.auth import Role, Tokens
+from flserving.api.dataplane import V2, Call, unnamed
+from flserving.api.grpc import codec
+from flserving.api.rest.codec import MOST_NUMBERS, REASON
+from flserving.errors import (
+    DeadlineExceededError,
+    FlservingError,
+    InvalidInputError,
+    NotFoundError,
+    NotSupportedError,
+    OverloadedError,
+    ServerClosedError,
+)
+from flserving.monitoring.rejections import Refusals
+
+_LOG = logging.getLogger(__name__)
+_LONGEST_DETAIL = (
+    600  # characters, of up to 12 bytes on the wire: clients refuse 8 KiB of trailers, and hide the reason
+)
+_LONGEST_WAIT_S = 3600.0  # a deadline beyond the longest timeout is none
+MOST_WATCHERS = 64  # they need no credential and stay for as long as they like
+_POLL_S = 0.1
+
+_HealthRequest = codec.message("grpc.health.v1.HealthCheckRequest")
+_HealthResponse = codec.message("grpc.health.v1.HealthCheckResponse")
+
+Unary = Callable[[bytes, Any], Awaitable[bytes]]
+
+
+class Service:
+    """The methods of all services: bytes in, bytes out."""
+
+    def __init__(self, v2: V2, tokens: Tokens, most_calls: int, most_numbers: int = MOST_NUMBERS) -> None:
+        self._v2, self._tokens, self._most_calls = v2, tokens, most_calls
+        self._most_numbers = most_numbers
+        self._inside = self._watchers = 0
+        self._telemetry, self._refusals = v2.server.telemetry, Refusals(v2.server.telemetry, "grpc")
+        self.stopping = asyncio.Event()
+
+    def methods(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+        """Handlers by service and method."""
+        v2 = self._v2
+        # method -> (least role, None: no credential is asked; its answer, by the names of the JSON fields)
+        plain: dict[str, tuple[Role | None, Callable[[Any], Mapping[str, Any]]]] = {
+            "ServerLive": (None, lambda r: {"live": True}),
+            "ServerReady": (None, lambda r: {"ready": v2.ready()}),
+            "ModelReady": (None, lambda r: {"ready": v2.model_ready(r.name, r.version or None)}),
+            "ServerMetadata": (Role.READ, lambda r: v2.server_metadata()),
+            "ModelMetadata": (Role.READ, lambda r: v2.model_metadata(r.name, r.version or None)),
+            "ModelConfig": (Role.READ, lambda r: {"config": v2.model_config(r.name, r.version or None)}),
+            "ModelStatistics": (Role.READ, lambda r: v2.statistics(r.name or None, r.version or None)),
+            "RepositoryIndex": (Role.READ, lambda r: {"models": v2.index(_only_repository(r).ready)}),
+        }
+        inference = {name: self._plain(name, role, answer) for name, (role, answer) in plain.items()}
+        inference["ModelInfer"] = self._infer
+        inference["RepositoryModelLoad"] = self._administer("RepositoryModelLoad", v2.load, "isLoaded")
+        inference["RepositoryModelUnload"] = self._administer("RepositoryModelUnload", v2.unload, "isUnloaded")
+        health = {
+            "Check": grpc.unary_unary_rpc_method_handler(_told(self._health)),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+        }
+        unary = {name: grpc.unary_unary_rpc_method_handler(_told(call)) for name, call in inference.items()}
+        feedback = {"Feedback": grpc.unary_unary_rpc_method_handler(_told(self._feedback))}
+        return {codec.SERVICE: unary, codec.HEALTH: health, codec.EXPERIMENTS: feedback}
+
+    async def _infer(self, body: bytes, context: Any) -> bytes:
+        came_s = time.perf_counter()
+        with self._refusals:
+            if self.stopping.is_set():
+                raise ServerClosedError("the server is stopping: ask another one, or later")
+            if self._inside >= self._most_calls:
+                raise OverloadedError(f"{self._inside} calls are under way, the most that are let in: try again later")
+            identity = self._tokens.check(_authorization(context), Role.INFER)
+            codec.check_cost(body, self._most_numbers)
+            request = codec.decode(codec.InferRequest, body)
+            call = Call(
+                model=request.model_name,
+                version=request.model_version or None,
+                inputs=codec.inputs(request),
+                outputs=codec.requested(request),
+                parameters=_within(context.time_remaining(), codec.parameters(request.parameters)),
+                client=identity.client,
+                caller=identity.caller,
+            )
+        parsed_s = time.perf_counter()
+        self._inside += 1
+        try:
+            continued, answering = self._telemetry.continued, self._v2.infer(call)
+            answer = await (answering if continued is None else continued(context.invocation_metadata(), answering))
+        finally:
+            self._inside -= 1
+        answered_s = time.perf_counter()
+        with self._refusals:
+            reply = codec.response(answer.model, answer.version, request.id, answer.outputs, answer.parameters)
+        self._telemetry.door("grpc", parsed_s - came_s, time.perf_counter() - answered_s)
+        return reply
+
+    def _plain(self, method: str, role: Role | None, answer: Callable[[Any], Mapping[str, Any]]) -> Unary:
+        """A method that only asks the server: in a thread where the answer may be on the disk."""
+        kind, reply = _kinds(method)
+
+        async def call(body: bytes, context: Any) -> bytes:
+            if role is not None:
+                self._check(context, role)
+            request = codec.decode(kind, body)
+            if method in ("ServerLive", "ServerReady"):
+                return codec.encode(reply, answer(request))
+            try:
+                content = await asyncio.to_thread(answer, request)
+            except FlservingError as error:
+                raise error if self._tokens.allow(_authorization(context), Role.READ) else unnamed(error) from None
+            return codec.encode(reply, content)
+
+        return call
+
+    def _administer(self, method: str, change: Callable[[str], Awaitable[None]], done: str) -> Unary:
+        """Load or unload; the name of the model is read from either of the two fields where clients put it."""
+        kind, reply = _kinds(method)
+
+        async def call(body: bytes, context: Any) -> bytes:
+            self._check(context, Role.ADMIN)
+            request = codec.decode(kind, body)
+            name = request.model_name or request.repository_name
+            if not name:
+                raise InvalidInputError("model_name is empty: name the model")
+            if request.model_name:
+                _only_repository(request)
+            if extra := set(request.parameters) - {"unload_dependents"}:
+                raise NotSupportedError(f"parameter {min(extra)[:80]!r} is not supported: a model loads as published")
+            await change(name)
+            return codec.encode(reply, {"model_name": name, done: True})
+
+        return call
+
+    async def _feedback(self, body: bytes, context: Any) -> bytes:
+        kind, reply = _kinds("Feedback", codec.EXPERIMENTS)
+        with self._refusals:
+            client = self._tokens.check(_authorization(context), Role.INFER).client
+            request = codec.decode(kind, body)
+            reward = request.reward if request.HasField("reward") else None
+            await self._v2.feedback(request.model_name, request.receipt, reward, client)
+        return codec.encode(reply, {"counted": True})
+
+    def _check(self, context: Any, role: Role) -> None:
+        with self._refusals:
+            self._tokens.check(_authorization(context), role)
+
+    async def _health(self, body: bytes, context: Any) -> bytes:
+        service = codec.decode(_HealthRequest, body).service
+        if (status := self._status(service)) == "SERVICE_UNKNOWN":
+            raise NotFoundError(f"no service {service[:80]!r} here: ask for {codec.SERVICE!r} or ''")
+        return codec.encode(_HealthResponse, {"status": status})
+
+    async def _watch(self, body: bytes, context: Any) -> AsyncIterator[bytes]:
+        """The status now, and again each time that it changes."""
+        try:
+            service = codec.decode(_HealthRequest, body).service
+            if self._watchers >= MOST_WATCHERS:
+                raise OverloadedError(f"{MOST_WATCHERS} callers watch already: ask Check now and then instead")
+        except FlservingError as error:
+            await _abort(context, error)
+        self._watchers += 1
+        told = None
+        try:
+            while not self.stopping.is_set():
+                if (status := self._status(service)) != told:
+                    yield codec.encode(_HealthResponse, {"status": status})
+                    told = status
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.stopping.wait(), _POLL_S)
+        finally:
+            self._watchers -= 1
+
+    def _status(self, service: str) -> str:
+        if service not in ("", codec.SERVICE, codec.HEALTH, codec.EXPERIMENTS):
+            return "SERVICE_UNKNOWN"
+        return "SERVING" if self._v2.ready() else "NOT_SERVING"
+
+
+def _told(call: Unary) -> Unary:
+    """``call``, whose errors become a status: one of ours by its table, anything else without a detail."""
+
+    async def guarded(body: bytes, context: Any) -> bytes:
+        try:
+            return await call(body, context)
+        except FlservingError as error:
+            await _abort(context, error)
+        except Exception as error:  # its message may hold what the caller sent: only where it happened is logged
+            where = "".join(traceback.format_tb(error.__traceback__))
+            _LOG.error("a call failed with %s at\n%s", type(error).__name__, where)
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+        raise AssertionError("abort raises")
+
+    return guarded
+
+
+async def _abort(context: Any, error: FlservingError) -> None:
+    code, detail = grpc.StatusCode[error.grpc_code], str(error)[:_LONGEST_DETAIL]
+    await context.abort(code, detail, ((REASON, error.reason),))
+
+
+def _authorization(context: Any) -> str | bytes | None:
+    for name, value in context.invocation_metadata():
+        if name == "authorization":
+            return value  # type: ignore[no-any-return]
+    return None
+
+
+def _within(remaining_s: float | None, said: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a request with its ``timeout`` (in us) cut to what the call's own deadline leaves."""
+    if remaining_s is None or remaining_s > _LONGEST_WAIT_S:
+        return said
+    if remaining_s <= 0:
+        raise DeadlineExceededError("the call's deadline had passed when its message came: allow it more time")
+    left_us, timeout_us = math.ceil(remaining_s * 1e6), said.get("timeout", 0)
+    if type(timeout_us) is int and (timeout_us == 0 or timeout_us > left_us):  # others are refused where they are read
+        said["timeout"] = left_us
+    return said
+
+
+def _kinds(method: str, service: str = codec.SERVICE) -> tuple[Any, Any]:
+    package = service.rpartition(".")[0]
+    return codec.message(f"{package}.{method}Request"), codec.message(f"{package}.{method}Response")
+
+
+def _only_repository(request: Any) -> Any:
+    if request.repository_name:
+        raise NotSupportedError(f"there are no named repositories here: leave out {request.repository_name[:80]!r}")
+    return request

@@ -1,0 +1,1 @@
+"""REST by the Open Inference Protocol: ``app.py`` has the routes, ``codec.py`` turns bytes into arrays and back."""

@@ -1,0 +1,341 @@
+"""The edge: a device that answers by itself, with the global model or with its client's own head.
+
+It is a :class:`ModelServer` over a registry in the device's own folder. What it serves comes in updates; each one is a
+version with the weights and the one client's head, so both change as one, and rollback and crash safety are the
+registry's. Every answer says which round it came from and how old that is.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from math import inf
+from typing import Any
+
+import msgspec
+from torch import Tensor, nn
+
+from flserving.errors import ConfigError, CorruptArtifactError, InvalidInputError, InvalidModelError, StaleModelError
+from flserving.registry import Registry
+from flserving.registry.heads import HeadSet, Layout, trained_on
+from flserving.registry.manifest import Lineage, Manifest
+from flserving.registry.storage import own_folder
+from flserving.serving.config import ServingConfig, checked
+from flserving.serving.doors import Door
+from flserving.serving.engine import InferenceEngine
+from flserving.serving.repository import LOCAL
+from flserving.serving.router import Key
+from flserving.serving.server import ModelServer
+from flserving.serving.synonyms import version_id_too
+
+_NOBODY = ""  # stands in for a client where the global model was asked for
+UPDATED_AT = "updated_at_s"  # in the lineage of a version that brought only a head
+_AGES = 16  # versions whose ages are kept
+_SLACK_S = 60.0  # a clock that was set back by less than this is taken as right: daemons that keep time do so
+
+
+class Age:
+    """How long ago a model was known to be the current one, by two clocks of which neither is trusted alone.
+
+    The wall clock may be set; the monotonic one stands still while a device sleeps and forgets at every start. So the
+    larger of the two spans counts: a jump backwards makes nothing look fresh, a jump forwards makes it look too old.
+
+    Args:
+        since_s: Unix seconds of that moment. ``clock``: monotonic seconds. ``wall``: Unix seconds.
+    """
+
+    def __init__(self, since_s: float, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+        self._since_s, self._clock, self._wall = since_s, clock, wall
+        self._at_s, by_wall = clock(), wall() - since_s
+        self._then_s = max(0.0, by_wall) if by_wall >= -_SLACK_S else None
+
+    def age_s(self) -> float | None:
+        """Seconds; None (older than any limit) as long as the wall clock shows a time before that moment, and has
+        since this object was made."""
+        by_wall = self._wall() - self._since_s
+        if self._then_s is None:
+            return by_wall if by_wall >= 0 else None
+        return max(self._then_s, self._then_s + self._clock() - self._at_s, by_wall)
+
+
+class EdgeModelServer(ModelServer):
+    """Serves the global or the personalised model of one client on its device.
+
+    Args:
+        global_model: What to serve from the start; more in :meth:`update_global`. None: what the registry holds.
+        local_model: A whole model of the client's own, served where ``use_personalized`` asks for it. It is a second
+            name in the device's registry (``<model>-local``). A client's *head* needs none of this.
+        config: See :class:`ModelServer`.
+        registry: The device's own; a temporary one when not given. It stays open when the server closes.
+        model: The one name that is served.
+        client: Whose device this is: its head is carried from update to update.
+        fresh_s: Soft limit: an answer from an older model says ``degraded``. None: no limit.
+        refuse_s: Hard limit: an older model answers no more.
+        clock: Monotonic seconds. ``wall``: Unix seconds.
+
+    A model's age counts from its update, or from the last :meth:`confirm`. One that was loaded by :meth:`load_model`,
+    or whose age cannot be told because the clock went backwards between two starts, is past both limits.
+
+    Raises:
+        ConfigError: A limit that is no positive number, or a soft one above the hard one.
+    """
+
+    def __init__(
+        self, global_model: nn.Module | None = None, local_model: nn.Module | None = None,
+        config: ServingConfig | None = None, registry: Registry | None = None, model: str = "model", *,
+        client: str = "device", fresh_s: float | None = None, refuse_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        if not isinstance(global_model, nn.Module | None):
+            raise ConfigError(f"global_model is a {type(global_model).__name__}: pass a module, or config= by its name")
+        for name, limit in (("fresh_s", fresh_s), ("refuse_s", refuse_s)):
+            if limit is not None and (type(limit) not in (int, float) or not 0 < limit < inf):
+                raise ConfigError(f"{name} is {limit!r}: it must be a number of seconds above 0, or None")
+        if fresh_s is not None and refuse_s is not None and fresh_s > refuse_s:
+            raise ConfigError(f"fresh_s is {fresh_s}, refuse_s is {refuse_s}: flag an answer before refusing it")
+        if model == LOCAL or not client:
+            raise ConfigError(f"model is {model!r}, client is {client!r}: choose another name, and name a client")
+        super().__init__(checked(config), clock=clock)
+        self._remove_registry: Callable[[], object] | None = None  # where it is temporary
+        if registry is None:
+            folder, self._remove_registry = own_folder(self, "flserving-edge-")
+            registry = Registry(folder)
+        self.registry = registry
+        self.model, self.client, self.fresh_s, self.refuse_s = model, client, fresh_s, refuse_s
+        self._wall, self._updating = wall, threading.Lock()
+        self._ages: dict[Key, tuple[int | None, Age]] = {}  # its round, its age
+        self.local_model = f"{model}-local"
+        for name in (self.model, self.local_model):
+            if self.registry.version_numbers(name):
+                self.serve(self.registry, name)
+        try:
+            if global_model is not None:
+                self.update_global(global_model)
+            if local_model is not None:
+                self.update_local(local_model)
+        except BaseException:
+            self.close()
+            raise
+
+    # Requests
+
+    @version_id_too
+    def predict(  # type: ignore[override]
+        self, features: Any, use_personalized: bool = True, version: str | int | None = None, *,
+        client: str | Sequence[str] | None = None, **options: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Answer a row [D] or rows [N, D] on the device.
+
+        Args:
+            use_personalized: With the client's own local model where it has one, else with its own head where there
+                is one that fits; False: with the global model.
+            version, client, options: Those of :meth:`ModelServer.predict`; ``client`` is the device's when not given.
+
+        Returns:
+            The answer of :meth:`ModelServer.predict`, with ``head`` unless the global model was asked for, and with
+            ``path`` ("local"), ``round`` (None where no update named one), ``age_s`` (None: cannot be told) and
+            ``degraded`` (older than ``fresh_s``).
+
+        Raises:
+            StaleModelError: Older than ``refuse_s``. What :meth:`ModelServer.predict` raises.
+        """
+        if not isinstance(use_personalized, bool):
+            raise InvalidInputError(f"use_personalized is {use_personalized!r:.64}: True or False; version has a name")
+        return super().predict(features, version, client=client if use_personalized else _NOBODY, **options)
+
+    async def _answer(self, *request: Any) -> dict[str, Any]:
+        answer = await self._local(*request)
+        self.telemetry.told("path", [answer["path"]])
+        return answer
+
+    async def _local(
+        self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
+        stages: bool, arrays: bool, client: str | Sequence[str] | None, caller: str | None, door: Door,
+    ) -> dict[str, Any]:  # fmt: skip
+        client = self.client if client is None else None if client == _NOBODY else client
+        own = client == self.client and version is None and model in (None, self.model)
+        if own and self.local_model in self._sources:
+            model = self.local_model
+            client = None  # a whole model of its own has no head to choose
+        if (key := self._router.find(version, model)) is not None:  # else the route is as new as can be
+            try:
+                self._told(key)
+            except StaleModelError as error:
+                self.telemetry.failure(error.reason, "/".join(key))
+                raise
+        answer = await super()._answer(features, version, model, timeout_ms, stages, arrays, client, caller, door)
+        if model == self.local_model:
+            answer["model_type"] = "personal"
+        return answer | self._told((model or self._router.routes.model or "", answer["model_version"]))
+
+    def _told(self, key: Key) -> dict[str, Any]:
+        """What an answer says of the version that gave it. Raises StaleModelError."""
+        number, age = self._age_of(key) if key[0] in (self.model, self.local_model) else (None, None)
+        age_s = None if age is None else age.age_s()
+        if self.refuse_s is not None and (age_s is None or age_s > self.refuse_s):
+            raise StaleModelError(
+                f"version {key[1]} is {'of unknown age' if age_s is None else f'{age_s:.0f} s old'}, refuse_s is "
+                f"{self.refuse_s:g}: let the device reach its cloud, or raise refuse_s"
+            )
+        degraded = self.fresh_s is not None and (age_s is None or age_s > self.fresh_s)
+        return {"path": "local", "round": number, "age_s": age_s, "degraded": degraded}
+
+    def _age_of(self, key: Key) -> tuple[int | None, Age]:
+        if (known := self._ages.get(key)) is None:
+            manifest = self.registry.manifest(key[0], int(key[1]))
+            age = Age(_updated_at(manifest), self._clock, self._wall)
+            known = self._keep_age(key, manifest.round, age)
+        return known
+
+    def _keep_age(self, key: Key, number: int | None, age: Age) -> tuple[int | None, Age]:
+        known = self._ages[key] = number, age
+        for oldest in list(self._ages)[:-_AGES]:
+            if oldest[1] != self._router.routes.of(oldest[0]).aliases.get("default"):
+                self._ages.pop(oldest, None)  # what its manifest tells is enough
+        return known
+
+    # Updates
+
+    def update_global(
+        self, state: nn.Module | Mapping[str, Tensor], *, round: int | None = None,
+        head: Mapping[str, Tensor] | HeadSet | None = None, **published: Any,
+    ) -> Manifest:  # fmt: skip
+        """Serve other weights from now on; every request sees all of the update or nothing of it.
+
+        The new version is stored, loaded and warm before the alias ``default`` moves to it, in one transaction: killed
+        anywhere before that, the device starts again with the model that it had.
+
+        Args:
+            state: A module or its state dict. A plain ``nn.Sequential`` over feature rows needs no architecture.
+            round: The federated round that made it.
+            head: The client's head for this model: ``{"head.weight": [C, F], "head.bias": [C]}``, or a
+                :class:`HeadSet` that holds it. When not given, the one it had is kept; it applies again where it was
+                trained on this very body, else answers say ``head``: "stale". One of another shape is dropped.
+            published: Arguments of :meth:`Registry.publish`. Architecture, parameters, preprocessing and output type
+                are those of the model before when not given.
+
+        Raises:
+            InvalidModelError: The first update names no architecture, or what :meth:`Registry.publish` raises; a
+            model that does not answer a row of zeros raises what it raised. The model before serves on.
+        """
+        with self._updating:
+            now = current(self.registry, self.model)
+            published = _as_before(now) | published
+            if round is not None:
+                published["lineage"] = Lineage(round=round)
+            if head is not None:
+                heads = head if isinstance(head, HeadSet) else HeadSet.from_states({self.client: head})
+                return self._install(state, heads, published)
+            kept = None
+            with contextlib.suppress(CorruptArtifactError):  # what is broken is replaced, its head with it
+                store = None if now is None else self.registry.read(self.model, now.version).heads
+                kept = None if store is None else store.take(self.client)
+            try:
+                return self._install(state, kept, published)
+            except InvalidModelError:
+                if kept is None:
+                    raise
+                return self._install(state, None, published)  # a narrower body, or none: no head of before can fit it
+
+    @version_id_too
+    def update_local(
+        self, state: nn.Module | Mapping[str, Tensor], *, version: str | int | None = None, layout: Layout = "head"
+    ) -> Manifest:
+        """Serve another head of the client on the same weights, or another local model; seen whole or not at all, as
+        :meth:`update_global`.
+
+        Args:
+            state: The head, ``{"head.weight": [C, F], "head.bias": [C]}``. Or a whole model of the client's own: a
+                module, or a state dict of the local model's (before there is one, of the global model's) architecture.
+            version: The version of this device on whose body it was trained; the current one when not given. A head
+                of another body is kept, but it never answers: ``head`` is "stale".
+            layout: See :class:`HeadSet`.
+
+        Raises:
+            NotFoundError: There is no global model yet. InvalidModelError: The head is of the wrong shape.
+        """
+        if isinstance(state, nn.Module) or not all(name.startswith("head.") for name in state):
+            with self._updating:
+                before = current(self.registry, self.local_model) or current(self.registry, self.model)
+                return self._install(state, None, _as_before(before, state), model=self.local_model)
+        with self._updating:
+            artifact = self.registry.read(self.model, self.registry.resolve(self.model))
+            now = artifact.manifest
+            trained = self.registry.manifest(self.model, self.registry.resolve(self.model, version))
+            heads = HeadSet.from_states({self.client: state}, layout, trained_on(layout, trained.digests))
+            kept = ("architecture", "parameters", "preprocessing", "metrics", "note")
+            published = {name: getattr(now, name) for name in kept} | {"output_type": now.signature.output_type}
+            lineage = now.lineage or Lineage()  # a new head makes the body no younger, not even after a restart
+            extra = {**lineage.extra, UPDATED_AT: _updated_at(now)}
+            published["lineage"] = msgspec.structs.replace(lineage, extra=extra)
+            return self._install(artifact.tensors, heads, published, self._age_of((self.model, str(now.version))))
+
+    def confirm(self) -> None:
+        """The cloud has just said that nothing newer exists: the model's age counts from now.
+
+        It is not written down: after a restart, ages count from the updates again.
+        """
+        now = current(self.registry, self.model)
+        if now is not None:
+            self._keep_age((self.model, str(now.version)), now.round, Age(self._wall(), self._clock, self._wall))
+
+    def _install(
+        self, state: nn.Module | Mapping[str, Tensor], heads: HeadSet | None, published: Mapping[str, Any],
+        age: tuple[int | None, Age] | None = None, model: str | None = None,
+    ) -> Manifest:  # fmt: skip
+        name = model or self.model
+        manifest = self.registry.publish(name, state, heads=heads, **published)
+        key = name, str(manifest.version)
+        self._keep_age(key, *(age or (manifest.round, Age(self._wall(), self._clock, self._wall))))
+        if name not in self._sources:
+            self.serve(self.registry, name)
+        self._preload(key)  # whatever does not answer raises here: no alias leads to it
+        self.registry.set_alias(name, "default", manifest.version, who="edge", why=f"update to version {key[1]}")
+        self.refresh()
+        return manifest
+
+    def _build(self, key: Key) -> InferenceEngine:
+        engine = super()._build(key)
+        if engine.personal is not None:  # a head's time runs out by the clock that tells the model's age
+            engine.personal.store.wall = self._wall
+        return engine
+
+    # What operators see
+
+    def get_all_stats(self) -> dict[str, Any]:
+        """As :meth:`ModelServer.get_all_stats`; ``edge`` says what is served: version, round, age."""
+        served, version = None, self._router.routes.of(self.model).aliases.get("default")
+        if version is not None and not self._closed:
+            number, age = self._age_of((self.model, version))
+            served = {"model_version": version, "round": number, "age_s": age.age_s()}
+        return super().get_all_stats() | {"edge": served}
+
+    def close(self, drain_s: float = 5.0) -> None:
+        """As :meth:`ModelServer.close`; a temporary registry goes too. Idempotent."""
+        super().close(drain_s)
+        if self._remove_registry is not None:
+            self.registry.close()
+            self._remove_registry()
+
+
+def current(registry: Registry, model: str) -> Manifest | None:
+    """What the alias ``default`` leads to now, also where another process moved it; None where that is broken."""
+    number = registry.aliases(model).get("default")
+    with contextlib.suppress(CorruptArtifactError):
+        return None if number is None else registry.manifest(model, number)
+    return None
+
+
+def _as_before(now: Manifest | None, state: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What a version is published with where nothing else is said: what the one before it was."""
+    if now is None:
+        return {}
+    described = {} if isinstance(state, nn.Module) else {"architecture": now.architecture, "parameters": now.parameters}
+    return described | {"preprocessing": now.preprocessing, "output_type": now.signature.output_type}
+
+
+def _updated_at(manifest: Manifest) -> float:
+    """When the weights of a version came to the device, Unix seconds."""
+    said = manifest.extra.get(UPDATED_AT)
+    return said if isinstance(said, float) else datetime.fromisoformat(manifest.created_at).timestamp()

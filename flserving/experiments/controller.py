@@ -1,0 +1,367 @@
+"""Experiments under way: who gets which arm, what is learned of it, and when a canary is promoted or rolled back.
+
+The configuration lives in the registry (``split.py``), rewards and failures of all processes in the store beside it
+(``feedback.py``): every process follows both, and a canary's end is one transaction, whichever process sees it first.
+"""
+
+import asyncio
+import contextlib
+import functools
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
+
+from flserving import forks
+from flserving.errors import (
+    ConflictError,
+    CorruptArtifactError,
+    FlservingError,
+    ForbiddenError,
+    NotFoundError,
+    OverloadedError,
+)
+from flserving.experiments.bandit import Thompson
+from flserving.experiments.bookkeeping import Clerk
+from flserving.experiments.canary import Verdict, judge
+from flserving.experiments.feedback import FeedbackStore
+from flserving.experiments.shadow import Shadow
+from flserving.models.processing import Floats, ids_of
+from flserving.registry.experiment import Crossroads, Experiment
+
+__all__ = ["CALLER", "Experiments", "Verdict", "judge"]
+
+CALLER: ContextVar[str | None] = ContextVar("flserving-caller", default=None)
+"""The client of a request's credential, where it did not ask for private answers: it still decides the arm."""
+OF_THE_MODEL = ("ModelExecution", "CorruptArtifact", "ModelTooLarge", "Internal")
+JUDGE_S = 1.0
+FEEDBACK_S = 3.0  # longest wait for a reward to be counted
+MOST_SEEN = 10_000  # arms and failing clients of a run that are counted while the store cannot take them
+
+
+Key = tuple[str, str]
+"""(model, version)."""
+
+
+class Answered(Protocol):
+    """The prediction that an answer is made of."""
+
+    def arrays(self) -> Mapping[str, NDArray[Any]]: ...
+
+
+class Followed(Protocol):
+    """What is needed of the server's router: its routes, and a word when they change."""
+
+    problems: dict[str, str]
+    on_look: Callable[[], object]
+    on_experiments: Callable[[Any], object]
+
+    @property
+    def routes(self) -> Any: ...
+    def followed(self, name: str) -> Any: ...
+    def known(self, name: str) -> object: ...
+
+
+class Chosen(NamedTuple):
+    """What was decided for one request, by one configuration."""
+
+    road: Crossroads
+    arm: str | None
+    who: str  # whose arm it is
+    asked: str | Sequence[str] | None  # whose personal answers were asked for
+
+
+class Experiments:
+    """What one server does with the experiments that its routes name.
+
+    An answer asks memory alone: the arm is computed, what a bandit knows was learned before, a receipt needs a key that
+    was read when the routes were. What may block is done by a clerk, one for each registry: counting, learning,
+    judging, taking feedback. While a store cannot be used, answers carry no receipt, and ``problems`` says why.
+
+    Args:
+        lease: Pins a version: ``(version, model)``. ``personal``: where a client's rows run on an engine.
+        busy: Whether callers wait.
+    """
+
+    def __init__(
+        self, router: Followed, lease: Callable[..., AbstractContextManager[Any]], personal: Callable[..., Any],
+        busy: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._router, self._lease, self._personal = router, lease, personal
+        self.shadow = Shadow(self._shadowed, busy)
+        self._lock = threading.Lock()  # of what an answer touches: held for a dictionary's change, never for a disk's
+        self._opening = threading.Lock()
+        forks.fresh_locks_in_child(self, "_lock", "_opening")
+        self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
+        self._clerks: dict[str, Clerk] = {}  # by the registry's folder
+        self._judged_s: dict[str, float] = {}  # by the registry's folder, when its experiments were judged last
+        self._bandits: dict[str, Thompson] = {}  # by run, as the next one
+        self._seen: dict[str, Counter[tuple[str, str | None]]] = {}  # by run: arm and who got an error, not stored yet
+        self._dropped: Counter[str] = Counter()  # by run: what was not counted, because too much waited to be
+        router.on_look, router.on_experiments = self.wake, self.prepare
+
+    # The way of a request: nothing here may block
+
+    def choose(self, road: Crossroads, client: str | Sequence[str] | None) -> tuple[Key, Chosen]:
+        """Which version answers ``client`` (None: who the credential names), by the configuration of ``road``."""
+        who, experiment = CALLER.get() if client is None else client, road.experiment
+        if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
+            return road, Chosen(road, None, "", client)
+        arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(experiment).choose()
+        return (road[0], str(experiment.arms[arm].version)), Chosen(road, arm, who, client)
+
+    def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Answered) -> dict[str, str]:
+        """What the answer says of it: ``arm`` and, unless feedback cannot be taken now, ``receipt``. Sends a copy to
+        the shadow."""
+        (model, _), experiment = chosen.road, chosen.road.experiment
+        if (shadow := experiment.shadow) is not None and str(shadow) != version:
+            self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
+        if chosen.arm is None:
+            return {}
+        self._see(chosen, None)
+        registry: Any = self._router.followed(model)
+        store = None if registry is None else self._stores.get(registry.root)
+        if store is None or store.problem is not None:
+            return {"arm": chosen.arm}
+        return {"arm": chosen.arm, "receipt": store.receipt(experiment.run, chosen.arm, chosen.who)}
+
+    def failed(self, chosen: Chosen, reason: str) -> None:
+        """The request got an error: it counts against its arm where the model is to blame."""
+        if reason in OF_THE_MODEL:
+            self._see(chosen, chosen.who)
+
+    def _see(self, chosen: Chosen, failed: str | None) -> None:
+        if chosen.arm is None:
+            return
+        run, seen = chosen.road.experiment.run, (chosen.arm, failed)
+        with self._lock:
+            counts = self._seen.setdefault(run, Counter())
+            if seen in counts or len(counts) < MOST_SEEN:
+                counts[seen] += 1
+            else:
+                self._dropped[run] += 1
+
+    # Feedback
+
+    def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
+        """Count the reward in [0, 1] that ``client`` gives the answer whose receipt this is.
+
+        Raises:
+            ForbiddenError: No client, a forged receipt, somebody else's, or this client has given too many.
+            ConflictError: Given already, too late, or the experiment is over. InvalidInputError: No such reward.
+            NotFoundError: No such model. Nothing has changed then.
+            OverloadedError: Too much feedback waits, or the store keeps it waiting. CorruptArtifactError,
+            FlservingError: The store cannot be used.
+        """
+        job = self._give(model, receipt, reward, client)
+        try:
+            job.result(FEEDBACK_S)
+        except TimeoutError:
+            job.cancel()
+            raise _late() from None
+
+    async def afeedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
+        """:meth:`feedback` for coroutines."""
+        job = self._give(model, receipt, reward, client)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(job), FEEDBACK_S)
+        except TimeoutError:
+            raise _late() from None
+
+    def _give(self, model: str, receipt: str, reward: float | None, client: str | None) -> Future[None]:
+        if not client:
+            raise ForbiddenError("feedback needs a client: ask for a credential that names you")
+        self._router.known(model)
+        registry = self._registry(model)
+        return self._clerk(registry).do(self._count, registry, model, receipt, reward, client)
+
+    def pseudonym(self, model: str, client: str) -> str:
+        """Under which name a client's rewards are kept, and told of in verdicts."""
+        return self._store(self._registry(model)).pseudonym(client).hex()
+
+    def _count(self, registry: Any, model: str, receipt: str, reward: float | None, client: str) -> None:
+        store = self._store(registry)
+        said = store.read(receipt, client)
+        if all(running.run != said.run for running in registry.experiments(model).values()):
+            raise ConflictError("the experiment of this answer is over: its feedback decides nothing any more")
+        store.add(said, reward)
+
+    # What is learned
+
+    def prepare(self, registry: Any) -> None:
+        """Called when routes with experiments of ``registry`` were read, before they are followed."""
+        with contextlib.suppress(FlservingError):  # the look that follows tells it
+            self._store(registry)
+        self._clerk(registry).routine(functools.partial(self._look_at, registry))
+
+    def wake(self) -> None:
+        """Called by the watcher: have the clerks look. Never waits."""
+        for registry in self._running():
+            self._clerk(registry).routine(functools.partial(self._look_at, registry))
+
+    def look(self) -> None:
+        """Let bandits learn, and canaries be promoted or rolled back: what the clerks do. Waits for the stores."""
+        for registry in self._running():
+            self._look_at(registry)
+
+    def _running(self) -> list[Any]:
+        """The registries with experiments; what is over is forgotten."""
+        self._forget()
+        followed = (self._router.followed(model) for model, _ in self._router.routes.experiments)
+        return list({id(registry): registry for registry in followed if registry is not None}.values())
+
+    def _forget(self) -> None:
+        """What is over needs no memory."""
+        running = self._router.routes.experiments
+        runs, verdicts = {experiment.run for experiment in running.values()}, {_verdict(*key) for key in running}
+        with self._lock:
+            for kept in (self._bandits, self._seen, self._dropped):
+                for run in kept.keys() - runs:
+                    del kept[run]
+        for over in [it for it in list(self._router.problems) if it.endswith(" verdict") and it not in verdicts]:
+            self._router.problems.pop(over, None)
+
+    def _look_at(self, registry: Any) -> None:
+        judges = time.monotonic() - self._judged_s.get(registry.root, -math.inf) >= JUDGE_S
+        if judges:
+            self._judged_s[registry.root] = time.monotonic()
+        for (model, alias), experiment in self._router.routes.experiments.items():
+            if self._router.followed(model) is not registry or (experiment.rule != "bandit" and not judges):
+                continue
+            try:
+                if experiment.rule == "bandit":
+                    self._learn(registry, experiment)
+                elif experiment.policy is not None:
+                    self.decide(model, alias)
+                elif experiment.arms:
+                    self._outcomes(registry, experiment.run)
+                self._router.problems.pop(_verdict(model, alias), None)
+            except Exception as error:  # the next look comes
+                self._router.problems[_verdict(model, alias)] = f"{type(error).__name__}: {error}"
+
+    def decide(self, model: str, alias: str = "default") -> Verdict:
+        """Judge the canary on an alias now, and promote it or roll it back. NotFoundError: None runs there."""
+        routes = self._router.routes
+        experiment = routes.experiments.get((model, alias))
+        if experiment is None or (policy := experiment.policy) is None:
+            raise NotFoundError(f"alias {alias!r} of {model[:80]!r} has no canary with a policy: start one")
+        registry, control = self._registry(model), routes.of(model).aliases[alias]
+        roles = {str(arm.version) == control: (name, arm.version) for name, arm in experiment.arms.items()}
+        (old, _), (new, version) = roles[True], roles[False]
+        rewards = self._store(registry).rewards(experiment.run)
+        requests, failed, alone = self._outcomes(registry, experiment.run).get(new, (0, 0, 0))
+        age_s = registry.experiment_age_s(model, alias)
+        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), requests - alone, failed - alone, age_s)
+        end = functools.partial(registry.conclude_experiment, model, alias, who=experiment.id, run=experiment.run)
+        with contextlib.suppress(ConflictError, NotFoundError):  # another process was first
+            if verdict.decision == "promote":
+                try:
+                    end(version, why=f"promote: {verdict.why}")
+                except CorruptArtifactError as error:  # it answers from memory, and nowhere else any more
+                    verdict = Verdict("rollback", f"{verdict.why}, but {error}")
+            if verdict.decision == "rollback":
+                end(why=f"rollback: {verdict.why}")
+        return verdict
+
+    def report(self, model: str, alias: str = "default") -> dict[str, Any]:
+        """The running experiment on an alias: ``id``, ``arms`` (each with its version, weight, answers, failures of the
+        model, rewards, mean, clients, worst client), ``shadow`` (its copies here), ``dropped`` (what was not counted
+        here, because the store could not take it). Empty where there is none."""
+        if (experiment := self._router.routes.experiments.get((model, alias))) is None:
+            return {}
+        registry, arms = self._registry(model), {}
+        outcomes, rewards = self._outcomes(registry, experiment.run), self._store(registry).rewards(experiment.run)
+        for name, arm in experiment.arms.items():
+            given = rewards.get(name, {})
+            requests, failed, _ = outcomes.get(name, (0, 0, 0))
+            count, total = (sum(column) for column in zip(*given.values(), strict=True)) if given else (0, 0.0)
+            arms[name] = {
+                "version": arm.version, "weight": arm.weight, "clients": len(given), "rewards": count,
+                "answers": requests - failed, "failed": failed,
+                "mean": total / count if count else None,
+                "worst": min((got / n for n, got in given.values()), default=None),
+            }  # fmt: skip
+        shadow = None if experiment.shadow is None else self.shadow.stats((model, str(experiment.shadow)))
+        return {"id": experiment.id, "arms": arms, "shadow": shadow, "dropped": self._dropped[experiment.run]}
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.shadow.close()
+        for clerk in list(self._clerks.values()):
+            clerk.close()
+        for store in self._stores.values():
+            store.close()
+
+    def _outcomes(self, registry: Any, run: str) -> Mapping[str, tuple[int, int, int]]:
+        """:meth:`FeedbackStore.outcomes`, of all processes; what is new here is added first."""
+        store = self._store(registry)
+        with self._lock:
+            seen = self._seen.pop(run, None)
+        if seen:
+            try:
+                store.count(run, seen)
+            except BaseException:  # nothing was added: it waits for the next look
+                with self._lock:
+                    self._seen.setdefault(run, Counter()).update(seen)
+                raise
+        return store.outcomes(run)
+
+    def _bandit(self, experiment: Experiment) -> Thompson:
+        """It knows nothing until the clerk has looked at the store."""
+        if (bandit := self._bandits.get(experiment.run)) is None:
+            with self._lock:
+                bandit = self._bandits.setdefault(experiment.run, Thompson(experiment.arms))
+        return bandit
+
+    def _learn(self, registry: Any, experiment: Experiment) -> None:
+        """Follow the rewards, and the failures of the models, which are rewards of 0."""
+        sums, outcomes = self._store(registry).sums(experiment.run), self._outcomes(registry, experiment.run)
+        known = {}
+        for name in experiment.arms:
+            n, total = sums.get(name, (0, 0.0))
+            known[name] = n + outcomes.get(name, (0, 0, 0))[1], total
+        self._bandit(experiment).learn(known)
+
+    def _shadowed(self, key: Key, rows: Floats, client: str | Sequence[str] | None) -> NDArray[Any]:
+        with self._lease(key[1], key[0]) as engine:
+            checked, lane, slots = engine.preprocessor.validate(rows), engine, None
+            if client is not None:
+                lane, slots, _ = self._personal(engine, ids_of(client, len(rows)), len(rows))
+            (prediction,) = lane.execute([checked if slots is None else (checked, slots)])
+            predictions: NDArray[Any] = prediction.arrays()["predictions"]
+            return predictions
+
+    def _registry(self, model: str) -> Any:
+        if (registry := self._router.followed(model)) is None:
+            raise ConflictError(f"model {model[:80]!r} comes from no registry: it can be in no experiment")
+        return registry
+
+    def _store(self, registry: Any) -> FeedbackStore:
+        """Reads the key at the first call. Raises as :func:`storage.kept_secret`."""
+        if (store := self._stores.get(registry.root)) is None:
+            with self._opening:
+                if (store := self._stores.get(registry.root)) is None:
+                    store = self._stores[registry.root] = FeedbackStore(registry.root)
+        return store
+
+    def _clerk(self, registry: Any) -> Clerk:
+        with self._opening:
+            if (clerk := self._clerks.get(registry.root)) is None:
+                clerk = self._clerks[registry.root] = Clerk()
+        return clerk
+
+
+def _verdict(model: str, alias: str) -> str:
+    """The name of a problem."""
+    return f"{model}/{alias} verdict"
+
+
+def _late() -> OverloadedError:
+    return OverloadedError(f"the feedback was not counted within {FEEDBACK_S:g} s: try again later")

@@ -1,0 +1,316 @@
+"""Flower: the rounds of its strategies become versions, and a whole run fits into a notebook cell.
+
+Needs the extra ``flower``, in an environment of its own: flwr pins protobuf, starlette, uvicorn and others to releases
+of its choice. Import this before flwr: its telemetry is then off, unless FLWR_TELEMETRY_ENABLED says otherwise.
+
+A strategy is wrapped in :class:`Publishing`, and then makes the same ``Round`` that ``federated.train`` makes; what
+takes the one takes the other: ``publish_rounds``, ``gated``, or a function of your own.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from flserving import models
+from flserving.errors import ConfigError, InvalidModelError, ModelExecutionError, NotSupportedError
+from flserving.federated.aggregation import State
+from flserving.federated.rounds import Origin, Round, Statistics
+from flserving.models.processing import ONE_OUTPUT
+from flserving.registry import validation
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when it is imported
+try:
+    import flwr
+    from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+    from flwr.serverapp import Grid
+    from flwr.serverapp.strategy import Result, Strategy
+
+    from flserving.federated.flower_grid import LocalGrid, run
+except ImportError as error:
+    raise NotSupportedError(
+        f'flwr cannot be imported ({error}): run pip install "flserving[flower]" in an environment of its own: flwr '
+        "pins protobuf, starlette, uvicorn and others to releases of its choice"
+    ) from error
+
+__all__ = ["LocalGrid", "Publishing", "run"]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What passed between strategy and clients in the round under way. Clients go by their node id."""
+
+    rejected: dict[str, str]
+    samples: dict[str, int] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
+
+    def note(self, kind: str, record: MetricRecord | None) -> None:
+        """Keep the numbers of a record, as ``kind.name``. NaN and infinities, which no manifest takes, by name only."""
+        for name, value in ({} if record is None else record).items():
+            if not isinstance(value, list):
+                if math.isfinite(value):
+                    self.metrics[f"{kind}.{name}"[:64]] = float(value)
+                else:
+                    self.not_finite.append(f"{kind}.{name}")
+
+
+class Publishing(Strategy):
+    """A Flower strategy, with each of its rounds handed on as a ``Round``.
+
+    ::
+
+        strategy = FedAdam(fraction_evaluate=1.0)
+        strategy = Publishing(strategy, on_round=publish_rounds(registry, "digits", alias="default"), ...)
+        strategy.start(grid=grid, initial_arrays=arrays, num_rounds=5)
+
+    Args:
+        strategy: Any of ``flwr.serverapp.strategy`` or of your own; it trains as it would by itself.
+        on_round: Called after each round, e.g. ``publish_rounds(registry, name)`` or ``gated(registry, name, gate)``.
+            What it raises ends the training.
+        architecture: What the arrays are the weights of, with ``parameters``: a registered one.
+        preprocessing: ``mean`` and ``std`` that the clients standardise with, so that the server does so too; zeros and
+            ones if they train on rows as they come.
+        data: The samples in words, for the lineage, which also gets the numbers and words of ``train_config``.
+        samples: The metric by which clients tell how many samples they trained on.
+        accuracy: Names under which clients, and ``evaluate_fn``, tell the accuracy. Those of the clients, each on its
+            own held-out samples, make ``mean_client_accuracy`` and ``worst_client_accuracy``; that of ``evaluate_fn``,
+            or else what the strategy made of the clients', is ``global_accuracy``. All numbers are kept, too, as
+            ``train.*`` and ``evaluate.*`` (aggregated from the clients) and ``server.*`` (from ``evaluate_fn``).
+
+    A client counts as rejected whose reply is an error, does not come, holds NaN or infinite numbers, or has another
+    form than most of the others have, the number of samples included; the strategy does not see it. A round without any
+    valid reply leaves the model as it was, and says so; if it is the first one, the client app is broken, and the
+    training ends.
+
+    Raises:
+        ConfigError: Wrong arguments; clients that do not tell ``samples``. NotFoundError: No such architecture.
+        InvalidModelError: ``initial_arrays`` do not fit the architecture (before a round is played), or the arrays of a
+            round are not finite. ModelExecutionError: No valid reply in the first round.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        on_round: Callable[[Round], object],
+        architecture: str,
+        parameters: Mapping[str, models.JSON] | None = None,
+        preprocessing: Statistics,
+        data: str = "",
+        samples: str = "num-examples",
+        accuracy: Sequence[str] = ("accuracy", "eval_acc"),
+    ) -> None:
+        if not isinstance(strategy, Strategy) or type(strategy).start is not Strategy.start:
+            raise ConfigError(
+                f"strategy is a {type(strategy).__name__}: give an object of flwr.serverapp.strategy, whose start() is "
+                "Flower's own"
+            )
+        if not callable(on_round):
+            raise ConfigError(f"on_round is {on_round!r}: give a function, as publish_rounds(registry, name) makes one")
+        if models.signature(architecture, parameters)[1] == (1,):
+            raise InvalidModelError(f"{architecture!r} has outputs of shape [1]: {ONE_OUTPUT}")
+        with torch.device("meta"):
+            self._wanted = models.build(architecture, parameters).state_dict()
+        self.strategy, self.on_round, self.preprocessing = strategy, on_round, preprocessing
+        self.architecture, self.parameters = architecture, dict(parameters or {})
+        self.data, self.samples, self.accuracy = data, samples, accuracy
+        self._seen: _Seen | None = None  # while a training runs
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """As Flower's: same arguments, same result."""
+        settings = {f"config.{name}"[:64]: value for name, value in (train_config or {}).items()}
+        facts = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
+        facts |= {"data": self.data, "framework": f"flwr {flwr.__version__}", "rounds": num_rounds}
+        validation.prepare(  # what publishing would refuse after a round, is refused before the first
+            "initial",
+            self._state(initial_arrays),
+            architecture=self.architecture,
+            parameters=self.parameters,
+            preprocessing=self.preprocessing,
+            lineage={"extra": facts},
+            metrics={},
+            output_type="classification",
+            note="",
+            max_artifact_bytes=1 << 62,
+        )
+
+        def finish(number: int, arrays: ArrayRecord) -> MetricRecord | None:  # the last that Flower does in a round
+            measured = None if evaluate_fn is None else evaluate_fn(number, arrays)
+            if number:
+                self.on_round(self._round(number, arrays, measured, facts))
+            return measured
+
+        self._seen, self._trained = _Seen({}), False
+        try:
+            return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, finish)
+        finally:
+            self._seen = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The strategy's own; who is asked, is remembered."""
+        if self._seen is None:
+            raise ConfigError("start() of another object asks for a round: wrap that one in Publishing, outermost")
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        self._seen = _Seen({str(node): "no reply" for node in sorted(it.metadata.dst_node_id for it in messages)})
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The strategy's own; who replied, and with how many samples, is remembered."""
+        seen = self._seen or _Seen({})
+        ordered = sorted(replies, key=lambda reply: int(reply.metadata.src_node_id))
+        faults = self._faults(ordered)
+        kept = [reply for reply in ordered if reply.has_error() or str(reply.metadata.src_node_id) not in faults]
+        counts = {str(it.metadata.src_node_id): _numbers(it)[self.samples] for it in kept if not it.has_error()}
+        arrays, metrics = self.strategy.aggregate_train(server_round, kept)
+        seen.note("train", metrics)
+        seen.rejected |= faults
+        for client, count in counts.items():
+            if arrays is None:
+                seen.rejected[client] = "the strategy made no model of the replies"
+            else:
+                seen.samples[client] = int(count)
+                seen.rejected.pop(client, None)
+        if not self._trained and arrays is None:
+            first = next((f"client {client}: {why}" for client, why in seen.rejected.items()), "nobody was asked")
+            raise ModelExecutionError(f"round {server_round} has no valid reply ({first}): mend the client app")
+        self._trained = True
+        return arrays, metrics
+
+    def _faults(self, replies: Sequence[Message]) -> dict[str, str]:
+        """Why replies are left out, by client. ConfigError: none of them tells its samples, so the app is wrong."""
+        faults = {}
+        sound = []
+        for reply in replies:
+            client = str(reply.metadata.src_node_id)
+            if reply.has_error():
+                faults[client] = " ".join((reply.error.reason or f"error {reply.error.code}").split())[-200:]
+            else:
+                sound.append((client, reply, _form(reply), _numbers(reply)))
+        uncounted = [(client, numbers) for client, _, _, numbers in sound if not _is_count(numbers.get(self.samples))]
+        if sound and len(uncounted) == len(sound):
+            client, numbers = uncounted[0]
+            raise ConfigError(
+                f"client {client} tells {self.samples!r} = {numbers.get(self.samples)!r} among {sorted(numbers)}: let "
+                "it tell how many samples it trained on, or name that metric by samples="
+            )
+        faults |= {client: f"it tells {self.samples!r} = {it.get(self.samples)!r:.40}" for client, it in uncounted}
+        forms = Counter(form for client, _, form, _ in sound if client not in faults)
+        for client, reply, form, _ in sound:
+            if client in faults:
+                continue
+            if form != forms.most_common(1)[0][0]:
+                faults[client] = "its arrays or metrics have other names or shapes than those of the others"
+            elif not _is_finite(reply):
+                faults[client] = "its arrays hold NaN or infinite values"
+        return faults
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The strategy's own."""
+        messages: Iterable[Message] = self.strategy.configure_evaluate(server_round, arrays, config, grid)
+        return messages
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The strategy's own; the clients' accuracies are remembered."""
+        replies, seen = list(replies), self._seen or _Seen({})
+        for reply in replies:
+            if not reply.has_error():
+                value = self._accuracy(_numbers(reply))
+                if value is not None:
+                    seen.accuracy[str(reply.metadata.src_node_id)] = value
+        metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        seen.note("evaluate", metrics)
+        return metrics
+
+    def summary(self) -> None:
+        """The strategy's own."""
+        self.strategy.summary()
+
+    def _round(self, number: int, arrays: ArrayRecord, measured: MetricRecord | None, facts: dict[str, Any]) -> Round:
+        seen = self._seen or _Seen({})
+        seen.note("server", measured)
+        metrics, of_all = seen.metrics, self._accuracy(seen.metrics, "server.", "evaluate.")
+        if of_all is not None:
+            metrics["global_accuracy"] = of_all
+        if seen.accuracy:
+            metrics["mean_client_accuracy"] = sum(seen.accuracy.values()) / len(seen.accuracy)
+            metrics["worst_client_accuracy"] = min(seen.accuracy.values())
+        if seen.not_finite:
+            facts = facts | {"not_finite": ", ".join(seen.not_finite)[:1000]}
+        origin = Origin(
+            strategy=type(self.strategy).__name__[:64],
+            architecture=self.architecture,
+            parameters=self.parameters,
+            facts=facts,
+        )
+        state = self._state(arrays)
+        return Round(number, origin, self.preprocessing, state, {}, metrics, seen.accuracy, seen.samples, seen.rejected)
+
+    def _accuracy(self, numbers: Mapping[str, Any], *prefixes: str) -> float | None:
+        """The first of these names that is there."""
+        found = [numbers.get(prefix + name) for prefix in prefixes or ("",) for name in self.accuracy]
+        return next((float(it) for it in found if isinstance(it, int | float) and math.isfinite(it)), None)
+
+    def _state(self, arrays: ArrayRecord) -> State:
+        """The arrays as tensors of the types that the architecture has.
+
+        FedAdam and its like compute in float64 and hand that on; a client casts when it loads them, and so does this.
+        """
+        try:
+            state: State = dict(arrays.to_torch_state_dict())
+        except Exception as error:  # not arrays, or not NumPy's: trees, say
+            raise InvalidModelError(f"the arrays cannot be read as tensors: {error}") from error
+        for name in state.keys() & self._wanted.keys():
+            wanted = self._wanted[name].dtype
+            state[name] = (state[name] if wanted.is_floating_point else state[name].double().round()).to(wanted)
+        return state
+
+
+def _numbers(reply: Message) -> dict[str, Any]:
+    """All metrics of a reply, whatever its records are called."""
+    return {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
+
+
+def _form(reply: Message) -> tuple[Any, ...]:
+    """What must be alike in all replies, or they cannot be averaged."""
+    arrays = (
+        (record, name, tuple(array.shape), array.dtype)
+        for record, content in reply.content.array_records.items()
+        for name, array in content.items()
+    )
+    metrics = ((record, name) for record, content in reply.content.metric_records.items() for name in content)
+    return tuple(sorted(arrays)), tuple(sorted(metrics))
+
+
+def _is_finite(reply: Message) -> bool:
+    for record in reply.content.array_records.values():
+        for array in record.values():
+            is_float = array.stype == "numpy.ndarray" and np.issubdtype(np.dtype(array.dtype), np.floating)
+            if is_float and not np.isfinite(array.numpy()).all():
+                return False
+    return True
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | float) and value >= 0 and float(value).is_integer()

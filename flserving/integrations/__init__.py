@@ -1,1 +1,0 @@
-"""Other frameworks: each a module of its own, imported by whoever uses it. Nothing of the package imports them."""

@@ -1,0 +1,297 @@
+"""Smaller and faster versions: quantised, pruned, distilled, or exported to ONNX. Each is a version like any other.
+
+What is made goes into the registry under the same name: its parent is the version it was made from, and its lineage
+says how (``extra["optimisation"]`` and what follows it). Servers and devices load it as they load any version; none of
+its caches is shared with its parent, for the digests differ. Before it is published it answers sample rows beside its
+parent, and what answers too differently is refused: see ``TOLERANCES``. What it is worth, is measured with
+``flserving.lab.optimization.report``. Metrics are not inherited. Personal heads belong to the body that they were
+trained on: a version that has some is refused, unless ``heads=None`` says that its clients shall go without.
+
+``torch.export`` makes the ONNX versions; its own archive (.pt2) is not taken, for loading one unpickles.
+``torch.compile`` makes no version: what it compiles is machine code for one process, after seconds of compiling at
+every load, and on these networks it is slower than what it was made from. ``flserving.lab.sweep`` measures that.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from flserving import models
+from flserving.errors import ConfigError, InvalidModelError
+from flserving.federated.training import _isolated
+from flserving.models.onnx import OnnxModel
+from flserving.optimize.distil import Data, rows_of, taught
+from flserving.optimize.export import block_quantised, calibrated, graph_of, sealed
+from flserving.registry import Registry
+from flserving.registry.manifest import Lineage, Manifest
+from flserving.serving.engine import copy_of
+from flserving.serving.loader import Parts, RegistrySource
+
+Method: TypeAlias = Literal["dynamic", "static", "int4"]
+METHODS: tuple[Method, ...] = ("dynamic", "static", "int4")
+_TOLD = "optimisation"
+TOLERANCES: Mapping[str, float] = {"onnx": 1e-3, "quantised": 0.05, "pruned": 0.25, "distilled": 0.25}
+"""How far a version's answers may be from its parent's, by technique. For a classifier it is the mean total variation
+between their probabilities (half the sum of the differences; 1 where both are sure, of two classes), which is at least
+the share of answers that turn from one sure class to another. For a regression it is the root of the mean squared
+difference, as a share of the standard deviation of the parent's answers."""
+_SAMPLES = 512  # rows that are compared where no data are given
+_MOST_SAMPLES = 4096
+
+
+def to_onnx(registry: Registry, name: str, version: int | str = "default", **published: Any) -> Manifest:
+    """The same model for ONNX Runtime, exported by ``torch.export``, and compared with torch before it is published.
+
+    Args:
+        version: A version or an alias.
+        published: ``metrics``, ``alias``, ``who``, ``why``, ``note`` of :meth:`Registry.publish`, or ``heads=None``;
+            ``tolerance``, in place of that in ``TOLERANCES``; ``samples``, the data to compare with the parent on (by
+            default the method's own data; without any, normal rows where the model expects standardised ones). So
+            everywhere here.
+
+    Raises:
+        InvalidModelError: It cannot be exported (its forward depends on values, say), an operator is not listed in
+            ``backends``, or the new version's answers are too far from its parent's. NotSupportedError: onnx is not
+            installed.
+
+    Cost: 1 to 3 s, and 5 s more the first time.
+    """
+    parent, parts = _parent(registry, name, version, published)
+    shapes = _shapes(parent)
+    exported = sealed(graph_of(parts.module, *shapes), *shapes)
+    return _publish(registry, parent, parts, exported, "onnx", {}, None, **published)
+
+
+def quantise(
+    registry: Registry, name: str, version: int | str = "default", method: Method = "dynamic",
+    data: Data | None = None, **published: Any,
+) -> Manifest:  # fmt: skip
+    """Weights of few bits, by ONNX Runtime's tools.
+
+    ``dynamic``: int8 weights and int8 activations, scaled as they come, in each row for every 32 inputs. (Scaled over
+    the whole batch, as is usual, a row's answer would depend on whose rows are beside it.) ``int4``: 4 bits a weight
+    with a scale for every 32, computed in float32. Both are of linear layers; others stay float32. ``static``: int8
+    everywhere, one scale a tensor (weights: a channel), activations as ``data`` has shown them (Jacob et al., CVPR
+    2018, arXiv 1712.05877). Of the data, the ranges of activations go into the graph and nothing else. The products are
+    exact on every processor, so the answers are the same on each; where there are no instructions for it (VNNI), that
+    takes more time.
+
+    Raises:
+        ConfigError: No such method, or no data for ``static``. InvalidModelError: No layer of the kind, or as
+        :func:`to_onnx`.
+    """
+    if method not in METHODS or (data is None) == (method == "static"):
+        raise ConfigError(
+            f"method is {method!r}: use one of {', '.join(METHODS)}; give data for static, and only there"
+        )
+    parent, parts = _parent(registry, name, version, published)
+    shapes = _shapes(parent)
+    graph = graph_of(parts.module, *shapes)
+    if data is None:
+        graph = block_quantised(graph, 8 if method == "dynamic" else 4)
+    else:
+        graph = calibrated(graph, torch.cat(rows_of(data, parts.preprocessor)))
+    quantised = sealed(graph, *shapes)
+    return _publish(registry, parent, parts, quantised, f"quantised, {method}", {}, data, **published)
+
+
+def prune(
+    registry: Registry, name: str, version: int | str = "default", share: float = 0.5, *, structured: bool = False,
+    data: Data | None = None, epochs: int = 20, learning_rate: float = 3e-3, seed: int = 0, **published: Any,
+) -> Manifest:  # fmt: skip
+    """Take a ``share`` of the weights away, or, ``structured``, of the hidden neurons.
+
+    Unstructured: the smallest magnitudes of all linear and convolutional layers together become zero (Han et al., NIPS
+    2015, arXiv 1506.02626). The file keeps its size and a dense product its time: what shrinks is the compressed size.
+    Structured: in each hidden layer of an ``mlp`` the neurons go whose incoming and outgoing weights have the smallest
+    product of norms (after Li et al., ICLR 2017, arXiv 1608.08710). What is left is a plain smaller ``mlp``.
+
+    Args:
+        data: Where given, what is left learns on it to answer as the parent does; see :func:`distil`.
+
+    Raises:
+        ConfigError: A share outside (0, 1). InvalidModelError: No layers of the kind.
+    """
+    if not isinstance(share, float) or not 0 < share < 1:
+        raise ConfigError(f"share is {share!r}: use a number between 0 and 1")
+    parent, parts = _parent(registry, name, version, published)
+    architecture, parameters = parent.architecture, dict(parent.parameters)
+    masks: dict[str, Tensor] = {}
+    if structured:
+        student = _without_neurons(parts.module, share)
+        architecture, parameters = "mlp", {"sizes": _sizes(student)}
+    else:
+        student, masks = _without_weights(copy_of(parts.module), share)
+    if data is not None:
+        settings: dict[str, Any] = {"epochs": epochs, "rate": learning_rate, "seed": seed}
+        student = taught(student, _classifier(parts, parent), data, parts.preprocessor, **settings, masks=masks)
+    told = {"share": share, "epochs": 0 if data is None else epochs, "seed": seed}
+    kind = "pruned, structured" if structured else "pruned"
+    return _publish(registry, parent, parts, student, kind, told, data, architecture, parameters, **published)
+
+
+def distil(
+    registry: Registry, name: str, data: Data, version: int | str = "default", *, architecture: str = "mlp",
+    parameters: Mapping[str, models.JSON], temperature: float = 4.0, label_share: float = 0.0, rounds: int = 1,
+    epochs: int = 60, learning_rate: float = 3e-3, seed: int = 0, **published: Any,
+) -> Manifest:  # fmt: skip
+    """Teach a smaller architecture to answer as the parent does.
+
+    The loss is T^2 times the cross entropy to the parent's softmax(logits / T), and ``label_share`` of the plain one to
+    the labels: Hinton et al. 2015 (arXiv 1503.02531). Rows need no labels. Clients learn apart, each on its own rows,
+    and their students are averaged by samples after each of ``rounds`` rounds, as federated averaging does.
+
+    Raises:
+        ConfigError: A setting out of range, or labels wanted of bare rows. InvalidModelError: The architecture takes or
+        gives other shapes than the parent, or the parent is no classifier.
+
+    Cost: ``rounds`` x ``epochs`` passes of Adam, about 0.1 s each on digits with 20 clients.
+    """
+    parent, parts = _parent(registry, name, version, published)
+    shapes = models.signature(architecture, parameters)
+    if shapes != (parent.signature.input_shape, parent.signature.output_shape):
+        raise InvalidModelError(f"{architecture!r} maps {shapes[0]} to {shapes[1]}: the parent does not")
+    with _isolated():
+        torch.manual_seed(seed)
+        student = models.build(architecture, parameters)
+    told: dict[str, Any] = {
+        "temperature": temperature,
+        "label_share": label_share,
+        "rounds": rounds,
+        "epochs": epochs,
+        "seed": seed,
+    }
+    student = taught(student, _classifier(parts, parent), data, parts.preprocessor, rate=learning_rate, **told)
+    return _publish(registry, parent, parts, student, "distilled", told, data, architecture, parameters, **published)
+
+
+def _parent(
+    registry: Registry, name: str, version: int | str, published: Mapping[str, Any]
+) -> tuple[Manifest, Parts]:  # fmt: skip
+    parent = registry.manifest(name, registry.resolve(name, version))
+    if parent.heads is not None and "heads" not in published:
+        raise InvalidModelError(
+            f"{name!r} version {parent.version} has {parent.heads.num_heads} personal heads, which fit no other body: "
+            "pass heads=None, and its clients get the global head of the new version"
+        )
+    return parent, RegistrySource(registry, name).parts(str(parent.version))
+
+
+def _shapes(parent: Manifest) -> tuple[models.Shape, int]:
+    inputs = parent.signature.input_shape
+    outputs = parent.signature.output_shape
+    if len(outputs) != 1:
+        raise InvalidModelError(f"{parent.architecture!r} maps {inputs} to {outputs}: only flat outputs are exported")
+    return inputs, outputs[0]
+
+
+def _classifier(parts: Parts, parent: Manifest) -> nn.Module:
+    if parent.signature.output_type != "classification":
+        raise InvalidModelError(f"{parent.name!r} version {parent.version} is no classifier: it cannot teach")
+    return parts.module
+
+
+def _publish(
+    registry: Registry, parent: Manifest, parts: Parts, model: nn.Module, technique: str, told: Mapping[str, Any],
+    data: Data | None, architecture: str = "onnx", parameters: Mapping[str, models.JSON] | None = None, *,
+    tolerance: float | None = None, samples: Data | None = None, **published: Any,
+) -> Manifest:  # fmt: skip
+    """Compare with the parent, then publish.
+
+    Raises:
+        ConfigError: ``tolerance`` is no number >= 0. InvalidModelError: It is exceeded.
+    """
+    most = TOLERANCES[technique.split(",")[0]] if tolerance is None else tolerance
+    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 0:
+        raise ConfigError(f"tolerance is {tolerance!r}: use a number >= 0, e.g. 0.05")
+    rows = _sample(parent, parts, data if samples is None else samples)
+    distance = _distance(parts.module, model, rows, parent.signature.output_type)
+    if not distance <= most:
+        raise InvalidModelError(
+            f"{parent.name!r} version {parent.version}, {technique}, answers {len(rows)} sample rows otherwise than "
+            f"its parent by {distance:.3g}, the tolerance is {most:g} ({parent.signature.output_type}; see "
+            "optimization.TOLERANCES): keep the parent, give data or change less, or state another tolerance="
+        )
+    told = {**told, "distance": round(distance, 6)}
+    before = parent.lineage or Lineage()
+    extra = {key: value for key, value in before.extra.items() if not key.startswith(_TOLD)}  # the parent has its own
+    extra |= {_TOLD: technique, **{f"{_TOLD}_{key}": value for key, value in told.items()}}
+    return registry.publish(
+        parent.name, model, architecture=architecture,
+        parameters=model.parameters_of if isinstance(model, OnnxModel) else parameters,
+        preprocessing=parent.preprocessing, output_type=parent.signature.output_type,
+        lineage=msgspec.structs.replace(before, parent_version=parent.version, extra=extra), **published,
+    )  # fmt: skip
+
+
+def _sample(parent: Manifest, parts: Parts, data: Data | None) -> Tensor:
+    """Standardised rows to compare two versions on."""
+    if data is not None:
+        rows = torch.cat(rows_of(data, parts.preprocessor))
+        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), _MOST_SAMPLES)).long()
+        return rows[chosen]
+    source = torch.Generator().manual_seed(0)
+    return torch.randn(_SAMPLES, *parent.signature.input_shape, generator=source)
+
+
+def _distance(parent: nn.Module, model: nn.Module, rows: Tensor, output_type: str) -> float:
+    """How far two models' answers to standardised rows are apart, see ``TOLERANCES``."""
+    parts = torch.split(rows, 256)
+    with torch.inference_mode():
+        wanted, found = (torch.cat([it.eval()(part.clone()) for part in parts]).double() for it in (parent, model))
+    if output_type == "classification":
+        gap = (wanted.softmax(1) - found.softmax(1)).abs().sum(1) / 2
+        return float(gap.mean())
+    error = (wanted - found).square().mean().sqrt()
+    spread = wanted.std(0, correction=0).square().mean().sqrt()
+    return float(error / spread.clamp(min=1e-12))
+
+
+def _linear(module: nn.Module) -> list[nn.Linear]:
+    """The layers of an ``mlp``. Raises InvalidModelError: it is none, or it has no hidden layer."""
+    parts = [*module.body, module.head] if isinstance(module, models.SplitModel) else []  # type: ignore[misc]
+    if len(parts) < 3 or [type(part) for part in parts[:-1]] != [nn.Linear, nn.ReLU] * (len(parts) // 2):
+        raise InvalidModelError(
+            f"{type(module).__name__} is no mlp with hidden layers: neurons go from linear layers with ReLU"
+        )
+    return [part for part in parts if isinstance(part, nn.Linear)]
+
+
+def _sizes(module: nn.Module) -> list[int]:
+    layers = _linear(module)
+    return [layer.in_features for layer in layers] + [layers[-1].out_features]
+
+
+def _without_neurons(module: nn.Module, share: float) -> nn.Module:
+    layers, state = _linear(module), dict[str, Tensor]()
+    kept, sizes = torch.arange(layers[0].in_features), [layers[0].in_features]
+    for number, (layer, after) in enumerate(pairwise(layers)):
+        score = torch.cat([layer.weight, layer.bias[:, None]], dim=1).norm(dim=1) * after.weight.norm(dim=0)
+        stays = score.topk(max(1, round(len(score) * (1 - share)))).indices.sort().values
+        state[f"body.{2 * number}.weight"] = layer.weight[stays][:, kept]
+        state[f"body.{2 * number}.bias"] = layer.bias[stays]
+        kept = stays
+        sizes.append(len(stays))
+    state |= {"head.weight": layers[-1].weight[:, kept], "head.bias": layers[-1].bias}
+    smaller = models.build("mlp", {"sizes": [*sizes, layers[-1].out_features]})
+    smaller.load_state_dict(state)
+    return smaller
+
+
+def _without_weights(module: nn.Module, share: float) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The module, and what to multiply its weights by so that they stay away."""
+    from torch.nn.utils import prune
+
+    layers = {name: it for name, it in module.named_modules() if isinstance(it, nn.Linear | nn.Conv2d)}
+    if not layers:
+        raise InvalidModelError(f"{type(module).__name__} has no linear or convolutional layer: nothing to prune")
+    targets = [(layer, "weight") for layer in layers.values()]
+    prune.global_unstructured(targets, pruning_method=prune.L1Unstructured, amount=share)
+    masks = {f"{name}.weight".lstrip("."): layer.weight_mask.clone() for name, layer in layers.items()}  # type: ignore[operator]
+    for layer in layers.values():
+        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
+    return module, masks

@@ -1,0 +1,298 @@
+"""Personal heads: what a version may carry beside its weights, and the store of a loaded version's heads.
+
+On disk they are one file (``headfile.py``); in memory are its index and the heads that were used last.
+"""
+
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flserving import forks
+from flserving.errors import InvalidModelError
+from flserving.models import weights
+from flserving.registry import storage
+from flserving.registry.headfile import (
+    ALIGNMENT,
+    FILE_NAME,
+    LAYOUTS,
+    MAX_CLIENT_CHARS,
+    HeadFile,
+    Layout,
+    checksums,
+    header,
+    key_of,
+    stride,
+)
+from flserving.registry.manifest import Digests, HeadsEntry, is_digest, sha256
+
+__all__ = ["EXPIRED", "FILE_NAME", "STALE", "UNKNOWN", "HeadSet", "HeadStore", "Layout", "neutral_head", "trained_on"]
+
+UNKNOWN, STALE, EXPIRED = -1, -2, -3
+"""Slots that mean: the global head answers, because there is no head, one that was trained on something else, or one
+whose time is over."""
+
+_CHUNK = 4096  # heads written at a time
+
+
+def trained_on(layout: str, digests: Digests) -> str:
+    """Digest of what a head of this layout depends on: the body; the generic head too where it works on the logits."""
+    return digests.body if layout == "head" else sha256(f"{digests.body} {digests.head}".encode())
+
+
+def trained_on_state(layout: str, tensors: Mapping[str, Tensor]) -> str:
+    """:func:`trained_on` of weights that no version holds yet."""
+    return trained_on(layout, Digests("", *weights.part_digests(tensors), ""))
+
+
+def neutral_head(layout: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The head that gives the global model's answer: float32 [inputs + 1, outputs]. ``tensors``: the version's."""
+    generic = torch.from_numpy(_as_matrix(tensors))
+    if layout == "adapter":
+        return torch.eye(generic.shape[1] + 1, generic.shape[1])
+    return torch.zeros_like(generic) if layout == "additive" else generic
+
+
+class HeadSet:
+    """Heads to be published with a version.
+
+    Args:
+        layout: ``head``: logits = x W + b on the body's features x. ``additive``: generic logits + x W + b (FedROD,
+            Chen and Chao, ICLR 2022). ``adapter``: z W + b on the generic logits z.
+        clients: Ids, all different, of 1 to 256 characters.
+        weights: float32 [K, inputs + 1, outputs]; the last row is the bias. May be an ``np.memmap``: publishing reads
+            it once, in chunks.
+        trained_on: Digest of what each head was trained on (see :func:`trained_on`), or one for all; None is the
+            version that they are published with.
+        expires_at: From then on they answer no more: a datetime with a time zone, or ISO 8601 text of one; None: never.
+            It is kept in the manifest, in UTC, and goes with a head to its device.
+
+    Raises:
+        InvalidModelError: Another shape or dtype, ids twice, too long or not text, no such time. (Values are checked
+        at publish.)
+    """
+
+    def __init__(
+        self, layout: Layout, clients: Sequence[str], weights: NDArray[np.float32],
+        trained_on: str | Sequence[str] | None = None, expires_at: datetime | str | None = None,
+    ) -> None:  # fmt: skip
+        if layout not in LAYOUTS:
+            raise InvalidModelError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
+        if weights.ndim != 3 or weights.dtype != np.float32 or not weights.size or weights.shape[1] < 2:
+            raise InvalidModelError(
+                f"heads are {weights.dtype} {weights.shape}: give float32 [clients, inputs + 1, outputs]"
+            )
+        if layout == "adapter" and weights.shape[1] != weights.shape[2] + 1:
+            raise InvalidModelError(f"adapters are {weights.shape}: give [clients, outputs + 1, outputs]")
+        if len(clients) != len(weights):
+            raise InvalidModelError(f"{len(clients):,} clients, {len(weights):,} heads: give one head each")
+        for client in clients:
+            if not isinstance(client, str) or not 0 < len(client) <= MAX_CLIENT_CHARS:
+                raise InvalidModelError(f"client {repr(client)[:80]}: use text of 1 to {MAX_CLIENT_CHARS} characters")
+        digests = [trained_on] if isinstance(trained_on, str) else trained_on
+        if digests is not None and (len(digests) not in (1, len(clients)) or not all(map(is_digest, digests))):
+            raise InvalidModelError(f"trained_on has {len(digests)} entries: give a sha256 for all heads, or one each")
+        self.layout, self.clients, self.weights, self.trained_on = layout, clients, weights, digests
+        self.expires_at = _in_utc(expires_at)
+        keys = np.frombuffer(b"".join(map(key_of, clients)), ">u8").reshape(-1, 2).astype(np.uint64)
+        self._order = np.lexsort((keys[:, 1], keys[:, 0]))
+        self._keys = keys[self._order]
+        if len(twice := np.flatnonzero((self._keys[1:] == self._keys[:-1]).all(axis=1))):
+            raise InvalidModelError(f"client {clients[int(self._order[twice[0]])]!r} has two heads: give it one")
+
+    @classmethod
+    def from_states(
+        cls, personal: Mapping[str, Mapping[str, Tensor]], layout: Layout = "head",
+        trained_on: str | Sequence[str] | None = None, expires_at: datetime | str | None = None,
+    ) -> "HeadSet":  # fmt: skip
+        """From state dicts: client id -> {"head.weight": [out, in], "head.bias": [out]} (a missing bias is zero)."""
+        try:
+            heads = [_as_matrix(state) for state in personal.values()]
+            return cls(layout, list(personal), np.stack(heads), trained_on, expires_at)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, InvalidModelError):
+                raise
+            raise InvalidModelError(f"the heads do not fit together ({error}): give weights of one shape") from error
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def write(self, path: str, digest: str) -> HeadsEntry:
+        """Write the file, wait until the disk has it, and say what was written. ``digest``: what "this version" is.
+
+        Raises:
+            InvalidModelError: A head holds NaN or infinities. OSError: As :func:`storage.write_parts`.
+
+        Cost: one pass over the weights, about 1 s per GB beside the disk.
+        """
+        num_heads, rows, outputs = self.weights.shape
+        entry = HeadsEntry(self.layout, num_heads, rows - 1, outputs, 1, "0" * 64)
+        table, numbers = np.unique(self.trained_on or [digest], return_inverse=True)
+        sha = hashlib.sha256(first := header(entry))
+        checks = np.empty(num_heads, np.uint64)
+        columns = (
+            self._keys.T, checks, np.broadcast_to(numbers, num_heads)[self._order].astype(np.uint32),
+            np.frombuffer(bytes.fromhex("".join(table)), np.uint8),
+        )  # fmt: skip
+
+        def parts() -> Iterator[bytes | memoryview]:
+            yield first
+            for start in range(0, num_heads, _CHUNK):
+                order = self._order[start : start + _CHUNK]
+                records = np.zeros((len(order), stride(entry) // 4), np.float32)
+                records[:, : rows * outputs] = self.weights[order].reshape(len(order), -1)
+                if not (finite := np.isfinite(records).all(axis=1)).all():
+                    client = self.clients[int(order[finite.argmin()])]
+                    raise InvalidModelError(f"the head of {client!r} holds NaN or infinite values: train it again")
+                checks[start : start + _CHUNK] = checksums(records)
+                yield records.data.cast("B")
+            for column in columns:
+                sha.update(data := column.tobytes())
+                yield data
+
+        nbytes = storage.write_parts(path, parts(), storage.PRIVATE)
+        return HeadsEntry(self.layout, num_heads, rows - 1, outputs, nbytes, sha.hexdigest(), self.expires_at)
+
+
+def _in_utc(at: datetime | str | None) -> str | None:
+    """ISO 8601 with the offset +00:00."""
+    if at is None:
+        return None
+    try:
+        given = datetime.fromisoformat(at) if isinstance(at, str) else at
+        if given.tzinfo is None:
+            raise ValueError("it has no time zone")
+        return given.astimezone(UTC).isoformat()
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise InvalidModelError(
+            f"expires_at is {str(at)[:80]!r} ({error}): give a time such as 2027-01-31T12:00:00+00:00"
+        ) from error
+
+
+def _as_matrix(state: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    weight = state["head.weight"].detach().float()
+    bias = state.get("head.bias", torch.zeros(len(weight))).detach().float()
+    return torch.cat([weight.mT, bias[None]]).numpy()
+
+
+class HeadStore:
+    """An opened file of heads: the index in memory, the hottest heads beside it, the rest on the disk. Thread-safe.
+
+    Args:
+        root, relative: The file; messages name the latter only.
+        entry: What the manifest says of it. ``digest``: what its heads must be trained on not to be stale.
+        neutral: float32 [inputs + 1, outputs]: what stands in where no head answers.
+        wall: Seconds since 1970: decides when heads are expired.
+
+    Raises:
+        CorruptArtifactError: The file or its index is not what was published.
+
+    Closed when it is forgotten, and not before: the number of a closed file is soon another file's.
+    """
+
+    def __init__(
+        self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: Tensor,
+        wall: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.wall, self.expires_at = wall, entry.expires_at
+        at = entry.expires_at
+        self._expires_s = math.inf if at is None else datetime.fromisoformat(at).timestamp()
+        self.layout, self.num_heads, self.digest = entry.layout, entry.num_heads, entry.index_sha256
+        self.inputs, self.outputs = entry.inputs, entry.outputs
+        self._width, self._neutral = neutral.numel(), neutral.reshape(-1)
+        self._file, self._lock = HeadFile(root, relative, entry, digest), threading.Lock()
+        forks.fresh_locks_in_child(self, "_lock")
+        self.resize(256 << 20)
+
+    def resize(self, budget_nbytes: int) -> None:
+        """Keep at most this many bytes of heads in memory, at least one; call it before the first use."""
+        capacity = min(self.num_heads, max(1, budget_nbytes // self._file.stride))
+        self._hot = torch.empty(capacity + 2, self._file.stride // 4)  # virtual memory until it is written to
+        self._hot[capacity:, : self._width] = self._neutral
+        self._absent = capacity + 1
+        self._place = np.full(self.num_heads + 3, self._absent, np.int64)  # slot -> row of _hot
+        self._place[[UNKNOWN, STALE, EXPIRED]] = capacity
+        self._holds = np.full(capacity, UNKNOWN, np.int64)  # row of _hot -> slot
+        self._used = np.zeros(capacity + 2, np.int64)  # row of _hot -> turn of its last use
+        self._free, self._turn = np.arange(capacity), 0
+        tables = (self._hot, self._place, self._holds, self._used, self._free)
+        self.nbytes = self._file.nbytes + sum(table.nbytes for table in tables)
+
+    @staticmethod
+    def nbytes_of(entry: HeadsEntry, budget_nbytes: int) -> int:
+        """What ``nbytes`` of a store will be after :meth:`resize`, from its manifest entry alone."""
+        capacity = min(entry.num_heads, max(1, budget_nbytes // stride(entry)))
+        index = entry.nbytes - ALIGNMENT - entry.num_heads * stride(entry)
+        fits = entry.num_heads
+        hot = (capacity + 2) * stride(entry)
+        tables = 8 * (entry.num_heads + 3) + 8 * capacity + 8 * (capacity + 2) + 8 * capacity
+        return index + fits + hot + tables
+
+    def find(self, client: str) -> int:
+        """The slot of a client's head; UNKNOWN, STALE or EXPIRED where the global head answers. A binary search."""
+        slot = self._file.find(client)
+        if slot >= 0 and self.expired:
+            return EXPIRED
+        return STALE if slot >= 0 and not self._file.fits[slot] else slot
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time of these heads is over. All heads of a version have the same."""
+        return self._expires_s != math.inf and self.wall() >= self._expires_s
+
+    def take(self, client: str) -> HeadSet | None:
+        """One client's head alone, with what it was trained on, also a stale one: to publish it again, or to send it.
+
+        Raises:
+            CorruptArtifactError: The record is not what was published.
+        """
+        if (slot := self._file.find(client)) < 0:
+            return None
+        record = self._file.load(np.array([slot]))[:, : self._width]
+        head = record.reshape(1, self.inputs + 1, self.outputs)
+        return HeadSet(self.layout, [client], head, self._file.trained_on(slot), self.expires_at)
+
+    def gather(self, slots: NDArray[np.int64]) -> Tensor:
+        """Heads by slot: float32 [N, inputs + 1, outputs], in a tensor of their own. Negative slots give the neutral.
+
+        Raises:
+            CorruptArtifactError: A record is not what was published.
+        """
+        with self._lock:
+            self._turn += 1
+            places = self._place[slots]
+            heads = self._hot.index_select(0, torch.from_numpy(places))
+            self._used[places] = self._turn
+        if (missing := np.flatnonzero(places == self._absent)).size:
+            records = self._file.load(slots[missing])  # outside the lock: the disk may take its time
+            heads.numpy()[missing] = records
+            self._keep(slots[missing], records)
+        return heads[:, : self._width].view(len(slots), self.inputs + 1, self.outputs)
+
+    def _keep(self, slots: NDArray[np.int64], records: NDArray[np.float32]) -> None:
+        """Make these heads hot, in place of the least recently used: a sixteenth of them at once, or each miss would
+        search them all."""
+        with self._lock:
+            new = np.flatnonzero(self._place[slots] == self._absent)[: len(self._holds)]  # others may have been faster
+            if (short := len(new) - len(self._free)) > 0:
+                count = min(len(self._holds), max(short, len(self._holds) // 16))
+                used = np.where(self._holds >= 0, self._used[:-2], np.iinfo(np.int64).max)
+                coldest = np.argpartition(used, count - 1)[:count]
+                coldest = coldest[self._holds[coldest] >= 0]
+                self._place[self._holds[coldest]] = self._absent
+                self._holds[coldest] = UNKNOWN
+                self._free = np.concatenate([self._free, coldest])
+            rows, self._free = self._free[: len(new)], self._free[len(new) :]
+            self._hot.numpy()[rows] = records[new]  # a third of the time of torch's indexed assignment
+            self._place[slots[new]], self._holds[rows], self._used[rows] = rows, slots[new], self._turn
+            twice = self._place[slots[new]] != rows  # a slot that came more than once holds the last of its rows
+            if twice.any():
+                self._holds[rows[twice]] = UNKNOWN
+                self._free = np.concatenate([self._free, rows[twice]])

@@ -1,0 +1,239 @@
+"""Files that survive a crash: durable writes, staging that outlives nobody, reads that trust nothing.
+
+Relative paths in messages: where a registry lies on the disk is nobody's business.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor
+
+from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError
+from flserving.models.weights import as_bytes
+
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO must not hang
+_BINARY = getattr(os, "O_BINARY", 0)  # only on Windows
+
+PRIVATE = 0o600
+"""Mode of files that only their owner reads: a umask can only take more away."""
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+if sys.platform == "win32":
+    _seeking = threading.Lock()
+
+    def read_at(fd: int, nbytes: int, at: int) -> bytes:
+        """``os.pread``, which Windows lacks."""
+        with _seeking:
+            os.lseek(fd, at, os.SEEK_SET)
+            return os.read(fd, nbytes)
+
+else:
+    read_at = os.pread
+
+
+def user_path(path: str | os.PathLike[str]) -> str:
+    """A path as its user means it: ``~`` is the home folder. (Shells leave it alone in ``--registry=~/models``.)"""
+    return os.path.expanduser(os.fspath(path))
+
+
+def why_unwritable(folder: str) -> str | None:
+    """Why nobody here may write to a folder: its file system is read-only, or it is another user's.
+
+    None where it may be written, though its disk may be full.
+    """
+    path = f"{folder}/.{secrets.token_hex(8)}"
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW, PRIVATE))
+        os.unlink(path)
+    except OSError as error:
+        return error.strerror if error.errno in READ_ONLY else None
+    return None
+
+
+def own_folder(owner: object, prefix: str) -> tuple[str, "weakref.finalize[..., object]"]:
+    """A temporary folder, and what removes it: when called, when ``owner`` is forgotten, and at exit. Only the process
+    that made it removes it: a forked child that ends must not take its parent's files along."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    return folder, weakref.finalize(owner, _remove, folder, os.getpid())
+
+
+def _remove(folder: str, maker: int) -> None:
+    if os.getpid() == maker:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_file(path: str, data: bytes | memoryview, mode: int = 0o644) -> None:
+    """Create ``path``, write it whole and wait until the disk has it. OSError if it exists, or on a full disk."""
+    write_parts(path, [data], mode)
+
+
+def write_parts(path: str, parts: Iterable[bytes | memoryview], mode: int = 0o644) -> int:
+    """:func:`write_file` part by part, for what does not fit into memory at once. Returns the number of bytes."""
+    nbytes, fd = 0, os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, mode)
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            nbytes += len(rest)
+            while rest:  # one write takes at most 2 GiB
+                rest = rest[os.write(fd, rest) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return nbytes
+
+
+def kept_secret(root: str, name: str) -> bytes:
+    """32 random bytes that only this folder's owner knows, made by the first call of any process: a file of hex digits.
+
+    Raises:
+        ForbiddenError: Other users can read it. CorruptArtifactError: It is no such secret. FlservingError: It cannot
+        be read, or not be made.
+    """
+    path = f"{root}/{name}"
+    try:
+        if not os.path.lexists(path):
+            fresh = f"{path}.{secrets.token_hex(8)}"
+            fd = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            try:
+                with open(fd, "wb") as file:
+                    file.write(secrets.token_bytes(32).hex().encode())
+                    file.flush()
+                    os.fsync(fd)
+                with suppress(FileExistsError):
+                    os.link(fresh, path)  # unlike a rename it never replaces the secret of another process
+            finally:
+                os.unlink(fresh)
+        if os.name == "posix" and os.stat(path).st_mode & 0o077:
+            raise ForbiddenError(f"{name} can be read by other users: chmod 600, and think about a new key")
+        with open(path, "rb") as opened:
+            secret = bytes.fromhex(opened.read(65).decode())
+    except ValueError:
+        secret = b""
+    except OSError as error:
+        raise FlservingError(f"{name} cannot be used ({error.strerror}): check the folder") from error
+    if len(secret) != 32:
+        raise CorruptArtifactError(f"{name} is not a key: restore it from a backup")
+    return secret
+
+
+def sync_directory(path: str) -> None:
+    """Wait until the disk has the names in a directory. Windows has no such call, and journals its names itself."""
+    if sys.platform == "win32":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check_folders(root: str, *relatives: str) -> None:
+    """Raise CorruptArtifactError unless these are real directories under ``root``, not symbolic links."""
+    for relative in relatives:
+        try:
+            real = stat.S_ISDIR(os.lstat(f"{root}/{relative}").st_mode)
+        except OSError:
+            real = False
+        if not real:
+            raise _corrupt(relative, "is missing, or not a folder of its own")
+
+
+def open_file(root: str, relative: str) -> tuple[int, int]:
+    """Open a file of a registry for reading: its descriptor, and its size in bytes.
+
+    Nothing but a regular file is opened: a symbolic link, a FIFO or a device is refused.
+
+    Raises:
+        CorruptArtifactError: It is missing, or of another kind.
+        FlservingError: No file may be opened at the moment, or not this one.
+    """
+    path = f"{root}/{relative}"
+    try:
+        fd = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _BINARY)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES):  # the file may be as sound as ever
+            raise FlservingError(
+                f"{relative} cannot be opened ({error.strerror}): check limits and permissions"
+            ) from None
+        why = "is a symbolic link" if os.path.islink(path) else f"cannot be opened ({error.strerror})"
+        raise _corrupt(relative, why) from None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise _corrupt(relative, "is not a regular file")
+    return fd, status.st_size
+
+
+def read_file(root: str, relative: str, max_nbytes: int) -> Tensor:
+    """Read a file of a registry once, into 64-byte aligned memory that nobody else can change: uint8 [nbytes].
+
+    Memory is taken only after the size was checked.
+
+    Raises:
+        CorruptArtifactError: As :func:`open_file`, or it is empty or larger than ``max_nbytes``. FlservingError: As
+        :func:`open_file`.
+    """
+    fd, size = open_file(root, relative)
+    try:
+        if not 0 < size <= max_nbytes:
+            raise _corrupt(relative, f"has {size:,} bytes, expected 1 to {max_nbytes:,}")
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        rest = as_bytes(buffer)
+        with open(fd, "rb", buffering=0, closefd=False) as file:
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise _corrupt(relative, f"ended {len(rest):,} bytes early")
+                rest = rest[count:]
+    finally:
+        os.close(fd)
+    return buffer
+
+
+def _corrupt(relative: str, why: str) -> CorruptArtifactError:
+    return CorruptArtifactError(f"{relative} {why}: restore it from a backup, or publish again")
+
+
+def install(staged: str, target: str) -> None:
+    """Move a staged directory to its final place, durably and in one step.
+
+    Whatever is at ``target`` is the leftover of a publisher that died before it was visible, and goes first. So call
+    this only under the lock that gives out ``target``.
+    """
+    parent = os.path.dirname(target)
+    if not os.path.isdir(parent):
+        os.mkdir(parent)
+        sync_directory(os.path.dirname(parent))
+    if os.path.islink(target) or os.path.isfile(target):
+        os.unlink(target)
+    elif os.path.isdir(target):
+        shutil.rmtree(target)
+    os.rename(staged, target)
+    sync_directory(parent)
+
+
+@contextmanager
+def staging(folder: str) -> Iterator[str]:
+    """A private directory for one publish, gone afterwards, whatever happens; so is what dead publishers left there.
+
+    Call it only under the lock that lets one publisher in at a time.
+    """
+    for left in os.scandir(folder):
+        shutil.rmtree(left.path, ignore_errors=True)
+    path = f"{folder}/{secrets.token_hex(8)}"
+    try:
+        os.mkdir(path)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

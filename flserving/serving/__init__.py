@@ -1,0 +1,28 @@
+"""A request becomes a prediction: loader, model cache, preprocessor, inference engine, postprocessor, model server.
+
+Read ``loader.py``, ``cache.py``, ``engine.py``, ``batching/policy.py`` and ``server.py``, in that order: each is one
+box of the picture in README. The preprocessor and the postprocessor belong to a version: see ``models/processing.py``.
+``router.py`` leads names to versions, ``repository.py`` holds what is loaded. ``personalization.py`` and
+``personalized.py`` are for notebook 07; ``synonyms.py`` lets ``version_id`` stand for ``version``.
+"""
+
+from flserving.models.processing import Postprocessor, Preprocessor
+from flserving.serving.cache import ModelCache, PredictionCache
+from flserving.serving.config import ServingConfig
+from flserving.serving.engine import InferenceEngine
+from flserving.serving.personalized import PersonalizedServer
+from flserving.serving.pipeline import create_serving_pipeline, demo_serving
+from flserving.serving.server import ModelServer
+
+__all__ = [
+    "InferenceEngine",
+    "ModelCache",
+    "ModelServer",
+    "PersonalizedServer",
+    "Postprocessor",
+    "PredictionCache",
+    "Preprocessor",
+    "ServingConfig",
+    "create_serving_pipeline",
+    "demo_serving",
+]

@@ -1,0 +1,2 @@
+"""Dynamic batching: ``policy.py`` says which requests run together, ``workers.py`` runs them, and ``waiters.py`` wakes
+those who wait."""

@@ -1,0 +1,383 @@
+"""The threads behind the batch queue: who runs a batch, who waits for it, and what happens when it fails.
+
+A caller whose server is idle runs its own request, on its own thread (handing it over and back costs about 75 us),
+where the model is known to be done well before the deadline: nobody can call a thread back from a model. Callers on an
+event loop share one batch a turn of the loop; it runs on the loop while that is short (``INLINE_S``), else on a worker.
+Everything else waits in the ``BatchQueue`` (``policy.py``) for a worker thread. Workers start when needed and leave
+when idle.
+"""
+
+import asyncio
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from flserving import forks
+from flserving.errors import (
+    DeadlineExceededError,
+    FlservingError,
+    ModelExecutionError,
+    OverloadedError,
+    ServerClosedError,
+)
+from flserving.monitoring.metrics import Costs
+from flserving.serving.batching.policy import BatchQueue, Request
+from flserving.serving.batching.waiters import LoopSide, answer, refuse
+from flserving.serving.config import ServingConfig
+
+INLINE_S = 2e-3  # an event loop may be held this long: under the 5 ms that a thread waits for the interpreter lock
+IDLE_S = 5.0  # a worker with nothing to do leaves after this long
+SURE = 2.0  # a thread runs its own request where this many times the usual duration fits before the deadline
+
+
+class Lane(Hashable, Protocol):
+    """What a batch runs on: a loaded model."""
+
+    typical_s: float  # seconds of a usual execution; infinite while unknown
+
+    def execute(self, payloads: Sequence[Any]) -> Sequence[Any]:
+        """One result per payload, in their order; raises if any of them makes the model fail."""
+
+
+class Run(NamedTuple):
+    """A slot in use: what runs in it, since when, and until when it usually would."""
+
+    lane: Lane
+    rows: int
+    start_s: float
+    end_s: float
+
+
+class Batcher:
+    """Runs requests in batches, at most ``num_workers`` at a time. Callers block (:meth:`run`) or await (:meth:`arun`).
+
+    Guarantees: a request that is past its deadline never reaches the model; a batch that fails is retried by halves
+    until the request at fault fails alone; every request gets its own result or one typed error.
+
+    A thread hears of its deadline when it is there, whatever the model does: only a model whose usual duration fits
+    into it twice runs on the caller's own thread, which returns when the model does.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        on_execution: Callable[[Any, int, Sequence[Any]], None] = lambda lane, rows, results: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config, self._on_execution, self._clock = config, on_execution, clock
+        self._costs = Costs()
+        self.closed = False
+        self._begin()
+        forks.in_child(self, Batcher._begin)
+
+    def _begin(self) -> None:
+        """Nobody waits and nobody works: at the start, and in a forked child, which has none of these threads."""
+        config = self.config
+        self.queue: BatchQueue[Any] = BatchQueue(
+            config.max_batch_size, config.max_wait_time_ms / 1e3, config.max_queue_rows, config.batching,
+            servers=config.num_workers, costs=self._costs,
+        )  # fmt: skip
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._threads: set[threading.Thread] = set()
+        self._sleeping = self.busy = 0
+        self._here = threading.local()  # .side: this batcher's side of the thread's event loop
+
+    def loaded(self) -> bool:
+        """Whether another request would have to wait."""
+        return bool(self.queue) or self.busy >= self.config.num_workers
+
+    # Callers that block
+
+    def run(
+        self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+    ) -> Any:
+        """Run one request and return its result. ``client`` is whose share of the queue it uses.
+
+        Raises:
+            OverloadedError, DeadlineExceededError, ServerClosedError, or what the model raised for this request.
+        """
+        with self._lock:
+            now_s = self._admit(arrival_s, deadline_s)
+            idle = self.busy < self.config.num_workers and not self.queue
+            inline = idle and self.config.batching == "work_conserving"
+            if inline and now_s + SURE * (usual_s := self._usual_s(lane, rows)) <= deadline_s:
+                slot = self._take_slot(lane, rows, now_s, usual_s)
+            else:
+                inline = False
+                request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s, client)
+                request.waiter = threading.Lock()
+                request.waiter.acquire()
+                dropped = self._enqueue(request, now_s)
+                self._call_worker()
+        if inline:
+            ran = False
+            try:
+                result = self._run_on_lane(lane, (payload,), rows)[0]
+                ran = True
+                return result
+            finally:
+                self._give_back_slot(slot, ran)
+        self._refuse_dropped(dropped)
+        answered = False
+        try:
+            answered = request.waiter.acquire(timeout=max(0.0, deadline_s - self._clock()))
+        finally:
+            if not answered:  # too late, or interrupted
+                with self._lock:
+                    self.queue.drop(request)
+                    if request.state != "done":
+                        request.state, request.error = "dropped", self._too_late(arrival_s, deadline_s)
+        try:
+            if request.error is not None:
+                raise request.error
+            return request.result
+        finally:
+            request.error = None  # an error's frames must not hold what holds the error: it would keep models alive
+
+    # Callers that await
+
+    async def arun(
+        self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+    ) -> Any:
+        """:meth:`run` for coroutines: whoever arrives in one turn of the event loop shares a batch."""
+        request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s, client)
+        loop = asyncio.get_running_loop()
+        here: LoopSide | None = getattr(self._here, "side", None)
+        if here is None or here.loop is not loop:
+            here = self._here.side = LoopSide(loop)
+        future = loop.create_future()
+        request.waiter = (here, future)
+        with self._lock:
+            dropped = self._enqueue(request, self._admit(arrival_s, deadline_s))
+            if self.config.batching == "hold_until_full":
+                self._call_worker()
+        self._refuse_dropped(dropped)
+        here.waiting.add(request)
+        if not here.turn_ends and self.config.batching == "work_conserving":
+            here.turn_ends = True
+            loop.call_soon(self._end_of_turn, here)
+        if here.alarm is None or deadline_s < here.alarm_s:
+            self._set_alarm(here, deadline_s)
+        try:
+            return await future
+        finally:
+            here.waiting.discard(request)
+            if request.state == "waiting":  # cancelled
+                with self._lock:
+                    self.queue.drop(request)
+            request.waiter = request.error = None  # as in run
+            del future
+
+    def _end_of_turn(self, here: LoopSide) -> None:
+        """Everybody who arrived in this turn waits in the queue: run one batch, and leave the rest to the next turn."""
+        here.turn_ends = False
+        batch: list[Request[Lane]] = []
+        expired: list[Request[Lane]] = []
+        with self._lock:
+            first = self.queue.first_ready(now := self._clock()) if self.busy < self.config.num_workers else None
+            if first is None:
+                return  # nothing waits, or whoever finishes next will look into the queue
+            if slow := first.lane.typical_s * max(1.0, first.rows / self.config.max_batch_size) > INLINE_S:
+                self._call_worker()
+            else:
+                batch, expired = self.queue.take(now)
+                if batch:
+                    slot = self._take_slot(batch[0].lane, sum(request.rows for request in batch), now)
+        self._settle_late(expired)
+        if batch:
+            self._execute(batch, slot)
+        if self.queue and not slow and not here.turn_ends:
+            here.turn_ends = True
+            here.loop.call_soon(self._end_of_turn, here)
+
+    def _set_alarm(self, here: LoopSide, at_s: float) -> None:
+        if here.alarm is not None:
+            here.alarm.cancel()
+        here.alarm_s = at_s
+        here.alarm = here.loop.call_later(max(0.0, at_s - self._clock()) + 1e-4, self._ring, here)
+
+    def _ring(self, here: LoopSide) -> None:
+        """One timer a loop, not one a request: fail who is past the deadline, set the alarm for who comes next."""
+        here.alarm, now = None, self._clock()
+        late = [request for request in here.waiting if request.deadline_s <= now]
+        with self._lock:
+            for request in late:
+                self.queue.drop(request)
+        for request in late:
+            refuse(request, self._too_late(request.arrival_s, request.deadline_s))
+            here.waiting.discard(request)
+        if here.waiting:
+            self._set_alarm(here, min(request.deadline_s for request in here.waiting))
+
+    # Workers
+
+    def _admit(self, arrival_s: float, deadline_s: float) -> float:
+        """The time. Raises where it is too late."""
+        if self.closed:
+            raise ServerClosedError("the server was closed: open a new one")
+        now_s = self._clock()
+        if deadline_s <= now_s:
+            raise self._too_late(arrival_s, deadline_s)
+        return now_s
+
+    def _usual_s(self, lane: Lane, rows: int) -> float:
+        """Seconds that so many rows take: as they did, however long ago, else as in the warm-up; else infinite."""
+        largest = self.config.max_batch_size
+        if rows <= largest:
+            return self._costs.usual_s(lane, rows) or lane.typical_s
+        return (self._costs.usual_s(lane, largest) or lane.typical_s) * rows / largest
+
+    def _enqueue(self, request: Request[Lane], now_s: float) -> list[Request[Lane]]:
+        """Put it into the queue; who had to make room comes back."""
+        try:
+            return self.queue.push(request, now_s)
+        except OverloadedError:
+            self._call_worker()  # who was to look at the queue may be gone: an event loop that was closed
+            raise
+
+    def _refuse_dropped(self, dropped: Sequence[Request[Lane]]) -> None:
+        for request in dropped:
+            refuse(request, OverloadedError("the queue is full of your requests, and others have a share: try later"))
+
+    def _call_worker(self) -> None:
+        """Under the lock: make sure that somebody looks at the queue. A busy worker looks when it is done."""
+        if self._sleeping:
+            self._work.notify()
+        elif len(self._threads) < self.config.num_workers and (self.closed or self.busy < self.config.num_workers):
+            thread = threading.Thread(target=self._worker, name="flserving-worker", daemon=True)
+            self._threads.add(thread)
+            thread.start()
+
+    def _worker(self) -> None:
+        while True:
+            batch: list[Request[Lane]] = []
+            expired: list[Request[Lane]] = []
+            ready_s = None
+            with self._lock:
+                if self.busy < self.config.num_workers:
+                    now_s = self._clock()
+                    batch, expired = self.queue.take(now_s, self.closed)
+                    if batch:
+                        slot = self._take_slot(batch[0].lane, sum(request.rows for request in batch), now_s)
+                    ready_s = self.queue.next_ready_s()
+                    if batch and self.queue and ready_s is not None:
+                        self._call_worker()
+                if not batch and not expired:
+                    if self.closed and not self.queue:
+                        self._threads.discard(threading.current_thread())
+                        self._work.notify_all()  # who waits for a slot need not wait any longer
+                        return
+                    self._sleeping += 1
+                    wait_s = IDLE_S if ready_s is None else max(0.0, min(IDLE_S, ready_s - self._clock()))
+                    woken = self._work.wait(wait_s)
+                    self._sleeping -= 1
+                    if not woken and ready_s is None and not self.queue:
+                        self._threads.discard(threading.current_thread())
+                        return
+            self._settle_late(expired)
+            if batch:
+                with contextlib.suppress(BaseException):  # its callers know; a thread that ends here would be missed
+                    self._execute(batch, slot)
+
+    def _execute(self, batch: list[Request[Lane]], slot: Run) -> None:
+        """Run a batch whose slot is taken already, and give the slot back. The caller then looks at the queue."""
+        interrupted = ran = False
+        try:
+            ran = self._run_or_halve(batch)
+        except BaseException as error:  # an interrupt: nobody may be left waiting
+            interrupted = True
+            told = ModelExecutionError(f"the execution was interrupted by {type(error).__name__}: try again")
+            for request in batch:
+                if request.state == "running":
+                    refuse(request, told)
+            raise
+        finally:
+            self._give_back_slot(slot, ran, hand_over=interrupted)
+
+    def _take_slot(self, lane: Lane, rows: int, now_s: float, usual_s: float | None = None) -> Run:
+        """Under the lock."""
+        self.busy += 1
+        end_s = now_s + (self.queue.usual_s(lane, rows, now_s) if usual_s is None else usual_s)
+        self.queue.ends_s.append(end_s)
+        return Run(lane, rows, now_s, end_s)
+
+    def _give_back_slot(self, slot: Run, ran: bool, hand_over: bool = True) -> None:
+        """``ran``: whether it was one execution, which tells how long such a one takes."""
+        with self._lock:
+            self.busy -= 1
+            self.queue.ends_s.remove(slot.end_s)
+            if ran:
+                self.queue.learn(slot.lane, slot.rows, slot.start_s, self._clock())
+            if hand_over and self.queue:
+                self._call_worker()
+
+    def _run_on_lane(self, lane: Lane, payloads: Sequence[Any], rows: int) -> Sequence[Any]:
+        results = lane.execute(payloads)
+        self._on_execution(lane, rows, results)
+        return results
+
+    def _run_or_halve(self, batch: Sequence[Request[Lane]]) -> bool:
+        """Whether one execution answered all."""
+        try:
+            rows = sum(request.rows for request in batch)
+            results = self._run_on_lane(batch[0].lane, [request.payload for request in batch], rows)
+        except Exception as error:
+            if len(batch) == 1:
+                refuse(batch[0], error)
+                return False
+            # at worst 2n - 1 executions, log2(n) deep: Triton and Clipper fail the whole batch instead
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                now_s = self._clock()  # failing took time: who is late or gone by now does not reach the model again
+                self._settle_late([request for request in half if request.deadline_s <= now_s])
+                if rest := [request for request in half if request.state == "running" and request.deadline_s > now_s]:
+                    self._run_or_halve(rest)
+            return False
+        answer(batch, results)
+        return True
+
+    def _settle_late(self, requests: Sequence[Request[Lane]]) -> None:
+        """Who is past its deadline, or could not keep it any more."""
+        now_s = self._clock()
+        for request in requests:
+            if request.deadline_s <= now_s:
+                refuse(request, self._too_late(request.arrival_s, request.deadline_s))
+            else:
+                refuse(request, self._hopeless(request, now_s))
+
+    def _hopeless(self, request: Request[Lane], now_s: float) -> FlservingError:
+        usual_s = self.queue.usual_s(request.lane, request.rows, now_s)
+        left = f"an answer usually takes {usual_s * 1e3:.0f} ms"
+        if request.deadline_s - request.arrival_s < usual_s:  # whatever waits besides
+            allowed_ms = (request.deadline_s - request.arrival_s) * 1e3
+            return DeadlineExceededError(f"{left}, the deadline was {allowed_ms:.0f} ms: raise timeout_ms")
+        left_ms = (request.deadline_s - now_s) * 1e3
+        return OverloadedError(f"{left}, the deadline leaves {left_ms:.0f} ms: try again later, or raise timeout_ms")
+
+    def _too_late(self, arrival_s: float, deadline_s: float) -> DeadlineExceededError:
+        waited_ms, allowed_ms = (self._clock() - arrival_s) * 1e3, (deadline_s - arrival_s) * 1e3
+        return DeadlineExceededError(
+            f"no answer after {waited_ms:.0f} ms, the deadline was {allowed_ms:.0f} ms: send less, or raise timeout_ms"
+        )
+
+    def close(self, drain_s: float = 5.0) -> None:
+        """Refuse new requests, let the waiting ones finish for ``drain_s`` seconds, fail the rest. Idempotent."""
+        with self._lock:
+            self.closed = True
+            self._work.notify_all()
+            if self.queue:
+                self._call_worker()
+        until_s, joined = time.monotonic() + drain_s, {threading.current_thread()}
+        while threads := self._threads - joined:  # while it drains, a caller who gives its slot back may start one
+            for thread in threads:
+                thread.join(max(0.0, until_s - time.monotonic()))
+            joined |= threads
+        left: list[Request[Lane]] = []
+        with self._lock:
+            while (taken := self.queue.take(-math.inf, draining=True))[0]:
+                left += taken[0]
+        for request in left:
+            refuse(request, ServerClosedError("the server was closed before this request ran: send it elsewhere"))
