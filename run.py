@@ -10,7 +10,7 @@ calls install again only after pyproject.toml or requirements/ has changed. What
 requirements/, with which the course was tested, checked by their hashes. Examples:
 
     python run.py lab notebooks/03_caching.ipynb --no-browser
-    python run.py test tests/test_registry.py -k alias
+    python run.py test tests/registry/test_registry.py -k alias
 
 Options of run.py itself, for both:
 

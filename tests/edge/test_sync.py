@@ -732,7 +732,7 @@ def test_the_disk_of_a_device_keeps_two_versions_and_what_cannot_be_had_again(tm
 
 
 def test_the_table_of_bytes():
-    script = runpy.run_path(str(Path(__file__).parent / "benchmarks" / "edge_bytes.py"))
+    script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "edge_bytes.py"))
     rows = {row.way: row for row in script["rows"](quick=True)}
     assert rows["delta int8"].payload < 0.3 * rows["full"].payload < rows["delta exact"].payload < rows["full"].payload
     assert rows["head only"].payload < rows["full"].payload / 3

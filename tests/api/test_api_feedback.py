@@ -276,7 +276,7 @@ def test_what_the_client_never_sends_is_refused_by_the_doors(endpoint, server, r
 
 def test_stubs_made_from_the_proto_file_give_feedback(endpoint, server, running, monkeypatch):
     pytest.importorskip("grpc_tools")
-    monkeypatch.syspath_prepend(Path(flserving.__file__).parent / "api")
+    monkeypatch.syspath_prepend(Path(flserving.__file__).parent / "api" / "grpc")
     protos, services = grpc.protos_and_services("experiments.proto")
     with Client(endpoint.url, "token-4") as caller:
         receipt, before = caller.predict(ROW)["receipt"], given(server)

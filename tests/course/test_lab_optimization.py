@@ -20,7 +20,7 @@ from flserving.optimize import methods
 from flserving.serving.engine import InferenceEngine
 from flserving.serving.loader import RegistrySource, load_engine
 
-SCRIPT = Path(__file__).parent / "benchmarks" / "backends.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "backends.py"
 ORIGINAL = {
     "optimisation": "", "file_kb": 100.0, "compressed_kb": 90.0, "accuracy": 0.9, "b1_p50_us": 20.0, "b32_p50_us": 82.0,
     "peak_mb": 10.0,

@@ -1,6 +1,6 @@
 """Run notebooks top to bottom and store them as the gates want them: outputs and counts, no widget state.
 
-python tests/store_notebooks.py notebooks/03_caching.ipynb [...]      # all of notebooks/ when none is named
+python tests/support/store_notebooks.py notebooks/03_caching.ipynb [...]      # all of notebooks/ when none is named
 """
 
 import sys
@@ -31,7 +31,7 @@ def stored(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def main() -> int:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     paths = [Path(argument) for argument in sys.argv[1:]] or sorted((root / "notebooks").glob("*.ipynb"))
     found = 0
     for path in paths:

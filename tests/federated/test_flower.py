@@ -1,7 +1,7 @@
 """With the real flwr. It pins versions that ours does not, so it lives in an environment of its own:
 
 python -m venv .flower && .flower/bin/python -m pip install -e ".[flower,test]"
-.flower/bin/python -m pytest -m flower tests/test_flower.py
+.flower/bin/python -m pytest -m flower tests/federated/test_flower.py
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ from flserving.federated.heads import fit_heads
 from flserving.federated.rounds import publish_rounds
 
 pytestmark = pytest.mark.flower
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 K, ROUNDS = 10, 3
 CLIENTS = make_clients(*digits(), num_clients=K, alpha=1.0, seed=0)
 STATISTICS = federated_statistics(CLIENTS)
@@ -381,7 +381,7 @@ registry.manifest("m", 2).metrics["global_accuracy"] > 0.8
 
 
 def test_it_runs_in_a_notebook(flower, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(it) for it in CELLS.split("#\n")])
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert notebook.cells[-1].outputs[0]["data"]["text/plain"] == "True"

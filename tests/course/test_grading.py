@@ -18,7 +18,7 @@ from flserving.lab import exercises
 pytestmark = pytest.mark.slow
 pytest.importorskip("nbgrader", reason='needs the extra grading: pip install -e ".[grading]"')
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 WITH_EXERCISES = [
     path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if exercises.find_exercises(nbformat.read(path, as_version=4))
 ]

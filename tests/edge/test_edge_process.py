@@ -24,7 +24,7 @@ from flserving.edge.sync import Pulled
 from flserving.errors import FlservingError, ServerClosedError
 from serving_models import PATIENCE_S, wait_until
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 class Device:
@@ -221,7 +221,14 @@ def kills(tmp_path, count, form, sizes):
     with cloud(tmp_path / "cloud") as (released, endpoint):
         publish(released, 1, with_heads=True, sizes=sizes)
         endpoint.v2.server.serve(released, "m")
-        command = [sys.executable, str(HERE / "edge_crash.py"), str(tmp_path / "edge"), endpoint.url, form, str(seed)]
+        command = [
+            sys.executable,
+            str(SUPPORT / "edge_crash.py"),
+            str(tmp_path / "edge"),
+            endpoint.url,
+            form,
+            str(seed),
+        ]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -6,6 +6,7 @@ import socket
 import threading
 
 import pytest
+from test_hybrid import MLP, SURE, UNSURE, state
 
 import flserving
 from flserving import ServingConfig
@@ -15,7 +16,6 @@ from flserving.edge.breaker import CircuitBreaker
 from flserving.edge.hybrid import HybridServer
 from flserving.errors import DeadlineExceededError
 from serving_models import PATIENCE_S, Threads, wait_until
-from test_hybrid import MLP, SURE, UNSURE, state
 
 pytestmark = pytest.mark.timeout(120)
 FAILURES, PAUSE_S, TIMEOUT_MS = 3, 30.0, 10_000

@@ -18,7 +18,7 @@ from cell_needs import dependent_cells, needed_cells
 from flserving.lab import exercises
 from notebook_gates import code_cells, tags
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def exercises_in(path: Path) -> list[exercises.Exercise]:

@@ -1,7 +1,7 @@
 """Every notebook of the course: what is stored in it.
 
 nbval runs the notebooks as they are, with every widget at every corner of its sliders (``run.py test``);
-tests/browser uses the widgets in a real JupyterLab, tests/test_student_copies.py tries the exercises unsolved.
+tests/browser uses the widgets in a real JupyterLab, tests/course/test_student_copies.py tries the exercises unsolved.
 """
 
 import os
@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from notebook_gates import OPENING, code_cells, problems
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 COURSE = [
     "00_start_here",
     "01_from_rounds_to_versions",

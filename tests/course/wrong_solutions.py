@@ -23,7 +23,7 @@ SOLUTIONS: dict[str, str] = {}
 CHECKS: dict[str, str] = {}
 WRONG: dict[str, dict[str, Wrong]] = {}
 
-for _path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb")):
+for _path in sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb")):
     _notebook = nbformat.read(_path, as_version=4)
     for _it in find_exercises(_notebook):
         SOLUTIONS[_it.grade_id] = _notebook.cells[_it.solution].source + "\n"
