@@ -181,8 +181,7 @@ def test_a_bomb_takes_no_memory():
     text = msgspec.json.encode(GOOD)
     head = len(text).to_bytes(4, "little") + text + BIAS
     bomb = zstandard.ZstdCompressor(level=1).compress(head + bytes(1 << 28))
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=bomb, capture_output=True, cwd=Path(__file__).parents[1] / "support", timeout=120
-    )
+    support = Path(__file__).parents[1] / "support"
+    done = subprocess.run([sys.executable, "-c", code], input=bomb, capture_output=True, cwd=support, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 32 << 10, "kilobytes: of a quarter of a gigabyte, hardly anything may be inflated"
