@@ -23,8 +23,8 @@ from flserving.edge import delta
 from flserving.errors import CorruptArtifactError, ForbiddenError
 from flserving.models import weights
 from flserving.registry import storage
-from flserving.registry.catalogue import DEFAULT_ALIAS
 from flserving.registry.heads import HeadSet, Layout
+from flserving.registry.index import DEFAULT_ALIAS
 from flserving.registry.manifest import MAX_MANIFEST_NBYTES, Count, Digest, Manifest, Version, sha256
 from flserving.registry.registry import MANIFEST, Registry
 

@@ -23,6 +23,7 @@ from flserving.federated.aggregation import State
 from flserving.federated.rounds import Origin, Round, Statistics
 from flserving.models.processing import ONE_OUTPUT
 from flserving.registry import validation
+from flserving.registry.manifest import encode
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when it is imported
 try:
@@ -137,18 +138,16 @@ class Publishing(Strategy):
         settings = {f"config.{name}"[:64]: value for name, value in (train_config or {}).items()}
         facts = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
         facts |= {"data": self.data, "framework": f"flwr {flwr.__version__}", "rounds": num_rounds}
-        validation.prepare(  # what publishing would refuse after a round, is refused before the first
-            "initial",
-            self._state(initial_arrays),
+        content = validation.Content(
+            name="initial",
+            model=self._state(initial_arrays),
             architecture=self.architecture,
             parameters=self.parameters,
             preprocessing=self.preprocessing,
             lineage={"extra": facts},
-            metrics={},
-            output_type="classification",
-            note="",
-            max_artifact_bytes=1 << 62,
         )
+        draft = validation.check(content, max_artifact_bytes=1 << 62)
+        encode(draft.manifest)  # what publishing would refuse after a round, is refused before the first
 
         def finish(number: int, arrays: ArrayRecord) -> MetricRecord | None:  # the last that Flower does in a round
             measured = None if evaluate_fn is None else evaluate_fn(number, arrays)

@@ -22,7 +22,7 @@ from flserving.federated.rounds import Round, publish_rounds
 from flserving.federated.verdict import Check, Verdict
 from flserving.models.weights import first_non_finite
 from flserving.registry import Registry
-from flserving.registry.catalogue import DEFAULT_ALIAS
+from flserving.registry.index import DEFAULT_ALIAS
 from flserving.registry.manifest import Manifest
 from flserving.serving.config import ServingConfig
 from flserving.serving.engine import Prediction

@@ -1,19 +1,27 @@
-"""The registry's index: which versions exist, where each alias points, and every move it ever made. SQLite, WAL.
+"""The registry's index: which versions exist, where each alias points and every move it made, which experiments run.
 
 A version exists once its row is committed. An alias has no row of its own: it points where its last move points, so
-that the log and the state cannot disagree. Triggers refuse to change or delete what is in the tables. Imports
-``errors`` only.
+that the log and the state cannot disagree. Rows are only ever added.
+
+First the verbs, each with its SQL; below them how SQLite is used: one writer and one reader, in WAL mode.
 """
 
+import operator
 import os
+import re
+import secrets
 import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import msgspec
 
 from flserving import forks
 from flserving.errors import (
@@ -21,16 +29,27 @@ from flserving.errors import (
     ConflictError,
     CorruptArtifactError,
     FlservingError,
+    InvalidInputError,
+    InvalidModelError,
     NotFoundError,
     OverloadedError,
     ServerClosedError,
 )
+from flserving.extras import of_extra
+from flserving.registry.experiment import Experiment
+from flserving.registry.manifest import MAX_VERSION, check_name, is_name
 
-FILE_NAME, LOCK_NAME = "registry.sqlite3", "publishing.sqlite3"
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILE_NAME = "registry.sqlite3"
+LOCK_NAME = "publishing.sqlite3"
+DEFAULT_ALIAS = "default"
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")  # one spelling of each: the server's routes know no other
 _FULL_NBYTES = 1 << 16  # free space of a full disk, where a write that failed may look like somebody else's lock
 _LAYOUT = 2  # 2: experiments; a registry of layout 1 gets them when it is opened
-
-_TABLES = """
+_SCHEMA = """
 CREATE TABLE IF NOT EXISTS versions (
     id INTEGER PRIMARY KEY,
     name TEXT NOT NULL,
@@ -63,131 +82,50 @@ CREATE TABLE IF NOT EXISTS experiments (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS experiments_of_alias ON experiments (name, alias, id);
 """
-_APPEND_ONLY = """
-CREATE TRIGGER IF NOT EXISTS {0}_no_update BEFORE UPDATE ON {0}
-BEGIN SELECT RAISE(ABORT, '{0} is append-only'); END;
-CREATE TRIGGER IF NOT EXISTS {0}_no_delete BEFORE DELETE ON {0}
-BEGIN SELECT RAISE(ABORT, '{0} is append-only'); END;
--- INSERT OR REPLACE deletes the old row without asking the trigger above
-CREATE TRIGGER IF NOT EXISTS {0}_no_replace BEFORE INSERT ON {0}
-WHEN EXISTS (SELECT 1 FROM {0} WHERE {1})
-BEGIN SELECT RAISE(ABORT, '{0} is append-only'); END;
-"""
-_SCHEMA = (
-    _TABLES
-    + _APPEND_ONLY.format("versions", "id = NEW.id OR (name = NEW.name AND version = NEW.version)")
-    + _APPEND_ONLY.format("moves", "id = NEW.id")
-    + _APPEND_ONLY.format("experiments", "id = NEW.id")
-)
+_CONTENT = "CAST(content AS BLOB)"  # as text, one damaged byte would fail the query for all rows
 
 
-CONTENT = "CAST(content AS BLOB)"  # as text, one damaged byte would fail the query for all rows
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the log keeps of a change: to which alias of which model, by whom, why and when (one time a transaction)."""
+
+    name: str
+    alias: str
+    who: str
+    why: str
+    at: str
 
 
-class Transaction:
-    """What may be written, all or nothing. Made by :meth:`Index.transaction`, valid inside its ``with`` block."""
-
-    def __init__(self, connection: sqlite3.Connection, at: str) -> None:
-        self._connection, self.at = connection, at  # one time for all that happens inside, taken under the lock
-
-    def latest_version(self, name: str) -> int:
-        """The highest version of ``name``; 0 if it has none."""
-        rows = self._fetch("SELECT coalesce(max(version), 0) FROM versions WHERE name = ?", name)
-        return int(rows[0][0])
-
-    def add_version(self, name: str, version: int, manifest_sha256: str) -> None:
-        """Make a version exist."""
-        sql = "INSERT INTO versions (name, version, manifest_sha256) VALUES (?, ?, ?)"
-        self._fetch(sql, name, version, manifest_sha256)
-
-    def set_alias(self, name: str, alias: str, version: int, who: str, why: str) -> int | None:
-        """Point an alias at an existing version, unless it does already; returns where it pointed."""
-        last = self._last_move(name, alias)
-        before = last[1] if last else None
-        if before != version:
-            back = last[0] if last and before is not None else None  # a removed alias starts afresh
-            self._log(name, alias, "set", before, version, back, who, why)
-        return before
-
-    def roll_back(self, name: str, alias: str, who: str, why: str) -> int:
-        """Undo the alias's last move that is not undone yet; returns the version that it points at again."""
-        last = self._last_move(name, alias)
-        if last is None:
-            raise NotFoundError(f"{name!r} has no alias {alias!r}: set_alias makes one")
-        if last[2] is None:
-            raise NotFoundError(
-                f"alias {alias!r} of {name!r} points at version {last[1]} and has no earlier one to go back to: "
-                "move it with set_alias"
-            )
-        ((version, back),) = self._fetch("SELECT to_version, back FROM moves WHERE id = ?", last[2])
-        self._log(name, alias, "rollback", last[1], version, back, who, why)
-        return int(version)
-
-    def remove_alias(self, name: str, alias: str, who: str, why: str) -> int:
-        """Make an alias point nowhere; returns where it pointed."""
-        last = self._last_move(name, alias)
-        if last is None or last[1] is None:
-            raise NotFoundError(f"{name!r} has no alias {alias!r}: there is nothing to remove")
-        self._log(name, alias, "remove", last[1], None, last[0], who, why)
-        return last[1]
-
-    def target(self, name: str, alias: str) -> int | None:
-        """Where an alias points."""
-        last = self._last_move(name, alias)
-        return last[1] if last else None
-
-    def experiment(self, name: str, alias: str) -> bytes | None:
-        """The experiment that the alias is in, as JSON."""
-        sql = f"SELECT {CONTENT} FROM experiments WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
-        rows = self._fetch(sql, name, alias)
-        return rows[0][0] if rows else None
-
-    def set_experiment(self, name: str, alias: str, content: str | None, who: str, why: str) -> None:
-        """Let an experiment begin, go on changed, or end (None)."""
-        sql = "INSERT INTO experiments (name, alias, content, who, why, at) VALUES (?, ?, ?, ?, ?, ?)"
-        self._fetch(sql, name, alias, content, who, why, self.at)
-
-    def _last_move(self, name: str, alias: str) -> tuple[int, int | None, int | None] | None:
-        rows = self._fetch(
-            "SELECT id, to_version, back FROM moves WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1", name, alias
-        )
-        return rows[0] if rows else None
-
-    def _log(
-        self, name: str, alias: str, action: str, old: int | None, new: int | None, back: int | None, who: str, why: str
-    ) -> None:
-        if self.experiment(name, alias) is not None:
-            raise ConflictError(f"alias {alias!r} of {name!r} is in an experiment: conclude_experiment ends it")
-        self._fetch(
-            "INSERT INTO moves (name, alias, action, from_version, to_version, back, who, why, at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *(name, alias, action, old, new, back, who, why, self.at),
-        )
-
-    def _fetch(self, sql: str, *values: str | int | None) -> list[Any]:
-        return self._connection.execute(sql, values).fetchall()
+class _Move(NamedTuple):
+    id: int
+    to_version: int | None
+    back: int | None
 
 
 class Index:
-    """Two kept connections, so that a reader in this process never waits for a writer. For threads, not for forks.
+    """Names x integer versions x aliases, in one SQLite file. :class:`flserving.registry.Registry` adds the files.
+
+    Readers in this process never wait for its writer. For threads, not for forks.
 
     Args:
         root: The registry's folder; the database is ``registry.sqlite3`` inside.
         busy_timeout_s: How long a writer waits for the writers before it.
-        timestamp: Gives the time of a transaction, UTC, ISO 8601.
-        unwritable: Why nothing can be written to the folder; then there is a reader only.
+        now: Gives the time of a transaction, UTC.
+        read_only: Why nothing can be written to the folder; then there is a reader only.
     """
 
     def __init__(
-        self, root: str, busy_timeout_s: float, timestamp: Callable[[], str], unwritable: str | None = None
+        self, root: str, busy_timeout_s: float, now: Callable[[], datetime], read_only: str | None = None
     ) -> None:
-        self._root = root
+        self.root = root
+        self.read_only = read_only
         self._path = f"{root}/{FILE_NAME}"
         self._timeout_s = busy_timeout_s
-        self.timestamp = timestamp
-        self.unwritable = unwritable
-        self._pid, self.commits = os.getpid(), 0
-        self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
+        self._now = now
+        self._pid = os.getpid()
+        self._commits = 0
+        self._read_lock = threading.Lock()
+        self._write_lock = threading.Lock()
         forks.fresh_locks_in_child(self, "_read_lock", "_write_lock")
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
@@ -196,7 +134,7 @@ class Index:
             raise CorruptArtifactError(f"{FILE_NAME} is a symbolic link: put the registry's own file there")
         try:
             with self._typed_errors():
-                if unwritable is None:
+                if read_only is None:
                     _make_private(self._path)
                     self._writer = self._connect_in_time()
                     self._reader = self._connect_in_time()
@@ -205,6 +143,407 @@ class Index:
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close both connections, after the calls that are using them. Idempotent; what was read stays valid."""
+        with self._write_lock, self._read_lock:
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    connection.close()
+            self._reader = None
+            self._writer = None
+
+    # Versions
+
+    def models(self) -> list[str]:
+        """Names with at least one version, sorted."""
+        return [str(name) for (name,) in self._query("SELECT DISTINCT name FROM versions ORDER BY name")]
+
+    def models_by_promotion(self) -> list[str]:
+        """:meth:`models`, those with a default version first, and among them the one that had one first."""
+        sql = (
+            "SELECT name FROM moves AS m WHERE alias = ?1 GROUP BY name HAVING "
+            "(SELECT to_version FROM moves WHERE name = m.name AND alias = ?1 ORDER BY id DESC LIMIT 1) IS NOT NULL "
+            "ORDER BY min(id)"
+        )
+        promoted = [str(name) for (name,) in self._query(sql, DEFAULT_ALIAS)]
+        return list(dict.fromkeys([*promoted, *self.models()]))
+
+    def version_numbers(self, name: str) -> list[int]:
+        """Versions of ``name``, oldest first: 1, 2, ... without gaps. Empty if there is no such name."""
+        check_name("model name", name)
+        rows = self._query("SELECT version FROM versions WHERE name = ? ORDER BY version", name)
+        return [version for (version,) in rows]
+
+    def resolve(self, name: str, ref: int | str | None = None) -> int:
+        """The version that ``ref`` means: a number (3 or "3", not "03"), an alias, or None for the alias "default".
+
+        Raises:
+            NotFoundError: There is none. InvalidInputError: ``ref`` is neither a number, a string nor None.
+        """
+        check_name("model name", name)
+        if ref is None:
+            ref = DEFAULT_ALIAS
+        found: list[Any] = []
+        if isinstance(ref, str) and not _NUMBER.fullmatch(ref):
+            if is_name(ref):
+                sql = "SELECT to_version FROM moves WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
+                found = self._query(sql, name, ref)
+        else:
+            if isinstance(ref, str):
+                ref = int(ref)
+            sql = "SELECT version FROM versions WHERE name = ? AND version = ?"
+            found = self._query(sql, name, checked_version(name, ref))
+        if not found or found[0][0] is None:
+            raise self._missing(name, str(ref))
+        return int(found[0][0])
+
+    def _manifest_sha256(self, name: str, version: int) -> str:
+        check_name("model name", name)
+        sql = "SELECT manifest_sha256 FROM versions WHERE name = ? AND version = ?"
+        found = self._query(sql, name, version)
+        if not found:
+            raise self._missing(name, str(version))
+        return str(found[0][0])
+
+    def _next_version(self, name: str) -> int:
+        """The number that a transaction may give to a new version of ``name``."""
+        ((latest,),) = self._fetch("SELECT coalesce(max(version), 0) FROM versions WHERE name = ?", name)
+        return int(latest) + 1
+
+    def _add_version(self, name: str, version: int, manifest_sha256: str) -> None:
+        sql = "INSERT INTO versions (name, version, manifest_sha256) VALUES (?, ?, ?)"
+        self._fetch(sql, name, version, manifest_sha256)
+
+    def _missing(self, name: str, ref: str) -> NotFoundError:
+        numbers = self.version_numbers(name)
+        if not numbers:
+            return NotFoundError(f"no model {name!r}; known: {_some(self.models()) or 'none yet, publish one'}")
+        known = f"versions 1 to {numbers[-1]}, aliases {_some(self.aliases(name)) or 'none'}"
+        return NotFoundError(f"{name!r} has no version or alias {ref[:80]!r}: it has {known}")
+
+    # Aliases
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Every alias of ``name`` and the version that it points at, sorted. Empty if there is none."""
+        check_name("model name", name)
+        last = "SELECT max(id) FROM moves WHERE name = ? GROUP BY alias"
+        rows = self._query(f"SELECT alias, to_version FROM moves WHERE id IN ({last}) ORDER BY alias", name)
+        return {alias: version for alias, version in rows if version is not None}
+
+    def rolled_back(self, name: str, alias: str = DEFAULT_ALIAS) -> list[int]:
+        """The versions from which :meth:`rollback` ever took an alias back."""
+        sql = "SELECT DISTINCT from_version FROM moves WHERE name = ? AND alias = ? AND action = 'rollback'"
+        return [int(version) for (version,) in self._query(sql, name, alias) if version is not None]
+
+    def set_alias(
+        self, name: str, alias: str, version: int, *, who: str, why: str, if_at: int | None = None
+    ) -> int | None:
+        """Point an alias at an existing version, atomically; returns where it pointed before (None: nowhere).
+
+        A move to where it points already changes nothing and is not logged. NotFoundError: no such version.
+        ConflictError: it is in an experiment, or no longer points at version ``if_at`` (0: nowhere).
+
+        Example: ``registry.set_alias("digits", "default", 3, who="ada", why="fairer")`` gives 2, where it pointed.
+        """
+        wanted = self.resolve(name, checked_version(name, version))  # versions are never removed: no race
+        with self._change(name, alias, who, why) as entry:
+            if if_at is not None and (now := self._target(entry) or 0) != if_at:
+                raise ConflictError(
+                    f"alias {alias!r} of {name!r} points at {now or 'nothing'}, not at {if_at}: look again"
+                )
+            return self._point(entry, wanted)
+
+    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, who: str, why: str) -> int:
+        """Undo the alias's last move; returns the version that it points at again.
+
+        It works like undo in an editor. Twice goes back two moves, not forth again; a new ``set_alias`` continues from
+        where the rollbacks led. A removed alias comes back; one that was set again after its removal goes back no
+        further than that. The log keeps every move, rollbacks included. NotFoundError: nothing (left) to undo.
+        """
+        with self._change(name, alias, who, why) as entry:
+            last = self._last_move(entry)
+            if last is None:
+                raise NotFoundError(f"{name!r} has no alias {alias!r}: set_alias makes one")
+            if last.back is None:
+                raise NotFoundError(
+                    f"alias {alias!r} of {name!r} points at version {last.to_version} and has no earlier one to go "
+                    "back to: move it with set_alias"
+                )
+            ((version, back),) = self._fetch("SELECT to_version, back FROM moves WHERE id = ?", last.back)
+            self._log_move(entry, "rollback", old=last.to_version, new=version, back=back)
+            return int(version)
+
+    def remove_alias(self, name: str, alias: str, *, who: str, why: str) -> int:
+        """Make an alias point nowhere; returns where it pointed. NotFoundError: no such alias."""
+        with self._change(name, alias, who, why) as entry:
+            last = self._last_move(entry)
+            if last is None or last.to_version is None:
+                raise NotFoundError(f"{name!r} has no alias {alias!r}: there is nothing to remove")
+            self._log_move(entry, "remove", old=last.to_version, new=None, back=last.id)
+            return last.to_version
+
+    def _point(self, entry: Entry, version: int) -> int | None:
+        """Point an alias at an existing version, unless it does already; returns where it pointed."""
+        last = self._last_move(entry)
+        before = None
+        back = None
+        if last is not None and last.to_version is not None:  # a removed alias starts afresh
+            before = last.to_version
+            back = last.id
+        if before != version:
+            self._log_move(entry, "set", old=before, new=version, back=back)
+        return before
+
+    def _target(self, entry: Entry) -> int | None:
+        last = self._last_move(entry)
+        if last is None:
+            return None
+        return last.to_version
+
+    def _last_move(self, entry: Entry) -> _Move | None:
+        sql = "SELECT id, to_version, back FROM moves WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
+        rows = self._fetch(sql, entry.name, entry.alias)
+        if not rows:
+            return None
+        return _Move(*rows[0])
+
+    def _log_move(self, entry: Entry, action: str, *, old: int | None, new: int | None, back: int | None) -> None:
+        if self._running(entry) is not None:
+            raise ConflictError(
+                f"alias {entry.alias!r} of {entry.name!r} is in an experiment: conclude_experiment ends it"
+            )
+        self._fetch(
+            "INSERT INTO moves (name, alias, action, from_version, to_version, back, who, why, at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(entry.name, entry.alias, action, old, new, back, entry.who, entry.why, entry.at),
+        )
+
+    # Experiments
+
+    def experiments(self, name: str) -> dict[str, Experiment]:
+        """The running experiments of ``name``, by the alias that each is on; those that can be read here."""
+        return {alias: it for alias, it in self._experiments(name).items() if isinstance(it, Experiment)}
+
+    def unread_experiments(self, name: str) -> dict[str, str]:
+        """Aliases of ``name`` whose experiment cannot be read here, and why: a newer flserving started it, or it is
+        damaged. The alias's own version answers there; :meth:`conclude_experiment` ends it."""
+        return {alias: it for alias, it in self._experiments(name).items() if isinstance(it, str)}
+
+    def _experiments(self, name: str) -> dict[str, Experiment | str]:
+        check_name("model name", name)
+        last = "SELECT max(id) FROM experiments WHERE name = ? GROUP BY alias"
+        rows = self._query(f"SELECT alias, {_CONTENT} FROM experiments WHERE id IN ({last}) ORDER BY alias", name)
+        return {alias: _read(content) for alias, content in rows if content is not None}
+
+    def start_experiment(
+        self, name: str, experiment: Experiment, alias: str = DEFAULT_ALIAS, *, who: str, why: str
+    ) -> Experiment:
+        """Let the versions of ``experiment`` share the requests of an alias; every server follows within a second.
+
+        Started again under the same id, it goes on with other weights, another policy or shadow: its evidence stays.
+        While it runs the alias cannot be moved. Returns it with its ``run`` and ``key``.
+
+        Raises:
+            ConfigError: Weights that do not sum to one, an empty arm, a policy that does not fit.
+            NotFoundError: No such version or alias. ConflictError: The alias is in another experiment, or in one that
+            cannot be read, or this one runs with other arms. Nothing has changed then.
+        """
+        experiment.check()
+        for version in experiment.versions:
+            self.resolve(name, checked_version(name, version))
+        with self._change(name, alias, who, why) as entry:
+            target = self._target(entry)
+            if target is None:
+                raise NotFoundError(f"{name!r} has no alias {alias!r}: set_alias makes one")
+            if experiment.policy is not None and all(arm.version != target for arm in experiment.arms.values()):
+                raise ConfigError(f"no arm of {experiment.id!r} has version {target}, where {alias!r} points: name it")
+            running = self._running(entry)
+            if running is None:
+                run = secrets.token_hex(8)
+                key = secrets.token_hex(16)
+            else:
+                old = _continued(running, experiment, entry)
+                run = old.run
+                key = old.key
+            experiment = msgspec.structs.replace(experiment, run=run, key=key)
+            content = msgspec.json.encode(experiment)
+            if content != running:
+                self._log_experiment(entry, content.decode())
+        return experiment
+
+    def conclude_experiment(
+        self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
+        run: str | None = None,
+    ) -> Experiment | None:  # fmt: skip
+        """End the experiment on an alias and, in the same transaction, point the alias at ``version`` (None: it stays).
+
+        Returns what ended; None where that cannot be read here.
+
+        Raises:
+            NotFoundError: No experiment there, or no such version. ConflictError: It is another ``run`` than the one
+            meant, or it cannot be told. Nothing has changed then.
+        """
+        wanted = None
+        if version is not None:
+            wanted = self.resolve(name, checked_version(name, version))
+        with self._change(name, alias, who, why) as entry:
+            running = self._running(entry)
+            if running is None:
+                raise NotFoundError(f"alias {alias!r} of {name!r} is in no experiment: there is nothing to conclude")
+            found = _read(running)
+            ended = None
+            what = found
+            if isinstance(found, Experiment):
+                ended = found
+                what = found.id
+            if run is not None and (ended is None or run != ended.run):
+                raise ConflictError(f"another experiment has begun on alias {alias!r} of {name!r}: {what!r}")
+            self._log_experiment(entry, None)
+            if wanted is not None:
+                self._point(entry, wanted)
+        return ended
+
+    def experiment_age_s(self, name: str, alias: str = DEFAULT_ALIAS) -> float:
+        """Seconds since the running experiment on an alias was first started, by the registry's clock; 0 if none is."""
+        ends = "SELECT max(id) FROM experiments WHERE name = ?1 AND alias = ?2 AND content IS NULL"
+        sql = f"SELECT at FROM experiments WHERE name = ?1 AND alias = ?2 AND id > coalesce(({ends}), 0) ORDER BY id"
+        rows = self._query(f"{sql} LIMIT 1", name, alias)
+        if not rows:
+            return 0.0
+        return (self._now().astimezone(UTC) - datetime.fromisoformat(rows[0][0])).total_seconds()
+
+    def _running(self, entry: Entry) -> bytes | None:
+        """The experiment that the alias is in, as JSON."""
+        sql = f"SELECT {_CONTENT} FROM experiments WHERE name = ? AND alias = ? ORDER BY id DESC LIMIT 1"
+        rows = self._fetch(sql, entry.name, entry.alias)
+        if not rows:
+            return None
+        content: bytes | None = rows[0][0]
+        return content
+
+    def _log_experiment(self, entry: Entry, content: str | None) -> None:
+        """Let an experiment begin, go on changed, or end (None)."""
+        sql = "INSERT INTO experiments (name, alias, content, who, why, at) VALUES (?, ?, ?, ?, ?, ?)"
+        self._fetch(sql, entry.name, entry.alias, content, entry.who, entry.why, entry.at)
+
+    # The log
+
+    @property
+    def local_changes(self) -> int:
+        """How many changes were committed through this very object. Free: look here before :meth:`change_token`."""
+        return self._commits
+
+    def change_token(self) -> int:
+        """A number that grows whenever any process publishes, moves an alias, or starts, changes or ends an
+        experiment. Cost: about 10 us, so poll it."""
+        ids = (f"(SELECT coalesce(max(id), 0) FROM {table})" for table in ("versions", "moves", "experiments"))
+        return int(self._query(f"SELECT {' + '.join(ids)}")[0][0])
+
+    def history(self, name: str, alias: str | None = None) -> "pd.DataFrame":
+        """Every move, oldest first: when, alias, action, from, to, who, why. NotFoundError: no such name."""
+        with of_extra("course"):
+            from flserving.registry import tables
+
+        if alias is not None:
+            check_name("alias", alias)
+        if not self.version_numbers(name):
+            raise self._missing(name, "any")
+        sql = "SELECT at, alias, action, from_version, to_version, who, why FROM moves WHERE name = ?1"
+        return tables.history(self._query(f"{sql} AND (?2 IS NULL OR alias = ?2) ORDER BY id", name, alias))
+
+    def experiment_log(self, name: str) -> list[dict[str, Any]]:
+        """Every start, change and end, oldest first: at, alias, experiment (None: it ended; where it cannot be read,
+        why), who, why."""
+        check_name("model name", name)
+        rows = self._query(f"SELECT at, alias, {_CONTENT}, who, why FROM experiments WHERE name = ? ORDER BY id", name)
+        return [
+            {"at": at, "alias": alias, "experiment": content and _read(content), "who": who, "why": why}
+            for at, alias, content, who, why in rows
+        ]
+
+    # --- Details: how SQLite is used ---
+
+    def _query(self, sql: str, *values: str | int | None) -> list[Any]:
+        """Rows of one SELECT, in a snapshot of its own. Cost: about 5 us; 20 us where the folder is unwritable."""
+        with self._read_lock, self._typed_errors():
+            reader = self._usable(self._reader)
+            if self.read_only is None:
+                return reader.execute(sql, values).fetchall()
+            return self._query_unwritable(sql, values)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[str]:
+        """The one writer of all processes, until the block ends: committed and on disk, or as if it never was.
+
+        Gives the time of all that happens inside, ISO 8601, taken under the lock. Text order is time order.
+
+        Raises:
+            OverloadedError: Other writers kept the lock for ``busy_timeout_s``.
+        """
+        if not self._write_lock.acquire(timeout=self._timeout_s):
+            raise _busy()
+        try:
+            connection = self._writable()
+            with self._typed_errors():
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._now().astimezone(UTC).isoformat(timespec="microseconds")
+                    connection.execute("COMMIT")
+                    self._commits += 1
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+        finally:
+            self._write_lock.release()
+
+    def _fetch(self, sql: str, *values: str | int | None) -> list[Any]:
+        """Run a statement inside the transaction."""
+        return self._writable().execute(sql, values).fetchall()
+
+    @contextmanager
+    def _change(self, name: str, alias: str, who: str, why: str) -> Iterator[Entry]:
+        check_name("model name", name)
+        check_move(alias, who, why)
+        with self._transaction() as at:
+            yield Entry(name, alias, who, why, at)
+
+    @contextmanager
+    def _publishing(self) -> Iterator[None]:
+        """One publisher of all processes at a time, so that what lies in staging is a dead one's; who dies lets go.
+
+        Raises as :meth:`_transaction`, for whose writers nobody waits here: the lock is that of a second, empty
+        database.
+        """
+        self._writable()
+        with self._typed_errors():
+            _make_private(f"{self.root}/{LOCK_NAME}")
+            connection = sqlite3.connect(f"{self.root}/{LOCK_NAME}", timeout=self._timeout_s, isolation_level=None)
+        with closing(connection):
+            with self._typed_errors():
+                connection.execute("BEGIN EXCLUSIVE")
+            yield
+
+    def _writable(self) -> sqlite3.Connection:
+        if self.read_only is not None and self._reader is not None:
+            raise FlservingError(
+                f"the registry is read-only ({self.read_only}): change it where its folder can be written"
+            )
+        return self._usable(self._writer)
+
+    def _usable(self, connection: sqlite3.Connection | None) -> sqlite3.Connection:
+        if connection is None:
+            raise ServerClosedError("the registry is closed: open another Registry on the same folder")
+        if os.getpid() != self._pid:  # a connection that a child uses, too, may damage the file
+            raise ServerClosedError("the registry was opened before a fork: open another Registry in the new process")
+        return connection
 
     def _connect_in_time(self) -> sqlite3.Connection:
         """The change to WAL answers "busy" at once, whatever the timeout, where several processes open a new file."""
@@ -263,14 +602,6 @@ class Index:
             self._seen = seen
         return seen
 
-    def query(self, sql: str, *values: str | int | None) -> list[Any]:
-        """Rows of one SELECT, in a snapshot of its own. Cost: about 5 us; 20 us where the folder is unwritable."""
-        with self._read_lock, self._typed_errors():
-            reader = self._usable(self._reader)
-            if self.unwritable is None:
-                return reader.execute(sql, values).fetchall()
-            return self._query_unwritable(sql, values)
-
     def _query_unwritable(self, sql: str, values: tuple[str | int | None, ...]) -> list[Any]:
         """The rows, read while the files stayed what they were."""
         until_s = time.monotonic() + self._timeout_s
@@ -291,57 +622,6 @@ class Index:
                 raise _busy()
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """The one writer of all processes, until the block ends: committed and on disk, or as if it never was.
-
-        Raises:
-            OverloadedError: Other writers kept the lock for ``busy_timeout_s``.
-        """
-        if not self._write_lock.acquire(timeout=self._timeout_s):
-            raise _busy()
-        try:
-            connection = self._writable()
-            with self._typed_errors():
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield Transaction(connection, self.timestamp())
-                    connection.execute("COMMIT")
-                    self.commits += 1
-                except BaseException:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    raise
-        finally:
-            self._write_lock.release()
-
-    @contextmanager
-    def publishing(self) -> Iterator[None]:
-        """One publisher of all processes at a time; one that dies lets go. Raises as :meth:`transaction`, for whose
-        writers nobody waits here: the lock is that of a second, empty database."""
-        self._writable()
-        with self._typed_errors():
-            _make_private(f"{self._root}/{LOCK_NAME}")
-            connection = sqlite3.connect(f"{self._root}/{LOCK_NAME}", timeout=self._timeout_s, isolation_level=None)
-        with closing(connection):
-            with self._typed_errors():
-                connection.execute("BEGIN EXCLUSIVE")
-            yield
-
-    def _writable(self) -> sqlite3.Connection:
-        if self.unwritable is not None and self._reader is not None:
-            raise FlservingError(
-                f"the registry is read-only ({self.unwritable}): change it where its folder can be written"
-            )
-        return self._usable(self._writer)
-
-    def _usable(self, connection: sqlite3.Connection | None) -> sqlite3.Connection:
-        if connection is None:
-            raise ServerClosedError("the registry is closed: open another Registry on the same folder")
-        if os.getpid() != self._pid:  # SQLite's locks do not survive a fork
-            raise ServerClosedError("the registry was opened before a fork: open another Registry in the new process")
-        return connection
-
-    @contextmanager
     def _typed_errors(self) -> Iterator[None]:
         try:
             yield
@@ -351,7 +631,7 @@ class Index:
             code = getattr(error, "sqlite_errorcode", None)
             primary = code & 0xFF if code is not None else None
             if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                if shutil.disk_usage(self._root).free < _FULL_NBYTES:
+                if shutil.disk_usage(self.root).free < _FULL_NBYTES:
                     raise FlservingError(f"{FILE_NAME} cannot be written (the disk is full): free space") from error
                 raise _busy() from error
             if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or primary == sqlite3.SQLITE_ERROR:
@@ -363,13 +643,63 @@ class Index:
                 advice = "free space"
             raise FlservingError(f"{FILE_NAME} cannot be used ({error}): {advice}") from error
 
-    def close(self) -> None:
-        """Close both connections, after the calls that are using them. Idempotent."""
-        with self._write_lock, self._read_lock:
-            for connection in (self._reader, self._writer):
-                if connection is not None:
-                    connection.close()
-            self._reader = self._writer = None
+
+def _read(content: bytes) -> Experiment | str:
+    """An experiment, or why it cannot be run here."""
+    try:
+        experiment = msgspec.json.decode(content, type=Experiment)
+        experiment.check()
+        if experiment.arms:
+            experiment.arm_of("")  # its key is one
+    except (msgspec.MsgspecError, FlservingError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        return f"which cannot be read here ({error})"
+    return experiment
+
+
+def _continued(running: bytes, experiment: Experiment, entry: Entry) -> Experiment:
+    """The experiment on the alias, of which ``experiment`` is the continuation. ConflictError: it is of another."""
+    old = _read(running)
+    where = f"alias {entry.alias!r} of {entry.name!r}"
+    if isinstance(old, str):
+        raise ConflictError(f"{where} is in an experiment, {old}: conclude that first")
+    if old.id != experiment.id:
+        raise ConflictError(f"{where} is in experiment {old.id!r}: conclude that first")
+    if _shape(old) != _shape(experiment):
+        raise ConflictError(f"experiment {old.id!r} runs with other arms: conclude it, or take another id")
+    return old
+
+
+def _shape(experiment: Experiment) -> object:
+    """What evidence depends on: it must not change while an experiment runs."""
+    return experiment.rule, [(name, arm.version) for name, arm in experiment.arms.items()]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first ten names, so that a message stays one."""
+    listed = list(map(str, names))
+    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
+
+
+def check_move(alias: str, who: str, why: str) -> None:
+    """Raise InvalidModelError unless ``alias`` may be one, and the log gets to know who moved it and why."""
+    if check_name("alias", alias).isdigit():
+        raise InvalidModelError(f"alias {alias!r} looks like a version number: put a letter in it")
+    for field, value, most in (("who", who, 200), ("why", why, 2000)):
+        if not isinstance(value, str) or not 0 < len(value.strip()) <= most or not value.isprintable():
+            raise InvalidModelError(f"{field} is {str(value)[:80]!r}: the log needs a line of 1 to {most} characters")
+
+
+def checked_version(name: str, version: object) -> int:
+    """``version`` as an int that may exist. InvalidInputError: not an integer. NotFoundError: out of range."""
+    try:
+        number = operator.index(version)  # type: ignore[arg-type]  # NumPy's integers too: they come out of DataFrames
+    except TypeError:
+        number = None
+    if number is None or isinstance(version, bool):
+        raise InvalidInputError(f"version {version!r} of {name!r}: give an integer (resolve takes aliases too)")
+    if not 0 < number <= MAX_VERSION:
+        raise NotFoundError(f"{name!r} has no version {str(number)[:80]}: versions start at 1")
+    return number
 
 
 def _busy() -> OverloadedError:

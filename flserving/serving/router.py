@@ -18,7 +18,7 @@ from flserving.errors import ConflictError, DeadlineExceededError, ModelUnloaded
 from flserving.registry.experiment import Crossroads, Experiment
 
 if TYPE_CHECKING:
-    from flserving.registry.catalogue import Catalogue
+    from flserving.registry.index import Index
 
 Key = tuple[str, str]
 """(model, version)."""
@@ -85,8 +85,8 @@ class Router:
         self.routes, self._preload = Routes(), preload
         self.problems: dict[str, str] = {}
         self.on_look: Callable[[], object] = tuple
-        self.on_experiments: Callable[[Catalogue], object] = id
-        self._followed: dict[str, tuple[Catalogue, int, Hashable]] = {}  # its local_changes and token when last read
+        self.on_experiments: Callable[[Index], object] = id
+        self._followed: dict[str, tuple[Index, int, Hashable]] = {}  # its local_changes and token when last read
         self._whole: list[_Whole] = []  # registries of which every model is followed
         self._admin = threading.RLock()  # one change at a time; readers never take it
         self._closing = threading.Event()
@@ -119,7 +119,7 @@ class Router:
         why = f" ({self.problems[problem]})" if (problem := f"{name}/{ref}") in self.problems else ""
         raise NotFoundError(f"model {name!r} has no version or alias {ref[:80]!r}{why}: it has {known}")
 
-    def followed(self, name: str) -> "Catalogue | None":
+    def followed(self, name: str) -> "Index | None":
         """The registry of a model; None for one without."""
         return self._followed[name][0] if name in self._followed else None
 
@@ -173,7 +173,7 @@ class Router:
                 self._preload((name, version))
             self._replace(name, withdrawn=False)
 
-    def follow(self, registry: "Catalogue", name: str) -> None:
+    def follow(self, registry: "Index", name: str) -> None:
         """Serve every version of ``name`` and follow its aliases, also those that other processes move."""
         with self._admin:
             if not registry.version_numbers(name):
@@ -183,7 +183,7 @@ class Router:
             self._followed[name] = (registry, changes, token)
             self._start_watcher()
 
-    def follow_all(self, registry: "Catalogue", serve: Callable[[str], object]) -> None:
+    def follow_all(self, registry: "Index", serve: Callable[[str], object]) -> None:
         """Let every model of ``registry`` be served, also those that are published later, up to ``MOST_MODELS``.
 
         ``serve`` is called with each new name: its part is to call :meth:`follow`.
@@ -279,7 +279,7 @@ class Router:
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
 
-    def _read(self, name: str, registry: "Catalogue") -> None:
+    def _read(self, name: str, registry: "Index") -> None:
         while True:  # an alias and its experiment change in one transaction: see both before it, or both after
             token = registry.change_token()
             versions = tuple(map(str, registry.version_numbers(name)))
@@ -342,7 +342,7 @@ class Router:
 class _Whole:
     """A registry of which every model is followed."""
 
-    registry: "Catalogue"
+    registry: "Index"
     serve: Callable[[str], object]
     seen: Hashable = None  # its token when all its models were known
     failed: set[str] = field(default_factory=set)  # could not be served
@@ -352,7 +352,7 @@ _WHOLE = "registry"
 """The problem of a registry as a whole; those of its models begin with their names."""
 
 
-def _token(registry: "Catalogue", known: dict[int, Hashable]) -> Hashable:
+def _token(registry: "Index", known: dict[int, Hashable]) -> Hashable:
     """The registry's token, asked once in a look."""
     if id(registry) not in known:
         known[id(registry)] = registry.change_token()

@@ -129,7 +129,7 @@ def spy(monkeypatch):
                 batches.append((x[:, 0].int().tolist(), torch.get_num_threads()))
             return super().forward(x)
 
-    monkeypatch.setattr(models, "_known", dict(models._known))
+    monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
     models.register("spy", input_shape=(64,), output_shape=(10,))(lambda: Spy(nn.Identity(), nn.Linear(64, 10)))
     return batches
 
@@ -403,7 +403,7 @@ def test_a_faulty_update_is_counted_and_the_round_goes_on_as_if_it_had_never_com
 @pytest.fixture
 def architecture(monkeypatch):
     """A registrar of architectures that are forgotten after the test."""
-    monkeypatch.setattr(models, "_known", dict(models._known))
+    monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
     return models.register
 
 
@@ -584,7 +584,7 @@ def test_bad_settings_are_refused(options, says):
 
 
 def test_models_that_do_not_fit_are_refused(monkeypatch):
-    monkeypatch.setattr(models, "_known", dict(models._known))
+    monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
     models.register("headless", input_shape=(64,), output_shape=(10,))(lambda: nn.Linear(64, 10))
     assert train(architecture="headless").final.metrics["mean_client_accuracy"] > 0.1
     for options, says in (
@@ -605,7 +605,7 @@ def test_models_that_do_not_fit_are_refused(monkeypatch):
 
 def test_clients_of_your_own_and_a_model_of_your_own(monkeypatch):
     """Two classes, three features, a few blobs: nothing here knows about digits."""
-    monkeypatch.setattr(models, "_known", dict(models._known))
+    monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
 
     @models.register("blobs", input_shape=(3,), output_shape=(2,))
     class Blobs(nn.Module):

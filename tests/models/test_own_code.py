@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
     """The current directory, with modules in it; what is imported and registered here is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(models, "_known", dict(models._known))
+    monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
     (tmp_path / "mynet.py").write_text(MYNET.format("a"))
     (tmp_path / "othernet.py").write_text(MYNET.format("b"))
     (tmp_path / "empty.py").write_text("answer = 42\n")

@@ -102,7 +102,7 @@ def registry(tmp_path):
 
 @pytest.fixture
 def allow_list(monkeypatch):
-    monkeypatch.setattr(models, "_known", dict(models._known))
+    monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
 
 
 def made(kind):

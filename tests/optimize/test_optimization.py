@@ -328,7 +328,7 @@ NORMS = ["GroupNorm after a convolution", "GroupNorm after a linear layer", "Ins
 @pytest.mark.parametrize("kind", NORMS)
 def test_a_normalised_model_is_exported_quantised_and_served_with_equal_answers(tmp_path, kind, monkeypatch):
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(models, "_known", dict(models._known))
+    monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
     models.register("normed", input_shape=(64,), output_shape=(10,))(lambda: norms(kind))
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -465,7 +465,7 @@ def test_what_is_no_set_of_heads_is_refused(registry, heads):
 
 
 def test_a_model_without_a_body_takes_no_heads(registry, monkeypatch):
-    monkeypatch.setattr(models, "_known", models._known.copy())
+    monkeypatch.setattr(models.architectures, "_known", models.architectures._known.copy())
     models.register("flat_for_heads", input_shape=(4,), output_shape=(3,))(lambda: torch.nn.Linear(4, 3))
     with pytest.raises(InvalidModelError, match="Linear is not a models"):
         registry.publish(
@@ -486,7 +486,7 @@ class Squashed(models.SplitModel):
 )  # fmt: skip
 def test_a_model_that_computes_more_than_head_of_body_takes_no_heads(registry, monkeypatch, make):
     """The personal lane runs body and head: what a forward does between them would be left out without a word."""
-    monkeypatch.setattr(models, "_known", models._known.copy())
+    monkeypatch.setattr(models.architectures, "_known", models.architectures._known.copy())
     models.register("more_for_heads", input_shape=(4,), output_shape=(3,))(make)
     with pytest.raises(InvalidModelError, match="as it stands"):
         registry.publish("m", make(), architecture="more_for_heads", heads=HeadSet("head", names(2), numbers(2)))

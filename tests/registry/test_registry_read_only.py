@@ -220,7 +220,7 @@ def test_a_registry_that_its_operator_shares_stays_as_it_is(root):
 def test_a_full_disk_is_not_called_busy(root, monkeypatch):
     """SQLite may say that the database is locked where a write failed for want of space."""
     with Registry(root, busy_timeout_s=0) as registry, Registry(root, busy_timeout_s=0) as other:
-        with other._index.transaction():
+        with other._transaction():
             with pytest.raises(FlservingError, match="other processes keep writing"):
                 CHANGES["set_alias"](registry)
             monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 4096}))

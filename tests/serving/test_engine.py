@@ -537,7 +537,8 @@ def test_the_steps_give_the_modules_own_bits(kind):
 
 
 def test_every_built_in_architecture_is_tested_here():
-    assert {name for name in models.names() if models.build.__module__ == models._known[name].factory.__module__} == {
+    known = models.architectures._known
+    assert {name for name in models.names() if models.build.__module__ == known[name].factory.__module__} == {
         *("tutorial_mlp", "digits_mlp", "digits_cnn", "mlp", "sequential")
     }
 

@@ -664,7 +664,7 @@ def registry(tmp_path):
 @pytest.fixture
 def allow_list(monkeypatch):
     """Registrations of a test end with it."""
-    monkeypatch.setattr(models, "_known", dict(models._known))
+    monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
 
 
 @pytest.mark.parametrize(
@@ -763,7 +763,7 @@ def test_equal_weights_under_another_architecture_or_other_parameters_share_no_c
 
 def test_an_architecture_that_this_process_does_not_know_is_typed(registry, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_known", dict(models._known))
+        patch.setattr(models.architectures, "_known", dict(models.architectures._known))
         models.register("gone", input_shape=(8,), output_shape=(3,))(WithBuffers)
         registry.publish("m", WithBuffers(4), architecture="gone", parameters={"width": 4})
     with pytest.raises(NotFoundError, match=r"no architecture 'gone'.*models\.register"):
@@ -773,7 +773,9 @@ def test_an_architecture_that_this_process_does_not_know_is_typed(registry, monk
 def test_an_architecture_that_changed_since_is_typed(registry, allow_list, monkeypatch):
     models.register("changes", input_shape=(8,), output_shape=(3,))(WithBuffers)
     registry.publish("m", WithBuffers(4), architecture="changes", parameters={"width": 4})
-    models._known["changes"] = models.Architecture("changes", lambda width: nn.Linear(8, 3), (8,), (3,), 1 << 28)
+    models.architectures._known["changes"] = models.architectures.Architecture(
+        "changes", lambda width: nn.Linear(8, 3), (8,), (3,), 1 << 28
+    )
     with pytest.raises(
         CorruptArtifactError, match=r"m version 1 does not fit its architecture 'changes': (?s:.*)Unexpected key"
     ):

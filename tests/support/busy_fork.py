@@ -88,7 +88,7 @@ def main():
                 server.experiments, server.experiments.shadow, engine._executions,
             ]  # fmt: skip
             locks = [holder._adding if holder is server._store else holder._lock for holder in holders]
-            locks += [registry._index._read_lock, registry._index._write_lock, server._router._admin]
+            locks += [registry._read_lock, registry._write_lock, server._router._admin]
             held, done = threading.Event(), threading.Event()
 
             def hold():

@@ -28,8 +28,8 @@ from flserving.api.rest.guard import Receive, Scope, Send
 from flserving.edge.delta import FORMS, Form, encode
 from flserving.edge.release import Head, Release, Signer, manifest_bytes
 from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, OverloadedError
-from flserving.registry.catalogue import DEFAULT_ALIAS
 from flserving.registry.heads import HeadStore
+from flserving.registry.index import DEFAULT_ALIAS
 from flserving.registry.registry import WEIGHTS, Registry
 from flserving.registry.storage import open_file, write_file
 from flserving.serving.loader import RegistrySource
