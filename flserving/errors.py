@@ -112,3 +112,12 @@ class DeadlineExceededError(FlservingError, TimeoutError):
 
 _KINDS: list[type[FlservingError]] = [FlservingError, *FlservingError.__subclasses__()]
 BY_REASON = {kind().reason: kind for kind in _KINDS}
+_BY_STATUS = {kind.http_status: kind for kind in reversed(_KINDS)}
+REASON = "flserving-error"
+"""Response header, and trailing metadata of gRPC, with :attr:`FlservingError.reason`: which class of those with this
+status it was, for clients that know them."""
+
+
+def kind_of(status: int, reason: str = "") -> type[FlservingError]:
+    """The class behind an HTTP answer: the one that its server names, else the tree's first with this status."""
+    return BY_REASON.get(reason) or _BY_STATUS.get(status, FlservingError)

@@ -16,8 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from flserving.api.client.calls import GrpcCalls, RestCalls, Where
-from flserving.api.client.transports import Carrier, Grpc, Received, Rest, Sent
+from flserving.api.client.transports import (
+    Call,
+    GrpcCodec,
+    GrpcTransport,
+    Reply,
+    RestCodec,
+    RestTransport,
+    Transport,
+    Where,
+)
 from flserving.errors import ConfigError
 from flserving.lab.arrivals import Floats
 from flserving.models.processing import Floats as Rows
@@ -59,16 +67,16 @@ class Stamp(nn.Module):
         return rows
 
 
-class _JsonCalls(RestCalls):
+class _JsonCodec(RestCodec):
     """REST with the numbers as text, as curl sends them."""
 
-    def infer(self, where: Where, rows: Rows, parameters: Mapping[str, Any]) -> Sent:
+    def infer(self, where: Where, rows: Rows, parameters: Mapping[str, Any]) -> Call:
         tensor = {"name": "features", "shape": list(rows.shape), "datatype": "FP32", "data": rows.ravel().tolist()}
         body = json.dumps({"inputs": [tensor], "parameters": dict(parameters)}).encode()
-        return Sent(self._path(where) + "/infer", body, self._headers | {"content-type": "application/json"})
+        return Call(self._path(where) + "/infer", body, self._headers | {"content-type": "application/json"})
 
-    def read_infer(self, received: Received, arrays: bool) -> dict[str, Any]:
-        parameters = json.loads(received.body)["parameters"]
+    def read_infer(self, reply: Reply, arrays: bool) -> dict[str, Any]:
+        parameters = json.loads(reply.body)["parameters"]
         return {"stages_ms": {name: parameters[f"stage_{name}_us"] / 1e3 for name in STAGES}}
 
 
@@ -86,11 +94,12 @@ class Stopwatch:
         if endpoint.grpc_url is None:
             raise ConfigError("the endpoint has no gRPC door: serve without grpc_port=None")
         headers = {name.lower(): value for name, value in endpoint.headers.items()}
-        rest, self._server = Rest(endpoint.url, None), server
-        self._doors: dict[str, tuple[str, RestCalls | GrpcCalls, Carrier]] = {
-            "gRPC": ("grpc", GrpcCalls(headers), Grpc(endpoint.grpc_url, False, None)),
-            "REST, binary": ("rest", RestCalls(headers), rest),
-            "REST, JSON": ("rest", _JsonCalls(headers), rest),
+        rest = RestTransport(endpoint.url, None)
+        self._server = server
+        self._doors: dict[str, tuple[str, RestCodec | GrpcCodec, Transport]] = {
+            "gRPC": ("grpc", GrpcCodec(headers), GrpcTransport(endpoint.grpc_url, False, None)),
+            "REST, binary": ("rest", RestCodec(headers), rest),
+            "REST, JSON": ("rest", _JsonCodec(headers), rest),
         }
 
     def ask(self, way: str, rows: Rows, version: str = "v1.0") -> dict[str, float]:
@@ -103,14 +112,14 @@ class Stopwatch:
             stages_ms = self._server.predict(rows, version, stages=True)["stages_ms"]
             taken_us = (time.perf_counter() - began_s) * 1e6
             return _spans(stages_ms, encode=taken_us - 1e3 * sum(stages_ms.values()))
-        protocol, calls, carrier = self._doors[way]
+        protocol, codec, transport = self._doors[way]
         before = self._at_door(protocol)
         began_s = time.perf_counter()
-        sent = calls.infer(("local", version), rows, {"stages": True})
+        call = codec.infer(("local", version), rows, {"stages": True})
         sent_s = time.perf_counter()
-        received = carrier.send(sent, 30.0)
+        reply = transport.send(call, 30.0)
         received_s = time.perf_counter()
-        stages_ms = calls.read_infer(received, arrays=False)["stages_ms"]
+        stages_ms = codec.read_infer(reply, arrays=False)["stages_ms"]
         ended_s = time.perf_counter()
         _, parse_s, serialise_s = self._at_door(protocol) - before
         # The stamp is where preprocessing ends: the server's first and last moment follow from its stages.
@@ -148,8 +157,8 @@ class Stopwatch:
 
     def close(self) -> None:
         """Let go of the connections. Idempotent."""
-        for _, _, carrier in self._doors.values():
-            carrier.close()
+        for _, _, transport in self._doors.values():
+            transport.close()
 
     def __enter__(self) -> Self:
         return self

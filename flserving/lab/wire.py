@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import orjson
 
-from flserving.api.client.calls import GrpcCalls, RestCalls
+from flserving.api.client.transports import GrpcCodec, RestCodec
 from flserving.errors import InvalidInputError
 from flserving.lab.arrivals import Ints
 from flserving.models.processing import Floats
@@ -36,12 +36,12 @@ def short_json_body(rows: Floats) -> bytes:
 
 def binary_body(rows: Floats) -> bytes:
     """JSON that describes the tensor, and behind it the tensor: four bytes a number."""
-    return RestCalls({}).infer(_WHERE, rows, {}).body or b""
+    return RestCodec({}).infer(_WHERE, rows, {}).body or b""
 
 
 def grpc_body(rows: Floats) -> bytes:
     """A ModelInferRequest with the numbers in raw_input_contents."""
-    return GrpcCalls({}).infer(_WHERE, rows, {}).body or b""
+    return GrpcCodec({}).infer(_WHERE, rows, {}).body or b""
 
 
 FORMS = {

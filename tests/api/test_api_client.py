@@ -11,8 +11,9 @@ import flserving
 from flserving import ServingConfig, errors, models
 from flserving.api.client import AsyncClient, Client
 from flserving.api.client.retries import Attempts, Refused, Retries
-from flserving.api.client.transports import _CHANNEL, REASON, _grpc_refusal, _refusal
+from flserving.api.client.transports import _CHANNEL, _grpc_refusal, _refusal
 from flserving.errors import (
+    REASON,
     ConfigError,
     DeadlineExceededError,
     FlservingError,
@@ -111,12 +112,12 @@ async def test_the_awaiting_client_does_the_same(served, url):
 async def test_a_deadline_that_passes_while_idle_connections_are_closed_leaves_none_open(served):
     async with AsyncClient(served[1].url, served[1].token) as client:
         await asyncio.gather(*(client.predict(X) for _ in range(20)))
-        idle = [connection._connection for connection in client._carrier._pool.connections]
+        idle = [connection._connection for connection in client._transport._http._pool.connections]
         sockets = [connection._network_stream.get_extra_info("socket") for connection in idle]
         for connection in idle:
             connection._expire_at = 0.0
         with pytest.raises(Refused, match="no answer in the 0 ms"):
-            await client._carrier.send(client._calls.models(), timeout_s=1e-9)
+            await client._transport.send(client._codec.models(), timeout_s=1e-9)
     await asyncio.sleep(0)  # what is closed here, the loop lets go of at its next turn
     assert len(sockets) > 1 and all(socket.fileno() == -1 for socket in sockets)
 
@@ -250,8 +251,8 @@ def test_no_attempt_after_the_deadline_and_the_server_is_told_what_is_left():
     clock, retries = Clock(), Retries(attempts=100, base_s=1, longest_s=1, budget=1000, draw=lambda low, high: high)
     with Client("http://127.0.0.1:1", retries=retries, timeout_ms=3500, clock=clock, sleep=clock.sleep) as client:
         told = []
-        real = client._calls.infer
-        client._calls.infer = lambda where, rows, said: told.append(said["timeout"]) or real(where, rows, said)
+        real = client._codec.infer
+        client._codec.infer = lambda where, rows, said: told.append(said["timeout"]) or real(where, rows, said)
         with pytest.raises(ServerClosedError):
             client.predict(X, model="m")
     assert told == [3_500_000, 2_500_000, 1_500_000, 500_000] and clock.now_s == 3

@@ -204,13 +204,13 @@ def test_the_answer_names_its_arm_and_its_client_may_reward_it_once(door, server
 
 def test_feedback_whose_answer_is_lost_is_tried_again_and_counts_once(door, server, running, monkeypatch):
     with Client(door, "token-5", sleep=lambda _: None) as caller:
-        receipt, before, send, tries = caller.predict(ROW)["receipt"], given(server), caller._carrier.send, []
+        receipt, before, send, tries = caller.predict(ROW)["receipt"], given(server), caller._transport.send, []
 
         def lossy(*call):
             tries.append(send(*call))
             raise Refused(ServerClosedError("no answer"), again=True)
 
-        monkeypatch.setattr(caller._carrier, "send", lossy)
+        monkeypatch.setattr(caller._transport, "send", lossy)
         with pytest.raises(ConflictError, match="already"):
             caller.feedback(receipt, 1)
     assert len(tries) == 1 and sum(given(server).values()) == sum(before.values()) + 1

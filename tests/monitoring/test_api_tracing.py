@@ -125,7 +125,7 @@ def test_a_w3c_header_names_the_parent_over_the_network(exporter, provider, sche
         trace(server, provider)
         for parent in (PARENT, {}, {"traceparent": "nonsense"}):
             with Client(url, endpoint.token) as client:
-                client._calls._headers |= parent
+                client._codec._headers |= parent
                 client.predict(row(1.0))
     first, *others = by_parent(exporter)[0]
     assert ids(first) == tuple(PARENT["traceparent"].split("-")[1:3])

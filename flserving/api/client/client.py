@@ -7,26 +7,31 @@
 """
 
 import asyncio
-import functools
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self
 from urllib.parse import SplitResult, urlsplit
 
 from flserving.api.auth import checked_token
-from flserving.api.client import transports
-from flserving.api.client.calls import GrpcCalls, RestCalls, Where
 from flserving.api.client.retries import Attempts, Refused, Retries
-from flserving.api.client.transports import Received, Sent
+from flserving.api.client.transports import (
+    AsyncGrpcTransport,
+    AsyncRestTransport,
+    Call,
+    GrpcCodec,
+    GrpcTransport,
+    Reply,
+    RestCodec,
+    RestTransport,
+    Where,
+)
 from flserving.errors import ConfigError, InvalidInputError, NotFoundError, ServerClosedError
 from flserving.models.processing import Preprocessor
 from flserving.serving.config import deadline_s
 
-P = ParamSpec("P")
-R = TypeVar("R")
 _TARGET = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")  # host:port, [IPv6]:port
 _PORTS = {"http": 80, "https": 443, "grpc": None, "grpcs": None}
 
@@ -39,14 +44,16 @@ def address(url: str, ports: Mapping[str, int | None]) -> SplitResult:
     except ValueError:
         known = None
     if not known or parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username is not None:
-        raise ConfigError(f"url {url!r} cannot be called: write {' or '.join(ports)} ://host:port")
+        schemes = " or ".join(f"{scheme}://" for scheme in ports)
+        raise ConfigError(f"url {url!r} cannot be called: write {schemes} and host:port")
     return parts
 
 
 class _Calls:
-    """What both clients share: what is sent, how an answer is read, and when to ask again."""
+    """What both clients share: their settings, and what a call says. How it is sent is what they differ in."""
 
-    _ways: ClassVar[tuple[Callable[..., Any], ...]]  # over REST, over gRPC, and how to sleep
+    _rest: Any
+    _grpc: Any
 
     def __init__(
         self,
@@ -60,151 +67,76 @@ class _Calls:
         sleep: Callable[[float], Any] | None = None,
     ) -> None:
         if isinstance(url, str) and _TARGET.fullmatch(url):  # as gRPC writes addresses, and Endpoint.grpc_url
-            url = f"{'grpc' if ca is None else 'grpcs'}://{url}"
+            url = f"grpc://{url}" if ca is None else f"grpcs://{url}"
         parts = address(url, _PORTS)
         headers = {} if token is None else {"authorization": f"Bearer {checked_token(token)}"}
         try:
             authority = None if ca is None else Path(ca).expanduser().read_bytes()
         except OSError as error:
             raise ConfigError(f"ca {str(ca)!r} cannot be read: {error.strerror}") from error
-        self.url, self.timeout_ms = f"{parts.scheme}://{parts.netloc}", timeout_ms
-        self._retries, self._clock, self._default = retries or Retries(), clock, ""
-        rest, grpc, pause = self._ways
-        self._sleep = sleep or pause
-        self._calls: RestCalls | GrpcCalls
-        if parts.scheme.startswith("http"):
-            self._calls, self._carrier = RestCalls(headers), rest(self.url, authority)
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self.timeout_ms = timeout_ms
+        self._retries = retries or Retries()
+        self._clock = clock
+        self._sleep = sleep
+        self._default = ""
+        self._codec: RestCodec | GrpcCodec
+        if parts.scheme in ("http", "https"):
+            self._codec = RestCodec(headers)
+            self._transport = self._rest(self.url, authority)
         else:
-            self._calls, self._carrier = GrpcCalls(headers), grpc(parts.netloc, parts.scheme == "grpcs", authority)
+            self._codec = GrpcCodec(headers)
+            self._transport = self._grpc(parts.netloc, parts.scheme == "grpcs", authority)
 
-    def _attempts(self, timeout_ms: float | None) -> Attempts:
+    def _attempts(self, timeout_ms: float | None = None) -> Attempts:
         timeout_s = deadline_s(self.timeout_ms if timeout_ms is None else timeout_ms)
         return Attempts(self._retries, timeout_s, self._clock)
 
-    def _infer(self, features: Any, model: str, version: str | int | None, stages: bool,
-               personal: bool) -> Callable[[float], Sent]:  # fmt: skip
-        """The call as a function of the seconds that are left: the server is told its deadline."""
-        rows, parameters = Preprocessor.rows_of_any_shape(features), dict[str, Any]()
-        number = None if version is None else str(version)
-        if number is not None and not number.isdecimal():
-            parameters["alias"], number = number, None
-        parameters |= {name: True for name, wanted in (("stages", stages), ("personal", personal)) if wanted}
-        return lambda left_s: self._calls.infer(
-            (model, number), rows, {**parameters, "timeout": max(1, int(left_s * 1e6))}
-        )
+    def _one_attempt(self) -> Attempts:
+        return Attempts(Retries(attempts=1), self.timeout_ms / 1e3, self._clock)
 
-    def _reward(self, model: str, receipt: str, reward: float) -> Sent:
+    def _inference(self, features: Any, where: Where, stages: bool, personal: bool) -> Callable[[float], Call]:
+        """The call as a function of the seconds that are left: the server is told its deadline."""
+        rows = Preprocessor.rows_of_any_shape(features)
+        parameters = dict[str, Any]()
+        model, version = where
+        if version is not None and not version.isdecimal():
+            parameters["alias"] = version
+            version = None
+        if stages:
+            parameters["stages"] = True
+        if personal:
+            parameters["personal"] = True
+
+        def call(left_s: float) -> Call:
+            timeout_us = max(1, int(left_s * 1e6))
+            return self._codec.infer((model, version), rows, {**parameters, "timeout": timeout_us})
+
+        return call
+
+    def _reward(self, model: str, receipt: str, reward: float) -> Call:
         if not isinstance(receipt, str) or not receipt.isascii():
             raise InvalidInputError(f"receipt is {receipt!r:.64}: send the one of your own answer")
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
             raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")
-        return self._calls.feedback(model, receipt, reward)
+        return self._codec.feedback(model, receipt, reward)
 
-    async def _named(self, model: str | None, attempts: Attempts) -> str:
-        if model is not None:
-            return model
-        if not self._default:
-            if not (index := await self._read(self._calls.models(), attempts)):
-                raise NotFoundError(f"no model is served at {self.url}: publish one first")
-            self._default = index[0]["name"]
+    def _first(self, index: list[dict[str, Any]]) -> str:
+        if not index:
+            raise NotFoundError(f"no model is served at {self.url}: publish one first")
+        self._default = str(index[0]["name"])
         return self._default
-
-    @staticmethod
-    def _where(model: str | None, version: str | int | None) -> Where | None:
-        return None if model is None else (model, None if version is None else str(version))
-
-    async def _read(self, call: Sent, attempts: Attempts) -> Any:
-        return self._calls.read(call.path, await self._try(lambda _: call, attempts))
-
-    async def _try(self, call: Callable[[float], Sent], attempts: Attempts) -> Received:
-        while True:
-            try:
-                received: Received = await _done(self._carrier.send(call(left_s := attempts.left_s()), left_s))
-            except Refused as refused:
-                await _done(self._sleep(attempts.failed(refused)))
-            else:
-                attempts.succeeded()
-                return received
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
 
 
-class AsyncClient(_Calls):
-    """:class:`Client` for coroutines; make it and use it in one event loop, with ``async with``."""
-
-    _ways = transports.AsyncRest, transports.AsyncGrpc, asyncio.sleep
-
-    async def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                      timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                      personal: bool = False) -> dict[str, Any]:  # fmt: skip
-        """Answer and errors of :meth:`ModelServer.predict`; ``latency_ms`` is the server's part.
-
-        Args:
-            personal: Ask for the private answers of the client that the token names.
-        """
-        attempts = self._attempts(timeout_ms)
-        call = self._infer(features, await self._named(model, attempts), version, stages, personal)
-        return self._calls.read_infer(await self._try(call, attempts), arrays)
-
-    async def feedback(self, receipt: str, reward: float, *, model: str | None = None,
-                       timeout_ms: float | None = None) -> None:  # fmt: skip
-        """Say how good the answer with this ``receipt`` was, in [0, 1]. Errors of :meth:`Experiments.feedback`.
-
-        It counts once, so it is tried again as a prediction is: a ConflictError may mean that the first try counted.
-        """
-        attempts = self._attempts(timeout_ms)
-        await self._read(self._reward(await self._named(model, attempts), receipt, reward), attempts)
-
-    async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
-        """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
-        try:
-            attempts = Attempts(Retries(attempts=1), self.timeout_ms / 1e3, self._clock)
-            return bool((await self._read(self._calls.ready(self._where(model, version)), attempts))["ready"])
-        except (ServerClosedError, TimeoutError):
-            return False
-
-    async def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
-        """Name, version and extensions of the server; of a model its versions, inputs and outputs."""
-        return dict(await self._read(self._calls.metadata(self._where(model, version)), self._attempts(None)))
-
-    async def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
-        """Counters of each version: requests, rows, executions, nanoseconds by stage."""
-        stats = await self._read(self._calls.statistics(self._where(model, version)), self._attempts(None))
-        return list(stats["model_stats"])
-
-    async def models(self) -> list[dict[str, Any]]:
-        """Every version of every model: ``name``, ``version``, ``state``, ``reason``."""
-        return list(await self._read(self._calls.models(), self._attempts(None)))
-
-    async def close(self) -> None:
-        """Let go of the connections. Idempotent."""
-        await self._carrier.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+def _where(model: str | None, version: str | int | None) -> Where | None:
+    return None if model is None else (model, _text(version))
 
 
-async def _done(result: Any) -> Any:
-    return await result if isinstance(result, Awaitable) else result
-
-
-def _blocking(call: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate["Client", P], R]:
-    """The same call, blocking: its carrier and its sleep give no coroutines, so one step is all of it."""
-
-    @functools.wraps(call)
-    def whole(client: "Client", /, *args: P.args, **named: P.kwargs) -> R:
-        try:
-            call(client, *args, **named).send(None)
-        except StopIteration as done:
-            result: R = done.value
-            return result
-        raise AssertionError("a blocking carrier awaited something")
-
-    return whole
+def _text(version: str | int | None) -> str | None:
+    return None if version is None else str(version)
 
 
 class Client(_Calls):
@@ -222,21 +154,153 @@ class Client(_Calls):
         ConfigError: The URL, the token or ``ca`` cannot be used.
     """
 
-    _ways = transports.Rest, transports.Grpc, time.sleep
+    _rest = RestTransport
+    _grpc = GrpcTransport
 
-    predict = _blocking(AsyncClient.predict)
-    feedback = _blocking(AsyncClient.feedback)
-    ready = _blocking(AsyncClient.ready)
-    metadata = _blocking(AsyncClient.metadata)
-    statistics = _blocking(AsyncClient.statistics)
-    models = _blocking(AsyncClient.models)
+    def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
+                timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
+                personal: bool = False) -> dict[str, Any]:  # fmt: skip
+        """Answer and errors of :meth:`ModelServer.predict`; ``latency_ms`` is the server's part.
+
+        Args:
+            personal: Ask for the private answers of the client that the token names.
+        """
+        attempts = self._attempts(timeout_ms)
+        where = (self._named(model, attempts), _text(version))
+        call = self._inference(features, where, stages=stages, personal=personal)
+        return self._codec.read_infer(self._send(call, attempts), arrays)
+
+    def feedback(
+        self, receipt: str, reward: float, *, model: str | None = None, timeout_ms: float | None = None
+    ) -> None:
+        """Say how good the answer with this ``receipt`` was, in [0, 1]. Errors of :meth:`Experiments.feedback`.
+
+        It counts once, so it is tried again as a prediction is: a ConflictError may mean that the first try counted.
+        """
+        attempts = self._attempts(timeout_ms)
+        self._read(self._reward(self._named(model, attempts), receipt, reward), attempts)
+
+    def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
+        """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
+        try:
+            answer = self._read(self._codec.ready(_where(model, version)), self._one_attempt())
+        except (ServerClosedError, TimeoutError):
+            return False
+        return bool(answer["ready"])
+
+    def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
+        """Name, version and extensions of the server; of a model its versions, inputs and outputs."""
+        return dict(self._read(self._codec.metadata(_where(model, version)), self._attempts()))
+
+    def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+        """Counters of each version: requests, rows, executions, nanoseconds by stage."""
+        answer = self._read(self._codec.statistics(_where(model, version)), self._attempts())
+        return list(answer["model_stats"])
+
+    def models(self) -> list[dict[str, Any]]:
+        """Every version of every model: ``name``, ``version``, ``state``, ``reason``."""
+        return list(self._read(self._codec.models(), self._attempts()))
 
     def close(self) -> None:
         """Let go of the connections. Idempotent."""
-        self._carrier.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _named(self, model: str | None, attempts: Attempts) -> str:
+        if model is not None:
+            return model
+        return self._default or self._first(self._read(self._codec.models(), attempts))
+
+    def _read(self, call: Call, attempts: Attempts) -> Any:
+        return self._codec.read(call.path, self._send(lambda _: call, attempts))
+
+    def _send(self, call: Callable[[float], Call], attempts: Attempts) -> Reply:
+        sleep = self._sleep or time.sleep
+        while True:
+            left_s = attempts.left_s()
+            try:
+                reply: Reply = self._transport.send(call(left_s), left_s)
+            except Refused as refused:
+                sleep(attempts.failed(refused))
+            else:
+                attempts.succeeded()
+                return reply
+
+
+class AsyncClient(_Calls):
+    """:class:`Client` for coroutines; make it and use it in one event loop, with ``async with``."""
+
+    _rest = AsyncRestTransport
+    _grpc = AsyncGrpcTransport
+
+    async def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
+                      timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
+                      personal: bool = False) -> dict[str, Any]:  # fmt: skip
+        """See :meth:`Client.predict`."""
+        attempts = self._attempts(timeout_ms)
+        where = (await self._named(model, attempts), _text(version))
+        call = self._inference(features, where, stages=stages, personal=personal)
+        return self._codec.read_infer(await self._send(call, attempts), arrays)
+
+    async def feedback(
+        self, receipt: str, reward: float, *, model: str | None = None, timeout_ms: float | None = None
+    ) -> None:
+        """See :meth:`Client.feedback`."""
+        attempts = self._attempts(timeout_ms)
+        await self._read(self._reward(await self._named(model, attempts), receipt, reward), attempts)
+
+    async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
+        """See :meth:`Client.ready`."""
+        try:
+            answer = await self._read(self._codec.ready(_where(model, version)), self._one_attempt())
+        except (ServerClosedError, TimeoutError):
+            return False
+        return bool(answer["ready"])
+
+    async def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
+        """See :meth:`Client.metadata`."""
+        return dict(await self._read(self._codec.metadata(_where(model, version)), self._attempts()))
+
+    async def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+        """See :meth:`Client.statistics`."""
+        answer = await self._read(self._codec.statistics(_where(model, version)), self._attempts())
+        return list(answer["model_stats"])
+
+    async def models(self) -> list[dict[str, Any]]:
+        """See :meth:`Client.models`."""
+        return list(await self._read(self._codec.models(), self._attempts()))
+
+    async def close(self) -> None:
+        """Let go of the connections. Idempotent."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _named(self, model: str | None, attempts: Attempts) -> str:
+        if model is not None:
+            return model
+        return self._default or self._first(await self._read(self._codec.models(), attempts))
+
+    async def _read(self, call: Call, attempts: Attempts) -> Any:
+        return self._codec.read(call.path, await self._send(lambda _: call, attempts))
+
+    async def _send(self, call: Callable[[float], Call], attempts: Attempts) -> Reply:
+        sleep = self._sleep or asyncio.sleep
+        while True:
+            left_s = attempts.left_s()
+            try:
+                reply: Reply = await self._transport.send(call(left_s), left_s)
+            except Refused as refused:
+                await sleep(attempts.failed(refused))
+            else:
+                attempts.succeeded()
+                return reply

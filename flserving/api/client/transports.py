@@ -1,59 +1,253 @@
-"""How a client's call travels: bytes to a path and back, over HTTP by httpcore or over gRPC, blocking or awaiting.
+"""How a client's call travels: written as bytes by a codec, carried over HTTP by httpx or over gRPC, and read again.
 
-Every failure leaves here as :class:`Refused` around an error of the package's own tree.
+A codec knows the Open Inference Protocol, a transport knows the network; both know nothing of retries. REST carries
+tensors in binary: four bytes a number, where JSON needs about twenty and much more time. Every failure on the way
+leaves here as :class:`Refused` around an error of the package's own tree.
 """
 
 import contextlib
+import functools
 import json
 import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote
 
 import anyio
-import httpcore
+import httpx
+import numpy as np
 
 from flserving.api.client.retries import Refused
-from flserving.api.rest.codec import REASON
+from flserving.api.dataplane import TOLD
 from flserving.errors import (
     BY_REASON,
+    REASON,
     DeadlineExceededError,
     FlservingError,
     OverloadedError,
     ServerClosedError,
     TooLargeError,
+    kind_of,
 )
+from flserving.models.processing import Floats
 
 MAX_ANSWER_NBYTES = 1 << 28
 """More than any answer has: whoever sends it is no server of predictions, or wants the caller's memory."""
 
+_DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}  # of every output
+_LENGTH = "inference-header-content-length"
+Where = tuple[str, str | None]
+"""(model, version)."""
 
-class Sent(NamedTuple):
-    """One call: a gRPC method or a REST route, its bytes and its headers; REST without a body is a GET."""
+
+class Call(NamedTuple):
+    """A gRPC method or a REST route, its bytes and its headers; REST without a body is a GET."""
 
     path: str
     body: bytes | None
     headers: dict[str, str] = {}  # noqa: RUF012  # never changed
 
 
-class Received(NamedTuple):
+class Reply(NamedTuple):
     """What came back."""
 
     body: bytes
     headers: Mapping[str, str] = {}
 
 
-class Carrier(Protocol):
+class Transport(Protocol):
     """Blocking; the awaiting one has coroutines of the same names."""
 
-    def send(self, call: Sent, timeout_s: float) -> Received: ...
+    def send(self, call: Call, timeout_s: float) -> Reply: ...
     def close(self) -> None: ...
 
 
-# A status stands for several classes: the first in the tree's order, where a server does not name the class itself.
+# Codecs: calls as bytes, bytes as answers
+
+
+class RestCodec:
+    """Calls as routes."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._headers = dict(headers)
+
+    def infer(self, where: Where, rows: Floats, parameters: Mapping[str, Any]) -> Call:
+        """A prediction for ``rows``, float32 [N, ...]."""
+        data = rows.astype("<f4", copy=False).tobytes()
+        tensor = {
+            "name": "features",
+            "shape": list(rows.shape),
+            "datatype": "FP32",
+            "parameters": {"binary_data_size": len(data)},
+        }
+        head = json.dumps({"inputs": [tensor], "parameters": {**parameters, "binary_data_output": True}}).encode()
+        headers = {"content-type": "application/octet-stream", _LENGTH: str(len(head))}
+        return Call(self._path(where) + "/infer", head + data, self._headers | headers)
+
+    def read_infer(self, reply: Reply, arrays: bool) -> dict[str, Any]:
+        """The answer to ``infer``, with the keys of the server's own."""
+        try:
+            length = int(reply.headers[_LENGTH])
+            head = json.loads(reply.body[:length])
+            data = memoryview(reply.body)[length:]
+            outputs = {}
+            for output in head["outputs"]:
+                size = output["parameters"]["binary_data_size"]
+                outputs[output["name"]] = _tensor(data[:size], output["datatype"], output["shape"])
+                data = data[size:]
+            return _answer(outputs, head.get("parameters", {}), head["model_version"], arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FlservingError(f"an answer that is not of the protocol's binary form ({error!r})") from error
+
+    def metadata(self, where: Where | None) -> Call:
+        return self._get("/v2" if where is None else self._path(where))
+
+    def ready(self, where: Where | None) -> Call:
+        return self._get("/v2/health/ready" if where is None else self._path(where) + "/ready")
+
+    def statistics(self, where: Where | None) -> Call:
+        return self._get("/v2/models/stats" if where is None else self._path(where) + "/stats")
+
+    def models(self) -> Call:
+        return Call("/v2/repository/index", b"", self._headers)
+
+    def feedback(self, model: str, receipt: str, reward: float) -> Call:
+        body = json.dumps({"receipt": receipt, "reward": reward}).encode()
+        return Call(self._path((model, None)) + "/feedback", body, self._headers)
+
+    def read(self, path: str, reply: Reply) -> Any:
+        """The answer to any other call, whose path says which."""
+        try:
+            return json.loads(reply.body)
+        except ValueError as error:
+            raise FlservingError(f"the answer to {path} is not JSON: is that a server of flserving?") from error
+
+    def _get(self, path: str) -> Call:
+        return Call(path, None, self._headers)
+
+    @staticmethod
+    def _path(where: Where) -> str:
+        model, version = where
+        path = f"/v2/models/{quote(model, safe='')}"
+        return path if version is None else f"{path}/versions/{quote(version, safe='')}"
+
+
+class GrpcCodec:
+    """Calls as methods of the service."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        from flserving.api.grpc import codec  # a client of REST does not load protobuf
+
+        self._messages = codec
+        self._headers = dict(headers)
+
+    def infer(self, where: Where, rows: Floats, parameters: Mapping[str, Any]) -> Call:
+        """A prediction for ``rows``, float32 [N, ...]."""
+        request = self._messages.InferRequest(model_name=where[0], model_version=where[1] or "")
+        request.inputs.add(name="features", datatype="FP32", shape=rows.shape)
+        for name, value in parameters.items():
+            if isinstance(value, bool):
+                request.parameters[name].bool_param = value
+            elif isinstance(value, int):
+                request.parameters[name].int64_param = value
+            else:
+                request.parameters[name].string_param = value
+        request.raw_input_contents.append(rows.astype("<f4", copy=False).tobytes())
+        return self._call("ModelInfer", request)
+
+    def read_infer(self, reply: Reply, arrays: bool) -> dict[str, Any]:
+        """The answer to ``infer``, with the keys of the server's own."""
+        message = self._messages.decode(self._messages.InferResponse, reply.body)
+        if len(message.outputs) != len(message.raw_output_contents):
+            raise FlservingError("an answer without raw_output_contents: is that a server of flserving?")
+        outputs = {
+            output.name: _tensor(raw, output.datatype, output.shape)
+            for output, raw in zip(message.outputs, message.raw_output_contents, strict=True)
+        }
+        parameters = self._messages.parameters(message.parameters)
+        return _answer(outputs, parameters, message.model_version, arrays)
+
+    def metadata(self, where: Where | None) -> Call:
+        return self._about("ServerMetadata" if where is None else "ModelMetadata", where)
+
+    def ready(self, where: Where | None) -> Call:
+        return self._about("ServerReady" if where is None else "ModelReady", where)
+
+    def statistics(self, where: Where | None) -> Call:
+        return self._about("ModelStatistics", where)
+
+    def models(self) -> Call:
+        return self._about("RepositoryIndex", None)
+
+    def feedback(self, model: str, receipt: str, reward: float) -> Call:
+        kind = self._messages.message("flserving.FeedbackRequest")
+        message = kind(model_name=model, receipt=receipt, reward=reward)
+        return Call(f"/{self._messages.EXPERIMENTS}/Feedback", message.SerializeToString(), self._headers)
+
+    def read(self, path: str, reply: Reply) -> Any:
+        """The answer to any other call, whose path says which: as REST would give it."""
+        service, _, method = path[1:].partition("/")
+        kind = self._messages.message(f"{service.rpartition('.')[0]}.{method}Response")
+        fields = _plain(self._messages.decode(kind, reply.body))
+        return fields["models"] if method == "RepositoryIndex" else fields
+
+    def _about(self, method: str, where: Where | None) -> Call:
+        kind = self._messages.message(f"inference.{method}Request")
+        if where is None:
+            return self._call(method, kind())
+        return self._call(method, kind(name=where[0], version=where[1] or ""))
+
+    def _call(self, method: str, message: Any) -> Call:
+        return Call(f"/{self._messages.SERVICE}/{method}", message.SerializeToString(), self._headers)
+
+
+def _answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: str, arrays: bool) -> dict[str, Any]:
+    result = dict(outputs) if arrays else {name: value.tolist() for name, value in outputs.items()}
+    result["latency_ms"] = parameters.get("latency_us", 0) / 1e3
+    result["model_version"] = version
+    result["model_type"] = parameters.get("model_type", "global")
+    result |= {name: parameters[name] for name in TOLD if name in parameters}
+    stages = {
+        name.removeprefix("stage_").removesuffix("_us"): us / 1e3
+        for name, us in parameters.items()
+        if name.startswith("stage_") and name.endswith("_us")
+    }
+    if stages:
+        result["stages_ms"] = stages
+    return result
+
+
+def _tensor(data: bytes | memoryview, datatype: str, shape: Any) -> np.ndarray[Any, Any]:
+    try:
+        return np.frombuffer(data, _DTYPES[datatype]).reshape(tuple(map(int, shape)))
+    except (KeyError, ValueError) as error:
+        raise FlservingError(
+            f"an answer's tensor of {len(data)} bytes is no {datatype[:20]} of shape {list(shape)}: is that a server "
+            "of flserving?"
+        ) from error
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """A message as the JSON of REST has it: every field, integers as integers."""
+    fields: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.message_type is None:
+            fields[field.name] = value if isinstance(value, str | int | float | bytes) else list(value)
+        elif field.message_type.GetOptions().map_entry:
+            fields[field.name] = dict(value)
+        elif hasattr(value, "DESCRIPTOR"):
+            fields[field.name] = _plain(value)
+        else:
+            fields[field.name] = [_plain(item) for item in value]
+    return fields
+
+
+# Refusals
+
+# A code stands for several classes: the first in the tree's order, where a server does not name the class itself.
 # RESOURCE_EXHAUSTED without a name is what other servers say when they are busy.
-_BY_STATUS = {kind.http_status: kind for kind in reversed(BY_REASON.values())}
 _BY_CODE = {kind.grpc_code: kind for kind in reversed(BY_REASON.values())} | {"RESOURCE_EXHAUSTED": OverloadedError}
 
 
@@ -66,154 +260,110 @@ def _refusal(kind: type[FlservingError], text: str, headers: Mapping[str, str], 
     return Refused(kind(text), again or kind.http_status in (429, 503), after_s)
 
 
-def _unanswered(where: str, error: BaseException) -> Refused:
-    """No answer came. To ask again is safe: a prediction changes nothing, feedback counts once."""
-    return Refused(ServerClosedError(f"no answer from {where} ({type(error).__name__}: {error})"), again=True)
-
-
 def _late(timeout_s: float) -> Refused:
     error = DeadlineExceededError(f"no answer in the {timeout_s * 1e3:.0f} ms left: raise timeout_ms")
     return Refused(error, again=False)
 
 
-# REST
+# REST, over httpx's transports: its Client would follow nothing and know no proxy either, at 0.2 ms more a call
 
 
-def _options(ca: bytes | None, secure: bool) -> dict[str, Any]:
-    context = ssl.create_default_context(cadata=None if ca is None else ca.decode()) if secure else None
+def _options(url: str, authority: bytes | None) -> dict[str, Any]:
+    if url.startswith("https"):
+        context = ssl.create_default_context(cadata=None if authority is None else authority.decode())
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used, and made in no time
     # uvicorn closes a connection that was idle for 5 s: be sure to let go of it first
-    return {"ssl_context": context, "max_connections": 100, "keepalive_expiry": 4.0}
+    limits = httpx.Limits(max_connections=100, keepalive_expiry=4.0)
+    return {"verify": context, "limits": limits, "trust_env": False}
 
 
-def _request(base: str, call: Sent, timeout_s: float, wait: "_Patience | None" = None) -> dict[str, Any]:
-    return {
-        "method": "GET" if call.body is None else "POST",
-        "url": base + call.path,
-        "headers": call.headers,
-        "content": call.body,
-        "extensions": {"timeout": dict.fromkeys(("connect", "read", "write"), wait or timeout_s) | {"pool": timeout_s}},
-    }
+_url = functools.lru_cache(maxsize=256)(httpx.URL)  # read once: the paths of a client are few
 
 
-class _Body(bytearray):
-    def add(self, chunk: bytes) -> None:
-        self += chunk
-        if len(self) > MAX_ANSWER_NBYTES:
-            error = TooLargeError(f"the answer has more than {MAX_ANSWER_NBYTES:,} bytes: ask for fewer rows at once")
-            raise Refused(error, again=False)
+def _request(url: str, call: Call, timeout_s: float) -> httpx.Request:
+    timeouts = dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)
+    return httpx.Request(
+        method="GET" if call.body is None else "POST",
+        url=_url(url + call.path),
+        headers=call.headers,
+        content=call.body,
+        extensions={"timeout": timeouts},
+    )
 
 
-def _read(response: httpcore.Response, body: bytes) -> Received:
-    headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in response.headers}
-    if response.status == 200:
-        return Received(body, headers)
+def _add(body: bytearray, chunk: bytes) -> None:
+    body += chunk
+    if len(body) > MAX_ANSWER_NBYTES:
+        error = TooLargeError(f"the answer has more than {MAX_ANSWER_NBYTES:,} bytes: ask for fewer rows at once")
+        raise Refused(error, again=False)
+
+
+def _reply(response: httpx.Response, body: bytes) -> Reply:
+    if response.status_code == 200:
+        return Reply(body, response.headers)
     try:
         text = str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError, RecursionError):  # another protocol's server, or a proxy
-        text = f"status {response.status}"
-    kind = _BY_STATUS.get(response.status, FlservingError)
-    raise _refusal(kind, text, headers)
+        text = f"status {response.status_code}"
+    raise _refusal(kind_of(response.status_code), text, response.headers)
 
 
 @contextlib.contextmanager
-def _failures(where: str, timeout_s: float) -> Iterator[None]:
+def _failures(url: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
-    except (httpcore.TimeoutException, TimeoutError) as error:
+    except (httpx.TimeoutException, TimeoutError) as error:
         raise _late(timeout_s) from error
-    except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
-        raise _unanswered(where, error) from error
+    except (httpx.TransportError, OSError) as error:
+        # To ask again is safe: a prediction changes nothing, feedback counts once.
+        closed = ServerClosedError(f"no answer from {url} ({type(error).__name__}: {error})")
+        raise Refused(closed, again=True) from error
 
 
-class _Patience:
-    """A timeout of httpcore's, which bounds each wait, that bounds them all together too: else an answer that drips
-    would hold a thread as long as it likes."""
-
-    def __init__(self, wait_s: float, limit_s: float) -> None:
-        self._wait_s, self._until_s = wait_s, time.monotonic() + limit_s
-
-    def left_s(self) -> float:
-        left_s = min(self._wait_s, self._until_s - time.monotonic())
-        if left_s <= 0:
-            raise httpcore.ReadTimeout
-        return left_s
-
-
-class _Stream(httpcore.NetworkStream):
-    def __init__(self, stream: httpcore.NetworkStream) -> None:
-        self._stream = stream
-
-    def read(self, max_bytes: int, timeout: Any = None) -> bytes:
-        return self._stream.read(max_bytes, timeout.left_s())
-
-    def write(self, buffer: bytes, timeout: Any = None) -> None:
-        self._stream.write(buffer, timeout.left_s())
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: Any = None
-    ) -> httpcore.NetworkStream:
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, timeout.left_s()))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-class _Backend(httpcore.SyncBackend):
-    def connect_tcp(
-        self, host: str, port: int, timeout: Any = None, *rest: Any, **named: Any
-    ) -> httpcore.NetworkStream:
-        return _Stream(super().connect_tcp(host, port, timeout.left_s(), *rest, **named))
-
-
-class Rest:
+class RestTransport:
     """REST, blocking. Connections are kept and shared between threads."""
 
-    def __init__(self, base: str, ca: bytes | None) -> None:
-        options = _options(ca, base.startswith("https"))
-        self._base, self._pool = base, httpcore.ConnectionPool(network_backend=_Backend(), **options)
+    def __init__(self, url: str, authority: bytes | None) -> None:
+        self._url = url
+        self._http = httpx.HTTPTransport(**_options(url, authority))
 
-    def send(self, call: Sent, timeout_s: float) -> Received:
-        with _failures(self._base, timeout_s):
-            request, body = _request(self._base, call, timeout_s, _Patience(timeout_s, timeout_s)), _Body()
-            with self._pool.stream(**request) as response:
-                for chunk in response.iter_stream():
-                    body.add(chunk)
-            return _read(response, bytes(body))
-
-    @contextlib.contextmanager
-    def stream(self, call: Sent, timeout_s: float, limit_s: float) -> Iterator[httpcore.Response]:
-        """An answer (200, 206, 416) whose body is still to be read. ``timeout_s`` bounds each wait, ``limit_s`` all."""
-        request = _request(self._base, call, timeout_s, _Patience(timeout_s, limit_s))
-        with _failures(self._base, timeout_s), self._pool.stream(**request) as response:
-            if response.status not in (200, 206, 416):
-                _read(response, b"".join(islice(response.iter_stream(), 4)))  # a message is short, whatever is sent
-            yield response
+    def send(self, call: Call, timeout_s: float) -> Reply:
+        until_s = time.monotonic() + timeout_s
+        body = bytearray()
+        with _failures(self._url, timeout_s):
+            response = self._http.handle_request(_request(self._url, call, timeout_s))
+            with contextlib.closing(response):
+                for chunk in response.iter_raw():
+                    _add(body, chunk)
+                    if time.monotonic() > until_s:  # httpx's timeout is of each read: an answer may drip for ever
+                        raise _late(timeout_s)
+        return _reply(response, bytes(body))
 
     def close(self) -> None:
-        self._pool.close()
+        self._http.close()
 
 
-class AsyncRest:
+class AsyncRestTransport:
     """REST, awaiting."""
 
-    def __init__(self, base: str, ca: bytes | None) -> None:
-        self._base, self._pool = base, httpcore.AsyncConnectionPool(**_options(ca, base.startswith("https")))
+    def __init__(self, url: str, authority: bytes | None) -> None:
+        self._url = url
+        self._http = httpx.AsyncHTTPTransport(**_options(url, authority))
 
-    async def send(self, call: Sent, timeout_s: float) -> Received:
-        with _failures(self._base, timeout_s):
-            body = _Body()
+    async def send(self, call: Call, timeout_s: float) -> Reply:
+        body = bytearray()
+        with _failures(self._url, timeout_s):
             # not asyncio's: the pool closes idle connections in here, shielded from anyio's cancelling only
             with anyio.fail_after(timeout_s):
-                async with self._pool.stream(**_request(self._base, call, timeout_s)) as response:
-                    async for chunk in response.aiter_stream():
-                        body.add(chunk)
-                return _read(response, bytes(body))
+                response = await self._http.handle_async_request(_request(self._url, call, timeout_s))
+                async with contextlib.aclosing(response):
+                    async for chunk in response.aiter_raw():
+                        _add(body, chunk)
+        return _reply(response, bytes(body))
 
     async def close(self) -> None:
-        await self._pool.aclose()
+        await self._http.aclose()
 
 
 # gRPC
@@ -227,12 +377,12 @@ _CHANNEL = {
 }
 
 
-def _channel(kind: Any, target: str, secure: bool, ca: bytes | None) -> Any:
+def _channel(kind: Any, target: str, secure: bool, authority: bytes | None) -> Any:
     import grpc  # a client of REST does not load it
 
     if not secure:
         return kind.insecure_channel(target, list(_CHANNEL.items()))
-    return kind.secure_channel(target, grpc.ssl_channel_credentials(ca), list(_CHANNEL.items()))
+    return kind.secure_channel(target, grpc.ssl_channel_credentials(authority), list(_CHANNEL.items()))
 
 
 def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
@@ -249,18 +399,20 @@ def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
     return _refusal(kind, text if REASON in headers else f"{where}: {text}", headers, again=code == "UNAVAILABLE")
 
 
-class Grpc:
+class GrpcTransport:
     """gRPC, blocking: one connection, shared between threads."""
 
-    def __init__(self, target: str, secure: bool, ca: bytes | None) -> None:
+    def __init__(self, target: str, secure: bool, authority: bytes | None) -> None:
         import grpc
 
-        self._target, self._error, self._channel = target, grpc.RpcError, _channel(grpc, target, secure, ca)
+        self._target = target
+        self._error = grpc.RpcError
+        self._channel = _channel(grpc, target, secure, authority)
 
-    def send(self, call: Sent, timeout_s: float) -> Received:
+    def send(self, call: Call, timeout_s: float) -> Reply:
         method = self._channel.unary_unary(call.path, None, None)
         try:
-            return Received(method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
+            return Reply(method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
         except self._error as error:
             raise _grpc_refusal(self._target, error, timeout_s) from error
 
@@ -268,19 +420,20 @@ class Grpc:
         self._channel.close()
 
 
-class AsyncGrpc:
+class AsyncGrpcTransport:
     """gRPC, awaiting."""
 
-    def __init__(self, target: str, secure: bool, ca: bytes | None) -> None:
+    def __init__(self, target: str, secure: bool, authority: bytes | None) -> None:
         import grpc.aio
 
-        self._target, self._error = target, grpc.aio.AioRpcError
-        self._channel = _channel(grpc.aio, target, secure, ca)
+        self._target = target
+        self._error = grpc.aio.AioRpcError
+        self._channel = _channel(grpc.aio, target, secure, authority)
 
-    async def send(self, call: Sent, timeout_s: float) -> Received:
+    async def send(self, call: Call, timeout_s: float) -> Reply:
         method = self._channel.unary_unary(call.path, None, None)
         try:
-            return Received(await method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
+            return Reply(await method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
         except self._error as error:
             raise _grpc_refusal(self._target, error, timeout_s) from error
 

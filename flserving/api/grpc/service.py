@@ -17,8 +17,9 @@ import grpc
 from flserving.api.auth import Role, Tokens
 from flserving.api.dataplane import V2, Call, unnamed
 from flserving.api.grpc import codec
-from flserving.api.rest.codec import MOST_NUMBERS, REASON
+from flserving.api.rest.codec import MOST_NUMBERS
 from flserving.errors import (
+    REASON,
     DeadlineExceededError,
     FlservingError,
     InvalidInputError,

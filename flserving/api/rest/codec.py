@@ -20,9 +20,6 @@ from numpy.typing import NDArray
 from flserving.errors import InvalidInputError, NotSupportedError, TooLargeError
 
 T = TypeVar("T")
-REASON = "flserving-error"
-"""Response header, and trailing metadata of gRPC, with :attr:`FlservingError.reason`: which class of those with this
-status it was, for clients that know them."""
 _LETTERS = {"BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "INT8": "b", "INT16": "h",
             "INT32": "i", "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d"}  # fmt: skip
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(f"<{letter}") for name, letter in _LETTERS.items()}
