@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from flserving import api
     from flserving.api.auth import Role, Tokens
     from flserving.edge import EdgeModelServer
-    from flserving.edge.sync import Memory, SyncAgent
+    from flserving.edge.sync import Memory, SyncAgent, SyncSettings
     from flserving.registry import Registry
 
     import_modules(arguments.imports)
@@ -85,10 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
             )
         )  # fmt: skip
         secret = _cloud_token(arguments.token_file)
+        ca = None if arguments.ca is None else _read(arguments.ca)
+        settings = SyncSettings(key=arguments.key, ca=ca, timeout_s=arguments.timeout_s, memory=memory)
         agent = SyncAgent(
             arguments.cloud, secret, registry, edge=edge, model=arguments.model,
-            client=arguments.client, key=arguments.key, form=arguments.form, memory=memory,
-            ca=None if arguments.ca is None else _read(arguments.ca), timeout_s=arguments.timeout_s,
+            client=arguments.client, form=arguments.form, settings=settings,
         )  # fmt: skip
         stack.callback(agent.close)
         server = edge if arguments.policy == "local" else stack.enter_context(_hybrid(arguments, edge, secret, stack))

@@ -12,16 +12,21 @@ What the cloud said stays in the version's lineage: ``extra`` has ``cloud_manife
 """
 
 import contextlib
+import json
 import os
+import re
 import secrets
+import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import httpx
 import msgspec
 import torch
 from torch import Tensor
@@ -29,9 +34,9 @@ from torch import Tensor
 from flserving import models
 from flserving.edge import delta
 from flserving.edge.device import UPDATED_AT, EdgeModelServer, current
-from flserving.edge.downloads import Downloads, disk_full
 from flserving.edge.release import MAX_RELEASE_NBYTES, Seen, Statement, check, open_head, round_of, verify
 from flserving.errors import (
+    REASON,
     ConfigError,
     CorruptArtifactError,
     DeadlineExceededError,
@@ -40,7 +45,9 @@ from flserving.errors import (
     ModelTooLargeError,
     NotFoundError,
     ServerClosedError,
+    TooLargeError,
     UnauthorizedError,
+    kind_of,
 )
 from flserving.models import weights
 from flserving.registry import manifest, storage
@@ -49,6 +56,8 @@ from flserving.registry.manifest import Lineage, Manifest, sha256
 from flserving.registry.registry import WEIGHTS, Registry
 
 _SLACK_NBYTES = 1 << 20  # a delta of what cannot be compressed is a little longer than the weights
+_RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})")
+_IDLE_S = 4.0  # a cloud lets go of a connection that was idle for 5 s: be sure to do so first
 
 
 class _Facts(Seen, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,8 +79,10 @@ class Memory:
     """
 
     def __init__(self, registry: Registry, wall: Callable[[], float] = time.time) -> None:
-        self.folder, self._wall = Path(registry.root) / "sync", wall
-        self._path, self.facts = self.folder / "state.json", _Facts()
+        self.folder = Path(registry.root) / "sync"
+        self.facts = _Facts()
+        self._wall = wall
+        self._path = self.folder / "state.json"
         try:
             self.folder.mkdir(exist_ok=True)
             self.facts = msgspec.json.decode(self._path.read_bytes(), type=_Facts)
@@ -99,7 +110,7 @@ class Memory:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(fresh)
-            raise disk_full(error) from error
+            raise _disk_full(error) from error
         self.facts = facts
 
 
@@ -114,36 +125,70 @@ class Pulled:
     nbytes: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncSettings:
+    """How an agent trusts, waits and remembers.
+
+    Args:
+        key: The cloud's public key, hex. None trusts the one of the first pull (and remembers it).
+        ca: PEM of the authority to trust for https.
+        timeout_s: Longest wait for the next bytes. ``limit_s``: for a whole file; what came stays for the next pull.
+        memory: See :class:`Memory`; None reads that of the device's registry.
+        clock: Monotonic seconds. ``wall``: Unix seconds.
+    """
+
+    key: str | None = None
+    ca: bytes | None = None
+    timeout_s: float = 10.0
+    limit_s: float = 3600.0
+    memory: Memory | None = None
+    clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+
 class SyncAgent:
     """Keeps one model of a device's registry at what its cloud releases. Thread-safe; close it.
 
     Args:
-        url: Of the cloud. ``token``: the device's credential there. ``ca``: PEM of the authority to trust.
+        url: Of the cloud. ``token``: the device's credential there.
         registry: The device's own. ``edge``: the server to update, whose registry it is; or a hybrid of it.
         model: Its name; None takes the first that the cloud serves. Remembered.
         client: Whose head to bring along.
-        key: The cloud's public key, hex. None trusts the one of the first pull (and remembers it).
         form: ``exact``, or ``int8`` for a quarter of the bytes at some accuracy.
-        timeout_s: Longest wait for the next bytes. ``limit_s``: for a whole file; what came stays for the next pull.
-        memory: See :class:`Memory`. ``clock``: monotonic seconds. ``wall``: Unix seconds.
+        settings: See :class:`SyncSettings`.
+
+    Raises:
+        ConfigError: Another model or key than this directory has, or an authority that is no certificate.
     """
 
     def __init__(
-        self, url: str, token: str | None, registry: Registry, *, edge: EdgeModelServer,
-        model: str | None = None, client: str | None = None, key: str | None = None, form: delta.Form = "exact",
-        ca: bytes | None = None, timeout_s: float = 10.0, limit_s: float = 3600.0, memory: Memory | None = None,
-        clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
-        self.memory = memory or Memory(registry, wall)
-        for name, given in (("model", model), ("key", key)):
-            known = getattr(self.memory.facts, name)
-            if None not in (given, known) and given != known:
-                raise ConfigError(f"{name} is {given!r}, this directory holds {known!r}: use another one")
-        self._registry, self._client, self._form = registry, client, form
+        self,
+        url: str,
+        token: str | None,
+        registry: Registry,
+        *,
+        edge: EdgeModelServer,
+        model: str | None = None,
+        client: str | None = None,
+        form: delta.Form = "exact",
+        settings: SyncSettings | None = None,
+    ) -> None:
+        settings = settings or SyncSettings()
+        self.memory = settings.memory or Memory(registry, settings.wall)
+        known = self.memory.facts
+        for name, given, here in (("model", model, known.model), ("key", settings.key, known.key)):
+            if None not in (given, here) and given != here:
+                raise ConfigError(f"{name} is {given!r}, this directory holds {here!r}: use another one")
+        self._registry = registry
         self._edge: EdgeModelServer = getattr(edge, "edge", edge)
-        self._model, self._key, self._wall = model, key, wall
-        self._cloud = Downloads(url, token, self.memory.folder, ca, timeout_s, limit_s, clock)
-        self._pulling, self._whole = threading.Lock(), 0
+        self._model = model
+        self._client = client
+        self._form = form
+        self._key = settings.key
+        self._wall = settings.wall
+        self._cloud = _Downloads(url, token, self.memory.folder, settings)
+        self._pulling = threading.Lock()
+        self._whole = 0
 
     def pull(self) -> Pulled:
         """Ask once, and bring the device up to date. Where it fails, the model before serves on.
@@ -327,3 +372,166 @@ class SyncAgent:
         fits = head.trained_on is not None and head.trained_on[0] == trained_on(head.layout, new.digests)
         trained = None if fits else head.trained_on
         return HeadSet(head.layout, head.clients, head.weights, trained, new.heads.expires_at)
+
+
+# Downloads: bounded in bytes and time, and continued where an earlier try was cut
+
+
+class _Downloads:
+    """One cloud, one folder for what is half here. ``nbytes`` counts what was received, by kind.
+
+    Raises (``get`` and ``fetch``):
+        ServerClosedError, DeadlineExceededError: No answer, or too slow. Any other error: what the cloud answered.
+        TooLargeError: More bytes than there can be. FlservingError: The disk is full.
+    """
+
+    def __init__(self, url: str, token: str | None, folder: Path, settings: SyncSettings) -> None:
+        self.nbytes = dict[str, int]()
+        self._url = url.rstrip("/")
+        self._folder = folder
+        self._settings = settings
+        try:
+            trusted = ssl.create_default_context(cadata=None if settings.ca is None else settings.ca.decode())
+        except (ssl.SSLError, ValueError) as error:
+            raise ConfigError(f"the authority to trust is no PEM certificate ({error}): check the file") from error
+        headers = {"accept-encoding": "identity"}
+        if token is not None:
+            headers["authorization"] = f"Bearer {token}"
+        self._http = httpx.Client(
+            headers=headers,
+            verify=trusted,
+            timeout=settings.timeout_s,
+            limits=httpx.Limits(keepalive_expiry=_IDLE_S),
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        self._http.close()
+
+    def get(self, path: str, most: int, kind: str) -> bytes:
+        """A short answer, into memory."""
+        until_s = self._settings.clock() + self._settings.limit_s
+        data = bytearray()
+        try:
+            with self._stream(path) as response:
+                for chunk in response.iter_raw():
+                    data += chunk
+                    self._count(kind, len(chunk))
+                    if len(data) > most:
+                        raise TooLargeError(f"the cloud's {kind} has more than {most:,} bytes: it is not one")
+                    if self._settings.clock() > until_s:
+                        raise DeadlineExceededError(f"the {kind} took longer than {self._settings.limit_s:g} s")
+        except httpx.TransportError as error:
+            raise self._unanswered(error) from error
+        return bytes(data)
+
+    def fetch(self, path: str, name: str, most: int, kind: str) -> Tensor:
+        """A long one, through a file ``name`` in the folder: uint8 [nbytes].
+
+        Goes on where an earlier try ended, as long as each try brings something; the end of the file proves nothing,
+        so compare a digest. Other parts in the folder are removed: they are of something older.
+        """
+        target = self._folder / f"{name}.part"
+        until_s = self._settings.clock() + self._settings.limit_s
+        with _disk():
+            for other in self._folder.glob("*.part"):
+                if other != target:
+                    other.unlink()
+        while (have := _size(target)) < most:
+            try:
+                if self._go_on(path, target, have, most, kind, until_s):
+                    break
+            except httpx.TransportError as error:
+                if _size(target) <= have:
+                    raise self._unanswered(error) from error
+        with _disk():
+            try:
+                return storage.read_file(str(self._folder), target.name, most)
+            finally:
+                target.unlink()
+
+    def _go_on(self, path: str, target: Path, have: int, most: int, kind: str, until_s: float) -> bool:
+        """One try; whether it came to the end."""
+        with self._stream(path, have) as response:
+            if response.status_code == 416:  # what is here is not the beginning of what is there
+                target.unlink(missing_ok=True)
+                if not have:
+                    raise TooLargeError(f"the cloud has no such range of {kind}, though none was asked for")
+                return False
+            start, total = _extent(response)
+            if not 0 < total <= most or start != (have if response.status_code == 206 else 0):
+                raise TooLargeError(
+                    f"the cloud sends {total:,} bytes of {kind} from byte {start:,} on: at most {most:,} can be right"
+                )
+            with _disk(target), open(target, "r+b" if start else "wb") as file:
+                file.seek(start)
+                for chunk in response.iter_raw():
+                    start += len(chunk)
+                    self._count(kind, len(chunk))
+                    if start > total:
+                        raise TooLargeError(f"the cloud sends more {kind} than the {total:,} bytes that it announced")
+                    file.write(chunk)
+                    if self._settings.clock() > until_s:
+                        break
+        if start < total:
+            raise DeadlineExceededError(f"the {kind} took longer than {self._settings.limit_s:g} s: what came is kept")
+        return True
+
+    @contextlib.contextmanager
+    def _stream(self, path: str, start: int = 0) -> Iterator[httpx.Response]:
+        """An answer (200, 206, 416) whose body is still to be read."""
+        headers = {"range": f"bytes={start}-"} if start else {}
+        with self._http.stream("GET", self._url + path, headers=headers) as response:
+            if response.status_code not in (200, 206, 416):
+                raise _refusal(response)
+            yield response
+
+    def _unanswered(self, error: httpx.TransportError) -> FlservingError:
+        if isinstance(error, httpx.TimeoutException):
+            return DeadlineExceededError(
+                f"no answer from {self._url} within {self._settings.timeout_s:g} s: try again later"
+            )
+        return ServerClosedError(f"no answer from {self._url} ({type(error).__name__}: {error})")
+
+    def _count(self, kind: str, nbytes: int) -> None:
+        self.nbytes[kind] = self.nbytes.get(kind, 0) + nbytes
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _extent(response: httpx.Response) -> tuple[int, int]:
+    """Where the body begins in the file, and how long the file is; -1: it is not said."""
+    found = _RANGE.fullmatch(response.headers.get("content-range", ""))
+    if found:
+        return int(found[1]), int(found[2])
+    length = response.headers.get("content-length", "")
+    return 0, int(length) if length.isdecimal() else -1
+
+
+def _refusal(response: httpx.Response) -> FlservingError:
+    body = b"".join(islice(response.iter_raw(), 4))  # a message is short, whatever is sent
+    try:
+        text = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # a proxy, or a liar
+        text = f"status {response.status_code}"
+    return kind_of(response.status_code, response.headers.get(REASON, ""))(text)
+
+
+@contextlib.contextmanager
+def _disk(part: Path | None = None) -> Iterator[None]:
+    """A part that filled the disk goes: others need the space."""
+    try:
+        yield
+    except FlservingError:  # one of them is an OSError too
+        raise
+    except OSError as error:
+        if part is not None:
+            part.unlink(missing_ok=True)
+        raise _disk_full(error) from error
+
+
+def _disk_full(error: OSError) -> FlservingError:
+    return FlservingError(f"the device cannot store the update ({error.strerror}): free some space")

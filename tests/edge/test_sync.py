@@ -23,7 +23,7 @@ from flserving.api.client import Client
 from flserving.edge import EdgeModelServer, delta
 from flserving.edge.hybrid import HybridServer
 from flserving.edge.release import Seen, Signer, Statement, check, verify
-from flserving.edge.sync import Memory, SyncAgent
+from flserving.edge.sync import Memory, SyncAgent, SyncSettings
 from flserving.errors import (
     ConfigError,
     CorruptArtifactError,
@@ -46,11 +46,12 @@ BIG = [64, 2048, 3]  # half a megabyte of weights: many reads of a socket
 
 
 @contextlib.contextmanager
-def device(root, url, token="infer", **options):
+def device(root, url, token="infer", *, model=None, client=None, form="exact", **settings):
+    who = {"model": model, "client": client, "form": form, "settings": SyncSettings(**settings)}
     with (
         Registry(root) as registry,
         EdgeModelServer(config=ServingConfig(warmup_samples=1), registry=registry) as edge,
-        contextlib.closing(SyncAgent(url, token, registry, edge=edge, **options)) as agent,
+        contextlib.closing(SyncAgent(url, token, registry, edge=edge, **who)) as agent,
     ):
         yield registry, agent
 
@@ -279,7 +280,7 @@ def test_another_cloud_is_refused(served, tmp_path):
         with pytest.raises(ForbiddenError, match="this device trusts 000000"):
             agent.pull()
         assert registry.models() == []
-    for changed in ({"key": "0" * 64}, {"model": "n"}):
+    for changed in ({"settings": SyncSettings(key="0" * 64)}, {"model": "n"}):
         with Registry(tmp_path / "edge") as registry, pytest.raises(ConfigError, match="use another one"):
             SyncAgent(served[1].url, "infer", registry, edge=None, **changed)
 
@@ -604,7 +605,7 @@ def test_a_full_disk_is_an_error_and_the_model_before_serves_on(served, tmp_path
             if place == "note":
                 patch.setattr("flserving.edge.sync.storage.write_file", full)
             elif place == "part":
-                patch.setattr("flserving.edge.downloads.open", lambda *given: Full(open(*given)), raising=False)  # noqa: SIM115
+                patch.setattr("flserving.edge.sync.open", lambda *given: Full(open(*given)), raising=False)  # noqa: SIM115
             else:
                 patch.setattr("flserving.registry.storage.os.rename", full)
             with pytest.raises(FlservingError, match=r"No space left on device.*free"):
@@ -742,4 +743,4 @@ def test_the_table_of_bytes():
 
 def test_a_bad_authority_is_a_message(tmp_path):
     with Registry(tmp_path) as registry, pytest.raises(ConfigError, match="PEM certificate"):
-        SyncAgent("https://127.0.0.1:9", None, registry, edge=None, ca=b"no certificate")
+        SyncAgent("https://127.0.0.1:9", None, registry, edge=None, settings=SyncSettings(ca=b"no certificate"))

@@ -18,7 +18,7 @@ import torch
 from edge_cloud import state
 from flserving import Registry
 from flserving.edge import EdgeModelServer, delta
-from flserving.edge.sync import Memory, SyncAgent
+from flserving.edge.sync import Memory, SyncAgent, SyncSettings
 from flserving.models import weights
 from flserving.registry.registry import WEIGHTS
 from registry_crash import fork
@@ -29,7 +29,8 @@ def update(root, url, form, report):
     with Registry(root) as registry:
         memory = Memory(registry)
         with EdgeModelServer(registry=registry, model="m", client="c-1", wall=memory.wall) as edge:
-            agent = SyncAgent(url, "c-1", registry, edge=edge, model="m", client="c-1", form=form, memory=memory)
+            settings = SyncSettings(memory=memory)
+            agent = SyncAgent(url, "c-1", registry, edge=edge, model="m", client="c-1", form=form, settings=settings)
             with contextlib.closing(agent):
                 os.write(report, b"<")
                 agent.pull()
