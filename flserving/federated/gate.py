@@ -10,16 +10,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flserving.errors import ConfigError, ConflictError, ModelExecutionError, NotFoundError, NotSupportedError
+from flserving.extras import of_extra
 from flserving.federated.aggregation import State
 from flserving.federated.data import Client, Features, Labels
 from flserving.federated.rounds import Round, publish_rounds
-from flserving.federated.verdict import Check, Verdict
 from flserving.models.weights import first_non_finite
 from flserving.registry import Registry
 from flserving.registry.index import DEFAULT_ALIAS
@@ -28,11 +28,57 @@ from flserving.serving.config import ServingConfig
 from flserving.serving.engine import Prediction
 from flserving.serving.loader import RegistrySource, load_engine
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["CHECKS", "Check", "Gate", "Verdict", "gated", "golden_rows"]
 
 CHECKS = ("finite", "form", "clients", "norm", "accuracy", "worst client", "agreement", "golden")
 _WINDOW = 10  # accepted updates that the next one is compared with
 _CONFIG = ServingConfig(warmup_samples=0, max_batch_size=512)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One row of a verdict: what was measured, against which limit (NaN: there is no number), and in words."""
+
+    name: str
+    passed: bool
+    words: str
+    value: float = math.nan
+    limit: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gate says of a version, compared with ``against``: the version the alias pointed at (None: nowhere)."""
+
+    model: str
+    version: int
+    against: int | None
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that were not passed."""
+        return tuple(check.name for check in self.checks if not check.passed)
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{check.name}: {check.words}" for check in self.checks if check.passed == self.passed)
+        outcome = "passed" if self.passed else "refused"
+        return f"version {self.version} {outcome}: {reasons}"
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a check: passed, value, limit, words."""
+        with of_extra("course"):
+            import pandas as pd
+
+        rows = [(c.name, c.passed, c.value, c.limit, c.words) for c in self.checks]
+        return pd.DataFrame(rows, columns=["check", "passed", "value", "limit", "words"]).set_index("check")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -30,37 +30,49 @@ __all__ = ["STRATEGIES", "Recipe", "Round", "Run", "Strategy", "aggregate", "fau
 Corrupt: TypeAlias = Callable[[str, int, State], Any]
 
 
+_PARTITION: Mapping[str, object] = {"num_clients": 20, "alpha": 0.1, "permute_labels": False}
+
+
+class Options(TypedDict, total=False):
+    """Settings of :func:`train`: those of :class:`Recipe`, and how ``make_clients`` parts the digits."""
+
+    rounds: int
+    local_epochs: int
+    batch_size: int
+    learning_rate: float
+    architecture: str
+    parameters: Mapping[str, models.JSON] | None
+    seed: int
+    num_clients: int
+    alpha: float
+    permute_labels: bool
+
+
 def train(
     strategy: str = "fedavg",
     *,
-    num_clients: int = 20,
-    rounds: int = 10,
-    alpha: float = 0.1,
-    permute_labels: bool = False,
-    seed: int = 0,
-    local_epochs: int = 5,
-    batch_size: int = 16,
-    learning_rate: float = 0.1,
-    architecture: str = "digits_mlp",
-    parameters: Mapping[str, models.JSON] | None = None,
     clients: Sequence[Client] | None = None,
     preprocessing: Statistics | None = None,
     corrupt: Corrupt | None = None,
     on_round: Callable[[Round], object] | None = None,
     progress: bool = True,
+    **options: Unpack[Options],
 ) -> Run:
     """Train a model over clients, by default on handwritten digits; every client takes part in every round.
 
     Args:
         strategy: One of ``STRATEGIES``. Clients run SGD without momentum on the cross entropy.
-        num_clients: With ``alpha``, ``permute_labels`` and ``seed``: the partition, see ``datasets.make_clients``.
-        clients: Clients of your own instead; leave the partition's arguments as they are then.
+        clients: Clients of your own; leave the partition's options (below) as they are then.
         preprocessing: ``{"mean": [D], "std": [D]}`` to standardise with; by default what the clients' sums give.
-        seed: Same seed, same result. The caller's random state and thread count stay as they are.
         corrupt: Stands between client and server: ``(client_id, round, update) -> update``. Change the update to play
             a faulty or hostile client, return None to play a silent one. What it raises ends the training.
         on_round: Called after each round, e.g. ``publish_rounds(registry, name)``. What it raises ends the training.
         progress: Show a progress bar.
+        rounds: 10 by default. ``local_epochs`` (5), ``batch_size`` (16), ``learning_rate`` (0.1): of each client's SGD.
+        architecture: "digits_mlp" by default, with its ``parameters``.
+        seed: Same seed (0), same result. The caller's random state and thread count stay as they are.
+        num_clients: 20 by default; with ``alpha`` (0.1), ``permute_labels`` (False) and ``seed`` the partition of the
+            digits, see ``data.make_clients``.
 
     A client whose training raises is left out of the round, and named in ``Round.rejected``; as is one whose update
     cannot be averaged.
@@ -71,34 +83,30 @@ def train(
         InvalidModelError: An architecture that does not take these features and labels, or lacks the head that the
             strategy needs.
 
+    Example: ``train("fedper", rounds=5, alpha=0.3, on_round=publish_rounds(registry, "digits"))``
+
     Cost: with the defaults about 2 s on one core.
     Source: McMahan et al., AISTATS 2017 (arXiv 1602.05629), algorithm 1 with C = 1.
     """
-    recipe = Recipe(
-        strategy=strategy,
-        rounds=rounds,
-        local_epochs=local_epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        architecture=architecture,
-        parameters=dict(parameters or {}),
-        seed=seed,
-        data=f"digits, alpha {alpha}{', labels permuted per client' if permute_labels else ''}"
-        if clients is None
-        else "",
-    )
+    settings: dict[str, Any] = dict(options)
+    partition = {name: settings.pop(name, default) for name, default in _PARTITION.items()}
+    settings["parameters"] = dict(settings.get("parameters") or {})
+    told = ""
     if clients is None:
-        clients = data.make_clients(
-            *data.digits(), num_clients=num_clients, alpha=alpha, permute_labels=permute_labels, seed=seed
-        )
-    elif (num_clients, alpha, permute_labels) != (20, 0.1, False):
+        told = f"digits, alpha {partition['alpha']}"
+        if partition["permute_labels"]:
+            told += ", labels permuted per client"
+    recipe = Recipe(strategy=strategy, data=told, **settings)
+    if clients is None:
+        clients = data.make_clients(*data.digits(), **partition, seed=recipe.seed)
+    elif partition != _PARTITION:
         raise ConfigError("clients are given: leave num_clients, alpha and permute_labels out, they would do nothing")
     if not clients or len({client.id for client in clients}) < len(clients):
         raise ConfigError(f"clients are {[client.id for client in clients][:5]}: give at least one, with unique ids")
     federation = _Federation(recipe, clients, preprocessing or data.federated_statistics(clients), corrupt)
     done: list[Round] = []
-    with _progress_bar(strategy, rounds, progress) as show:
-        for number in range(1, rounds + 1):
+    with _progress_bar(strategy, recipe.rounds, progress) as show:
+        for number in range(1, recipe.rounds + 1):
             done.append(federation.play(number))
             show(done[-1])
             if on_round is not None:

@@ -13,6 +13,7 @@ every load, and on these networks it is slower than what it was made from. ``fls
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -24,7 +25,7 @@ from flserving import models
 from flserving.errors import ConfigError, InvalidModelError
 from flserving.federated.training import _isolated
 from flserving.models.onnx import OnnxModel
-from flserving.optimize.distil import Data, rows_of, taught
+from flserving.optimize.distil import Data, Lesson, rows_of, taught
 from flserving.optimize.export import block_quantised, calibrated, graph_of, sealed
 from flserving.registry import Registry
 from flserving.registry.manifest import Lineage, Manifest
@@ -33,7 +34,7 @@ from flserving.serving.loader import Parts, RegistrySource
 
 Method: TypeAlias = Literal["dynamic", "static", "int4"]
 METHODS: tuple[Method, ...] = ("dynamic", "static", "int4")
-_TOLD = "optimisation"
+_PREFIX = "optimisation"
 TOLERANCES: Mapping[str, float] = {"onnx": 1e-3, "quantised": 0.05, "pruned": 0.25, "distilled": 0.25}
 """How far a version's answers may be from its parent's, by technique. For a classifier it is the mean total variation
 between their probabilities (half the sum of the differences; 1 where both are sure, of two classes), which is at least
@@ -60,10 +61,10 @@ def to_onnx(registry: Registry, name: str, version: int | str = "default", **pub
 
     Cost: 1 to 3 s, and 5 s more the first time.
     """
-    parent, parts = _parent(registry, name, version, published)
-    shapes = _shapes(parent)
-    exported = sealed(graph_of(parts.module, *shapes), *shapes)
-    return _publish(registry, parent, parts, exported, "onnx", {}, None, **published)
+    parent = _parent(registry, name, version, published)
+    shapes = _shapes(parent.manifest)
+    exported = sealed(graph_of(parent.parts.module, *shapes), *shapes)
+    return _publish(registry, parent, _Made(exported, "onnx"), **published)
 
 
 def quantise(
@@ -88,20 +89,20 @@ def quantise(
         raise ConfigError(
             f"method is {method!r}: use one of {', '.join(METHODS)}; give data for static, and only there"
         )
-    parent, parts = _parent(registry, name, version, published)
-    shapes = _shapes(parent)
-    graph = graph_of(parts.module, *shapes)
+    parent = _parent(registry, name, version, published)
+    shapes = _shapes(parent.manifest)
+    graph = graph_of(parent.parts.module, *shapes)
     if data is None:
         graph = block_quantised(graph, 8 if method == "dynamic" else 4)
     else:
-        graph = calibrated(graph, torch.cat(rows_of(data, parts.preprocessor)))
-    quantised = sealed(graph, *shapes)
-    return _publish(registry, parent, parts, quantised, f"quantised, {method}", {}, data, **published)
+        graph = calibrated(graph, torch.cat(rows_of(data, parent.parts.preprocessor)))
+    made = _Made(sealed(graph, *shapes), f"quantised, {method}", data=data)
+    return _publish(registry, parent, made, **published)
 
 
 def prune(
     registry: Registry, name: str, version: int | str = "default", share: float = 0.5, *, structured: bool = False,
-    data: Data | None = None, epochs: int = 20, learning_rate: float = 3e-3, seed: int = 0, **published: Any,
+    data: Data | None = None, **options: Any,
 ) -> Manifest:  # fmt: skip
     """Take a ``share`` of the weights away, or, ``structured``, of the hidden neurons.
 
@@ -111,33 +112,38 @@ def prune(
     product of norms (after Li et al., ICLR 2017, arXiv 1608.08710). What is left is a plain smaller ``mlp``.
 
     Args:
-        data: Where given, what is left learns on it to answer as the parent does; see :func:`distil`.
+        data: Where given, what is left learns on it to answer as the parent does.
+        options: Fields of :class:`Lesson` (``epochs`` is 20 here), and those of :func:`to_onnx`.
 
     Raises:
         ConfigError: A share outside (0, 1). InvalidModelError: No layers of the kind.
     """
     if not isinstance(share, float) or not 0 < share < 1:
         raise ConfigError(f"share is {share!r}: use a number between 0 and 1")
-    parent, parts = _parent(registry, name, version, published)
-    architecture, parameters = parent.architecture, dict(parent.parameters)
+    lesson = _lesson(options, epochs=20)
+    parent = _parent(registry, name, version, options)
     masks: dict[str, Tensor] = {}
+    technique = "pruned"
+    architecture = parent.manifest.architecture
+    parameters = dict(parent.manifest.parameters)
     if structured:
-        student = _without_neurons(parts.module, share)
-        architecture, parameters = "mlp", {"sizes": _sizes(student)}
+        technique = "pruned, structured"
+        student = _without_neurons(parent.parts.module, share)
+        architecture = "mlp"
+        parameters = {"sizes": _sizes(student)}
     else:
-        student, masks = _without_weights(copy_of(parts.module), share)
+        student, masks = _without_weights(copy_of(parent.parts.module), share)
+    facts = {"share": share, "epochs": 0, "seed": lesson.seed}
     if data is not None:
-        settings: dict[str, Any] = {"epochs": epochs, "rate": learning_rate, "seed": seed}
-        student = taught(student, _classifier(parts, parent), data, parts.preprocessor, **settings, masks=masks)
-    told = {"share": share, "epochs": 0 if data is None else epochs, "seed": seed}
-    kind = "pruned, structured" if structured else "pruned"
-    return _publish(registry, parent, parts, student, kind, told, data, architecture, parameters, **published)
+        student = taught(student, _teacher(parent), data, parent.parts.preprocessor, lesson, masks)
+        facts["epochs"] = lesson.epochs
+    made = _Made(student, technique, facts, data, architecture, parameters)
+    return _publish(registry, parent, made, **options)
 
 
 def distil(
     registry: Registry, name: str, data: Data, version: int | str = "default", *, architecture: str = "mlp",
-    parameters: Mapping[str, models.JSON], temperature: float = 4.0, label_share: float = 0.0, rounds: int = 1,
-    epochs: int = 60, learning_rate: float = 3e-3, seed: int = 0, **published: Any,
+    parameters: Mapping[str, models.JSON], **options: Any,
 ) -> Manifest:  # fmt: skip
     """Teach a smaller architecture to answer as the parent does.
 
@@ -145,40 +151,64 @@ def distil(
     the labels: Hinton et al. 2015 (arXiv 1503.02531). Rows need no labels. Clients learn apart, each on its own rows,
     and their students are averaged by samples after each of ``rounds`` rounds, as federated averaging does.
 
+    Args:
+        architecture: With ``parameters``: of the student.
+        options: Fields of :class:`Lesson`, and those of :func:`to_onnx`.
+
     Raises:
         ConfigError: A setting out of range, or labels wanted of bare rows. InvalidModelError: The architecture takes or
         gives other shapes than the parent, or the parent is no classifier.
 
     Cost: ``rounds`` x ``epochs`` passes of Adam, about 0.1 s each on digits with 20 clients.
     """
-    parent, parts = _parent(registry, name, version, published)
+    lesson = _lesson(options)
+    parent = _parent(registry, name, version, options)
+    signature = parent.manifest.signature
     shapes = models.signature(architecture, parameters)
-    if shapes != (parent.signature.input_shape, parent.signature.output_shape):
+    if shapes != (signature.input_shape, signature.output_shape):
         raise InvalidModelError(f"{architecture!r} maps {shapes[0]} to {shapes[1]}: the parent does not")
     with _isolated():
-        torch.manual_seed(seed)
+        torch.manual_seed(lesson.seed)
         student = models.build(architecture, parameters)
-    told: dict[str, Any] = {
-        "temperature": temperature,
-        "label_share": label_share,
-        "rounds": rounds,
-        "epochs": epochs,
-        "seed": seed,
-    }
-    student = taught(student, _classifier(parts, parent), data, parts.preprocessor, rate=learning_rate, **told)
-    return _publish(registry, parent, parts, student, "distilled", told, data, architecture, parameters, **published)
+    student = taught(student, _teacher(parent), data, parent.parts.preprocessor, lesson)
+    facts = asdict(lesson)
+    del facts["learning_rate"]
+    made = _Made(student, "distilled", facts, data, architecture, parameters)
+    return _publish(registry, parent, made, **options)
 
 
-def _parent(
-    registry: Registry, name: str, version: int | str, published: Mapping[str, Any]
-) -> tuple[Manifest, Parts]:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Parent:
+    manifest: Manifest
+    parts: Parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A version in the making: the technique, what the lineage tells of it, and the data that it was made with."""
+
+    model: nn.Module
+    technique: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    data: Data | None = None
+    architecture: str = "onnx"
+    parameters: Mapping[str, models.JSON] | None = None
+
+
+def _lesson(options: dict[str, Any], **defaults: Any) -> Lesson:
+    """Takes the fields of a lesson out of ``options``."""
+    given = {it.name: options.pop(it.name) for it in fields(Lesson) if it.name in options}
+    return Lesson(**defaults | given)
+
+
+def _parent(registry: Registry, name: str, version: int | str, published: Mapping[str, Any]) -> _Parent:
     parent = registry.manifest(name, registry.resolve(name, version))
     if parent.heads is not None and "heads" not in published:
         raise InvalidModelError(
             f"{name!r} version {parent.version} has {parent.heads.num_heads} personal heads, which fit no other body: "
             "pass heads=None, and its clients get the global head of the new version"
         )
-    return parent, RegistrySource(registry, name).parts(str(parent.version))
+    return _Parent(parent, RegistrySource(registry, name).parts(str(parent.version)))
 
 
 def _shapes(parent: Manifest) -> tuple[models.Shape, int]:
@@ -189,53 +219,71 @@ def _shapes(parent: Manifest) -> tuple[models.Shape, int]:
     return inputs, outputs[0]
 
 
-def _classifier(parts: Parts, parent: Manifest) -> nn.Module:
-    if parent.signature.output_type != "classification":
-        raise InvalidModelError(f"{parent.name!r} version {parent.version} is no classifier: it cannot teach")
-    return parts.module
+def _teacher(parent: _Parent) -> nn.Module:
+    manifest = parent.manifest
+    if manifest.signature.output_type != "classification":
+        raise InvalidModelError(f"{manifest.name!r} version {manifest.version} is no classifier: it cannot teach")
+    return parent.parts.module
 
 
 def _publish(
-    registry: Registry, parent: Manifest, parts: Parts, model: nn.Module, technique: str, told: Mapping[str, Any],
-    data: Data | None, architecture: str = "onnx", parameters: Mapping[str, models.JSON] | None = None, *,
-    tolerance: float | None = None, samples: Data | None = None, **published: Any,
-) -> Manifest:  # fmt: skip
+    registry: Registry,
+    parent: _Parent,
+    made: _Made,
+    *,
+    tolerance: float | None = None,
+    samples: Data | None = None,
+    **published: Any,
+) -> Manifest:
     """Compare with the parent, then publish.
 
     Raises:
         ConfigError: ``tolerance`` is no number >= 0. InvalidModelError: It is exceeded.
     """
-    most = TOLERANCES[technique.split(",")[0]] if tolerance is None else tolerance
+    manifest = parent.manifest
+    output_type = manifest.signature.output_type
+    most = TOLERANCES[made.technique.split(",")[0]]
+    if tolerance is not None:
+        most = tolerance
     if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 0:
         raise ConfigError(f"tolerance is {tolerance!r}: use a number >= 0, e.g. 0.05")
-    rows = _sample(parent, parts, data if samples is None else samples)
-    distance = _distance(parts.module, model, rows, parent.signature.output_type)
+    if samples is None:
+        samples = made.data
+    rows = _sample(parent, samples)
+    distance = _distance(parent.parts.module, made.model, rows, output_type)
     if not distance <= most:
         raise InvalidModelError(
-            f"{parent.name!r} version {parent.version}, {technique}, answers {len(rows)} sample rows otherwise than "
-            f"its parent by {distance:.3g}, the tolerance is {most:g} ({parent.signature.output_type}; see "
+            f"{manifest.name!r} version {manifest.version}, {made.technique}, answers {len(rows)} sample rows "
+            f"otherwise than its parent by {distance:.3g}, the tolerance is {most:g} ({output_type}; see "
             "optimization.TOLERANCES): keep the parent, give data or change less, or state another tolerance="
         )
-    told = {**told, "distance": round(distance, 6)}
-    before = parent.lineage or Lineage()
-    extra = {key: value for key, value in before.extra.items() if not key.startswith(_TOLD)}  # the parent has its own
-    extra |= {_TOLD: technique, **{f"{_TOLD}_{key}": value for key, value in told.items()}}
+    facts = {**made.facts, "distance": round(distance, 6)}
+    before = manifest.lineage or Lineage()
+    extra = {key: value for key, value in before.extra.items() if not key.startswith(_PREFIX)}  # the parent's own
+    extra |= {_PREFIX: made.technique, **{f"{_PREFIX}_{key}": value for key, value in facts.items()}}
+    parameters = made.parameters
+    if isinstance(made.model, OnnxModel):
+        parameters = made.model.parameters_of
     return registry.publish(
-        parent.name, model, architecture=architecture,
-        parameters=model.parameters_of if isinstance(model, OnnxModel) else parameters,
-        preprocessing=parent.preprocessing, output_type=parent.signature.output_type,
-        lineage=msgspec.structs.replace(before, parent_version=parent.version, extra=extra), **published,
-    )  # fmt: skip
+        manifest.name,
+        made.model,
+        architecture=made.architecture,
+        parameters=parameters,
+        preprocessing=manifest.preprocessing,
+        output_type=output_type,
+        lineage=msgspec.structs.replace(before, parent_version=manifest.version, extra=extra),
+        **published,
+    )
 
 
-def _sample(parent: Manifest, parts: Parts, data: Data | None) -> Tensor:
+def _sample(parent: _Parent, data: Data | None) -> Tensor:
     """Standardised rows to compare two versions on."""
     if data is not None:
-        rows = torch.cat(rows_of(data, parts.preprocessor))
+        rows = torch.cat(rows_of(data, parent.parts.preprocessor))
         chosen = torch.linspace(0, len(rows) - 1, min(len(rows), _MOST_SAMPLES)).long()
         return rows[chosen]
     source = torch.Generator().manual_seed(0)
-    return torch.randn(_SAMPLES, *parent.signature.input_shape, generator=source)
+    return torch.randn(_SAMPLES, *parent.manifest.signature.input_shape, generator=source)
 
 
 def _distance(parent: nn.Module, model: nn.Module, rows: Tensor, output_type: str) -> float:

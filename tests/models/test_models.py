@@ -150,7 +150,7 @@ def test_running_a_cell_again_replaces_its_architecture_and_a_stranger_is_refuse
     assert models.signature("mine") == ((4,), (2,))
     define(3)
     assert models.signature("mine") == ((4,), (3,)), "nothing of the first definition is remembered"
-    with pytest.raises(ConflictError, match=r"taken by .*models\.mlp"):
+    with pytest.raises(ConflictError, match=r"taken by .*architectures\.mlp"):
         models.register("mlp", input_shape=(1,), output_shape=(1,))(nn.Linear)
 
 
