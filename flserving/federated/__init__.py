@@ -5,7 +5,7 @@
 promotion. ``flower.py`` and ``flower_grid.py`` do the same with Flower's strategies.
 """
 
-from flserving.federated.aggregation import aggregate
+from flserving.federated.aggregation import aggregate, fault
 from flserving.federated.data import Client, digits, federated_statistics, make_clients
 from flserving.federated.gate import Gate, gated
 from flserving.federated.heads import fit_heads
@@ -19,6 +19,7 @@ __all__ = [
     "Round",
     "aggregate",
     "digits",
+    "fault",
     "federated_statistics",
     "fit_heads",
     "gated",

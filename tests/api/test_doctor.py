@@ -107,14 +107,14 @@ def test_a_missing_kernel_is_told(monkeypatch):
 
 
 def test_a_server_that_answers_nonsense_is_noticed(monkeypatch):
-    import flserving
+    from flserving import serving
 
     closed = []
     server = SimpleNamespace(
         predict=lambda rows: {"probabilities": [[0.5, 0.2]], "model_version": "v1.0", "latency_ms": 1.0},
         close=lambda: closed.append(True),
     )
-    monkeypatch.setattr(flserving, "create_serving_pipeline", lambda model: server)
+    monkeypatch.setattr(serving, "create_serving_pipeline", lambda model: server)
     check = doctor.check_prediction()
     assert not check.ok and "add up to 0.7" in check.text
     assert closed == [True]
