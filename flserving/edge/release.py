@@ -159,7 +159,7 @@ def manifest_bytes(registry: Registry, model: str, version: int) -> bytes:
     """The manifest's file, byte for byte. Raises as :meth:`Registry.manifest`."""
     registry.manifest(model, version)  # verifies the file
     path = f"{model}/{version}/{MANIFEST}"
-    return bytes(weights.as_bytes(storage.read_file(f"{registry.root}/models", path, MAX_MANIFEST_NBYTES)))
+    return storage.read_file(f"{registry.root}/models", path, MAX_MANIFEST_NBYTES)
 
 
 def round_of(manifest: Manifest) -> int:

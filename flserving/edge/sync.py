@@ -334,7 +334,7 @@ class SyncAgent:
             try:
                 start = None if base is None else self._registry.read(base.name, base.version).tensors
                 image = self._cloud.fetch(f"{path}/delta?base={number}&form={self._form}", name, most, "delta")
-                tensors = delta.apply(weights.as_bytes(image), start, like, self._form)
+                tensors = delta.apply(image, start, like, self._form)
                 if not self._is_signed(tensors, new, statement):
                     raise CorruptArtifactError("the delta does not lead to the version that was signed: try again")
                 return tensors
@@ -344,7 +344,7 @@ class SyncAgent:
                 if base is None:  # nothing else would bring this form
                     raise
         image = self._cloud.fetch(f"{path}/weights", statement.manifest_sha256[:32], new.weights_nbytes, "weights")
-        if sha256(weights.as_bytes(image)) != new.digests.weights:
+        if sha256(image) != new.digests.weights:
             raise CorruptArtifactError("the weights are not those that were signed (sha256 differs): try again")
         return weights.unpack(image, "the cloud's weights")
 
@@ -426,7 +426,7 @@ class _Downloads:
             raise self._unanswered(error) from error
         return bytes(data)
 
-    def fetch(self, path: str, name: str, most: int, kind: str) -> Tensor:
+    def fetch(self, path: str, name: str, most: int, kind: str) -> bytes:
         """A long one, through a file ``name`` in the folder: uint8 [nbytes].
 
         Goes on where an earlier try ended, as long as each try brings something; the end of the file proves nothing,

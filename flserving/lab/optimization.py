@@ -140,7 +140,7 @@ def report(
         peaks = dict(zip(wanted, beside.map(lambda it: peak_mb(registry, name, it), wanted), strict=True))
     for it in [*engines]:
         artifact = registry.read(name, it)
-        image = bytes(weights.as_bytes(weights.pack(artifact.tensors)))
+        image = weights.pack(artifact.tensors)
         lineage = artifact.manifest.lineage or Lineage()
         right = [answer == label for answer, label in zip(hits[it], labels, strict=True)]
         table[it] = {

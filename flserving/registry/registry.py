@@ -49,7 +49,7 @@ NOT_FOR_MODELS = frozenset({"stats"})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Artifact:
-    """A verified version: its manifest, and its tensors by name (CPU; views of one buffer, nobody else holds them)."""
+    """A verified version: its manifest, and its tensors by name, on the CPU; nobody else holds them."""
 
     manifest: Manifest
     tensors: dict[str, Tensor]
@@ -219,7 +219,7 @@ class Registry(Index):
         expected = self._manifest_sha256(name, number)
         path = f"{name}/{number}/{MANIFEST}"
         storage.check_folders(self._models, name, f"{name}/{number}")
-        data = bytes(weights.as_bytes(storage.read_file(self._models, path, MAX_MANIFEST_NBYTES)))
+        data = storage.read_file(self._models, path, MAX_MANIFEST_NBYTES)
         if sha256(data) != expected:
             raise _changed(path)
         return decode(data, path)
@@ -235,7 +235,7 @@ class Registry(Index):
 
         Example: ``registry.read("digits", registry.resolve("digits", "canary")).tensors``
 
-        Cost: one read and one sha256 of the file; no further copy.
+        Cost: one read, one sha256 of the file and one copy.
         """
         manifest = self.manifest(name, version)
         folder = f"{name}/{manifest.version}"
@@ -246,7 +246,7 @@ class Registry(Index):
                 f"{path} has {nbytes:,} bytes, max_artifact_bytes is {self.max_artifact_bytes:,}: raise it"
             )
         image = storage.read_file(self._models, path, nbytes)
-        if sha256(weights.as_bytes(image)) != manifest.digests.weights:
+        if sha256(image) != manifest.digests.weights:
             raise _changed(path)
         tensors = weights.unpack(image, path)
         heads = None
@@ -292,11 +292,10 @@ class Registry(Index):
 
 def _write(folder: str, draft: validation.Draft, heads: HeadSet | None) -> Manifest:
     """Write weights and heads, and hash them while the disk is waited for; returns the manifest with their digests."""
-    image = weights.as_bytes(draft.image)
     with ThreadPoolExecutor(2) as beside:
-        file = beside.submit(sha256, image)
+        file = beside.submit(sha256, draft.image)
         parts = beside.submit(weights.part_digests, draft.tensors)
-        storage.write_file(f"{folder}/{WEIGHTS}", image)
+        storage.write_file(f"{folder}/{WEIGHTS}", draft.image)
         digests = Digests(file.result(), *parts.result(), draft.manifest.digests.preprocessing)
     entry = None
     if heads is not None:

@@ -15,11 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
-import torch
-from torch import Tensor
-
 from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError
-from flserving.models.weights import as_bytes
 
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO must not hang
@@ -175,30 +171,21 @@ def open_file(root: str, relative: str) -> tuple[int, int]:
     return fd, status.st_size
 
 
-def read_file(root: str, relative: str, max_nbytes: int) -> Tensor:
-    """Read a file of a registry once, into 64-byte aligned memory that nobody else can change: uint8 [nbytes].
-
-    Memory is taken only after the size was checked.
+def read_file(root: str, relative: str, max_nbytes: int) -> bytes:
+    """Read a file of a registry once, whole. Memory is taken only after the size was checked.
 
     Raises:
         CorruptArtifactError: As :func:`open_file`, or it is empty or larger than ``max_nbytes``. FlservingError: As
         :func:`open_file`.
     """
     fd, size = open_file(root, relative)
-    try:
+    with open(fd, "rb") as file:
         if not 0 < size <= max_nbytes:
             raise _corrupt(relative, f"has {size:,} bytes, expected 1 to {max_nbytes:,}")
-        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        rest = as_bytes(buffer)
-        with open(fd, "rb", buffering=0, closefd=False) as file:
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise _corrupt(relative, f"ended {len(rest):,} bytes early")
-                rest = rest[count:]
-    finally:
-        os.close(fd)
-    return buffer
+        data = file.read(size)
+    if len(data) < size:
+        raise _corrupt(relative, f"ended {size - len(data):,} bytes early")
+    return data
 
 
 def _corrupt(relative: str, why: str) -> CorruptArtifactError:

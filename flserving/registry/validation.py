@@ -53,11 +53,11 @@ class Content:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draft:
-    """Checked content of a version. ``image`` is its weights file, uint8 [nbytes]; ``manifest`` still lacks the version
-    number, the time, and the digests of weights and heads."""
+    """Checked content of a version. ``image`` is its weights file; ``manifest`` still lacks the version number, the
+    time, and the digests of weights and heads."""
 
     manifest: Manifest
-    image: Tensor
+    image: bytes
     tensors: dict[str, Tensor]
 
 
@@ -74,12 +74,12 @@ def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> D
     name = content.name
     architecture, parameters = _architecture(content)
     shapes = models.signature(architecture, parameters)
-    image = weights.pack(_state(content.model))
-    if image.numel() > max_artifact_bytes:
+    tensors = weights.frozen(_state(content.model))
+    image = weights.pack(tensors)
+    if len(image) > max_artifact_bytes:
         raise InvalidModelError(
-            f"the weights of {name!r} take {image.numel():,} bytes: raise max_artifact_bytes = {max_artifact_bytes:,}"
+            f"the weights of {name!r} take {len(image):,} bytes: raise max_artifact_bytes = {max_artifact_bytes:,}"
         )
-    tensors = weights.unpack(image, f"the weights of {name!r}")
     module = _check_fit(architecture, parameters, tensors)
     bad = weights.first_non_finite(tensors)
     if bad is not None:
@@ -101,7 +101,7 @@ def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> D
             lineage=_lineage(content.lineage),
             metrics={key: float(value) for key, value in (content.metrics or {}).items()},
             digests=msgspec.structs.replace(_PENDING, preprocessing=digest),
-            weights_nbytes=image.numel(),
+            weights_nbytes=len(image),
             created_at=_UNKNOWN_TIME,
             note=content.note,
         )

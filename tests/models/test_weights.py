@@ -14,7 +14,7 @@ from torch import Tensor
 from flserving.errors import CorruptArtifactError, InvalidModelError
 from flserving.models import weights
 
-DTYPES = list(weights._DTYPES.values())
+DTYPES = list(weights._NAMES)
 
 shapes = st.lists(st.integers(1, 7), max_size=4)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
@@ -35,33 +35,30 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bytes(weights.as_bytes(a)) == bytes(weights.as_bytes(b))
 
 
-def image_of(data: bytes) -> Tensor:
-    image = torch.empty(len(data), dtype=torch.uint8)
-    if data:
-        weights.as_bytes(image)[:] = data
-    return image
+def packed(tensors: Any) -> bytes:
+    return weights.pack(weights.frozen(tensors))
 
 
-def file_with(header: Any, data: bytes = b"") -> Tensor:
+def file_with(header: Any, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return image_of(len(text).to_bytes(8, "little") + text + data)
+    return len(text).to_bytes(8, "little") + text + data
 
 
 @given(tensor_sets())
 def test_comes_back_bit_by_bit(tensors: dict[str, Tensor]) -> None:
-    back = weights.unpack(weights.pack(tensors), "x")
+    back = weights.unpack(packed(tensors), "x")
     assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
 
 
 @given(tensor_sets())
 def test_safetensors_reads_what_pack_wrote(tensors: dict[str, Tensor]) -> None:
-    back = safetensors.torch.load(bytes(weights.as_bytes(weights.pack(tensors))))
+    back = safetensors.torch.load(packed(tensors))
     assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
 
 
 @given(tensor_sets())
 def test_unpack_reads_what_safetensors_wrote(tensors: dict[str, Tensor]) -> None:
-    back = weights.unpack(image_of(safetensors.torch.save(tensors)), "x")
+    back = weights.unpack(safetensors.torch.save(tensors), "x")
     assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
 
 
@@ -70,28 +67,33 @@ def test_order_does_not_matter(tensors: dict[str, Tensor], rng: Any) -> None:
     order = list(tensors)
     rng.shuffle(order)
     shuffled = {name: tensors[name] for name in order}
-    assert torch.equal(weights.pack(tensors), weights.pack(shuffled))
+    assert packed(tensors) == packed(shuffled)
     assert weights.digest(tensors) == weights.digest(shuffled)
 
 
 @given(tensor_sets())
 def test_every_tensor_is_aligned(tensors: dict[str, Tensor]) -> None:
-    for tensor in weights.unpack(weights.pack(tensors), "x").values():
+    for tensor in weights.unpack(packed(tensors), "x").values():
         assert tensor.data_ptr() % weights.ALIGNMENT == 0
 
 
-def test_large_tensors_are_views_of_one_buffer() -> None:
-    image = weights.pack(
-        {"head.bias": torch.zeros(10), "head.weight": torch.zeros(10, 64), "body.weight": torch.zeros(64, 64)}
-    )
-    back, inside = weights.unpack(image, "x"), range(image.data_ptr(), image.data_ptr() + image.numel())
-    assert back["head.weight"].data_ptr() in inside and back["body.weight"].data_ptr() in inside
+def test_an_image_of_earlier_versions_is_read() -> None:
+    """They put long tensors first, and spaces behind the header so that values began at a multiple of 64 bytes."""
+    tensors = {"b": torch.arange(16.0), "a": torch.tensor([1, 2, 3], dtype=torch.int8)}
+    header = {
+        "b": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},
+        "a": {"dtype": "I8", "shape": [3], "data_offsets": [64, 67]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    back = weights.unpack(file_with(text, bytes(weights.as_bytes(tensors["b"])) + b"\1\2\3"), "x")
+    assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("sizes", [(64, 10), (64, 33), (784, 512)])
 def test_a_served_layer_answers_bit_for_bit_like_the_trained_one(sizes: tuple[int, int]) -> None:
     layer, row = torch.nn.Linear(*sizes), torch.randn(1, sizes[0])
-    back = weights.unpack(weights.pack({"odd": torch.zeros(3), **layer.state_dict()}), "x")
+    back = weights.unpack(packed({"odd": torch.zeros(3), **layer.state_dict()}), "x")
     assert torch.equal(torch.nn.functional.linear(row, back["weight"], back["bias"]), layer(row))
 
 
@@ -101,9 +103,9 @@ def test_pack_takes_a_copy_and_any_layout() -> None:
     tensors = {"transposed": base.t(), "strided": base[:, ::2], "scalar": torch.tensor(2.0), "parameter": parameter}
     expected = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     with torch.device("meta"):  # a caller's default device must not matter
-        image = weights.pack(tensors)
+        copies = weights.frozen(tensors)
     base.zero_()
-    back = weights.unpack(image, "x")
+    back = weights.unpack(weights.pack(copies), "x")
     assert all(torch.equal(back[name], expected[name]) for name in expected)
     assert not any(tensor.requires_grad for tensor in back.values())
 
@@ -125,7 +127,7 @@ def test_pack_takes_a_copy_and_any_layout() -> None:
 )
 def test_pack_refuses(tensors: Any, message: str) -> None:
     with pytest.raises(InvalidModelError, match=message):
-        weights.pack(tensors)
+        packed(tensors)
 
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -134,10 +136,10 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     "image",
     [
-        image_of(b""),
-        image_of(b"\x01"),
-        image_of((1 << 62).to_bytes(8, "little") + b"{}"),
-        image_of((weights.MAX_HEADER_NBYTES + 1).to_bytes(8, "little") + bytes(weights.MAX_HEADER_NBYTES + 1)),
+        b"",
+        b"\x01",
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        (weights.MAX_HEADER_NBYTES + 1).to_bytes(8, "little") + bytes(weights.MAX_HEADER_NBYTES + 1),
         file_with(b"{"),
         file_with(b"\xff\xfe"),
         file_with(b"[" * 10_000),
@@ -145,10 +147,8 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         file_with([]),
         file_with({}),
         file_with({}, bytes(8)),
-        file_with({"__metadata__": {"format": "pt"}, "w": ONE}, bytes(8)),
         file_with({"w": ONE}, bytes(7)),
         file_with({"w": ONE}, bytes(9)),
-        file_with({"w": ONE | {"more": 1}}, bytes(8)),
         file_with({"w": ONE | {"dtype": "BOOL"}}, bytes(8)),
         file_with({"w": ONE | {"dtype": "pickle"}}, bytes(8)),
         file_with({"w": ONE | {"shape": [-1, -2]}}, bytes(8)),
@@ -164,7 +164,7 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         file_with({"w": ONE | {"data_offsets": [4, 12]}}, bytes(12)),  # gap at the start
     ],
 )
-def test_unpack_refuses_a_hostile_header(image: Tensor) -> None:
+def test_unpack_refuses_a_hostile_header(image: bytes) -> None:
     with pytest.raises(CorruptArtifactError, match=r"file\.safetensors cannot be read.*restore"):
         weights.unpack(image, "file.safetensors")
 
@@ -173,7 +173,7 @@ def test_unpack_refuses_a_hostile_header(image: Tensor) -> None:
 def test_unpack_never_fails_otherwise(data: bytes) -> None:
     for candidate in (data, len(data).to_bytes(8, "little") + data):
         with pytest.raises(CorruptArtifactError):
-            weights.unpack(image_of(candidate), "x")
+            weights.unpack(candidate, "x")
 
 
 @given(tensor_sets(), tensor_sets())
