@@ -13,6 +13,7 @@ from flserving.api.client import Client
 from flserving.api.dataplane import V2
 from flserving.api.grpc import codec
 from flserving.api.grpc.service import Service
+from flserving.api.options import ApiOptions
 from flserving.api.rest.openapi import OPERATIONS
 from flserving.errors import InvalidModelError, NotFoundError
 from flserving.registry.registry import NOT_FOR_MODELS
@@ -77,7 +78,7 @@ def test_no_route_tells_names_to_a_caller_without_the_role_to_read(server, opera
 @pytest.mark.parametrize("token", NONE, ids=str)
 def test_no_method_tells_names_to_a_caller_without_the_role_to_read(server, token):
     with open_door(server) as (_, target, _, _), grpc.insecure_channel(target) as channel:
-        for method in Service(V2(server), Tokens(), 1).methods()[codec.SERVICE]:
+        for method in Service(V2(server), ApiOptions()).methods()[codec.SERVICE]:
             kind = codec.message(f"inference.{method}Request")
             fields = {field.name for field in kind.DESCRIPTOR.fields}
             for model in MODELS:

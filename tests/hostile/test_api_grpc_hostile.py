@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 import socket
+import struct
 import time
 
 import grpc
@@ -20,8 +21,8 @@ from flserving.api.grpc.codec import message
 from flserving.serving.config import ServingConfig
 from flserving.serving.server import ModelServer
 from grpc_corpus import CORPUS, WIDTH, X, varied
-from grpc_door import INFER, Caller, open_door, request
-from serving_models import PATIENCE_S, wait_until
+from grpc_door import INFER, Caller, health, open_door, request, status
+from serving_models import PATIENCE_S, Threads, wait_until
 
 CALLERS_FAULT = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "PERMISSION_DENIED", "UNAUTHENTICATED",
                  "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}  # fmt: skip
@@ -212,6 +213,116 @@ def test_half_open_and_silent_connections_are_cut_and_keep_nobody_out(server):
         assert closes(target)  # says nothing
         assert closes(target, PREFACE[:10])
         assert answers(caller)
+
+
+def frame(kind, flags, stream, body):
+    """One of HTTP/2 (RFC 9113, 4.1)."""
+    return struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
+
+
+def opening(path, stream):
+    """The headers of a call without a credential, uncompressed; no message follows."""
+    fields = {":path": path, ":authority": "x", "content-type": "application/grpc", "te": "trailers"}
+    literal = [
+        bytes([0, len(name)]) + name.encode() + bytes([len(text)]) + text.encode() for name, text in fields.items()
+    ]
+    return frame(1, 4, stream, b"\x83\x86" + b"".join(literal))  # POST, http
+
+
+def connected(target):
+    host, _, port = target.rpartition(":")
+    client = socket.create_connection((host, int(port)), PATIENCE_S)
+    client.sendall(PREFACE + SETTINGS)
+    return client
+
+
+HEALTH = "/grpc.health.v1.Health/Check"
+
+
+@pytest.mark.parametrize("path", [INFER, HEALTH, "/grpc.health.v1.Health/Watch"])
+def test_headers_without_a_message_take_no_places(server, path):
+    with open_door(server, slow_client_s=0.5) as (_, target, _, _), Caller(target) as caller:
+        attackers = [connected(target) for _ in range(2)]
+        try:
+            for client in attackers:
+                for stream in range(1, 2000, 2):
+                    client.sendall(opening(path, stream))
+            wait_until(lambda: answered(caller), "an answer beside the attackers")
+        finally:
+            for client in attackers:
+                client.close()
+
+
+def answered(caller):
+    """Whether a good request and a health check are answered; if not, both are told at once that others came first."""
+    try:
+        return answers(caller) and status(health(caller.channel)) == "SERVING"
+    except grpc.RpcError as error:
+        assert error.code().name in ("RESOURCE_EXHAUSTED", "CANCELLED"), error  # by the server, by gRPC's core
+        return False
+
+
+def push(client, path, nbytes):
+    """Begin a message of ``nbytes`` and send what flow control lets through, but for the last byte."""
+    with contextlib.suppress(OSError):
+        client.sendall(opening(path, 1))
+        windows = {0: 65_530, 1: 65_530}
+        client.sendall(frame(0, 0, 1, b"\0" + struct.pack(">I", nbytes)))
+        left = nbytes - 1
+        came = b""
+        while left:
+            size = min(16_384, left, *windows.values())
+            if size > 0:
+                client.sendall(frame(0, 0, 1, bytes(size)))
+                left -= size
+                windows = {stream: window - size for stream, window in windows.items()}
+                continue
+            more = client.recv(65_536)
+            came += more
+            while len(came) >= 9 and len(came) >= (end := 9 + int.from_bytes(came[:3])):
+                kind, flags, stream, body = came[3], came[4], int.from_bytes(came[5:9]), came[9:end]
+                came = came[end:]
+                if kind == 3 or not more:
+                    return  # refused
+                if kind == 6 and not flags & 1:
+                    client.sendall(frame(6, 1, 0, body))
+                if kind == 8:
+                    windows[stream] = windows.get(stream, 0) + int.from_bytes(body)
+                if kind == 4 and not flags & 1:
+                    client.sendall(frame(4, 1, 0, b""))
+                    settings = {
+                        body[at : at + 2]: int.from_bytes(body[at + 2 : at + 6]) for at in range(0, len(body), 6)
+                    }
+                    windows[1] += settings.get(b"\0\4", 65_535) - 65_535
+
+
+@pytest.mark.parametrize("path", [INFER, HEALTH])
+def test_unfinished_messages_of_strangers_fill_no_memory(server, path):
+    with open_door(server, max_body_bytes=16 << 20) as (_, target, _, _), Caller(target) as caller:
+        assert answers(caller)
+        before = psutil.Process().memory_info().rss
+        attackers = [connected(target) for _ in range(60)]
+        threads = Threads()
+        try:
+            for client in attackers:
+                client.settimeout(2)  # of whom nothing more is read
+                threads.start(push, client, path, (16 << 20) - 5)
+            wait_until(lambda: answered(caller), "an answer beside the attackers")
+            threads.results()
+            assert psutil.Process().memory_info().rss - before < 200 << 20
+            wait_until(lambda: answered(caller), "an answer after the attack")
+        finally:
+            for client in attackers:
+                client.close()
+
+
+def test_watchers_have_a_turn_each(server):
+    with open_door(server, slow_client_s=0.5) as (_, target, _, _), Caller(target) as caller:
+        for watch in [health(caller.channel, method="Watch") for _ in range(64)]:
+            assert status(next(watch)) == "SERVING"
+            with pytest.raises(grpc.RpcError, match="watch again"):
+                next(watch)
+        assert status(next(health(caller.channel, method="Watch"))) == "SERVING"
 
 
 def test_connections_are_bounded(server):

@@ -1,4 +1,4 @@
-"""The gRPC server: where it listens, and the limits that gRPC itself keeps. The methods are in ``grpc_service``.
+"""The gRPC server: where it listens, and the limits that gRPC itself keeps. The methods are in ``service.py``.
 
 It runs on the event loop that starts it: callers of one turn of the loop share a batch with those of REST.
 """
@@ -8,15 +8,21 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from flserving.api.auth import Tokens
 from flserving.api.dataplane import V2
-from flserving.api.grpc.service import MOST_WATCHERS, Service
+from flserving.api.grpc.service import MOST_STRANGERS, MOST_WATCHERS, Service
 from flserving.api.options import ApiOptions
 from flserving.errors import ConfigError
 
 
-class GrpcDoor:
-    """A gRPC server that runs. ``port`` is where."""
+class GrpcServer:
+    """A gRPC server that runs. ``port`` is where.
+
+    Against strangers it keeps the bounds that gRPC offers: connections, silent ones and idle ones in time, streams,
+    calls, message and header sizes; the credential is checked before a message is read, and each message has a clock.
+    gRPC for Python has no bound on two things: CONTINUATION frames of a header block, which it decodes and throws away
+    (a core is busy while they come), and compressed header fields that unfold (HPACK: some 200 MB for 20 MB sent on
+    one connection). Towards a network that nobody trusts, put a proxy in front of gRPC, or leave it out.
+    """
 
     def __init__(self, server: grpc.aio.Server, service: Service, port: int) -> None:
         self._server = server
@@ -33,7 +39,7 @@ class GrpcDoor:
         await self._server.stop(grace_s)
 
 
-async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -> GrpcDoor:
+async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -> GrpcServer:
     """Serve ``v2`` on ``options.host`` and ``options.grpc_port``, in the running event loop.
 
     Args:
@@ -43,7 +49,7 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -
     Raises:
         ConfigError: The address cannot be listened on.
     """
-    service = Service(v2, options.tokens or Tokens(), options.max_connections, options.max_numbers)
+    service = Service(v2, options)
     server = _server(options, reuse_port)
     for name, methods in service.methods().items():
         server.add_registered_method_handlers(name, methods)
@@ -61,7 +67,7 @@ async def start_grpc(v2: V2, options: ApiOptions, *, reuse_port: bool = False) -
             f"gRPC cannot listen on {address}: is the port taken, or the address not this computer's?"
         ) from error
     await server.start()
-    return GrpcDoor(server, service, port)
+    return GrpcServer(server, service, port)
 
 
 def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
@@ -71,6 +77,9 @@ def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
         ("grpc.max_receive_message_length", options.max_body_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", 1024),  # of one connection
+        ("grpc.max_metadata_size", 8 << 10),  # of one call; up to twice as much is still told why it is refused
+        ("grpc.absolute_max_metadata_size", 16 << 10),
+        ("grpc.max_connection_idle_ms", int(options.slow_client_s * 1e3)),  # clients connect again by themselves
         ("grpc.max_allowed_incoming_connections", options.max_connections),
         ("grpc.server_handshake_timeout_ms", int(options.slow_client_s * 1e3)),
         ("grpc.keepalive_time_ms", 60_000),  # finds connections whose other end is gone
@@ -78,5 +87,5 @@ def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # more often is a flood: two strikes, then goodbye
         ("grpc.http2.max_ping_strikes", 2),
     ]
-    most_calls = options.max_connections + MOST_WATCHERS + 64
+    most_calls = options.max_connections + MOST_WATCHERS + MOST_STRANGERS + 64
     return grpc.aio.server(options=limits, maximum_concurrent_rpcs=most_calls)

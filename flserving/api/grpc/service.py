@@ -1,6 +1,8 @@
 """The methods of gRPC: the Open Inference Protocol V2, grpc.health.v1 and feedback, over the same operations as REST.
 
-They take and give bytes, so that a message which cannot be read is answered with INVALID_ARGUMENT and a reason.
+They take and give bytes, so that a message which cannot be read is answered with INVALID_ARGUMENT and a reason. They
+are registered as methods that read a stream, which looks the same on the wire: so the credential in a call's headers
+is checked before its message is read, and the message has to come in time.
 """
 
 import asyncio
@@ -13,11 +15,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from flserving.api.auth import Role, Tokens
 from flserving.api.dataplane import V2, Call, unnamed
 from flserving.api.grpc import codec
-from flserving.api.rest.codec import MOST_NUMBERS
+from flserving.api.options import ApiOptions
 from flserving.errors import (
     REASON,
     DeadlineExceededError,
@@ -35,23 +38,26 @@ _LONGEST_DETAIL = (
     600  # characters, of up to 12 bytes on the wire: clients refuse 8 KiB of trailers, and hide the reason
 )
 _LONGEST_WAIT_S = 3600.0  # a deadline beyond the longest timeout is none
-MOST_WATCHERS = 64  # they need no credential and stay for as long as they like
+MOST_WATCHERS = 64  # they need no credential
+MOST_STRANGERS = 4  # calls without a credential whose message is still to come: each may hold a message's size
 _POLL_S = 0.1
 
 _HealthRequest = codec.message("grpc.health.v1.HealthCheckRequest")
 _HealthResponse = codec.message("grpc.health.v1.HealthCheckResponse")
 
-Unary = Callable[[bytes, Any], Awaitable[bytes]]
-
 
 class Service:
-    """The methods of all services: bytes in, bytes out."""
+    """The methods of all services: bytes in, bytes out. Made in the event loop that serves them."""
 
-    def __init__(self, v2: V2, tokens: Tokens, most_calls: int, most_numbers: int = MOST_NUMBERS) -> None:
-        self._v2, self._tokens, self._most_calls = v2, tokens, most_calls
-        self._most_numbers = most_numbers
-        self._inside = self._watchers = 0
-        self._telemetry, self._refusals = v2.server.telemetry, Refusals(v2.server.telemetry, "grpc")
+    def __init__(self, v2: V2, options: ApiOptions) -> None:
+        self._v2 = v2
+        self._options = options
+        self._tokens = options.tokens or Tokens()
+        self._inside = 0
+        self._watchers = 0
+        self._strangers: list[asyncio.Timeout] = []  # the oldest first
+        self._telemetry = v2.server.telemetry
+        self._refusals = Refusals(v2.server.telemetry, "grpc")
         self.stopping = asyncio.Event()
 
     def methods(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
@@ -69,39 +75,70 @@ class Service:
             "RepositoryIndex": (Role.READ, lambda r: {"models": v2.index(_only_repository(r).ready)}),
         }
         inference = {name: self._plain(name, role, answer) for name, (role, answer) in plain.items()}
-        inference["ModelInfer"] = self._infer
+        inference["ModelInfer"] = grpc.stream_unary_rpc_method_handler(_guarded(self._infer))
         inference["RepositoryModelLoad"] = self._administer("RepositoryModelLoad", v2.load, "isLoaded")
         inference["RepositoryModelUnload"] = self._administer("RepositoryModelUnload", v2.unload, "isUnloaded")
         health = {
-            "Check": grpc.unary_unary_rpc_method_handler(_told(self._health)),
-            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+            "Check": grpc.stream_unary_rpc_method_handler(_guarded(self._health)),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._watch),
         }
-        unary = {name: grpc.unary_unary_rpc_method_handler(_told(call)) for name, call in inference.items()}
-        feedback = {"Feedback": grpc.unary_unary_rpc_method_handler(_told(self._feedback))}
-        return {codec.SERVICE: unary, codec.HEALTH: health, codec.EXPERIMENTS: feedback}
+        feedback = {"Feedback": grpc.stream_unary_rpc_method_handler(_guarded(self._feedback))}
+        return {codec.SERVICE: inference, codec.HEALTH: health, codec.EXPERIMENTS: feedback}
 
-    async def _infer(self, body: bytes, context: Any) -> bytes:
-        came_s = time.perf_counter()
+    async def _message(self, context: Any, known: bool) -> bytes:
+        """The one message of a call.
+
+        Args:
+            known: Whether a credential was seen. A stranger keeps its place only until ``MOST_STRANGERS`` newer ones
+                wait: who sends its message at once is never in the way.
+
+        Raises:
+            DeadlineExceededError: It did not come in time. OverloadedError: Newer strangers came before it did.
+            InvalidInputError: None came.
+        """
+        clock = asyncio.timeout(self._options.slow_client_s)
+        try:
+            async with clock:
+                if not known:
+                    self._strangers.append(clock)
+                    if len(self._strangers) > MOST_STRANGERS:
+                        self._strangers.pop(0).reschedule(0.0)
+                body = await context.read()
+        except TimeoutError:
+            if not known and clock not in self._strangers:
+                raise OverloadedError("many calls wait for their message: send yours with the headers") from None
+            raise DeadlineExceededError("the call's message did not come in time: send it with the headers") from None
+        finally:
+            if clock in self._strangers:
+                self._strangers.remove(clock)
+        if body is grpc.aio.EOF:
+            raise InvalidInputError("the call ended without a message: send one")
+        return body  # type: ignore[no-any-return]
+
+    async def _infer(self, context: Any) -> bytes:
         with self._refusals:
             if self.stopping.is_set():
                 raise ServerClosedError("the server is stopping: ask another one, or later")
-            if self._inside >= self._most_calls:
+            if self._inside >= self._options.max_connections:
                 raise OverloadedError(f"{self._inside} calls are under way, the most that are let in: try again later")
             identity = self._tokens.check(_authorization(context), Role.INFER)
-            codec.check_cost(body, self._most_numbers)
-            request = codec.decode(codec.InferRequest, body)
-            call = Call(
-                model=request.model_name,
-                version=request.model_version or None,
-                inputs=codec.inputs(request),
-                outputs=codec.requested(request),
-                parameters=_within(context.time_remaining(), codec.parameters(request.parameters)),
-                client=identity.client,
-                caller=identity.caller,
-            )
-        parsed_s = time.perf_counter()
         self._inside += 1
         try:
+            with self._refusals:
+                body = await self._message(context, known=True)
+                came_s = time.perf_counter()
+                codec.check_cost(body, self._options.max_numbers)
+                request = codec.decode(codec.InferRequest, body)
+                call = Call(
+                    model=request.model_name,
+                    version=request.model_version or None,
+                    inputs=codec.inputs(request),
+                    outputs=codec.requested(request),
+                    parameters=_within(context.time_remaining(), codec.parameters(request.parameters)),
+                    client=identity.client,
+                    caller=identity.caller,
+                )
+            parsed_s = time.perf_counter()
             continued, answering = self._telemetry.continued, self._v2.infer(call)
             answer = await (answering if continued is None else continued(context.invocation_metadata(), answering))
         finally:
@@ -112,31 +149,31 @@ class Service:
         self._telemetry.door("grpc", parsed_s - came_s, time.perf_counter() - answered_s)
         return reply
 
-    def _plain(self, method: str, role: Role | None, answer: Callable[[Any], Mapping[str, Any]]) -> Unary:
+    def _plain(self, method: str, role: Role | None, answer: Callable[[Any], Mapping[str, Any]]) -> Any:
         """A method that only asks the server: in a thread where the answer may be on the disk."""
         kind, reply = _kinds(method)
 
-        async def call(body: bytes, context: Any) -> bytes:
+        async def call(context: Any) -> bytes:
+            if method in ("ServerLive", "ServerReady"):  # nobody has to wait for a message that is always empty
+                return codec.encode(reply, answer(None))
             if role is not None:
                 self._check(context, role)
-            request = codec.decode(kind, body)
-            if method in ("ServerLive", "ServerReady"):
-                return codec.encode(reply, answer(request))
+            request = codec.decode(kind, await self._message(context, known=role is not None))
             try:
                 content = await asyncio.to_thread(answer, request)
             except FlservingError as error:
                 raise error if self._tokens.allow(_authorization(context), Role.READ) else unnamed(error) from None
             return codec.encode(reply, content)
 
-        return call
+        return grpc.stream_unary_rpc_method_handler(_guarded(call))
 
-    def _administer(self, method: str, change: Callable[[str], Awaitable[None]], done: str) -> Unary:
+    def _administer(self, method: str, change: Callable[[str], Awaitable[None]], done: str) -> Any:
         """Load or unload; the name of the model is read from either of the two fields where clients put it."""
         kind, reply = _kinds(method)
 
-        async def call(body: bytes, context: Any) -> bytes:
+        async def call(context: Any) -> bytes:
             self._check(context, Role.ADMIN)
-            request = codec.decode(kind, body)
+            request = codec.decode(kind, await self._message(context, known=True))
             name = request.model_name or request.repository_name
             if not name:
                 raise InvalidInputError("model_name is empty: name the model")
@@ -147,13 +184,13 @@ class Service:
             await change(name)
             return codec.encode(reply, {"model_name": name, done: True})
 
-        return call
+        return grpc.stream_unary_rpc_method_handler(_guarded(call))
 
-    async def _feedback(self, body: bytes, context: Any) -> bytes:
+    async def _feedback(self, context: Any) -> bytes:
         kind, reply = _kinds("Feedback", codec.EXPERIMENTS)
         with self._refusals:
             client = self._tokens.check(_authorization(context), Role.INFER).client
-            request = codec.decode(kind, body)
+            request = codec.decode(kind, await self._message(context, known=True))
             reward = request.reward if request.HasField("reward") else None
             await self._v2.feedback(request.model_name, request.receipt, reward, client)
         return codec.encode(reply, {"counted": True})
@@ -162,21 +199,26 @@ class Service:
         with self._refusals:
             self._tokens.check(_authorization(context), role)
 
-    async def _health(self, body: bytes, context: Any) -> bytes:
-        service = codec.decode(_HealthRequest, body).service
+    async def _health(self, context: Any) -> bytes:
+        service = codec.decode(_HealthRequest, await self._message(context, known=False)).service
         if (status := self._status(service)) == "SERVICE_UNKNOWN":
             raise NotFoundError(f"no service {service[:80]!r} here: ask for {codec.SERVICE!r} or ''")
         return codec.encode(_HealthResponse, {"status": status})
 
-    async def _watch(self, body: bytes, context: Any) -> AsyncIterator[bytes]:
-        """The status now, and again each time that it changes."""
+    async def _watch(self, messages: Any, context: Any) -> AsyncIterator[bytes]:
+        """The status now, and again each time that it changes.
+
+        A watch ends after ``slow_client_s`` with UNAVAILABLE, for others to have a turn: gRPC's clients
+        watch again by themselves.
+        """
         try:
-            service = codec.decode(_HealthRequest, body).service
+            service = codec.decode(_HealthRequest, await self._message(context, known=False)).service
             if self._watchers >= MOST_WATCHERS:
                 raise OverloadedError(f"{MOST_WATCHERS} callers watch already: ask Check now and then instead")
         except FlservingError as error:
             await _abort(context, error)
         self._watchers += 1
+        end_s = time.monotonic() + self._options.slow_client_s
         told = None
         try:
             while not self.stopping.is_set():
@@ -185,6 +227,8 @@ class Service:
                     told = status
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.stopping.wait(), _POLL_S)
+                if time.monotonic() > end_s:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "a watch is for a while: watch again")
         finally:
             self._watchers -= 1
 
@@ -194,12 +238,12 @@ class Service:
         return "SERVING" if self._v2.ready() else "NOT_SERVING"
 
 
-def _told(call: Unary) -> Unary:
+def _guarded(call: Callable[[Any], Awaitable[bytes]]) -> Any:
     """``call``, whose errors become a status: one of ours by its table, anything else without a detail."""
 
-    async def guarded(body: bytes, context: Any) -> bytes:
+    async def guarded(messages: Any, context: Any) -> bytes:
         try:
-            return await call(body, context)
+            return await call(context)
         except FlservingError as error:
             await _abort(context, error)
         except Exception as error:  # its message may hold what the caller sent: only where it happened is logged
