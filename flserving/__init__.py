@@ -13,8 +13,7 @@ from flserving.serving.cache import ModelCache, PredictionCache
 from flserving.serving.config import ServingConfig
 from flserving.serving.engine import InferenceEngine
 from flserving.serving.personalized import PersonalizedServer
-from flserving.serving.pipeline import create_serving_pipeline, demo_serving
-from flserving.serving.server import ModelServer
+from flserving.serving.server import ModelServer, create_serving_pipeline, demo_serving
 
 __all__ = [
     "EdgeModelServer",

@@ -2,8 +2,8 @@
 
 Read ``loader.py``, ``cache.py``, ``engine.py``, ``batching/policy.py`` and ``server.py``, in that order: each is one
 box of the picture in README. The preprocessor and the postprocessor belong to a version: see ``models/processing.py``.
-``router.py`` leads names to versions, ``repository.py`` holds what is loaded. ``personalization.py`` and
-``personalized.py`` are for notebook 07; ``synonyms.py`` lets ``version_id`` stand for ``version``.
+``router.py`` leads names to versions, ``repository.py`` holds what is loaded. ``personalized.py`` is for notebook 08;
+``synonyms.py`` lets ``version_id`` stand for ``version``.
 """
 
 from flserving.models.processing import Postprocessor, Preprocessor
@@ -11,8 +11,7 @@ from flserving.serving.cache import ModelCache, PredictionCache
 from flserving.serving.config import ServingConfig
 from flserving.serving.engine import InferenceEngine
 from flserving.serving.personalized import PersonalizedServer
-from flserving.serving.pipeline import create_serving_pipeline, demo_serving
-from flserving.serving.server import ModelServer
+from flserving.serving.server import ModelServer, create_serving_pipeline, demo_serving
 
 __all__ = [
     "InferenceEngine",

@@ -37,8 +37,7 @@ from flserving.registry.manifest import Signature
 from flserving.registry.storage import own_folder
 from flserving.serving.cache import nbytes_of
 from flserving.serving.config import ServingConfig
-from flserving.serving.engine import InferenceEngine, copy_of
-from flserving.serving.personalization import PersonalEngine
+from flserving.serving.engine import InferenceEngine, PersonalEngine, copy_of
 from flserving.serving.router import DEFAULT
 
 if TYPE_CHECKING:

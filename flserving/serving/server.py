@@ -10,14 +10,16 @@ import asyncio
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
 
+from flserving import models
 from flserving.errors import DeadlineExceededError, FlservingError, NotFoundError, OverloadedError
 from flserving.experiments import Experiments
 from flserving.models.processing import Floats, Outputs, Several, ids_of
@@ -29,8 +31,7 @@ from flserving.serving.batching.workers import Batcher
 from flserving.serving.cache import PredictionCache
 from flserving.serving.config import ServingConfig, deadline_s
 from flserving.serving.doors import Awaiting, Blocking, Door
-from flserving.serving.engine import Execution, InferenceEngine, Prediction
-from flserving.serving.personalization import each
+from flserving.serving.engine import Execution, InferenceEngine, Prediction, each
 from flserving.serving.repository import ModelHost
 from flserving.serving.synonyms import version_id_too
 
@@ -309,3 +310,49 @@ class ModelServer(ModelHost):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+# The tutorial's entrance
+
+
+def create_serving_pipeline(
+    model: nn.Module,
+    feature_stats: Mapping[str, ArrayLike] | None = None,
+    config: ServingConfig | None = None,
+    **options: Any,
+) -> ModelServer:
+    """The one-call set-up: a server whose default is ``model``, as version "v1.0".
+
+    ``options`` go to :meth:`ModelServer.load_model`.
+    """
+    server = ModelServer(config)
+    try:
+        server.load_model("v1.0", model, feature_stats, **options)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def demo_serving(requests: int = 100) -> tuple[ModelServer, list[dict[str, Any]]]:
+    """Serve the tutorial's 32-64-10 model (random weights) and send it ``requests`` random rows, one at a time.
+
+    Prints how many were answered, the server's health and statistics, and the mean latency.
+
+    Returns:
+        The server, still open (close it, or leave it to the end of the process), and its answers.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.build("tutorial_mlp")
+    rows = np.random.default_rng(0).standard_normal((requests, 32), dtype=np.float32)
+    server = create_serving_pipeline(model)
+    results = [server.predict(row) for row in rows]
+    health = server.health_check()
+    stats = server.get_all_stats()["v1.0"]
+    mean_ms = sum(result["latency_ms"] for result in results) / max(1, len(results))
+    print(f"answered {len(results)} requests with version {health['default_version']}")
+    print(f"health: {health['status']}, loaded: {', '.join(health['loaded_models'])}")
+    print(f"the engine: {stats['request_count']} requests, {stats['avg_latency_ms']:.3f} ms each")
+    print(f"mean latency: {mean_ms:.3f} ms")
+    return server, results

@@ -1,2 +1,1 @@
-"""Dynamic batching: ``policy.py`` says which requests run together, ``workers.py`` runs them, and ``waiters.py`` wakes
-those who wait."""
+"""Dynamic batching: ``policy.py`` says which requests run together, ``workers.py`` runs them and wakes who waits."""
