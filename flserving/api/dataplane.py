@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from flserving.api.statistics import model_statistics
 from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, NotSupportedError
-from flserving.experiments.controller import CALLER
 from flserving.monitoring.metrics import merged
 from flserving.monitoring.telemetry import OTHER
 from flserving.registry.manifest import Signature
+from flserving.serving.request import Request
 from flserving.serving.server import ModelServer
 
 INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
@@ -194,11 +194,18 @@ class V2:
         except FlservingError as error:
             self.server.telemetry.failure(error.reason)  # from here on the server counts
             raise
-        CALLER.set(call.client)  # whose arm it is, also where no private answer is asked for; of this task alone
-        answer = await self.server.apredict(
-            features, version, model=call.model, timeout_ms=timeout_ms, stages=stages, arrays=True, client=client,
+        request = Request(
+            features,
+            version,
+            model=call.model,
+            timeout_ms=timeout_ms,
+            stages=stages,
+            arrays=True,
+            client=client,
             caller=call.caller,
-        )  # fmt: skip
+            identity=call.client,  # whose arm it is, also where no personal answer is asked for
+        )
+        answer = await self.server.ahandle(request)
         outputs = {name: value for name, value in answer.items() if type(value) is np.ndarray}
         if call.outputs is not None:
             try:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flserving.errors import ConfigError, FlservingError
 from flserving.models.own_code import import_modules, import_option
@@ -92,7 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
             client=arguments.client, form=arguments.form, settings=settings,
         )  # fmt: skip
         stack.callback(agent.close)
-        server = edge if arguments.policy == "local" else stack.enter_context(_hybrid(arguments, edge, secret, stack))
+        server: Any = edge
+        if arguments.policy != "local":
+            server = stack.enter_context(_hybrid(arguments, edge, secret, stack))
         grpc_port = None if arguments.no_grpc else arguments.grpc_port
         endpoint = stack.enter_context(api.serve(server, tokens=tokens, port=arguments.port, grpc_port=grpc_port))
         shown = "the one in FLSERVING_TOKEN" if given else token

@@ -22,14 +22,13 @@ from flserving.registry.heads import HeadSet, Layout, trained_on
 from flserving.registry.manifest import Lineage, Manifest
 from flserving.registry.storage import own_folder
 from flserving.serving.config import ServingConfig, checked
-from flserving.serving.doors import Door
 from flserving.serving.engine import InferenceEngine
 from flserving.serving.repository import LOCAL
+from flserving.serving.request import Request
 from flserving.serving.router import Key
 from flserving.serving.server import ModelServer
 from flserving.serving.synonyms import version_id_too
 
-_NOBODY = ""  # stands in for a client where the global model was asked for
 UPDATED_AT = "updated_at_s"  # in the lineage of a version that brought only a head
 _AGES = 16  # versions whose ages are kept
 _SLACK_S = 60.0  # a clock that was set back by less than this is taken as right: daemons that keep time do so
@@ -140,36 +139,32 @@ class EdgeModelServer(ModelServer):
         Raises:
             StaleModelError: Older than ``refuse_s``. What :meth:`ModelServer.predict` raises.
         """
-        if not isinstance(use_personalized, bool):
-            raise InvalidInputError(f"use_personalized is {use_personalized!r:.64}: True or False; version has a name")
-        return super().predict(features, version, client=client if use_personalized else _NOBODY, **options)
+        return self.handle(device_request(features, use_personalized, version, client=client, **options))
 
-    async def _answer(self, *request: Any) -> dict[str, Any]:
-        answer = await self._local(*request)
-        self.telemetry.told("path", [answer["path"]])
+    def _admit(self, request: Request) -> None:
+        """As :meth:`ModelServer._admit`, for the device's own client; a version that is too old answers nobody."""
+        if not request.personal:
+            request.client = None
+        elif request.client is None:
+            request.client = self.client
+        own = request.client == self.client and request.version is None and request.model in (None, self.model)
+        if own and self.local_model in self._sources:
+            request.model = self.local_model
+            request.client = None  # a whole model of its own has no head to choose
+        super()._admit(request)
+        if request.key is not None:  # else the route is as new as can be
+            self._freshness(request.key)
+
+    def _respond(self, request: Request) -> dict[str, Any]:
+        freshness = self._freshness(request.key)
+        answer = super()._respond(request) | freshness
+        if request.model == self.local_model:
+            answer["model_type"] = "personal"
+        if not request.nested:
+            self.telemetry.told("path", [answer["path"]])
         return answer
 
-    async def _local(
-        self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
-        stages: bool, arrays: bool, client: str | Sequence[str] | None, caller: str | None, door: Door,
-    ) -> dict[str, Any]:  # fmt: skip
-        client = self.client if client is None else None if client == _NOBODY else client
-        own = client == self.client and version is None and model in (None, self.model)
-        if own and self.local_model in self._sources:
-            model = self.local_model
-            client = None  # a whole model of its own has no head to choose
-        if (key := self._router.find(version, model)) is not None:  # else the route is as new as can be
-            try:
-                self._told(key)
-            except StaleModelError as error:
-                self.telemetry.failure(error.reason, "/".join(key))
-                raise
-        answer = await super()._answer(features, version, model, timeout_ms, stages, arrays, client, caller, door)
-        if model == self.local_model:
-            answer["model_type"] = "personal"
-        return answer | self._told((model or self._router.routes.model or "", answer["model_version"]))
-
-    def _told(self, key: Key) -> dict[str, Any]:
+    def _freshness(self, key: Key) -> dict[str, Any]:
         """What an answer says of the version that gave it. Raises StaleModelError."""
         number, age = self._age_of(key) if key[0] in (self.model, self.local_model) else (None, None)
         age_s = None if age is None else age.age_s()
@@ -317,6 +312,15 @@ class EdgeModelServer(ModelServer):
         if self._remove_registry is not None:
             self.registry.close()
             self._remove_registry()
+
+
+def device_request(
+    features: Any, use_personalized: bool = True, version: str | int | None = None, **options: Any
+) -> Request:
+    """The arguments of :meth:`EdgeModelServer.predict` as a request. Raises InvalidInputError."""
+    if not isinstance(use_personalized, bool):
+        raise InvalidInputError(f"use_personalized is {use_personalized!r:.64}: True or False; version has a name")
+    return Request(features, version, personal=use_personalized, **options)
 
 
 def current(registry: Registry, model: str) -> Manifest | None:

@@ -4,42 +4,98 @@ A request takes one path as a whole, whatever its rows: ``path`` is "local", "ca
 rows, kept on the device), "cloud", or "degraded" (the device's answer, where the policy wanted the cloud's).
 """
 
+import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from math import inf
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flserving.edge.breaker import CircuitBreaker
-from flserving.edge.device import EdgeModelServer
-from flserving.edge.policies import POLICIES, Answered, Kept, Turn, hedged
-from flserving.errors import ConfigError
+from flserving.edge.device import EdgeModelServer, device_request
+from flserving.errors import (
+    ConfigError,
+    CorruptArtifactError,
+    DeadlineExceededError,
+    FlservingError,
+    ForbiddenError,
+    ModelExecutionError,
+    ModelTooLargeError,
+    NotFoundError,
+    OverloadedError,
+    ServerClosedError,
+    StaleModelError,
+)
+from flserving.models.processing import Preprocessor, Several
 from flserving.serving.cache import PredictionCache
-from flserving.serving.doors import Door
+from flserving.serving.request import Request, finished
+from flserving.serving.server import dealt_out
+from flserving.serving.synonyms import version_id_too
+
+Answer = dict[str, Any]
+_NO_CONSENT = "nothing leaves this device without consent: set consent=True"
+_MENDABLE = (
+    StaleModelError,
+    NotFoundError,
+    OverloadedError,
+    DeadlineExceededError,
+    ModelExecutionError,
+    CorruptArtifactError,
+    ModelTooLargeError,
+)
+"""What keeps the device from answering, and need not keep the cloud."""
+_OUTPUTS = ("predictions", "confidences", "probabilities")
+_NOTES = ("model_version", "model_type", "head", "round", "age_s", "degraded")
 
 
 class Cloud(Protocol):
     """What is asked of the cloud: :class:`flserving.api.client.Client`, or anything that answers alike."""
 
     @property
-    def predict(self) -> Callable[..., Answered]: ...
+    def predict(self) -> Callable[..., Answer]: ...
 
 
-class HybridServer(EdgeModelServer):
-    """An edge server that asks a cloud where its policy says so. Whatever it does not say itself is its edge's.
+# Policies: whether the device's answer stands. Where it does not, the cache is asked, then the cloud; where neither
+# answers, the device's answer is given after all, and flagged.
+
+
+def local_first(answer: Answer, threshold: float) -> bool:
+    """The device answers when it is sure of every row (a regression has no confidence: it is trusted), and fresh."""
+    confidences = answer.get("confidences", ())
+    return not answer["degraded"] and (len(confidences) == 0 or min(confidences) >= threshold)
+
+
+def as_drawn(answer: Answer, threshold: float) -> bool:
+    """The drawing: local head -> cache hit? -> else the cloud's model.
+
+    Where the client has a head of its own that fits the device's body, it answers, sure or not, up to the hard limit of
+    its age. Who has none is answered from the cache or by the cloud. The drawing does not show a cloud that is away:
+    then the device's global model answers, flagged.
+    """
+    return bool(answer["model_type"] == "personal")
+
+
+POLICIES: dict[str, Callable[[Answer, float], bool]] = {"local_first": local_first, "as_drawn": as_drawn}
+
+
+class HybridServer:
+    """A server that has a device and a cloud, and asks the cloud where its policy says so.
 
     Args:
         edge: The device. It and ``cloud`` stay open when the hybrid closes.
         cloud: A :class:`flserving.api.client.Client`; it is called in threads, at most ``cloud_calls`` at a time.
-        policy: ``local_first`` or ``as_drawn``: the functions of ``policies.py``.
+        policy: ``local_first`` or ``as_drawn``: the functions of that name in this module.
         consent: Nothing leaves the device unless it is True; may be set at any time.
         threshold: The lowest confidence that is trusted, see :func:`flserving.edge.calibration.calibrate`.
         cloud_share: Share of a request's time that the cloud may take; the rest comes first and is the device's.
         personal: Ask for the answers of the client that the cloud's credential names, where the device's client asks.
         cloud_model: The model's name in the cloud; that of the edge when not given.
         breaker: By default it opens after 5 failures in a row, for 5 s.
-        hedge_ms: With ``local_first``: ask the cloud too when the device takes longer than this. None: never.
         cache_bytes, cache_ttl_s: Of the cloud's answers. They are private to the client. A local update changes their
             key, and an answer of another version of the cloud drops them all: so after a promotion in the cloud of
             which nothing was heard, an answer may be up to ``cache_ttl_s`` old, and ``age_s`` says how old.
@@ -48,75 +104,374 @@ class HybridServer(EdgeModelServer):
     counts from when it was given, and ``round`` is None where the cloud does not say it.
 
     Raises:
-        ConfigError: An unknown policy, a number out of range, or hedging with another policy than ``local_first``.
+        ConfigError: An unknown policy, or a number out of range.
     """
 
     def __init__(
-        self, edge: EdgeModelServer, cloud: Cloud, policy: str = "local_first", *, consent: bool = False,
-        threshold: float = 0.8, cloud_share: float = 0.8, personal: bool = False, cloud_model: str | None = None,
-        breaker: CircuitBreaker | None = None, hedge_ms: float | None = None, cloud_calls: int = 8,
-        cache_bytes: int = 16 << 20, cache_ttl_s: float = 60.0,
-    ) -> None:  # fmt: skip
+        self,
+        edge: EdgeModelServer,
+        cloud: Cloud,
+        policy: str = "local_first",
+        *,
+        consent: bool = False,
+        threshold: float = 0.8,
+        cloud_share: float = 0.8,
+        personal: bool = False,
+        cloud_model: str | None = None,
+        breaker: CircuitBreaker | None = None,
+        cloud_calls: int = 8,
+        cache_bytes: int = 16 << 20,
+        cache_ttl_s: float = 60.0,
+    ) -> None:
         if policy not in POLICIES:
             raise ConfigError(f"policy is {policy!r}: choose one of {', '.join(POLICIES)}")
-        if hedge_ms is not None and policy != "local_first":
-            raise ConfigError(f"hedge_ms is {hedge_ms!r} with policy {policy!r}: only local_first hedges")
-        numbers = (
-            ("threshold", threshold, 0, inf),
-            ("cloud_share", cloud_share, 0.01, 1),
-            ("hedge_ms", hedge_ms, 0, inf),
-        )
-        for name, value, low, high in numbers:
-            if value is not None and (type(value) not in (int, float) or not low <= value < high):
+        for name, value, low, high in (("threshold", threshold, 0, inf), ("cloud_share", cloud_share, 0.01, 1)):
+            if type(value) not in (int, float) or not low <= value < high:
                 raise ConfigError(f"{name} is {value!r}: it must be a number in [{low}, {high})")
-        self.edge, self.cloud, self.consent, self.personal = edge, cloud, consent, personal
-        self.threshold, self.cloud_share, self.hedge_ms = threshold, cloud_share, hedge_ms
-        self.cloud_model, self.breaker = cloud_model, breaker or CircuitBreaker()
-        self.cloud_cache: PredictionCache[Kept] = PredictionCache(cache_bytes, cache_ttl_s, edge._clock)
-        self._policy = POLICIES[policy] if hedge_ms is None else hedged
+        self.edge = edge
+        self.cloud = cloud
+        self.consent = consent
+        self.threshold = threshold
+        self.cloud_share = cloud_share
+        self.personal = personal
+        self.cloud_model = cloud_model
+        self.breaker = breaker or CircuitBreaker()
+        self.cloud_cache: PredictionCache[CloudAnswer] = PredictionCache(cache_bytes, cache_ttl_s, edge._clock)
+        self._stands = POLICIES[policy]
         self._calls = ThreadPoolExecutor(cloud_calls, thread_name_prefix="flserving-cloud")
-        self._hedges = [ThreadPoolExecutor(2 * cloud_calls, thread_name_prefix="flserving-hedge") for _ in range(2)]
-        self._closed, self._lock, self._cloud_version = False, threading.Lock(), ""
+        self._closed = False
+        self._lock = threading.Lock()
+        self._cloud_version = ""
         self._refusals = Counter[str]()
+        # The rest of what a server is asked is the device's.
+        self.config = edge.config
+        self.model = edge.model
+        self.client = edge.client
+        self.registry = edge.registry
+        self.telemetry = edge.telemetry
+        self.fleet = edge.fleet
+        self.experiments = edge.experiments
+        self.prediction_cache = edge.prediction_cache
+        self.resolve = edge.resolve
+        self.signature = edge.signature
+        self.published_metrics = edge.published_metrics
+        self.refresh = edge.refresh
+        self.confirm = edge.confirm
+        self.update_global = edge.update_global
+        self.update_local = edge.update_local
+        self.unload = edge.unload
+        self.reload = edge.reload
+        self._clock = edge._clock
+        self._held = edge._held
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "edge":
-            raise AttributeError(name)
-        return getattr(self.edge, name)
+    # Requests
 
-    async def _answer(
-        self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
-        stages: bool, arrays: bool, client: str | Sequence[str] | None, caller: str | None, door: Door,
-    ) -> Answered:  # fmt: skip
-        if version is not None or model not in (None, self.model):
-            self._check_open()
-            answer = await self.edge._local(features, version, model, timeout_ms, stages, arrays, client, caller, door)
-        else:
-            turn = Turn(self, features, self._timeout_s(timeout_ms), stages, arrays, client, caller, door)
-            answer = await self._policy(turn)
-            answer["latency_ms"] = (self._clock() - turn.started_s) * 1e3
+    @version_id_too
+    def predict(
+        self, features: Any, use_personalized: bool = True, version: str | int | None = None, **options: Any
+    ) -> Answer:
+        """Answer a row [D] or rows [N, D]: see :meth:`EdgeModelServer.predict`."""
+        return self.handle(device_request(features, use_personalized, version, **options))
+
+    @version_id_too
+    async def apredict(self, features: Any, version: str | int | None = None, **options: Any) -> Answer:
+        """:meth:`predict` for coroutines."""
+        return await self.ahandle(Request(features, version, **options))
+
+    @version_id_too
+    def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, **options: Any) -> list[Answer]:
+        """Answer several requests as one, see :meth:`ModelServer.batch_predict`: they take one path together."""
+        several = Several(batch)
+        return dealt_out(self.predict(several, version=version, **options), several.lengths)
+
+    def handle(self, request: Request) -> Answer:
+        """Answer one request, on the caller's thread."""
+        self._check_open()
+        if request.version is not None or request.model not in (None, self.edge.model):
+            return self.edge.handle(request)
+        turn = Turn(self, request)
+        try:
+            local = self.edge.handle(turn.for_device())
+        except _MENDABLE as error:
+            return self._respond(turn, self._ask_cloud(turn) or turn.degraded(None, error))
+        if self._stands(local, self.threshold):
+            return self._respond(turn, local)
+        return self._respond(turn, self._ask_cloud(turn) or turn.degraded(local))
+
+    async def ahandle(self, request: Request) -> Answer:
+        """:meth:`handle` for coroutines."""
+        self._check_open()
+        if request.version is not None or request.model not in (None, self.edge.model):
+            return await self.edge.ahandle(request)
+        turn = Turn(self, request)
+        try:
+            local = await self.edge.ahandle(turn.for_device())
+        except _MENDABLE as error:
+            return self._respond(turn, await self._aask_cloud(turn) or turn.degraded(None, error))
+        if self._stands(local, self.threshold):
+            return self._respond(turn, local)
+        return self._respond(turn, await self._aask_cloud(turn) or turn.degraded(local))
+
+    def _ask_cloud(self, turn: "Turn") -> Answer | None:
+        """What the cloud said of these rows, or says now, in its part of the time; None where it cannot be had.
+
+        Raises:
+            InvalidInputError: The features are not rows of finite numbers.
+        """
+        turn.read_rows()
+        try:
+            future = turn.begin()
+            if future is not None:
+                wait([future], turn.cloud_left_s())
+            return turn.end()
+        except BaseException as error:
+            turn.fail(error)
+            if not isinstance(error, FlservingError):
+                raise
+            return None
+        finally:
+            future = None  # an error's frames must not hold what holds the error
+
+    async def _aask_cloud(self, turn: "Turn") -> Answer | None:
+        turn.read_rows()
+        try:
+            future = turn.begin()
+            if future is not None:
+                await finished(future, turn.cloud_left_s())
+            return turn.end()
+        except BaseException as error:
+            turn.fail(error)
+            if not isinstance(error, FlservingError):
+                raise
+            return None
+        finally:
+            future = None
+
+    def _respond(self, turn: "Turn", answer: Answer) -> Answer:
+        answer["latency_ms"] = (self._clock() - turn.started_s) * 1e3
         self.telemetry.told("path", [answer["path"]])
         return answer
 
-    def _refused(self, reason: str) -> None:
+    def _count_refusal(self, reason: str) -> None:
         with self._lock:
             self._refusals[reason] += 1
 
-    def _heard(self, cloud_version: str) -> None:
+    def _note_cloud_version(self, version: str) -> None:
         with self._lock:
-            if cloud_version != self._cloud_version:
-                self._cloud_version = cloud_version
+            if version != self._cloud_version:
+                self._cloud_version = version
                 self.cloud_cache.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ServerClosedError("the server was closed: open a new one")
+
+    # What operators see
+
+    @property
+    def ready(self) -> bool:
+        """Whether the device can answer."""
+        return not self._closed and self.edge.ready
+
+    @property
+    def unloaded(self) -> frozenset[str]:
+        """As :attr:`ModelServer.unloaded`."""
+        return self.edge.unloaded
+
+    def health_check(self) -> dict[str, Any]:
+        """The edge's; unavailable once the hybrid is closed."""
+        health = self.edge.health_check()
+        return health | {"status": "unavailable", "ready": False} if self._closed else health
 
     def get_all_stats(self) -> dict[str, Any]:
         """The edge's (answers by path are in them), and ``hybrid``: why the cloud gave none, its breaker, its cache."""
         with self._lock:
             refusals = dict(self._refusals)
-        own = {"consent": self.consent, "breaker": self.breaker.stats(), "cloud_cache": self.cloud_cache.stats()}
-        return self.edge.get_all_stats() | {"hybrid": own | {"cloud_refusals": refusals}}
+        own = {
+            "consent": self.consent,
+            "breaker": self.breaker.stats(),
+            "cloud_cache": self.cloud_cache.stats(),
+            "cloud_refusals": refusals,
+        }
+        return self.edge.get_all_stats() | {"hybrid": own}
 
     def close(self, drain_s: float = 5.0) -> None:
         """Answer no more. Calls to the cloud that still wait end by their own deadlines. Idempotent."""
         self._closed = True
-        for pool in (self._calls, *self._hedges):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._calls.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Turn:
+    """The time of one request, and its question to the cloud: :meth:`begin`, wait for the future, :meth:`end`."""
+
+    def __init__(self, server: HybridServer, request: Request) -> None:
+        timeout_s = server.edge._timeout_s(request.timeout_ms)
+        self.request = request
+        self.started_s = server._clock()
+        self._server = server
+        self._cloud_s = timeout_s * (server.cloud_share if server.consent else 0.0)
+        self._device_s = timeout_s - self._cloud_s
+        self._ends_s = self.started_s + timeout_s
+        self._leads = False  # whether others wait for what this one is told
+        self._flight: Any = None  # the future of the flight that it leads or follows
+        self._call: Any = None  # the future of its own call
+        self._cached: CloudAnswer | None = None
+
+    def for_device(self) -> Request:
+        """The same request, in the device's part of the time."""
+        asked = self.request
+        return Request(
+            asked.features,
+            timeout_ms=self._device_s * 1e3,
+            stages=asked.stages,
+            arrays=asked.arrays,
+            client=asked.client,
+            caller=asked.caller,
+            personal=asked.personal,
+            nested=True,
+        )
+
+    def degraded(self, local: Answer | None, problem: FlservingError | None = None) -> Answer:
+        """The device's answer where a better one was wanted. Raises why the device gave none, if it did not."""
+        if local is not None:
+            return local | {"path": "degraded", "degraded": True}
+        raise problem or DeadlineExceededError("neither the device nor the cloud answered: raise timeout_ms")
+
+    def read_rows(self) -> None:
+        """Check the features, and name what the cloud is asked. Raises InvalidInputError."""
+        server = self._server
+        client = self.request.client
+        scope = client if client is None or isinstance(client, str) else tuple(client)
+        route = server.edge._router.routes.targets.get((server.model, "default"))
+        self._rows = self._flat_rows().copy()  # what is hashed is what is sent
+        digest = hashlib.blake2b(self._rows.data, digest_size=32).digest()
+        self._key = (self.request.personal, scope, route, self._rows.shape, digest)
+
+    def _flat_rows(self) -> NDArray[np.float32]:
+        """The request's rows, flat: what shape a row has, the device's model tells."""
+        edge = self._server.edge
+        shape = None
+        with suppress(FlservingError):  # there may be no model yet
+            shape = edge.signature(edge.resolve()).input_shape
+        if shape is not None and len(shape) == 1:
+            shape = None
+        return Preprocessor(input_shape=shape).validate(self.request.features)
+
+    def cloud_left_s(self) -> float:
+        """What is left of the cloud's part of the time."""
+        return max(0.0, self._until_s - self._server._clock())
+
+    def begin(self) -> Any:
+        """The future to wait for; None where the answer is in the cache."""
+        server = self._server
+        self._until_s = min(self._ends_s, server._clock() + self._cloud_s)
+        self._cached, self._flight, self._leads = server.cloud_cache.begin(self._key)
+        if not self._leads:
+            return self._flight
+        if not server.consent:
+            raise ForbiddenError(_NO_CONSENT)
+        if not server.breaker.allow():
+            raise OverloadedError("the cloud failed several times in a row: it is left alone for a while")
+        try:
+            self._call = server._calls.submit(self._ask)
+        except RuntimeError as error:
+            raise ServerClosedError("the server was closed: open a new one") from error
+        return self._call
+
+    def end(self) -> Answer:
+        """The cloud's answer, from wherever it came. Raises why there is none."""
+        if self._cached is not None:
+            return self._cached.answer("cache", self)
+        flight = self._flight
+        if not self._leads:
+            self._flight = None
+        try:
+            if self._leads:
+                answer = self._received()
+                self._server.cloud_cache.finish(self._key, flight, answer)
+                self._leads = False
+            elif flight.done():
+                answer = flight.result()
+            else:
+                raise DeadlineExceededError("an identical request to the cloud took too long: raise timeout_ms")
+            return answer.answer("cloud", self)
+        finally:
+            del flight  # an error's frames must not hold what holds the error
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing came of it: tell those who follow."""
+        if self._leads:
+            cancelled = OverloadedError("the request that asked the cloud was cancelled: try again")
+            told = error if isinstance(error, Exception) else cancelled
+            self._server.cloud_cache.finish(self._key, self._flight, error=told)
+        self._flight = None
+        self._call = None
+        if isinstance(error, FlservingError):
+            self._server._count_refusal(error.reason)
+
+    def _received(self) -> "CloudAnswer":
+        """The answer to the call that this request made."""
+        server = self._server
+        call = self._call
+        self._call = None
+        try:
+            if not call.done():
+                call.cancel()
+                raise DeadlineExceededError(f"no answer from the cloud in its {self._cloud_s * 1e3:.0f} ms")
+            answer = CloudAnswer(call.result(), len(self._rows), server._clock())
+        except Exception as error:  # whatever it is, the device goes on
+            known = error if isinstance(error, FlservingError) else FlservingError(f"the cloud's answer: {error!r}")
+            server.breaker.record(known.http_status < 500 and known.http_status != 429)  # refusing me, it is alive
+            raise known from error
+        finally:
+            del call
+        server.breaker.record(True)
+        server._note_cloud_version(str(answer.notes["model_version"]))
+        return answer
+
+    def _ask(self) -> Answer:
+        """Ask the cloud, in a thread that may have become free only now. The credential is that of the device's client:
+        for anybody else the cloud's global model answers."""
+        server = self._server
+        if not server.consent:  # withdrawn meanwhile
+            raise ForbiddenError(_NO_CONSENT)
+        options: dict[str, Any] = {}
+        if server.personal and self.request.personal and self.request.client in (None, server.client):
+            options["personal"] = True
+        left_ms = max(1e-3, (self._until_s - server._clock()) * 1e3)
+        model = server.cloud_model or server.model
+        return server.cloud.predict(self._rows, model=model, arrays=True, timeout_ms=left_ms, **options)
+
+
+class CloudAnswer:
+    """What the cloud answered to some rows, in arrays that nobody may write to."""
+
+    def __init__(self, answer: Mapping[str, Any], rows: int, at_s: float) -> None:
+        self.outputs = {name: np.array(answer[name]) for name in _OUTPUTS if answer.get(name) is not None}
+        self.notes = {name: answer[name] for name in _NOTES if name in answer}
+        self._at_s = at_s
+        self._age_s = float(answer.get("age_s") or 0.0)
+        whole = {len(output) for output in self.outputs.values()} == {rows} and "predictions" in self.outputs
+        whole &= all(output.dtype.kind in "fiu" for output in self.outputs.values())
+        if not whole or not 0 <= self._age_s < inf or not isinstance(self.notes.get("model_version"), str):
+            raise FlservingError(f"the cloud's answer to {rows} rows is not one: is that a server of flserving?")
+        for output in self.outputs.values():
+            output.setflags(write=False)
+        self.nbytes = sum(output.nbytes for output in self.outputs.values())
+
+    def answer(self, path: str, turn: Turn) -> Answer:
+        """The answer to a request that got it from the "cloud" or from the "cache"."""
+        now_s = turn._server._clock()
+        answer = {"model_type": "global", "round": None, "degraded": False, **self.notes, "path": path}
+        answer["age_s"] = self._age_s + (now_s - self._at_s if path == "cache" else 0.0)
+        for name, output in self.outputs.items():
+            answer[name] = output if turn.request.arrays else output.tolist()
+        if turn.request.stages:
+            answer["stages_ms"] = {path: (now_s - turn.started_s) * 1e3}
+        return answer

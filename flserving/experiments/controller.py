@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
@@ -36,10 +35,8 @@ from flserving.experiments.shadow import Shadow
 from flserving.models.processing import Floats, ids_of
 from flserving.registry.experiment import Crossroads, Experiment
 
-__all__ = ["CALLER", "Experiments", "Verdict", "judge"]
+__all__ = ["Experiments", "Verdict", "judge"]
 
-CALLER: ContextVar[str | None] = ContextVar("flserving-caller", default=None)
-"""The client of a request's credential, where it did not ask for private answers: it still decides the arm."""
 OF_THE_MODEL = ("ModelExecution", "CorruptArtifact", "ModelTooLarge", "Internal")
 JUDGE_S = 1.0
 FEEDBACK_S = 3.0  # longest wait for a reward to be counted
@@ -109,9 +106,9 @@ class Experiments:
 
     # The way of a request: nothing here may block
 
-    def choose(self, road: Crossroads, client: str | Sequence[str] | None) -> tuple[Key, Chosen]:
-        """Which version answers ``client`` (None: who the credential names), by the configuration of ``road``."""
-        who, experiment = CALLER.get() if client is None else client, road.experiment
+    def choose(self, road: Crossroads, client: str | Sequence[str] | None, identity: str | None) -> tuple[Key, Chosen]:
+        """Which version answers ``client`` (None: the credential's ``identity``), by the configuration of ``road``."""
+        who, experiment = identity if client is None else client, road.experiment
         if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
             return road, Chosen(road, None, "", client)
         arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(experiment).choose()

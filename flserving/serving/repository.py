@@ -4,11 +4,12 @@
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from numpy.typing import ArrayLike
 from torch import nn
@@ -23,17 +24,22 @@ from flserving.errors import (
     ServerClosedError,
 )
 from flserving.models.processing import OutputType, Postprocessor, Preprocessor
+from flserving.monitoring.metrics import Costs
 from flserving.registry.manifest import Signature, is_name
+from flserving.serving.batching.policy import MARGIN
 from flserving.serving.cache import Lease, ModelCache
 from flserving.serving.config import ServingConfig, checked
 from flserving.serving.engine import InferenceEngine
 from flserving.serving.loader import ModuleStore, RegistrySource, Source, load_engine
+from flserving.serving.request import finished
 from flserving.serving.router import Key, Router
 from flserving.serving.synonyms import version_id_too
 
 if TYPE_CHECKING:
     from flserving.registry import Registry
 
+T = TypeVar("T")
+_AT_ONCE_S = 5e-3  # a load that begins within this has not waited for a loader
 _PROBLEMS = 32  # versions of which health_check says why they could not be loaded
 LOCAL = "local"
 """Name of the model whose versions come from :meth:`ModelServer.load_model`."""
@@ -52,7 +58,10 @@ class ModelHost:
         self._router = Router(self._preload)
         self._load_problems: dict[str, str] = {}  # why a version could not be loaded when it was last tried
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")  # starts no thread until used
-        self._closed, self._started_s = False, clock()
+        self._load_costs = Costs()  # by source
+        self._costs_lock = threading.Lock()
+        self._closed = False
+        self._started_s = clock()
         forks.in_child(self, ModelHost._begin_anew)
 
     @version_id_too
@@ -198,7 +207,7 @@ class ModelHost:
 
     @contextmanager
     def _pinned(self, key: Key) -> Iterator[InferenceEngine]:
-        lease = self.model_cache.acquire(key) or self._load(key, self._clock() + self.config.timeout_ms / 1e3)
+        lease = self.model_cache.acquire(key) or self._load_lease(key, self._clock() + self.config.timeout_ms / 1e3)
         try:
             yield lease.value
         finally:
@@ -259,12 +268,14 @@ class ModelHost:
     def _begin_anew(self) -> None:
         """In a forked child: threads that load."""
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")
+        self._costs_lock = threading.Lock()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ServerClosedError("the server was closed: open a new one")
 
-    def _load(self, key: Key, deadline_s: float) -> Lease:
+    def _load_lease(self, key: Key, deadline_s: float) -> Lease:
+        """Load a version that is not in memory, and pin it."""
         problem = "/".join(key)
         self._check_open()
         try:
@@ -280,6 +291,46 @@ class ModelHost:
             raise
         self._load_problems.pop(problem, None)
         return lease
+
+    def _load_in_time(self, key: Key, came_s: float, deadline_s: float) -> Lease:
+        """Load a version, but not for a caller who has waited for a loader until it cannot end in time any more: under
+        more loads than can be done each would come too late. (The rule of :meth:`BatchQueue.take`, for loads.)"""
+        source = self._sources.get(key[0])
+        start_s = self._clock()
+        with self._costs_lock:
+            usual_s = self._load_costs.usual_s(source, 1, start_s)
+        if start_s - came_s > _AT_ONCE_S and start_s + MARGIN * usual_s > deadline_s:
+            raise OverloadedError(
+                f"other loads came first: one usually takes {usual_s * 1e3:.0f} ms, the deadline leaves "
+                f"{(deadline_s - start_s) * 1e3:.0f} ms: try again later, or raise timeout_ms"
+            )
+        cold = key not in self.model_cache
+        lease = self._load_lease(key, deadline_s)
+        if cold and source is not None:
+            end_s = self._clock()
+            with self._costs_lock:
+                self._load_costs.add(source, 1, end_s - start_s, end_s)
+        return lease
+
+    async def _on_loader(self, deadline_s: float, undo: Callable[[T], object], call: Callable[..., T], *args: Any) -> T:
+        """``call(*args)`` on a loader thread. Where its caller is cancelled or late, ``undo`` gets what it returns."""
+        try:
+            job = self._loaders.submit(call, *args)
+        except RuntimeError:  # shut down since the request was let in
+            self._check_open()
+            raise
+        waited = False
+        try:
+            if not await finished(job, deadline_s - self._clock()):
+                raise DeadlineExceededError("a load took longer than timeout_ms: try again, or raise it")
+            waited = True
+        finally:
+            if not waited and not job.cancel():
+                job.add_done_callback(lambda late: late.exception() or undo(late.result()))
+        try:
+            return job.result()
+        finally:
+            del job  # an error's frames must not hold what holds the error: it would keep models alive
 
     def _size(self, key: Key) -> int:
         return self._sources[key[0]].nbytes(key[1], self.config.head_cache_bytes)

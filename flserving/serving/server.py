@@ -10,7 +10,9 @@ import asyncio
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,7 +24,7 @@ from torch import nn
 from flserving import models
 from flserving.errors import DeadlineExceededError, FlservingError, NotFoundError, OverloadedError
 from flserving.experiments import Experiments
-from flserving.models.processing import Floats, Outputs, Several, ids_of
+from flserving.models.processing import Outputs, Several, ids_of
 from flserving.monitoring.fleet import Fleet
 from flserving.monitoring.metrics import STAGES
 from flserving.monitoring.telemetry import Telemetry
@@ -30,9 +32,10 @@ from flserving.registry.experiment import Crossroads
 from flserving.serving.batching.workers import Batcher
 from flserving.serving.cache import PredictionCache
 from flserving.serving.config import ServingConfig, deadline_s
-from flserving.serving.doors import Awaiting, Blocking, Door
-from flserving.serving.engine import Execution, InferenceEngine, Prediction, each
+from flserving.serving.engine import Execution, InferenceEngine, PersonalEngine, Prediction, each
 from flserving.serving.repository import ModelHost
+from flserving.serving.request import Request, finished
+from flserving.serving.router import Key
 from flserving.serving.synonyms import version_id_too
 
 if TYPE_CHECKING:
@@ -75,7 +78,6 @@ class ModelServer(ModelHost):
         self.telemetry = Telemetry(clock, self.config.max_batch_size, names)
         self.fleet = Fleet()
         self._batcher = Batcher(self.config, self.telemetry.execution, clock)
-        self._blocking, self._awaiting = Blocking(self), Awaiting(self)
         self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)
         if registry is not None and model is None:
             self.serve_all(registry)
@@ -116,12 +118,9 @@ class ModelServer(ModelHost):
             OverloadedError, DeadlineExceededError, ModelExecutionError,
             CorruptArtifactError, ServerClosedError: Each counted under its reason in the statistics.
         """
-        try:  # the blocking door never suspends, so one step runs the whole coroutine
-            door = self._blocking
-            self._answer(features, version, model, timeout_ms, stages, arrays, client, caller, door).send(None)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        raise AssertionError("a blocking request suspended")
+        return self.handle(
+            Request(features, version, model, timeout_ms, stages, arrays, client, caller)  # in the fields' order
+        )
 
     @version_id_too
     async def apredict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
@@ -129,7 +128,9 @@ class ModelServer(ModelHost):
                        client: str | Sequence[str] | None = None,
                        caller: str | None = None) -> dict[str, Any]:  # fmt: skip
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
-        return await self._answer(features, version, model, timeout_ms, stages, arrays, client, caller, self._awaiting)
+        return await self.ahandle(
+            Request(features, version, model, timeout_ms, stages, arrays, client, caller)  # in the fields' order
+        )
 
     @version_id_too
     def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, *, model: str | None = None,
@@ -141,133 +142,263 @@ class ModelServer(ModelHost):
         """
         several = Several(batch)
         answer = self.predict(several, version=version, model=model, timeout_ms=timeout_ms)
-        lists = {name: value for name, value in answer.items() if isinstance(value, list)}
-        answers, start = [], 0
-        for length in several.lengths:
-            stop = start + length
-            answers.append(answer | {name: values[start:stop] for name, values in lists.items()})
-            start = stop
-        return answers
+        return dealt_out(answer, several.lengths)
 
-    async def _answer(
-        self, features: Any, version: str | int | None, model: str | None, timeout_ms: float | None,
-        stages: bool, arrays: bool, client: str | Sequence[str] | None, caller: str | None, door: Door,
-    ) -> dict[str, Any]:  # fmt: skip
-        """The one path. ``door`` knows how to wait: blocking or awaiting."""
-        started_s, key, found, chosen = self._clock(), None, None, None
+    # The way of a request, blocking and awaiting
+
+    def handle(self, request: Request) -> dict[str, Any]:
+        """Answer one request, on the caller's thread. Returns and raises what :meth:`predict` does."""
+        request.started_s = self._clock()
         try:
-            deadline_s = started_s + self._timeout_s(timeout_ms)
-            key = self._router.find(version, model) or await door.find(version, model, deadline_s)
-            if isinstance(key, Crossroads):
-                key, chosen = self.experiments.choose(key, client)
-            entry = self.model_cache.acquire(key) or await door.load(key, deadline_s)
-            try:
-                engine: InferenceEngine = entry.value
-                rows = engine.preprocessor.validate(features, self.config.max_request_rows)
-                lane, slots = engine, None
-                if client is not None:
-                    lane, slots, found = self._personal(engine, client := ids_of(client, len(rows)), len(rows))
-                if caller is None and isinstance(client, str):
-                    caller = f"client {client}"
-                validated_s = looked_up_s = self._clock()
-                if self.prediction_cache is None:
-                    payload = rows if slots is None else (rows, slots)
-                    prediction = await door.run(lane, payload, len(rows), started_s, deadline_s, caller)
-                else:
-                    prediction, looked_up_s = await self._through_cache(
-                        self.prediction_cache, door, lane, rows, slots, started_s, deadline_s, client, caller
-                    )
-                answer: dict[str, Any] = prediction.arrays() if arrays else prediction.lists()
-            finally:
-                self.model_cache.release(entry)
-            answered_s = self._clock()
-            if answered_s > deadline_s:
-                raise DeadlineExceededError(
-                    f"the answer took {(answered_s - started_s) * 1e3:.1f} ms, the deadline was "
-                    f"{(deadline_s - started_s) * 1e3:.0f} ms: raise timeout_ms"
-                )
-            marks = (started_s, validated_s, looked_up_s, *prediction.execution.marks_s, answered_s)
-            self.telemetry.success("/".join(key), len(rows), marks)
-            if found is not None:
-                self.telemetry.told("head", [found] * len(rows) if isinstance(found, str) else found)
+            self._admit(request)
+            if request.lease is None:
+                self._load(request)
+            self._prepare(request)
+            if self.prediction_cache is None:
+                request.prediction = self._compute(request)
+            else:
+                self._find_or_compute(request, self.prediction_cache)
+            return self._respond(request)
         except BaseException as error:
-            gone = isinstance(error, asyncio.CancelledError | GeneratorExit)
-            reason = error.reason if isinstance(error, FlservingError) else "Cancelled" if gone else "Internal"
-            self.telemetry.failure(reason, "/".join(key or ()), self._clock() - started_s)
-            if chosen is not None:
-                self.experiments.failed(chosen, reason)
+            self._count_failure(request, error)
             raise
-        answer["latency_ms"] = (answered_s - started_s) * 1e3
-        answer["model_version"], answer["model_type"] = key[1], "global"
-        if engine.round is not None:
-            answer["round"] = engine.round
-        if found is not None:
-            answer["head"] = found
-            if slots is not None:
-                answer["model_type"] = "personal" if set(each(found)) == {"own"} else "mixed"
-        if chosen is not None:
-            answer |= self.experiments.answered(chosen, key[1], rows, prediction)
-        if stages:
-            answer["stages_ms"] = {name: (b - a) * 1e3 for name, (a, b) in zip(STAGES, pairwise(marks), strict=True)}
-        return answer
+        finally:
+            if request.lease is not None:
+                self.model_cache.release(request.lease)
+
+    async def ahandle(self, request: Request) -> dict[str, Any]:
+        """:meth:`handle` for coroutines: the same steps, and the event loop stays free while one of them waits."""
+        request.started_s = self._clock()
+        try:
+            self._admit(request)
+            if request.lease is None:
+                await self._aload(request)
+            self._prepare(request)
+            if self.prediction_cache is None:
+                request.prediction = await self._acompute(request)
+            else:
+                await self._afind_or_compute(request, self.prediction_cache)
+            return self._respond(request)
+        except BaseException as error:
+            self._count_failure(request, error)
+            raise
+        finally:
+            if request.lease is not None:
+                self.model_cache.release(request.lease)
+
+    def _admit(self, request: Request) -> None:
+        """Deadline, route, and the pin on a model that is in memory: all that takes no time."""
+        self._check_open()
+        request.deadline_s = request.started_s + self._timeout_s(request.timeout_ms)
+        key = self._router.find(request.version, request.model)
+        if key is not None:
+            self._follow_route(request, key)
+
+    def _follow_route(self, request: Request, key: Key) -> None:
+        if isinstance(key, Crossroads):
+            key, request.chosen = self.experiments.choose(key, request.client, request.identity)
+        request.key = key
+        request.lease = self.model_cache.acquire(key)
+
+    def _load(self, request: Request) -> None:
+        """Ask the registries for a version that is not known yet, then load what is not in memory."""
+        if request.key is None:
+            self._refresh(request.deadline_s)
+            self._follow_route(request, self._router.require(request.version, request.model))
+        if request.lease is None:
+            request.lease = self._load_lease(request.key, request.deadline_s)
+
+    async def _aload(self, request: Request) -> None:
+        deadline_s = request.deadline_s
+        if request.key is None:
+            await self._on_loader(deadline_s, id, self._refresh, deadline_s)
+            self._follow_route(request, self._router.require(request.version, request.model))
+        if request.lease is None:
+            came_s = self._clock()
+            release = self.model_cache.release
+            request.lease = await self._on_loader(
+                deadline_s, release, self._load_in_time, request.key, came_s, deadline_s
+            )
+
+    def _prepare(self, request: Request) -> None:
+        """Check the features, choose the heads."""
+        engine = request.lease.value
+        rows = engine.preprocessor.validate(request.features, self.config.max_request_rows)
+        request.engine = engine
+        request.rows = rows
+        request.runner = engine
+        request.payload = rows
+        if request.client is not None:
+            client = request.client = ids_of(request.client, len(rows))
+            request.runner, request.slots, request.head = self._personal(engine, client, len(rows))
+            if request.slots is not None:
+                request.payload = (rows, request.slots)
+            if request.caller is None and isinstance(client, str):
+                request.caller = f"client {client}"
+        request.prepared_s = request.looked_up_s = self._clock()
 
     def _personal(
         self, engine: InferenceEngine, client: str | tuple[str, ...], rows: int
-    ) -> tuple[Any, NDArray[np.int64] | None, str | list[str]]:
-        """Where a client's rows run: the lane, the slots of their heads (None: on the global model), what was found."""
+    ) -> tuple[InferenceEngine | PersonalEngine, NDArray[np.int64] | None, str | list[str]]:
+        """What a client's rows run on, the slots of their heads (None: on the global model), and what was found."""
         if engine.personal is None:
-            slots, found = None, "none" if isinstance(client, str) else ["none"] * rows
+            slots = None
+            found: str | list[str] = "none" if isinstance(client, str) else ["none"] * rows
         else:
             slots, found = engine.personal.choose(client, rows)
         if self.config.unknown_client == "refuse" and any(one in ("unknown", "expired", "none") for one in each(found)):
             raise NotFoundError("no personal head here for this client: train one, or let the global head answer")
-        if slots is None or (slots < 0).all():
+        if engine.personal is None or slots is None or (slots < 0).all():
             return engine, None, found
         return engine.personal, slots, found
 
-    async def _through_cache(
-        self, cache: PredictionCache[Outputs], door: Door, lane: Any, rows: Floats, slots: NDArray[np.int64] | None,
-        started_s: float, deadline_s: float, client: str | tuple[str, ...] | None, caller: str | None,
-    ) -> tuple[Prediction, float]:  # fmt: skip
-        """The prediction, and when the look-up ended. Who may find it again is in its key: the client of a personal
-        answer; and the caller, but where the setting says that all share (no name: all without one)."""
-        rows = rows.copy()  # what was hashed is what runs, whatever the caller does to its array meanwhile
-        payload = rows if slots is None else (rows, slots)
+    def _compute(self, request: Request) -> Prediction:
+        """Queue and batch, preprocess, infer, postprocess."""
+        prediction: Prediction = self._batcher.run(
+            request.runner, request.payload, len(request.rows), request.started_s, request.deadline_s, request.caller
+        )
+        return prediction
+
+    def _acompute(self, request: Request) -> Coroutine[Any, Any, Prediction]:
+        return self._batcher.arun(
+            request.runner, request.payload, len(request.rows), request.started_s, request.deadline_s, request.caller
+        )
+
+    def _respond(self, request: Request) -> dict[str, Any]:
+        """Make the answer, count the success."""
+        prediction = request.prediction
+        rows = request.rows
+        answer: dict[str, Any] = prediction.arrays() if request.arrays else prediction.lists()
+        started_s = request.started_s
+        answered_s = self._clock()
+        if answered_s > request.deadline_s:
+            raise DeadlineExceededError(
+                f"the answer took {(answered_s - started_s) * 1e3:.1f} ms, the deadline was "
+                f"{(request.deadline_s - started_s) * 1e3:.0f} ms: raise timeout_ms"
+            )
+        marks_s = (
+            *(started_s, request.prepared_s, request.looked_up_s),
+            *prediction.execution.marks_s,
+            answered_s,
+        )
+        self.telemetry.success(request.engine.served_as, len(rows), marks_s)
+        answer["latency_ms"] = (answered_s - started_s) * 1e3
+        answer["model_version"] = request.engine.version
+        answer["model_type"] = "global"
+        if request.engine.round is not None:
+            answer["round"] = request.engine.round
+        if request.head is not None:
+            self._say_head(request, answer)
+        if request.chosen is not None:
+            answer |= self.experiments.answered(request.chosen, request.engine.version, rows, prediction)
+        if request.stages:
+            spent = zip(STAGES, pairwise(marks_s), strict=True)
+            answer["stages_ms"] = {name: (end_s - start_s) * 1e3 for name, (start_s, end_s) in spent}
+        return answer
+
+    def _say_head(self, request: Request, answer: dict[str, Any]) -> None:
+        """Which heads answered a client."""
+        head = request.head
+        self.telemetry.told("head", [head] * len(request.rows) if isinstance(head, str) else head)
+        answer["head"] = head
+        if request.slots is not None:
+            answer["model_type"] = "personal" if set(each(head)) == {"own"} else "mixed"
+
+    def _count_failure(self, request: Request, error: BaseException) -> None:
+        if isinstance(error, FlservingError):
+            reason = error.reason
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+            reason = "Cancelled"
+        else:
+            reason = "Internal"
+        self.telemetry.failure(reason, "/".join(request.key or ()), self._clock() - request.started_s)
+        if request.chosen is not None:
+            self.experiments.failed(request.chosen, reason)
+
+    # The prediction cache: what was computed before is found, and what is asked twice at once is computed once
+
+    def _find_or_compute(self, request: Request, cache: PredictionCache[Outputs]) -> None:
+        request.cache_key = self._cache_key(request)
+        while not self._look_up(request, cache):
+            if request.leads:
+                with self._leading(request, cache):
+                    request.prediction = self._compute(request)
+                return
+            wait([request.flight], max(0.0, request.deadline_s - self._clock()))
+            if self._take_from_flight(request):
+                return
+
+    async def _afind_or_compute(self, request: Request, cache: PredictionCache[Outputs]) -> None:
+        request.cache_key = self._cache_key(request)
+        while not self._look_up(request, cache):
+            if request.leads:
+                with self._leading(request, cache):
+                    request.prediction = await self._acompute(request)
+                return
+            await finished(request.flight, request.deadline_s - self._clock())
+            if self._take_from_flight(request):
+                return
+
+    def _cache_key(self, request: Request) -> tuple[str, tuple[int, ...], bytes]:
+        """What determines the prediction, and who may find it again: the client of a personal answer; and the caller,
+        but where the setting says that all share (no name: all without one)."""
+        rows = request.rows = request.rows.copy()  # what is hashed is what runs, whatever becomes of the caller's array
+        request.payload = rows if request.slots is None else (rows, request.slots)
         content = hashlib.blake2b(rows.data, digest_size=32)
         apart = self.config.prediction_cache_scope == "caller"
-        scope = (client if apart or slots is not None else None, caller if apart else None)
-        if scope != (None, None):  # in the hash, as the key's size does not count in the cache's budget
-            content.update(repr(scope).encode())
-        key = (lane.identity, rows.shape, content.digest())
-        while True:
-            value, flight, leads = cache.begin(key)
-            looked_up_s = self._clock()
-            try:
-                if flight is not None and leads:
-                    try:
-                        prediction = await door.run(lane, payload, len(rows), started_s, deadline_s, caller)
-                        value = prediction.execution.outputs.copy_rows(prediction.start, prediction.stop)
-                    except BaseException as error:
-                        cancelled = OverloadedError("the request that computed this was cancelled: try again")
-                        cache.finish(key, flight, error=error if isinstance(error, Exception) else cancelled)
-                        raise
-                    # a name of any length is held as a digest: it does not count in the cache's budget either
-                    owner = None if caller is None else hashlib.blake2b(repr(caller).encode(), digest_size=16).digest()
-                    cache.finish(key, flight, value, owner=owner)
-                    return prediction, looked_up_s
-                if flight is not None:
-                    if not await door.follow(flight, deadline_s):
-                        raise DeadlineExceededError("an identical request took longer than timeout_ms: raise it")
-                    if isinstance(flight.exception(), OverloadedError | DeadlineExceededError):
-                        continue  # the leader's own bad luck: look again, and lead
-                    value = flight.result()
-            finally:
-                del flight  # an error's frames must not hold what holds the error: it would keep models alive
-            assert value is not None
-            return Prediction(Execution(value, (self._clock(),) * 4), 0, len(rows)), looked_up_s
+        client = request.client if apart or request.slots is not None else None
+        caller = request.caller if apart else None
+        if client is not None or caller is not None:  # in the hash: the key's size does not count in the cache's budget
+            content.update(repr((client, caller)).encode())
+        return request.runner.identity, rows.shape, content.digest()
+
+    def _look_up(self, request: Request, cache: PredictionCache[Outputs]) -> bool:
+        """Whether the prediction is there. Else the request leads a flight, or follows another one's."""
+        outputs, request.flight, request.leads = cache.begin(request.cache_key)
+        request.looked_up_s = self._clock()
+        if outputs is not None:
+            self._found(request, outputs)
+        return outputs is not None
+
+    def _found(self, request: Request, outputs: Outputs) -> None:
+        execution = Execution(outputs, (self._clock(),) * 4)
+        request.prediction = Prediction(execution, start=0, stop=len(request.rows))
+
+    @contextmanager
+    def _leading(self, request: Request, cache: PredictionCache[Outputs]) -> Iterator[None]:
+        """Whatever comes of the ``with`` block, those who follow are told."""
+        flight = request.flight
+        try:
+            yield
+            prediction = request.prediction
+            outputs = prediction.execution.outputs.copy_rows(prediction.start, prediction.stop)
+            owner = None
+            if request.caller is not None:  # as a digest: its length does not count in the cache's budget either
+                owner = hashlib.blake2b(repr(request.caller).encode(), digest_size=16).digest()
+            cache.finish(request.cache_key, flight, outputs, owner=owner)
+        except BaseException as error:
+            cancelled = OverloadedError("the request that computed this was cancelled: try again")
+            cache.finish(request.cache_key, flight, error=error if isinstance(error, Exception) else cancelled)
+            raise
+        finally:
+            request.flight = flight = None  # an error's frames must not hold what holds the error
+
+    def _take_from_flight(self, request: Request) -> bool:
+        """Whether the leader's prediction is there; False where its deadline or its place in the queue was its own bad
+        luck, and somebody else has to lead."""
+        flight = request.flight
+        request.flight = None
+        try:
+            if not flight.done():
+                raise DeadlineExceededError("an identical request took longer than timeout_ms: raise it")
+            if isinstance(flight.exception(), OverloadedError | DeadlineExceededError):
+                return False
+            self._found(request, flight.result())
+            return True
+        finally:
+            del flight
 
     def _timeout_s(self, timeout_ms: float | None) -> float:
-        self._check_open()
         return self.config.timeout_ms / 1e3 if timeout_ms is None else deadline_s(timeout_ms)
 
     # What operators see
@@ -310,6 +441,18 @@ class ModelServer(ModelHost):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def dealt_out(answer: dict[str, Any], lengths: Iterable[int]) -> list[dict[str, Any]]:
+    """One answer of several requests of so many rows, as one for each."""
+    lists = {name: value for name, value in answer.items() if isinstance(value, list)}
+    answers = []
+    start = 0
+    for length in lengths:
+        stop = start + length
+        answers.append(answer | {name: values[start:stop] for name, values in lists.items()})
+        start = stop
+    return answers
 
 
 # The tutorial's entrance

@@ -107,9 +107,9 @@ def test_every_state_of_the_world_leads_to_the_path_that_the_policy_says(policy,
             hybrid, row = world.hybrid(policy), SURE if sure else UNSURE
             before = paths_of(hybrid)
             if cached:
-                hybrid._policy, kept = (lambda turn: turn.remote()), hybrid._policy
+                hybrid._stands, kept = (lambda answer, threshold: False), hybrid._stands
                 assert hybrid.predict(row)["path"] == "cloud"
-                hybrid._policy = kept
+                hybrid._stands = kept
             world.now_s += age_s
             hybrid.consent, world.cloud.error = consent, None if up else ServerClosedError("away")
             local_first = sure and age_s == 0 if policy == "local_first" else head and age_s < 600
@@ -303,70 +303,18 @@ async def test_the_event_loop_goes_on_while_the_cloud_is_asked(world):
     assert (await hybrid.apredict([UNSURE, UNSURE]))["path"] == "cloud"  # nobody waits for the cancelled one
 
 
-@pytest.fixture
-def slow():
-    """A hybrid whose device answers (the row itself) when its probe is released; hedges after 1 ms."""
-    probe, cloud = Probe(), Cloud()
+def test_a_slow_device_is_waited_for():
+    probe, cloud, threads = Probe(), Cloud(), Threads()
     with EdgeModelServer(config=CONFIG) as edge:
         edge.load_model("v1", Gated(probe), output_type="regression", num_features=2)
-        with HybridServer(edge, cloud, consent=True, hedge_ms=1) as hybrid:
+        with HybridServer(edge, cloud, consent=True) as hybrid:
             probe.shut()
-            yield hybrid, probe, cloud
-            cloud.gate.set()
+            threads.start(hybrid.predict, UNSURE)
+            probe.wait_inside(1)
             probe.release()
-
-
-def test_hedging_takes_what_comes_first(slow):
-    hybrid, probe, cloud = slow
-    assert hybrid.predict(UNSURE)["path"] == "cloud"  # the device was held back
-    probe.release()
-    wait_until(lambda: probe.inside_now == 0)
-    cloud.gate.clear()
-    assert hybrid.predict(SURE)["path"] == "local"  # now the cloud is
-    assert hybrid.predict(SURE, timeout_ms=PATIENCE_S * 1e3)["predictions"] == [SURE]
-
-
-def test_hedging_waits_for_the_device_when_the_cloud_fails(slow):
-    hybrid, probe, cloud = slow
-    cloud.error = ServerClosedError("away")
-    threads = Threads()
-    threads.start(hybrid.predict, UNSURE)
-    wait_until(lambda: hybrid.breaker.stats()["failures_in_a_row"] == 1)
-    probe.release()
-    assert threads.results()[0]["path"] == "local"
-
-
-def test_hedges_that_wait_for_the_cloud_keep_no_thread_from_the_device(slow):
-    hybrid, probe, cloud = slow
-    cloud.gate.clear()
-    threads = Threads()
-    with HybridServer(hybrid.edge, cloud, consent=True, hedge_ms=1, cloud_calls=1) as one:  # two threads for steps
-        for number in range(2):
-            threads.start(one.predict, [number, 0.0])
-        wait_until(lambda: one.cloud_cache.stats()["misses"] == 2, "two that wait for the cloud")
-        probe.release()
-        assert [answer["path"] for answer in threads.results()] == ["local"] * 2
-        assert one.predict(SURE)["path"] == "local"
-        assert one.get_all_stats()["hybrid"]["cloud_refusals"] == {}, "the third did not have to wait for them"
-        cloud.gate.set()
-
-
-def test_without_hedging_a_slow_device_is_waited_for(slow):
-    hybrid, probe, cloud = slow
-    threads = Threads()
-    with HybridServer(hybrid.edge, cloud, consent=True) as patient:
-        threads.start(patient.predict, UNSURE)
-        probe.wait_inside(1)
-        probe.release()
-        assert threads.results()[0]["path"] == "local" and not cloud.asked
-
-
-def test_hedging_is_awaited_too(slow):
-    hybrid, probe, _ = slow
-    assert asyncio.run(hybrid.apredict(UNSURE))["path"] == "cloud"
-    probe.release()
-    with pytest.raises(InvalidInputError):
-        hybrid.predict("nonsense")
+            assert threads.results()[0]["path"] == "local" and not cloud.asked
+            with pytest.raises(InvalidInputError):
+                hybrid.predict("nonsense")
 
 
 # What goes wrong
@@ -421,8 +369,7 @@ def test_a_device_without_a_model_asks_the_cloud_and_says_why_it_cannot_when_tha
 @pytest.mark.parametrize(
     "options",
     [{"policy": "cloud_first"}, {"threshold": -0.1}, {"threshold": float("nan")}, {"cloud_share": 0},
-     {"cloud_share": 1}, {"hedge_ms": -1}, {"hedge_ms": True}, {"policy": "as_drawn", "hedge_ms": 5},
-     {"cache_bytes": 0}],
+     {"cloud_share": 1}, {"cache_bytes": 0}],
     ids=str,
 )  # fmt: skip
 def test_wrong_settings_are_refused(world, options):

@@ -6,7 +6,6 @@ import heapq
 import math
 import random
 import time
-from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -14,7 +13,7 @@ from torch import nn
 from flserving.errors import DeadlineExceededError, OverloadedError
 from flserving.serving import repository
 from flserving.serving.batching.policy import BatchQueue, Request
-from flserving.serving.doors import Awaiting
+from flserving.serving.repository import ModelHost
 from serving_models import row, serving
 
 DEADLINES_S = (0.06, 0.1, 0.25, 1.0, 5.0)
@@ -311,23 +310,16 @@ def test_a_load_that_waited_until_it_cannot_end_in_time_is_not_begun():
     to wait is not, when too little is left; and after a while one tries again."""
     now_s, loads = [0.0], []
 
-    class Host:
-        def __init__(self):
-            self.model_cache = ()
-            self._sources = {"m": Model(0, 0, 1, 1)}
-            self._batcher = SimpleNamespace(arun=None)
-
-        def _clock(self):
-            return now_s[0]
-
-        def _load(self, key, deadline_s):
+    class Host(ModelHost):
+        def _load_lease(self, key, deadline_s):
             loads.append(key)
             now_s[0] += 0.1
 
-    door = Awaiting(Host())
+    host = Host(clock=lambda: now_s[0])
+    host._sources["m"] = Model(0, 0, 1, 1)
 
     def ask(came_s, deadline_s):
-        door._load_in_time(("m", str(len(loads))), came_s, deadline_s)
+        host._load_in_time(("m", str(len(loads))), came_s, deadline_s)
 
     ask(0.0, 0.05)
     ask(now_s[0], now_s[0] + 0.05)
@@ -338,6 +330,7 @@ def test_a_load_that_waited_until_it_cannot_end_in_time_is_not_begun():
     now_s[0] += 2
     ask(now_s[0] - 1, now_s[0] + 0.05)
     assert len(loads) == 4
+    host.close()
 
 
 @pytest.mark.slow

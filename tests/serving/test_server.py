@@ -27,6 +27,7 @@ from flserving.errors import (
 )
 from flserving.serving import repository
 from flserving.serving.batching import workers
+from flserving.serving.request import Request
 from serving_models import (
     PATIENCE_S,
     POISON,
@@ -645,6 +646,8 @@ def public_calls(server):
     return {
         "predict": lambda: server.predict(row(0)),
         "apredict": lambda: asyncio.run(server.apredict(row(0))),
+        "handle": lambda: server.handle(Request(row(0))),
+        "ahandle": lambda: asyncio.run(server.ahandle(Request(row(0)))),
         "batch_predict": lambda: server.batch_predict([row(0)]),
         "load_model": lambda: server.load_model("v2", Tagged(), output_type="regression", num_features=2),
         "serve": lambda: server.serve(None, "digits"),
@@ -671,7 +674,7 @@ def test_a_closed_server_says_so_in_every_method(serve):
             pytest.fail(f"{name} answered")
     health = server.health_check()
     assert (health["status"], health["ready"], health["in_memory"]) == ("unavailable", False, [])
-    assert server.get_all_stats()["server"]["failed_by_reason"] == {"ServerClosed": 4}
+    assert server.get_all_stats()["server"]["failed_by_reason"] == {"ServerClosed": 6}
     public = {name for name in dir(server) if not name.startswith("_") and callable(getattr(ModelServer, name, None))}
     assert public - public_calls(server).keys() == {"close", "get_all_stats", "health_check"}, (
         "a new method: try it here"

@@ -314,16 +314,16 @@ def test_when_the_leader_is_cancelled_a_follower_takes_over(gated, when):
 @pytest.mark.parametrize("door", ["sync", "async"])
 def test_when_the_leader_is_refused_a_follower_takes_over(serve, monkeypatch, door):
     server, callers, refused = serve(Tagged()), Threads(), []
-    run = server._batcher.run
+    compute = server._compute
 
-    def refuse_once(*request):
+    def refuse_once(request):
         if not refused:
             refused.append(request)
             followers(server, 3)
             raise OverloadedError("full")
-        return run(*request)
+        return compute(request)
 
-    monkeypatch.setattr(server._blocking, "_run", refuse_once)
+    monkeypatch.setattr(server, "_compute", refuse_once)
     callers.start(server.predict, row(1))
     wait_until(lambda: refused)
     for _ in range(3):

@@ -1,0 +1,78 @@
+"""One request on its way through a server: what was asked, and what each step of the way found."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flserving.experiments.controller import Chosen
+from flserving.models.processing import Floats
+from flserving.serving.engine import InferenceEngine, PersonalEngine, Prediction
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Request:
+    """What was asked, as in :meth:`ModelServer.predict`, then what the steps of the way found.
+
+    Args:
+        identity: The client that the caller's credential names. It decides the arm of an experiment where no ``client``
+            is given, which asks for personal answers.
+        personal: False: the global model answers, on a device as well, whose client is known.
+        nested: It is a part of another request, which counts the path that its answer took.
+    """
+
+    features: Any
+    version: str | int | None = None
+    model: str | None = None
+    timeout_ms: float | None = None
+    stages: bool = False
+    arrays: bool = False
+    client: str | Sequence[str] | None = None
+    caller: str | None = None
+    identity: str | None = None
+    personal: bool = True
+    nested: bool = False
+
+    # admitted
+    started_s: float = 0.0
+    deadline_s: float = 0.0
+    key: Any = None  # (model, version); None while the routes do not know it
+    chosen: Chosen | None = None  # the arm, where the alias is in an experiment
+    lease: Any = None  # pins the model in memory; None while it is not there
+
+    # prepared
+    engine: InferenceEngine = field(init=False)
+    rows: Floats = field(init=False)
+    head: Any = None  # what was found of the client's head, or of each row's
+    slots: NDArray[np.int64] | None = None  # of the heads, one a row
+    runner: InferenceEngine | PersonalEngine = field(init=False)  # what the batch runs on
+    payload: Any = field(init=False)
+    prepared_s: float = field(init=False)
+
+    # run
+    looked_up_s: float = field(init=False)
+    cache_key: Any = None
+    flight: Any = None  # the future of an identical request at the same time
+    leads: bool = False  # whether this one computes what the others of the flight wait for
+    prediction: Prediction = field(init=False)
+
+
+async def finished(future: Future[Any], timeout_s: float) -> bool:
+    """Wait for the work of a thread or of another request; False when the time is over first."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+
+    def wake(_: object) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody waits there any more
+            loop.call_soon_threadsafe(done.set)
+
+    future.add_done_callback(wake)  # not asyncio.wrap_future: who is cancelled must not cancel the others' work
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await done.wait()
+    return future.done()
