@@ -145,8 +145,6 @@ class HybridServer:
         self._refusals = Counter[str]()
         # The rest of what a server is asked is the device's.
         self.config = edge.config
-        self.model = edge.model
-        self.client = edge.client
         self.registry = edge.registry
         self.telemetry = edge.telemetry
         self.fleet = edge.fleet
@@ -274,6 +272,16 @@ class HybridServer:
         return not self._closed and self.edge.ready
 
     @property
+    def model(self) -> str:
+        """The name of the device's model."""
+        return self.edge.model
+
+    @property
+    def client(self) -> str:
+        """Whose device it is."""
+        return self.edge.client
+
+    @property
     def unloaded(self) -> frozenset[str]:
         """As :attr:`ModelServer.unloaded`."""
         return self.edge.unloaded
@@ -333,6 +341,7 @@ class Turn:
             arrays=asked.arrays,
             client=asked.client,
             caller=asked.caller,
+            identity=asked.identity,
             personal=asked.personal,
             nested=True,
         )

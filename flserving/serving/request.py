@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flserving.experiments.controller import Chosen
 from flserving.models.processing import Floats
-from flserving.serving.engine import InferenceEngine, PersonalEngine, Prediction
+from flserving.serving.engine import Prediction
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -46,11 +46,11 @@ class Request:
     lease: Any = None  # pins the model in memory; None while it is not there
 
     # prepared
-    engine: InferenceEngine = field(init=False)
+    engine: Any = None  # the version's own
     rows: Floats = field(init=False)
     head: Any = None  # what was found of the client's head, or of each row's
     slots: NDArray[np.int64] | None = None  # of the heads, one a row
-    runner: InferenceEngine | PersonalEngine = field(init=False)  # what the batch runs on
+    runner: Any = None  # the engine that the batch runs on: the version's own, or the one of its heads
     payload: Any = field(init=False)
     prepared_s: float = field(init=False)
 

@@ -164,7 +164,7 @@ class ModelServer(ModelHost):
             raise
         finally:
             if request.lease is not None:
-                self.model_cache.release(request.lease)
+                self._release(request)
 
     async def ahandle(self, request: Request) -> dict[str, Any]:
         """:meth:`handle` for coroutines: the same steps, and the event loop stays free while one of them waits."""
@@ -184,7 +184,7 @@ class ModelServer(ModelHost):
             raise
         finally:
             if request.lease is not None:
-                self.model_cache.release(request.lease)
+                self._release(request)
 
     def _admit(self, request: Request) -> None:
         """Deadline, route, and the pin on a model that is in memory: all that takes no time."""
@@ -303,6 +303,12 @@ class ModelServer(ModelHost):
         answer["head"] = head
         if request.slots is not None:
             answer["model_type"] = "personal" if set(each(head)) == {"own"} else "mixed"
+
+    def _release(self, request: Request) -> None:
+        """Unpin the model. The request forgets it first: an evicted one must be gone when its room is given away."""
+        lease = request.lease
+        request.lease = request.engine = request.runner = None
+        self.model_cache.release(lease)
 
     def _count_failure(self, request: Request, error: BaseException) -> None:
         if isinstance(error, FlservingError):
