@@ -34,8 +34,6 @@ UPWARD: set[str] = set()
 """Imports that still run up, each to be turned round; nothing is added here."""
 CIRCLES = []
 """One idea in two files, each circle to be merged into one; nothing is added here."""
-FILES = {"api": 16}
-"""Folders with more than eleven files; every other folder has at most eleven."""
 NOT_AT_IMPORT = {
     *("pandas", "sklearn", "matplotlib", "ipywidgets", "IPython", "tqdm"),
     *("grpc", "starlette", "uvicorn", "httpx", "prometheus_client", "cryptography", "zstandard", "simpy"),
@@ -133,8 +131,7 @@ def test_a_circle_is_found_over_any_number_of_steps():
 def test_no_folder_has_more_than_eleven_files():
     for folder in {path.parent for path in MODULES.values()} - {PACKAGE / "lab", PACKAGE / "lab" / "checks"}:
         files = [path for path in folder.iterdir() if path.is_file()]
-        limit = FILES.get(folder.relative_to(PACKAGE).as_posix(), 11)
-        assert len(files) <= limit, f"{folder.name} has {len(files)} files: an idea of its own makes a folder"
+        assert len(files) <= 11, f"{folder.name} has {len(files)} files: an idea of its own makes a folder"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,9 @@
-"""The doors to a server for other processes: REST and gRPC by the Open Inference Protocol V2, and what serves them."""
+"""The network: REST and gRPC by the Open Inference Protocol V2, clients, processes and the command line.
+
+``dataplane.py`` is what both protocols do once they have read the bytes, ``rest/`` and ``grpc/`` how they read them,
+``auth.py`` who may. ``endpoint.py`` serves from a thread of this process (notebook 05), ``supervisor.py`` and
+``worker.py`` from processes of their own. ``client/`` asks. ``cli.py`` is the command; ``doctor.py`` is its check.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flserving.api.statistics import model_statistics
 from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, NotSupportedError
 from flserving.monitoring.metrics import merged
 from flserving.monitoring.telemetry import OTHER
@@ -27,6 +26,7 @@ TOLD = ("head", "path", "round", "age_s", "degraded", "arm", "receipt")
 """What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's answer."""
 Others = Callable[[], Sequence[Mapping[str, Any]]]
 """Gives the totals of the other processes behind an address."""
+_STAGES = {"queue": "queue", "compute_input": "preprocess", "compute_infer": "infer", "compute_output": "postprocess"}
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
 
 
@@ -145,7 +145,7 @@ class V2:
             else:
                 names = {f"{model}/{number}" for number in (*known[model]["versions"], OTHER)} & names
                 names = names or {"/".join(self.server.resolve(None, model))}
-        return {"model_stats": [model_statistics(name, totals) for name in sorted(names)]}
+        return {"model_stats": [_model_statistics(name, totals) for name in sorted(names)]}
 
     # The repository
 
@@ -280,3 +280,39 @@ def _tensors(signature: Signature) -> tuple[dict[str, tuple[str, list[int]]], di
     if signature.output_type == "regression":
         return inputs, {"predictions": ("FP32", [] if shape == [1] else shape)}
     return inputs, {"predictions": ("INT64", []), "confidences": ("FP32", []), "probabilities": ("FP32", shape)}
+
+
+def _duration(count: float, seconds: float) -> dict[str, int]:
+    return {"count": int(count), "ns": round(seconds * 1e9)}
+
+
+def _model_statistics(name: str, totals: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of one version in Triton's statistics, ``name`` = "model/version", from :meth:`Telemetry.totals`.
+
+    Per request: success, fail, queue and the three stages; cached answers count in none of the stages. Per execution:
+    ``batch_stats``, one entry for each number of rows that ran together. Durations are sums in nanoseconds.
+    """
+    model, _, version = name.partition("/")
+    failed = totals["failures"].get(name, {}).values()
+    fail = _duration(sum(n for n, _ in failed), sum(seconds for _, seconds in failed))
+    served = totals["versions"].get(name) or {}
+    stages, cache, batches = served.get("stages", {}), served.get("cache", {}), served.get("batches", {})
+    return {
+        "name": model,
+        "version": version,
+        "last_inference": served.get("last_inference_ms", 0),
+        "inference_count": sum(int(rows) * runs[0] for rows, runs in batches.items()),
+        "execution_count": sum(runs[0] for runs in batches.values()),
+        "inference_stats": {
+            "success": _duration(served.get("requests", 0), served.get("seconds", 0)),
+            "fail": fail,
+            **{theirs: _duration(*stages.get(ours, (0, 0))) for theirs, ours in _STAGES.items()},
+            "cache_hit": _duration(*cache.get("hit", (0, 0))),
+            "cache_miss": _duration(*cache.get("miss", (0, 0))),
+        },
+        "batch_stats": [
+            {"batch_size": int(rows)}
+            | {name: _duration(runs[0], s) for name, s in zip(list(_STAGES)[1:], runs[1:], strict=True)}
+            for rows, runs in batches.items()
+        ],
+    }

@@ -18,8 +18,8 @@ import budget
 from edge_cloud import Between, X, cloud, publish
 from flserving import Registry
 from flserving.api import cli
+from flserving.api.cli import _keep_up, _say
 from flserving.api.client import Client
-from flserving.api.edge_process import _keep_up, _say
 from flserving.edge.sync import Pulled
 from flserving.errors import FlservingError, ServerClosedError
 from serving_models import PATIENCE_S, wait_until
