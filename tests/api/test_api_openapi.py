@@ -1,5 +1,6 @@
 """The OpenAPI document: valid, complete, true of the server, and readable without a network."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from schemathesis import checks
 
+import openapi_document
 from budget import examples
 from flserving.api.auth import Role, Tokens
 from flserving.api.dataplane import V2
@@ -49,8 +51,14 @@ def test_every_route_does_what_the_document_says(described, o):
     conforms()
 
 
+def test_the_file_is_what_the_routes_and_messages_make_of_it():
+    remade = openapi_document.text()
+    same = document().decode() == remade
+    assert same, "routes or messages changed: run python tests/support/openapi_document.py and commit what it writes"
+
+
 def test_every_route_and_status_is_in_the_document():
-    doc = document()
+    doc = json.loads(document())
     assert {(o.method.lower(), o.path) for o in OPERATIONS} == {
         (method, path) for path, methods in doc["paths"].items() for method in methods
     }

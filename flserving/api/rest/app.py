@@ -194,7 +194,7 @@ class RestApp:
         return Response(content, media_type=media_type)
 
     async def _document(self, request: Request) -> Any:
-        return document()
+        return Response(document(), media_type="application/json")
 
     async def _page(self, request: Request) -> Any:
         policy = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
