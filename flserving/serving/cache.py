@@ -36,19 +36,22 @@ class Lease:
 class ModelCache:
     """Least-recently-used models, bounded by count and by bytes, never above either.
 
-    A model in use is *pinned* (:meth:`lease`) and stays in memory. Who needs room while everything is pinned waits in
-    line; after ``PATIENCE_S`` the coldest take no new users, or models in steady use would never leave.
-    Concurrent misses of one key load once. A load has its room before it reads a byte, so loads under way count like
-    models that are here, and what can never fit is refused unread. A load that fails gives its room back and is not
-    remembered.
+    A model in use is *pinned* (:meth:`lease`) and stays in memory; of the others the coldest goes. Who needs room while
+    everything is pinned waits for it, until the deadline. Concurrent misses of one key load once. A load has its room
+    before it reads a byte, so loads under way count like models that are here, and what can never fit is refused
+    unread. A load that fails gives its room back and is not remembered.
 
     Args:
         max_size: Most models held. ``max_bytes``: most bytes held; None means no byte budget.
 
     Thread-safe; a hit costs one short lock (about 0.5 us).
-    """
 
-    PATIENCE_S = 0.05
+    Example::
+
+        cache = ModelCache(max_size=2)
+        with cache.lease("v1", load=lambda: load_engine(source, "v1", config)) as engine:
+            engine.predict(rows)
+    """
 
     def __init__(self, max_size: int = 5, max_bytes: int | None = None, clock: Clock = time.monotonic) -> None:
         if any(type(most) is not int or most < 1 for most in (max_size, 1 if max_bytes is None else max_bytes)):
@@ -60,7 +63,6 @@ class ModelCache:
         self._loading: dict[Hashable, Future[None]] = {}
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
-        self._line: list[object] = []  # who waits for room, first come first served
         forks.in_child(self, ModelCache._begin_anew)
         self.nbytes = self.hits = self.misses = self.evictions = self.loads = self.failed_loads = 0
 
@@ -191,8 +193,7 @@ class ModelCache:
         self._leaving = set()
         self._arriving = set()
         self._loading = {}
-        self._line = []
-        self.nbytes = sum(map(_held, self._entries.values()))
+        self.nbytes = sum(entry.nbytes for entry in self._entries.values())
 
     # The rest runs under the lock.
     def _hit(self, key: Hashable) -> Lease | None:
@@ -207,10 +208,12 @@ class ModelCache:
         """Give ``place`` so many bytes, as soon as they are free; a new one gets itself, too."""
         if self.max_bytes is not None and nbytes > self.max_bytes:
             raise ModelTooLargeError(f"{key!r} needs {nbytes:,} B of {self.max_bytes:,} B in all: raise cache_bytes")
-        if place not in self._arriving:
-            self._wait_for_room(len(self._line), key, place, nbytes, deadline)
-        elif nbytes > place.nbytes:  # before everybody else: they may wait for this very place
-            self._wait_for_room(0, key, place, nbytes, deadline)
+        while not self._make_room(key, place, nbytes):
+            left_s = deadline - self._clock()
+            if left_s <= 0:
+                used = f"{self.nbytes:,} B in memory, too many of them in use"
+                raise OverloadedError(f"no room for {key!r}: {used}: raise cache_size or cache_bytes")
+            self._released.wait(left_s)
         self._arriving.add(place)
         self.nbytes += nbytes - place.nbytes
         place.nbytes = nbytes
@@ -231,25 +234,6 @@ class ModelCache:
             self.nbytes -= place.nbytes
             self._released.notify_all()
 
-    def _wait_for_room(self, position: int, key: Hashable, place: Lease, nbytes: int, deadline: float) -> None:
-        """Stand in line until ``place`` can have ``nbytes``."""
-        self._line.insert(position, me := object())
-        drain_at = self._clock() + self.PATIENCE_S
-        try:
-            while self._line[0] is not me or not self._make_room(key, place, nbytes):
-                until = min(deadline, drain_at)
-                if self._released.wait(max(0.0, until - self._clock())) and self._clock() < until:
-                    continue
-                if until == deadline:
-                    used = f"{self.nbytes:,} B in memory, too many of them in use"
-                    raise OverloadedError(f"no room for {key!r}: {used}: raise cache_size or cache_bytes")
-                drain_at += self.PATIENCE_S
-                if self._line[0] is me:
-                    self._drain(nbytes)
-        finally:
-            self._line.remove(me)
-            self._released.notify_all()
-
     def _make_room(self, key: Hashable, place: Lease, nbytes: int) -> bool:
         """Drop what ``key`` holds now, and the coldest until ``nbytes`` fit; if they cannot, drop nothing."""
         size = len(self._entries) + len(self._leaving) + len(self._arriving | {place})
@@ -258,22 +242,17 @@ class ModelCache:
         for candidate in sorted(self._entries, key=lambda k: k != key):  # a stable sort: then coldest first
             if self._fits(size, held):
                 break
-            if not (entry := self._entries[candidate]).pins:
+            entry = self._entries[candidate]
+            if not entry.pins:
                 leave.add(candidate)
                 size -= 1
                 held -= entry.nbytes
-        if fits := self._fits(size, held):
-            for candidate in (leave | {key}) & self._entries.keys():
-                self.evictions += candidate != key
-                self._drop(candidate)
-        return fits
-
-    def _drain(self, nbytes: int) -> None:
-        """Let the coldest take no new users until there will be room for ``nbytes``. Loads under way are not counted:
-        what they bring can be drained when it is here."""
-        while self._entries and not self._fits(len(self._entries) + 1, sum(map(_held, self._entries.values()), nbytes)):
-            self._drop(next(iter(self._entries)))
-            self.evictions += 1
+        if not self._fits(size, held):
+            return False
+        for candidate in (leave | {key}) & self._entries.keys():
+            self.evictions += candidate != key
+            self._drop(candidate)
+        return True
 
     def _fits(self, size: int, nbytes: int) -> bool:
         return size <= self.max_size and (self.max_bytes is None or nbytes <= self.max_bytes)
@@ -284,10 +263,6 @@ class ModelCache:
             self._leaving.add(entry)
         else:
             self.nbytes -= entry.nbytes
-
-
-def _held(entry: Lease) -> int:
-    return entry.nbytes
 
 
 class _Shelf:

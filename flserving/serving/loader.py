@@ -1,22 +1,19 @@
 """From a stored version to an engine that is ready: read, verify, build, load strictly, check, freeze, warm up.
 
 Two sources, one way to load: :class:`RegistrySource` (durable versions of a registry) and :class:`ModuleStore` (any
-module that a notebook hands to a server, kept in a temporary directory, so that it too can be evicted and come back).
+module that a notebook hands to a server: a copy is kept, so that it too can be evicted and come back).
 """
 
 import hashlib
-import itertools
 import json
-import os
 import re
+import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -27,14 +24,12 @@ from flserving.errors import (
     InvalidModelError,
     ModelExecutionError,
     NotFoundError,
-    ServerClosedError,
 )
 from flserving.models.probing import check_rows, tolerance_of
 from flserving.models.processing import Postprocessor, Preprocessor
-from flserving.models.weights import first_non_finite
+from flserving.models.weights import as_bytes, first_non_finite
 from flserving.registry.heads import HeadStore
 from flserving.registry.manifest import Signature
-from flserving.registry.storage import own_folder
 from flserving.serving.cache import nbytes_of
 from flserving.serving.config import ServingConfig
 from flserving.serving.engine import InferenceEngine, PersonalEngine, copy_of
@@ -81,7 +76,8 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
     more when a process loads it for the first time.
     """
     parts = source.parts(version)
-    if (odd := first_non_finite(parts.tensors)) is not None:
+    odd = first_non_finite(parts.tensors)
+    if odd is not None:
         raise CorruptArtifactError(f"version {version!r}: weights {odd!r} are not finite: publish a sound version")
     engine = InferenceEngine(
         parts.module,
@@ -107,7 +103,9 @@ def _probe(parts: Parts, engine: InferenceEngine) -> None:
     if parts.probed or key in _probed:
         return
     width = engine.preprocessor.num_features
-    shape = engine.preprocessor.input_shape or (() if width is None else (width,))
+    shape = engine.preprocessor.input_shape or ()
+    if not shape and width is not None:
+        shape = (width,)
     try:
         check_rows(engine.model, shape, tolerance_of(engine.model))
     except InvalidModelError as error:
@@ -140,12 +138,12 @@ class RegistrySource:
             raise CorruptArtifactError(
                 f"{self.name} version {version} does not fit its architecture {manifest.architecture!r}: {error}"
             ) from None
+        preprocessor = Preprocessor(input_shape=manifest.signature.input_shape)
         statistics = manifest.preprocessing
-        preprocessor = Preprocessor(
-            mean=statistics.mean if statistics else None,
-            std=statistics.std if statistics else None,
-            input_shape=manifest.signature.input_shape,
-        )
+        if statistics is not None:
+            preprocessor = Preprocessor(
+                mean=statistics.mean, std=statistics.std, input_shape=manifest.signature.input_shape
+            )
         postprocessor = Postprocessor(manifest.signature.output_type, self.threshold)
         code = f"{manifest.architecture} {json.dumps(manifest.parameters, sort_keys=True)}"
         digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
@@ -162,7 +160,9 @@ class RegistrySource:
                 nbytes = nbytes_of(models.build(manifest.architecture, manifest.parameters))
         except Exception:  # one that cannot be built without memory; whatever else is wrong, the load tells
             nbytes = manifest.weights_nbytes
-        return nbytes + (HeadStore.nbytes_of(manifest.heads, head_cache_bytes) if manifest.heads else 0)
+        if manifest.heads is not None:
+            nbytes += HeadStore.nbytes_of(manifest.heads, head_cache_bytes)
+        return nbytes
 
     def signature(self, version: str) -> Signature:
         return self.registry.manifest(self.name, int(version)).signature
@@ -173,39 +173,20 @@ class RegistrySource:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stored:
-    structure: nn.Module  # on the meta device: layers and attributes, no weights
-    code: list[Any]  # see _code
-    file: Path
-    digest: str
+    module: nn.Module  # a copy of our own
     preprocessor: Preprocessor
     postprocessor: Postprocessor
-
-    def answers_as(self, other: "_Stored") -> bool:
-        mine, theirs = (
-            (
-                it.digest,
-                it.code,
-                it.preprocessor.digest,
-                it.preprocessor.num_features,
-                it.preprocessor.input_shape,
-                it.postprocessor.policy,
-            )
-            for it in (self, other)
-        )
-        return mine == theirs
+    content: tuple[Any, ...]  # all that its answers depend on, to be compared
+    digest: str
 
 
 class ModuleStore:
-    """Versions of any ``nn.Module``, without a registry: the structure in memory, the weights in a temporary directory.
+    """Versions of any ``nn.Module``, without a registry: a copy of each, from which engines are made.
 
-    Its content lives as long as the process; a durable version needs an allow-listed architecture and a registry.
+    Its content lives as long as the store; a durable version needs an allow-listed architecture and a registry.
     """
 
     def __init__(self) -> None:
-        self._folder: Path | None = None  # made when something is put there: one who is killed leaves none behind
-        self._closed = False
-        self._remove: Callable[[], object] = tuple
-        self._numbers = itertools.count()
         self._stored: dict[str, _Stored] = {}
         self._signatures: dict[str, Signature] = {}
         self._adding = threading.Lock()
@@ -215,74 +196,40 @@ class ModuleStore:
         return list(self._stored)
 
     def add(self, version: str, module: nn.Module, preprocessor: Preprocessor, postprocessor: Postprocessor) -> None:
-        """Store a module under a new version id. The module is read, never changed.
+        """Store a copy of a module under a new version id. The module is read, never changed.
 
         Raises:
             InvalidModelError: Not a module, an id outside ``[A-Za-z0-9._-]`` or "default", an unknown input width, it
                 fails on one row, or its rows see each other.
             ConflictError: The id is taken by another model (a version never changes); the same again is fine.
+
+        Example: ``store.add("v1", nn.Linear(8, 3), Preprocessor(num_features=8), Postprocessor())``
         """
         if not isinstance(module, nn.Module):
             raise InvalidModelError(f"model is a {type(module).__name__}: pass a torch.nn.Module")
-        if not isinstance(version, str) or not _VERSION_ID.fullmatch(version) or ".." in version:
-            raise InvalidModelError(
-                f"version id {version!r}: use up to 64 letters, digits and . _ -, starting with a letter or digit"
-            )
-        if version == DEFAULT:
-            raise InvalidModelError(f"version id {version!r} is the alias of the version that answers: choose another")
+        _check_id(version)
         if preprocessor.num_features is None:
             preprocessor = Preprocessor(num_features=input_width(module))
-        try:
-            tensors = _named_tensors(module)
-            data = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors})
-            structure = copy_of(module, {id(t): _like(t, t.detach().to("meta")) for _, t in tensors})
-        except Exception as error:
-            raise InvalidModelError(f"cannot store the {type(module).__name__}: {error}") from error
-        file = self._make_folder() / f"{os.getpid()}-{next(self._numbers)}.safetensors"  # a forked child adds here too
-        digest = hashlib.sha256(data).hexdigest()
-        stored = _Stored(structure, _code(module), file, digest, preprocessor, postprocessor)
+        stored = _stored(module, preprocessor, postprocessor)
         with self._adding:
-            if (held := self._stored.get(version)) is not None:
-                if held.answers_as(stored):
+            held = self._stored.get(version)
+            if held is not None:
+                if held.content == stored.content:
                     return
                 raise ConflictError(f"version {version!r} exists and versions do not change: choose another id")
+            self._stored[version] = stored
             try:  # one row through a copy, so that a wrong width is told now and not to the first caller
-                file.write_bytes(data)
-                self._stored[version] = stored
                 engine = load_engine(self, version, ServingConfig(warmup_samples=1, max_batch_size=1))
                 self._signatures[version] = _signature_of(engine)
             except BaseException as error:
-                self._stored.pop(version, None)
-                file.unlink(missing_ok=True)
+                del self._stored[version]
                 if not isinstance(error, Exception):
                     raise
-                name, shape = type(module).__name__, preprocessor.input_shape or [preprocessor.num_features]
-                if isinstance(error.__cause__, InvalidModelError):  # the probe's: it does answer a row
-                    raise InvalidModelError(f"the {name} cannot be served: {error.__cause__}") from error
-                raise InvalidModelError(
-                    f"the {name} does not answer a row of {preprocessor.num_features} features "
-                    f"({error.__cause__ or error}): it must take float32 [N, {', '.join(map(str, shape))}]; pass "
-                    "num_features or input_shape where that is wrong"
-                ) from error
-
-    def close(self) -> None:
-        """Remove the folder, which also happens when the store is forgotten, and at exit. Idempotent."""
-        with self._adding:
-            self._closed = True
-        self._remove()
-
-    def _make_folder(self) -> Path:
-        with self._adding:
-            if self._folder is None:
-                if self._closed:
-                    raise ServerClosedError("the store of models was closed: open a new one")
-                folder, self._remove = own_folder(self, "flserving-")
-                self._folder = Path(folder)
-            return self._folder
+                raise _unfit(module, preprocessor, error) from error
 
     def nbytes(self, version: str, head_cache_bytes: int) -> int:
         """As :meth:`RegistrySource.nbytes`."""
-        return nbytes_of(self._find(version).structure)
+        return nbytes_of(self._find(version).module)
 
     def signature(self, version: str) -> Signature:
         self._find(version)
@@ -294,26 +241,57 @@ class ModuleStore:
 
     def parts(self, version: str) -> Parts:
         stored = self._find(version)
-        try:
-            data = stored.file.read_bytes()
-        except OSError as error:
-            raise CorruptArtifactError(
-                f"version {version!r}: its temporary file is gone ({error.strerror}): load the module again"
-            ) from None
-        if hashlib.sha256(data).hexdigest() != stored.digest:
-            raise CorruptArtifactError(f"version {version!r}: its temporary file was changed: load the module again")
-        tensors = safetensors.torch.load(data)
-        places = {id(place): _like(place, tensors[name]) for name, place in _named_tensors(stored.structure)}
-        module = copy_of(stored.structure, places)
-        finite = dict(module.named_parameters())  # a buffer may be a mask of minus infinities
-        digest = f"{stored.digest}/{stored.file.stem}"  # no text tells all of a module's code: never shared
-        probed = version in self._signatures  # it was added
-        return Parts(module, finite, stored.preprocessor, stored.postprocessor, digest, probed=probed)
+        module = copy_of(stored.module)
+        return Parts(
+            module,
+            dict(module.named_parameters()),  # a buffer may be a mask of minus infinities
+            stored.preprocessor,
+            stored.postprocessor,
+            stored.digest,
+            probed=version in self._signatures,  # it was added
+        )
 
     def _find(self, version: str) -> _Stored:
-        if (stored := self._stored.get(version)) is None:
+        stored = self._stored.get(version)
+        if stored is None:
             raise NotFoundError(f"no version {version!r}: loaded are {', '.join(self._stored) or 'none'}")
         return stored
+
+
+def _check_id(version: object) -> None:
+    if not isinstance(version, str) or not _VERSION_ID.fullmatch(version) or ".." in version:
+        raise InvalidModelError(
+            f"version id {version!r}: use up to 64 letters, digits and . _ -, starting with a letter or digit"
+        )
+    if version == DEFAULT:
+        raise InvalidModelError(f"version id {version!r} is the alias of the version that answers: choose another")
+
+
+def _stored(module: nn.Module, before: Preprocessor, after: Postprocessor) -> _Stored:
+    try:
+        content = (
+            _weights_digest(module),
+            _code(module),
+            (before.digest, before.num_features, before.input_shape),
+            after.policy,
+        )
+        copy = copy_of(module)
+    except Exception as error:
+        raise InvalidModelError(f"cannot store the {type(module).__name__}: {error}") from error
+    digest = secrets.token_hex(32)  # no text tells all of a module's code: never shared
+    return _Stored(copy, before, after, content, digest)
+
+
+def _unfit(module: nn.Module, preprocessor: Preprocessor, error: Exception) -> InvalidModelError:
+    """Why a module that was just stored cannot be served."""
+    name = type(module).__name__
+    if isinstance(error.__cause__, InvalidModelError):  # the probe's: it does answer a row
+        return InvalidModelError(f"the {name} cannot be served: {error.__cause__}")
+    shape = preprocessor.input_shape or [preprocessor.num_features]
+    return InvalidModelError(
+        f"the {name} does not answer a row of {preprocessor.num_features} features ({error.__cause__ or error}): it "
+        f"must take float32 [N, {', '.join(map(str, shape))}]; pass num_features or input_shape where that is wrong"
+    )
 
 
 Source: TypeAlias = RegistrySource | ModuleStore
@@ -346,14 +324,14 @@ def input_width(module: nn.Module) -> int:
     )
 
 
-def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer, also those that ``state_dict`` leaves out; a shared one under each of its names."""
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-
-
-def _like(original: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``values`` as a frozen parameter where ``original`` is a parameter."""
-    return nn.Parameter(values, requires_grad=False) if isinstance(original, nn.Parameter) else values
+def _weights_digest(module: nn.Module) -> str:
+    """sha256 of every parameter and buffer, also of those that ``state_dict`` leaves out."""
+    sha = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        values = tensor.detach().cpu().contiguous()
+        sha.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
+        sha.update(as_bytes(values))
+    return sha.hexdigest()
 
 
 def _code(module: nn.Module) -> list[Any]:

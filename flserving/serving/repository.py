@@ -346,12 +346,11 @@ class ModelHost:
             pass
 
     def close(self) -> None:
-        """Forget the models and delete the temporary store. Idempotent."""
+        """Forget the models. Idempotent."""
         self._closed = True
         self._router.close()
         self._loaders.shutdown(wait=True)
         self.model_cache.clear()
-        self._store.close()
 
 
 def _preprocessor(

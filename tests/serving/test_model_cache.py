@@ -54,11 +54,14 @@ class Watched(ModelCache):
         self.most_bytes = max(self.most_bytes, value)
         self.most_models = max(self.most_models, len(self._entries) + len(self._leaving) + len(self._arriving))
 
-    PATIENCE_S = 3600  # tests that mean it set it lower
-
     def _make_room(self, key: Any, place: Lease, nbytes: int) -> bool:
         self.looks_for_room += 1
         return super()._make_room(key, place, nbytes)
+
+
+def waiters(cache: ModelCache) -> int:
+    """How many wait for room."""
+    return len(cache._released._waiters)
 
 
 def keys(cache: ModelCache) -> list[Any]:
@@ -139,10 +142,9 @@ def test_holds_the_same_models_in_the_same_order_as_cachetools(max_size, max_byt
     assert keys(ours) == [oracle.popitem()[0] for _ in range(len(oracle))]
 
 
-@pytest.mark.parametrize("disturbed", [False, True], ids=["leases", "leases, puts, clears and impatience"])
+@pytest.mark.parametrize("disturbed", [False, True], ids=["leases", "leases, puts and clears"])
 def test_is_never_above_budget_and_never_evicts_what_is_in_use_under_eight_threads(disturbed, threads):
     cache = Watched(max_size=4, max_bytes=100)
-    cache.PATIENCE_S = 0.002 if disturbed else 3600
     sizes = {key: 5 + 7 * key for key in range(10)}  # 5 ... 68 bytes: sometimes one fits, sometimes four
     barrier = threading.Barrier(8)
 
@@ -199,14 +201,14 @@ def test_who_needs_room_waits_for_it_and_gets_it(threads):
     cache = Watched(3, max_bytes=10)
     held = cache.load("a", lambda: Model(6)), cache.load("b", lambda: Model(4))
     waiting = threads.submit(lambda: cache.load("c", lambda: Model(5), SOON_S))
-    eventually(lambda: len(cache._line) == 1)
+    eventually(lambda: waiters(cache) == 1)
     looks = cache.looks_for_room
     cache.release(held[1])  # 4 bytes are not enough
-    eventually(lambda: cache.looks_for_room > looks and len(cache._line) == 1)
+    eventually(lambda: cache.looks_for_room > looks and waiters(cache) == 1)
     assert not waiting.done() and "b" in cache, "what does not help is not evicted"
     cache.release(held[0])
     assert waiting.result(SOON_S).value.nbytes == 5
-    assert keys(cache) == ["b", "c"] and cache.most_bytes <= 10 and not cache._line
+    assert keys(cache) == ["b", "c"] and cache.most_bytes <= 10
 
 
 def test_who_gets_no_room_in_time_is_told_and_nothing_is_lost():
@@ -231,28 +233,11 @@ def test_who_gets_no_room_in_time_is_told_and_nothing_is_lost():
     }  # fmt: skip
 
 
-def test_models_in_steady_use_make_room_for_who_waits_too_long(threads):
-    cache = Watched(2, max_bytes=10)
-    cache.PATIENCE_S = 0.01
-    leases = [cache.load("colder", lambda: Model(5)), cache.load("hotter", lambda: Model(5))]
-    waiting = threads.submit(lambda: cache.load("new", lambda: Model(4), SOON_S))
-    eventually(lambda: "colder" not in cache)  # takes no new users ...
-    assert cache.acquire("colder") is None and leases[0].value.nbytes == 5 and not waiting.done()
-    assert cache.nbytes == 10, "... but is in memory until its last user is done"
-    for _ in range(3):  # nobody takes more than is needed, however long it lasts
-        leases.append(cache.acquire("hotter"))
-        time.sleep(0.02)
-    assert all(leases) and cache.evictions == 1
-    cache.release(leases[0])
-    assert waiting.result(SOON_S).value.nbytes == 4 and keys(cache) == ["hotter", "new"]
-    assert (cache.most_bytes, cache.most_models, cache.nbytes) == (10, 2, 9) and not cache._leaving
-
-
-def test_a_cache_that_has_patience_lets_models_in_use_be_used(threads):
+def test_a_model_in_use_takes_new_users_while_somebody_waits_for_room(threads):
     cache = Watched(1)
     first = cache.load("a", Model)
     waiting = threads.submit(lambda: cache.load("b", Model, 0.2))
-    eventually(lambda: len(cache._line) == 1)
+    eventually(lambda: waiters(cache) == 1)
     second = cache.acquire("a")
     assert second is first and first.pins == 2
     with pytest.raises(OverloadedError):
@@ -261,29 +246,15 @@ def test_a_cache_that_has_patience_lets_models_in_use_be_used(threads):
     assert keys(cache) == ["a"] and cache.evictions == 0
 
 
-def test_room_goes_to_who_waited_first(threads):
-    cache = Watched(1)
-    held, line = cache.load("a", Model), []
-    for place, key in enumerate("bcd", 1):
-        line.append(threads.submit(lambda key=key: cache.load(key, Model, SOON_S)))
-        eventually(lambda: len(cache._line) == place)  # noqa: B023
-    with pytest.raises(OverloadedError):
-        cache.put("e", Model())  # does not push in
-    for waiting in line:
-        cache.release(held)
-        held = waiting.result(SOON_S)
-    assert keys(cache) == ["d"] and not cache._line and cache.most_models == 1
-
-
-def test_who_leaves_the_line_lets_the_next_one_in(threads):
+def test_who_fits_does_not_wait_for_who_does_not(threads):
     cache = Watched(2, max_bytes=10)
     lease = cache.load("a", lambda: Model(6))
-    large = threads.submit(cache.load, "large", lambda: Model(9), 0.1)
-    eventually(lambda: len(cache._line) == 1)
-    small = threads.submit(lambda: cache.load("small", lambda: Model(4), SOON_S))
+    large = threads.submit(cache.load, "large", lambda: Model(9), 0.5)
+    eventually(lambda: waiters(cache) == 1)
+    assert cache.load("small", lambda: Model(4), SOON_S).value.nbytes == 4
     with pytest.raises(OverloadedError):
         large.result(SOON_S)
-    assert small.result(SOON_S).value.nbytes == 4 and lease.value.nbytes == 6 and cache.nbytes == 10
+    assert lease.value.nbytes == 6 and cache.nbytes == 10
 
 
 def test_concurrent_misses_of_one_key_load_once(threads):
@@ -368,7 +339,7 @@ def in_flight(cache: ModelCache, threads: ThreadPoolExecutor, sizes: list[int], 
             return model.nbytes
 
     asked = [threads.submit(ask, place, nbytes) for place, nbytes in enumerate(sizes)]
-    eventually(lambda: len(began) + len(cache._line) == len(sizes))
+    eventually(lambda: len(began) + waiters(cache) == len(sizes))
     early = len(began)
     gate.set()
     return early, [each.result(SOON_S) for each in asked]
@@ -407,12 +378,12 @@ def test_what_came_counts_and_not_what_was_told(told, came):
 
 
 def test_a_load_that_turns_out_larger_waits_for_nobody_who_waits_for_it(threads):
-    """One place: who is next in line waits for the load under way, which needs more bytes than it was told."""
+    """One place: somebody waits for the load under way, which needs more bytes than it was told."""
     cache, gate = Watched(1, max_bytes=10), threading.Event()
     first = threads.submit(cache.load, "a", lambda: gate.wait(SOON_S) and Model(9), SOON_S, lambda: 1)
     eventually(lambda: bool(cache._arriving))
     second = threads.submit(cache.load, "b", Model, SOON_S, lambda: 1)
-    eventually(lambda: len(cache._line) == 1)
+    eventually(lambda: waiters(cache) == 1)
     gate.set()
     cache.release(first.result(SOON_S))
     assert second.result(SOON_S).value.nbytes == 1 and keys(cache) == ["b"]
@@ -428,7 +399,7 @@ def test_a_load_that_fails_gives_its_room_back(error, where):
 
     with pytest.raises(type(error)):
         cache.load("k", fail, size=fail if where == "size" else lambda: 10)
-    assert (cache.nbytes, len(cache), cache._arriving, cache._line) == (0, 0, set(), [])
+    assert (cache.nbytes, len(cache), cache._arriving) == (0, 0, set())
     cache.put("next", Model(10))
 
 
@@ -471,7 +442,7 @@ def test_a_model_cleared_while_in_use_goes_when_it_is_released(threads):
     assert (len(cache), cache.nbytes, cache.get("a")) == (0, 6, None), "still in memory, so still counted"
     assert lease.value.nbytes == 6
     waiting = threads.submit(lambda: cache.load("c", lambda: Model(5), SOON_S))
-    eventually(lambda: len(cache._line) == 1)
+    eventually(lambda: waiters(cache) == 1)
     cache.release(lease)
     assert waiting.result(SOON_S) and cache.nbytes == 5 and cache.most_bytes <= 10
 
