@@ -1,11 +1,10 @@
 """Personal heads: what a version may carry beside its weights, and the store of a loaded version's heads.
 
-On disk they are one file (``headfile.py``); in memory are its index and the heads that were used last.
+On disk they are one file (``headfile.py``); in memory is its index, and the heads that were used if all of them may be.
 """
 
 import hashlib
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flserving import forks
 from flserving.errors import InvalidModelError
 from flserving.models import weights
 from flserving.registry import storage
@@ -183,7 +181,8 @@ def _as_matrix(state: Mapping[str, Tensor]) -> NDArray[np.float32]:
 
 
 class HeadStore:
-    """An opened file of heads: the index in memory, the hottest heads beside it, the rest on the disk. Thread-safe.
+    """An opened file of heads: the index in memory; the heads too if they fit the budget, else each is read when its
+    client comes. Thread-safe.
 
     Args:
         root, relative: The file; messages name the latter only.
@@ -206,34 +205,34 @@ class HeadStore:
         self._expires_s = math.inf if at is None else datetime.fromisoformat(at).timestamp()
         self.layout, self.num_heads, self.digest = entry.layout, entry.num_heads, entry.index_sha256
         self.inputs, self.outputs = entry.inputs, entry.outputs
-        self._width, self._neutral = neutral.numel(), neutral.reshape(-1)
-        self._file, self._lock = HeadFile(root, relative, entry, digest), threading.Lock()
-        forks.fresh_locks_in_child(self, "_lock")
+        self._width = neutral.numel()
+        self._file = HeadFile(root, relative, entry, digest)
+        self._neutral = torch.zeros(self._file.stride // 4)
+        self._neutral[: self._width] = neutral.reshape(-1)
+        self._rows: Tensor | None = None
         self.resize(256 << 20)
 
     def resize(self, budget_nbytes: int) -> None:
-        """Keep at most this many bytes of heads in memory, at least one; call it before the first use."""
-        capacity = min(self.num_heads, max(1, budget_nbytes // self._file.stride))
-        self._hot = torch.empty(capacity + 2, self._file.stride // 4)  # virtual memory until it is written to
-        self._hot[capacity:, : self._width] = self._neutral
-        self._absent = capacity + 1
-        self._place = np.full(self.num_heads + 3, self._absent, np.int64)  # slot -> row of _hot
-        self._place[[UNKNOWN, STALE, EXPIRED]] = capacity
-        self._holds = np.full(capacity, UNKNOWN, np.int64)  # row of _hot -> slot
-        self._used = np.zeros(capacity + 2, np.int64)  # row of _hot -> turn of its last use
-        self._free, self._turn = np.arange(capacity), 0
-        tables = (self._hot, self._place, self._holds, self._used, self._free)
-        self.nbytes = self._file.nbytes + sum(table.nbytes for table in tables)
+        """Keep heads in memory if all of them fit into so many bytes; call it before the first use."""
+        self._rows = None
+        self.nbytes = self._file.nbytes
+        nbytes = _rows_nbytes(self.num_heads, self._file.stride)
+        if nbytes <= budget_nbytes:
+            self._rows = torch.empty(self.num_heads + 1, self._file.stride // 4)  # virtual memory until it is written
+            self._rows[-1] = self._neutral
+            self._here = np.zeros(self.num_heads + 1, bool)
+            self._here[-1] = True
+            self.nbytes += nbytes
 
     @staticmethod
     def nbytes_of(entry: HeadsEntry, budget_nbytes: int) -> int:
         """What ``nbytes`` of a store will be after :meth:`resize`, from its manifest entry alone."""
-        capacity = min(entry.num_heads, max(1, budget_nbytes // stride(entry)))
         index = entry.nbytes - ALIGNMENT - entry.num_heads * stride(entry)
         fits = entry.num_heads
-        hot = (capacity + 2) * stride(entry)
-        tables = 8 * (entry.num_heads + 3) + 8 * capacity + 8 * (capacity + 2) + 8 * capacity
-        return index + fits + hot + tables
+        rows = _rows_nbytes(entry.num_heads, stride(entry))
+        if rows > budget_nbytes:
+            rows = 0
+        return index + fits + rows
 
     def find(self, client: str) -> int:
         """The slot of a client's head; UNKNOWN, STALE or EXPIRED where the global head answers. A binary search."""
@@ -265,34 +264,20 @@ class HeadStore:
         Raises:
             CorruptArtifactError: A record is not what was published.
         """
-        with self._lock:
-            self._turn += 1
-            places = self._place[slots]
-            heads = self._hot.index_select(0, torch.from_numpy(places))
-            self._used[places] = self._turn
-        if (missing := np.flatnonzero(places == self._absent)).size:
-            records = self._file.load(slots[missing])  # outside the lock: the disk may take its time
-            heads.numpy()[missing] = records
-            self._keep(slots[missing], records)
+        places = np.where(slots < 0, self.num_heads, slots)
+        if self._rows is None:
+            heads = self._neutral.repeat(len(slots), 1)
+            own = np.flatnonzero(slots >= 0)
+            if own.size:
+                heads.numpy()[own] = self._file.load(slots[own])
+        else:
+            missing = np.unique(places[~self._here[places]])
+            if missing.size:  # two threads may both read a head: they write the same
+                self._rows.numpy()[missing] = self._file.load(missing)  # a third of the time of torch's assignment
+                self._here[missing] = True
+            heads = self._rows.index_select(0, torch.from_numpy(places))
         return heads[:, : self._width].view(len(slots), self.inputs + 1, self.outputs)
 
-    def _keep(self, slots: NDArray[np.int64], records: NDArray[np.float32]) -> None:
-        """Make these heads hot, in place of the least recently used: a sixteenth of them at once, or each miss would
-        search them all."""
-        with self._lock:
-            new = np.flatnonzero(self._place[slots] == self._absent)[: len(self._holds)]  # others may have been faster
-            if (short := len(new) - len(self._free)) > 0:
-                count = min(len(self._holds), max(short, len(self._holds) // 16))
-                used = np.where(self._holds >= 0, self._used[:-2], np.iinfo(np.int64).max)
-                coldest = np.argpartition(used, count - 1)[:count]
-                coldest = coldest[self._holds[coldest] >= 0]
-                self._place[self._holds[coldest]] = self._absent
-                self._holds[coldest] = UNKNOWN
-                self._free = np.concatenate([self._free, coldest])
-            rows, self._free = self._free[: len(new)], self._free[len(new) :]
-            self._hot.numpy()[rows] = records[new]  # a third of the time of torch's indexed assignment
-            self._place[slots[new]], self._holds[rows], self._used[rows] = rows, slots[new], self._turn
-            twice = self._place[slots[new]] != rows  # a slot that came more than once holds the last of its rows
-            if twice.any():
-                self._holds[rows[twice]] = UNKNOWN
-                self._free = np.concatenate([self._free, rows[twice]])
+
+def _rows_nbytes(num_heads: int, stride: int) -> int:
+    return (num_heads + 1) * (stride + 1)  # a row and a flag each; the last row is the neutral head

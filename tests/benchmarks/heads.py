@@ -126,7 +126,7 @@ def hot(registry: Registry, heads: np.ndarray, model: SplitModel, turns: int) ->
     taken = in_turns(
         {
             "copy": lambda: there.copy_(flat),
-            "gather": lambda: [personal.store._hot.index_select(0, batch()) for _ in range(100)],
+            "gather": lambda: [personal.store._rows.index_select(0, batch()) for _ in range(100)],
             "own": lambda: [personal._infer(values, batch().numpy()) for _ in range(100)],
             "shared": lambda: [engine._infer(values) for _ in range(100)],
         },
@@ -142,7 +142,7 @@ def hot(registry: Registry, heads: np.ndarray, model: SplitModel, turns: int) ->
 
 
 def million(registry: Registry, folder: Path, count: int, turns: int) -> None:
-    """Heads in a file, of which only a tenth may be in memory: page cache warm, and cold."""
+    """Heads in a file, for which there is no room in memory: page cache warm, and cold."""
     config = ServingConfig(max_batch_size=256, head_cache_bytes=count * NBYTES // 10)
     began = time.perf_counter()
     engine = load_engine(RegistrySource(registry, "m"), "1", config)
