@@ -19,15 +19,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from flserving.api.auth import Role, Tokens
 from flserving.api.dataplane import V2, Call, unnamed
 from flserving.api.options import ApiOptions
 from flserving.api.rest.artifacts import Artifacts
-from flserving.api.rest.bodies import deflated, read_body
 from flserving.api.rest.codec import read_infer, read_json, write_infer
-from flserving.api.rest.guard import PREFLIGHT, Guard, Receive, Scope, Send
 from flserving.api.rest.http1 import GONE
+from flserving.api.rest.middleware import PREFLIGHT, Guard, deflated, read_body
 from flserving.api.rest.openapi import OPERATIONS, FeedbackRequest, IndexRequest, RepositoryRequest, document, page
 from flserving.errors import REASON, FlservingError, InvalidInputError, NotSupportedError
 from flserving.monitoring.rejections import Refusals

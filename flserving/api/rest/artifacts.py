@@ -22,9 +22,9 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from flserving.api.auth import Identity
-from flserving.api.rest.guard import Receive, Scope, Send
 from flserving.edge.delta import FORMS, Form, encode
 from flserving.edge.release import Head, Release, Signer, manifest_bytes
 from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, OverloadedError

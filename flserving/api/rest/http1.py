@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import httptools
 import orjson
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from flserving.api.options import ApiOptions
-from flserving.api.rest.guard import Receive, Scope, Send
 from flserving.api.sockets import readable
 
 GONE = "the client is gone"
