@@ -46,7 +46,8 @@ def calibrate(
     Cost: a sort.
     """
     sure = np.asarray(confidences, np.float64)
-    local, cloud = np.asarray(local_correct, bool), np.asarray(cloud_correct, bool)
+    local = np.asarray(local_correct, bool)
+    cloud = np.asarray(cloud_correct, bool)
     if sure.ndim != 1 or not len(sure) or not sure.shape == local.shape == cloud.shape:
         raise ConfigError(
             f"{sure.shape} confidences, {local.shape} and {cloud.shape} outcomes: give one each for N rows"
@@ -56,7 +57,8 @@ def calibrate(
     if not 0 <= accuracy <= 1:
         raise ConfigError(f"accuracy is {accuracy!r}: it must lie in [0, 1], e.g. 0.95")
     order = np.argsort(sure, kind="stable")
-    sure, n = sure[order], len(sure)
+    sure = sure[order]
+    n = len(sure)
     # right[k]: rows answered correctly when the k least sure go to the cloud
     right = local.sum() + np.concatenate([[0], np.cumsum(cloud[order].astype(int) - local[order])])
     cuts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(sure)), [n]])  # equal confidences go together
@@ -64,6 +66,12 @@ def calibrate(
     if not good.any():
         raise ConfigError(f"no threshold reaches an accuracy of {accuracy}: the best is {right[cuts].max() / n:.4f}")
     sent = int(cuts[good][0])
-    threshold = 0.0 if sent == 0 else float(sure[sent]) if sent < n else math.nextafter(float(sure[-1]), 2.0)
+    if sent == 0:
+        threshold = 0.0
+    elif sent < n:
+        threshold = float(sure[sent])
+    else:
+        threshold = math.nextafter(float(sure[-1]), 2.0)  # above all confidences
     reached = float(right[sent] / n)
-    return Calibration(threshold, reached, math.sqrt(reached * (1 - reached) / n), sent / n)
+    error = math.sqrt(reached * (1 - reached) / n)
+    return Calibration(threshold, reached, standard_error=error, share=sent / n)

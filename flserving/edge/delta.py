@@ -63,7 +63,8 @@ def encode(target: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, form
 
     if base is not None and _layout(target) != _layout(base):
         raise ConflictError("the two versions have other tensors: download the weights")
-    ours, theirs = _parts(target, form), _parts(base or zeros(target), form)
+    ours = _parts(target, form)
+    theirs = _parts(base or zeros(target), form)
     changed = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
     start = None if base is None else digest(quantised(base) if form == "int8" else base)
     header = msgspec.json.encode(_Header(form, start, changed))

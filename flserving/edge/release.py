@@ -98,7 +98,8 @@ class Signer:
     """
 
     def __init__(self, registry: Registry, now: Callable[[], float] = time.time) -> None:
-        self._registry, self._now = registry, now
+        self._registry = registry
+        self._now = now
         self._key = _private_key(registry.root)
         self.public = self._key.public_key().public_bytes_raw().hex()
         self._known: dict[str, Statement] = {}
@@ -115,10 +116,13 @@ class Signer:
         with self._describing:
             known = self._known.get(model)
             while known is None or known.serial != self._registry.change_token():  # also where it changed meanwhile
-                known = self._known[model] = self._describe(model, self._registry.change_token())
+                known = self._describe(model, self._registry.change_token())
+                self._known[model] = known
         issued = int(self._now())
-        made = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + VALID_S, nonce=nonce)
-        return self.sign(made if by_version else msgspec.structs.replace(made, undone=None))
+        statement = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + VALID_S, nonce=nonce)
+        if not by_version:
+            statement = msgspec.structs.replace(statement, undone=None)
+        return self.sign(statement)
 
     def pseudonym(self, name: str) -> str:
         """A device by another name, the same for every process of this registry; nobody else can tell whose it is."""
@@ -129,9 +133,14 @@ class Signer:
         record = head.weights.astype("<f4").tobytes()
         assert head.trained_on is not None
         statement = HeadStatement(
-            model=model, manifest_sha256=sha256(manifest_bytes(self._registry, model, version)), client=head.clients[0],
-            layout=head.layout, trained_on=head.trained_on[0], shape=head.weights.shape[1:], sha256=sha256(record),
-        )  # fmt: skip
+            model=model,
+            manifest_sha256=sha256(manifest_bytes(self._registry, model, version)),
+            client=head.clients[0],
+            layout=head.layout,
+            trained_on=head.trained_on[0],
+            shape=head.weights.shape[1:],
+            sha256=sha256(record),
+        )
         return Head(self.sign(statement), record)
 
     def sign(self, statement: Statement | HeadStatement) -> Release:
@@ -147,12 +156,18 @@ class Signer:
         undone = registry.rolled_back(model, DEFAULT_ALIAS)
         back = max((round_of(registry.manifest(model, one)) for one in undone), default=0)
         return Statement(
-            model=model, version=version, round=number, serial=serial, rollback=back if back > number else 0,
-            undone=max((one for one in undone if one > version), default=0),
+            model=model,
+            version=version,
+            round=number,
+            serial=serial,
             manifest_sha256=sha256(manifest_bytes(registry, model, version)),
             int8_sha256=weights.digest(delta.quantised(artifact.tensors)),
-            issued_at=0, expires_at=0, nonce="",
-        )  # fmt: skip
+            issued_at=0,
+            expires_at=0,
+            rollback=back if back > number else 0,
+            nonce="",
+            undone=max((one for one in undone if one > version), default=0),
+        )
 
 
 def manifest_bytes(registry: Registry, model: str, version: int) -> bytes:
@@ -189,8 +204,8 @@ def verify(data: bytes, kind: type[_Kind], key: str | None) -> tuple[_Kind, str]
             "cloud's operator, and start in another directory where the key was changed on purpose"
         )
     try:
-        signed = bytes.fromhex(release.signature), _label(kind) + text
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(release.key)).verify(*signed)
+        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(release.key))
+        public.verify(bytes.fromhex(release.signature), _label(kind) + text)
     except (InvalidSignature, ValueError):
         raise ForbiddenError("the release's signature is not that of its key: it was changed on its way") from None
     return statement, release.key
@@ -204,15 +219,16 @@ def open_head(data: bytes, key: str, model: str, manifest_sha256: str, client: s
             that were signed. InvalidModelError: They make no head.
     """
     head = _decoded(data, Head)
-    said, _ = verify(msgspec.json.encode(head.release), HeadStatement, key)
-    if (said.model, said.manifest_sha256, said.client) != (model, manifest_sha256, client):
+    signed, _ = verify(msgspec.json.encode(head.release), HeadStatement, key)
+    if (signed.model, signed.manifest_sha256, signed.client) != (model, manifest_sha256, client):
         raise ForbiddenError(
-            f"the head is of {said.client[:80]!r} and {said.model!r} {said.manifest_sha256[:12]}, this device is "
+            f"the head is of {signed.client[:80]!r} and {signed.model!r} {signed.manifest_sha256[:12]}, this device is "
             f"{client!r} and runs {model!r} {manifest_sha256[:12]}"
         )
-    if sha256(head.record) != said.sha256 or len(head.record) != 4 * math.prod(said.shape):
+    if sha256(head.record) != signed.sha256 or len(head.record) != 4 * math.prod(signed.shape):
         raise CorruptArtifactError("the head is not what was signed: download it again")
-    return HeadSet(said.layout, [client], np.frombuffer(head.record, "<f4").reshape(1, *said.shape), said.trained_on)
+    numbers = np.frombuffer(head.record, "<f4").reshape(1, *signed.shape)
+    return HeadSet(signed.layout, [client], numbers, signed.trained_on)
 
 
 class Seen(Struct, frozen=True, kw_only=True):
@@ -246,13 +262,17 @@ def check(statement: Statement, model: str, nonce: str, seen: Seen, now_s: float
         )
     if statement.serial == seen.serial and seen.manifest_sha256 not in ("", statement.manifest_sha256):
         raise ForbiddenError(f"two releases of serial {statement.serial} name different versions: ask the operator")
-    if (late_s := max(now_s, statement.issued_at) - statement.expires_at) >= 0:
+    late_s = max(now_s, statement.issued_at) - statement.expires_at
+    if late_s >= 0:
         raise ForbiddenError(f"the release expired {late_s:.0f} s ago: check the clocks of this device and the cloud")
     if statement.undone is None or not seen.version:
-        kind, offered, reached, ran = "round", statement.round, statement.rollback, seen.round
+        _check_no_way_back("round", statement.round, rolled_back=statement.rollback, ran=seen.round)
     else:
-        kind, offered, reached, ran = "version", statement.version, statement.undone, seen.version
-    if max(offered, reached) < ran:
+        _check_no_way_back("version", statement.version, rolled_back=statement.undone, ran=seen.version)
+
+
+def _check_no_way_back(kind: str, offered: int, *, rolled_back: int, ran: int) -> None:
+    if max(offered, rolled_back) < ran:
         raise ForbiddenError(
             f"the release has {kind} {offered}, {ran} ran here before: a way back must be signed, by "
             "registry.rollback() in the cloud"

@@ -205,9 +205,11 @@ class SyncAgent:
             statement, model = self._ask()
             self._edge.model = model  # a new device may have been opened before it knew
             local = current(self._registry, model)
-            if (held := self._held(model, statement.manifest_sha256)) is None:
-                held, changed = self._update(model, statement, local), True
-            elif changed := held != (None if local is None else local.version):
+            held = self._held(model, statement.manifest_sha256)
+            changed = held is None or local is None or held != local.version
+            if held is None:
+                held = self._update(model, statement, local)
+            elif changed:
                 with self._edge.lease(held, model):  # it answers, or nothing moves
                     pass
                 why = f"release {statement.serial}"
@@ -226,7 +228,8 @@ class SyncAgent:
     # What the cloud says
 
     def _ask(self) -> tuple[Statement, str]:
-        facts, nonce = self.memory.facts, secrets.token_hex(16)
+        facts = self.memory.facts
+        nonce = secrets.token_hex(16)
         model = self._model or facts.model or self._first_model()
         local = current(self._registry, model)
         path = f"/v2/repository/models/{model}/release?nonce={nonce}&by=version&{self._report(local)}"
@@ -309,35 +312,39 @@ class SyncAgent:
         tensors = self._tensors(path, new, statement, local)
         head = self._head(path, new, statement)
         lineage = new.lineage or Lineage()
-        extra = {**lineage.extra, "cloud_manifest": statement.manifest_sha256, "cloud_version": new.version,
-                 "cloud_form": self._form}  # fmt: skip
-        published: dict[str, Any] = {
-            "architecture": new.architecture, "parameters": new.parameters, "preprocessing": new.preprocessing,
-            "metrics": new.metrics, "note": new.note, "output_type": new.signature.output_type,
-            "lineage": msgspec.structs.replace(lineage, round=statement.round, parent_version=None, extra=extra),
-        }  # fmt: skip
-        return self._edge.update_global(tensors, head=head, **published).version
+        extra = {
+            **lineage.extra,
+            "cloud_manifest": statement.manifest_sha256,
+            "cloud_version": new.version,
+            "cloud_form": self._form,
+        }
+        published = self._edge.update_global(
+            tensors,
+            head=head,
+            architecture=new.architecture,
+            parameters=new.parameters,
+            preprocessing=new.preprocessing,
+            metrics=new.metrics,
+            note=new.note,
+            output_type=new.signature.output_type,
+            lineage=msgspec.structs.replace(lineage, round=statement.round, parent_version=None, extra=extra),
+        )
+        return published.version
 
-    def _tensors(
-        self, path: str, new: Manifest, statement: Statement, local: Manifest | None
-    ) -> dict[str, Tensor]:  # fmt: skip
+    def _tensors(self, path: str, new: Manifest, statement: Statement, local: Manifest | None) -> dict[str, Tensor]:
         """The weights, verified: by a delta from what is here, by one from nothing, or whole."""
         with torch.device("meta"):
             like = models.build(new.architecture, new.parameters).state_dict()
         if sum(tensor.nbytes for tensor in like.values()) > new.weights_nbytes:
             raise CorruptArtifactError("the architecture asks for more weights than the manifest has: ask its owner")
-        extra = {} if local is None else local.extra
-        bases = [local] if local is not None and extra.get("cloud_form") == self._form else []
-        for base in [*bases, *([None] if self._form == "int8" else [])]:
-            number = 0 if base is None else extra["cloud_version"]
-            name, most = f"{statement.manifest_sha256[:32]}-{number}-{self._form}", new.weights_nbytes + _SLACK_NBYTES
+        bases: list[Manifest | None] = []
+        if local is not None and local.extra.get("cloud_form") == self._form:
+            bases.append(local)
+        if self._form == "int8":
+            bases.append(None)
+        for base in bases:
             try:
-                start = None if base is None else self._registry.read(base.name, base.version).tensors
-                image = self._cloud.fetch(f"{path}/delta?base={number}&form={self._form}", name, most, "delta")
-                tensors = delta.apply(image, start, like, self._form)
-                if not self._is_signed(tensors, new, statement):
-                    raise CorruptArtifactError("the delta does not lead to the version that was signed: try again")
-                return tensors
+                return self._by_delta(path, new, statement, base, like)
             except (ServerClosedError, DeadlineExceededError, UnauthorizedError):  # the weights would not come either
                 raise
             except FlservingError:
@@ -347,6 +354,22 @@ class SyncAgent:
         if sha256(image) != new.digests.weights:
             raise CorruptArtifactError("the weights are not those that were signed (sha256 differs): try again")
         return weights.unpack(image, "the cloud's weights")
+
+    def _by_delta(
+        self, path: str, new: Manifest, statement: Statement, base: Manifest | None, like: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        number = 0
+        start = None
+        if base is not None:
+            number = base.extra["cloud_version"]
+            start = self._registry.read(base.name, base.version).tensors
+        name = f"{statement.manifest_sha256[:32]}-{number}-{self._form}"
+        most = new.weights_nbytes + _SLACK_NBYTES
+        image = self._cloud.fetch(f"{path}/delta?base={number}&form={self._form}", name, most, "delta")
+        tensors = delta.apply(image, start, like, self._form)
+        if not self._is_signed(tensors, new, statement):
+            raise CorruptArtifactError("the delta does not lead to the version that was signed: try again")
+        return tensors
 
     def _is_signed(self, tensors: Mapping[str, Tensor], new: Manifest, statement: Statement) -> bool:
         """Whether these are the tensors that the cloud signed. Of the tensors, not of a file that holds them: the bytes
