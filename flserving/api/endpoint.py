@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 import threading
 import time
 import weakref
@@ -16,12 +17,13 @@ import uvicorn
 from flserving.api.auth import Role, Tokens
 from flserving.api.dataplane import V2, Others
 from flserving.api.options import ApiOptions, check_origin
-from flserving.api.sockets import listen, refuse
+from flserving.api.sockets import descriptors, listen, refuse
 from flserving.errors import ConfigError
 
 if TYPE_CHECKING:
     from flserving.serving.server import ModelServer
 
+SPARE = 256  # files that connections never take
 DRAIN_S = 5.0
 """How long admitted requests may take to finish when an endpoint closes."""
 
@@ -44,6 +46,7 @@ class Endpoint:
         if options.tokens is None:
             tokens, self.token = Tokens.random(Role.ADMIN if options.admin else Role.INFER)
             options = replace(options, tokens=tokens)
+        options = replace(options, max_connections=min(options.max_connections, connections_at_most(options)))
         self.v2, self.options = V2(server, options.admin), options
         self.v2.others = others  # before a port opens: the first scrape must see them
         self._doors = _Doors(self.v2, options, listen(options.host, options.port, reuse_port), reuse_port)
@@ -158,6 +161,8 @@ class _Rest:
     POLL_S = 0.005
     FIRST_S = 0.5
     """How long a client that has just connected may take to send its request when the endpoint closes."""
+    TOLD = 64
+    """So many connections beyond the limit are told 429; further ones are closed at once."""
 
     def __init__(self, v2: V2, options: ApiOptions, listener: socket.socket) -> None:
         from flserving.api.rest.app import RestApp
@@ -166,6 +171,10 @@ class _Rest:
         def refused(reason: str) -> None:
             v2.server.telemetry.refusal("rest", reason)
 
+        self._options = options
+        self._refused = refused
+        self._shaking: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
         context = options.ssl_context() if options.secure else None
         self._config = uvicorn.Config(
             RestApp(v2, options), http=protocol_class(options, refused), ws="none", lifespan="off", interface="asgi3",
@@ -178,7 +187,43 @@ class _Rest:
         self._config.load()
         self._server.lifespan = self._config.lifespan_class(self._config)
         await self.tick()
-        await self._server.startup([self._listener])
+        self._listener.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept())
+
+    async def _accept(self) -> None:
+        """Take connections in. What is too much is closed here, before it can take a file, a handshake or a place:
+        only ``TOLD`` more than the limit stay to be told so."""
+        loop = asyncio.get_running_loop()
+        limit = self._options.max_connections + self.TOLD
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError:  # no file is left for it, or it has gone already
+                await asyncio.sleep(self.POLL_S)
+                continue
+            if len(self._shaking) + len(self._server.server_state.connections) >= limit:
+                connection.close()
+                self._refused("Overloaded")
+                continue
+            shaking = loop.create_task(self._connect(connection))
+            self._shaking.add(shaking)
+            shaking.add_done_callback(self._shaking.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        """Hand a connection to the protocol; with TLS, after the handshake."""
+        loop = asyncio.get_running_loop()
+        clocks = {}
+        if self._config.ssl is not None:
+            clocks = dict.fromkeys(("ssl_handshake_timeout", "ssl_shutdown_timeout"), self._options.slow_client_s)
+        connection.setblocking(False)
+        with contextlib.suppress(OSError, ssl.SSLError):  # a handshake that failed or took too long
+            await loop.connect_accepted_socket(self._protocol, connection, ssl=self._config.ssl, **clocks)
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self._config.http_protocol_class(  # type: ignore[call-arg]
+            config=self._config, server_state=self._server.server_state, app_state={}
+        )
+        return made
 
     async def tick(self) -> None:
         """Once a second: the Date header."""
@@ -191,12 +236,11 @@ class _Rest:
 
     async def close(self, drain_s: float) -> None:
         """Close the listener and idle connections, wait for the busy ones, cut off what is left after ``drain_s``."""
-        if not self._server.started:
+        if self._accepting is None:
             return
         state, end_s = self._server.server_state, time.monotonic() + drain_s
         await refuse(self._listener, end_s)
-        for listener in self._server.servers:
-            listener.close()
+        self._accepting.cancel()
         await asyncio.sleep(self.POLL_S)  # what was accepted last is among the connections then
         while (state.connections or state.tasks) and time.monotonic() < end_s:
             for connection in list(state.connections):
@@ -204,7 +248,15 @@ class _Rest:
             await asyncio.sleep(self.POLL_S)
         for connection in list(state.connections):
             connection.transport.abort()  # a lost connection takes its request with it
-        await asyncio.gather(*state.tasks, return_exceptions=True)
+        for shaking in self._shaking:
+            shaking.cancel()
+        await asyncio.gather(*state.tasks, *self._shaking, self._accepting, return_exceptions=True)
+
+
+def connections_at_most(options: ApiOptions) -> int:
+    """How many connections of each kind leave ``SPARE`` files for models and databases, within the system's limit."""
+    kinds = 1 if options.grpc_port is None else 2
+    return max(1, (descriptors(kinds * options.max_connections + SPARE) - SPARE) // kinds)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

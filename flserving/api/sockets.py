@@ -49,6 +49,26 @@ def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) 
         ) from error
 
 
+def descriptors(wanted: int) -> int:
+    """How many files this process may hold open, after raising the soft limit as far as ``wanted`` where it is lower
+    and the hard limit allows it."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    raised = wanted
+    if hard != resource.RLIM_INFINITY:
+        raised = min(wanted, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    except (ValueError, OSError):  # the kernel's own maximum is lower
+        return soft
+    return raised
+
+
 async def refuse(listener: socket.socket, end_s: float) -> None:
     """Let nobody new connect, and the event loop accept all who have: those in the queue when a listener closes are
     reset, though each may have sent a request already.

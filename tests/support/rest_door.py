@@ -94,9 +94,13 @@ def outputs_of(response):
 class Wire:
     """A connection on which anything can be said."""
 
-    def __init__(self, endpoint):
+    def __init__(self, endpoint, receive_nbytes=None):
         host, port = endpoint.url.removeprefix("http://").split(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+        self.socket = socket.socket()
+        self.socket.settimeout(PATIENCE_S)
+        if receive_nbytes is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_nbytes)
+        self.socket.connect((host, int(port)))
         self.host = f"{host}:{port}".encode()
 
     def head(self, *headers):

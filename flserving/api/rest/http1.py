@@ -71,8 +71,8 @@ class _Trailers(list[tuple[bytes, bytes]]):
 class Http1(HttpToolsProtocol):
     """One connection. :func:`protocol_class` makes a class of its own for each endpoint.
 
-    A client has ``slow_client_s`` from its first byte to the last one of a request, and as long to take an answer. One
-    sweep over all connections looks after that, instead of a timer per request.
+    A client has ``slow_client_s`` from its first byte to the last one of a request, and as long to take an answer, also
+    while its connection closes. One sweep over all connections looks after that, instead of a timer per request.
     """
 
     slow_client_s: ClassVar[float]
@@ -83,7 +83,7 @@ class Http1(HttpToolsProtocol):
     _running: RequestResponseCycle | None = None  # what ``_task`` answers; ``cycle`` is the newest, which may wait
     _ended = False  # nothing more is read: what has come whole is answered, then the connection closes
     _waits_since_s: float | None = None  # for the rest of a request
-    _stalled_since_s: float | None = None  # nobody takes the answer
+    _stalled_since_s: float | None = None  # nobody takes the answer, or what is left of it when we close
     _head_bytes = _chunks = 0
     _data = b""  # what the parser reads
     _in_head = True
@@ -255,6 +255,10 @@ class Http1(HttpToolsProtocol):
         kind.sweeping = self.loop.call_later(self.slow_client_s / 4, self._sweep) if self.connections else None
 
     def _check_pace(self, before_s: float) -> None:
+        if not self.transport.get_write_buffer_size():
+            self._stalled_since_s = None
+        elif self._stalled_since_s is None:  # below the mark of pause_writing, where nobody tells us
+            self._stalled_since_s = self.loop.time()
         if self._stalled_since_s is not None and self._stalled_since_s < before_s:
             self.transport.abort()
         elif self._waits_since_s is not None and self._waits_since_s < before_s and self._problem is None:
