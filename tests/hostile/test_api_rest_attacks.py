@@ -98,6 +98,7 @@ CROWD = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 sys.path[:0] = {path!r}
+import flserving
 from rest_door import door, two_versions
 with two_versions() as server, door(server, slow_client_s=2.0) as endpoint:
     print(endpoint.url, flush=True)
