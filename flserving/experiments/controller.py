@@ -1,7 +1,7 @@
 """Experiments under way: who gets which arm, what is learned of it, and when a canary is promoted or rolled back.
 
-The configuration lives in the registry (``split.py``), rewards and failures of all processes in the store beside it
-(``feedback.py``): every process follows both, and a canary's end is one transaction, whichever process sees it first.
+The configuration lives in the registry, rewards and failures of all processes in the store beside it (``feedback.py``):
+every process follows both, and a canary's end is one transaction, whichever process sees it first.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from flserving.experiments.canary import Verdict, judge
 from flserving.experiments.feedback import FeedbackStore
 from flserving.experiments.shadow import Shadow
 from flserving.models.processing import Floats, ids_of
-from flserving.registry.experiment import Crossroads, Experiment
+from flserving.registry.experiment import Experiment, TrafficSplit
 
 __all__ = ["Experiments", "Verdict", "judge"]
 
@@ -69,7 +69,7 @@ class Followed(Protocol):
 class Chosen(NamedTuple):
     """What was decided for one request, by one configuration."""
 
-    road: Crossroads
+    split: TrafficSplit
     arm: str | None
     who: str  # whose arm it is
     asked: str | Sequence[str] | None  # whose personal answers were asked for
@@ -106,18 +106,20 @@ class Experiments:
 
     # The way of a request: nothing here may block
 
-    def choose(self, road: Crossroads, client: str | Sequence[str] | None, identity: str | None) -> tuple[Key, Chosen]:
-        """Which version answers ``client`` (None: the credential's ``identity``), by the configuration of ``road``."""
-        who, experiment = identity if client is None else client, road.experiment
+    def choose(
+        self, split: TrafficSplit, client: str | Sequence[str] | None, identity: str | None
+    ) -> tuple[Key, Chosen]:
+        """Which version answers ``client`` (None: the credential's ``identity``), by the configuration of ``split``."""
+        who, experiment = identity if client is None else client, split.experiment
         if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
-            return road, Chosen(road, None, "", client)
+            return split, Chosen(split, None, "", client)
         arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(experiment).choose()
-        return (road[0], str(experiment.arms[arm].version)), Chosen(road, arm, who, client)
+        return (split[0], str(experiment.arms[arm].version)), Chosen(split, arm, who, client)
 
     def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Answered) -> dict[str, str]:
         """What the answer says of it: ``arm`` and, unless feedback cannot be taken now, ``receipt``. Sends a copy to
         the shadow."""
-        (model, _), experiment = chosen.road, chosen.road.experiment
+        (model, _), experiment = chosen.split, chosen.split.experiment
         if (shadow := experiment.shadow) is not None and str(shadow) != version:
             self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
         if chosen.arm is None:
@@ -137,7 +139,7 @@ class Experiments:
     def _see(self, chosen: Chosen, failed: str | None) -> None:
         if chosen.arm is None:
             return
-        run, seen = chosen.road.experiment.run, (chosen.arm, failed)
+        run, seen = chosen.split.experiment.run, (chosen.arm, failed)
         with self._lock:
             counts = self._seen.setdefault(run, Counter())
             if seen in counts or len(counts) < MOST_SEEN:

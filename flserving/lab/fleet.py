@@ -24,7 +24,7 @@ import numpy.typing as npt
 from flserving.errors import ConfigError, OverloadedError
 from flserving.lab.arrivals import Arrivals, Floats, Ints, arrival_times_s
 from flserving.lab.network import Link
-from flserving.serving.batching.policy import BatchQueue, Request
+from flserving.serving.batching.policy import BatchQueue, QueuedRequest
 from flserving.serving.config import ServingConfig
 
 Architecture = Literal["central", "edge", "hybrid"]
@@ -187,7 +187,7 @@ def _serve(
             batches.append(len(batch))
             later(took_s, functools.partial(finish, server, batch))
 
-    def finish(server: int, batch: list[Request[str]]) -> None:
+    def finish(server: int, batch: list[QueuedRequest[str]]) -> None:
         done_s[[request.payload for request in batch]] = env.now
         idle[server] += 1
         under_way[server] -= len(batch)
@@ -205,7 +205,7 @@ def _serve(
             server = min(choices[number], key=lambda s: queues[s].rows + under_way[s])
             deadline_s = min(gives_up_s[number], env.now + config.timeout_ms / 1e3)
             try:
-                queues[server].push(Request("", number, 1, env.now, deadline_s))
+                queues[server].push(QueuedRequest("", number, 1, env.now, deadline_s))
             except OverloadedError:
                 continue
             start(server)

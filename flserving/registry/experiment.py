@@ -137,14 +137,15 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return best
 
 
-class Crossroads(tuple[str, str]):
-    """The (model, version) that an alias leads to, where an experiment may send a request to another version."""
+class TrafficSplit(tuple[str, str]):
+    """The (model, version) that an alias leads to, where an experiment splits its requests among versions."""
 
     alias: str
     experiment: Experiment
 
     @classmethod
     def at(cls, key: tuple[str, str], alias: str, experiment: Experiment) -> Self:
-        road = cls(key)
-        road.alias, road.experiment = alias, experiment
-        return road
+        split = cls(key)
+        split.alias = alias
+        split.experiment = experiment
+        return split

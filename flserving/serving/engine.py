@@ -8,6 +8,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,16 +70,20 @@ def copy_of(module: nn.Module, tensors: dict[int, torch.Tensor] | None = None) -
         raise InvalidModelError(f"cannot copy the {type(module).__name__}: {type(error).__name__}: {error}") from error
 
 
-class Lane:
+class Engine:
     """What runs validated rows as batches, in chunks of ``max_batch_size``, and counts how long that took."""
 
     def __init__(
         self, version: str, preprocessor: Preprocessor, postprocessor: Postprocessor, max_batch_size: int, clock: Clock
     ) -> None:
-        self.version = self.served_as = version  # served_as: what a server's statistics call it
-        self.preprocessor, self.postprocessor, self.max_batch_size = preprocessor, postprocessor, max_batch_size
+        self.version = version
+        self.served_as = version  # what a server's statistics call it
+        self.preprocessor = preprocessor
+        self.postprocessor = postprocessor
+        self.max_batch_size = max_batch_size
         self.typical_s = math.inf
-        self._executions, self._clock = Executions(), clock
+        self._executions = Executions()
+        self._clock = clock
 
     def run(self, rows: Floats, lengths: Sequence[int], forward: Callable[[int, int], Execution]) -> list[Prediction]:
         """``forward(start, stop)`` of every chunk of ``rows``, dealt out to requests of these lengths."""
@@ -92,9 +97,12 @@ class Lane:
         self.typical_s = seconds if self.typical_s == math.inf else 0.9 * self.typical_s + 0.1 * seconds
         if len(lengths) == 1:
             return [Prediction(execution, 0, len(rows))]
-        results, start = [], 0
+        results = []
+        start = 0
         for length in lengths:
-            results.append(Prediction(execution, start, start := start + length))
+            stop = start + length
+            results.append(Prediction(execution, start, stop))
+            start = stop
         return results
 
     def forward(self, rows: Floats, in_place: bool, infer: Callable[[torch.Tensor], torch.Tensor]) -> Execution:
@@ -125,7 +133,7 @@ class Lane:
         return Execution(outputs, (started, preprocessed, inferred, self._clock()))
 
 
-class InferenceEngine(Lane):
+class InferenceEngine(Engine):
     """A model that is ready to answer. It works on a frozen copy: the caller's module is never changed.
 
     Args:
@@ -166,7 +174,8 @@ class InferenceEngine(Lane):
         self.nbytes = nbytes_of(self.model)
         self.digest = digest or uuid.uuid4().hex
         self.identity = f"{self.digest}/{self.preprocessor.digest}/{self.postprocessor.policy}"
-        self._warmups, self._steps = 0, lean(self.model)
+        self._warmups = 0
+        self._steps = lean(self.model)
         self.personal: PersonalEngine | None = None  # where the version has heads
         self.round: int | None = None  # of the federated training that made it, where that is known
 
@@ -194,9 +203,12 @@ class InferenceEngine(Lane):
         if not isinstance(batch, Iterable):
             raise InvalidInputError(f"batch is a {type(batch).__name__}: send a list of requests")
         payloads = [self.preprocessor.validate(features) for features in batch]
-        if len(widths := {payload.shape[1] for payload in payloads}) != 1:
+        widths = {payload.shape[1] for payload in payloads}
+        if len(widths) != 1:
             raise InvalidInputError(f"the batch has rows of {sorted(widths)} features: send requests of one width")
-        return [self.answer(p, (self._clock() - started_s) * 1e3) for p in self.execute(payloads)]
+        predictions = self.execute(payloads)
+        latency_ms = (self._clock() - started_s) * 1e3
+        return [self.answer(prediction, latency_ms) for prediction in predictions]
 
     def answer(self, prediction: Prediction, latency_ms: float) -> dict[str, Any]:
         """The answer of one request, with the contract's keys."""
@@ -219,8 +231,9 @@ class InferenceEngine(Lane):
             sample = np.zeros(self.preprocessor.num_features, np.float32)
         row = self.preprocessor.validate(sample)[:1]
         for _ in range(self.config.warmup_samples):
-            self.forward(row, False, self._infer)
-        marks = self.forward(np.repeat(row, self.max_batch_size, axis=0), True, self._infer).marks_s
+            self.forward(row, in_place=False, infer=self._infer)
+        batch = np.repeat(row, self.max_batch_size, axis=0)
+        marks = self.forward(batch, in_place=True, infer=self._infer).marks_s
         self._warmups += self.config.warmup_samples + 1
         self.typical_s = marks[-1] - marks[0]
         return self.typical_s
@@ -228,8 +241,12 @@ class InferenceEngine(Lane):
     def get_stats(self) -> dict[str, Any]:
         """Requests, rows and executions so far, durations of the executions in ms, size in bytes; warm-ups are
         counted apart."""
-        sizes = {"warmup_executions": self._warmups, "nbytes": self.nbytes}
-        return {"model_version": self.version} | sizes | self._executions.summary()
+        return {
+            "model_version": self.version,
+            "warmup_executions": self._warmups,
+            "nbytes": self.nbytes,
+            **self._executions.summary(),
+        }
 
     # What the batcher uses
 
@@ -239,9 +256,13 @@ class InferenceEngine(Lane):
         Raises:
             ModelExecutionError: The model raised, or its output is not finite or not one row per input row.
         """
-        rows = payloads[0] if len(payloads) == 1 else np.concatenate(payloads)
-        owned = len(payloads) > 1  # concatenated above: nobody else sees this array
-        return self.run(rows, [len(p) for p in payloads], lambda i, j: self.forward(rows[i:j], owned, self._infer))
+        alone = len(payloads) == 1
+        rows = payloads[0] if alone else np.concatenate(payloads)
+
+        def forward(start: int, stop: int) -> Execution:  # in place where nobody else sees the array
+            return self.forward(rows[start:stop], in_place=not alone, infer=self._infer)
+
+        return self.run(rows, [len(part) for part in payloads], forward)
 
     def _infer(self, values: torch.Tensor) -> torch.Tensor:
         for step, arguments in self._steps:
@@ -249,7 +270,7 @@ class InferenceEngine(Lane):
         return values
 
 
-class PersonalEngine(Lane):
+class PersonalEngine(Engine):
     """The heads of a loaded version on its body: what a batch of several clients runs on.
 
     The body runs once for a whole batch, then every row's own head, gathered and applied together. Source: a batch over
@@ -270,9 +291,11 @@ class PersonalEngine(Lane):
             engine.version, engine.preprocessor, engine.postprocessor, engine.max_batch_size, engine._clock
         )
         self._executions = engine._executions
-        self.store, self.identity = store, f"{engine.identity}/{store.digest}"
+        self.store = store
+        self.identity = f"{engine.identity}/{store.digest}"
         model = as_split(engine.model)
-        self._body, self._head = lean(model.body), lean(model.head)
+        self._body = lean(model.body)
+        self._head = lean(model.head)
 
     def choose(self, clients: str | Sequence[str], rows: int) -> tuple[Slots, str | list[str]]:
         """Slots [rows] of these clients' heads, and what was found: "own", "unknown", "stale" or "expired".
@@ -293,22 +316,25 @@ class PersonalEngine(Lane):
         """
         rows = np.concatenate([rows for rows, _ in payloads])
         slots = np.concatenate([slots for _, slots in payloads])
-        return self.run(
-            rows, [len(part) for part, _ in payloads],
-            lambda i, j: self.forward(rows[i:j], True, lambda values: self._infer(values, slots[i:j])),
-        )  # fmt: skip
+
+        def forward(start: int, stop: int) -> Execution:
+            infer = partial(self._infer, slots=slots[start:stop])
+            return self.forward(rows[start:stop], in_place=True, infer=infer)
+
+        return self.run(rows, [len(part) for part, _ in payloads], forward)
 
     def _infer(self, values: torch.Tensor, slots: Slots) -> torch.Tensor:
         for step, arguments in self._body:
             values = step(values, *arguments)
-        inputs, generic = values, None
+        inputs = values
+        generic = None  # the outputs to which the client's own are added
         if self.store.layout != "head":
-            generic = values
             for step, arguments in self._head:
-                generic = step(generic, *arguments)
-        if self.store.layout == "adapter":
-            assert generic is not None
-            inputs, generic = generic, None
+                values = step(values, *arguments)
+            if self.store.layout == "adapter":
+                inputs = values
+            else:
+                generic = values
         heads = self.store.gather(slots)
         ones = inputs.new_ones(len(inputs), 1)
         rows = torch.cat([inputs, ones], dim=1)[:, None]  # one product with the bias inside: an eighth less than two

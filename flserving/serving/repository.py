@@ -337,8 +337,8 @@ class ModelHost:
 
     def _build(self, key: Key) -> InferenceEngine:
         engine = load_engine(self._sources[key[0]], key[1], self.config)
-        for lane in filter(None, (engine, engine.personal)):
-            lane.served_as = "/".join(key)
+        for one in filter(None, (engine, engine.personal)):
+            one.served_as = "/".join(key)
         return engine
 
     def _preload(self, key: Key) -> None:

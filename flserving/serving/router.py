@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from flserving import forks
 from flserving.errors import ConflictError, DeadlineExceededError, ModelUnloadedError, NotFoundError
-from flserving.registry.experiment import Crossroads, Experiment
+from flserving.registry.experiment import Experiment, TrafficSplit
 
 if TYPE_CHECKING:
     from flserving.registry.index import Index
@@ -43,12 +43,12 @@ class Served:
         """Where each version id and alias leads."""
         if self.withdrawn:
             return {}
-        own = [*zip(self.versions, self.versions, strict=True), *self.aliases.items()]
-        return {(name, ref): (name, version) for ref, version in own} | {
-            (name, alias): Crossroads.at((name, self.aliases[alias]), alias, experiment)
-            for alias, experiment in self.experiments.items()
-            if alias in self.aliases
-        }
+        targets: dict[tuple[str, str], Key] = {(name, version): (name, version) for version in self.versions}
+        for alias, version in self.aliases.items():
+            key = (name, version)
+            experiment = self.experiments.get(alias)
+            targets[name, alias] = key if experiment is None else TrafficSplit.at(key, alias, experiment)
+        return targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,11 @@ class Routes:
     @property
     def experiments(self) -> dict[tuple[str, str], Experiment]:
         """Those that run, by (model, alias)."""
-        return {(name, alias): it for name, one in self.models.items() for alias, it in one.experiments.items()}
+        return {
+            (name, alias): experiment
+            for name, served in self.models.items()
+            for alias, experiment in served.experiments.items()
+        }
 
 
 class Router:
@@ -82,12 +86,13 @@ class Router:
     RETRY_LOOKS = 20  # a version that could not be loaded is tried again at every such look of the watcher
 
     def __init__(self, preload: Callable[[Key], object]) -> None:
-        self.routes, self._preload = Routes(), preload
+        self.routes = Routes()
+        self._preload = preload
         self.problems: dict[str, str] = {}
         self.on_look: Callable[[], object] = tuple
         self.on_experiments: Callable[[Index], object] = id
-        self._followed: dict[str, tuple[Index, int, Hashable]] = {}  # its local_changes and token when last read
-        self._whole: list[_Whole] = []  # registries of which every model is followed
+        self._followed: dict[str, _Followed] = {}  # by model
+        self._whole: list[_WholeRegistry] = []
         self._admin = threading.RLock()  # one change at a time; readers never take it
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -99,29 +104,35 @@ class Router:
         """The key that a version id or an alias leads to (``default`` when None); None when :meth:`refresh`
         might know more."""
         routes = self.routes
-        name = routes.model or "" if model is None else str(model)
-        if (followed := self._followed.get(name)) is not None and followed[0].local_changes != followed[1]:
+        name = (routes.model or "") if model is None else str(model)
+        followed = self._followed.get(name)
+        if followed is not None and followed.registry.local_changes != followed.local_changes:
             return None  # this process moved an alias just now: do not wait for the watcher
         return routes.targets.get((name, DEFAULT if version is None else str(version)))
 
     def require(self, version: str | int | None, model: str | None) -> Key:
         """:meth:`find`, or a NotFoundError that names what there is."""
         routes = self.routes
-        if (name := routes.model if model is None else str(model)) is None:
+        name = routes.model if model is None else str(model)
+        if name is None:
             raise NotFoundError("no model is served: call load_model or serve first")
         ref = DEFAULT if version is None else str(version)
-        if (key := routes.targets.get((name, ref))) is not None:
+        key = routes.targets.get((name, ref))
+        if key is not None:
             return key
         self.known(name)
-        if (served := routes.of(name)).withdrawn:
+        served = routes.of(name)
+        if served.withdrawn:
             raise ModelUnloadedError(f"model {name!r} was unloaded: load it again")
         known = f"versions {', '.join(served.versions[-10:]) or 'none'}, aliases {', '.join(served.aliases) or 'none'}"
-        why = f" ({self.problems[problem]})" if (problem := f"{name}/{ref}") in self.problems else ""
+        problem = self.problems.get(f"{name}/{ref}")
+        why = "" if problem is None else f" ({problem})"
         raise NotFoundError(f"model {name!r} has no version or alias {ref[:80]!r}{why}: it has {known}")
 
     def followed(self, name: str) -> "Index | None":
         """The registry of a model; None for one without."""
-        return self._followed[name][0] if name in self._followed else None
+        followed = self._followed.get(name)
+        return None if followed is None else followed.registry
 
     # Changes
 
@@ -178,9 +189,9 @@ class Router:
         with self._admin:
             if not registry.version_numbers(name):
                 raise NotFoundError(f"the registry has no version of {name!r}: publish one first")
-            changes, token = registry.local_changes, registry.change_token()
+            followed = _Followed(registry, registry.local_changes, registry.change_token())
             self._read(name, registry)
-            self._followed[name] = (registry, changes, token)
+            self._followed[name] = followed
             self._start_watcher()
 
     def follow_all(self, registry: "Index", serve: Callable[[str], object]) -> None:
@@ -189,13 +200,13 @@ class Router:
         ``serve`` is called with each new name: its part is to call :meth:`follow`.
         """
         with self._admin:
-            whole = _Whole(registry, serve)
+            whole = _WholeRegistry(registry, serve)
             for name in self._new_models(whole):
                 serve(name)
             self._whole.append(whole)
             self._start_watcher()
 
-    def _new_models(self, whole: "_Whole") -> list[str]:
+    def _new_models(self, whole: "_WholeRegistry") -> list[str]:
         """Names that are not followed yet and have not failed, as many as there is room for."""
         names = whole.registry.models_by_promotion()
         new = [name for name in names if name not in self._followed and name not in whole.failed]
@@ -206,7 +217,7 @@ class Router:
             self.problems.pop(_WHOLE, None)
         return new[:room]
 
-    def _look_for_models(self, whole: "_Whole", token: Hashable, retry: bool) -> None:
+    def _look_for_models(self, whole: "_WholeRegistry", token: Hashable, retry: bool) -> None:
         if retry and whole.failed:
             whole.failed.clear()
             whole.seen = None
@@ -217,7 +228,7 @@ class Router:
             try:
                 whole.serve(name)
             except Exception as error:  # one that cannot be served must not stop the others, nor the watch
-                self.problems[f"{name}/registry"] = _said(error)
+                self.problems[f"{name}/registry"] = _described(error)
                 whole.failed.add(name)
         if len(new) <= _NEW_MODELS_PER_LOOK:
             whole.seen = token
@@ -247,19 +258,20 @@ class Router:
                 try:
                     self._look_for_models(whole, _token(whole.registry, tokens), retry)
                 except Exception as error:
-                    self.problems[_WHOLE] = _said(error)
-            for name, (registry, _, seen) in list(self._followed.items()):
+                    self.problems[_WHOLE] = _described(error)
+            for name, followed in list(self._followed.items()):
                 unread = f"{name}/registry"
+                registry = followed.registry
                 try:
                     changes = registry.local_changes
                     token = _token(registry, tokens)
-                    if token != seen or (retry and self._troubled(name)):
+                    if token != followed.token or (retry and self._troubled(name)):
                         self._read(name, registry)
                 except Exception as error:  # one that cannot be read now must not stop the others, nor the watch
-                    self.problems[unread] = _said(error)
+                    self.problems[unread] = _described(error)
                 else:
                     self.problems.pop(unread, None)
-                    self._followed[name] = (registry, changes, token)
+                    self._followed[name] = _Followed(registry, changes, token)
         finally:
             self._admin.release()
 
@@ -284,15 +296,18 @@ class Router:
             token = registry.change_token()
             versions = tuple(map(str, registry.version_numbers(name)))
             aliases = {alias: str(number) for alias, number in registry.aliases(name).items()}
-            experiments, unread = dict(registry.experiments(name)), registry.unread_experiments(name)
+            experiments = dict(registry.experiments(name))
+            unread = registry.unread_experiments(name)
             if token == registry.change_token():
                 break
-        before, default = self.routes.of(name), aliases.get(DEFAULT)
+        before = self.routes.of(name)
+        default = aliases.get(DEFAULT)
         self._replace(name, versions=versions, promoted=before.promoted or default is not None)
         fresh = [] if default is None or default == before.aliases.get(DEFAULT) else [default]
         if not self._loads(name, fresh, DEFAULT, f"version {default} does not answer"):
             del aliases[DEFAULT]
-            aliases |= {alias: version for alias, version in before.aliases.items() if alias == DEFAULT}
+            if DEFAULT in before.aliases:
+                aliases[DEFAULT] = before.aliases[DEFAULT]
         for old in [old for old in self.problems if old.startswith(f"{name}/") and old.endswith(" experiment")]:
             del self.problems[old]
         for alias, why in unread.items():
@@ -301,18 +316,19 @@ class Router:
             numbers = map(str, experiment.versions)
             if not self._loads(name, numbers, f"{alias} experiment", f"{experiment.id} does not run"):
                 del experiments[alias]
-                experiments |= {running: it for running, it in before.experiments.items() if running == alias}
+                if alias in before.experiments:
+                    experiments[alias] = before.experiments[alias]
         if experiments:
             self.on_experiments(registry)
         self._replace(name, aliases=aliases, experiments=experiments)
 
-    def _loads(self, name: str, versions: Iterable[str], what: str, told: str) -> bool:
+    def _loads(self, name: str, versions: Iterable[str], what: str, consequence: str) -> bool:
         """Load versions; where one cannot be loaded, ``problems`` says why."""
         try:
             for version in versions:
                 self._preload((name, version))
         except Exception as error:
-            self.problems[f"{name}/{what}"] = f"{told}: {error}"
+            self.problems[f"{name}/{what}"] = f"{consequence}: {error}"
             return False
         self.problems.pop(f"{name}/{what}", None)
         return True
@@ -338,8 +354,17 @@ class Router:
         self.routes = Routes({**old.models, name: served}, others | served.targets(name), model)
 
 
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """The registry of a model, and its state when it was read last."""
+
+    registry: "Index"
+    local_changes: int  # by this process
+    token: Hashable  # changes with every change, by whatever process
+
+
 @dataclass(slots=True, eq=False)
-class _Whole:
+class _WholeRegistry:
     """A registry of which every model is followed."""
 
     registry: "Index"
@@ -359,7 +384,7 @@ def _token(registry: "Index", known: dict[int, Hashable]) -> Hashable:
     return known[id(registry)]
 
 
-def _said(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -1,9 +1,12 @@
 """The model server: the one place that answers a request. REST, gRPC, notebooks and edge devices all come through it.
 
-The way of a request: deadline -> route (alias -> version) -> pin the model (loading it on a miss) -> validate ->
-prediction cache -> queue and batch -> preprocess -> infer -> postprocess -> respond. The route comes before the cache
-because the cache's key holds the model's digest: an alias that moved asks under another key, so nothing stale can be
-found.
+A request's way: deadline -> route (alias -> version) -> pin the model (loading it on a miss) -> validate ->
+prediction cache -> queue and batch -> preprocess -> infer -> postprocess -> respond -> count. One
+:class:`~flserving.serving.request.Request` goes through the steps of :meth:`ModelServer.handle` and keeps what
+each of them found; :meth:`ModelServer.ahandle` awaits where ``handle`` blocks.
+
+The route comes before the cache because the cache's key holds the model's digest: an alias that moved
+asks under another key, so nothing stale can be found.
 """
 
 import asyncio
@@ -28,7 +31,7 @@ from flserving.models.processing import Outputs, Several, ids_of
 from flserving.monitoring.fleet import Fleet
 from flserving.monitoring.metrics import STAGES
 from flserving.monitoring.telemetry import Telemetry
-from flserving.registry.experiment import Crossroads
+from flserving.registry.experiment import TrafficSplit
 from flserving.serving.batching.workers import Batcher
 from flserving.serving.cache import PredictionCache
 from flserving.serving.config import ServingConfig, deadline_s
@@ -65,19 +68,19 @@ class ModelServer(ModelHost):
     ) -> None:
         torch.set_num_threads(1)
         super().__init__(config, clock=clock)
-        budget = self.config.prediction_cache_bytes
-        self.prediction_cache: PredictionCache[Outputs] | None = (
-            PredictionCache(budget, self.config.prediction_cache_ttl_s, clock) if budget else None
-        )
+        config = self.config
+        self.prediction_cache: PredictionCache[Outputs] | None = None
+        if config.prediction_cache_bytes:
+            self.prediction_cache = PredictionCache(config.prediction_cache_bytes, config.prediction_cache_ttl_s, clock)
         held = weakref.WeakMethod(self._held)  # threads know the telemetry: they must not keep a forgotten server
 
-        def names() -> set[str]:
+        def held_versions() -> set[str]:
             alive = held()
             return set() if alive is None else alive()
 
-        self.telemetry = Telemetry(clock, self.config.max_batch_size, names)
+        self.telemetry = Telemetry(clock, largest_batch=config.max_batch_size, held=held_versions)
         self.fleet = Fleet()
-        self._batcher = Batcher(self.config, self.telemetry.execution, clock)
+        self._batcher = Batcher(config, self.telemetry.execution, clock)
         self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)
         if registry is not None and model is None:
             self.serve_all(registry)
@@ -87,10 +90,24 @@ class ModelServer(ModelHost):
     # Requests
 
     @version_id_too
-    def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                client: str | Sequence[str] | None = None, caller: str | None = None) -> dict[str, Any]:  # fmt: skip
+    def predict(
+        self,
+        features: Any,
+        version: str | int | None = None,
+        *,
+        model: str | None = None,
+        timeout_ms: float | None = None,
+        stages: bool = False,
+        arrays: bool = False,
+        client: str | Sequence[str] | None = None,
+        caller: str | None = None,
+    ) -> dict[str, Any]:
         """Answer one request: a row [D] or rows [N, D]; or of the shape that the model takes, as [N, 3, 32, 32].
+
+        Example::
+
+            server = create_serving_pipeline(models.build("tutorial_mlp"))
+            server.predict(np.zeros(32))  # {"predictions": [7], "confidences": [0.12], ..., "model_version": "v1.0"}
 
         Args:
             version: A version id or an alias; the alias ``default`` when not given. Also by the name ``version_id``.
@@ -118,23 +135,32 @@ class ModelServer(ModelHost):
             OverloadedError, DeadlineExceededError, ModelExecutionError,
             CorruptArtifactError, ServerClosedError: Each counted under its reason in the statistics.
         """
-        return self.handle(
-            Request(features, version, model, timeout_ms, stages, arrays, client, caller)  # in the fields' order
+        request = Request(
+            features,
+            version,
+            model=model,
+            timeout_ms=timeout_ms,
+            stages=stages,
+            arrays=arrays,
+            client=client,
+            caller=caller,
         )
+        return self.handle(request)
 
     @version_id_too
-    async def apredict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                       timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                       client: str | Sequence[str] | None = None,
-                       caller: str | None = None) -> dict[str, Any]:  # fmt: skip
+    async def apredict(self, features: Any, version: str | int | None = None, **options: Any) -> dict[str, Any]:
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
-        return await self.ahandle(
-            Request(features, version, model, timeout_ms, stages, arrays, client, caller)  # in the fields' order
-        )
+        return await self.ahandle(Request(features, version, **options))
 
     @version_id_too
-    def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, *, model: str | None = None,
-                      timeout_ms: float | None = None) -> list[dict[str, Any]]:  # fmt: skip
+    def batch_predict(
+        self,
+        batch: Iterable[Any],
+        version: str | int | None = None,
+        *,
+        model: str | None = None,
+        timeout_ms: float | None = None,
+    ) -> list[dict[str, Any]]:
         """Answer several requests, each a row or rows, as one: they are admitted, run and fail together.
 
         Returns:
@@ -195,7 +221,7 @@ class ModelServer(ModelHost):
             self._follow_route(request, key)
 
     def _follow_route(self, request: Request, key: Key) -> None:
-        if isinstance(key, Crossroads):
+        if isinstance(key, TrafficSplit):
             key, request.chosen = self.experiments.choose(key, request.client, request.identity)
         request.key = key
         request.lease = self.model_cache.acquire(key)
@@ -255,13 +281,23 @@ class ModelServer(ModelHost):
     def _compute(self, request: Request) -> Prediction:
         """Queue and batch, preprocess, infer, postprocess."""
         prediction: Prediction = self._batcher.run(
-            request.runner, request.payload, len(request.rows), request.started_s, request.deadline_s, request.caller
+            request.runner,
+            request.payload,
+            rows=len(request.rows),
+            arrival_s=request.started_s,
+            deadline_s=request.deadline_s,
+            client=request.caller,
         )
         return prediction
 
     def _acompute(self, request: Request) -> Coroutine[Any, Any, Prediction]:
         return self._batcher.arun(
-            request.runner, request.payload, len(request.rows), request.started_s, request.deadline_s, request.caller
+            request.runner,
+            request.payload,
+            rows=len(request.rows),
+            arrival_s=request.started_s,
+            deadline_s=request.deadline_s,
+            client=request.caller,
         )
 
     def _respond(self, request: Request) -> dict[str, Any]:

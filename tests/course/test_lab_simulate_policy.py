@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from budget import examples
 from flserving.lab import simulate_batching
-from flserving.serving.batching.policy import BatchQueue, Request
+from flserving.serving.batching.policy import BatchQueue, QueuedRequest
 
 
 def through_the_queue(arrival_s, service_s, max_batch_size, workers, policy, max_wait_s):
@@ -20,7 +20,7 @@ def through_the_queue(arrival_s, service_s, max_batch_size, workers, policy, max
     while coming or queue:
         while coming and coming[0] <= now_s:
             at_s = coming.pop(0)
-            queue.push(Request("model", at_s, 1, at_s, math.inf))
+            queue.push(QueuedRequest("model", at_s, 1, at_s, math.inf))
         for worker in range(workers):
             if free_s[worker] <= now_s and (batch := queue.take(now_s)[0]):
                 batches.append((now_s, [request.payload for request in batch]))

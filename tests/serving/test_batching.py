@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from budget import examples
 from flserving.errors import OverloadedError
 from flserving.lab.simulate import simulate_batching
-from flserving.serving.batching.policy import BatchQueue, Request
+from flserving.serving.batching.policy import BatchQueue, QueuedRequest
 
 POLICIES = ("work_conserving", "hold_until_full")
 TENTHS = st.integers(0, 30).map(lambda tenths: tenths / 10)  # not exact in binary: sums and differences round
@@ -35,7 +35,7 @@ class Reference:
         return sum(request.rows for request in self.waiting)
 
     def line(self, lane):
-        return [request for request in self.waiting if request.lane == lane]
+        return [request for request in self.waiting if request.engine == lane]
 
     def due_s(self, lane):
         """When a lane is ready by waiting alone; held back on purpose, nobody waits for more than half of his time."""
@@ -48,7 +48,7 @@ class Reference:
 
     def ready(self, now_s, draining):
         """Lanes of which the queue may serve any."""
-        lanes = {request.lane for request in self.waiting}
+        lanes = {request.engine for request in self.waiting}
         due_s = {lane: self.due_s(lane) for lane in lanes}
         rows = {lane: sum(request.rows for request in self.line(lane)) for lane in lanes}
         overdue = {lane for lane in lanes if now_s >= due_s[lane]}
@@ -64,7 +64,7 @@ class Reference:
         expired, batch = deque(expired), list(batch)
         while ready := self.ready(now_s, draining):
             assert expired or batch, f"{ready} are ready, and take answered nothing"
-            lane = expired[0].lane if expired else batch[0].lane
+            lane = expired[0].engine if expired else batch[0].engine
             assert lane in ready, f"served lane {lane}, ready were {ready}"
             fit, late, rows = [], [], 0
             for request in self.line(lane):
@@ -100,7 +100,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.ended = set()
 
     def request(self, lane, rows, age_s, patience_s):
-        return Request(lane, None, rows, self.now_s - age_s, self.now_s + patience_s)
+        return QueuedRequest(lane, None, rows, self.now_s - age_s, self.now_s + patience_s)
 
     @rule(
         lane=st.sampled_from("abc"), rows=st.integers(1, 4), age_s=st.sampled_from([0.0, 0.0, 0.3]),
@@ -145,7 +145,7 @@ class QueueMachine(RuleBasedStateMachine):
     def wait_until_ready(self):
         """At ``next_ready_s`` something is ready; a moment earlier only what is full (or anything, unless held)."""
         at_s = self.queue.next_ready_s()
-        assert at_s == min(self.reference.due_s(lane) for lane in {r.lane for r in self.reference.waiting})
+        assert at_s == min(self.reference.due_s(lane) for lane in {r.engine for r in self.reference.waiting})
         self.now_s = max(self.now_s, at_s)
         assert self.queue.first_ready(self.now_s) is not None
         assert (self.queue.first_ready(math.nextafter(at_s, -math.inf)) is not None) == bool(
@@ -193,21 +193,21 @@ TestQueueMachine.settings = examples(150, stateful_step_count=40)
 def test_a_taken_or_dropped_request_is_not_kept():
     """A queue that nobody takes from holds the waiting ones and nothing else, however many came and went."""
     queue = BatchQueue(4, 1.0, 1000)
-    head = Request("a", None, 1, 0.0, 100.0)
+    head = QueuedRequest("a", None, 1, 0.0, 100.0)
     queue.push(head)
     for _ in range(500):
-        gone = Request("a", None, 1, 0.0, 0.1)
+        gone = QueuedRequest("a", None, 1, 0.0, 0.1)
         queue.push(gone)
         queue.drop(gone)
     assert queue.rows == 1
     assert sum(len(line) for line in queue._lines.values()) == 1
     assert queue.take(5.0) == ([head], [])
-    assert not queue._lines and not queue._lane_rows
+    assert not queue._lines and not queue._engine_rows
 
 
 def test_a_dropped_request_leaves_its_place_to_the_next():
     queue = BatchQueue(4, 1.0, 100)
-    first, gone, last = (Request("a", None, rows, 0.0, 9.0) for rows in (2, 3, 2))
+    first, gone, last = (QueuedRequest("a", None, rows, 0.0, 9.0) for rows in (2, 3, 2))
     for request in (first, gone, last):
         queue.push(request)
     queue.drop(gone)
@@ -217,26 +217,26 @@ def test_a_dropped_request_leaves_its_place_to_the_next():
 def test_nobody_is_passed_over_longer_than_max_wait():
     """A crowded lane wins until a lonely request has waited ``max_wait_s``; then the lonely one is served first."""
     queue = BatchQueue(4, max_wait_s=0.5, max_rows=1000)
-    lonely = Request("lonely", None, 1, 10.0, 99.0)
+    lonely = QueuedRequest("lonely", None, 1, 10.0, 99.0)
     queue.push(lonely)
     served = []
     for turn in range(8):  # the crowd refills its lane before every batch, one batch each 0.1 s
         now_s = 10.0 + turn / 10
         for _ in range(4):
-            queue.push(Request("crowd", None, 1, now_s, 99.0))
-        served.append(queue.take(now_s)[0][0].lane)
+            queue.push(QueuedRequest("crowd", None, 1, now_s, 99.0))
+        served.append(queue.take(now_s)[0][0].engine)
     assert served == ["crowd"] * 5 + ["lonely"] + ["crowd"] * 2
 
 
 @pytest.mark.parametrize("max_rows", [1, 8])
 def test_one_request_above_the_bound_enters_an_empty_queue_only(max_rows):
     queue = BatchQueue(4, 1.0, max_rows)
-    queue.push(Request("a", None, 500, 0.0, 9.0))
+    queue.push(QueuedRequest("a", None, 500, 0.0, 9.0))
     with pytest.raises(OverloadedError, match=f"500 rows wait already, the limit is {max_rows}: .*max_queue_rows"):
-        queue.push(Request("b", None, 1, 0.0, 9.0))
+        queue.push(QueuedRequest("b", None, 1, 0.0, 9.0))
     (large,), _ = queue.take(0.0)
     assert large.rows == 500, "it runs alone, whatever the batch size"
-    queue.push(Request("b", None, 1, 0.0, 9.0))
+    queue.push(QueuedRequest("b", None, 1, 0.0, 9.0))
 
 
 @pytest.mark.parametrize(("usual_s", "held_until_s"), [(None, 10.025), (0.02, 10.015), (0.06, 10.0)])
@@ -246,7 +246,7 @@ def test_nobody_is_held_past_half_of_what_the_deadline_leaves(usual_s, held_unti
     lane = Server()
     if usual_s is not None:
         queue.learn(lane, 1, 3.0, 3.0 + usual_s)  # long ago
-    patient, hasty = Request(lane, None, 1, 9.99, 99.0), Request(lane, None, 1, 10.0, 10.05)
+    patient, hasty = QueuedRequest(lane, None, 1, 9.99, 99.0), QueuedRequest(lane, None, 1, 10.0, 10.05)
     queue.push(patient)
     queue.push(hasty)
     assert queue.next_ready_s() == pytest.approx(held_until_s)
@@ -256,7 +256,7 @@ def test_nobody_is_held_past_half_of_what_the_deadline_leaves(usual_s, held_unti
 
 def run_in_virtual_time(queue, arrivals_s, service_s, workers):
     """Drive the queue as the batcher does; returns the number of the batch of each request, and the batches' starts."""
-    requests = [Request("model", None, 1, arrival_s, math.inf) for arrival_s in arrivals_s]
+    requests = [QueuedRequest("model", None, 1, arrival_s, math.inf) for arrival_s in arrivals_s]
     coming, free_s, batch_of, starts_s = deque(requests), [-math.inf] * workers, {}, []
     now_s = arrivals_s[0]
     while coming or queue:
@@ -304,7 +304,7 @@ def test_runs_the_batches_of_the_simulator(policy, workers, gaps, max_batch_size
 def test_who_is_late_leaves_with_the_batch_that_he_would_have_filled():
     """One row fits and one is past its deadline: a smaller batch would help nobody, and leave the late one waiting."""
     queue = BatchQueue(2, 0.0, 10)
-    fits, late = Request("a", None, 1, 7.0, 7.7), Request("a", None, 1, 7.0, 7.1)
+    fits, late = QueuedRequest("a", None, 1, 7.0, 7.7), QueuedRequest("a", None, 1, 7.0, 7.1)
     queue.push(fits)
     queue.push(late)
     assert queue.take(7.1) == ([fits], [late])

@@ -12,7 +12,7 @@ from torch import nn
 
 from flserving.errors import DeadlineExceededError, OverloadedError
 from flserving.serving import repository
-from flserving.serving.batching.policy import BatchQueue, Request
+from flserving.serving.batching.policy import BatchQueue, QueuedRequest
 from flserving.serving.repository import ModelHost
 from serving_models import row, serving
 
@@ -62,7 +62,7 @@ class Run:
     def _arrive(self, client, deadline_s):
         self.came[client] += self.now_s > WARM_S
         try:
-            self.queue.push(Request(self.model, client, 1, self.now_s, self.now_s + deadline_s, client))
+            self.queue.push(QueuedRequest(self.model, client, 1, self.now_s, self.now_s + deadline_s, client))
         except OverloadedError:
             return
         self._start()
@@ -137,7 +137,7 @@ def test_an_estimate_that_nothing_confirms_is_forgotten():
     queue.learn(model, 1, 0.0, 0.5)
 
     def taken(now_s):
-        queue.push(request := Request(model, None, 1, now_s, now_s + 0.1))
+        queue.push(request := QueuedRequest(model, None, 1, now_s, now_s + 0.1))
         return queue.take(now_s) == ([request], [])
 
     assert not taken(0.6)
@@ -150,19 +150,19 @@ def test_what_cannot_end_in_time_is_refused_as_it_comes():
     queue.learn(model, 2, 9.0, 9.1)
     queue.ends_s.append(10.1)  # one batch runs
     for _ in range(4):
-        queue.push(Request(model, None, 1, 10.0, 11.0))
+        queue.push(QueuedRequest(model, None, 1, 10.0, 11.0))
     with pytest.raises(OverloadedError, match=r"4 rows wait already: .* about 400 ms, the deadline leaves 300 ms"):
-        queue.push(Request(model, None, 1, 10.0, 10.3))
-    queue.push(Request(model, None, 1, 10.0, 10.5))
+        queue.push(QueuedRequest(model, None, 1, 10.0, 10.3))
+    queue.push(QueuedRequest(model, None, 1, 10.0, 10.5))
     unknown = Model(0.1, 0.0, 2, 1)
-    queue.push(Request(unknown, None, 1, 10.0, 10.01))
+    queue.push(QueuedRequest(unknown, None, 1, 10.0, 10.01))
 
 
 def test_who_is_too_late_makes_room_and_who_is_not_keeps_his_place():
     """The batch of four ends in 100 ms: the one who cannot wait for that is told now, the others run in order."""
     queue, model = BatchQueue(4, 0.1, 100), Model(0.1, 0.0, 4, 1)
     leaves_s = [0.5, 0.05, 0.4, 0.3, 0.2]
-    requests = [Request(model, number, 1, 10.0, 10.0 + left_s) for number, left_s in enumerate(leaves_s)]
+    requests = [QueuedRequest(model, number, 1, 10.0, 10.0 + left_s) for number, left_s in enumerate(leaves_s)]
     for request in requests:
         queue.push(request)
     queue.learn(model, 1, 9.9, 10.0)  # not known before
@@ -201,7 +201,7 @@ def test_clients_take_turns_by_the_row_and_each_is_served_first_in_first_out():
     waiting = {name: [] for name in served}
     for _ in range(300):
         name = rng.choice("aaaabbc")
-        request = Request("model", None, rng.randint(1, 5), 0.0, math.inf, name)
+        request = QueuedRequest("model", None, rng.randint(1, 5), 0.0, math.inf, name)
         waiting[name].append(request)
         queue.push(request)
     while queue:
@@ -216,24 +216,24 @@ def test_clients_take_turns_by_the_row_and_each_is_served_first_in_first_out():
 def test_a_quiet_client_of_another_model_has_its_turn_too():
     queue = BatchQueue(4, 0.1, 10_000)
     for _ in range(1000):
-        queue.push(Request("flooded", None, 1, 0.0, 99.0, "flood"))
-    queue.push(quiet := Request("lonely", None, 1, 1.0, 99.0, "quiet"))
+        queue.push(QueuedRequest("flooded", None, 1, 0.0, 99.0, "flood"))
+    queue.push(quiet := QueuedRequest("lonely", None, 1, 1.0, 99.0, "quiet"))
     lanes = [queue.take(1.0)[0] for _ in range(2)]
     assert [quiet] in lanes
 
 
 def test_who_has_most_makes_room_for_who_has_less():
     queue = BatchQueue(4, 0.1, 10)
-    flood = [Request("a", number, 2, 0.0, 99.0, "flood") for number in range(5)]
+    flood = [QueuedRequest("a", number, 2, 0.0, 99.0, "flood") for number in range(5)]
     for request in flood:
         assert queue.push(request) == []
-    quiet = [Request("b", None, 1, 0.0, 99.0, "quiet") for _ in range(6)]
+    quiet = [QueuedRequest("b", None, 1, 0.0, 99.0, "quiet") for _ in range(6)]
     assert [queue.push(request) for request in quiet[:5]] == [[flood[4]], [], [flood[3]], [], [flood[2]]]
     assert queue.rows == 9
     with pytest.raises(OverloadedError, match="9 rows wait already, the limit is 10"):
-        queue.push(Request("a", None, 2, 0.0, 99.0, "flood"))
+        queue.push(QueuedRequest("a", None, 2, 0.0, 99.0, "flood"))
     with pytest.raises(OverloadedError, match="the limit is 10"):
-        queue.push(Request("b", None, 2, 0.0, 99.0, "quiet"))
+        queue.push(QueuedRequest("b", None, 2, 0.0, 99.0, "quiet"))
 
 
 # The real server

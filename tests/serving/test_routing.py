@@ -21,7 +21,7 @@ from flserving.errors import (
     ModelUnloadedError,
     NotFoundError,
 )
-from flserving.registry.experiment import Crossroads, Experiment
+from flserving.registry.experiment import Experiment, TrafficSplit
 from flserving.serving import router as routing
 from flserving.serving.router import Router
 from serving_models import PATIENCE_S, Constant, Threads, collected, row, serving, wait_until
@@ -869,8 +869,10 @@ def test_an_alias_in_an_experiment_is_a_crossroads_and_still_leads_where_it_led(
     registry.running = {"default": AB}
     registry.change()
     router.refresh()
-    road = router.find(None, "m")
-    assert isinstance(road, Crossroads) and road == ("m", "1") and (road.alias, road.experiment) == ("default", AB)
+    split = router.find(None, "m")
+    assert (
+        isinstance(split, TrafficSplit) and split == ("m", "1") and (split.alias, split.experiment) == ("default", AB)
+    )
     assert loads.loaded == [("m", "1"), ("m", "2"), ("m", "3")], "every version is warm before the first request"
     for ref in ("beside", "1"):
         assert type(router.find(ref, "m")) is tuple

@@ -20,26 +20,36 @@ from flserving.errors import OverloadedError
 from flserving.monitoring.metrics import Costs
 from flserving.serving.config import BatchingPolicy
 
-L = TypeVar("L", bound=Hashable)
+E = TypeVar("E", bound=Hashable)
 MARGIN = 1.3
 """A batch is planned to take this many times as long as usual: one that ends a little late is lost as a whole."""
 
 
-class Request(Generic[L]):
-    """One caller's rows on their way through the queue: ``payload`` has ``rows`` rows and must run on ``lane``.
+class QueuedRequest(Generic[E]):
+    """One caller's rows on their way through the queue: ``payload`` has ``rows`` rows and must run on ``engine``.
 
     ``client`` is whose share of the queue it uses; all callers without a name share one. ``state`` goes from "waiting"
     to "running" to "done"; "dropped" is a request whose caller stopped waiting, or was told that nothing comes of it.
     """
 
     __slots__ = (
-        *("arrival_s", "client", "deadline_s", "error", "lane", "payload", "result", "rows", "state", "turn", "waiter"),
+        "arrival_s",
+        "client",
+        "deadline_s",
+        "engine",
+        "error",
+        "payload",
+        "result",
+        "rows",
+        "state",
+        "turn",
+        "waiter",
     )
 
     def __init__(
-        self, lane: L, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+        self, engine: E, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
     ) -> None:
-        self.lane = lane
+        self.engine = engine
         self.payload = payload
         self.rows = rows
         self.arrival_s = arrival_s
@@ -65,17 +75,17 @@ class _Client:
         self.turn = 0  # of its last request
 
 
-class BatchQueue(Generic[L]):
-    """Waiting requests in one line a *lane* (a loaded model); a batch never mixes lanes, but mixes clients.
+class BatchQueue(Generic[E]):
+    """Waiting requests, one line for each engine (a loaded model); a batch never mixes engines, but mixes clients.
 
     Clients take turns by the row: a request's ``turn`` is the number of rows that a client had been served when it is,
     if all who wait had got the same. The line is in order of turns, so the requests of one client (or of all, where
     nobody has a name) are served first in, first out.
 
-    ``work_conserving``: whoever asks gets a batch if anything waits: of the client whose turn it is; where only one
-    waits, the fullest lane's, unless the oldest request of another lane has waited ``max_wait_s``. ``hold_until_full``:
-    a lane is ready when it holds ``max_batch_size`` rows or one of its requests has waited ``max_wait_s``, or half of
-    the time that its deadline leaves.
+    ``work_conserving``: a free worker gets a batch if anything waits: of the client whose turn it is; where only
+    one waits, the fullest line's, unless the oldest request of another engine has waited ``max_wait_s``.
+    ``hold_until_full``: a line is ready when it holds ``max_batch_size`` rows, or when one of its requests has
+    waited ``max_wait_s`` or half of the time that its deadline leaves.
 
     By time: where all ``servers`` are at work, a request is refused that could not end before its deadline; from who
     waits nevertheless, :meth:`take` forms the largest batch that ends before the deadlines of all in it. Both follow
@@ -83,7 +93,7 @@ class BatchQueue(Generic[L]):
 
     A request with more rows than ``max_batch_size`` makes a batch of its own, which the engine runs in chunks.
     Not thread-safe: the owner locks, and keeps ``ends_s``, when what runs now should end. ``push`` and ``drop`` cost
-    O(log n), ``take`` O(lanes + batch), and O(n) when not all can be answered.
+    O(log n), ``take`` O(engines + batch), and O(n) when not all can be answered.
     """
 
     def __init__(
@@ -105,15 +115,15 @@ class BatchQueue(Generic[L]):
         self.ends_s: list[float] = []
         self.rows = 0
         self._turn = 0  # the latest turn that was served
-        self._lines: dict[L, list[Request[L]]] = {}  # of the lanes where something waits
-        self._lane_rows: dict[L, int] = {}
+        self._lines: dict[E, list[QueuedRequest[E]]] = {}  # of the engines where something waits
+        self._engine_rows: dict[E, int] = {}
         self._clients: dict[Hashable, _Client] = {}  # of whom something waits
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    def push(self, request: Request[L], now_s: float | None = None) -> list[Request[L]]:
-        """Put a request into its lane's line at ``now_s`` (its arrival when not given).
+    def push(self, request: QueuedRequest[E], now_s: float | None = None) -> list[QueuedRequest[E]]:
+        """Put a request into its engine's line at ``now_s`` (its arrival when not given).
 
         Returns:
             Requests of clients with more than their share, dropped to make room: to be refused.
@@ -128,34 +138,34 @@ class BatchQueue(Generic[L]):
         client.turn = max(client.turn, self._turn) + request.rows
         client.rows += request.rows
         request.turn = client.turn
-        line = self._lines.setdefault(request.lane, [])
+        line = self._lines.setdefault(request.engine, [])
         if line and line[-1].turn > request.turn:
             line.insert(bisect_right(line, request.turn, key=_turn), request)
         else:
             line.append(request)
-        self._lane_rows[request.lane] = self._lane_rows.get(request.lane, 0) + request.rows
+        self._engine_rows[request.engine] = self._engine_rows.get(request.engine, 0) + request.rows
         self.rows += request.rows
         return dropped
 
-    def drop(self, request: Request[L]) -> None:
+    def drop(self, request: QueuedRequest[E]) -> None:
         """Forget a waiting request whose caller has gone."""
         if request.state == "waiting":
-            line = self._lines[request.lane]
+            line = self._lines[request.engine]
             at = line.index(request, bisect_left(line, request.turn, key=_turn))
             self._leave(request, "dropped")
             del line[at]
-            self._tidy(request.lane)
+            self._tidy(request.engine)
 
-    def take(self, now_s: float, draining: bool = False) -> tuple[list[Request[L]], list[Request[L]]]:
+    def take(self, now_s: float, draining: bool = False) -> tuple[list[QueuedRequest[E]], list[QueuedRequest[E]]]:
         """The next batch to run at ``now_s`` ([] when nothing is ready), and the requests found to be too late.
 
-        The batch's requests are of one lane, in order of their turns, together at most ``max_batch_size`` rows (or one
-        larger request). Too late is who is past its deadline, or would be at the end of a batch of its own.
+        The batch's requests are for one engine, in order of their turns, together at most ``max_batch_size`` rows (or
+        one larger request). Too late is who is past its deadline, or would be at the end of a batch of its own.
         ``draining`` ignores the hold of ``hold_until_full``.
         """
-        late: list[Request[L]] = []
+        late: list[QueuedRequest[E]] = []
         while (first := self.first_ready(now_s, draining)) is not None:
-            batch = self._fill(first.lane, now_s, late)
+            batch = self._fill(first.engine, now_s, late)
             if batch:
                 self._turn = max(self._turn, batch[-1].turn)
                 return batch, late
@@ -165,29 +175,29 @@ class BatchQueue(Generic[L]):
         """When the first held-back request becomes ready by waiting alone; None when nothing waits."""
         return min(map(self._ready_s, self._lines)) if self._lines else None
 
-    def first_ready(self, now_s: float, draining: bool = False) -> Request[L] | None:
+    def first_ready(self, now_s: float, draining: bool = False) -> QueuedRequest[E] | None:
         """The request that :meth:`take` would look at first at ``now_s``; None when nothing is ready."""
         if not self._lines:
             return None
         held = self.policy == "hold_until_full" and not draining
         if len(self._clients) > 1:
-            lanes = [lane for lane in self._lines if not held or self._is_ready(lane, now_s)]
-            return min(map(self._head, lanes), key=_turn, default=None)
+            engines = [engine for engine in self._lines if not held or self._is_ready(engine, now_s)]
+            return min(map(self._head, engines), key=_turn, default=None)
         oldest = min(self._lines, key=self._ready_s)
         if now_s >= self._ready_s(oldest):
             return self._head(oldest)
-        fullest = max(self._lane_rows, key=self._lane_rows.__getitem__)
-        if not held or self._lane_rows[fullest] >= self.max_batch_size:
+        fullest = max(self._engine_rows, key=self._engine_rows.__getitem__)
+        if not held or self._engine_rows[fullest] >= self.max_batch_size:
             return self._head(fullest)
         return None
 
     # Which
 
-    def _fill(self, lane: L, now_s: float, late: list[Request[L]]) -> list[Request[L]]:
+    def _fill(self, engine: E, now_s: float, late: list[QueuedRequest[E]]) -> list[QueuedRequest[E]]:
         """Take the largest batch that ends before the deadlines of all in it, as near as halving finds it; who would be
         late even alone goes to ``late``."""
-        line = self._lines[lane]
-        size = min(self._lane_rows[lane], self.max_batch_size)
+        line = self._lines[engine]
+        size = min(self._engine_rows[engine], self.max_batch_size)
         while True:
             batch, hopeless, rows, seen = self._chosen(line, size, now_s)
             if 2 * rows > size or size == 1 or len(batch) + len(hopeless) == seen:  # nobody was passed over
@@ -199,17 +209,17 @@ class BatchQueue(Generic[L]):
             self._leave(request, "dropped")
         late += hopeless
         line[:seen] = [request for request in line[:seen] if request.state == "waiting"]
-        self._tidy(lane)
+        self._tidy(engine)
         return batch
 
     def _chosen(
-        self, line: list[Request[L]], size: int, now_s: float
-    ) -> tuple[list[Request[L]], list[Request[L]], int, int]:
+        self, line: list[QueuedRequest[E]], size: int, now_s: float
+    ) -> tuple[list[QueuedRequest[E]], list[QueuedRequest[E]], int, int]:
         """The first of a line who can wait for a batch of ``size`` rows; who is too late even alone; the rows of the
         batch; how much of the line was looked at."""
-        end_s = now_s + MARGIN * self.usual_s(line[0].lane, size, now_s)
-        batch: list[Request[L]] = []
-        hopeless: list[Request[L]] = []
+        end_s = now_s + MARGIN * self.usual_s(line[0].engine, size, now_s)
+        batch: list[QueuedRequest[E]] = []
+        hopeless: list[QueuedRequest[E]] = []
         rows = seen = 0
         for request in line:
             if batch and rows + request.rows > size:
@@ -217,7 +227,7 @@ class BatchQueue(Generic[L]):
             seen += 1
             alone_s = now_s
             if request.deadline_s <= end_s or request.rows > size:
-                alone_s += MARGIN * self.usual_s(request.lane, request.rows, now_s)
+                alone_s += MARGIN * self.usual_s(request.engine, request.rows, now_s)
             if request.deadline_s <= alone_s:
                 hopeless.append(request)
             elif request.deadline_s > end_s:
@@ -227,25 +237,25 @@ class BatchQueue(Generic[L]):
 
     # When
 
-    def _ready_s(self, lane: L) -> float:
+    def _ready_s(self, engine: E) -> float:
         if self.policy == "work_conserving":
-            return self._head(lane).arrival_s + self.max_wait_s
-        return min(map(self._held_until_s, self._lines[lane]))
+            return self._head(engine).arrival_s + self.max_wait_s
+        return min(map(self._held_until_s, self._lines[engine]))
 
-    def _is_ready(self, lane: L, now_s: float) -> bool:
-        return self._lane_rows[lane] >= self.max_batch_size or now_s >= self._ready_s(lane)
+    def _is_ready(self, engine: E, now_s: float) -> bool:
+        return self._engine_rows[engine] >= self.max_batch_size or now_s >= self._ready_s(engine)
 
-    def _held_until_s(self, request: Request[L]) -> float:
-        spare_s = request.deadline_s - request.arrival_s - self.costs.usual_s(request.lane, request.rows)
+    def _held_until_s(self, request: QueuedRequest[E]) -> float:
+        spare_s = request.deadline_s - request.arrival_s - self.costs.usual_s(request.engine, request.rows)
         return request.arrival_s + min(self.max_wait_s, max(0.0, spare_s / 2))
 
     # Whether
 
-    def _check_time(self, request: Request[L], now_s: float) -> None:
+    def _check_time(self, request: QueuedRequest[E], now_s: float) -> None:
         if len(self.ends_s) < self.servers and not self._lines:
             return  # somebody is idle: to try costs nobody anything
-        together = min(self._lane_rows.get(request.lane, 0) + request.rows, self.max_batch_size)
-        usual_s = self.usual_s(request.lane, max(together, request.rows), now_s)
+        together = min(self._engine_rows.get(request.engine, 0) + request.rows, self.max_batch_size)
+        usual_s = self.usual_s(request.engine, max(together, request.rows), now_s)
         wait_s = self._wait_s(request, now_s)
         if usual_s and now_s + wait_s + MARGIN * usual_s > request.deadline_s:
             raise OverloadedError(
@@ -253,14 +263,14 @@ class BatchQueue(Generic[L]):
                 f"deadline leaves {(request.deadline_s - now_s) * 1e3:.0f} ms: try again later, or raise timeout_ms"
             )
 
-    def _wait_s(self, request: Request[L], now_s: float) -> float:
+    def _wait_s(self, request: QueuedRequest[E], now_s: float) -> float:
         """How long the batches before this request's will keep all servers at work."""
         work_s = 0.0
-        for lane, rows in self._lane_rows.items():
-            if lane == request.lane:
+        for engine, rows in self._engine_rows.items():
+            if engine == request.engine:
                 rows = rows // self.max_batch_size * self.max_batch_size  # the rest is in its own batch
             if rows:
-                work_s += self.usual_s(lane, rows, now_s)
+                work_s += self.usual_s(engine, rows, now_s)
         known = self._clients.get(request.client)
         turns = len(self._clients) + (known is None)
         mine = request.rows if known is None else known.rows + request.rows
@@ -270,13 +280,13 @@ class BatchQueue(Generic[L]):
         first_s = min(left_s) if len(left_s) >= self.servers else 0.0
         return min(first_s + work_s, max(first_s, (work_s + sum(left_s)) / self.servers))
 
-    def usual_s(self, lane: L, rows: int, now_s: float) -> float:
+    def usual_s(self, engine: E, rows: int, now_s: float) -> float:
         """Seconds that so many rows usually take; 0 where that is not known."""
         if rows <= self.max_batch_size:
-            return self.costs.usual_s(lane, rows, now_s)
-        return rows / self.max_batch_size * self.costs.usual_s(lane, self.max_batch_size, now_s)
+            return self.costs.usual_s(engine, rows, now_s)
+        return rows / self.max_batch_size * self.costs.usual_s(engine, self.max_batch_size, now_s)
 
-    def _make_room(self, request: Request[L]) -> list[Request[L]]:
+    def _make_room(self, request: QueuedRequest[E]) -> list[QueuedRequest[E]]:
         """Where ``max_rows`` wait: drop the last requests of who has most, if this one's client has less than its share
         (the longest queue's drop of McKenney, INFOCOM 1990)."""
         over = self.rows + request.rows - self.max_rows
@@ -289,7 +299,7 @@ class BatchQueue(Generic[L]):
             raise OverloadedError(
                 f"{self.rows} rows wait already, the limit is {self.max_rows}: try again later, or raise max_queue_rows"
             )
-        dropped: list[Request[L]] = []
+        dropped: list[QueuedRequest[E]] = []
         while self.rows + request.rows > self.max_rows:
             name, client = max(self._clients.items(), key=lambda item: item[1].rows)
             theirs = (one for line in self._lines.values() for one in reversed(line) if one.client == name)
@@ -299,29 +309,29 @@ class BatchQueue(Generic[L]):
             dropped.append(last)
         return dropped
 
-    # Accounts
+    # Costs
 
-    def learn(self, lane: L, rows: int, start_s: float, end_s: float) -> None:
-        """So many rows of a lane took from ``start_s`` to ``end_s``."""
+    def learn(self, engine: E, rows: int, start_s: float, end_s: float) -> None:
+        """So many rows on an engine took from ``start_s`` to ``end_s``."""
         seconds = end_s - start_s
         if rows > self.max_batch_size:
             seconds *= self.max_batch_size / rows
             rows = self.max_batch_size
-        self.costs.add(lane, rows, seconds, end_s)
+        self.costs.add(engine, rows, seconds, end_s)
 
-    def _head(self, lane: L) -> Request[L]:
-        return self._lines[lane][0]
+    def _head(self, engine: E) -> QueuedRequest[E]:
+        return self._lines[engine][0]
 
-    def _leave(self, request: Request[L], state: str) -> None:
+    def _leave(self, request: QueuedRequest[E], state: str) -> None:
         """All but its place in the line."""
         request.state = state
         self.rows -= request.rows
-        self._lane_rows[request.lane] -= request.rows
+        self._engine_rows[request.engine] -= request.rows
         client = self._clients[request.client]
         client.rows -= request.rows
         if not client.rows:
             del self._clients[request.client]
 
-    def _tidy(self, lane: L) -> None:
-        if not self._lines[lane]:
-            del self._lines[lane], self._lane_rows[lane]
+    def _tidy(self, engine: E) -> None:
+        if not self._lines[engine]:
+            del self._lines[engine], self._engine_rows[engine]

@@ -29,7 +29,7 @@ from flserving.errors import (
     ServerClosedError,
 )
 from flserving.monitoring.metrics import Costs
-from flserving.serving.batching.policy import BatchQueue, Request
+from flserving.serving.batching.policy import BatchQueue, QueuedRequest
 from flserving.serving.config import ServingConfig
 
 INLINE_S = 2e-3  # an event loop may be held this long: under the 5 ms that a thread waits for the interpreter lock
@@ -37,7 +37,7 @@ IDLE_S = 5.0  # a worker with nothing to do leaves after this long
 SURE = 2.0  # a thread runs its own request where this many times the usual duration fits before the deadline
 
 
-class Lane(Hashable, Protocol):
+class Engine(Hashable, Protocol):
     """What a batch runs on: a loaded model."""
 
     typical_s: float  # seconds of a usual execution; infinite while unknown
@@ -49,7 +49,7 @@ class Lane(Hashable, Protocol):
 class Run(NamedTuple):
     """A slot in use: what runs in it, since when, and until when it usually would."""
 
-    lane: Lane
+    engine: Engine
     rows: int
     start_s: float
     end_s: float
@@ -59,7 +59,9 @@ class LoopSide:
     """What a batcher knows of one event loop: who waits there, and when its next alarm rings."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop, self.turn_ends, self.waiting = loop, False, set[Request[Any]]()
+        self.loop = loop
+        self.turn_ends = False  # whether the end of this turn of the loop will look at the queue
+        self.waiting = set[QueuedRequest[Any]]()
         self.alarm: asyncio.TimerHandle | None = None
         self.alarm_s = 0.0
 
@@ -82,10 +84,12 @@ class Batcher:
     def __init__(
         self,
         config: ServingConfig,
-        on_execution: Callable[[Any, int, Sequence[Any]], None] = lambda lane, rows, results: None,
+        on_execution: Callable[[Any, int, Sequence[Any]], None] = lambda engine, rows, results: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.config, self._on_execution, self._clock = config, on_execution, clock
+        self.config = config
+        self._on_execution = on_execution
+        self._clock = clock
         self._costs = Costs()
         self.closed = False
         self._begin()
@@ -95,13 +99,18 @@ class Batcher:
         """Nobody waits and nobody works: at the start, and in a forked child, which has none of these threads."""
         config = self.config
         self.queue: BatchQueue[Any] = BatchQueue(
-            config.max_batch_size, config.max_wait_time_ms / 1e3, config.max_queue_rows, config.batching,
-            servers=config.num_workers, costs=self._costs,
-        )  # fmt: skip
+            config.max_batch_size,
+            max_wait_s=config.max_wait_time_ms / 1e3,
+            max_rows=config.max_queue_rows,
+            policy=config.batching,
+            servers=config.num_workers,
+            costs=self._costs,
+        )
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._threads: set[threading.Thread] = set()
-        self._sleeping = self.busy = 0
+        self.busy = 0  # executions under way
+        self._sleeping = 0  # workers that wait for work
         self._here = threading.local()  # .side: this batcher's side of the thread's event loop
 
     def loaded(self) -> bool:
@@ -111,7 +120,7 @@ class Batcher:
     # Callers that block
 
     def run(
-        self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+        self, engine: Engine, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
     ) -> Any:
         """Run one request and return its result. ``client`` is whose share of the queue it uses.
 
@@ -122,11 +131,11 @@ class Batcher:
             now_s = self._admit(arrival_s, deadline_s)
             idle = self.busy < self.config.num_workers and not self.queue
             inline = idle and self.config.batching == "work_conserving"
-            if inline and now_s + SURE * (usual_s := self._usual_s(lane, rows)) <= deadline_s:
-                slot = self._take_slot(lane, rows, now_s, usual_s)
+            if inline and now_s + SURE * (usual_s := self._usual_s(engine, rows)) <= deadline_s:
+                slot = self._take_slot(engine, rows, now_s, usual_s)
             else:
                 inline = False
-                request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s, client)
+                request: QueuedRequest[Engine] = QueuedRequest(engine, payload, rows, arrival_s, deadline_s, client)
                 request.waiter = threading.Lock()
                 request.waiter.acquire()
                 dropped = self._enqueue(request, now_s)
@@ -134,21 +143,26 @@ class Batcher:
         if inline:
             ran = False
             try:
-                result = self._run_on_lane(lane, (payload,), rows)[0]
+                result = self._run_on_engine(engine, (payload,), rows)[0]
                 ran = True
                 return result
             finally:
                 self._give_back_slot(slot, ran)
         self._refuse_dropped(dropped)
+        return self._wait(request)
+
+    def _wait(self, request: QueuedRequest[Engine]) -> Any:
+        """Block until a worker has run the request, or its time is over."""
         answered = False
         try:
-            answered = request.waiter.acquire(timeout=max(0.0, deadline_s - self._clock()))
+            answered = request.waiter.acquire(timeout=max(0.0, request.deadline_s - self._clock()))
         finally:
             if not answered:  # too late, or interrupted
                 with self._lock:
                     self.queue.drop(request)
                     if request.state != "done":
-                        request.state, request.error = "dropped", self._too_late(arrival_s, deadline_s)
+                        request.state = "dropped"
+                        request.error = self._too_late(request.arrival_s, request.deadline_s)
         try:
             if request.error is not None:
                 raise request.error
@@ -159,10 +173,10 @@ class Batcher:
     # Callers that await
 
     async def arun(
-        self, lane: Lane, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+        self, engine: Engine, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
     ) -> Any:
         """:meth:`run` for coroutines: whoever arrives in one turn of the event loop shares a batch."""
-        request: Request[Lane] = Request(lane, payload, rows, arrival_s, deadline_s, client)
+        request: QueuedRequest[Engine] = QueuedRequest(engine, payload, rows, arrival_s, deadline_s, client)
         loop = asyncio.get_running_loop()
         here: LoopSide | None = getattr(self._here, "side", None)
         if here is None or here.loop is not loop:
@@ -193,18 +207,23 @@ class Batcher:
     def _end_of_turn(self, here: LoopSide) -> None:
         """Everybody who arrived in this turn waits in the queue: run one batch, and leave the rest to the next turn."""
         here.turn_ends = False
-        batch: list[Request[Lane]] = []
-        expired: list[Request[Lane]] = []
+        batch: list[QueuedRequest[Engine]] = []
+        expired: list[QueuedRequest[Engine]] = []
         with self._lock:
-            first = self.queue.first_ready(now := self._clock()) if self.busy < self.config.num_workers else None
+            if self.busy >= self.config.num_workers:
+                return  # whoever finishes next will look into the queue
+            now_s = self._clock()
+            first = self.queue.first_ready(now_s)
             if first is None:
-                return  # nothing waits, or whoever finishes next will look into the queue
-            if slow := first.lane.typical_s * max(1.0, first.rows / self.config.max_batch_size) > INLINE_S:
+                return
+            chunks = max(1.0, first.rows / self.config.max_batch_size)
+            slow = first.engine.typical_s * chunks > INLINE_S
+            if slow:
                 self._call_worker()
             else:
-                batch, expired = self.queue.take(now)
+                batch, expired = self.queue.take(now_s)
                 if batch:
-                    slot = self._take_slot(batch[0].lane, sum(request.rows for request in batch), now)
+                    slot = self._take_slot(batch[0].engine, sum(request.rows for request in batch), now_s)
         self._settle_late(expired)
         if batch:
             self._execute(batch, slot)
@@ -220,8 +239,9 @@ class Batcher:
 
     def _ring(self, here: LoopSide) -> None:
         """One timer a loop, not one a request: fail who is past the deadline, set the alarm for who comes next."""
-        here.alarm, now = None, self._clock()
-        late = [request for request in here.waiting if request.deadline_s <= now]
+        here.alarm = None
+        now_s = self._clock()
+        late = [request for request in here.waiting if request.deadline_s <= now_s]
         with self._lock:
             for request in late:
                 self.queue.drop(request)
@@ -242,14 +262,14 @@ class Batcher:
             raise self._too_late(arrival_s, deadline_s)
         return now_s
 
-    def _usual_s(self, lane: Lane, rows: int) -> float:
+    def _usual_s(self, engine: Engine, rows: int) -> float:
         """Seconds that so many rows take: as they did, however long ago, else as in the warm-up; else infinite."""
         largest = self.config.max_batch_size
         if rows <= largest:
-            return self._costs.usual_s(lane, rows) or lane.typical_s
-        return (self._costs.usual_s(lane, largest) or lane.typical_s) * rows / largest
+            return self._costs.usual_s(engine, rows) or engine.typical_s
+        return (self._costs.usual_s(engine, largest) or engine.typical_s) * rows / largest
 
-    def _enqueue(self, request: Request[Lane], now_s: float) -> list[Request[Lane]]:
+    def _enqueue(self, request: QueuedRequest[Engine], now_s: float) -> list[QueuedRequest[Engine]]:
         """Put it into the queue; who had to make room comes back."""
         try:
             return self.queue.push(request, now_s)
@@ -257,7 +277,7 @@ class Batcher:
             self._call_worker()  # who was to look at the queue may be gone: an event loop that was closed
             raise
 
-    def _refuse_dropped(self, dropped: Sequence[Request[Lane]]) -> None:
+    def _refuse_dropped(self, dropped: Sequence[QueuedRequest[Engine]]) -> None:
         for request in dropped:
             refuse(request, OverloadedError("the queue is full of your requests, and others have a share: try later"))
 
@@ -272,15 +292,15 @@ class Batcher:
 
     def _worker(self) -> None:
         while True:
-            batch: list[Request[Lane]] = []
-            expired: list[Request[Lane]] = []
+            batch: list[QueuedRequest[Engine]] = []
+            expired: list[QueuedRequest[Engine]] = []
             ready_s = None
             with self._lock:
                 if self.busy < self.config.num_workers:
                     now_s = self._clock()
                     batch, expired = self.queue.take(now_s, self.closed)
                     if batch:
-                        slot = self._take_slot(batch[0].lane, sum(request.rows for request in batch), now_s)
+                        slot = self._take_slot(batch[0].engine, sum(request.rows for request in batch), now_s)
                     ready_s = self.queue.next_ready_s()
                     if batch and self.queue and ready_s is not None:
                         self._call_worker()
@@ -301,27 +321,27 @@ class Batcher:
                 with contextlib.suppress(BaseException):  # its callers know; a thread that ends here would be missed
                     self._execute(batch, slot)
 
-    def _execute(self, batch: list[Request[Lane]], slot: Run) -> None:
+    def _execute(self, batch: list[QueuedRequest[Engine]], slot: Run) -> None:
         """Run a batch whose slot is taken already, and give the slot back. The caller then looks at the queue."""
         interrupted = ran = False
         try:
             ran = self._run_or_halve(batch)
         except BaseException as error:  # an interrupt: nobody may be left waiting
             interrupted = True
-            told = ModelExecutionError(f"the execution was interrupted by {type(error).__name__}: try again")
+            interruption = ModelExecutionError(f"the execution was interrupted by {type(error).__name__}: try again")
             for request in batch:
                 if request.state == "running":
-                    refuse(request, told)
+                    refuse(request, interruption)
             raise
         finally:
             self._give_back_slot(slot, ran, hand_over=interrupted)
 
-    def _take_slot(self, lane: Lane, rows: int, now_s: float, usual_s: float | None = None) -> Run:
+    def _take_slot(self, engine: Engine, rows: int, now_s: float, usual_s: float | None = None) -> Run:
         """Under the lock."""
         self.busy += 1
-        end_s = now_s + (self.queue.usual_s(lane, rows, now_s) if usual_s is None else usual_s)
+        end_s = now_s + (self.queue.usual_s(engine, rows, now_s) if usual_s is None else usual_s)
         self.queue.ends_s.append(end_s)
-        return Run(lane, rows, now_s, end_s)
+        return Run(engine, rows, now_s, end_s)
 
     def _give_back_slot(self, slot: Run, ran: bool, hand_over: bool = True) -> None:
         """``ran``: whether it was one execution, which tells how long such a one takes."""
@@ -329,20 +349,20 @@ class Batcher:
             self.busy -= 1
             self.queue.ends_s.remove(slot.end_s)
             if ran:
-                self.queue.learn(slot.lane, slot.rows, slot.start_s, self._clock())
+                self.queue.learn(slot.engine, slot.rows, slot.start_s, self._clock())
             if hand_over and self.queue:
                 self._call_worker()
 
-    def _run_on_lane(self, lane: Lane, payloads: Sequence[Any], rows: int) -> Sequence[Any]:
-        results = lane.execute(payloads)
-        self._on_execution(lane, rows, results)
+    def _run_on_engine(self, engine: Engine, payloads: Sequence[Any], rows: int) -> Sequence[Any]:
+        results = engine.execute(payloads)
+        self._on_execution(engine, rows, results)
         return results
 
-    def _run_or_halve(self, batch: Sequence[Request[Lane]]) -> bool:
+    def _run_or_halve(self, batch: Sequence[QueuedRequest[Engine]]) -> bool:
         """Whether one execution answered all."""
         try:
             rows = sum(request.rows for request in batch)
-            results = self._run_on_lane(batch[0].lane, [request.payload for request in batch], rows)
+            results = self._run_on_engine(batch[0].engine, [request.payload for request in batch], rows)
         except Exception as error:
             if len(batch) == 1:
                 refuse(batch[0], error)
@@ -351,13 +371,14 @@ class Batcher:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 now_s = self._clock()  # failing took time: who is late or gone by now does not reach the model again
                 self._settle_late([request for request in half if request.deadline_s <= now_s])
-                if rest := [request for request in half if request.state == "running" and request.deadline_s > now_s]:
+                rest = [request for request in half if request.state == "running" and request.deadline_s > now_s]
+                if rest:
                     self._run_or_halve(rest)
             return False
         answer(batch, results)
         return True
 
-    def _settle_late(self, requests: Sequence[Request[Lane]]) -> None:
+    def _settle_late(self, requests: Sequence[QueuedRequest[Engine]]) -> None:
         """Who is past its deadline, or could not keep it any more."""
         now_s = self._clock()
         for request in requests:
@@ -366,8 +387,8 @@ class Batcher:
             else:
                 refuse(request, self._hopeless(request, now_s))
 
-    def _hopeless(self, request: Request[Lane], now_s: float) -> FlservingError:
-        usual_s = self.queue.usual_s(request.lane, request.rows, now_s)
+    def _hopeless(self, request: QueuedRequest[Engine], now_s: float) -> FlservingError:
+        usual_s = self.queue.usual_s(request.engine, request.rows, now_s)
         left = f"an answer usually takes {usual_s * 1e3:.0f} ms"
         if request.deadline_s - request.arrival_s < usual_s:  # whatever waits besides
             allowed_ms = (request.deadline_s - request.arrival_s) * 1e3
@@ -376,7 +397,8 @@ class Batcher:
         return OverloadedError(f"{left}, the deadline leaves {left_ms:.0f} ms: try again later, or raise timeout_ms")
 
     def _too_late(self, arrival_s: float, deadline_s: float) -> DeadlineExceededError:
-        waited_ms, allowed_ms = (self._clock() - arrival_s) * 1e3, (deadline_s - arrival_s) * 1e3
+        waited_ms = (self._clock() - arrival_s) * 1e3
+        allowed_ms = (deadline_s - arrival_s) * 1e3
         return DeadlineExceededError(
             f"no answer after {waited_ms:.0f} ms, the deadline was {allowed_ms:.0f} ms: send less, or raise timeout_ms"
         )
@@ -388,12 +410,13 @@ class Batcher:
             self._work.notify_all()
             if self.queue:
                 self._call_worker()
-        until_s, joined = time.monotonic() + drain_s, {threading.current_thread()}
+        until_s = time.monotonic() + drain_s
+        joined = {threading.current_thread()}
         while threads := self._threads - joined:  # while it drains, a caller who gives its slot back may start one
             for thread in threads:
                 thread.join(max(0.0, until_s - time.monotonic()))
             joined |= threads
-        left: list[Request[Lane]] = []
+        left: list[QueuedRequest[Engine]] = []
         with self._lock:
             while (taken := self.queue.take(-math.inf, draining=True))[0]:
                 left += taken[0]
@@ -401,22 +424,22 @@ class Batcher:
             refuse(request, ServerClosedError("the server was closed before this request ran: send it elsewhere"))
 
 
-def answer(batch: Sequence[Request[Any]], results: Iterable[Any]) -> None:
+def answer(batch: Sequence[QueuedRequest[Any]], results: Iterable[Any]) -> None:
     """Give every request of a batch its result."""
     for request, result in zip(batch, results, strict=True):
         request.result = result
     _wake_all(batch)
 
 
-def refuse(request: Request[Any], error: BaseException) -> None:
+def refuse(request: QueuedRequest[Any], error: BaseException) -> None:
     """Give one request an error."""
     request.error = error
     _wake_all((request,))
 
 
-def _wake_all(requests: Iterable[Request[Any]]) -> None:
+def _wake_all(requests: Iterable[QueuedRequest[Any]]) -> None:
     """One call an event loop, not one a request."""
-    elsewhere: defaultdict[LoopSide, list[Request[Any]]] = defaultdict(list)
+    elsewhere: defaultdict[LoopSide, list[QueuedRequest[Any]]] = defaultdict(list)
     here = asyncio._get_running_loop()  # None in a worker
     for request in requests:
         waiter = request.waiter
@@ -428,8 +451,9 @@ def _wake_all(requests: Iterable[Request[Any]]) -> None:
         side.call(partial(_wake_all, those))
 
 
-def _wake(request: Request[Any]) -> None:
-    waiter, request.state = request.waiter, "done"
+def _wake(request: QueuedRequest[Any]) -> None:
+    waiter = request.waiter
+    request.state = "done"
     if isinstance(waiter, tuple):
         if not waiter[1].done():
             if request.error is None:
