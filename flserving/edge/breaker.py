@@ -29,9 +29,14 @@ class CircuitBreaker:
     def __init__(self, failures: int = 5, pause_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
         if type(failures) is not int or failures < 1 or type(pause_s) not in (int, float) or not 0 < pause_s <= 86_400:
             raise ConfigError(f"failures is {failures!r}, pause_s is {pause_s!r}: give an integer >= 1, up to 86400 s")
-        self._most, self._pause_s, self._clock = failures, pause_s, clock
-        self._in_a_row, self._probe_at_s, self._lock = 0, 0.0, threading.Lock()
-        self._opened = self._refused = 0
+        self._most = failures
+        self._pause_s = pause_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._in_a_row = 0
+        self._probe_at_s = 0.0
+        self._opened = 0
+        self._refused = 0
 
     @property
     def state(self) -> State:

@@ -8,7 +8,7 @@ registry's. Every answer says which round it came from and how old that is.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from math import inf
 from typing import Any
@@ -45,17 +45,21 @@ class Age:
     """
 
     def __init__(self, since_s: float, clock: Callable[[], float], wall: Callable[[], float]) -> None:
-        self._since_s, self._clock, self._wall = since_s, clock, wall
-        self._at_s, by_wall = clock(), wall() - since_s
-        self._then_s = max(0.0, by_wall) if by_wall >= -_SLACK_S else None
+        self._since_s = since_s
+        self._clock = clock
+        self._wall = wall
+        self._made_s = clock()
+        by_wall = wall() - since_s
+        self._age_when_made_s = max(0.0, by_wall) if by_wall >= -_SLACK_S else None
 
     def age_s(self) -> float | None:
         """Seconds; None (older than any limit) as long as the wall clock shows a time before that moment, and has
         since this object was made."""
         by_wall = self._wall() - self._since_s
-        if self._then_s is None:
+        if self._age_when_made_s is None:
             return by_wall if by_wall >= 0 else None
-        return max(self._then_s, self._then_s + self._clock() - self._at_s, by_wall)
+        by_clock = self._age_when_made_s + self._clock() - self._made_s
+        return max(self._age_when_made_s, by_clock, by_wall)
 
 
 class EdgeModelServer(ModelServer):
@@ -81,11 +85,19 @@ class EdgeModelServer(ModelServer):
     """
 
     def __init__(
-        self, global_model: nn.Module | None = None, local_model: nn.Module | None = None,
-        config: ServingConfig | None = None, registry: Registry | None = None, model: str = "model", *,
-        client: str = "device", fresh_s: float | None = None, refuse_s: float | None = None,
-        clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+        self,
+        global_model: nn.Module | None = None,
+        local_model: nn.Module | None = None,
+        config: ServingConfig | None = None,
+        registry: Registry | None = None,
+        model: str = "model",
+        *,
+        client: str = "device",
+        fresh_s: float | None = None,
+        refuse_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         if not isinstance(global_model, nn.Module | None):
             raise ConfigError(f"global_model is a {type(global_model).__name__}: pass a module, or config= by its name")
         for name, limit in (("fresh_s", fresh_s), ("refuse_s", refuse_s)):
@@ -101,8 +113,12 @@ class EdgeModelServer(ModelServer):
             folder, self._remove_registry = own_folder(self, "flserving-edge-")
             registry = Registry(folder)
         self.registry = registry
-        self.model, self.client, self.fresh_s, self.refuse_s = model, client, fresh_s, refuse_s
-        self._wall, self._updating = wall, threading.Lock()
+        self.model = model
+        self.client = client
+        self.fresh_s = fresh_s
+        self.refuse_s = refuse_s
+        self._wall = wall
+        self._updating = threading.Lock()
         self._ages: dict[Key, tuple[int | None, Age]] = {}  # its round, its age
         self.local_model = f"{model}-local"
         for name in (self.model, self.local_model):
@@ -121,15 +137,14 @@ class EdgeModelServer(ModelServer):
 
     @version_id_too
     def predict(  # type: ignore[override]
-        self, features: Any, use_personalized: bool = True, version: str | int | None = None, *,
-        client: str | Sequence[str] | None = None, **options: Any,
-    ) -> dict[str, Any]:  # fmt: skip
+        self, features: Any, use_personalized: bool = True, version: str | int | None = None, **options: Any
+    ) -> dict[str, Any]:
         """Answer a row [D] or rows [N, D] on the device.
 
         Args:
             use_personalized: With the client's own local model where it has one, else with its own head where there
                 is one that fits; False: with the global model.
-            version, client, options: Those of :meth:`ModelServer.predict`; ``client`` is the device's when not given.
+            version, options: Those of :meth:`ModelServer.predict`; the ``client`` is the device's when not given.
 
         Returns:
             The answer of :meth:`ModelServer.predict`, with ``head`` unless the global model was asked for, and with
@@ -139,7 +154,7 @@ class EdgeModelServer(ModelServer):
         Raises:
             StaleModelError: Older than ``refuse_s``. What :meth:`ModelServer.predict` raises.
         """
-        return self.handle(device_request(features, use_personalized, version, client=client, **options))
+        return self.handle(device_request(features, use_personalized, version, **options))
 
     def _admit(self, request: Request) -> None:
         """As :meth:`ModelServer._admit`, for the device's own client; a version that is too old answers nobody."""
@@ -177,14 +192,15 @@ class EdgeModelServer(ModelServer):
         return {"path": "local", "round": number, "age_s": age_s, "degraded": degraded}
 
     def _age_of(self, key: Key) -> tuple[int | None, Age]:
-        if (known := self._ages.get(key)) is None:
+        known = self._ages.get(key)
+        if known is None:
             manifest = self.registry.manifest(key[0], int(key[1]))
             age = Age(_updated_at(manifest), self._clock, self._wall)
             known = self._keep_age(key, manifest.round, age)
         return known
 
     def _keep_age(self, key: Key, number: int | None, age: Age) -> tuple[int | None, Age]:
-        known = self._ages[key] = number, age
+        known = self._ages[key] = (number, age)
         for oldest in list(self._ages)[:-_AGES]:
             if oldest[1] != self._router.routes.of(oldest[0]).aliases.get("default"):
                 self._ages.pop(oldest, None)  # what its manifest tells is enough
@@ -193,9 +209,13 @@ class EdgeModelServer(ModelServer):
     # Updates
 
     def update_global(
-        self, state: nn.Module | Mapping[str, Tensor], *, round: int | None = None,
-        head: Mapping[str, Tensor] | HeadSet | None = None, **published: Any,
-    ) -> Manifest:  # fmt: skip
+        self,
+        state: nn.Module | Mapping[str, Tensor],
+        *,
+        round: int | None = None,
+        head: Mapping[str, Tensor] | HeadSet | None = None,
+        **published: Any,
+    ) -> Manifest:
         """Serve other weights from now on; every request sees all of the update or nothing of it.
 
         The new version is stored, loaded and warm before the alias ``default`` moves to it, in one transaction: killed
@@ -264,7 +284,7 @@ class EdgeModelServer(ModelServer):
             lineage = now.lineage or Lineage()  # a new head makes the body no younger, not even after a restart
             extra = {**lineage.extra, UPDATED_AT: _updated_at(now)}
             published["lineage"] = msgspec.structs.replace(lineage, extra=extra)
-            return self._install(artifact.tensors, heads, published, self._age_of((self.model, str(now.version))))
+            return self._install(artifact.tensors, heads, published, age=self._age_of((self.model, str(now.version))))
 
     def confirm(self) -> None:
         """The cloud has just said that nothing newer exists: the model's age counts from now.
@@ -276,13 +296,19 @@ class EdgeModelServer(ModelServer):
             self._keep_age((self.model, str(now.version)), now.round, Age(self._wall(), self._clock, self._wall))
 
     def _install(
-        self, state: nn.Module | Mapping[str, Tensor], heads: HeadSet | None, published: Mapping[str, Any],
-        age: tuple[int | None, Age] | None = None, model: str | None = None,
-    ) -> Manifest:  # fmt: skip
+        self,
+        state: nn.Module | Mapping[str, Tensor],
+        heads: HeadSet | None,
+        published: Mapping[str, Any],
+        *,
+        age: tuple[int | None, Age] | None = None,
+        model: str | None = None,
+    ) -> Manifest:
         name = model or self.model
         manifest = self.registry.publish(name, state, heads=heads, **published)
-        key = name, str(manifest.version)
-        self._keep_age(key, *(age or (manifest.round, Age(self._wall(), self._clock, self._wall))))
+        key = (name, str(manifest.version))
+        number, known = age or (manifest.round, Age(self._wall(), self._clock, self._wall))
+        self._keep_age(key, number, known)
         if name not in self._sources:
             self.serve(self.registry, name)
         self._preload(key)  # whatever does not answer raises here: no alias leads to it
@@ -300,7 +326,8 @@ class EdgeModelServer(ModelServer):
 
     def get_all_stats(self) -> dict[str, Any]:
         """As :meth:`ModelServer.get_all_stats`; ``edge`` says what is served: version, round, age."""
-        served, version = None, self._router.routes.of(self.model).aliases.get("default")
+        served = None
+        version = self._router.routes.of(self.model).aliases.get("default")
         if version is not None and not self._closed:
             number, age = self._age_of((self.model, version))
             served = {"model_version": version, "round": number, "age_s": age.age_s()}
@@ -335,11 +362,13 @@ def _as_before(now: Manifest | None, state: nn.Module | Mapping[str, Tensor] | N
     """What a version is published with where nothing else is said: what the one before it was."""
     if now is None:
         return {}
-    described = {} if isinstance(state, nn.Module) else {"architecture": now.architecture, "parameters": now.parameters}
-    return described | {"preprocessing": now.preprocessing, "output_type": now.signature.output_type}
+    before: dict[str, Any] = {"preprocessing": now.preprocessing, "output_type": now.signature.output_type}
+    if not isinstance(state, nn.Module):
+        before |= {"architecture": now.architecture, "parameters": now.parameters}
+    return before
 
 
 def _updated_at(manifest: Manifest) -> float:
     """When the weights of a version came to the device, Unix seconds."""
-    said = manifest.extra.get(UPDATED_AT)
-    return said if isinstance(said, float) else datetime.fromisoformat(manifest.created_at).timestamp()
+    noted_s = manifest.extra.get(UPDATED_AT)
+    return noted_s if isinstance(noted_s, float) else datetime.fromisoformat(manifest.created_at).timestamp()

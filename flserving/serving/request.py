@@ -39,26 +39,26 @@ class Request:
     nested: bool = False
 
     # admitted
-    started_s: float = 0.0
-    deadline_s: float = 0.0
-    key: Any = None  # (model, version); None while the routes do not know it
-    chosen: Chosen | None = None  # the arm, where the alias is in an experiment
-    lease: Any = None  # pins the model in memory; None while it is not there
+    started_s: float = field(init=False)
+    deadline_s: float = field(init=False)
+    key: Any = field(init=False, default=None)  # (model, version); None while the routes do not know it
+    chosen: Chosen | None = field(init=False, default=None)  # the arm, where the alias is in an experiment
+    lease: Any = field(init=False, default=None)  # pins the model in memory; None while it is not there
 
     # prepared
-    engine: Any = None  # the version's own
+    engine: Any = field(init=False)  # the version's own
+    runner: Any = field(init=False)  # what the batch runs on: the version's own engine, or the one of its heads
     rows: Floats = field(init=False)
-    head: Any = None  # what was found of the client's head, or of each row's
-    slots: NDArray[np.int64] | None = None  # of the heads, one a row
-    runner: Any = None  # the engine that the batch runs on: the version's own, or the one of its heads
+    slots: NDArray[np.int64] | None = field(init=False, default=None)  # of the clients' heads, one a row
+    head: Any = field(init=False, default=None)  # what was found of the client's head, or of each row's
     payload: Any = field(init=False)
     prepared_s: float = field(init=False)
 
     # run
     looked_up_s: float = field(init=False)
-    cache_key: Any = None
-    flight: Any = None  # the future of an identical request at the same time
-    leads: bool = False  # whether this one computes what the others of the flight wait for
+    cache_key: tuple[Any, ...] = field(init=False)
+    flight: Any = field(init=False)  # the future of an identical request at the same time
+    leads: bool = field(init=False)  # whether this one computes what the others of the flight wait for
     prediction: Prediction = field(init=False)
 
 

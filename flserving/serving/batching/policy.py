@@ -134,7 +134,9 @@ class BatchQueue(Generic[E]):
         """
         self._check_time(request, request.arrival_s if now_s is None else now_s)
         dropped = self._make_room(request)
-        client = self._clients.setdefault(request.client, _Client())
+        client = self._clients.get(request.client)
+        if client is None:
+            client = self._clients[request.client] = _Client()
         client.turn = max(client.turn, self._turn) + request.rows
         client.rows += request.rows
         request.turn = client.turn
