@@ -1,7 +1,7 @@
 """Hybrid serving: the device answers what it can, the cloud the rest, and every answer says which of them it was.
 
-A request takes one path as a whole, whatever its rows: ``path`` is "local", "cache" (what the cloud said of the same
-rows, kept on the device), "cloud", or "degraded" (the device's answer, where the policy wanted the cloud's).
+A request takes one path as a whole, whatever its rows: ``path`` is "local", "cache" (an earlier answer
+of the cloud to the same rows), "cloud", or "degraded" (the device's answer, where the policy wanted the cloud's).
 """
 
 import hashlib
@@ -143,7 +143,7 @@ class HybridServer:
         self._lock = threading.Lock()
         self._cloud_version = ""
         self._refusals = Counter[str]()
-        # The rest of what a server is asked is the device's.
+        # For all else that is called on a server, this is the device.
         self.config = edge.config
         self.registry = edge.registry
         self.telemetry = edge.telemetry
@@ -187,66 +187,66 @@ class HybridServer:
         self._check_open()
         if request.version is not None or request.model not in (None, self.edge.model):
             return self.edge.handle(request)
-        turn = Turn(self, request)
+        exchange = Exchange(self, request)
         try:
-            local = self.edge.handle(turn.for_device())
+            local = self.edge.handle(exchange.for_device())
         except _MENDABLE as error:
-            return self._respond(turn, self._ask_cloud(turn) or turn.degraded(None, error))
+            return self._respond(exchange, self._ask_cloud(exchange) or exchange.degraded(None, error))
         if self._stands(local, self.threshold):
-            return self._respond(turn, local)
-        return self._respond(turn, self._ask_cloud(turn) or turn.degraded(local))
+            return self._respond(exchange, local)
+        return self._respond(exchange, self._ask_cloud(exchange) or exchange.degraded(local))
 
     async def ahandle(self, request: Request) -> Answer:
         """:meth:`handle` for coroutines."""
         self._check_open()
         if request.version is not None or request.model not in (None, self.edge.model):
             return await self.edge.ahandle(request)
-        turn = Turn(self, request)
+        exchange = Exchange(self, request)
         try:
-            local = await self.edge.ahandle(turn.for_device())
+            local = await self.edge.ahandle(exchange.for_device())
         except _MENDABLE as error:
-            return self._respond(turn, await self._aask_cloud(turn) or turn.degraded(None, error))
+            return self._respond(exchange, await self._aask_cloud(exchange) or exchange.degraded(None, error))
         if self._stands(local, self.threshold):
-            return self._respond(turn, local)
-        return self._respond(turn, await self._aask_cloud(turn) or turn.degraded(local))
+            return self._respond(exchange, local)
+        return self._respond(exchange, await self._aask_cloud(exchange) or exchange.degraded(local))
 
-    def _ask_cloud(self, turn: "Turn") -> Answer | None:
-        """What the cloud said of these rows, or says now, in its part of the time; None where it cannot be had.
+    def _ask_cloud(self, exchange: "Exchange") -> Answer | None:
+        """The cloud's answer, an earlier one or a new one, in its part of the time; None where there is none.
 
         Raises:
             InvalidInputError: The features are not rows of finite numbers.
         """
-        turn.read_rows()
+        exchange.read_rows()
         try:
-            future = turn.begin()
+            future = exchange.begin()
             if future is not None:
-                wait([future], turn.cloud_left_s())
-            return turn.end()
+                wait([future], exchange.cloud_left_s())
+            return exchange.end()
         except BaseException as error:
-            turn.fail(error)
+            exchange.fail(error)
             if not isinstance(error, FlservingError):
                 raise
             return None
         finally:
             future = None  # an error's frames must not hold what holds the error
 
-    async def _aask_cloud(self, turn: "Turn") -> Answer | None:
-        turn.read_rows()
+    async def _aask_cloud(self, exchange: "Exchange") -> Answer | None:
+        exchange.read_rows()
         try:
-            future = turn.begin()
+            future = exchange.begin()
             if future is not None:
-                await finished(future, turn.cloud_left_s())
-            return turn.end()
+                await finished(future, exchange.cloud_left_s())
+            return exchange.end()
         except BaseException as error:
-            turn.fail(error)
+            exchange.fail(error)
             if not isinstance(error, FlservingError):
                 raise
             return None
         finally:
             future = None
 
-    def _respond(self, turn: "Turn", answer: Answer) -> Answer:
-        answer["latency_ms"] = (self._clock() - turn.started_s) * 1e3
+    def _respond(self, exchange: "Exchange", answer: Answer) -> Answer:
+        answer["latency_ms"] = (self._clock() - exchange.started_s) * 1e3
         self.telemetry.told("path", [answer["path"]])
         return answer
 
@@ -315,8 +315,9 @@ class HybridServer:
         self.close()
 
 
-class Turn:
-    """The time of one request, and its question to the cloud: :meth:`begin`, wait for the future, :meth:`end`."""
+class Exchange:
+    """One request between device and cloud: the time of each, and the call to the cloud (:meth:`begin`, wait for the
+    future that it gives, :meth:`end`)."""
 
     def __init__(self, server: HybridServer, request: Request) -> None:
         timeout_s = server.edge._timeout_s(request.timeout_ms)
@@ -326,23 +327,23 @@ class Turn:
         self._cloud_s = timeout_s * (server.cloud_share if server.consent else 0.0)
         self._device_s = timeout_s - self._cloud_s
         self._ends_s = self.started_s + timeout_s
-        self._leads = False  # whether others wait for what this one is told
+        self._leads = False  # whether others wait for what comes of this one's call
         self._flight: Any = None  # the future of the flight that it leads or follows
         self._call: Any = None  # the future of its own call
         self._cached: CloudAnswer | None = None
 
     def for_device(self) -> Request:
         """The same request, in the device's part of the time."""
-        asked = self.request
+        request = self.request
         return Request(
-            asked.features,
+            request.features,
             timeout_ms=self._device_s * 1e3,
-            stages=asked.stages,
-            arrays=asked.arrays,
-            client=asked.client,
-            caller=asked.caller,
-            identity=asked.identity,
-            personal=asked.personal,
+            stages=request.stages,
+            arrays=request.arrays,
+            client=request.client,
+            caller=request.caller,
+            identity=request.identity,
+            personal=request.personal,
             nested=True,
         )
 
@@ -417,8 +418,8 @@ class Turn:
         """Nothing came of it: tell those who follow."""
         if self._leads:
             cancelled = OverloadedError("the request that asked the cloud was cancelled: try again")
-            told = error if isinstance(error, Exception) else cancelled
-            self._server.cloud_cache.finish(self._key, self._flight, error=told)
+            reason = error if isinstance(error, Exception) else cancelled
+            self._server.cloud_cache.finish(self._key, self._flight, error=reason)
         self._flight = None
         self._call = None
         if isinstance(error, FlservingError):
@@ -474,13 +475,13 @@ class CloudAnswer:
             output.setflags(write=False)
         self.nbytes = sum(output.nbytes for output in self.outputs.values())
 
-    def answer(self, path: str, turn: Turn) -> Answer:
+    def answer(self, path: str, exchange: Exchange) -> Answer:
         """The answer to a request that got it from the "cloud" or from the "cache"."""
-        now_s = turn._server._clock()
+        now_s = exchange._server._clock()
         answer = {"model_type": "global", "round": None, "degraded": False, **self.notes, "path": path}
         answer["age_s"] = self._age_s + (now_s - self._at_s if path == "cache" else 0.0)
         for name, output in self.outputs.items():
-            answer[name] = output if turn.request.arrays else output.tolist()
-        if turn.request.stages:
-            answer["stages_ms"] = {path: (now_s - turn.started_s) * 1e3}
+            answer[name] = output if exchange.request.arrays else output.tolist()
+        if exchange.request.stages:
+            answer["stages_ms"] = {path: (now_s - exchange.started_s) * 1e3}
         return answer

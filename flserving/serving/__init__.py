@@ -2,8 +2,8 @@
 
 Read ``loader.py``, ``cache.py``, ``engine.py``, ``batching/policy.py`` and ``server.py``, in that order: each is one
 box of the picture in README. The preprocessor and the postprocessor belong to a version: see ``models/processing.py``.
-``router.py`` leads names to versions, ``repository.py`` holds what is loaded. ``personalized.py`` is for notebook 08;
-``synonyms.py`` lets ``version_id`` stand for ``version``.
+``request.py`` is what goes through the steps of ``server.py``, ``router.py`` leads names to versions, ``repository.py``
+holds what is loaded. ``personalized.py`` is for notebook 08; ``synonyms.py`` lets ``version_id`` stand for ``version``.
 """
 
 from flserving.models.processing import Postprocessor, Preprocessor
