@@ -207,9 +207,9 @@ class HeadStore:
         self.inputs, self.outputs = entry.inputs, entry.outputs
         self._width = neutral.numel()
         self._file = HeadFile(root, relative, entry, digest)
-        self._neutral = torch.zeros(self._file.stride // 4)
+        self._neutral = np.zeros(self._file.stride // 4, np.float32)
         self._neutral[: self._width] = neutral.reshape(-1)
-        self._rows: Tensor | None = None
+        self._rows: NDArray[np.float32] | None = None
         self.resize(256 << 20)
 
     def resize(self, budget_nbytes: int) -> None:
@@ -218,10 +218,11 @@ class HeadStore:
         self.nbytes = self._file.nbytes
         nbytes = _rows_nbytes(self.num_heads, self._file.stride)
         if nbytes <= budget_nbytes:
-            self._rows = torch.empty(self.num_heads + 1, self._file.stride // 4)  # virtual memory until it is written
-            self._rows[-1] = self._neutral
-            self._here = np.zeros(self.num_heads + 1, bool)
-            self._here[-1] = True
+            # Virtual memory until it is written. The last three rows are the slots EXPIRED, STALE and UNKNOWN.
+            self._rows = np.empty((self.num_heads + 3, self._file.stride // 4), np.float32)
+            self._rows[-3:] = self._neutral
+            self._here = np.zeros(self.num_heads + 3, bool)
+            self._here[-3:] = True
             self.nbytes += nbytes
 
     @staticmethod
@@ -264,20 +265,22 @@ class HeadStore:
         Raises:
             CorruptArtifactError: A record is not what was published.
         """
-        places = np.where(slots < 0, self.num_heads, slots)
+        aligned = torch.empty(len(slots), self._file.stride // 4)  # a product of aligned rows is the same in any batch
+        heads = aligned.numpy()
         if self._rows is None:
-            heads = self._neutral.repeat(len(slots), 1)
+            heads[:] = self._neutral
             own = np.flatnonzero(slots >= 0)
             if own.size:
-                heads.numpy()[own] = self._file.load(slots[own])
+                heads[own] = self._file.load(slots[own])
         else:
-            missing = np.unique(places[~self._here[places]])
-            if missing.size:  # two threads may both read a head: they write the same
-                self._rows.numpy()[missing] = self._file.load(missing)  # a third of the time of torch's assignment
+            here = self._here[slots]
+            if not here.all():  # two threads may both read a head: they write the same
+                missing = np.unique(slots[~here])
+                self._rows[missing] = self._file.load(missing)
                 self._here[missing] = True
-            heads = self._rows.index_select(0, torch.from_numpy(places))
-        return heads[:, : self._width].view(len(slots), self.inputs + 1, self.outputs)
+            self._rows.take(slots, axis=0, out=heads, mode="wrap")
+        return aligned[:, : self._width].view(len(slots), self.inputs + 1, self.outputs)
 
 
 def _rows_nbytes(num_heads: int, stride: int) -> int:
-    return (num_heads + 1) * (stride + 1)  # a row and a flag each; the last row is the neutral head
+    return (num_heads + 3) * (stride + 1)  # a row and a flag each; the last three are the neutral head

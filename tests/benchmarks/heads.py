@@ -126,7 +126,7 @@ def hot(registry: Registry, heads: np.ndarray, model: SplitModel, turns: int) ->
     taken = in_turns(
         {
             "copy": lambda: there.copy_(flat),
-            "gather": lambda: [personal.store._rows.index_select(0, batch()) for _ in range(100)],
+            "gather": lambda: [personal.store._rows.take(batch().numpy(), axis=0) for _ in range(100)],
             "own": lambda: [personal._infer(values, batch().numpy()) for _ in range(100)],
             "shared": lambda: [engine._infer(values) for _ in range(100)],
         },

@@ -157,7 +157,7 @@ def test_states_that_are_no_heads_are_refused(states):
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"), [(401 * 129, 100), (401 * 129 - 1, 300)], ids=["all fit", "they do not"]
+    ("budget", "expected"), [(403 * 129, 100), (403 * 129 - 1, 300)], ids=["all fit", "they do not"]
 )
 def test_heads_are_read_once_where_all_fit_and_each_time_where_they_do_not(tmp_path, monkeypatch, budget, expected):
     store = opened(tmp_path, HeadSet("head", names(400), numbers(400)), budget=budget)
