@@ -24,7 +24,8 @@ class Thompson:
 
     def choose(self) -> str:
         """An arm for the next request."""
-        draw, known = self._random.betavariate, self.known
+        draw = self._random.betavariate
+        known = self.known
         return max(known, key=lambda arm: draw(1 + known[arm][1], 1 + known[arm][0] - known[arm][1]))
 
     def best(self, draws: int = 2_000) -> dict[str, float]:

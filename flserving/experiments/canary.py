@@ -92,7 +92,8 @@ def findings(policy: Policy, arms: Arms) -> Findings:
     spared = checked & (worst >= floor[:, 0])
     ruined = lowest - max(policy.ruin, policy.worst_margin)
     for one in np.flatnonzero(spared & proven & (ruined > 0)):  # evidence is weighed only where it decides
-        n, total = canary_n[one, told[one]], canary_sum[one, told[one]]
+        n = canary_n[one, told[one]]
+        total = canary_sum[one, told[one]]
         evidence = statistics.log_evidence(n, total, np.full(len(n), ruined[one]))
         spared[one] = (evidence >= math.log(2 / policy.alpha)).all()
     return Findings(few, old, new, half, lost, proven, spent, lowest, worst, below, checked, spared)
@@ -124,14 +125,16 @@ def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, fai
     if statistics.exceeds(requests, failed, policy.max_failures, policy.alpha / 4):
         return Verdict("rollback", f"{failed} of {requests} requests failed in the model")
     found = findings(policy, Arms(*_columns(control), *_columns(canary)))
-    lowest, worst = float(found.lowest[0]), float(found.worst[0])
+    lowest = float(found.lowest[0])
+    worst = float(found.worst[0])
     if found.below.any():
         client = list(canary)[int(found.below[0].argmax())]
         n, total = canary[client]
         return Verdict("rollback", f"client {client!r} gets {total / n:.3f}, the control's worst {lowest:.3f}")
     if found.few[0]:
         return Verdict("wait", f"{len(canary)} and {len(control)} clients gave rewards: {policy.min_clients} decide")
-    old, new = float(found.old[0]), float(found.new[0])
+    old = float(found.old[0])
+    new = float(found.new[0])
     said = f"mean reward {new:.4f} against {old:.4f}: {new - old:+z.4f} +- {found.half[0]:.4f}"
     if found.lost[0]:
         return Verdict("rollback", said)

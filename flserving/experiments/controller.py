@@ -91,7 +91,9 @@ class Experiments:
         self, router: Followed, lease: Callable[..., AbstractContextManager[Any]], personal: Callable[..., Any],
         busy: Callable[[], bool],
     ) -> None:  # fmt: skip
-        self._router, self._lease, self._personal = router, lease, personal
+        self._router = router
+        self._lease = lease
+        self._personal = personal
         self.shadow = Shadow(self._shadowed, busy)
         self._lock = threading.Lock()  # of what an answer touches: held for a dictionary's change, never for a disk's
         self._opening = threading.Lock()
@@ -102,7 +104,8 @@ class Experiments:
         self._bandits: dict[str, Thompson] = {}  # by run, as the next one
         self._seen: dict[str, Counter[tuple[str, str | None]]] = {}  # by run: arm and who got an error, not stored yet
         self._dropped: Counter[str] = Counter()  # by run: what was not counted, because too much waited to be
-        router.on_look, router.on_experiments = self.wake, self.prepare
+        router.on_look = self.wake
+        router.on_experiments = self.prepare
 
     # The way of a request: nothing here may block
 
@@ -110,7 +113,8 @@ class Experiments:
         self, split: TrafficSplit, client: str | Sequence[str] | None, identity: str | None
     ) -> tuple[Key, Chosen]:
         """Which version answers ``client`` (None: the credential's ``identity``), by the configuration of ``split``."""
-        who, experiment = identity if client is None else client, split.experiment
+        who = identity if client is None else client
+        experiment = split.experiment
         if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
             return split, Chosen(split, None, "", client)
         arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(experiment).choose()
@@ -119,7 +123,8 @@ class Experiments:
     def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Answered) -> dict[str, str]:
         """What the answer says of it: ``arm`` and, unless feedback cannot be taken now, ``receipt``. Sends a copy to
         the shadow."""
-        (model, _), experiment = chosen.split, chosen.split.experiment
+        model, _ = chosen.split
+        experiment = chosen.split.experiment
         if (shadow := experiment.shadow) is not None and str(shadow) != version:
             self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
         if chosen.arm is None:
@@ -139,7 +144,8 @@ class Experiments:
     def _see(self, chosen: Chosen, failed: str | None) -> None:
         if chosen.arm is None:
             return
-        run, seen = chosen.split.experiment.run, (chosen.arm, failed)
+        run = chosen.split.experiment.run
+        seen = (chosen.arm, failed)
         with self._lock:
             counts = self._seen.setdefault(run, Counter())
             if seen in counts or len(counts) < MOST_SEEN:
@@ -219,7 +225,8 @@ class Experiments:
     def _forget(self) -> None:
         """What is over needs no memory."""
         running = self._router.routes.experiments
-        runs, verdicts = {experiment.run for experiment in running.values()}, {_verdict(*key) for key in running}
+        runs = {experiment.run for experiment in running.values()}
+        verdicts = {_verdict(*key) for key in running}
         with self._lock:
             for kept in (self._bandits, self._seen, self._dropped):
                 for run in kept.keys() - runs:
@@ -251,9 +258,11 @@ class Experiments:
         experiment = routes.experiments.get((model, alias))
         if experiment is None or (policy := experiment.policy) is None:
             raise NotFoundError(f"alias {alias!r} of {model[:80]!r} has no canary with a policy: start one")
-        registry, control = self._registry(model), routes.of(model).aliases[alias]
+        registry = self._registry(model)
+        control = routes.of(model).aliases[alias]
         roles = {str(arm.version) == control: (name, arm.version) for name, arm in experiment.arms.items()}
-        (old, _), (new, version) = roles[True], roles[False]
+        old, _ = roles[True]
+        new, version = roles[False]
         rewards = self._store(registry).rewards(experiment.run)
         requests, failed, alone = self._outcomes(registry, experiment.run).get(new, (0, 0, 0))
         age_s = registry.experiment_age_s(model, alias)
@@ -275,8 +284,10 @@ class Experiments:
         here, because the store could not take it). Empty where there is none."""
         if (experiment := self._router.routes.experiments.get((model, alias))) is None:
             return {}
-        registry, arms = self._registry(model), {}
-        outcomes, rewards = self._outcomes(registry, experiment.run), self._store(registry).rewards(experiment.run)
+        registry = self._registry(model)
+        arms = {}
+        outcomes = self._outcomes(registry, experiment.run)
+        rewards = self._store(registry).rewards(experiment.run)
         for name, arm in experiment.arms.items():
             given = rewards.get(name, {})
             requests, failed, _ = outcomes.get(name, (0, 0, 0))
@@ -321,7 +332,8 @@ class Experiments:
 
     def _learn(self, registry: Any, experiment: Experiment) -> None:
         """Follow the rewards, and the failures of the models, which are rewards of 0."""
-        sums, outcomes = self._store(registry).sums(experiment.run), self._outcomes(registry, experiment.run)
+        sums = self._store(registry).sums(experiment.run)
+        outcomes = self._outcomes(registry, experiment.run)
         known = {}
         for name in experiment.arms:
             n, total = sums.get(name, (0, 0.0))
@@ -330,7 +342,9 @@ class Experiments:
 
     def _shadowed(self, key: Key, rows: Floats, client: str | Sequence[str] | None) -> NDArray[Any]:
         with self._lease(key[1], key[0]) as engine:
-            checked, lane, slots = engine.preprocessor.validate(rows), engine, None
+            checked = engine.preprocessor.validate(rows)
+            lane = engine
+            slots = None
             if client is not None:
                 lane, slots, _ = self._personal(engine, ids_of(client, len(rows)), len(rows))
             (prediction,) = lane.execute([checked if slots is None else (checked, slots)])

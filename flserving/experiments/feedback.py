@@ -37,7 +37,8 @@ from flserving.errors import (
 )
 from flserving.registry import storage
 
-FILE_NAME, KEY_FILE = "feedback.sqlite3", "feedback.key"
+FILE_NAME = "feedback.sqlite3"
+KEY_FILE = "feedback.key"
 RECEIPT_S = 3600.0
 MOST_PER_CLIENT = 1000
 BUSY_S = 2.0  # longest wait for other writers
@@ -85,7 +86,9 @@ class FeedbackStore:
 
     def __init__(self, root: str, *, receipt_s: float = RECEIPT_S, most_per_client: int = MOST_PER_CLIENT,
                  clock: Callable[[], float] = time.time) -> None:  # fmt: skip
-        self.receipt_s, self.most_per_client, self._clock = receipt_s, most_per_client, clock
+        self.receipt_s = receipt_s
+        self.most_per_client = most_per_client
+        self._clock = clock
         self._path = f"{root}/{FILE_NAME}"
         self._key = storage.kept_secret(root, KEY_FILE)
         self._lock = threading.Lock()
@@ -133,7 +136,9 @@ class FeedbackStore:
         """
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
             raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")
-        run, arm, client = receipt.run, receipt.arm, receipt.client
+        run = receipt.run
+        arm = receipt.arm
+        client = receipt.client
         with self._writing() as database:
             database.execute("DELETE FROM used WHERE until_s < ?", (self._clock() - 1,))
             marked = database.execute(
@@ -203,10 +208,12 @@ class FeedbackStore:
                 yield self._current()
             except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
                 typed = _typed(error)
-                self.problem, self._unwritable = str(typed), self._unwritable or writes
+                self.problem = str(typed)
+                self._unwritable = self._unwritable or writes
                 raise typed from error
             if writes or not self._unwritable:  # that it can be read shows nothing of that
-                self.problem, self._unwritable = None, False
+                self.problem = None
+                self._unwritable = False
 
     def _current(self) -> sqlite3.Connection:
         if self._closed:

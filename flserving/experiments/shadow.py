@@ -28,7 +28,9 @@ class Shadow:
     """Args: ``run`` runs a version, ``busy`` says that callers wait; ``capacity``: most copies that wait."""
 
     def __init__(self, run: Run, busy: Callable[[], bool], capacity: int = 64) -> None:
-        self._run, self._busy, self._capacity = run, busy, capacity
+        self._run = run
+        self._busy = busy
+        self._capacity = capacity
         self._counts: dict[Key, dict[str, float]] = {}
         self._begin()
         forks.in_child(self, Shadow._begin)
@@ -36,7 +38,8 @@ class Shadow:
     def _begin(self) -> None:
         """Nothing waits and nobody works: at the start, and in a forked child."""
         self._waiting: queue.Queue[tuple[Key, NDArray[Any], Any, NDArray[Any]]] = queue.Queue(self._capacity)
-        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def offer(self, key: Key, rows: NDArray[Any], client: Any, given: NDArray[Any]) -> None:

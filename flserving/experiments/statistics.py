@@ -35,7 +35,8 @@ def mean_of(rewards: Rewards) -> tuple[float, float]:
 
 def ratio_of_sums(counts: Floats, totals: Floats) -> tuple[Floats, Floats]:
     """:func:`mean_of` of many arms: rewards and their sums [arms, clients] -> means and their variances [arms]."""
-    m, n = (counts > 0).sum(axis=1), counts.sum(axis=1)
+    m = (counts > 0).sum(axis=1)
+    n = counts.sum(axis=1)
     enough = m >= 2
     mean = np.where(enough, totals.sum(axis=1) / np.maximum(n, 1), np.nan)
     spread = ((totals - np.where(enough, mean, 0.0)[:, None] * counts) ** 2).sum(axis=1)

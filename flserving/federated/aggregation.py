@@ -32,7 +32,8 @@ def fault(update: object, expected: State) -> str | None:
     if not isinstance(update, Mapping):
         return f"no state dict arrived, but {type(update).__name__}"
     if update.keys() != expected.keys():
-        missing, unknown = expected.keys() - update.keys(), update.keys() - expected.keys()
+        missing = expected.keys() - update.keys()
+        unknown = update.keys() - expected.keys()
         return f"missing tensors {_some(missing)}, unknown {_some(unknown)}"
     for name, wanted in expected.items():
         tensor = update[name]

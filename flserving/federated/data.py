@@ -96,7 +96,8 @@ def dirichlet_partition(labels: Labels, num_clients: int, alpha: float, rng: np.
             owner[part] = client
     counts = np.bincount(owner, minlength=num_clients)
     while counts.min() < MIN_SAMPLES:
-        poorest, richest = counts.argmin(), counts.argmax()
+        poorest = counts.argmin()
+        richest = counts.argmax()
         owner[rng.choice(np.flatnonzero(owner == richest))] = poorest
         counts[poorest] += 1
         counts[richest] -= 1
@@ -180,7 +181,8 @@ def _namings(classes: int, rng: np.random.Generator) -> Iterator[Labels]:
     once (a random Latin square). With independent ones, how right one model is for all would be the luck of the draw.
     """
     while True:
-        rows, names = rng.permutation(classes), rng.permutation(classes)
+        rows = rng.permutation(classes)
+        names = rng.permutation(classes)
         for shift in range(classes):
             yield names[(rows + shift) % classes]
 

@@ -119,9 +119,14 @@ class Publishing(Strategy):
             raise InvalidModelError(f"{architecture!r} has outputs of shape [1]: {ONE_OUTPUT}")
         with torch.device("meta"):
             self._wanted = models.build(architecture, parameters).state_dict()
-        self.strategy, self.on_round, self.preprocessing = strategy, on_round, preprocessing
-        self.architecture, self.parameters = architecture, dict(parameters or {})
-        self.data, self.samples, self.accuracy = data, samples, accuracy
+        self.strategy = strategy
+        self.on_round = on_round
+        self.preprocessing = preprocessing
+        self.architecture = architecture
+        self.parameters = dict(parameters or {})
+        self.data = data
+        self.samples = samples
+        self.accuracy = accuracy
         self._seen: _Seen | None = None  # while a training runs
 
     def start(
@@ -155,7 +160,8 @@ class Publishing(Strategy):
                 self.on_round(self._round(number, arrays, measured, facts))
             return measured
 
-        self._seen, self._trained = _Seen({}), False
+        self._seen = _Seen({})
+        self._trained = False
         try:
             return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, finish)
         finally:
@@ -232,7 +238,8 @@ class Publishing(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The strategy's own; the clients' accuracies are remembered."""
-        replies, seen = list(replies), self._seen or _Seen({})
+        replies = list(replies)
+        seen = self._seen or _Seen({})
         for reply in replies:
             if not reply.has_error():
                 value = self._accuracy(_numbers(reply))
@@ -249,7 +256,8 @@ class Publishing(Strategy):
     def _round(self, number: int, arrays: ArrayRecord, measured: MetricRecord | None, facts: dict[str, Any]) -> Round:
         seen = self._seen or _Seen({})
         seen.note("server", measured)
-        metrics, of_all = seen.metrics, self._accuracy(seen.metrics, "server.", "evaluate.")
+        metrics = seen.metrics
+        of_all = self._accuracy(seen.metrics, "server.", "evaluate.")
         if of_all is not None:
             metrics["global_accuracy"] = of_all
         if seen.accuracy:

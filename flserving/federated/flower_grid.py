@@ -43,15 +43,20 @@ class LocalGrid(Grid):
             raise ConfigError(f"client_app is a {type(client_app).__name__}: give a flwr.clientapp.ClientApp")
         if type(num_supernodes) is not int or not 1 <= num_supernodes <= 1_000_000:
             raise ConfigError(f"num_supernodes is {num_supernodes!r}: use an integer in [1, 1000000]")
-        self.client_app, self._run, self._run_config = client_app, None, dict(run_config or {})
+        self.client_app = client_app
+        self._run = None
+        self._run_config = dict(run_config or {})
         self._contexts = {
             i + 1: self._context(i + 1, {"partition-id": i, "num-partitions": num_supernodes})
             for i in range(num_supernodes)
         }
         self._replies: dict[str, Message] = {}
-        self._idle, self._busy = 0, False
+        self._idle = 0
+        self._busy = False
         if TaskIdentity._run_id is None:  # without it no message can be made; a real run has its own
-            TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+            TaskIdentity.run_id = 1
+            TaskIdentity.task_id = 1
+            TaskIdentity.node_id = 1
 
     def _context(self, node_id: int, node_config: dict[str, int]) -> Context:
         return Context(1, node_id, node_config, RecordDict(), dict(self._run_config))
@@ -102,7 +107,8 @@ class LocalGrid(Grid):
     def _answer(self, message: Message) -> Message:
         """One client's reply. Both sides work on copies, as if a network lay between them."""
         message.metadata.__dict__["_message_id"] = str(uuid4())  # as Flower's simulation sets it
-        self._idle, self._busy = 0, True
+        self._idle = 0
+        self._busy = True
         try:
             context = copy.deepcopy(self._contexts[message.metadata.dst_node_id])
             reply = copy.deepcopy(self.client_app(copy.deepcopy(message), context))

@@ -119,7 +119,8 @@ class Gate:
             raise ConfigError(f"clients are {[c.id for c in self.clients][:5]}: give at least one, with unique ids")
         bounds = {"tolerance": 1.0, "client_tolerance": 1.0, "agreement": 1.0, "jump": 1e6, "alpha": 0.5}
         for name, most in bounds.items():
-            value, low = getattr(self, name), 1e-9 if name == "alpha" else 0
+            value = getattr(self, name)
+            low = 1e-9 if name == "alpha" else 0
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= most:
                 raise ConfigError(f"{name} is {value!r}: use a number in [{low:g}, {most:g}]")
         if self.min_clients is not None and (type(self.min_clients) is not int or self.min_clients < 0):
@@ -223,10 +224,13 @@ class Gate:
         return [answer == c.test_y for answer, c in zip(given, self.clients, strict=True)], given, golden
 
     def _norm(self, registry: Registry, name: str, alias: str, tensors: State, serving: State) -> Check:
-        value, past = _distance(tensors, serving), _accepted(registry, name, alias)
-        limit, words = _distance(serving), "the length of the weights that serve now: no history yet"
+        value = _distance(tensors, serving)
+        past = _accepted(registry, name, alias)
+        limit = _distance(serving)
+        words = "the length of the weights that serve now: no history yet"
         if len(past) >= 3:
-            limit, words = self.jump * median(past), f"{self.jump:g} times the median of the last {len(past)} accepted"
+            limit = self.jump * median(past)
+            words = f"{self.jump:g} times the median of the last {len(past)} accepted"
         words = f"an update of {value:.3g}, at most {limit:.3g}: {words}"
         return Check("norm", value <= limit, words, value, limit)
 
@@ -240,12 +244,15 @@ class Gate:
         return Check("accuracy", bound <= self.tolerance, words, bound, self.tolerance)
 
     def _worst(self, before: Sequence[NDArray[Any]], now: Sequence[NDArray[Any]]) -> Check:
-        drop, who = 0.0, ""
+        drop = 0.0
+        who = ""
         for client, old, new in zip(self.clients, before, now, strict=True):
-            lost, won = int((old & ~new).sum()), int((new & ~old).sum())
+            lost = int((old & ~new).sum())
+            won = int((new & ~old).sum())
             p = sum(math.comb(lost + won, k) for k in range(lost, lost + won + 1)) / 2 ** (lost + won)
             if p * len(self.clients) <= self.alpha and old.mean() - new.mean() > drop:
-                drop, who = float(old.mean() - new.mean()), f"; {client.id!r} lost {lost} of {len(new)} rows, won {won}"
+                drop = float(old.mean() - new.mean())
+                who = f"; {client.id!r} lost {lost} of {len(new)} rows, won {won}"
         worst = f"{min(part.mean() for part in now):.3f} after {min(part.mean() for part in before):.3f}{who}"
         return Check("worst client", drop <= self.client_tolerance, worst, drop, self.client_tolerance)
 

@@ -68,7 +68,9 @@ def fit_heads(
     start = neutral_head(layout, last.state)
     shape, _ = models.signature(last.recipe.architecture, last.recipe.parameters)
     standardise = Preprocessor(mean=last.preprocessing["mean"], std=last.preprocessing["std"], input_shape=shape)
-    heads, own, generic = [], {}, {}
+    heads = []
+    own = {}
+    generic = {}
 
     def views(x: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> tuple[Tensor, Tensor, Tensor]:
         """What a head multiplies (a one for the bias included), what is added, and the generic logits."""
@@ -92,7 +94,8 @@ def fit_heads(
             heads.append(head.numpy())
             x, offset, logits = views(client.test_x)
             labels = torch.from_numpy(client.test_y)
-            own[client.id], generic[client.id] = _accuracy(x @ head + offset, labels), _accuracy(logits, labels)
+            own[client.id] = _accuracy(x @ head + offset, labels)
+            generic[client.id] = _accuracy(logits, labels)
     named = HeadSet(layout, list(own), np.stack(heads), trained_on_state(layout, last.state))
     return Fitted(named, own, generic)
 
@@ -109,7 +112,8 @@ def _descend(
     x: Tensor, offset: Tensor, y: Tensor, start: Tensor, epochs: int, rate: float, size: int, order: torch.Generator
 ) -> Tensor:
     """Mini-batch SGD on the cross entropy of ``x W + offset``: its gradient is x' (softmax - one-hot) / n."""
-    head, offset = start.clone(), offset.expand(len(y), start.shape[1])
+    head = start.clone()
+    offset = offset.expand(len(y), start.shape[1])
     for _ in range(epochs):
         for batch in torch.split(torch.randperm(len(y), generator=order), size):
             error = torch.softmax(x[batch] @ head + offset[batch], dim=1)

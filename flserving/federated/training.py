@@ -137,11 +137,14 @@ class _Federation:
     def __init__(
         self, recipe: Recipe, clients: Sequence[Client], preprocessing: Statistics, corrupt: Corrupt | None
     ) -> None:
-        self.recipe, self.strategy, self.corrupt = recipe, STRATEGIES[recipe.strategy], corrupt
+        self.recipe = recipe
+        self.strategy = STRATEGIES[recipe.strategy]
+        self.corrupt = corrupt
         if preprocessing.keys() != {"mean", "std"}:
             raise ConfigError(f"preprocessing has the keys {sorted(preprocessing)}: give mean and std, nothing else")
         self.preprocessing = {name: [float(value) for value in preprocessing[name]] for name in ("mean", "std")}
-        mean, std = self.preprocessing["mean"], self.preprocessing["std"]
+        mean = self.preprocessing["mean"]
+        std = self.preprocessing["std"]
         shape, _ = models.signature(recipe.architecture, recipe.parameters)
         fits = math.prod(shape) == len(mean)  # else _check_fit says what is wrong
         # the server's own: serving sees what training saw

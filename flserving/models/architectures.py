@@ -108,7 +108,8 @@ def build(architecture: str, parameters: Mapping[str, JSON] | None = None) -> nn
 
     Cost: a first dry run on the meta device per (architecture, parameters), remembered; then the build itself.
     """
-    entry, text = _find(architecture), _canonical(architecture, parameters)
+    entry = _find(architecture)
+    text = _canonical(architecture, parameters)
     _checked_shapes(entry, text)
     return _call(entry, entry.factory, text)
 
@@ -219,7 +220,8 @@ class SplitModel(nn.Module):
 
     def __init__(self, body: nn.Module, head: nn.Linear) -> None:
         super().__init__()
-        self.body, self.head = body, head
+        self.body = body
+        self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.body(x))

@@ -52,13 +52,15 @@ def check(graph: bytes, inputs: Shape, outputs: int) -> None:
         odd = _oddity(onnx, model)
         if odd is None:
             onnx.checker.check_model(model)
-            one, two = _shapes(onnx, model, 1), _shapes(onnx, model, 2)
+            one = _shapes(onnx, model, 1)
+            two = _shapes(onnx, model, 2)
     except Exception as error:  # protobuf's, the checker's and the inference's have no common root
         raise InvalidModelError(f"not a sound ONNX graph: {str(error)[:300]}") from None
     if odd is not None:
         raise InvalidModelError(f"the ONNX graph {odd}: export it from a module of plain layers")
     for name in [output for node in model.graph.node for output in node.output if output]:
-        small, large = one.get(name, 0), two.get(name, 0)
+        small = one.get(name, 0)
+        large = two.get(name, 0)
         if not 0 < small <= _MOST_VALUES or large not in (small, 2 * small):
             raise InvalidModelError(
                 f"{name!r} in the ONNX graph has {small:,} values for one row and {large:,} for two (0: unknown): the "
@@ -94,7 +96,8 @@ def _shapes(onnx: Any, model: Any, rows: int) -> dict[str, int]:
     """Number of values of every tensor in the graph for so many rows, by name; what is unknown counts 0."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    graph, helper = probe.graph, onnx.helper
+    graph = probe.graph
+    helper = onnx.helper
     del graph.value_info[:]
     graph.input[0].type.tensor_type.shape.dim[0].dim_value = rows
     for it in graph.output:
@@ -169,7 +172,8 @@ class OnnxModel(nn.Module):
         check(data, self.inputs, self.outputs)
         runtime = need("onnxruntime", "onnx")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are the server's
         # Without VNNI an int8 product adds pairs in 16 bits and saturates: other answers than the graph defines, and
         # than the same graph gives on a newer processor. This takes the exact, slower way there, and only there.

@@ -103,7 +103,10 @@ class Preprocessor:
             raise ConfigError(f"{'mean' if mean is None else 'std'} is missing: give mean and std, or neither")
         if num_features is not None and (type(num_features) is not int or num_features < 1):
             raise ConfigError(f"num_features is {num_features!r}: it must be an integer, at least 1")
-        self.normalize, self.num_features, self.mean, self.std = normalize, num_features, None, None
+        self.normalize = normalize
+        self.num_features = num_features
+        self.mean = None
+        self.std = None
         if mean is not None and std is not None:
             self.mean = self._statistic("mean", mean)
             self.std = self._statistic("std", std)
@@ -252,7 +255,9 @@ class Outputs(Mapping[str, list[Any]]):
     def __init__(
         self, predictions: NDArray[Any], confidences: Floats | None = None, probabilities: Floats | None = None
     ) -> None:
-        self.predictions, self.confidences, self.probabilities = predictions, confidences, probabilities
+        self.predictions = predictions
+        self.confidences = confidences
+        self.probabilities = probabilities
         self._lists: dict[str, list[Any]] | None = None
 
     @property
@@ -319,7 +324,8 @@ class Postprocessor:
             raise ConfigError(f"threshold is {threshold!r}: it must be a probability in [0, 1]")
         if threshold and output_type == "regression":
             raise ConfigError(f"threshold is {threshold}: a regression has no confidence to compare it with")
-        self.output_type, self.threshold = output_type, threshold
+        self.output_type = output_type
+        self.threshold = threshold
 
     @property
     def policy(self) -> str:
@@ -338,7 +344,8 @@ class Postprocessor:
             if values.is_complex():
                 raise ModelExecutionError(f"the model's outputs are {values.dtype}: it must answer real numbers")
             values = values.float()
-        regression, dims = self.output_type == "regression", values.dim()
+        regression = self.output_type == "regression"
+        dims = values.dim()
         if (dims != 2 and not (dims == 1 and regression)) or not values.numel():
             raise ModelExecutionError(
                 f"the model's outputs have shape {tuple(values.shape)}: {self.output_type} takes "
@@ -353,7 +360,8 @@ class Postprocessor:
             raise ModelExecutionError(ONE_OUTPUT)
         probabilities = torch.softmax(values, 1)
         top, classes = probabilities.max(1)
-        confidences, predictions = top.numpy(), classes.numpy()
+        confidences = top.numpy()
+        predictions = classes.numpy()
         if not _is_finite(confidences):  # NaN if any logit of the row was NaN or +inf
             raise ModelExecutionError("the model's logits are not finite: check its weights and the input's scale")
         if self.threshold:

@@ -129,7 +129,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        tensor, encoded = tensors[name], name.encode()
+        tensor = tensors[name]
+        encoded = name.encode()
         sha.update(b"%d:%s" % (len(encoded), encoded))
         sha.update(f"{_NAMES[tensor.dtype]}{list(tensor.shape)}".encode())
         sha.update(as_bytes(tensor))

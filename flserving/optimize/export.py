@@ -28,7 +28,8 @@ _NOISY = ("torch.onnx._internal.exporter._registration", "onnxruntime.quantizati
 def _quiet() -> Iterator[None]:
     """Exporter and quantisers log about what is not installed, warn of torch's own code, and set up the root logger."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers = list(root.handlers)
+    level = root.level
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:

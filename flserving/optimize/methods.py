@@ -315,8 +315,10 @@ def _sizes(module: nn.Module) -> list[int]:
 
 
 def _without_neurons(module: nn.Module, share: float) -> nn.Module:
-    layers, state = _linear(module), dict[str, Tensor]()
-    kept, sizes = torch.arange(layers[0].in_features), [layers[0].in_features]
+    layers = _linear(module)
+    state = dict[str, Tensor]()
+    kept = torch.arange(layers[0].in_features)
+    sizes = [layers[0].in_features]
     for number, (layer, after) in enumerate(pairwise(layers)):
         score = torch.cat([layer.weight, layer.bias[:, None]], dim=1).norm(dim=1) * after.weight.norm(dim=0)
         stays = score.topk(max(1, round(len(score) * (1 - share)))).indices.sort().values

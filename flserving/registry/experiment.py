@@ -127,13 +127,16 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def arm_of(self, client: str) -> str:
         """The client's arm under the rule ``sticky``. Cost: about 1 us for each arm."""
         said = client.encode(errors="surrogatepass") + b"\0"  # which no arm's name holds
-        started, best, least = blake2b(said, digest_size=8, key=bytes.fromhex(self.key)), "", math.inf
+        started = blake2b(said, digest_size=8, key=bytes.fromhex(self.key))
+        best = ""
+        least = math.inf
         for name, arm in self.arms.items():
             drawn = started.copy()
             drawn.update(name.encode())
             uniform = (int.from_bytes(drawn.digest()) + 0.5) / 2**64
             if (score := -math.log(uniform) / arm.weight) < least:
-                best, least = name, score
+                best = name
+                least = score
         return best
 
 

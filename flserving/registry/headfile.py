@@ -91,7 +91,8 @@ class HeadFile:
     """
 
     def __init__(self, root: str, relative: str, entry: HeadsEntry, digest: str) -> None:
-        self._relative, self.stride = relative, stride(entry)
+        self._relative = relative
+        self.stride = stride(entry)
         self._fd, size = storage.open_file(root, relative)
         weakref.finalize(self, os.close, self._fd)
         if hasattr(os, "posix_fadvise"):
@@ -100,7 +101,8 @@ class HeadFile:
         table_nbytes = entry.nbytes - index_at - 28 * entry.num_heads
         if size != entry.nbytes or table_nbytes <= 0 or table_nbytes % 32:
             raise self._corrupt(f"has {size:,} bytes, expected {entry.nbytes:,}")
-        head, index = self._read(ALIGNMENT, [0]), self._read(size - index_at, [index_at])
+        head = self._read(ALIGNMENT, [0])
+        index = self._read(size - index_at, [index_at])
         sha = hashlib.sha256(head)
         sha.update(index)
         if sha.hexdigest() != entry.index_sha256 or head != header(entry):
@@ -145,7 +147,8 @@ class HeadFile:
 
     def _read(self, nbytes: int, places: list[int]) -> bytes:
         """So many bytes from each of these places on, joined."""
-        read, file = storage.read_at, self._fd
+        read = storage.read_at
+        file = self._fd
         try:
             data = b"".join([read(file, nbytes, at) for at in places])
         except OSError as error:

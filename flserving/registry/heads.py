@@ -33,7 +33,9 @@ from flserving.registry.manifest import Digests, HeadsEntry, is_digest, sha256
 
 __all__ = ["EXPIRED", "FILE_NAME", "STALE", "UNKNOWN", "HeadSet", "HeadStore", "Layout", "neutral_head", "trained_on"]
 
-UNKNOWN, STALE, EXPIRED = -1, -2, -3
+UNKNOWN = -1
+STALE = -2
+EXPIRED = -3
 """Slots that mean: the global head answers, because there is no head, one that was trained on something else, or one
 whose time is over."""
 
@@ -97,7 +99,10 @@ class HeadSet:
         digests = [trained_on] if isinstance(trained_on, str) else trained_on
         if digests is not None and (len(digests) not in (1, len(clients)) or not all(map(is_digest, digests))):
             raise InvalidModelError(f"trained_on has {len(digests)} entries: give a sha256 for all heads, or one each")
-        self.layout, self.clients, self.weights, self.trained_on = layout, clients, weights, digests
+        self.layout = layout
+        self.clients = clients
+        self.weights = weights
+        self.trained_on = digests
         self.expires_at = _in_utc(expires_at)
         keys = np.frombuffer(b"".join(map(key_of, clients)), ">u8").reshape(-1, 2).astype(np.uint64)
         self._order = np.lexsort((keys[:, 1], keys[:, 0]))
@@ -200,11 +205,15 @@ class HeadStore:
         self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: Tensor,
         wall: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self.wall, self.expires_at = wall, entry.expires_at
+        self.wall = wall
+        self.expires_at = entry.expires_at
         at = entry.expires_at
         self._expires_s = math.inf if at is None else datetime.fromisoformat(at).timestamp()
-        self.layout, self.num_heads, self.digest = entry.layout, entry.num_heads, entry.index_sha256
-        self.inputs, self.outputs = entry.inputs, entry.outputs
+        self.layout = entry.layout
+        self.num_heads = entry.num_heads
+        self.digest = entry.index_sha256
+        self.inputs = entry.inputs
+        self.outputs = entry.outputs
         self._width = neutral.numel()
         self._file = HeadFile(root, relative, entry, digest)
         self._neutral = np.zeros(self._file.stride // 4, np.float32)

@@ -608,7 +608,8 @@ class Index:
         while True:
             before = self._follow_files()
             assert self._reader is not None
-            rows, failure = None, None
+            rows = None
+            failure = None
             try:
                 rows = self._reader.execute(sql, values).fetchall()
             except sqlite3.Error as error:

@@ -60,7 +60,8 @@ class Lineage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     extra: dict[Label, bool | int | float | Text | None] = {}
 
     def __post_init__(self) -> None:
-        counts, clients = self.sample_counts, self.num_clients
+        counts = self.sample_counts
+        clients = self.num_clients
         if counts is not None and clients is not None and len(counts) != clients:
             raise ValueError(f"sample_counts has {len(counts)} entries for {clients} clients")
 

@@ -76,7 +76,8 @@ def write_file(path: str, data: bytes | memoryview, mode: int = 0o644) -> None:
 
 def write_parts(path: str, parts: Iterable[bytes | memoryview], mode: int = 0o644) -> int:
     """:func:`write_file` part by part, for what does not fit into memory at once. Returns the number of bytes."""
-    nbytes, fd = 0, os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, mode)
+    nbytes = 0
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, mode)
     try:
         for part in parts:
             rest = memoryview(part)

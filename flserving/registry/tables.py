@@ -55,7 +55,8 @@ def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping
     left, right = (msgspec.structs.asdict(manifest.digests) for manifest, _ in (a, b))
     rows += [("digest", item, x, right[item], x == right[item], float("nan")) for item, x in left.items()]
     for item in {**a[0].metrics, **b[0].metrics}:
-        x, y = a[0].metrics.get(item, float("nan")), b[0].metrics.get(item, float("nan"))
+        x = a[0].metrics.get(item, float("nan"))
+        y = b[0].metrics.get(item, float("nan"))
         rows.append(("metric", item, x, y, x == y, y - x))
     for item in {**a[1], **b[1]}:
         rows.append(("tensor", item, *_tensors(a[1].get(item), b[1].get(item))))

@@ -149,7 +149,8 @@ def _check_fit(architecture: str, parameters: Mapping[str, models.JSON], tensors
     wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     wrong += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
-        found, asked = tensors[name], wanted[name]
+        found = tensors[name]
+        asked = wanted[name]
         if (found.shape, found.dtype) != (asked.shape, asked.dtype):
             wrong.append(f"{name} is {found.dtype}{list(found.shape)}, not {asked.dtype}{list(asked.shape)}")
     if wrong:

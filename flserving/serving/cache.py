@@ -30,7 +30,9 @@ class Lease:
     __slots__ = ("nbytes", "pins", "value")
 
     def __init__(self, value: Any, nbytes: int) -> None:
-        self.value, self.nbytes, self.pins = value, nbytes, 0
+        self.value = value
+        self.nbytes = nbytes
+        self.pins = 0
 
 
 class ModelCache:
@@ -56,7 +58,9 @@ class ModelCache:
     def __init__(self, max_size: int = 5, max_bytes: int | None = None, clock: Clock = time.monotonic) -> None:
         if any(type(most) is not int or most < 1 for most in (max_size, 1 if max_bytes is None else max_bytes)):
             raise ConfigError(f"max_size is {max_size!r}, max_bytes is {max_bytes!r}: give integers of at least 1")
-        self.max_size, self.max_bytes, self._clock = max_size, max_bytes, clock
+        self.max_size = max_size
+        self.max_bytes = max_bytes
+        self._clock = clock
         self._entries: OrderedDict[Hashable, Lease] = OrderedDict()  # coldest first
         self._leaving: set[Lease] = set()  # dropped while in use: counted until released
         self._arriving: set[Lease] = set()  # the room of loads under way
@@ -299,7 +303,9 @@ class PredictionCache(Generic[V]):
     def __init__(self, max_bytes: int, ttl_s: float = 0, clock: Clock = time.monotonic) -> None:
         if type(max_bytes) is not int or max_bytes < 1 or not isinstance(ttl_s, int | float) or not ttl_s >= 0:
             raise ConfigError(f"max_bytes is {max_bytes!r}, ttl_s is {ttl_s!r}: give an integer >= 1 and an age >= 0")
-        self.max_bytes, self.ttl_s, self._clock = max_bytes, ttl_s, clock
+        self.max_bytes = max_bytes
+        self.ttl_s = ttl_s
+        self._clock = clock
         self._entries: dict[Hashable, tuple[V, float, int, _Shelf]] = {}
         self._shelves: OrderedDict[Hashable, _Shelf] = OrderedDict()  # by owner, in the order in which they are asked
         self._flights: dict[Hashable, Future[V]] = {}

@@ -122,7 +122,9 @@ class RegistrySource:
     """
 
     def __init__(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
-        self.registry, self.name, self.threshold = registry, name, threshold
+        self.registry = registry
+        self.name = name
+        self.threshold = threshold
 
     def versions(self) -> list[str]:
         return [str(number) for number in self.registry.version_numbers(self.name)]
