@@ -96,12 +96,14 @@ class Costs:
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, dict[int, Usual]] = WeakKeyDictionary()
+        self._learned = False  # asked at every request: to ask the dictionary costs more
 
     def add(self, lane: Any, rows: int, seconds: float, now_s: float) -> None:
         """A batch of ``rows`` rows has taken so long, until ``now_s``."""
         figures = self._known.get(lane)
         if figures is None:
             figures = self._known[lane] = {}
+            self._learned = True
         size = rows.bit_length()
         before = figures.get(size)
         if before is None or not self._fresh(before, now_s - seconds):
@@ -118,7 +120,7 @@ class Costs:
 
         A size never seen takes as long as the next smaller one, or its part of the next larger one: the least it can.
         """
-        figures = self._known.get(lane) if self._known else None
+        figures = self._known.get(lane) if self._learned else None
         if not figures:
             return 0.0
         size = rows.bit_length()

@@ -87,16 +87,23 @@ class Engine:
 
     def run(self, rows: Floats, lengths: Sequence[int], forward: Callable[[int, int], Execution]) -> list[Prediction]:
         """``forward(start, stop)`` of every chunk of ``rows``, dealt out to requests of these lengths."""
+        total = len(rows)
         size = self.max_batch_size
-        executions = [forward(start, start + size) for start in range(0, len(rows), size)]
-        execution = executions[0] if len(executions) == 1 else _join(executions)
+        chunks = 1
+        if total <= size:
+            execution = forward(0, total)
+        else:
+            executions = [forward(start, start + size) for start in range(0, total, size)]
+            execution = _join(executions)
+            chunks = len(executions)
         seconds = execution.marks_s[3] - execution.marks_s[0]
-        self._executions.add(len(rows), seconds, len(lengths))
+        self._executions.add(total, seconds, len(lengths))
         # of one forward; moves slowly, so that one hiccup does not send a fast model to the worker threads
-        seconds /= len(executions)
-        self.typical_s = seconds if self.typical_s == math.inf else 0.9 * self.typical_s + 0.1 * seconds
+        seconds /= chunks
+        typical_s = self.typical_s
+        self.typical_s = seconds if typical_s == math.inf else 0.9 * typical_s + 0.1 * seconds
         if len(lengths) == 1:
-            return [Prediction(execution, 0, len(rows))]
+            return [Prediction(execution, 0, total)]
         results = []
         start = 0
         for length in lengths:
@@ -256,13 +263,12 @@ class InferenceEngine(Engine):
         Raises:
             ModelExecutionError: The model raised, or its output is not finite or not one row per input row.
         """
-        alone = len(payloads) == 1
-        rows = payloads[0] if alone else np.concatenate(payloads)
-
-        def forward(start: int, stop: int) -> Execution:  # in place where nobody else sees the array
-            return self.forward(rows[start:stop], in_place=not alone, infer=self._infer)
-
-        return self.run(rows, [len(part) for part in payloads], forward)
+        if len(payloads) == 1:
+            rows = payloads[0]
+            return self.run(rows, (len(rows),), lambda i, j: self.forward(rows[i:j], False, self._infer))
+        rows = np.concatenate(payloads)  # nobody else sees this array: the model may work in place
+        lengths = [len(part) for part in payloads]
+        return self.run(rows, lengths, lambda i, j: self.forward(rows[i:j], True, self._infer))
 
     def _infer(self, values: torch.Tensor) -> torch.Tensor:
         for step, arguments in self._steps:

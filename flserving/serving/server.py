@@ -303,30 +303,27 @@ class ModelServer(ModelHost):
     def _respond(self, request: Request) -> dict[str, Any]:
         """Make the answer, count the success."""
         prediction = request.prediction
-        rows = request.rows
-        answer: dict[str, Any] = prediction.arrays() if request.arrays else prediction.lists()
+        engine = request.engine
         started_s = request.started_s
+        answer: dict[str, Any] = prediction.arrays() if request.arrays else prediction.lists()
         answered_s = self._clock()
         if answered_s > request.deadline_s:
             raise DeadlineExceededError(
                 f"the answer took {(answered_s - started_s) * 1e3:.1f} ms, the deadline was "
                 f"{(request.deadline_s - started_s) * 1e3:.0f} ms: raise timeout_ms"
             )
-        marks_s = (
-            *(started_s, request.prepared_s, request.looked_up_s),
-            *prediction.execution.marks_s,
-            answered_s,
-        )
-        self.telemetry.success(request.engine.served_as, len(rows), marks_s)
+        ran_s = prediction.execution.marks_s
+        marks_s = (started_s, request.prepared_s, request.looked_up_s, *ran_s, answered_s)
+        self.telemetry.success(engine.served_as, len(request.rows), marks_s)
         answer["latency_ms"] = (answered_s - started_s) * 1e3
-        answer["model_version"] = request.engine.version
+        answer["model_version"] = engine.version
         answer["model_type"] = "global"
-        if request.engine.round is not None:
-            answer["round"] = request.engine.round
+        if engine.round is not None:
+            answer["round"] = engine.round
         if request.head is not None:
             self._say_head(request, answer)
         if request.chosen is not None:
-            answer |= self.experiments.answered(request.chosen, request.engine.version, rows, prediction)
+            answer |= self.experiments.answered(request.chosen, engine.version, request.rows, prediction)
         if request.stages:
             spent = zip(STAGES, pairwise(marks_s), strict=True)
             answer["stages_ms"] = {name: (end_s - start_s) * 1e3 for name, (start_s, end_s) in spent}

@@ -345,12 +345,13 @@ class Batcher:
 
     def _give_back_slot(self, slot: Run, ran: bool, hand_over: bool = True) -> None:
         """``ran``: whether it was one execution, which tells how long such a one takes."""
+        queue = self.queue
         with self._lock:
             self.busy -= 1
-            self.queue.ends_s.remove(slot.end_s)
+            queue.ends_s.remove(slot.end_s)
             if ran:
-                self.queue.learn(slot.engine, slot.rows, slot.start_s, self._clock())
-            if hand_over and self.queue:
+                queue.learn(slot.engine, slot.rows, slot.start_s, self._clock())
+            if hand_over and queue:
                 self._call_worker()
 
     def _run_on_engine(self, engine: Engine, payloads: Sequence[Any], rows: int) -> Sequence[Any]:
