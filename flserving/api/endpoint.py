@@ -240,9 +240,11 @@ class _Rest:
             return
         state, end_s = self._server.server_state, time.monotonic() + drain_s
         await refuse(self._listener, end_s)
+        await asyncio.sleep(self.POLL_S)  # an accept that has just succeeded must not be cancelled
         self._accepting.cancel()
-        await asyncio.sleep(self.POLL_S)  # what was accepted last is among the connections then
-        while (state.connections or state.tasks) and time.monotonic() < end_s:
+        await asyncio.gather(self._accepting, return_exceptions=True)
+        self._listener.close()  # the drain may take long: others who share the port take new connections
+        while (self._shaking or state.connections or state.tasks) and time.monotonic() < end_s:
             for connection in list(state.connections):
                 connection.retire(self.FIRST_S)  # type: ignore[union-attr]
             await asyncio.sleep(self.POLL_S)
@@ -250,7 +252,7 @@ class _Rest:
             connection.transport.abort()  # a lost connection takes its request with it
         for shaking in self._shaking:
             shaking.cancel()
-        await asyncio.gather(*state.tasks, *self._shaking, self._accepting, return_exceptions=True)
+        await asyncio.gather(*state.tasks, *self._shaking, return_exceptions=True)
 
 
 def connections_at_most(options: ApiOptions) -> int:

@@ -77,8 +77,6 @@ def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
         ("grpc.max_receive_message_length", options.max_body_bytes),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", 1024),  # of one connection
-        ("grpc.max_metadata_size", 8 << 10),  # of one call; up to twice as much is still told why it is refused
-        ("grpc.absolute_max_metadata_size", 16 << 10),
         ("grpc.max_connection_idle_ms", int(options.slow_client_s * 1e3)),  # clients connect again by themselves
         ("grpc.max_allowed_incoming_connections", options.max_connections),
         ("grpc.server_handshake_timeout_ms", int(options.slow_client_s * 1e3)),
