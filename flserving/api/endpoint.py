@@ -77,6 +77,11 @@ class Endpoint:
             self._doors.close(drain_s, notice_s)
 
     @property
+    def beats(self) -> int:
+        """Grows about once a second while the event loop turns."""
+        return self._doors.beats
+
+    @property
     def closed(self) -> bool:
         """Whether it has stopped listening."""
         return not self._finalize.alive
@@ -97,6 +102,7 @@ class _Doors:
 
     def __init__(self, v2: V2, options: ApiOptions, listener: socket.socket, reuse_port: bool) -> None:
         self._v2, self._options, self._listener, self._reuse_port = v2, options, listener, reuse_port
+        self.beats = 0
         self._opened: Future[tuple[int, int | None]] = Future()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop, self._notice_s, self._drain_s = asyncio.Event(), 0.0, 0.0
@@ -142,6 +148,7 @@ class _Doors:
             await rest.open()
             self._opened.set_result((self._listener.getsockname()[1], None if grpc is None else grpc.port))
             while not self._stop.is_set():
+                self.beats += 1
                 await rest.tick()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), 1.0)

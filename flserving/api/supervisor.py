@@ -23,6 +23,8 @@ from flserving.registry.storage import own_folder
 
 START_S = 60.0
 """How long a worker may take from its start to its first answer."""
+HUNG_S = 15.0
+"""A worker that answers, but has not been heard of for so long, is replaced."""
 _KILL_S = 2.0  # beyond the grace time, before a worker that does not end is killed
 _STABLE_S = 2.0  # a worker that answered for so long is replaced at once, others after a growing pause
 _LONGEST_PAUSE_S = 30.0
@@ -37,6 +39,8 @@ class _Slot:
     process: Any = None
     pipe: Connection | None = None
     ready_s: float | None = None  # since when it answers
+    heard_s: float = 0.0  # when it started, or was last heard of
+    killed: bool = False  # as it hung
     failures: int = 0  # in a row
     due_s: float = field(default=0.0)  # when to start the next one
 
@@ -127,17 +131,30 @@ class Supervisor:
         for slot in self._slots:
             if slot.process is None and slot.due_s <= now_s:
                 self._start(slot)
-        due = [slot.due_s - now_s for slot in self._slots if slot.process is None]
         alive = [slot for slot in self._slots if slot.process is not None]
+        due = [slot.due_s - now_s for slot in self._slots if slot.process is None]
+        due += [slot.heard_s + _silence_s(slot) - now_s for slot in alive if not slot.killed]
         news: list[Any] = [slot.process.sentinel for slot in alive]
-        news += [slot.pipe for slot in alive if slot.ready_s is None and slot.pipe is not None]
-        found = wait([*news, signals], timeout=min(due, default=None))
+        news += [slot.pipe for slot in alive if slot.pipe is not None]
+        found = wait([*news, signals], timeout=max(0.0, min(due, default=_LONGEST_PAUSE_S)))
         for slot in alive:
             if slot.pipe in found:
                 self._hear(slot, first=False)
             if slot.process.sentinel in found:
                 self._bury(slot)
+            else:
+                self._check(slot)
         return signals in found
+
+    def _check(self, slot: _Slot) -> None:
+        """Kill a worker that hangs; it is replaced like one that died."""
+        silence_s = _silence_s(slot)
+        if slot.killed or time.monotonic() - slot.heard_s < silence_s:
+            return
+        problem = "has not answered" if slot.ready_s is not None else "did not start"
+        self._say(f"worker {slot.number} (pid {slot.process.pid}) {problem} for {silence_s:g} s: it is killed")
+        slot.killed = True
+        slot.process.kill()
 
     def _start(self, slot: _Slot) -> None:
         ours, theirs = _CONTEXT.Pipe(duplex=False)
@@ -147,22 +164,30 @@ class Supervisor:
             args=(self._plan, slot.number, theirs, self._lifeline, inherited),
             name=f"flserving-{slot.number}",
         )
-        slot.pipe, slot.ready_s = ours, None
+        if slot.pipe is not None:
+            slot.pipe.close()
+        slot.pipe = ours
+        slot.ready_s = None
+        slot.heard_s = time.monotonic()
+        slot.killed = False
         with _held_back():  # until it has handlers of its own, what reaches a child would be written to our socket
             slot.process.start()
         theirs.close()
 
     def _hear(self, slot: _Slot, first: bool) -> tuple[str, str | None] | None:
-        """A worker's first message: it answers, or why it does not."""
+        """What a worker says: first its addresses, or why it has none; then None, now and then, while it answers."""
         assert slot.pipe is not None
+        slot.heard_s = time.monotonic()
         try:
             message = slot.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             message = f"worker {slot.number} ended before it could say why"
-        slot.pipe.close()
-        slot.pipe = None
+            slot.pipe.close()
+            slot.pipe = None
+        if message is None or (slot.ready_s is not None and not isinstance(message, tuple)):
+            return None
         if isinstance(message, tuple):
-            slot.ready_s = time.monotonic()
+            slot.ready_s = slot.heard_s
             return message
         if first:
             raise FlservingError(message)
@@ -218,6 +243,11 @@ class Supervisor:
         for kept in (*self._ports, self._lifeline, self._alive):
             kept.close()
         self._remove_folder()
+
+
+def _silence_s(slot: _Slot) -> float:
+    """How long a worker may stay silent."""
+    return START_S if slot.ready_s is None else HUNG_S
 
 
 @contextlib.contextmanager

@@ -103,7 +103,8 @@ def _read(path: Path, gone: bool = False) -> dict[str, Any]:
 
 
 def work(plan: Plan, place: int, pipe: Connection, lifeline: Connection, inherited: Connection | None = None) -> None:
-    """Run a worker; tell the pipe (url, grpc_url) when it answers, or in words why it cannot.
+    """Run a worker; tell the pipe (url, grpc_url) when it answers, or in words why it cannot; then None about once a
+    second, while its event loop turns.
 
     Args:
         lifeline: Readable once the supervisor is gone. ``inherited``: a forked child's copy of the other end.
@@ -141,8 +142,12 @@ def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> No
             gc.collect()
             gc.freeze()  # what torch and the rest brought along stays: to look at it in each full collection took 90 ms
             pipe.send((endpoint.url, endpoint.grpc_url))
-            pipe.close()
+            beats = -1
             while not orphaned:  # else nobody would stop us
+                if beats != endpoint.beats:
+                    beats = endpoint.beats
+                    with contextlib.suppress(OSError):  # the supervisor is gone: the lifeline tells
+                        pipe.send(None)
                 with contextlib.suppress(OSError):  # a full disk makes the others' sums older, and stops nobody
                     exchange.write()
                 orphaned = bool(wait([lifeline], EXCHANGE_S))

@@ -65,6 +65,32 @@ def test_sigterm_while_a_worker_is_forked_lets_the_others_finish(registry_root):
     assert load.errors == [] and len(load.answers) == 8
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="nothing stops a process here")
+def test_a_worker_that_hangs_is_replaced_and_so_is_a_replacement_that_does_not_start(registry_root):
+    with running(registry_root, "--workers", 2, program="hung_worker.py") as served:
+        hung = served.workers()[0]
+        hung.send_signal(signal.SIGSTOP)
+
+        def replaced():
+            workers = served.workers()
+            return len(workers) == 2 and hung not in workers and all(map(answers, workers))
+
+        wait_until(replaced, "the second replacement")
+        with served.client(0) as client:
+            assert client.predict(X)["predictions"]
+        served.end()
+        assert f"(pid {hung.pid}) has not answered for 3 s: it is killed" in served.stderr
+        assert "did not start for 5 s: it is killed" in served.stderr
+
+
+def answers(worker):
+    """Whether a worker listens on REST and gRPC."""
+    try:
+        return sum(c.status == psutil.CONN_LISTEN for c in worker.net_connections()) >= 2
+    except psutil.Error:
+        return False
+
+
 def test_a_killed_process_leaves_nothing_in_the_temporary_folder(registry_root, tmp_path):
     with running(registry_root, "--workers", 2, TMPDIR=str(tmp_path)) as served:
         for _ in range(2):
