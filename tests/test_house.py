@@ -30,10 +30,6 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 RING = {"errors", "extras", "forks", "models", "registry", "serving"}
 """The small module that a student reads: of the other rooms it imports only the hooks of two, if anything."""
 HOOKS = {"experiments", "monitoring"}
-UPWARD: set[str] = set()
-"""Imports that still run up, each to be turned round; nothing is added here."""
-CIRCLES = []
-"""One idea in two files, each circle to be merged into one; nothing is added here."""
 NOT_AT_IMPORT = {
     *("pandas", "sklearn", "matplotlib", "ipywidgets", "IPython", "tqdm"),
     *("grpc", "starlette", "uvicorn", "httpx", "prometheus_client", "cryptography", "zstandard", "simpy"),
@@ -43,8 +39,15 @@ NOT_AT_IMPORT = {
 # The aims: core 52,000, api 21,000, 8.5 tokens a line and 3 packed assignments per 1,000 lines. What stands now is
 # above them, with some room: lower these when something is deleted.
 TOKENS = {"core": 93_000, "api": 35_300, "lab": 78_000}
-TOKENS_PER_LINE = 10.5
-PACKED_PER_1000_LINES = 21.5
+TOKENS_PER_LINE = 10.3
+PACKED_PER_1000_LINES = 15
+PARAMETERS = 8
+WIDE = {
+    "edge.device.EdgeModelServer.__init__": 10,
+    "edge.hybrid.HybridServer.__init__": 12,
+    "serving.repository.ModelHost.load_model": 9,
+}
+"""Functions outside the course that take more than ``PARAMETERS``: settings that users give by name."""
 
 
 def name_of(path: Path) -> str:
@@ -95,7 +98,7 @@ def test_imports_run_down():
         for needed in modules
         if room_of(needed) != room_of(module) and FLOOR_OF.get(room_of(needed), 99) >= FLOOR_OF[room_of(module)]
     }
-    assert wrong == UPWARD
+    assert not wrong
 
 
 def test_the_ring_imports_nothing_else_but_hooks():
@@ -105,7 +108,7 @@ def test_the_ring_imports_nothing_else_but_hooks():
         for needed in modules
         if room_of(module) in RING and room_of(needed) not in RING | HOOKS
     }
-    assert leaks <= UPWARD
+    assert not leaks
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
@@ -121,7 +124,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 def test_no_circles():
     files = {module: needed for module, needed in GRAPH.items() if MODULES[module].name != "__init__.py"}
-    assert circles(files) == CIRCLES
+    assert circles(files) == []
 
 
 def test_a_circle_is_found_over_any_number_of_steps():
@@ -194,6 +197,40 @@ def packed_assignments(source: str) -> int:
                 read = sorted(ast.dump(target).replace("Store()", "Load()") for target in targets)
                 found += read != sorted(map(ast.dump, values))
     return found
+
+
+def parameters(source: str) -> dict[str, int]:
+    """Function -> how many parameters it takes, self and cls left out; what is collected by a star is no parameter."""
+    found = {}
+
+    def visit(node: ast.AST, path: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [each.arg for each in (*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs)]
+                found[f"{path}{child.name}"] = len(names) - (names[:1] in (["self"], ["cls"]))
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                visit(child, f"{path}{child.name}.")
+            else:
+                visit(child, path)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def test_parameters_are_counted_without_the_object():
+    source = "class A:\n    def f(self, a, *b, c=1): ...\n\ndef g(a, /, b):\n    def h(): ...\n"
+    assert parameters(source) == {"A.f": 2, "g": 2, "g.h": 0}
+
+
+def test_functions_take_few_parameters():
+    wide = {
+        f"{module}.{name}": count
+        for module, path in MODULES.items()
+        if room_of(module) != "lab"
+        for name, count in parameters(path.read_text(encoding="utf-8")).items()
+        if count > PARAMETERS
+    }
+    assert wide == WIDE, "give a dataclass of the field's name"
 
 
 def test_code_tokens_counts_code():
