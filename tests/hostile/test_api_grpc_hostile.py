@@ -126,7 +126,7 @@ def test_an_unexpected_error_is_told_without_a_detail(server, caller, monkeypatc
     async def broken(*_, **__):
         raise RuntimeError(f"secret {6 * 7}")
 
-    monkeypatch.setattr(server, "apredict", broken)
+    monkeypatch.setattr(server, "ahandle", broken)
     assert caller.refused(INFER, request(X)) == ("INTERNAL", "internal error")
     assert "secret 42" not in caplog.text and "RuntimeError" in caplog.text
     assert "Internal" not in server.telemetry.totals()["refusals"]["grpc"], "of the server, not of the door"
