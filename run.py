@@ -1,18 +1,25 @@
-"""flserving in two commands. Nothing but Python 3.11 or newer is needed; the same on Linux, macOS and Windows.
+"""flserving in a few commands. Nothing but Python 3.11 or newer is needed; the same on Linux, macOS and Windows.
 
-    python run.py lab  [NOTEBOOK] [options of jupyter lab]   open the course in JupyterLab
+    python run.py lab  [NOTEBOOK] [options of jupyter lab]   open your copy of the course in JupyterLab
+    python run.py lab  --solutions                           open the teacher's notebooks, which hold the solutions
     python run.py test [options of pytest]                   run the quick tests, or those that the options name
     python run.py test --all                                 run what CI runs: every notebook, and a real browser
     python run.py test --fuzz                                run the property tests with new and more examples
+    python run.py book [FOLDER] [--instructor]               write the course as a book in HTML, into the folder book
+    python run.py slides NN                                  write a notebook as slides, into the folder slides
 
-Both keep everything that they install in the folder .venv next to this file; the first call takes a few minutes, later
+All keep everything that they install in the folder .venv next to this file; the first call takes a few minutes, later
 calls install again only after pyproject.toml or requirements/ has changed. What is installed are the versions in
-requirements/, with which the course was tested, checked by their hashes. Examples:
+requirements/, with which the course was tested, checked by their hashes.
 
-    python run.py lab notebooks/03_caching.ipynb --no-browser
+Your copy of the course is the folder student: the notebooks with their exercises unsolved, for you to work in. lab
+makes it and adds notebooks that are new; it never changes what is there. To begin a notebook anew, move your copy of it
+away. Examples:
+
+    python run.py lab student/03_caching.ipynb --no-browser
     python run.py test tests/registry/test_registry.py -k alias
 
-Options of run.py itself, for both:
+Options of run.py itself:
 
     --cuda             on Linux: the CUDA build of torch (2.7 GB to download), not the CPU build
     --venv FOLDER      another folder than .venv, for example for another Python
@@ -41,16 +48,17 @@ import pathlib
 import re
 import signal
 import subprocess
-import urllib.parse
 
 ROOT = pathlib.Path(__file__).resolve().parent
 ON_LINUX = sys.platform == "linux"
 LOCKED = ROOT / "requirements"
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own; for Linux pip's index has CUDA builds only
 STAMP = "flserving-install.json"  # in the environment: what was installed there, and from which files
-FIRST_NOTEBOOK = ROOT / "notebooks" / "00_start_here.ipynb"
-PYTEST_OPTIONS = [
-    "-n", "2", "--dist", "loadscope",  # a notebook's cells must stay on one worker: they share a kernel
+SOLVED = ROOT / "notebooks"  # the teacher's
+COPIES = ROOT / "student"
+FIRST_NOTEBOOK = "00_start_here.ipynb"
+PYTEST_OPTIONS = [  # three workers for two cores: a fifth of what a test takes it waits
+    "-n", "3", "--dist", "loadscope",  # a notebook's cells must stay on one worker: they share a kernel
     "--no-loadscope-reorder",  # in the order collected: the browser's few long tests first, not last and alone
     "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "500",
     "--nbval-sanitize-with", os.path.join("tests", "nbval_sanitize.cfg"),
@@ -59,7 +67,8 @@ CORE_OPTIONS = ["-n", "2", "--dist", "loadscope", "--ignore=tests/browser", "--i
 OWN_ENVIRONMENT = {"--latest": ".venv-latest", "--lowest": ".venv-lowest"}
 TORCH = re.compile("(torch|triton|nvidia-.*|cuda-.*)$")  # torch and what only its CUDA build needs
 LOCK_HEADS = {
-    "course": "All but torch, of the extras course and onnx.",
+    "server": "The server alone, without torch.",
+    "course": "What the extras course and onnx add.",
     "test": "What the extra test adds.",
     "torch": "The builds of pip's own index: CUDA on Linux, CPU elsewhere.",
 }
@@ -152,7 +161,7 @@ class Venv:
 
 def install_locked(venv, extras):
     """The versions of requirements/, each file checked by its hash (torch's CPU build excepted: see install_torch)."""
-    files = ["course"] + ["test"] * ("test" in extras)
+    files = ["server", "course"] + ["test"] * ("test" in extras)
     named = [word for name in files for word in ("-r", str(LOCKED / (name + ".txt")))]
     venv.pip("--require-hashes", "--no-deps", *named)
     install_torch(venv, locked_torch())
@@ -216,19 +225,35 @@ def install_torch(venv, version):
 
 
 def lab(arguments, venv):
-    """Open the named notebook, or the first one, in JupyterLab; its folder is what the file browser shows."""
-    notebook = FIRST_NOTEBOOK
+    """Open the named notebook, or the first one, in JupyterLab; its folder is what the file browser shows.
+
+    A notebook of the course is opened in the student's copy, with --solutions in the teacher's folder.
+    """
+    course = SOLVED if "--solutions" in arguments else COPIES
+    arguments = [word for word in arguments if word != "--solutions"]
+    notebook = SOLVED / FIRST_NOTEBOOK
     if arguments and not arguments[0].startswith("-"):
         notebook = pathlib.Path(arguments[0]).resolve()
         arguments = arguments[1:]
-    if not notebook.exists():
+    of_course = (SOLVED / notebook.name).exists()
+    if of_course and (notebook.parent in (SOLVED, COPIES) or not notebook.exists()):
+        notebook = course / notebook.name
+    elif not notebook.exists():
         raise Failure("There is no notebook %s: name one of the folder notebooks/." % notebook)
     venv.prepare({"course", "onnx"}, install_locked)  # notebook 09 exports models
-    address = "/lab/tree/" + urllib.parse.quote(notebook.name)  # what the browser opens, and what the terminal shows
-    options = ["--ServerApp.root_dir=%s" % notebook.parent, "--LabApp.default_url=" + address]
-    if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in arguments:
-        options.append("--allow-root")  # containers and cloud notebooks are root; JupyterLab refuses that by default
-    return venv.run("jupyterlab", *(options + arguments))
+    return venv.run("flserving.lab.opening", notebook, *arguments)
+
+
+def book(arguments, venv):
+    """Write the course as static pages; the arguments are those of flserving.lab.pages.book."""
+    venv.prepare({"course", "onnx"}, install_locked)
+    return venv.run("flserving.lab.pages.book", *arguments)
+
+
+def slides(arguments, venv):
+    """Write notebooks as slides; the arguments are those of flserving.lab.pages.slides."""
+    venv.prepare({"course", "onnx"}, install_locked)
+    return venv.run("flserving.lab.pages.slides", *arguments)
 
 
 def test(arguments, venv):
@@ -263,11 +288,14 @@ def lock(arguments, venv):
     venv.pip("--upgrade", "uv")
     LOCKED.mkdir(exist_ok=True)
     everything = resolve(venv, {"course", "onnx", "test"}, {})
-    course = resolve(venv, {"course", "onnx"}, everything)
     torch = {name: text for name, text in everything.items() if TORCH.match(name)}
     write_lock("torch", torch)
-    write_lock("course", {name: text for name, text in course.items() if name not in torch})
-    write_lock("test", {name: text for name, text in everything.items() if name not in course and name not in torch})
+    written = set(torch)
+    server = resolve(venv, set(), everything)
+    course = resolve(venv, {"course", "onnx"}, everything)
+    for name, found in (("server", server), ("course", course), ("test", everything)):
+        write_lock(name, {key: everything[key] for key in found if key not in written})
+        written.update(found)
     return 0
 
 
@@ -298,12 +326,12 @@ def write_lock(name, blocks):
 
 def main(arguments):
     """Return the exit code: the job's own, 1 for something to mend here, 2 for a command line that names no job."""
-    jobs = {"lab": lab, "test": test, "lock": lock}
+    jobs = {"lab": lab, "test": test, "book": book, "slides": slides, "lock": lock}
     if arguments and (arguments[0] in ("-h", "--help") or arguments[1:] in (["-h"], ["--help"])):
         sys.stdout.write(__doc__)
         return 0
     if not arguments or arguments[0] not in jobs:
-        sys.stderr.write(__doc__ + "\nrun.py: name a command, lab, test or lock.\n")
+        sys.stderr.write(__doc__ + "\nrun.py: name a command, lab, test, book, slides or lock.\n")
         return 2
     job = arguments[0]
     arguments = arguments[1:]

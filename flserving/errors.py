@@ -25,6 +25,8 @@
 A message says what was wrong, the value seen, and what to change.
 """
 
+import json
+
 
 class FlservingError(Exception):
     """Root of the tree. ``http_status`` and ``grpc_code`` are what REST and gRPC answer with."""
@@ -39,75 +41,93 @@ class FlservingError(Exception):
 
 
 class InvalidInputError(FlservingError, ValueError):
-    http_status, grpc_code = 400, "INVALID_ARGUMENT"
+    http_status = 400
+    grpc_code = "INVALID_ARGUMENT"
 
 
 class ConfigError(FlservingError, ValueError):
-    http_status, grpc_code = 400, "INVALID_ARGUMENT"
+    http_status = 400
+    grpc_code = "INVALID_ARGUMENT"
 
 
 class InvalidModelError(FlservingError, ValueError):
-    http_status, grpc_code = 400, "INVALID_ARGUMENT"
+    http_status = 400
+    grpc_code = "INVALID_ARGUMENT"
 
 
 class UnauthorizedError(FlservingError):
-    http_status, grpc_code = 401, "UNAUTHENTICATED"
+    http_status = 401
+    grpc_code = "UNAUTHENTICATED"
 
 
 class ForbiddenError(FlservingError):
-    http_status, grpc_code = 403, "PERMISSION_DENIED"
+    http_status = 403
+    grpc_code = "PERMISSION_DENIED"
 
 
 class NotFoundError(FlservingError, LookupError):
-    http_status, grpc_code = 404, "NOT_FOUND"
+    http_status = 404
+    grpc_code = "NOT_FOUND"
 
 
 class ConflictError(FlservingError):
-    http_status, grpc_code = 409, "ALREADY_EXISTS"
+    http_status = 409
+    grpc_code = "ALREADY_EXISTS"
 
 
 class TooLargeError(FlservingError):
-    http_status, grpc_code = 413, "RESOURCE_EXHAUSTED"
+    http_status = 413
+    grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class UnsupportedEncodingError(FlservingError):
-    http_status, grpc_code = 415, "INVALID_ARGUMENT"
+    http_status = 415
+    grpc_code = "INVALID_ARGUMENT"
 
 
 class OverloadedError(FlservingError):
-    http_status, grpc_code = 429, "RESOURCE_EXHAUSTED"
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class CorruptArtifactError(FlservingError):
-    http_status, grpc_code = 500, "DATA_LOSS"
+    http_status = 500
+    grpc_code = "DATA_LOSS"
 
 
 class ModelExecutionError(FlservingError):
-    http_status, grpc_code = 500, "INTERNAL"
+    http_status = 500
+    grpc_code = "INTERNAL"
 
 
 class NotSupportedError(FlservingError):
-    http_status, grpc_code = 501, "UNIMPLEMENTED"
+    http_status = 501
+    grpc_code = "UNIMPLEMENTED"
 
 
 class ServerClosedError(FlservingError):
-    http_status, grpc_code = 503, "UNAVAILABLE"
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
 
 
 class ModelUnloadedError(FlservingError):
-    http_status, grpc_code = 503, "UNAVAILABLE"
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
 
 
 class StaleModelError(FlservingError):
-    http_status, grpc_code = 503, "UNAVAILABLE"
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
 
 
 class ModelTooLargeError(FlservingError):
-    http_status, grpc_code = 503, "RESOURCE_EXHAUSTED"
+    http_status = 503
+    grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class DeadlineExceededError(FlservingError, TimeoutError):
-    http_status, grpc_code = 504, "DEADLINE_EXCEEDED"
+    http_status = 504
+    grpc_code = "DEADLINE_EXCEEDED"
 
 
 _KINDS: list[type[FlservingError]] = [FlservingError, *FlservingError.__subclasses__()]
@@ -118,6 +138,19 @@ REASON = "flserving-error"
 status it was, for clients that know them."""
 
 
-def kind_of(status: int, reason: str = "") -> type[FlservingError]:
-    """The class behind an HTTP answer: the one that its server names, else the tree's first with this status."""
-    return BY_REASON.get(reason) or _BY_STATUS.get(status, FlservingError)
+def answered(status: int, body: bytes, reason: str = "") -> FlservingError:
+    """The error of an HTTP answer: of the class that its server names, else of the tree's first with this status."""
+    try:
+        text = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # another protocol's server, a proxy, or a liar
+        text = f"status {status}"
+    kind = BY_REASON.get(reason) or _BY_STATUS.get(status, FlservingError)
+    return kind(text)
+
+
+def check_number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
+    """Raise ConfigError unless the setting is a number in [low, high], and an integer where it must be ``whole``."""
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        noun = "an integer" if whole else "a number"
+        raise ConfigError(f"{name} is {value!r}: use {noun} in [{low:g}, {high:g}]")

@@ -36,10 +36,11 @@ settings.load_profile("flserving")
 # The quick tier: four minutes on two cores. It leaves out what is marked ``full``, these modules (processes that are
 # started, killed and waited for; real durations; long trainings), and all notebooks but two.
 FULL = {
-    "test_notebooks_in_browser",
+    *("test_notebooks_in_browser", "test_student_in_browser"),
     *("test_api_prometheus", "test_cli_serve", "test_cli_serve_canary", "test_cli_serve_load", "test_edge_process"),
-    *("test_network_proxy", "test_own_code"),
-    *("test_lab_attacks", "test_lab_fleet", "test_lab_optimization", "test_optimization_fleet"),
+    *("test_api_rest_attacks", "test_bookkeeping", "test_network_proxy", "test_own_code"),
+    *("test_lab_attacks", "test_lab_optimization", "test_optimization", "test_optimization_fleet"),
+    *("test_lab_draw", "test_lab_player"),  # in a browser
     *("test_benchmarks", "test_registry_crash", "test_student_copies", "test_tiers", "test_wheel"),
 }
 QUICK_NOTEBOOKS = {"00_start_here", "03_caching"}

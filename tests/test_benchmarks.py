@@ -26,3 +26,21 @@ def test_the_shadows_price_can_be_measured():
         assert all(0 < p50 <= p99 for blocks in row.us.values() for p50, p99 in blocks)
         assert row.ratios(script["OFF"], 0) == row.ratios(script["OFF"], 1) == [1, 1]
         assert f"**{np.median(row.ratios(script['ON'], 1)):.2f}**" in row.markdown()
+
+
+def test_the_attack_on_each_policy_can_be_measured():
+    script = runpy.run_path(str(BENCHMARKS / "membership.py"))
+    table = script["table"](quick=True)
+    assert table.to_numpy().min() >= 0 and table.to_numpy().max() <= 100
+    shown = script["markdown"](table)
+    for name, row in table.iterrows():
+        assert f"| {name} | {' | '.join(f'{value:.0f}' for value in row)} |" in shown
+    assert {"full", "top-1", "rounded-1", "label", "new rows labelled right"} <= {*table.index}
+
+
+def test_a_devices_start_can_be_measured():
+    rows = runpy.run_path(str(BENCHMARKS / "edge_start.py"))["rows"](quick=True)
+    torchs, numpys = rows
+    assert (torchs.engine, numpys.engine) == ("torch", "numpy")
+    assert numpys.mbytes[0] < 0.5 * torchs.mbytes[0] and numpys.cpu_s[0] < torchs.cpu_s[0]
+    assert f"**{numpys.seconds[0]:.2f}**" in numpys.markdown()

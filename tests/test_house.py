@@ -1,7 +1,7 @@
 """The house stays as drawn: imports run down, public names are few, importing is light, the package stays small."""
 
 import ast
-import inspect
+import importlib.metadata
 import io
 import subprocess
 import sys
@@ -16,9 +16,9 @@ PACKAGE = Path(flserving.__file__).parent
 
 # Imports run down only, and never from a room into one on its own floor. The lab may import everything.
 FLOORS = {
-    8: {"__init__", "__main__"},
+    8: {"__init__", "__main__", "integrations.ray"},  # Ray's replicas run the command's server: above its room
     7: {"api", "optimize"},
-    6: {"edge", "federated"},
+    6: {"edge", "federated", "integrations"},  # integrations: below the command, which calls them
     5: {"serving"},
     4: {"experiments"},
     3: {"registry"},
@@ -32,20 +32,23 @@ RING = {"errors", "extras", "forks", "models", "registry", "serving"}
 HOOKS = {"experiments", "monitoring"}
 NOT_AT_IMPORT = {
     *("pandas", "sklearn", "matplotlib", "ipywidgets", "IPython", "tqdm"),
-    *("grpc", "starlette", "uvicorn", "httpx", "prometheus_client", "cryptography", "zstandard", "simpy"),
-    *("onnx", "onnxruntime", "onnxscript", "flwr"),
+    *("grpc", "starlette", "uvicorn", "httpx", "prometheus_client", "cryptography", "zstandard"),
+    *("onnx", "onnxruntime", "onnxscript", "flwr", "ray"),
 }
 # Budgets in tokens (names, numbers, operators and strings; docstrings are free): limits on lines reward packing them.
 # The aims: core 52,000, api 21,000, 8.5 tokens a line and 3 packed assignments per 1,000 lines. What stands now is
-# above them, with some room: lower these when something is deleted.
-TOKENS = {"core": 93_000, "api": 35_300, "lab": 78_000}
-TOKENS_PER_LINE = 10.3
-PACKED_PER_1000_LINES = 15
+# above them, with some room: lower these when something is deleted. The lab is below its aim (two thirds of 86,300,
+# where it stood); the checks of the exercises count apart, as they grow with what students write, and so does what
+# serves other tools, Flower among them.
+TOKENS = {"core": 97_860, "api": 39_260, "lab": 46_000, "lab.checks": 52_000, "integrations": 9_000}
+PARTS = {"lab.checks": "lab.checks", "federated.flower": "integrations"}
+TOKENS_PER_LINE = 9.5
+PACKED_PER_1000_LINES = 7
 PARAMETERS = 8
 WIDE = {
     "edge.device.EdgeModelServer.__init__": 10,
-    "edge.hybrid.HybridServer.__init__": 12,
     "serving.repository.ModelHost.load_model": 9,
+    "serving.server.ModelServer.predict": 9,
 }
 """Functions outside the course that take more than ``PARAMETERS``: settings that users give by name."""
 
@@ -62,6 +65,11 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def room_of(module: str) -> str:
     """serving.batching.policy -> serving."""
     return module.partition(".")[0]
+
+
+def floor_of(module: str) -> int:
+    """The floor of a module that has one of its own, else of its room."""
+    return FLOOR_OF.get(module, FLOOR_OF.get(room_of(module), 99))
 
 
 def imported(source: str) -> set[str]:
@@ -88,7 +96,9 @@ GRAPH = {
 
 
 def test_every_room_has_a_floor():
-    assert {room_of(module) for module in GRAPH} == FLOOR_OF.keys(), "a new room: give it a floor in this table"
+    assert {room_of(module) for module in GRAPH} == set(map(room_of, FLOOR_OF)), (
+        "a new room: give it a floor in this table"
+    )
 
 
 def test_imports_run_down():
@@ -96,7 +106,7 @@ def test_imports_run_down():
         f"{module} -> {needed}"
         for module, modules in GRAPH.items()
         for needed in modules
-        if room_of(needed) != room_of(module) and FLOOR_OF.get(room_of(needed), 99) >= FLOOR_OF[room_of(module)]
+        if room_of(needed) != room_of(module) and floor_of(needed) >= floor_of(module)
     }
     assert not wrong
 
@@ -132,7 +142,7 @@ def test_a_circle_is_found_over_any_number_of_steps():
 
 
 def test_no_folder_has_more_than_eleven_files():
-    for folder in {path.parent for path in MODULES.values()} - {PACKAGE / "lab", PACKAGE / "lab" / "checks"}:
+    for folder in {path.parent for path in MODULES.values()}:
         files = [path for path in folder.iterdir() if path.is_file()]
         assert len(files) <= 11, f"{folder.name} has {len(files)} files: an idea of its own makes a folder"
 
@@ -159,16 +169,42 @@ def test_importing_the_package_is_light():
         "import sys, torch; before = set(sys.modules); import flserving; "
         f"print(*sorted({NOT_AT_IMPORT!r} & (sys.modules.keys() - before)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout.split()) == (0, []), result.stderr
 
 
+def test_a_command_that_only_helps_loads_none_of_what_serves():
+    code = (
+        "import sys\nfrom flserving.api.cli import main\n"
+        "try: main([{0!r}])\nexcept SystemExit: pass\n"
+        "assert not {{'torch', 'numpy', 'msgspec', 'ssl', 'asyncio'}} & sys.modules.keys()"
+    )
+    for option in ("--help", "--version"):
+        command = [sys.executable, "-c", code.format(option)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), "each takes 0.1 s; torch alone takes seconds"
+
+
 def test_the_exported_names_are_the_importable_ones():
-    public = {
-        name for name, value in vars(flserving).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
+    """Type checkers and editors read the imports that never run; Python asks ``__getattr__``: both find the same."""
+    tree = ast.parse(MODULES["__init__"].read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    homes = {alias.name: node.module for node in imports for alias in node.names}
+    public = {name: home for name, home in homes.items() if (home or "").startswith("flserving.")}
     assert sorted(flserving.__all__) == sorted(public) == list(flserving.__all__)
+    for name, home in public.items():
+        assert getattr(flserving, name) is getattr(importlib.import_module(home), name)
+    assert {*flserving.__all__, "__version__"} <= set(dir(flserving))
     assert 8 <= len(public) <= 16, "about a dozen names"
+
+
+def test_the_version_is_the_installed_one_and_a_misspelt_name_is_none():
+    assert flserving.__version__ == importlib.metadata.version("flserving")
+    assert flserving.experiments.statistics.__name__ == "flserving.experiments.statistics", "rooms load when asked for"
+    with pytest.raises(AttributeError, match="module 'flserving' has no attribute 'ModelSever'"):
+        _ = flserving.ModelSever
+    with pytest.raises(ImportError, match="cannot import name 'ModelSever'"):
+        from flserving import ModelSever  # noqa: F401
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
@@ -177,15 +213,24 @@ def test_every_module_says_what_it_holds(path):
 
 
 def code_tokens(source: str) -> list[tokenize.TokenInfo]:
-    """Names, numbers, operators and strings, docstrings left out."""
+    """Names, numbers, operators and strings, docstrings left out; an f-string is one, as before Python 3.12."""
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         if isinstance(node, kinds) and ast.get_docstring(node) is not None:
             docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     counted = {tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING}
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return [token for token in tokens if token.type in counted and token.start[0] not in docstrings]
+    begins = getattr(tokenize, "FSTRING_START", None)
+    ends = getattr(tokenize, "FSTRING_END", None)
+    found = []
+    inside = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == ends:
+            inside -= 1
+        elif token.type in counted | {begins} and not inside and token.start[0] not in docstrings:
+            found.append(token)
+        inside += token.type == begins
+    return found
 
 
 def packed_assignments(source: str) -> int:
@@ -248,7 +293,8 @@ def test_the_package_stays_small():
     for path in PACKAGE.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         counted = code_tokens(source)
-        part = room_of(name_of(path))
+        name = name_of(path)
+        part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), room_of(name))
         tokens[part if part in tokens else "core"] += len(counted)
         lines += len({token.start[0] for token in counted})
         packed += packed_assignments(source)

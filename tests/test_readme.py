@@ -1,4 +1,4 @@
-"""The README is true: its code runs, its commands exist, its links lead somewhere, its table is the course."""
+"""What the READMEs say is true: code runs, commands exist, links lead somewhere, the table is the course."""
 
 import ast
 import contextlib
@@ -18,13 +18,17 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+FOLDERS = [*sorted(path.parent for path in ROOT.glob("flserving/*/README.md")), ROOT / "requirements", ROOT / "tests"]
+PAGES = [folder / "README.md" for folder in [ROOT, *FOLDERS]]
+"""The top one first: what it publishes, the others serve. Those of the course: tests/course/test_front_matter.py."""
+README, *_ = TEXTS = [page.read_text(encoding="utf-8") for page in PAGES]
+MEASURED = (ROOT / "tests" / "benchmarks" / "MEASURED.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", "".join(TEXTS), re.DOTALL | re.MULTILINE)
 PYTHON_BLOCKS = [  # with what each prints; the one with flwr is in test_flower
     (code, shown) for (language, code), (_, shown) in pairwise(BLOCKS) if language == "python" and "flwr" not in code
 ]
 LINES = [line.partition("  #")[0].strip() for kind, code in BLOCKS if kind == "sh" for line in code.splitlines()]
-COMMANDS = list(dict.fromkeys(re.sub(r"^\.(venv|flower)/bin/python", "python", line) for line in LINES if line))
+COMMANDS = list(dict.fromkeys(re.sub(r"^\.(venv|flower|ray)/bin/python", "python", line) for line in LINES if line))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ROWS = re.findall(r"^\| \[(\d\d) (.+?)\]\((.+?)\) \| .+? \| (\d+) \|$", README, re.MULTILINE)
 
@@ -59,8 +63,8 @@ def help_of(*program: str) -> str:
 
 
 def test_there_is_something_to_check():
-    assert len(PYTHON_BLOCKS) == 4 and len(COMMANDS) >= 10
-    assert {language for language, _ in BLOCKS} == {"python", "sh", "text"}
+    assert len(PYTHON_BLOCKS) == 4 and len(COMMANDS) >= 30 and len(PAGES) == 9
+    assert {language for language, _ in BLOCKS} == {"python", "sh", "text", "toml"}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ def test_each_block_runs_by_itself_and_prints_what_stands_below_it(printed):
 
 @pytest.mark.full
 def test_what_the_blocks_print_says_what_the_text_says(printed):
-    first, over_http, heads, _ = printed
+    first, over_http, _, heads = printed
     predictions = first.partition("]")[0] + "]"
     assert over_http.startswith(predictions), "the same answers over the network"
     assert float(re.search(r"right on ([\d.]+)%", first)[1]) > 75
@@ -125,36 +129,47 @@ def test_the_command_exists(line):
         assert all(word in told for word in words if word.startswith("--"))
 
 
-def test_links_and_names_of_the_layout_exist():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    code = re.findall(r"`([\w./]+)`", README)
-    names = [name for name in code if "/" in name or name.endswith((".py", ".toml", ".yml"))]
-    assert len(links) > 5 and len(names) > 5
-    for name in [*links, *names]:
-        if name.endswith(".ipynb") and not NOTEBOOKS:
-            continue
-        assert (ROOT / name).exists(), f"the README names {name}"
+def anchors(text: str) -> set[str]:
+    """The headings as GitHub links to them."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, section = link.partition("#")
+        if not link.startswith("http") and (NOTEBOOKS or not name.endswith(".ipynb")):
+            target = page.parent / name
+            assert target.exists(), f"{page} links to {name}"
+            assert not section or section in anchors(target.read_text(encoding="utf-8")), f"{page} links to {link}"
+    code = re.findall(r"`([\w./]+)`", re.sub(r"^## Measured.*?^## ", "", text, flags=re.DOTALL | re.MULTILINE))
+    for name in code:
+        if "/" in name or name.endswith((".py", ".toml", ".yml")):
+            assert (ROOT / name).exists(), f"{page} names {name}"
+
+
+def test_the_top_readme_is_short_and_leads_to_each_of_the_others():
+    assert len(README.split()) <= 2_300
+    for page in PAGES[1:]:
+        assert f"({page.relative_to(ROOT).as_posix()}" in README
+
+
+def test_what_is_measured_names_its_script():
+    """In README by the script's name, in the whole tables by the command."""
+    for text, pattern in ((README, r"`(\w+\.py)[^`]*` \|$"), (MEASURED, r"tests/benchmarks/(\w+\.py)")):
+        scripts = set(re.findall(pattern, text, re.MULTILINE))
+        assert len(scripts) >= 4, scripts
+        assert all((ROOT / "tests" / "benchmarks" / name).is_file() for name in scripts), scripts
 
 
 @pytest.mark.skipif(not NOTEBOOKS, reason="no notebooks yet")
 def test_the_table_is_the_course():
     assert [row[2] for row in ROWS] == [path.relative_to(ROOT).as_posix() for path in NOTEBOOKS]
     for number, title, link, minutes in ROWS:
-        opening = nbformat.read(ROOT / link, as_version=4).cells[0].source
+        opening = "\n".join(cell.source for cell in nbformat.read(ROOT / link, as_version=4).cells[:3])
         assert opening.startswith(f"# {number} "), f"{link}: the table says {number} {title}"
         told = re.search(r"\*\*Time\*\*\D*(\d+) min", opening)
         assert told, f"{link}: the opening says no minutes after **Time**"
         assert told[1] == minutes, f"{link}: {told[1]} min in the notebook, {minutes} in the README"
-
-
-def test_the_picture_is_the_one_that_notebook_00_draws():
-    from PIL import Image, ImageChops
-
-    from flserving.lab.figures_00 import stack_figure
-    from flserving.lab.style import png
-
-    with Image.open(ROOT / "notebooks" / "stack.png") as stored, Image.open(io.BytesIO(png(stack_figure()))) as drawn:
-        assert stored.size == drawn.size
-        difference = ImageChops.difference(stored.convert("L"), drawn.convert("L"))
-        changed = sum(count for level, count in enumerate(difference.histogram()) if level > 64)
-    assert changed < 0.01 * drawn.width * drawn.height, "store stack_figure()._repr_png_() as notebooks/stack.png again"

@@ -1,4 +1,4 @@
-"""run.py: the two commands that work before anything is installed. Here nothing is: the calls are recorded."""
+"""run.py: the commands that work before anything is installed. Here nothing is: the calls are recorded."""
 
 import ast
 import json
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -75,12 +74,11 @@ def sandbox(tmp_path):
     return box
 
 
-def lab_options(folder: str, notebook: str) -> list[str]:
-    options = [f"--ServerApp.root_dir=ROOT/{folder}", f"--LabApp.default_url=/lab/tree/{notebook}"]
-    return [*options, "--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else options
+def opened(folder: str, notebook: str) -> list[str]:
+    return ["-m", "flserving.lab.opening", f"ROOT/{folder}/{notebook}"]
 
 
-COURSE = "--require-hashes --no-deps -r ROOT/requirements/course.txt"
+COURSE = "--require-hashes --no-deps -r ROOT/requirements/server.txt -r ROOT/requirements/course.txt"
 TESTS = f"{COURSE} -r ROOT/requirements/test.txt"
 BUILDS = "--extra-index-url https://download.pytorch.org/whl/cpu --retries 2"
 CPU = f"--no-deps torch==2.13.0+cpu {BUILDS}"
@@ -88,23 +86,10 @@ ANY_TORCH = "--require-hashes --no-deps -r ROOT/requirements/torch.txt"
 PROJECT = "--no-deps --no-build-isolation --editable ."
 
 
-def test_lab_installs_and_opens_the_first_notebook(sandbox):
+def test_lab_installs_and_opens_the_students_first_notebook(sandbox):
     assert sandbox.main(["lab", "--no-browser"]) == 0
-    first = lab_options("notebooks", "00_start_here.ipynb")
     assert sandbox.installed() == [COURSE, CPU, PROJECT]
-    assert sandbox.jobs() == [["-m", "jupyterlab", *first, "--no-browser"]]
-
-
-@pytest.mark.parametrize("user", [0, 1000, None])
-def test_lab_as_root_is_allowed_and_as_anybody_else_says_nothing_of_it(sandbox, user):
-    """JupyterLab refuses to start as root, which containers and cloud notebooks are. None: Windows knows no users."""
-    known = {} if user is None else {"geteuid": lambda: user}
-    others = {name: value for name, value in vars(os).items() if name != "geteuid"}
-    sandbox.globals["os"] = SimpleNamespace(**others, **known)
-    assert sandbox.main(["lab"]) == 0
-    assert sandbox.calls[-1].count("--allow-root") == (user == 0)
-    sandbox.main(["lab", "--allow-root"])
-    assert sandbox.calls[-1].count("--allow-root") == 1
+    assert sandbox.jobs() == [[*opened("student", "00_start_here.ipynb"), "--no-browser"]]
 
 
 def test_on_linux_torch_is_the_cpu_build_of_wherever_pip_looks_or_of_pytorch_else_any(sandbox, capsys):
@@ -136,6 +121,13 @@ def test_who_asked_for_cuda_once_keeps_it_and_replaces_the_cpu_build(sandbox):
     assert sandbox.installed() == []
     sandbox.main(["test"])
     assert sandbox.installed() == [TESTS, ANY_TORCH, PROJECT]
+
+
+@pytest.mark.parametrize("command", [["book", "pages", "--instructor"], ["slides", "03", "--out", "talk"]])
+def test_book_and_slides_install_the_course_and_pass_on_what_is_wanted(sandbox, command):
+    assert sandbox.main(command) == 0
+    assert sandbox.installed() == [COURSE, CPU, PROJECT]
+    assert sandbox.jobs() == [["-m", f"flserving.lab.pages.{command[0]}", *command[1:]]]
 
 
 def test_another_environment_can_be_named(sandbox, capsys):
@@ -180,7 +172,23 @@ def test_lab_opens_a_named_notebook_from_where_the_user_stands(sandbox, monkeypa
     (sandbox.folder / "student" / "03 mine.ipynb").write_text("{}")
     monkeypatch.chdir(sandbox.folder / "student")
     assert sandbox.main(["lab", "03 mine.ipynb"]) == 0
-    assert sandbox.calls[-1][2:] == lab_options("student", "03%20mine.ipynb")
+    assert sandbox.calls[-1] == opened("student", "03 mine.ipynb")
+
+
+def test_lab_with_solutions_opens_the_teachers_notebooks(sandbox, monkeypatch):
+    monkeypatch.chdir(sandbox.folder)
+    for words in (["--solutions"], ["notebooks/00_start_here.ipynb", "--solutions"]):
+        sandbox.calls.clear()
+        assert sandbox.main(["lab", *words]) == 0
+        assert sandbox.jobs() == [opened("notebooks", "00_start_here.ipynb")]
+
+
+@pytest.mark.parametrize("named", ["03_caching.ipynb", "notebooks/03_caching.ipynb", "student/03_caching.ipynb"])
+def test_lab_opens_the_students_copy_of_a_notebook_of_the_course(sandbox, monkeypatch, named):
+    monkeypatch.chdir(sandbox.folder)
+    (sandbox.folder / "notebooks" / "03_caching.ipynb").write_text("{}")
+    assert sandbox.main(["lab", named]) == 0
+    assert sandbox.jobs() == [opened("student", "03_caching.ipynb")]
 
 
 def test_lab_names_a_notebook_that_is_not_there_before_it_installs(sandbox, capsys):
@@ -208,7 +216,7 @@ def test_all_names_both_folders_and_fuzz_the_property_tests(sandbox):
     assert asked("-x", "--fuzz") == ["--hypothesis-profile=fuzz", "--timeout=3600", "-m", "hypothesis", "-x"]
 
 
-def test_lock_writes_three_files_with_each_package_in_one_of_them(sandbox):
+def test_lock_writes_four_files_with_each_package_in_one_of_them(sandbox):
     """torch and what its CUDA build needs apart: the CPU build must not pull gigabytes, nor be refused for its hash."""
     sandbox.venv(".venv-lock")
     made = "{0}==1.0 ; sys_platform == 'linux' \\\n    --hash=sha256:{0}\n"
@@ -219,20 +227,21 @@ def test_lock_writes_three_files_with_each_package_in_one_of_them(sandbox):
             extras = [word for word, before in zip(command[1:], command[:-1], strict=True) if before == "--extra"]
             known = Path(command[command.index("--constraints") + 1]).read_text().count("--hash")
             asked.append((extras, known))
-            names = ["numpy", "nvidia-cudnn-cu13", "torch", "triton", "tritonclient", "cuda-toolkit"]
-            kept = [name for name in names if name != "tritonclient" or "test" in extras]
+            of_extra = {"tritonclient": "test", "pandas": "course"}
+            names = ["numpy", "nvidia-cudnn-cu13", "pandas", "torch", "triton", "tritonclient", "cuda-toolkit"]
+            kept = [name for name in names if name not in of_extra or of_extra[name] in extras]
             text = "".join(made.format(name) for name in kept) + made.format("numpy").replace("1.0", "2.0")
             Path(command[-1]).write_text(text)
         return 0
 
     sandbox.globals["Venv"].call = answer
     assert sandbox.main(["lock"]) == 0
-    assert asked == [(["course", "onnx", "test"], 0), (["course", "onnx"], 7)]
+    assert asked == [(["course", "onnx", "test"], 0), ([], 8), (["course", "onnx"], 8)]
     files = {path.stem: path.read_text() for path in (sandbox.folder / "requirements").iterdir()}
-    assert files.keys() == {"course", "test", "torch"}
+    assert files.keys() == {"server", "course", "test", "torch"}
     names = {stem: re.findall(r"^[a-z][\w-]+", text, re.MULTILINE) for stem, text in files.items()}
     cuda = ["cuda-toolkit", "nvidia-cudnn-cu13", "torch", "triton"]
-    assert names == {"course": ["numpy", "numpy"], "test": ["tritonclient"], "torch": cuda}
+    assert names == {"server": ["numpy", "numpy"], "course": ["pandas"], "test": ["tritonclient"], "torch": cuda}
     assert files["test"].endswith(made.format("tritonclient"))
     assert "python run.py lock" in files["course"]
     assert sandbox.main(["lock", "now"]) == 1
@@ -358,6 +367,6 @@ def test_the_job_sees_the_environment_of_the_venv(sandbox):
     code = "import os; print(os.environ['JUPYTER_PREFER_ENV_PATH'], os.environ['PATH'].split(os.pathsep)[0])"
     command = f"import run, sys; venv = run.Venv('.venv'); sys.exit(venv.call([venv.python(), '-c', {code!r}]))"
     result = subprocess.run(
-        [sys.executable, "-c", command], cwd=sandbox.folder, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", command], cwd=sandbox.folder, capture_output=True, text=True, timeout=300
     )
     assert result.stdout.split() == ["1", str(sandbox.globals["Venv"](".venv").python().parent)], result.stderr

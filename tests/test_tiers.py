@@ -1,5 +1,6 @@
 """The tiers: who names nothing gets the quick one, who names something gets it; examples are the same each day."""
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ PLUGINS = (
     *("xdist.plugin", "pytest_timeout", "pytest_asyncio.plugin", "nbval.plugin", "_hypothesis_pytestplugin"),
     "no:cacheprovider",
 )
+DRAWING_PLUGINS = ("pytest_timeout", "pytest_asyncio.plugin", "_hypothesis_pytestplugin", "no:cacheprovider")
 MODULES = {
     "test_quick.py": "def test_quick(): pass\n",
     "test_full.py": "import pytest\npytestmark = pytest.mark.full\ndef test_full(): pass\n",
@@ -51,32 +53,55 @@ def project(tmp_path_factory):
     return root
 
 
-def pytest_in(project, *arguments):
+def pytest_of(plugins):
+    """The environment and the options of a pytest with these plugins."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a second less
-    options = [option for plugin in PLUGINS for option in ("-p", plugin)]
-    command = [sys.executable, "-m", "pytest", *options, "--nbval", "--nbval-current-env", *arguments]
+    options = [option for plugin in plugins for option in ("-p", plugin)]
+    if any("nbval" in plugin for plugin in plugins):
+        options += ["--nbval", "--nbval-current-env"]
+    return environment, options
+
+
+def pytest_in(project, *arguments, plugins=PLUGINS):
+    environment, options = pytest_of(plugins)
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "kinds"),
-    [
-        ([], {"quick", "drawn", "00_start_here"}),
-        (["tests", "notebooks"], {"quick", "drawn", "full", "00_start_here", "05_rest_and_grpc"}),  # run.py's --all
-        (["tests/test_full.py"], {"full"}),
-        (["-k", "test_full"], {"full"}),
-        (["-m", "slow"], {"slow"}),
-    ],
-    ids=["nothing", "both folders", "a path", "a word", "a mark"],
-)
-def test_what_is_named_runs_and_nothing_named_is_the_quick_tier(project, arguments, kinds):
-    collected = pytest_in(project, "-q", "--collect-only", *arguments)
-    files = {Path(line.partition("::")[0]) for line in collected.splitlines() if "::" in line}
-    found = {path.stem.removeprefix("test_") for path in files}
-    assert found == kinds
+CHOICES = {
+    "nothing": ([], {"quick", "drawn", "00_start_here"}),
+    "both folders": (["tests", "notebooks"], {"quick", "drawn", "full", "00_start_here", "05_rest_and_grpc"}),  # --all
+    "a path": (["tests/test_full.py"], {"full"}),
+    "a word": (["-k", "test_full"], {"full"}),
+    "a mark": (["-m", "slow"], {"slow"}),
+}
+
+
+@pytest.fixture(scope="module")
+def collected(project):
+    """What each choice of arguments collects, by one interpreter: to start five would take five times as long."""
+    program = """if True:
+        import json, sys
+        import pytest
+        for name, arguments in json.loads(sys.argv[1]).items():
+            print("choice", name)
+            assert pytest.main(["-q", "--collect-only", *arguments]) == 0
+    """
+    environment, options = pytest_of(PLUGINS)
+    choices = {name: [*options, *arguments] for name, (arguments, _) in CHOICES.items()}
+    command = [sys.executable, "-c", program, json.dumps(choices)]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(part.split("\n", 1) for part in done.stdout.split("choice ")[1:])
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_is_named_runs_and_nothing_named_is_the_quick_tier(collected, name):
+    files = {Path(line.partition("::")[0]) for line in collected[name].splitlines() if "::" in line}
+    assert {path.stem.removeprefix("test_") for path in files} == CHOICES[name][1]
 
 
 def test_workers_run_the_same_tier(project):
@@ -92,7 +117,7 @@ def test_property_tests_draw_the_same_each_day_and_more_and_anew_in_the_fuzz_tie
         monkeypatch.delenv("CI", raising=False)
 
     def drawn(*options):
-        shown = pytest_in(project, "-s", "tests/test_drawn.py", *options)
+        shown = pytest_in(project, "-s", "tests/test_drawn.py", *options, plugins=DRAWING_PLUGINS)
         few, many = (re.findall(r"drew (-?\d+)", part) for part in shown.split("test_drawn.py")[1].split(".", 2)[:2])
         return few, many
 

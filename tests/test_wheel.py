@@ -4,6 +4,7 @@ The wheel is built from the sdist, so that neither lacks a file, and installed b
 links to those of this environment: the real ones, without a download. Nothing of the course can be imported there.
 """
 
+import email
 import importlib.metadata
 import json
 import os
@@ -34,7 +35,6 @@ COURSE = (
     "matplotlib",
     "ipywidgets",
     "anywidget",
-    "simpy",
     "scipy",
     "nbformat",
     "tqdm",
@@ -86,6 +86,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     shutil.copytree(ROOT / "flserving", source / "flserving", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "notebooks", source / "notebooks", ignore=shutil.ignore_patterns(".*", "my_stack"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     sdist = build(source, "sdist")
@@ -133,10 +134,36 @@ def test_sdist_and_wheel_hold_every_file_of_the_package(built):
         for path in (ROOT / "flserving").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    course = {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.*") if path.name[0] != "."}
     with tarfile.open(built[0]) as archive:
-        assert {name.partition("/")[2] for name in archive.getnames()} >= wanted | {"LICENSE", "README.md"}
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= wanted | course | {"LICENSE", "README.md"}
+    assert not any(name.startswith("tests") for name in names), "they need the clone: half of them would only fail"
     with zipfile.ZipFile(built[1]) as archive:
-        assert {name for name in archive.namelist() if name.startswith("flserving/")} == wanted
+        names = set(archive.namelist())
+    assert {name for name in names if name.startswith("flserving/")} == wanted
+    data = [name.partition(".data/data/")[2] for name in names if ".data/" in name]
+    assert set(data) == {f"share/flserving/{name}" for name in course}
+    assert built[1].stat().st_size < 4e6, "the notebooks were 1.5 MB of it"
+
+
+def test_the_metadata_say_who_made_it_how_far_it_is_and_name_no_private_address(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Author"] and metadata["License-Expression"] == "Apache-2.0"
+    assert [line for line in metadata.get_all("Classifier") if line.startswith("Development Status :: ")]
+    assert all(".org/" in url or ".com/" in url for url in metadata.get_all("Project-URL") or [])
+
+
+def test_the_notebooks_of_the_wheel_are_found_where_pip_has_put_them(server_only):
+    code = (
+        "import importlib.metadata as m; from pathlib import Path\n"
+        "print(next(f.locate() for f in m.files('flserving') if f.name == '00_start_here.ipynb').resolve())"
+    )
+    found = Path(run(server_only, "python", "-c", code).stdout.strip())
+    assert found.read_bytes() == (ROOT / "notebooks" / "00_start_here.ipynb").read_bytes()
+    assert found.parent == server_only.parent / "share" / "flserving" / "notebooks"
 
 
 def test_the_package_imports_without_the_course(server_only):
@@ -154,7 +181,7 @@ def test_the_package_imports_without_the_course(server_only):
     ("code", "package"),
     [
         ("import flserving; flserving.Registry('r').history('m')", "pandas"),
-        ("import flserving.lab", "matplotlib|scipy|pandas|ipywidgets"),
+        ("import flserving.lab", "tqdm|matplotlib|scipy|pandas|ipywidgets|IPython"),
         (
             "from flserving.models import onnx; onnx.check(b'', 4, 3)",
             "onnx",

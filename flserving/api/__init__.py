@@ -1,14 +1,16 @@
 """The network: REST and gRPC by the Open Inference Protocol V2, clients, processes and the command line.
 
 ``dataplane.py`` is what both protocols do once they have read the bytes, ``rest/`` and ``grpc/`` how they read them,
-``auth.py`` who may. ``endpoint.py`` serves from a thread of this process (notebook 05), ``supervisor.py`` and
-``worker.py`` from processes of their own. ``client/`` asks. ``cli.py`` is the command; ``doctor.py`` is its check.
+``auth.py`` who may. ``endpoint.py`` serves from a thread of this process (notebook 05), ``processes.py`` from
+several processes, whose counts ``totals.py`` adds up. ``client/`` calls. ``cli.py`` is the command; ``doctor.py`` is
+its check.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flserving.api.endpoint import Endpoint
+    from flserving.api.rest.app import RestApp
     from flserving.serving.server import ModelServer
 
 
@@ -29,3 +31,27 @@ def serve(server: "ModelServer", **options: Any) -> "Endpoint":
     from flserving.api.endpoint import open_endpoint  # not before it is asked for: it loads uvicorn
 
     return open_endpoint(server, **options)
+
+
+def asgi(server: "ModelServer", **options: Any) -> "RestApp":
+    """The REST protocol of ``server`` as an ASGI application, for a web server or another application to run.
+
+    ::
+
+        models = flserving.asgi(server, hosts=("models.example.org",))
+        app = Starlette(routes=[Mount("/models", models)])  # FastAPI: app.mount("/models", models)
+        print(models.token)
+
+    Closing ``server`` is the caller's. Give ``tokens`` where several processes answer: a random one is each one's own.
+
+    Args:
+        options: Those of :func:`serve` that are not about a port: ``tokens``, ``admin``, ``artifacts``, ``origins``,
+            ``hosts`` (the names that callers use; addresses of this computer always may), ``max_body_bytes`` and
+            ``max_numbers``. Slow clients and the number of connections are for the web server to bound.
+
+    Raises:
+        ConfigError: An option is wrong, or one of a port.
+    """
+    from flserving.api.endpoint import application
+
+    return application(server, **options)

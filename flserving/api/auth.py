@@ -17,6 +17,7 @@ from typing import Literal, Self
 import msgspec
 
 from flserving.errors import ConfigError, ForbiddenError, UnauthorizedError
+from flserving.models.masking import OutputPolicy
 
 
 class Role(enum.IntEnum):
@@ -32,12 +33,14 @@ class Identity:
     """What a credential stands for. ``client`` is the federated client whose private answers it may ask for.
 
     ``caller`` is whose share of the queue and of the prediction cache it uses: the client's, however many tokens that
-    has, else the token's own; None where no credential is asked.
+    has, else the token's own; None where no credential is asked. ``outputs``: what its answers show, where that is not
+    what the server's setting says of its role.
     """
 
     role: Role
     client: str | None = None
     caller: str | None = field(default=None, compare=False)
+    outputs: OutputPolicy | None = None
 
 
 class Tokens:
@@ -57,7 +60,8 @@ class Tokens:
     @classmethod
     def random(cls, role: Role = Role.INFER) -> tuple[Self, str]:
         """One new token of 256 random bits, and its text to hand out."""
-        tokens, token = cls(), secrets.token_urlsafe(32)
+        tokens = cls()
+        token = secrets.token_urlsafe(32)
         tokens.add(token, role)
         return tokens, token
 
@@ -66,6 +70,7 @@ class Tokens:
         """The tokens of a JSON file: ``[{"token": ..., "role": "infer", "client": "c-1"}, ...]``.
 
         ``"sha256": "<64 hex digits>"`` may stand in place of ``"token"``; ``role`` and ``client`` may be left out.
+        ``"outputs": "label"`` (see :class:`OutputPolicy`) goes before what the server's setting says of the role.
 
         Raises:
             ConfigError: Unreadable, malformed, a token twice, or plain tokens that every user of the machine can read.
@@ -94,18 +99,19 @@ class Tokens:
                 raise ConfigError(f"{where}: sha256 has {len(digest)} bytes: it is 64 hex digits")
             if digest[:8] in tokens._identities:
                 raise ConfigError(f"{where}: this token is in the file already: one role and client per token")
-            tokens._put(digest, Role[entry.role.upper()], entry.client)
+            tokens._put(digest, Role[entry.role.upper()], entry.client, entry.outputs)
         return tokens
 
-    def add(self, token: str, role: Role = Role.INFER, client: str | None = None) -> None:
-        """Accept ``token`` from now on; one that is known already gets the new role and client."""
-        self._put(_digest_of(token), role, client)
+    def add(self, token: str, role: Role = Role.INFER, client: str | None = None, outputs: str | None = None) -> None:
+        """Accept ``token`` from now on; one that is known already gets the new role, client and policy of outputs."""
+        self._put(_digest_of(token), role, client, outputs)
 
-    def _put(self, digest: bytes, role: Role, client: str | None) -> None:
+    def _put(self, digest: bytes, role: Role, client: str | None, outputs: str | None) -> None:
         if client == "":
             raise ConfigError("client is '': name the client, or leave it out")
+        policy = None if outputs is None else OutputPolicy.parse(outputs)
         caller = f"token {digest[:8].hex()}" if client is None else f"client {client}"
-        self._identities[digest[:8]] = digest, Identity(role, client, caller)
+        self._identities[digest[:8]] = digest, Identity(role, client, caller, policy)
 
     def check(self, authorization: str | bytes | None, needed: Role) -> Identity:
         """Who sent this ``Authorization`` header.
@@ -133,7 +139,7 @@ class Tokens:
             raise UnauthorizedError("no credential: send the header 'Authorization: Bearer <token>'")
         if isinstance(authorization, str):
             authorization = authorization.encode(errors="surrogatepass")
-        scheme, _, token = authorization.partition(b" ")
+        scheme, _, token = authorization.strip().partition(b" ")  # HTTP trims a header's blanks, gRPC does not
         if scheme.lower() == b"bearer":
             digest = sha256(token.strip()).digest()
             known, identity = self._identities.get(digest[:8], (b"", None))
@@ -147,6 +153,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     sha256: str | None = None
     role: Literal["read", "infer", "admin"] = "infer"
     client: str | None = None
+    outputs: str | None = None
 
 
 def text_of(data: bytes) -> str:

@@ -1,13 +1,16 @@
-"""The ``flserving`` command: ``serve``, ``edge``, ``demo`` and ``doctor``. Each loads what it needs when it runs.
+"""The ``flserving`` command and its subcommands. Each loads what it needs when it is chosen.
 
-A new subcommand is one more entry in ``COMMANDS``: a function that runs, and one that adds its options to a parser.
+A new subcommand is one more entry in ``COMMANDS`` (of ``registry``: in ``commands/registry.py``): a function that runs,
+and one that adds its options to a parser.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import random
+import re
 import secrets
 import signal
 import stat
@@ -16,39 +19,35 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from flserving.api.options import ApiOptions
+from flserving.api.commands.parser import Command, Parser, Version, described, subcommands
 from flserving.errors import ConfigError, FlservingError
-from flserving.models.own_code import import_modules, import_option
-from flserving.serving.config import CHOICES, ServingConfig
+from flserving.extras import need
 
 if TYPE_CHECKING:
     from flserving.edge import EdgeModelServer, HybridServer, SyncAgent
+    from flserving.monitoring.observability import Observability
 
 _TOKEN = "FLSERVING_TOKEN"
 _CLOUD_TOKEN = "FLSERVING_CLOUD_TOKEN"
+_log = logging.getLogger("flserving")
 _home = os.path.expanduser  # a shell leaves ~ alone in --registry=~/models
 
 
 # serve
 
-_API = {  # field of ApiOptions -> its help
-    "host": "address to listen on; 0.0.0.0 lets other computers in",
-    "port": "port of REST; 0 takes a free one",
-    "grpc_port": "port of gRPC; 0 takes a free one",
-    "max_body_bytes": "largest body of a request",
-    "max_numbers": "most numbers in a body that are not binary tensors; a list counts as 16",
-    "max_connections": "most connections at once, for each door of each worker",
-    "slow_client_s": "longest wait for the rest of a request that has begun",
-    "certificate": "PEM file with the certificate chain: REST and gRPC then speak TLS",
-    "key": "PEM file with the certificate's private key",
-}
 _PORTS = {"port": 8000, "grpc_port": 8001}
+_OWN = {"grpc_port", "tokens", "admin", "artifacts", "origins", "hosts"}  # of ApiOptions: not as they are typed
+_OUTPUTS = "what answers show: full, label, top-K (classes) or rounded-D (decimals)"
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
-    """Options of ``flserving serve``; those of :class:`ServingConfig` are its fields."""
+    """Options of ``flserving serve``: the fields of ApiOptions and of ServingConfig, with what these say of them."""
+    from flserving.api.options import ApiOptions
+    from flserving.models.own_code import import_option
+    from flserving.serving.config import CHOICES, ServingConfig
+
     parser.add_argument(
         "--registry", required=True, metavar="DIR", type=_home, help="folder that versions were published to"
     )
@@ -68,30 +67,32 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifacts", action="store_true", help="let devices (flserving edge) download the models")
     parser.add_argument("--origin", action="append", default=[], help="web page that may call: https://host[:port]")
     parser.add_argument("--allow-host", action="append", default=[], help="one more name for the Host header")
-    for name, text in _API.items():
-        default = _PORTS.get(name, ApiOptions.__dataclass_fields__[name].default)
-        kind = str if default is None else type(default)
-        shown = "" if default is None else f" (default {default})"
-        parser.add_argument(_flag(name), type=kind, default=default, help=text + shown)
+    texts = described(ApiOptions) | described(ServingConfig)
+    for field in dataclasses.fields(ApiOptions):
+        if field.name not in _OWN or field.name in _PORTS:
+            default = _PORTS.get(field.name, field.default)
+            kind = str if default is None else type(default)
+            parser.add_argument(_flag(field.name), type=kind, default=default, help=texts[field.name])
+    _observability_options(parser)
     settings = parser.add_argument_group("batching, caches and limits (see flserving.ServingConfig)")
     for field in dataclasses.fields(ServingConfig):
-        choices = CHOICES.get(field.name)
         settings.add_argument(
-            _flag(field.name), type=str if choices else _number, default=field.default, choices=choices,
-            help=f"default {field.default}",
+            _flag(field.name), type=str if isinstance(field.default, str) else _number, default=field.default,
+            choices=CHOICES.get(field.name), help=texts[field.name],
         )  # fmt: skip
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     """Serve a registry with ``--workers`` processes until SIGTERM or Ctrl-C."""
-    from flserving.api.supervisor import Supervisor
-    from flserving.api.worker import Plan
+    from flserving.api.options import ApiOptions
+    from flserving.api.processes import Plan, Supervisor
+    from flserving.serving.config import ServingConfig
 
     given = vars(arguments)
     config = ServingConfig(**{field.name: given[field.name] for field in dataclasses.fields(ServingConfig)})
-    tokens, token = _tokens(arguments)
+    tokens, token = asked_tokens(arguments)
     options = ApiOptions(
-        **{name: given[name] for name in _API if name != "grpc_port"},
+        **{field.name: given[field.name] for field in dataclasses.fields(ApiOptions) if field.name not in _OWN},
         grpc_port=None if arguments.no_grpc else arguments.grpc_port,
         tokens=tokens,
         admin=arguments.admin,
@@ -105,10 +106,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         config=config,
         options=options,
         imports=tuple(arguments.imports),
+        observability=_observability(arguments),
     )
     supervisor = Supervisor(
         plan, arguments.workers, drain_s=arguments.grace_s, notice_s=arguments.notice_s,
-        say=lambda line: print(f"flserving: {line}", file=sys.stderr, flush=True),
+        say=_log.warning,
     )  # fmt: skip
 
     def announce(url: str, grpc_url: str | None) -> None:
@@ -117,7 +119,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     return supervisor.run(announce)
 
 
-def _tokens(arguments: argparse.Namespace) -> tuple[Any, str]:
+def asked_tokens(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Whom to let in, and what to tell the operator about it."""
     from flserving.api.auth import Role, Tokens
 
@@ -137,6 +139,26 @@ def _tokens(arguments: argparse.Namespace) -> tuple[Any, str]:
     return Tokens.random(role)
 
 
+def _observability_options(parser: argparse.ArgumentParser) -> None:
+    from flserving.monitoring.observability import FORMATS, LEVELS, Observability
+
+    settings = parser.add_argument_group("logs and traces")
+    texts = described(Observability)
+    settings.add_argument("--log-level", choices=LEVELS, default="info", help=texts["log_level"])
+    settings.add_argument("--log-format", choices=FORMATS, default="text", help=texts["log_format"])
+    settings.add_argument("--access-log", action="store_true", help=texts["access_log"])
+    settings.add_argument("--otel", metavar="URL", help=texts["otel"])
+
+
+def _observability(arguments: argparse.Namespace) -> "Observability":
+    from flserving.monitoring.observability import Observability
+
+    names = ("log_level", "log_format", "access_log", "otel")
+    settings = Observability(**{name: getattr(arguments, name) for name in names})
+    settings.configure()
+    return settings
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -153,6 +175,9 @@ _FIRST_S = 1.0  # the wait after a first failure; it doubles up to ``poll_s``
 
 def _edge_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``flserving edge``."""
+    from flserving.models.own_code import import_option
+    from flserving.serving.config import CHOICES
+
     parser.add_argument("--cloud", required=True, metavar="URL", help="a server that was started with --artifacts")
     parser.add_argument("--client", required=True, metavar="ID", help="whose device this is: its own head comes along")
     parser.add_argument(
@@ -169,15 +194,23 @@ def _edge_options(parser: argparse.ArgumentParser) -> None:
         help="the cloud's public key (GET .../release tells it); by default that of the first contact",
     )
     parser.add_argument("--ca", metavar="FILE", type=_home, help="PEM file of the authority to trust for https")
+    parser.add_argument(
+        "--engine",
+        choices=CHOICES["engine"],
+        default="torch",
+        help="numpy: without torch, which is slow to load and large; for linear layers with ReLU",
+    )
     parser.add_argument("--form", choices=["exact", "int8"], default="exact", help="int8: a quarter of the bytes")
-    parser.add_argument("--poll-s", type=float, default=60.0, help="how often to look for a newer model (default 60)")
-    parser.add_argument("--timeout-s", type=float, default=10.0, help="longest silence of the cloud (default 10)")
+    parser.add_argument("--poll-s", type=float, default=60.0, help="how often to look for a newer model")
+    parser.add_argument("--timeout-s", type=float, default=10.0, help="longest silence of the cloud")
     parser.add_argument("--fresh-s", type=float, help="an answer from an older model says that it is degraded")
     parser.add_argument("--refuse-s", type=float, help="an older model does not answer")
     parser.add_argument("--policy", choices=["local", "local_first", "as_drawn"], default="local",
                         help="local: nothing that is asked leaves the device; the others ask the cloud where they are "
                         "in doubt, and choosing one is the consent to that")  # fmt: skip
-    parser.add_argument("--threshold", type=float, default=0.8, help="lowest confidence that is trusted (default 0.8)")
+    parser.add_argument("--outputs", default="full", help=_OUTPUTS)
+    parser.add_argument("--threshold", type=float, default=0.8, help="lowest confidence that is trusted")
+    _observability_options(parser)
     parser.add_argument("--port", type=int, default=0, help="port of REST on 127.0.0.1; 0 takes a free one")
     parser.add_argument("--grpc-port", type=int, default=0, help="port of gRPC; 0 takes a free one")
     parser.add_argument("--no-grpc", action="store_true", help="REST only")
@@ -188,12 +221,15 @@ def _edge(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    observability = _observability(arguments)
     _check_edge(arguments)
     from flserving import api
     from flserving.api.auth import Role, Tokens
     from flserving.edge import EdgeModelServer
     from flserving.edge.sync import Memory, SyncAgent, SyncSettings
+    from flserving.models.own_code import import_modules
     from flserving.registry import Registry
+    from flserving.serving.config import ServingConfig
 
     import_modules(arguments.imports)
     given = os.environ.get(_TOKEN)
@@ -206,6 +242,7 @@ def _edge(arguments: argparse.Namespace) -> int:
         model = arguments.model or memory.facts.model or next(iter(registry.models_by_promotion()), "model")
         edge = stack.enter_context(
             EdgeModelServer(
+                config=ServingConfig(engine=arguments.engine, outputs=arguments.outputs),
                 registry=registry, model=model, client=arguments.client, wall=memory.wall,
                 fresh_s=arguments.fresh_s, refuse_s=arguments.refuse_s,
             )
@@ -221,6 +258,7 @@ def _edge(arguments: argparse.Namespace) -> int:
         server: Any = edge
         if arguments.policy != "local":
             server = stack.enter_context(_hybrid(arguments, edge, secret, stack))
+        end_spans = observability.observe(edge)
         grpc_port = None if arguments.no_grpc else arguments.grpc_port
         endpoint = stack.enter_context(api.serve(server, tokens=tokens, port=arguments.port, grpc_port=grpc_port))
         shown = "the one in FLSERVING_TOKEN" if given else token
@@ -230,6 +268,7 @@ def _edge(arguments: argparse.Namespace) -> int:
         stop.wait()
         _say("stopping")  # also where the first look for an update is not over yet and has said nothing
         endpoint.close()
+        end_spans()
         pulling.join(_END_S)
         if pulling.is_alive():  # the registry survives any end; a silent cloud must not put it off
             sys.stdout.flush()
@@ -241,23 +280,31 @@ def _hybrid(
     arguments: argparse.Namespace, edge: "EdgeModelServer", token: str | None, stack: contextlib.ExitStack
 ) -> "HybridServer":  # fmt: skip
     from flserving.api.client import Client
-    from flserving.edge import HybridServer
+    from flserving.edge import HybridServer, HybridSettings
 
     if edge.model not in edge.registry.models() and arguments.model is None:
         raise ConfigError(f"policy {arguments.policy!r} asks the cloud for a model: name it with --model")
     client = stack.enter_context(Client(arguments.cloud, token, ca=arguments.ca))
-    policy, threshold = arguments.policy, arguments.threshold
-    return HybridServer(edge, client, policy, consent=True, threshold=threshold, personal=True)
+    return HybridServer(
+        edge,
+        client,
+        arguments.policy,
+        consent=True,
+        threshold=arguments.threshold,
+        settings=HybridSettings(personal=True),
+    )
 
 
 def _keep_up(agent: "SyncAgent", poll_s: float, stop: threading.Event, say: Callable[[str], object]) -> None:
     """Pull, wait, pull. Waits are spread by a tenth: a fleet that started together does not come together."""
-    wait_s, last = _FIRST_S, ""
+    wait_s = _FIRST_S
+    last = ""
     while not stop.is_set():
         try:
             pulled = agent.pull()
             line = f"round {pulled.round} serves (the cloud's version {pulled.version}, here {pulled.local})"
-            wait_s, pause_s = _FIRST_S, poll_s
+            wait_s = _FIRST_S
+            pause_s = poll_s
         except Exception as error:  # whatever happens to an update, the device serves on
             line = f"no update ({error if isinstance(error, FlservingError) else type(error).__name__})"
             pause_s = min(wait_s, poll_s)
@@ -270,7 +317,7 @@ def _keep_up(agent: "SyncAgent", poll_s: float, stop: threading.Event, say: Call
 
 def _say(line: str) -> None:
     text = "".join(char if char.isprintable() else "?" for char in line)  # part of it may be the cloud's
-    print(f"flserving: {text}", file=sys.stderr, flush=True)
+    _log.info("%s", text)
 
 
 def _check_edge(arguments: argparse.Namespace) -> None:
@@ -319,7 +366,7 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--directory", metavar="DIR", type=_home, help="keep the registry here; by default it is temporary"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="federated rounds to train (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="federated rounds to train")
     parser.add_argument("--port", type=int, default=0, help="port of REST; 0 takes a free one")
 
 
@@ -344,12 +391,12 @@ def _demo(arguments: argparse.Namespace) -> int:
             accuracy = run.rounds[best].metrics["global_accuracy"]
             print(f"published as versions {first} to {first + arguments.rounds - 1} of 'digits' in {folder}")
             print(f"promoted version {first + best}: {accuracy:.1%} of the clients' held-out digits are right")
-            row, label = digits()[0][:1], digits()[1][0]
+            images, labels = digits()
             with ModelServer(registry=registry) as server, api.serve(server, port=arguments.port) as endpoint:
                 for number in (signal.SIGTERM, signal.SIGINT):
                     signal.signal(number, lambda *_: stop.set())
-                print(f"\nask it (a handwritten {label}):\n")
-                print("\n\n".join(_curl_lines(endpoint.url, endpoint.headers, row.tolist())))
+                print(f"\nask it (a handwritten {labels[0]}):\n")
+                print("\n\n".join(_curl_lines(endpoint.url, endpoint.headers, images[:1].tolist())))
                 print("\nCtrl-C ends it", flush=True)
                 stop.wait()
                 print("draining ...", flush=True)
@@ -371,25 +418,54 @@ def _curl_lines(url: str, headers: dict[str, str], row: list[list[float]]) -> li
 # The table
 
 
+def _import_options(parser: argparse.ArgumentParser) -> None:
+    from flserving.integrations import command
+
+    command.options(parser)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from flserving.integrations import command
+
+    return command.run(arguments)
+
+
+def _registry_options(parser: argparse.ArgumentParser) -> None:
+    from flserving.api.commands.registry import COMMANDS
+
+    subcommands(parser, "registry_command", COMMANDS)
+
+
+def _registry(arguments: argparse.Namespace) -> int:
+    from flserving.api.commands.registry import COMMANDS
+
+    return COMMANDS[arguments.registry_command].run(arguments)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from flserving.api import doctor  # not before it is asked for: it loads torch
 
     return doctor.report(sys.stdout)
 
 
-class Command(NamedTuple):
-    """A subcommand: one line of help, a function that returns the exit code, and its options."""
+def _lab_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``flserving lab``."""
+    parser.add_argument("words", nargs="...", metavar="PLACE", help="folder or notebook; then jupyter lab's options")
 
-    help: str
-    run: Callable[[argparse.Namespace], int]
-    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+def _lab(arguments: argparse.Namespace) -> int:
+    """By name: nothing imports the course."""
+    return int(need("flserving.lab.opening", "course").main(arguments.words))
 
 
 COMMANDS = {
     "doctor": Command("check this installation; every line is ok or says what to do", _doctor),
     "serve": Command("serve a registry over REST and gRPC", _serve, _serve_options),
     "edge": Command("serve on a device, from its own folder", _edge, _edge_options),
+    "import": Command("publish a model that another tool saved", _import, _import_options),
     "demo": Command("train, publish, serve, and print how to call it", _demo, _demo_options),
+    "registry": Command("look at versions, promote them, clean up, forget a client", _registry, _registry_options),
+    "lab": Command("copy the course into a folder, and open it in JupyterLab", _lab, _lab_options),
 }
 
 
@@ -402,15 +478,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: What follows the program's name; None takes the process's own.
     """
-    parser = argparse.ArgumentParser(prog="flserving", description="Serve models that federated learning has trained.")
-    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        command.options(choices.add_parser(name, help=command.help, description=command.help))
+    parser = Parser(prog="flserving", description="Serve models that federated learning has trained.")
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and end")
+    subcommands(parser, "command", COMMANDS)
     arguments = parser.parse_args(argv)
     try:
         return COMMANDS[arguments.command].run(arguments)
     except FlservingError as error:
-        print(f"flserving: {error}", file=sys.stderr)
+        named = str(error).replace("-", "_")
+        variables = [name for option, name in arguments.environment.items() if re.search(rf"\b{option}\b", named)]
+        line = f"{error}{f' (from {variables[0]})' if variables else ''}"
+        if getattr(arguments, "log_format", "text") == "json":
+            _log.error("%s", line)
+        else:
+            print(f"flserving: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # Ctrl-C while it starts; what serves has handlers of its own
         print("flserving: interrupted", file=sys.stderr)

@@ -13,35 +13,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flserving.api.auth import Identity, Role
 from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, NotSupportedError
+from flserving.models.masking import OUTPUTS, OutputPolicy, by_role
 from flserving.monitoring.metrics import merged
 from flserving.monitoring.telemetry import OTHER
 from flserving.registry.manifest import Signature
 from flserving.serving.request import Request
 from flserving.serving.server import ModelServer
 
-INPUT, OUTPUTS = "features", ("predictions", "confidences", "probabilities")
+INPUT = "features"
 Value = bool | int | float | str
-TOLD = ("head", "path", "round", "age_s", "degraded", "arm", "receipt")
+ANSWER_PARAMETERS = ("head", "path", "round", "age_s", "degraded", "arm", "receipt", "outputs")
 """What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's answer."""
 Others = Callable[[], Sequence[Mapping[str, Any]]]
 """Gives the totals of the other processes behind an address."""
 _STAGES = {"queue": "queue", "compute_input": "preprocess", "compute_infer": "infer", "compute_output": "postprocess"}
+_Tensor = tuple[str, str, list[int]]  # name, datatype, dimensions
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
 
 
 @dataclass(slots=True)
 class Call:
-    """One inference request, read from the wire. ``outputs`` None asks for all of them. ``client`` and ``caller`` are
-    those of its credential (:class:`~flserving.api.auth.Identity`)."""
+    """One inference request, read from the wire. ``outputs`` None asks for all of them. ``who``: what its
+    credential stands for."""
 
     model: str
     version: str | None
     inputs: Mapping[str, NDArray[Any]]
     outputs: Sequence[str] | None
     parameters: Mapping[str, Value]
-    client: str | None = None
-    caller: str | None = None
+    who: Identity
 
 
 @dataclass(slots=True)
@@ -62,10 +64,16 @@ class V2:
     """
 
     def __init__(self, server: ModelServer, admin: bool = False) -> None:
-        self.server, self.admin = server, admin
+        self.server = server
+        self.admin = admin
         self.origins = set[str]()  # web pages that may call, beside those of the options; may grow while serving
         self.draining = False  # not ready any more, though what was let in is still answered
         self.others: Others = tuple
+        self._policies = by_role(server.config.outputs)
+
+    def policy(self, who: Identity) -> OutputPolicy:
+        """What answers to a credential show; to one that may only read, what those of the role to infer are shown."""
+        return who.outputs or self._policies[max(who.role, Role.INFER).name.lower()]
 
     # Health
 
@@ -87,22 +95,29 @@ class V2:
         """Names; the one that answers who names none comes first."""
         return {"models": _default_first(self.server.health_check())}
 
-    def model_metadata(self, model: str, version: str | None = None) -> dict[str, Any]:
-        """Raises NotFoundError, ModelUnloadedError, CorruptArtifactError."""
+    def model_metadata(self, who: Identity, model: str, version: str | None = None) -> dict[str, Any]:
+        """Its outputs are those that this credential is shown.
+
+        Raises:
+            NotFoundError, ModelUnloadedError, CorruptArtifactError.
+        """
         key = self.server.resolve(version, model)
-        inputs, outputs = _tensors(self.server.signature(key))
+        policy = self.policy(who)
+        inputs, outputs = _tensors(self.server.signature(key), policy)
         versions = self.server.health_check()["models"][model]["versions"] if version is None else [key[1]]
         return {
             "name": model,
             "versions": versions,
             "platform": "pytorch_safetensors",
-            "inputs": [{"name": n, "datatype": kind, "shape": [-1, *dims]} for n, (kind, dims) in inputs.items()],
-            "outputs": [{"name": n, "datatype": kind, "shape": [-1, *dims]} for n, (kind, dims) in outputs.items()],
+            "inputs": [{"name": name, "datatype": kind, "shape": [-1, *dims]} for name, kind, dims in inputs],
+            "outputs": [{"name": name, "datatype": kind, "shape": [-1, *dims]} for name, kind, dims in outputs],
+            "parameters": {"outputs": policy.name},
         }
 
-    def model_config(self, model: str, version: str | None = None) -> dict[str, Any]:
+    def model_config(self, who: Identity, model: str, version: str | None = None) -> dict[str, Any]:
         """What perf_analyzer asks for. Raises as :meth:`model_metadata`."""
-        inputs, outputs = _tensors(self.server.signature(self.server.resolve(version, model)))
+        policy = self.policy(who)
+        inputs, outputs = _tensors(self.server.signature(self.server.resolve(version, model)), policy)
         config = self.server.config
         queue = {
             "timeout_action": "REJECT",
@@ -117,11 +132,12 @@ class V2:
             "backend": "flserving",
             "version_policy": {"all": {}},
             "max_batch_size": config.max_batch_size,
-            "input": [{"name": n, "data_type": f"TYPE_{kind}", "dims": dims} for n, (kind, dims) in inputs.items()],
-            "output": [{"name": n, "data_type": f"TYPE_{kind}", "dims": dims} for n, (kind, dims) in outputs.items()],
+            "input": [{"name": name, "data_type": f"TYPE_{kind}", "dims": dims} for name, kind, dims in inputs],
+            "output": [{"name": name, "data_type": f"TYPE_{kind}", "dims": dims} for name, kind, dims in outputs],
             "dynamic_batching": {"max_queue_delay_microseconds": int(held_ms * 1e3), "default_queue_policy": queue},
             "model_transaction_policy": {"decoupled": False},
             "response_cache": {"enable": self.server.prediction_cache is not None},
+            "parameters": {"outputs": {"string_value": policy.name}},
         }
 
     def settings(self) -> dict[str, Any]:
@@ -153,7 +169,8 @@ class V2:
         """Every version of every model, with its state and, where it cannot answer, the reason. The model that answers
         who names none comes first."""
         health = self.server.health_check()
-        withdrawn, rows = self.server.unloaded, list[dict[str, str]]()
+        withdrawn = self.server.unloaded
+        rows: list[dict[str, str]] = []
         for model in _default_first(health):
             for version in health["models"][model]["versions"]:
                 problem = health["problems"].get(f"{model}/{version}", "")
@@ -186,25 +203,16 @@ class V2:
     async def infer(self, call: Call) -> Answer:
         """Answer one request. Raises what :meth:`ModelServer.predict` raises, and InvalidInputError, NotSupportedError
         or ForbiddenError for what the protocol lets a caller ask and this server does not answer."""
-        version, timeout_ms, stages, client = call.version, None, False, None
+        policy = self.policy(call.who)
+        request = Request(None, call.version, model=call.model, arrays=True, caller=call.who.caller, policy=policy)
+        request.identity = call.who.client  # whose arm it is, also where no personal answer is asked for
         try:
-            features = _features(call)
+            request.features = _features(call, policy)
             if call.parameters:
-                version, timeout_ms, stages, client = _understood(call)
+                _understand(call, request)
         except FlservingError as error:
             self.server.telemetry.failure(error.reason)  # from here on the server counts
             raise
-        request = Request(
-            features,
-            version,
-            model=call.model,
-            timeout_ms=timeout_ms,
-            stages=stages,
-            arrays=True,
-            client=client,
-            caller=call.caller,
-            identity=call.client,  # whose arm it is, also where no personal answer is asked for
-        )
         answer = await self.server.ahandle(request)
         outputs = {name: value for name, value in answer.items() if type(value) is np.ndarray}
         if call.outputs is not None:
@@ -213,9 +221,9 @@ class V2:
             except KeyError as error:
                 raise InvalidInputError(f"a regression has no output {error}: there are {', '.join(outputs)}") from None
         parameters = {"model_type": answer["model_type"], "latency_us": round(answer["latency_ms"] * 1e3)}
-        told = {name: answer[name] for name in TOLD if answer.get(name) is not None}
-        parameters |= {name: round(value) if isinstance(value, float) else value for name, value in told.items()}
-        if stages:
+        extra = {name: answer[name] for name in ANSWER_PARAMETERS if answer.get(name) is not None}
+        parameters |= {name: round(value) if isinstance(value, float) else value for name, value in extra.items()}
+        if request.stages:
             parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
         return Answer(call.model, answer["model_version"], outputs, parameters)
 
@@ -235,51 +243,59 @@ def _default_first(health: Mapping[str, Any]) -> list[str]:
     return sorted(health["models"], key=lambda name: name != health["default_model"])
 
 
-def _features(call: Call) -> NDArray[Any]:
+def _features(call: Call, policy: OutputPolicy) -> NDArray[Any]:
     if INPUT not in call.inputs or len(call.inputs) != 1:
         raise InvalidInputError(f"inputs are {', '.join(map(repr, call.inputs)) or 'none'}: send one, {INPUT!r}")
     if call.outputs is not None and (unknown := [name for name in call.outputs if name not in OUTPUTS]):
         raise InvalidInputError(f"no output {unknown[0][:64]!r}: there are {', '.join(OUTPUTS)}")
+    if call.outputs is not None and (hidden := [name for name in call.outputs if name not in policy.offered]):
+        raise ForbiddenError(f"output {hidden[0]!r} is not shown to this credential: ask for {OUTPUTS[0]}")
     return call.inputs[INPUT]
 
 
-def _understood(call: Call) -> tuple[str | None, float | None, bool, str | None]:
-    """Version, timeout in ms, stages, client: what the request's parameters say. Unknown names are the caller's own."""
+def _understand(call: Call, request: Request) -> None:
+    """Put what the parameters say into the request. Unknown names are the caller's own."""
     said = call.parameters
     for name in _UNSUPPORTED:
         if said.get(name):
             raise NotSupportedError(f"parameter {name!r} is not supported: leave it out")
     if said.get("priority"):
         raise NotSupportedError(f"priority is {said['priority']!r:.64}: there are no priorities here, send 0 or none")
-    version, timeout_ms, client = call.version, None, None
     if "alias" in said:
-        if version is not None or not isinstance(said["alias"], str):
-            raise InvalidInputError(f"alias is {said['alias']!r:.64}: send a string, and no version in the path")
-        version = said["alias"]
-    if timeout_us := said.get("timeout"):  # 0 is the protocol's "none"
+        alias = said["alias"]
+        if call.version is not None or not isinstance(alias, str):
+            raise InvalidInputError(f"alias is {alias!r:.64}: send a string, and no version in the path")
+        request.version = alias
+    timeout_us = said.get("timeout")
+    if timeout_us:  # 0 is the protocol's "none"
         if type(timeout_us) is not int:
             raise InvalidInputError(f"timeout is {timeout_us!r:.64}: send an integer of microseconds")
-        timeout_ms = timeout_us / 1e3
-    flags = {name: said.get(name, False) for name in ("stages", "personal")}
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} is {value!r:.64}: send true or false")
-    if flags["personal"] or "client" in said:
-        if call.client is None:
+        request.timeout_ms = timeout_us / 1e3
+    request.stages = _flag(said, "stages")
+    if _flag(said, "personal") or "client" in said:
+        client = call.who.client
+        if client is None:
             raise ForbiddenError("personal answers need a credential of a client: ask for a token that names you")
-        if said.get("client", call.client) != call.client:  # the same words whether or not there is such a client
+        if said.get("client", client) != client:  # the same words whether or not there is such a client
             raise NotFoundError("no personal head here under that name: leave the parameter client out")
-        client = call.client
-    return version, timeout_ms, bool(flags["stages"]), client
+        request.client = client
 
 
-def _tensors(signature: Signature) -> tuple[dict[str, tuple[str, list[int]]], dict[str, tuple[str, list[int]]]]:
-    """Inputs and outputs: datatype and dimensions without the batch."""
-    inputs = {INPUT: ("FP32", list(signature.input_shape))}
+def _flag(said: Mapping[str, Value], name: str) -> bool:
+    value = said.get(name, False)
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{name} is {value!r:.64}: send true or false")
+    return value
+
+
+def _tensors(signature: Signature, policy: OutputPolicy) -> tuple[list[_Tensor], list[_Tensor]]:
+    """Inputs, and the outputs that are shown; the batch's dimension left out."""
+    inputs = [(INPUT, "FP32", list(signature.input_shape))]
     shape = list(signature.output_shape)
     if signature.output_type == "regression":
-        return inputs, {"predictions": ("FP32", [] if shape == [1] else shape)}
-    return inputs, {"predictions": ("INT64", []), "confidences": ("FP32", []), "probabilities": ("FP32", shape)}
+        return inputs, [("predictions", "FP32", [] if shape == [1] else shape)]
+    outputs = [("predictions", "INT64", []), ("confidences", "FP32", []), ("probabilities", "FP32", shape)]
+    return inputs, outputs[: len(policy.offered)]
 
 
 def _duration(count: float, seconds: float) -> dict[str, int]:
@@ -294,9 +310,10 @@ def _model_statistics(name: str, totals: Mapping[str, Any]) -> dict[str, Any]:
     """
     model, _, version = name.partition("/")
     failed = totals["failures"].get(name, {}).values()
-    fail = _duration(sum(n for n, _ in failed), sum(seconds for _, seconds in failed))
     served = totals["versions"].get(name) or {}
-    stages, cache, batches = served.get("stages", {}), served.get("cache", {}), served.get("batches", {})
+    stages = served.get("stages", {})
+    cache = served.get("cache", {})
+    batches = served.get("batches", {})
     return {
         "name": model,
         "version": version,
@@ -305,14 +322,18 @@ def _model_statistics(name: str, totals: Mapping[str, Any]) -> dict[str, Any]:
         "execution_count": sum(runs[0] for runs in batches.values()),
         "inference_stats": {
             "success": _duration(served.get("requests", 0), served.get("seconds", 0)),
-            "fail": fail,
+            "fail": _duration(sum(n for n, _ in failed), sum(seconds for _, seconds in failed)),
             **{theirs: _duration(*stages.get(ours, (0, 0))) for theirs, ours in _STAGES.items()},
             "cache_hit": _duration(*cache.get("hit", (0, 0))),
             "cache_miss": _duration(*cache.get("miss", (0, 0))),
         },
         "batch_stats": [
-            {"batch_size": int(rows)}
-            | {name: _duration(runs[0], s) for name, s in zip(list(_STAGES)[1:], runs[1:], strict=True)}
+            {
+                "batch_size": int(rows),
+                "compute_input": _duration(runs[0], runs[1]),
+                "compute_infer": _duration(runs[0], runs[2]),
+                "compute_output": _duration(runs[0], runs[3]),
+            }
             for rows, runs in batches.items()
         ],
     }

@@ -37,9 +37,9 @@ class ApiOptions:
         max_body_bytes: Largest body of a request, also after decompression.
         max_numbers: Most numbers in a body that are not binary tensors (JSON; typed contents of gRPC); a list counts
             as 16, a name as 7. To read them holds up everybody, up to 50 ns each. Binary tensors are read at once.
-        max_connections: Most connections at once, and most gRPC calls under way; each door counts its own.
+        max_connections: Most connections at once, and most gRPC calls under way; each protocol counts its own.
         slow_client_s: Longest wait for the rest of a request that has begun.
-        certificate: PEM file with the certificate chain; given with ``key``, both doors speak TLS.
+        certificate: PEM file with the certificate chain; given with ``key``, both protocols speak TLS.
         key: PEM file with the private key of ``certificate``.
 
     Raises:
@@ -85,7 +85,8 @@ class ApiOptions:
         if not isinstance(self.tokens, Tokens | None):
             raise ConfigError(f"tokens is a {type(self.tokens).__name__}: make a Tokens object")
         for name in ("certificate", "key"):
-            if (path := getattr(self, name)) is not None:
+            path = getattr(self, name)
+            if path is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
         if (self.certificate is None) != (self.key is None):
             given, missing = ("certificate", "key") if self.key is None else ("key", "certificate")
@@ -95,8 +96,18 @@ class ApiOptions:
 
     @property
     def secure(self) -> bool:
-        """Whether both doors speak TLS."""
+        """Whether both protocols speak TLS."""
         return self.certificate is not None
+
+    @property
+    def reachable(self) -> str:
+        """The host as a URL names it for callers on this computer."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]" if ":" in host else host
+
+    def url(self, port: int) -> str:
+        """Of REST on ``port``, for callers on this computer."""
+        return f"{'https' if self.secure else 'http'}://{self.reachable}:{port}"
 
     def ssl_context(self) -> ssl.SSLContext:
         """The certificate and its key, loaded. Raises ConfigError where they cannot be used."""

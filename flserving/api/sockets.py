@@ -1,6 +1,7 @@
 """Listening sockets: opened with words for what is wrong, and closed without a reset for who has just connected."""
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import os
@@ -13,11 +14,14 @@ from flserving.errors import ConfigError, ConflictError
 
 _SO_ATTACH_FILTER = 26
 # Classic BPF over a TCP header: drop what has the flag SYN, keep the rest
-_NO_SYN = b"".join(
-    struct.pack("=HBBI", *step)
-    for step in ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
-)
-_TURN_S = 0.005
+_NO_SYN = struct.pack(
+    "=HBBIHBBIHBBIHBBI",
+    0x30, 0, 0, 13,
+    0x45, 0, 1, 0x02,
+    0x06, 0, 0, 0,
+    0x06, 0, 0, 0xFFFFFFFF
+)  # fmt: skip
+_POLL_S = 0.005
 
 
 def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) -> socket.socket:
@@ -74,17 +78,18 @@ async def refuse(listener: socket.socket, end_s: float) -> None:
     reset, though each may have sent a request already.
 
     On Linux the kernel then drops a stranger's first packet, who tries again after a second and finds the port closed
-    or another process. Elsewhere there is no such means: the queue is only seen to be empty a moment before.
+    or another process. Elsewhere, and where a kernel lets root alone attach a filter, there is no such means: the queue
+    is only seen to be empty a moment before.
     """
     if sys.platform == "linux":
         steps = ctypes.create_string_buffer(_NO_SYN, len(_NO_SYN))
-        listener.setsockopt(
-            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_NO_SYN) // 8, ctypes.addressof(steps))
-        )
+        program = struct.pack("HP", len(_NO_SYN) // 8, ctypes.addressof(steps))
+        with contextlib.suppress(PermissionError):
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
     loop = asyncio.get_running_loop()
-    await asyncio.sleep(_TURN_S)  # for handshakes under way
+    await asyncio.sleep(_POLL_S)  # for handshakes under way
     while readable(listener) and loop.time() < end_s:
-        await asyncio.sleep(_TURN_S)
+        await asyncio.sleep(_POLL_S)
 
 
 def readable(peer: socket.socket) -> bool:

@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any
 from flserving.edge.breaker import CircuitBreaker
 from flserving.edge.calibration import calibrate
 from flserving.edge.device import EdgeModelServer
-from flserving.edge.hybrid import HybridServer
+from flserving.edge.hybrid import HybridServer, HybridSettings
 
 if TYPE_CHECKING:
     from flserving.edge.sync import SyncAgent, SyncSettings
 
-__all__ = ["CircuitBreaker", "EdgeModelServer", "HybridServer", "SyncAgent", "SyncSettings", "calibrate"]
+__all__ = [
+    "CircuitBreaker",
+    "EdgeModelServer",
+    "HybridServer",
+    "HybridSettings",
+    "SyncAgent",
+    "SyncSettings",
+    "calibrate",
+]
 
 
 def __getattr__(name: str) -> Any:

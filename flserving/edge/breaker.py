@@ -3,12 +3,13 @@
 Source: M. Nygard, "Release It!", 2007, chapter 5.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from flserving.errors import ConfigError
+from flserving.errors import check_number
 
 State = Literal["closed", "open", "half_open"]
 
@@ -23,12 +24,12 @@ class CircuitBreaker:
         clock: Monotonic seconds.
 
     Raises:
-        ConfigError: ``failures`` is no integer of at least 1, or ``pause_s`` no positive number.
+        ConfigError: ``failures`` is no integer of at least 1, or ``pause_s`` no number of at least 0.001.
     """
 
     def __init__(self, failures: int = 5, pause_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
-        if type(failures) is not int or failures < 1 or type(pause_s) not in (int, float) or not 0 < pause_s <= 86_400:
-            raise ConfigError(f"failures is {failures!r}, pause_s is {pause_s!r}: give an integer >= 1, up to 86400 s")
+        check_number("failures", failures, 1, math.inf, whole=True)
+        check_number("pause_s", pause_s, 1e-3, 86_400)
         self._most = failures
         self._pause_s = pause_s
         self._clock = clock

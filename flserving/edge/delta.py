@@ -17,18 +17,15 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flserving.errors import ConflictError, CorruptArtifactError
-from flserving.models.weights import MAX_HEADER_NBYTES, digest
+from flserving.models.weights import MAX_HEADER_NBYTES, AnyTensor, as_array, as_tensor, digest, kinds
 
 Form: TypeAlias = Literal["exact", "int8"]
 FORMS: tuple[Form, ...] = ("exact", "int8")
 _LEVEL = 9  # of zstd: above it the differences of floats shrink by less than 1 %
 _MAX_WINDOW = 1 << 23  # bytes: what a hostile frame may make the receiver hold; level 9 asks for half of it
-_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -37,12 +34,12 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     changed: list[str]
 
 
-def zeros(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the same names, shapes and dtypes, all zero: what a delta without a base starts from."""
-    return {name: torch.zeros(it.shape, dtype=it.dtype, device="cpu") for name, it in like.items()}
+def zeros(like: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Arrays of the same names, shapes and dtypes, all zero: what a delta without a base starts from."""
+    return {name: np.zeros_like(as_array(it), order="C") for name, it in like.items()}
 
 
-def quantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def quantised(tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     """The tensors as the form ``int8`` delivers them. Applied twice it changes nothing more.
 
     A row w with largest magnitude m becomes round(127 w / m) m / 127, computed in float64: at most m / 254 off. What
@@ -51,7 +48,7 @@ def quantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _joined(_parts(tensors, "int8"), tensors)
 
 
-def encode(target: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, form: Form) -> bytes:
+def encode(target: Mapping[str, AnyTensor], base: Mapping[str, AnyTensor] | None, form: Form) -> bytes:
     """The delta from ``base`` (None: from zeros) to ``target``, both in the same ``form``.
 
     Raises:
@@ -61,25 +58,28 @@ def encode(target: Mapping[str, Tensor], base: Mapping[str, Tensor] | None, form
     """
     import zstandard
 
-    if base is not None and _layout(target) != _layout(base):
+    if base is not None and kinds(target) != kinds(base):
         raise ConflictError("the two versions have other tensors: download the weights")
     ours = _parts(target, form)
     theirs = _parts(base or zeros(target), form)
     changed = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
-    start = None if base is None else digest(quantised(base) if form == "int8" else base)
+    start = None if base is None else digest(_joined(theirs, base))
     header = msgspec.json.encode(_Header(form, start, changed))
-    body = [len(header).to_bytes(4, "little"), header, *(_shuffled(ours[name] - theirs[name]) for name in changed)]
-    return zstandard.ZstdCompressor(level=_LEVEL).compress(b"".join(body))
+    body = bytearray(len(header).to_bytes(4, "little"))
+    body += header
+    for name in changed:
+        body += _shuffled(ours[name] - theirs[name])
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(body)
 
 
 def apply(
-    data: bytes | memoryview, base: Mapping[str, Tensor] | None, like: Mapping[str, Tensor], form: Form
-) -> dict[str, Tensor]:
+    data: bytes | memoryview, base: Mapping[str, AnyTensor] | None, like: Mapping[str, AnyTensor], form: Form
+) -> dict[str, AnyTensor]:
     """The tensors that a delta leads to. Compare their digest with a signed one before they are used.
 
     Args:
         base: What the delta must start from; None: zeros.
-        like: Names, shapes and dtypes of the result, e.g. on the meta device.
+        like: Names, shapes and dtypes of the result.
 
     Raises:
         CorruptArtifactError: Not a delta from this base to such tensors.
@@ -88,8 +88,8 @@ def apply(
     """
     import zstandard
 
-    start = zeros(like) if base is None else base
-    if _layout(start) != _layout(like):
+    start = base or zeros(like)
+    if kinds(start) != kinds(like):
         raise _corrupt("it starts from other tensors than the version has")
     parts = _parts(start, form)
     reader = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(data)
@@ -103,10 +103,12 @@ def apply(
             raise _corrupt(
                 f"it is {header.form!r} from {str(header.base)[:12]}, not {form!r} from {str(expected)[:12]}"
             )
-        if len(set(header.changed)) < len(header.changed) or not set(header.changed) <= parts.keys():
-            raise _corrupt("it names a part twice, or one that the version lacks")
-        for name in header.changed:
-            parts[name] = parts[name] + _unshuffled(_exactly(reader, parts[name].nbytes), parts[name])
+        changed = header.changed
+        if changed != [name for name in parts if name in changed]:
+            raise _corrupt("it names a part twice, out of order, or one that the version lacks")
+        for name in changed:
+            part = parts[name]
+            parts[name] = part + _unshuffled(_exactly(reader, part.nbytes), part)
         if reader.read(1):
             raise _corrupt("it is longer than its parts")
     except (zstandard.ZstdError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -121,53 +123,51 @@ def _exactly(reader: Any, nbytes: int) -> bytes:
     return data
 
 
-def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (it.shape, it.dtype) for name, it in tensors.items()}
-
-
-def _coded(tensor: Tensor, form: Form) -> bool:
-    return form == "int8" and tensor.dtype == torch.float32 and tensor.dim() >= 2
-
-
-def _parts(tensors: Mapping[str, Tensor], form: Form) -> dict[str, NDArray[Any]]:
+def _parts(tensors: Mapping[str, AnyTensor], form: Form) -> dict[str, NDArray[Any]]:
     """Each tensor as integers, by its name: its bits, or its codes with the rows' magnitudes beside them."""
     parts = dict[str, NDArray[Any]]()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        if not _coded(tensor, form):
-            parts[name] = tensor.reshape(-1).view(_INTS[tensor.element_size()]).numpy()
-            continue
-        rows = tensor.numpy().reshape(len(tensor), -1)
-        most = np.abs(rows).max(axis=1)
-        scale = 127 / np.where(most > 0, most, 1).astype(np.float64)
-        parts[name] = np.rint(rows * scale[:, None]).astype(np.int8)
-        parts[f"{name} rows"] = most.view(np.int32)
+        array = as_array(tensors[name])
+        if form == "int8" and array.dtype == np.float32 and array.ndim >= 2:
+            rows = array.reshape(len(array), -1)
+            most = np.abs(rows).max(axis=1)
+            scale = 127 / np.where(most > 0, most, 1).astype(np.float64)
+            parts[name] = np.rint(rows * scale[:, None]).astype(np.int8)
+            parts[f"{name} rows"] = most.view(np.int32)
+        else:
+            parts[name] = array.reshape(-1).view(f"i{array.itemsize}")
     return parts
 
 
-def _joined(parts: Mapping[str, NDArray[Any]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _joined(parts: Mapping[str, NDArray[Any]], like: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     tensors = {}
     for name, tensor in like.items():
+        array = as_array(tensor)
         part = parts[name]
-        if f"{name} rows" in parts:  # the row's largest comes out as it was: 127 m / 127
-            most = parts[f"{name} rows"].view(np.float32).astype(np.float64)
+        magnitudes = parts.get(f"{name} rows")
+        if magnitudes is None:
+            values = part.copy().view(array.dtype)
+        else:  # the row's largest comes out as it was: 127 m / 127
+            most = magnitudes.view(np.float32).astype(np.float64)
             values = (part * most[:, None] / 127).astype(np.float32)
-            tensors[name] = torch.from_numpy(values).reshape(tensor.shape)
-        else:
-            tensors[name] = torch.from_numpy(part.copy()).view(tensor.dtype).reshape(tensor.shape)
+        values = values.reshape(array.shape)
+        tensors[name] = values if tensor is array else as_tensor(values)  # torch's come back as torch's
     return tensors
 
 
 def _shuffled(difference: NDArray[Any]) -> bytes:
     flat = difference.reshape(-1)
-    zigzag = (flat << 1) ^ (flat >> (8 * flat.itemsize - 1))
-    return zigzag.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
+    sign = flat >> (8 * flat.itemsize - 1)
+    zigzag = (flat << 1) ^ sign
+    planes = zigzag.view(np.uint8).reshape(-1, flat.itemsize).T
+    return planes.tobytes()
 
 
 def _unshuffled(data: bytes, like: NDArray[Any]) -> NDArray[Any]:
     planes = np.frombuffer(data, np.uint8).reshape(like.itemsize, -1)
     zigzag = np.ascontiguousarray(planes.T).view(f"u{like.itemsize}").reshape(-1)
-    plain: NDArray[Any] = (zigzag >> 1) ^ np.negative(zigzag & 1)
+    sign = np.negative(zigzag & 1)
+    plain: NDArray[Any] = (zigzag >> 1) ^ sign
     return plain.view(like.dtype).reshape(like.shape)
 
 

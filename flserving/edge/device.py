@@ -11,13 +11,21 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from torch import Tensor, nn
 
-from flserving.errors import ConfigError, CorruptArtifactError, InvalidInputError, InvalidModelError, StaleModelError
-from flserving.registry import Registry
+from flserving import models
+from flserving.errors import (
+    ConfigError,
+    CorruptArtifactError,
+    InvalidInputError,
+    InvalidModelError,
+    NotFoundError,
+    StaleModelError,
+)
+from flserving.models.weights import AnyTensor
+from flserving.registry import Registry, storage
 from flserving.registry.heads import HeadSet, Layout, trained_on
 from flserving.registry.manifest import Lineage, Manifest
 from flserving.registry.storage import own_folder
@@ -28,6 +36,9 @@ from flserving.serving.request import Request
 from flserving.serving.router import Key
 from flserving.serving.server import ModelServer
 from flserving.serving.synonyms import version_id_too
+
+if TYPE_CHECKING:
+    from torch import nn
 
 UPDATED_AT = "updated_at_s"  # in the lineage of a version that brought only a head
 _AGES = 16  # versions whose ages are kept
@@ -78,16 +89,17 @@ class EdgeModelServer(ModelServer):
         clock: Monotonic seconds. ``wall``: Unix seconds.
 
     A model's age counts from its update, or from the last :meth:`confirm`. One that was loaded by :meth:`load_model`,
-    or whose age cannot be told because the clock went backwards between two starts, is past both limits.
+    or whose age is unknown because the clock went backwards between two starts, is past both limits.
 
     Raises:
-        ConfigError: A limit that is no positive number, or a soft one above the hard one.
+        ConfigError: A limit that is no positive number, or a soft one above the hard one. NotSupportedError: The
+        registry leads to a version that the engine ``numpy`` cannot run.
     """
 
     def __init__(
         self,
-        global_model: nn.Module | None = None,
-        local_model: nn.Module | None = None,
+        global_model: "nn.Module | None" = None,
+        local_model: "nn.Module | None" = None,
         config: ServingConfig | None = None,
         registry: Registry | None = None,
         model: str = "model",
@@ -98,13 +110,9 @@ class EdgeModelServer(ModelServer):
         clock: Callable[[], float] = time.perf_counter,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        if not isinstance(global_model, nn.Module | None):
+        if global_model is not None and not hasattr(global_model, "state_dict"):
             raise ConfigError(f"global_model is a {type(global_model).__name__}: pass a module, or config= by its name")
-        for name, limit in (("fresh_s", fresh_s), ("refuse_s", refuse_s)):
-            if limit is not None and (type(limit) not in (int, float) or not 0 < limit < inf):
-                raise ConfigError(f"{name} is {limit!r}: it must be a number of seconds above 0, or None")
-        if fresh_s is not None and refuse_s is not None and fresh_s > refuse_s:
-            raise ConfigError(f"fresh_s is {fresh_s}, refuse_s is {refuse_s}: flag an answer before refusing it")
+        _check_limits(fresh_s, refuse_s)
         if model == LOCAL or not client:
             raise ConfigError(f"model is {model!r}, client is {client!r}: choose another name, and name a client")
         super().__init__(checked(config), clock=clock)
@@ -121,10 +129,13 @@ class EdgeModelServer(ModelServer):
         self._updating = threading.Lock()
         self._ages: dict[Key, tuple[int | None, Age]] = {}  # its round, its age
         self.local_model = f"{model}-local"
-        for name in (self.model, self.local_model):
-            if self.registry.version_numbers(name):
-                self.serve(self.registry, name)
         try:
+            for name in (self.model, self.local_model):
+                now = current(self.registry, name)
+                if now is not None and self.config.engine == "numpy":  # a device must not start with what cannot answer
+                    models.blueprint("numpy", now.architecture, now.parameters)
+                if self.registry.version_numbers(name):
+                    self.serve(self.registry, name)
             if global_model is not None:
                 self.update_global(global_model)
             if local_model is not None:
@@ -148,7 +159,7 @@ class EdgeModelServer(ModelServer):
 
         Returns:
             The answer of :meth:`ModelServer.predict`, with ``head`` unless the global model was asked for, and with
-            ``path`` ("local"), ``round`` (None where no update named one), ``age_s`` (None: cannot be told) and
+            ``path`` ("local"), ``round`` (None where no update named one), ``age_s`` (None: unknown) and
             ``degraded`` (older than ``fresh_s``).
 
         Raises:
@@ -176,7 +187,7 @@ class EdgeModelServer(ModelServer):
         if request.model == self.local_model:
             answer["model_type"] = "personal"
         if not request.nested:
-            self.telemetry.told("path", [answer["path"]])
+            self.telemetry.count("path", [answer["path"]])
         return answer
 
     def _freshness(self, key: Key) -> dict[str, Any]:
@@ -195,11 +206,12 @@ class EdgeModelServer(ModelServer):
         known = self._ages.get(key)
         if known is None:
             manifest = self.registry.manifest(key[0], int(key[1]))
-            age = Age(_updated_at(manifest), self._clock, self._wall)
-            known = self._keep_age(key, manifest.round, age)
+            known = self._keep_age(key, manifest.round, _updated_at(manifest))
         return known
 
-    def _keep_age(self, key: Key, number: int | None, age: Age) -> tuple[int | None, Age]:
+    def _keep_age(self, key: Key, number: int | None, since_s: float | None = None) -> tuple[int | None, Age]:
+        """The round and the age of a version, counted from ``since_s`` (Unix seconds; None: from now)."""
+        age = Age(self._wall() if since_s is None else since_s, self._clock, self._wall)
         known = self._ages[key] = (number, age)
         for oldest in list(self._ages)[:-_AGES]:
             if oldest[1] != self._router.routes.of(oldest[0]).aliases.get("default"):
@@ -210,10 +222,10 @@ class EdgeModelServer(ModelServer):
 
     def update_global(
         self,
-        state: nn.Module | Mapping[str, Tensor],
+        state: "nn.Module | Mapping[str, AnyTensor]",
         *,
         round: int | None = None,
-        head: Mapping[str, Tensor] | HeadSet | None = None,
+        head: Mapping[str, AnyTensor] | HeadSet | None = None,
         **published: Any,
     ) -> Manifest:
         """Serve other weights from now on; every request sees all of the update or nothing of it.
@@ -242,20 +254,20 @@ class EdgeModelServer(ModelServer):
             if head is not None:
                 heads = head if isinstance(head, HeadSet) else HeadSet.from_states({self.client: head})
                 return self._install(state, heads, published)
-            kept = None
+            earlier = None
             with contextlib.suppress(CorruptArtifactError):  # what is broken is replaced, its head with it
                 store = None if now is None else self.registry.read(self.model, now.version).heads
-                kept = None if store is None else store.take(self.client)
+                earlier = None if store is None else store.take(self.client)
             try:
-                return self._install(state, kept, published)
+                return self._install(state, earlier, published)
             except InvalidModelError:
-                if kept is None:
+                if earlier is None:
                     raise
                 return self._install(state, None, published)  # a narrower body, or none: no head of before can fit it
 
     @version_id_too
     def update_local(
-        self, state: nn.Module | Mapping[str, Tensor], *, version: str | int | None = None, layout: Layout = "head"
+        self, state: "nn.Module | Mapping[str, AnyTensor]", *, version: str | int | None = None, layout: Layout = "head"
     ) -> Manifest:
         """Serve another head of the client on the same weights, or another local model; seen whole or not at all, as
         :meth:`update_global`.
@@ -270,21 +282,28 @@ class EdgeModelServer(ModelServer):
         Raises:
             NotFoundError: There is no global model yet. InvalidModelError: The head is of the wrong shape.
         """
-        if isinstance(state, nn.Module) or not all(name.startswith("head.") for name in state):
-            with self._updating:
+        with self._updating:
+            if not isinstance(state, Mapping) or not all(name.startswith("head.") for name in state):
                 before = current(self.registry, self.local_model) or current(self.registry, self.model)
                 return self._install(state, None, _as_before(before, state), model=self.local_model)
-        with self._updating:
             artifact = self.registry.read(self.model, self.registry.resolve(self.model))
             now = artifact.manifest
             trained = self.registry.manifest(self.model, self.registry.resolve(self.model, version))
             heads = HeadSet.from_states({self.client: state}, layout, trained_on(layout, trained.digests))
-            kept = ("architecture", "parameters", "preprocessing", "metrics", "note")
-            published = {name: getattr(now, name) for name in kept} | {"output_type": now.signature.output_type}
             lineage = now.lineage or Lineage()  # a new head makes the body no younger, not even after a restart
-            extra = {**lineage.extra, UPDATED_AT: _updated_at(now)}
-            published["lineage"] = msgspec.structs.replace(lineage, extra=extra)
-            return self._install(artifact.tensors, heads, published, age=self._age_of((self.model, str(now.version))))
+            lineage = msgspec.structs.replace(lineage, extra={**lineage.extra, UPDATED_AT: _updated_at(now)})
+            published = _as_before(now) | {"metrics": now.metrics, "note": now.note, "lineage": lineage}
+            return self._install(artifact.arrays, heads, published, body=now)
+
+    def forget(self, client: str) -> None:
+        """:meth:`Registry.forget` on this device, of whose heads it may have none. Its global and local models stay,
+        but for versions that cannot be read: they answer nobody, and may hold its head."""
+        with self._updating:  # an update carries the head of before along
+            for folder in self.registry.unreadable():
+                storage.remove(f"{self.registry.root}/models/{folder}")
+            with contextlib.suppress(NotFoundError, CorruptArtifactError):  # of its head, nothing is here (any more)
+                self.registry.forget(client)
+            self.refresh()
 
     def confirm(self) -> None:
         """The cloud has just said that nothing newer exists: the model's age counts from now.
@@ -293,22 +312,24 @@ class EdgeModelServer(ModelServer):
         """
         now = current(self.registry, self.model)
         if now is not None:
-            self._keep_age((self.model, str(now.version)), now.round, Age(self._wall(), self._clock, self._wall))
+            self._keep_age((self.model, str(now.version)), now.round)
 
     def _install(
         self,
-        state: nn.Module | Mapping[str, Tensor],
+        state: "nn.Module | Mapping[str, AnyTensor]",
         heads: HeadSet | None,
         published: Mapping[str, Any],
         *,
-        age: tuple[int | None, Age] | None = None,
+        body: Manifest | None = None,
         model: str | None = None,
     ) -> Manifest:
         name = model or self.model
-        manifest = self.registry.publish(name, state, heads=heads, **published)
+        manifest = self.registry.publish(name, state, heads=heads, engine=self.config.engine, **published)
         key = (name, str(manifest.version))
-        number, known = age or (manifest.round, Age(self._wall(), self._clock, self._wall))
-        self._keep_age(key, number, known)
+        if body is None:
+            self._keep_age(key, manifest.round)
+        else:  # as old as the version that has the same body
+            self._ages[key] = self._age_of((name, str(body.version)))
         if name not in self._sources:
             self.serve(self.registry, name)
         self._preload(key)  # whatever does not answer raises here: no alias leads to it
@@ -341,9 +362,15 @@ class EdgeModelServer(ModelServer):
             self._remove_registry()
 
 
-def device_request(
-    features: Any, use_personalized: bool = True, version: str | int | None = None, **options: Any
-) -> Request:
+def _check_limits(fresh_s: float | None, refuse_s: float | None) -> None:
+    for name, limit in (("fresh_s", fresh_s), ("refuse_s", refuse_s)):
+        if limit is not None and (type(limit) not in (int, float) or not 0 < limit < inf):
+            raise ConfigError(f"{name} is {limit!r}: it must be a number of seconds above 0, or None")
+    if fresh_s is not None and refuse_s is not None and fresh_s > refuse_s:
+        raise ConfigError(f"fresh_s is {fresh_s}, refuse_s is {refuse_s}: flag an answer before refusing it")
+
+
+def device_request(features: Any, use_personalized: bool, version: str | int | None, **options: Any) -> Request:
     """The arguments of :meth:`EdgeModelServer.predict` as a request. Raises InvalidInputError."""
     if not isinstance(use_personalized, bool):
         raise InvalidInputError(f"use_personalized is {use_personalized!r:.64}: True or False; version has a name")
@@ -358,12 +385,12 @@ def current(registry: Registry, model: str) -> Manifest | None:
     return None
 
 
-def _as_before(now: Manifest | None, state: nn.Module | Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def _as_before(now: Manifest | None, state: "nn.Module | Mapping[str, AnyTensor] | None" = None) -> dict[str, Any]:
     """What a version is published with where nothing else is said: what the one before it was."""
     if now is None:
         return {}
     before: dict[str, Any] = {"preprocessing": now.preprocessing, "output_type": now.signature.output_type}
-    if not isinstance(state, nn.Module):
+    if state is None or isinstance(state, Mapping):
         before |= {"architecture": now.architecture, "parameters": now.parameters}
     return before
 

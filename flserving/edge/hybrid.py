@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass
 from math import inf
 from typing import Any, Protocol, Self
 
@@ -30,7 +32,9 @@ from flserving.errors import (
     OverloadedError,
     ServerClosedError,
     StaleModelError,
+    check_number,
 )
+from flserving.models.masking import FULL, OUTPUTS
 from flserving.models.processing import Preprocessor, Several
 from flserving.serving.cache import PredictionCache
 from flserving.serving.request import Request, finished
@@ -49,8 +53,8 @@ _MENDABLE = (
     ModelTooLargeError,
 )
 """What keeps the device from answering, and need not keep the cloud."""
-_OUTPUTS = ("predictions", "confidences", "probabilities")
-_NOTES = ("model_version", "model_type", "head", "round", "age_s", "degraded")
+_DEGRADED = {"path": "degraded", "degraded": True}
+_NOTES = ("model_version", "model_type", "head", "round", "age_s", "degraded", "outputs")
 
 
 class Cloud(Protocol):
@@ -83,22 +87,38 @@ def as_drawn(answer: Answer, threshold: float) -> bool:
 POLICIES: dict[str, Callable[[Answer, float], bool]] = {"local_first": local_first, "as_drawn": as_drawn}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridSettings:
+    """How a hybrid asks its cloud, and how long it relies on an answer.
+
+    Args:
+        cloud_share: Share of a request's time that the cloud may take; the rest comes first and is the device's.
+        personal: Ask for the answers of the client that the cloud's credential names, where the device's client asks.
+        cloud_calls: Most calls at a time; each takes a thread.
+        cache_bytes, cache_ttl_s: Of the cloud's answers. They are private to the client. A local update changes their
+            key, and an answer of another version of the cloud drops them all: so after a promotion in the cloud of
+            which nothing was heard, an answer may be up to ``cache_ttl_s`` old, and ``age_s`` says how old.
+    """
+
+    cloud_share: float = 0.8
+    personal: bool = False
+    cloud_calls: int = 8
+    cache_bytes: int = 16 << 20
+    cache_ttl_s: float = 60.0
+
+
 class HybridServer:
     """A server that has a device and a cloud, and asks the cloud where its policy says so.
 
     Args:
         edge: The device. It and ``cloud`` stay open when the hybrid closes.
-        cloud: A :class:`flserving.api.client.Client`; it is called in threads, at most ``cloud_calls`` at a time.
+        cloud: A :class:`flserving.api.client.Client`; it is called in threads.
         policy: ``local_first`` or ``as_drawn``: the functions of that name in this module.
         consent: Nothing leaves the device unless it is True; may be set at any time.
         threshold: The lowest confidence that is trusted, see :func:`flserving.edge.calibration.calibrate`.
-        cloud_share: Share of a request's time that the cloud may take; the rest comes first and is the device's.
-        personal: Ask for the answers of the client that the cloud's credential names, where the device's client asks.
         cloud_model: The model's name in the cloud; that of the edge when not given.
         breaker: By default it opens after 5 failures in a row, for 5 s.
-        cache_bytes, cache_ttl_s: Of the cloud's answers. They are private to the client. A local update changes their
-            key, and an answer of another version of the cloud drops them all: so after a promotion in the cloud of
-            which nothing was heard, an answer may be up to ``cache_ttl_s`` old, and ``age_s`` says how old.
+        settings: See :class:`HybridSettings`.
 
     A request that names a version, or another model than the edge's, is the device's alone. A cloud answer's ``age_s``
     counts from when it was given, and ``round`` is None where the cloud does not say it.
@@ -115,30 +135,27 @@ class HybridServer:
         *,
         consent: bool = False,
         threshold: float = 0.8,
-        cloud_share: float = 0.8,
-        personal: bool = False,
         cloud_model: str | None = None,
         breaker: CircuitBreaker | None = None,
-        cloud_calls: int = 8,
-        cache_bytes: int = 16 << 20,
-        cache_ttl_s: float = 60.0,
+        settings: HybridSettings | None = None,
     ) -> None:
+        settings = settings or HybridSettings()
         if policy not in POLICIES:
             raise ConfigError(f"policy is {policy!r}: choose one of {', '.join(POLICIES)}")
-        for name, value, low, high in (("threshold", threshold, 0, inf), ("cloud_share", cloud_share, 0.01, 1)):
-            if type(value) not in (int, float) or not low <= value < high:
-                raise ConfigError(f"{name} is {value!r}: it must be a number in [{low}, {high})")
+        check_number("threshold", threshold, 0, inf)
+        check_number("cloud_share", settings.cloud_share, 0.01, 0.99)
         self.edge = edge
         self.cloud = cloud
         self.consent = consent
         self.threshold = threshold
-        self.cloud_share = cloud_share
-        self.personal = personal
         self.cloud_model = cloud_model
+        self.settings = settings
         self.breaker = breaker or CircuitBreaker()
-        self.cloud_cache: PredictionCache[CloudAnswer] = PredictionCache(cache_bytes, cache_ttl_s, edge._clock)
+        self.cloud_cache: PredictionCache[CloudAnswer] = PredictionCache(
+            settings.cache_bytes, settings.cache_ttl_s, edge._clock
+        )
         self._stands = POLICIES[policy]
-        self._calls = ThreadPoolExecutor(cloud_calls, thread_name_prefix="flserving-cloud")
+        self._calls = ThreadPoolExecutor(settings.cloud_calls, thread_name_prefix="flserving-cloud")
         self._closed = False
         self._lock = threading.Lock()
         self._cloud_version = ""
@@ -184,31 +201,40 @@ class HybridServer:
 
     def handle(self, request: Request) -> Answer:
         """Answer one request, on the caller's thread."""
-        self._check_open()
-        if request.version is not None or request.model not in (None, self.edge.model):
+        if self._is_the_devices(request):
             return self.edge.handle(request)
         exchange = Exchange(self, request)
         try:
             local = self.edge.handle(exchange.for_device())
-        except _MENDABLE as error:
-            return self._respond(exchange, self._ask_cloud(exchange) or exchange.degraded(None, error))
+        except _MENDABLE:
+            answer = self._ask_cloud(exchange)
+            if answer is None:
+                raise
+            return exchange.respond(answer)
         if self._stands(local, self.threshold):
-            return self._respond(exchange, local)
-        return self._respond(exchange, self._ask_cloud(exchange) or exchange.degraded(local))
+            return exchange.respond(local)
+        return exchange.respond(self._ask_cloud(exchange) or local | _DEGRADED)
 
     async def ahandle(self, request: Request) -> Answer:
         """:meth:`handle` for coroutines."""
-        self._check_open()
-        if request.version is not None or request.model not in (None, self.edge.model):
+        if self._is_the_devices(request):
             return await self.edge.ahandle(request)
         exchange = Exchange(self, request)
         try:
             local = await self.edge.ahandle(exchange.for_device())
-        except _MENDABLE as error:
-            return self._respond(exchange, await self._aask_cloud(exchange) or exchange.degraded(None, error))
+        except _MENDABLE:
+            answer = await self._aask_cloud(exchange)
+            if answer is None:
+                raise
+            return exchange.respond(answer)
         if self._stands(local, self.threshold):
-            return self._respond(exchange, local)
-        return self._respond(exchange, await self._aask_cloud(exchange) or exchange.degraded(local))
+            return exchange.respond(local)
+        return exchange.respond(await self._aask_cloud(exchange) or local | _DEGRADED)
+
+    def _is_the_devices(self, request: Request) -> bool:
+        if self._closed:
+            raise ServerClosedError("the server was closed: open a new one")
+        return request.version is not None or request.model not in (None, self.edge.model)
 
     def _ask_cloud(self, exchange: "Exchange") -> Answer | None:
         """The cloud's answer, an earlier one or a new one, in its part of the time; None where there is none.
@@ -217,52 +243,19 @@ class HybridServer:
             InvalidInputError: The features are not rows of finite numbers.
         """
         exchange.read_rows()
-        try:
-            future = exchange.begin()
-            if future is not None:
-                wait([future], exchange.cloud_left_s())
+        with exchange:
+            if exchange.begin():
+                wait([exchange.awaited], exchange.cloud_left_s())
             return exchange.end()
-        except BaseException as error:
-            exchange.fail(error)
-            if not isinstance(error, FlservingError):
-                raise
-            return None
-        finally:
-            future = None  # an error's frames must not hold what holds the error
+        return None
 
     async def _aask_cloud(self, exchange: "Exchange") -> Answer | None:
         exchange.read_rows()
-        try:
-            future = exchange.begin()
-            if future is not None:
-                await finished(future, exchange.cloud_left_s())
+        with exchange:
+            if exchange.begin():
+                await finished(exchange.awaited, exchange.cloud_left_s())
             return exchange.end()
-        except BaseException as error:
-            exchange.fail(error)
-            if not isinstance(error, FlservingError):
-                raise
-            return None
-        finally:
-            future = None
-
-    def _respond(self, exchange: "Exchange", answer: Answer) -> Answer:
-        answer["latency_ms"] = (self._clock() - exchange.started_s) * 1e3
-        self.telemetry.told("path", [answer["path"]])
-        return answer
-
-    def _count_refusal(self, reason: str) -> None:
-        with self._lock:
-            self._refusals[reason] += 1
-
-    def _note_cloud_version(self, version: str) -> None:
-        with self._lock:
-            if version != self._cloud_version:
-                self._cloud_version = version
-                self.cloud_cache.clear()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ServerClosedError("the server was closed: open a new one")
+        return None
 
     # What operators see
 
@@ -316,42 +309,44 @@ class HybridServer:
 
 
 class Exchange:
-    """One request between device and cloud: the time of each, and the call to the cloud (:meth:`begin`, wait for the
-    future that it gives, :meth:`end`)."""
+    """One request between device and cloud: the time of each, and the call to the cloud.
+
+    As a context: :meth:`begin`, wait for ``awaited``, :meth:`end`. An error of the package ends the context and goes no
+    further: who follows this request's call hears of it, and it is counted. Nothing that an error's frames lead to
+    holds the error, so it is gone with its last user.
+    """
 
     def __init__(self, server: HybridServer, request: Request) -> None:
         timeout_s = server.edge._timeout_s(request.timeout_ms)
         self.request = request
         self.started_s = server._clock()
         self._server = server
-        self._cloud_s = timeout_s * (server.cloud_share if server.consent else 0.0)
+        self._policy = server.edge._policy_of(request)
+        self._cloud_s = timeout_s * server.settings.cloud_share if server.consent else 0.0
         self._device_s = timeout_s - self._cloud_s
         self._ends_s = self.started_s + timeout_s
         self._leads = False  # whether others wait for what comes of this one's call
         self._flight: Any = None  # the future of the flight that it leads or follows
-        self._call: Any = None  # the future of its own call
+        self.awaited: Any = None  # the future of its own call, else of the flight that it follows
         self._cached: CloudAnswer | None = None
 
     def for_device(self) -> Request:
-        """The same request, in the device's part of the time."""
-        request = self.request
-        return Request(
-            request.features,
-            timeout_ms=self._device_s * 1e3,
-            stages=request.stages,
-            arrays=request.arrays,
-            client=request.client,
-            caller=request.caller,
-            identity=request.identity,
-            personal=request.personal,
-            nested=True,
-        )
+        """The same request, in the device's part of the time; nothing is masked before it is known who answers."""
+        request = copy(self.request)
+        request.timeout_ms = self._device_s * 1e3
+        request.nested = True
+        request.policy = FULL
+        request.outputs = None
+        return request
 
-    def degraded(self, local: Answer | None, problem: FlservingError | None = None) -> Answer:
-        """The device's answer where a better one was wanted. Raises why the device gave none, if it did not."""
-        if local is not None:
-            return local | {"path": "degraded", "degraded": True}
-        raise problem or DeadlineExceededError("neither the device nor the cloud answered: raise timeout_ms")
+    def respond(self, answer: Answer) -> Answer:
+        """The answer to the request: masked, with the time that it took, counted by its path."""
+        if self._policy != FULL:
+            outputs = {name: np.asarray(answer.pop(name)) for name in OUTPUTS if name in answer}
+            answer |= self._policy.shown(outputs, self.request.arrays)
+        answer["latency_ms"] = (self._server._clock() - self.started_s) * 1e3
+        self._server.telemetry.count("path", [answer["path"]])
+        return answer
 
     def read_rows(self) -> None:
         """Check the features, and name what the cloud is asked. Raises InvalidInputError."""
@@ -377,72 +372,73 @@ class Exchange:
         """What is left of the cloud's part of the time."""
         return max(0.0, self._until_s - self._server._clock())
 
-    def begin(self) -> Any:
-        """The future to wait for; None where the answer is in the cache."""
+    def __enter__(self) -> None:
+        pass
+
+    def begin(self) -> bool:
+        """Ask the cloud, or join who asks it; False where the answer is in the cache."""
         server = self._server
         self._until_s = min(self._ends_s, server._clock() + self._cloud_s)
         self._cached, self._flight, self._leads = server.cloud_cache.begin(self._key)
-        if not self._leads:
-            return self._flight
-        if not server.consent:
-            raise ForbiddenError(_NO_CONSENT)
-        if not server.breaker.allow():
-            raise OverloadedError("the cloud failed several times in a row: it is left alone for a while")
-        try:
-            self._call = server._calls.submit(self._ask)
-        except RuntimeError as error:
-            raise ServerClosedError("the server was closed: open a new one") from error
-        return self._call
+        self.awaited = self._flight
+        if self._leads:
+            if not server.consent:
+                raise ForbiddenError(_NO_CONSENT)
+            if not server.breaker.allow():
+                raise OverloadedError("the cloud failed several times in a row: it is left alone for a while")
+            try:
+                self.awaited = server._calls.submit(self._ask)
+            except RuntimeError as error:
+                raise ServerClosedError("the server was closed: open a new one") from error
+        return self._cached is None
 
     def end(self) -> Answer:
         """The cloud's answer, from wherever it came. Raises why there is none."""
         if self._cached is not None:
             return self._cached.answer("cache", self)
-        flight = self._flight
-        if not self._leads:
-            self._flight = None
-        try:
-            if self._leads:
-                answer = self._received()
-                self._server.cloud_cache.finish(self._key, flight, answer)
-                self._leads = False
-            elif flight.done():
-                answer = flight.result()
-            else:
-                raise DeadlineExceededError("an identical request to the cloud took too long: raise timeout_ms")
-            return answer.answer("cloud", self)
-        finally:
-            del flight  # an error's frames must not hold what holds the error
+        if self._leads:
+            answer = self._received()
+            self._server.cloud_cache.finish(self._key, self._flight, answer)
+            self._leads = False
+        elif self.awaited.done():
+            answer = self.awaited.result()
+        else:
+            raise DeadlineExceededError("an identical request to the cloud took too long: raise timeout_ms")
+        return answer.answer("cloud", self)
 
-    def fail(self, error: BaseException) -> None:
-        """Nothing came of it: tell those who follow."""
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
         if self._leads:
             cancelled = OverloadedError("the request that asked the cloud was cancelled: try again")
             reason = error if isinstance(error, Exception) else cancelled
             self._server.cloud_cache.finish(self._key, self._flight, error=reason)
         self._flight = None
-        self._call = None
-        if isinstance(error, FlservingError):
-            self._server._count_refusal(error.reason)
+        self.awaited = None
+        if not isinstance(error, FlservingError):
+            return False
+        with self._server._lock:
+            self._server._refusals[error.reason] += 1
+        return True
 
     def _received(self) -> "CloudAnswer":
         """The answer to the call that this request made."""
         server = self._server
-        call = self._call
-        self._call = None
         try:
-            if not call.done():
-                call.cancel()
+            if not self.awaited.done():
+                self.awaited.cancel()
                 raise DeadlineExceededError(f"no answer from the cloud in its {self._cloud_s * 1e3:.0f} ms")
-            answer = CloudAnswer(call.result(), len(self._rows), server._clock())
+            answer = CloudAnswer(self.awaited.result(), len(self._rows), server._clock())
         except Exception as error:  # whatever it is, the device goes on
-            known = error if isinstance(error, FlservingError) else FlservingError(f"the cloud's answer: {error!r}")
-            server.breaker.record(known.http_status < 500 and known.http_status != 429)  # refusing me, it is alive
-            raise known from error
-        finally:
-            del call
+            status = error.http_status if isinstance(error, FlservingError) else 500
+            server.breaker.record(status < 500 and status != 429)  # refusing me, it is alive
+            if isinstance(error, FlservingError):
+                raise
+            raise FlservingError(f"the cloud's answer: {error!r}") from error
         server.breaker.record(True)
-        server._note_cloud_version(str(answer.notes["model_version"]))
+        version = str(answer.notes["model_version"])
+        with server._lock:
+            if version != server._cloud_version:
+                server._cloud_version = version
+                server.cloud_cache.clear()
         return answer
 
     def _ask(self) -> Answer:
@@ -452,7 +448,7 @@ class Exchange:
         if not server.consent:  # withdrawn meanwhile
             raise ForbiddenError(_NO_CONSENT)
         options: dict[str, Any] = {}
-        if server.personal and self.request.personal and self.request.client in (None, server.client):
+        if server.settings.personal and self.request.personal and self.request.client in (None, server.client):
             options["personal"] = True
         left_ms = max(1e-3, (self._until_s - server._clock()) * 1e3)
         model = server.cloud_model or server.model
@@ -463,7 +459,7 @@ class CloudAnswer:
     """What the cloud answered to some rows, in arrays that nobody may write to."""
 
     def __init__(self, answer: Mapping[str, Any], rows: int, at_s: float) -> None:
-        self.outputs = {name: np.array(answer[name]) for name in _OUTPUTS if answer.get(name) is not None}
+        self.outputs = {name: np.array(answer[name]) for name in OUTPUTS if answer.get(name) is not None}
         self.notes = {name: answer[name] for name in _NOTES if name in answer}
         self._at_s = at_s
         self._age_s = float(answer.get("age_s") or 0.0)

@@ -25,8 +25,8 @@ from flserving.models import weights
 from flserving.registry import storage
 from flserving.registry.heads import HeadSet, Layout
 from flserving.registry.index import DEFAULT_ALIAS
-from flserving.registry.manifest import MAX_MANIFEST_NBYTES, Count, Digest, Manifest, Version, sha256
-from flserving.registry.registry import MANIFEST, Registry
+from flserving.registry.manifest import Count, Digest, Manifest, Version, for_devices, sha256
+from flserving.registry.registry import Registry
 
 KEY_FILE = "release.key"
 MAX_RELEASE_NBYTES = 1 << 16
@@ -41,6 +41,9 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     back, 0 where none above this one was: devices that run a later one, of which nobody said so, do not go lower.
     ``rollback`` is the same in rounds. It is what devices of before ``undone`` go by, who read no statement with a
     field that they do not know; to them ``undone`` is not said.
+    ``manifest_sha256`` is that of what :func:`device_manifest` gives. ``forgotten`` is the number of the last
+    forgetting of the client whose token asks, which ``client_sha256`` names: what its device has of its heads must go.
+    Both are said where it is asked for them.
     """
 
     model: str
@@ -54,6 +57,8 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     rollback: Count
     nonce: Annotated[str, Meta(pattern=r"^[0-9a-f]{0,64}$")]
     undone: Count | None = None
+    forgotten: Count = 0
+    client_sha256: Digest | None = None
 
 
 class HeadStatement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,23 +110,28 @@ class Signer:
         self._known: dict[str, Statement] = {}
         self._describing = threading.Lock()  # after a change all devices ask at once: one reads the weights
 
-    def release(self, model: str, nonce: str = "", by_version: bool = True) -> Release:
+    def release(self, model: str, nonce: str = "", by_version: bool = True, client: str | None = None) -> Release:
         """The signed statement of ``model``. NotFoundError: no such model, or nothing is its default.
 
         Args:
             by_version: Say ``undone``. False for who may be a device that does not know it.
+            client: Say whether this one, who asks, was forgotten.
 
         Cost: about 0.1 ms; after a change of the registry, a read of the weights beside it.
         """
         with self._describing:
             known = self._known.get(model)
-            while known is None or known.serial != self._registry.change_token():  # also where it changed meanwhile
-                known = self._describe(model, self._registry.change_token())
+            while known is None or known.serial != self._serial():  # also where it changed meanwhile
+                known = self._describe(model, self._serial())
                 self._known[model] = known
         issued = int(self._now())
         statement = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + VALID_S, nonce=nonce)
         if not by_version:
             statement = msgspec.structs.replace(statement, undone=None)
+        if client is not None:
+            forgotten = self._registry.forgotten(client)[0]
+            who = client_sha256(client) if forgotten else None
+            statement = msgspec.structs.replace(statement, forgotten=forgotten, client_sha256=who)
         return self.sign(statement)
 
     def pseudonym(self, name: str) -> str:
@@ -134,7 +144,7 @@ class Signer:
         assert head.trained_on is not None
         statement = HeadStatement(
             model=model,
-            manifest_sha256=sha256(manifest_bytes(self._registry, model, version)),
+            manifest_sha256=sha256(device_manifest(self._registry, model, version)),
             client=head.clients[0],
             layout=head.layout,
             trained_on=head.trained_on[0],
@@ -148,6 +158,10 @@ class Signer:
         signature = self._key.sign(_label(type(statement)) + text)
         return Release(text.decode(), signature.hex(), self.public)
 
+    def _serial(self) -> int:
+        """One more than before manifests were made for devices: they take the new one of the same version for that."""
+        return self._registry.change_token() + 1
+
     def _describe(self, model: str, serial: int) -> Statement:
         registry = self._registry
         version = registry.resolve(model, DEFAULT_ALIAS)
@@ -160,8 +174,8 @@ class Signer:
             version=version,
             round=number,
             serial=serial,
-            manifest_sha256=sha256(manifest_bytes(registry, model, version)),
-            int8_sha256=weights.digest(delta.quantised(artifact.tensors)),
+            manifest_sha256=sha256(for_devices(artifact.manifest)),
+            int8_sha256=weights.digest(delta.quantised(artifact.arrays)),
             issued_at=0,
             expires_at=0,
             rollback=back if back > number else 0,
@@ -170,11 +184,14 @@ class Signer:
         )
 
 
-def manifest_bytes(registry: Registry, model: str, version: int) -> bytes:
-    """The manifest's file, byte for byte. Raises as :meth:`Registry.manifest`."""
-    registry.manifest(model, version)  # verifies the file
-    path = f"{model}/{version}/{MANIFEST}"
-    return storage.read_file(f"{registry.root}/models", path, MAX_MANIFEST_NBYTES)
+def client_sha256(client: str) -> str:
+    """A client as a statement names it: its id may be no Unicode text."""
+    return sha256(client.encode(errors="surrogatepass"))
+
+
+def device_manifest(registry: Registry, model: str, version: int) -> bytes:
+    """What devices get of a version's manifest, byte for byte. Raises as :meth:`Registry.manifest`."""
+    return for_devices(registry.manifest(model, version))
 
 
 def round_of(manifest: Manifest) -> int:

@@ -8,13 +8,12 @@ the device starts with the version before or with the new one, and a download go
 The weights of earlier versions go, but for the newest two and what an alias or an experiment leads to: what is
 wanted again is downloaded again. What the device made itself (:meth:`EdgeModelServer.update_local`) stays.
 
+Where the cloud has forgotten the client, the signed statement says so, and the device forgets it first.
+
 What the cloud said stays in the version's lineage: ``extra`` has ``cloud_manifest``, ``cloud_version``, ``cloud_form``.
 """
 
 import contextlib
-import json
-import os
-import re
 import secrets
 import ssl
 import threading
@@ -28,13 +27,20 @@ from urllib.parse import urlencode
 
 import httpx
 import msgspec
-import torch
-from torch import Tensor
 
 from flserving import models
 from flserving.edge import delta
 from flserving.edge.device import UPDATED_AT, EdgeModelServer, current
-from flserving.edge.release import MAX_RELEASE_NBYTES, Seen, Statement, check, open_head, round_of, verify
+from flserving.edge.release import (
+    MAX_RELEASE_NBYTES,
+    Seen,
+    Statement,
+    check,
+    client_sha256,
+    open_head,
+    round_of,
+    verify,
+)
 from flserving.errors import (
     REASON,
     ConfigError,
@@ -47,16 +53,16 @@ from flserving.errors import (
     ServerClosedError,
     TooLargeError,
     UnauthorizedError,
-    kind_of,
+    answered,
 )
 from flserving.models import weights
+from flserving.models.weights import AnyTensor, Array
 from flserving.registry import manifest, storage
 from flserving.registry.heads import HeadSet, trained_on
 from flserving.registry.manifest import Lineage, Manifest, sha256
 from flserving.registry.registry import WEIGHTS, Registry
 
 _SLACK_NBYTES = 1 << 20  # a delta of what cannot be compressed is a little longer than the weights
-_RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})")
 _IDLE_S = 4.0  # a cloud lets go of a connection that was idle for 5 s: be sure to do so first
 
 
@@ -65,6 +71,7 @@ class _Facts(Seen, frozen=True, forbid_unknown_fields=True, kw_only=True):
     key: str | None = None  # the cloud's, trusted since the first pull
     device: str = ""  # tells this device from others with the same credential
     seen_s: float = 0.0
+    forgotten: int = 0  # the last forgetting of the client that was obeyed
 
 
 class Memory:
@@ -102,15 +109,11 @@ class Memory:
     def note(self, **changed: Any) -> None:
         """Change facts, and wait until the disk has them. FlservingError: it cannot."""
         facts = msgspec.structs.replace(self.facts, **{"seen_s": self.wall()} | changed)
-        fresh = f"{self._path}.{secrets.token_hex(4)}"
-        try:
-            storage.write_file(fresh, msgspec.json.encode(facts))
-            os.replace(fresh, self._path)
+        fresh = self._path.with_suffix(f".{secrets.token_hex(4)}")
+        with _disk(fresh):
+            storage.write_file(str(fresh), msgspec.json.encode(facts))
+            fresh.replace(self._path)
             storage.sync_directory(str(self.folder))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
-            raise _disk_full(error) from error
         self.facts = facts
 
 
@@ -200,26 +203,44 @@ class SyncAgent:
             CorruptArtifactError, TooLargeError, ModelTooLargeError: Something else came than what was signed.
             FlservingError: The disk is full.
         """
-        with self._pulling:
-            self._cloud.nbytes = {}
-            statement, model = self._ask()
-            self._edge.model = model  # a new device may have been opened before it knew
-            local = current(self._registry, model)
-            held = self._held(model, statement.manifest_sha256)
-            changed = held is None or local is None or held != local.version
-            if held is None:
-                held = self._update(model, statement, local)
-            elif changed:
-                with self._edge.lease(held, model):  # it answers, or nothing moves
-                    pass
-                why = f"release {statement.serial}"
-                self._registry.set_alias(model, "default", held, who="sync", why=why)
-            self._edge.refresh()
-            self._edge.confirm()
-            if (self.memory.facts.version, self.memory.facts.round) != (statement.version, statement.round):
-                self.memory.note(version=statement.version, round=statement.round)
-            self._prune(model)
-            return Pulled(changed, statement.round, statement.version, held, self._cloud.nbytes)
+        try:
+            with self._pulling:
+                return self._pull()
+        except httpx.TimeoutException as error:
+            waited = f"{self._cloud.settings.timeout_s:g} s"
+            raise DeadlineExceededError(f"no answer from {self._cloud.url} within {waited}: try again later") from error
+        except httpx.TransportError as error:
+            raise ServerClosedError(f"no answer from {self._cloud.url} ({type(error).__name__}: {error})") from error
+
+    def _pull(self) -> Pulled:
+        self._cloud.nbytes = {}
+        statement, model = self._ask()
+        self._edge.model = model  # a new device may have been opened before it knew
+        self._forget(statement)
+        local = current(self._registry, model)
+        held = self._held(model, statement.manifest_sha256)
+        changed = held is None or local is None or held != local.version
+        if held is None:
+            held = self._update(model, statement, local)
+        elif changed:
+            with self._edge.lease(held, model):  # it answers, or nothing moves
+                pass
+            self._registry.set_alias(model, "default", held, who="sync", why=f"release {statement.serial}")
+        self._edge.refresh()
+        self._edge.confirm()
+        if (self.memory.facts.version, self.memory.facts.round) != (statement.version, statement.round):
+            self.memory.note(version=statement.version, round=statement.round)
+        self._prune(model)
+        return Pulled(changed, statement.round, statement.version, held, self._cloud.nbytes)
+
+    def _forget(self, statement: Statement) -> None:
+        """Where the cloud has forgotten the client since the last pull: so does the device, its own heads included. Of
+        another client, whose token it may hold, it has none."""
+        if self._client is None or statement.client_sha256 != client_sha256(self._client):
+            return
+        if statement.forgotten > self.memory.facts.forgotten:
+            self._edge.forget(self._client)
+            self.memory.note(forgotten=statement.forgotten)
 
     def close(self) -> None:
         """Close the connections. Idempotent."""
@@ -232,7 +253,7 @@ class SyncAgent:
         nonce = secrets.token_hex(16)
         model = self._model or facts.model or self._first_model()
         local = current(self._registry, model)
-        path = f"/v2/repository/models/{model}/release?nonce={nonce}&by=version&{self._report(local)}"
+        path = f"/v2/repository/models/{model}/release?nonce={nonce}&by=version&forgotten=1&{self._report(local)}"
         answer = self._cloud.get(path, MAX_RELEASE_NBYTES, "release")
         statement, key = verify(answer, Statement, self._key or facts.key)
         now_s = self._wall()
@@ -285,12 +306,12 @@ class SyncAgent:
 
     def _prune(self, model: str) -> None:
         """Remove the weights of what came from the cloud, is not among the newest two, and nothing leads to."""
-        kept = {*self._registry.version_numbers(model)[-2:], *self._registry.aliases(model).values()}
-        kept.update(*(experiment.versions for experiment in self._registry.experiments(model).values()))
+        needed = {*self._registry.version_numbers(model)[-2:], *self._registry.aliases(model).values()}
+        needed.update(*(experiment.versions for experiment in self._registry.experiments(model).values()))
         for path in Path(self._registry.root, "models", model).glob(f"*/{WEIGHTS}"):
             number = int(path.parent.name) if path.parent.name.isdecimal() else 0
             with contextlib.suppress(CorruptArtifactError, NotFoundError, OSError):
-                if number not in kept:
+                if number not in needed:
                     extra = self._registry.manifest(model, number).extra
                     if "cloud_manifest" in extra and UPDATED_AT not in extra:
                         path.unlink()
@@ -331,10 +352,11 @@ class SyncAgent:
         )
         return published.version
 
-    def _tensors(self, path: str, new: Manifest, statement: Statement, local: Manifest | None) -> dict[str, Tensor]:
+    def _tensors(
+        self, path: str, new: Manifest, statement: Statement, local: Manifest | None
+    ) -> Mapping[str, AnyTensor]:
         """The weights, verified: by a delta from what is here, by one from nothing, or whole."""
-        with torch.device("meta"):
-            like = models.build(new.architecture, new.parameters).state_dict()
+        like = models.blueprint(self._edge.config.engine, new.architecture, new.parameters).like
         if sum(tensor.nbytes for tensor in like.values()) > new.weights_nbytes:
             raise CorruptArtifactError("the architecture asks for more weights than the manifest has: ask its owner")
         bases: list[Manifest | None] = []
@@ -356,27 +378,25 @@ class SyncAgent:
         return weights.unpack(image, "the cloud's weights")
 
     def _by_delta(
-        self, path: str, new: Manifest, statement: Statement, base: Manifest | None, like: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+        self, path: str, new: Manifest, statement: Statement, base: Manifest | None, like: Mapping[str, Array]
+    ) -> Mapping[str, AnyTensor]:
         number = 0
         start = None
         if base is not None:
             number = base.extra["cloud_version"]
-            start = self._registry.read(base.name, base.version).tensors
+            start = self._registry.read(base.name, base.version).arrays
         name = f"{statement.manifest_sha256[:32]}-{number}-{self._form}"
         most = new.weights_nbytes + _SLACK_NBYTES
         image = self._cloud.fetch(f"{path}/delta?base={number}&form={self._form}", name, most, "delta")
         tensors = delta.apply(image, start, like, self._form)
-        if not self._is_signed(tensors, new, statement):
+        # What was signed are the tensors, not a file that holds them: its bytes depend on who wrote it.
+        if self._form == "exact":
+            signed = weights.part_digests(tensors) == (new.digests.body, new.digests.head)
+        else:
+            signed = weights.digest(tensors) == statement.int8_sha256
+        if not signed:
             raise CorruptArtifactError("the delta does not lead to the version that was signed: try again")
         return tensors
-
-    def _is_signed(self, tensors: Mapping[str, Tensor], new: Manifest, statement: Statement) -> bool:
-        """Whether these are the tensors that the cloud signed. Of the tensors, not of a file that holds them: the bytes
-        of a file depend on who wrote it."""
-        if self._form == "exact":
-            return weights.part_digests(tensors) == (new.digests.body, new.digests.head)
-        return weights.digest(tensors) == statement.int8_sha256
 
     def _head(self, path: str, new: Manifest, statement: Statement) -> HeadSet | None:
         """The client's own head, unless the cloud has none, or none for this credential: then the global one answers.
@@ -404,15 +424,15 @@ class _Downloads:
     """One cloud, one folder for what is half here. ``nbytes`` counts what was received, by kind.
 
     Raises (``get`` and ``fetch``):
-        ServerClosedError, DeadlineExceededError: No answer, or too slow. Any other error: what the cloud answered.
-        TooLargeError: More bytes than there can be. FlservingError: The disk is full.
+        httpx.TransportError: No answer, or too slow. DeadlineExceededError: Over ``limit_s``. TooLargeError: More bytes
+        than there can be. FlservingError: The disk is full. Any other error: what the cloud answered.
     """
 
     def __init__(self, url: str, token: str | None, folder: Path, settings: SyncSettings) -> None:
         self.nbytes = dict[str, int]()
-        self._url = url.rstrip("/")
+        self.url = url.rstrip("/")
+        self.settings = settings
         self._folder = folder
-        self._settings = settings
         try:
             trusted = ssl.create_default_context(cadata=None if settings.ca is None else settings.ca.decode())
         except (ssl.SSLError, ValueError) as error:
@@ -434,19 +454,13 @@ class _Downloads:
 
     def get(self, path: str, most: int, kind: str) -> bytes:
         """A short answer, into memory."""
-        until_s = self._settings.clock() + self._settings.limit_s
+        until_s = self.settings.clock() + self.settings.limit_s
         data = bytearray()
-        try:
-            with self._stream(path) as response:
-                for chunk in response.iter_raw():
-                    data += chunk
-                    self._count(kind, len(chunk))
-                    if len(data) > most:
-                        raise TooLargeError(f"the cloud's {kind} has more than {most:,} bytes: it is not one")
-                    if self._settings.clock() > until_s:
-                        raise DeadlineExceededError(f"the {kind} took longer than {self._settings.limit_s:g} s")
-        except httpx.TransportError as error:
-            raise self._unanswered(error) from error
+        with self._stream(path) as response:
+            for chunk in self._chunks(response, kind, until_s):
+                data += chunk
+                if len(data) > most:
+                    raise TooLargeError(f"the cloud's {kind} has more than {most:,} bytes: it is not one")
         return bytes(data)
 
     def fetch(self, path: str, name: str, most: int, kind: str) -> bytes:
@@ -456,25 +470,26 @@ class _Downloads:
         so compare a digest. Other parts in the folder are removed: they are of something older.
         """
         target = self._folder / f"{name}.part"
-        until_s = self._settings.clock() + self._settings.limit_s
-        with _disk():
+        until_s = self.settings.clock() + self.settings.limit_s
+        with _disk(target):
             for other in self._folder.glob("*.part"):
                 if other != target:
                     other.unlink()
-        while (have := _size(target)) < most:
-            try:
-                if self._go_on(path, target, have, most, kind, until_s):
-                    break
-            except httpx.TransportError as error:
-                if _size(target) <= have:
-                    raise self._unanswered(error) from error
-        with _disk():
+            have = _size(target)
+            while have < most:
+                try:
+                    if self._go_on(path, target, have, most=most, kind=kind, until_s=until_s):
+                        break
+                except httpx.TransportError:
+                    if _size(target) <= have:
+                        raise
+                have = _size(target)
             try:
                 return storage.read_file(str(self._folder), target.name, most)
             finally:
                 target.unlink()
 
-    def _go_on(self, path: str, target: Path, have: int, most: int, kind: str, until_s: float) -> bool:
+    def _go_on(self, path: str, target: Path, have: int, *, most: int, kind: str, until_s: float) -> bool:
         """One try; whether it came to the end."""
         with self._stream(path, have) as response:
             if response.status_code == 416:  # what is here is not the beginning of what is there
@@ -482,79 +497,51 @@ class _Downloads:
                 if not have:
                     raise TooLargeError(f"the cloud has no such range of {kind}, though none was asked for")
                 return False
-            start, total = _extent(response)
-            if not 0 < total <= most or start != (have if response.status_code == 206 else 0):
+            start = have if response.status_code == 206 else 0
+            length = response.headers.get("content-length", "")
+            total = start + int(length) if length.isdecimal() else -1
+            begins = response.headers.get("content-range", "bytes 0-")
+            if not 0 < total <= most or not begins.startswith(f"bytes {start}-"):
                 raise TooLargeError(
-                    f"the cloud sends {total:,} bytes of {kind} from byte {start:,} on: at most {most:,} can be right"
+                    f"the cloud sends {length or '?'} bytes of {kind} ({begins}): at most {most:,} from {start:,} on "
+                    "can be right"
                 )
-            with _disk(target), open(target, "r+b" if start else "wb") as file:
+            with open(target, "r+b" if start else "wb") as file:
                 file.seek(start)
-                for chunk in response.iter_raw():
-                    start += len(chunk)
-                    self._count(kind, len(chunk))
-                    if start > total:
-                        raise TooLargeError(f"the cloud sends more {kind} than the {total:,} bytes that it announced")
+                for chunk in self._chunks(response, kind, until_s):
                     file.write(chunk)
-                    if self._settings.clock() > until_s:
-                        break
-        if start < total:
-            raise DeadlineExceededError(f"the {kind} took longer than {self._settings.limit_s:g} s: what came is kept")
         return True
 
     @contextlib.contextmanager
     def _stream(self, path: str, start: int = 0) -> Iterator[httpx.Response]:
         """An answer (200, 206, 416) whose body is still to be read."""
         headers = {"range": f"bytes={start}-"} if start else {}
-        with self._http.stream("GET", self._url + path, headers=headers) as response:
+        with self._http.stream("GET", self.url + path, headers=headers) as response:
             if response.status_code not in (200, 206, 416):
-                raise _refusal(response)
+                body = b"".join(islice(response.iter_raw(), 4))  # a message is short, whatever is sent
+                raise answered(response.status_code, body, response.headers.get(REASON, ""))
             yield response
 
-    def _unanswered(self, error: httpx.TransportError) -> FlservingError:
-        if isinstance(error, httpx.TimeoutException):
-            return DeadlineExceededError(
-                f"no answer from {self._url} within {self._settings.timeout_s:g} s: try again later"
-            )
-        return ServerClosedError(f"no answer from {self._url} ({type(error).__name__}: {error})")
-
-    def _count(self, kind: str, nbytes: int) -> None:
-        self.nbytes[kind] = self.nbytes.get(kind, 0) + nbytes
+    def _chunks(self, response: httpx.Response, kind: str, until_s: float) -> Iterator[bytes]:
+        """The body, counted. Raises DeadlineExceededError after ``until_s``; what came before stays."""
+        for chunk in response.iter_raw():
+            if self.settings.clock() > until_s:
+                raise DeadlineExceededError(f"the {kind} took longer than {self.settings.limit_s:g} s")
+            self.nbytes[kind] = self.nbytes.get(kind, 0) + len(chunk)
+            yield chunk
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _extent(response: httpx.Response) -> tuple[int, int]:
-    """Where the body begins in the file, and how long the file is; -1: it is not said."""
-    found = _RANGE.fullmatch(response.headers.get("content-range", ""))
-    if found:
-        return int(found[1]), int(found[2])
-    length = response.headers.get("content-length", "")
-    return 0, int(length) if length.isdecimal() else -1
-
-
-def _refusal(response: httpx.Response) -> FlservingError:
-    body = b"".join(islice(response.iter_raw(), 4))  # a message is short, whatever is sent
-    try:
-        text = str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError, RecursionError):  # a proxy, or a liar
-        text = f"status {response.status_code}"
-    return kind_of(response.status_code, response.headers.get(REASON, ""))(text)
-
-
 @contextlib.contextmanager
-def _disk(part: Path | None = None) -> Iterator[None]:
+def _disk(part: Path) -> Iterator[None]:
     """A part that filled the disk goes: others need the space."""
     try:
         yield
     except FlservingError:  # one of them is an OSError too
         raise
     except OSError as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        raise _disk_full(error) from error
-
-
-def _disk_full(error: OSError) -> FlservingError:
-    return FlservingError(f"the device cannot store the update ({error.strerror}): free some space")
+        part.unlink(missing_ok=True)
+        raise FlservingError(f"the device cannot store the update ({error.strerror}): free some space") from error

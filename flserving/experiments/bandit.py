@@ -24,13 +24,7 @@ class Thompson:
 
     def choose(self) -> str:
         """An arm for the next request."""
-        draw = self._random.betavariate
-        known = self.known
-        return max(known, key=lambda arm: draw(1 + known[arm][1], 1 + known[arm][0] - known[arm][1]))
-
-    def best(self, draws: int = 2_000) -> dict[str, float]:
-        """The probability that each arm is the best one, which is also its share of the next requests; from draws."""
-        counts = dict.fromkeys(self.known, 0)
-        for _ in range(draws):
-            counts[self.choose()] += 1
-        return {arm: count / draws for arm, count in counts.items()}
+        draws = {}
+        for arm, (count, total) in self.known.items():
+            draws[arm] = self._random.betavariate(1 + total, 1 + count - total)
+        return max(draws, key=draws.__getitem__)

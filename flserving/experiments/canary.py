@@ -1,7 +1,7 @@
 """What the evidence says of a canary: promote it, roll it back, or wait. Pure functions of rewards by client.
 
 Two mistakes have a price: to promote a version that harms, and to roll back one that does not. Each is bounded at every
-look, whenever one looks, by tests that stay valid under peeking (``sequential.py``):
+look, whenever one looks, by tests that stay valid under peeking (``statistics.py``):
 
 * *Harm in the mean.* A confidence sequence around the difference of the two arms' means.
 * *Harm to one client*, which no mean shows. A canary is promoted only when each client that was checked is shown not to
@@ -72,28 +72,33 @@ def findings(policy: Policy, arms: Arms) -> Findings:
     new, new_variance = statistics.ratio_of_sums(canary_n, canary_sum)
     variance = old_variance + new_variance
     half = statistics.half_width(variance, policy.alpha, policy.effect)
+    wider = statistics.half_width(variance, policy.alpha / 2, policy.effect)
+    planned = statistics.information(policy.effect, policy.alpha, policy.power)
     gain = new - old
+    of_control = (control_n > 0).sum(axis=1)
     of_canary = (canary_n > 0).sum(axis=1)
-    few = np.minimum((control_n > 0).sum(axis=1), of_canary) < policy.min_clients
-    lost = ~few & (gain + statistics.half_width(variance, policy.alpha / 2, policy.effect) < 0)
+    few = np.minimum(of_control, of_canary) < policy.min_clients
+    lost = ~few & (gain + wider < 0)
     proven = ~few & (gain - half > -policy.effect)
-    spent = ~few & (1 / variance >= statistics.information(policy.effect, policy.alpha, policy.power))
+    spent = ~few & (1 / variance >= planned)
 
     lowest, _ = _worst(policy, control_n, control_sum, policy.min_clients)
-    worst, told = _worst(policy, canary_n, canary_sum, 1)
-    floor = (lowest - policy.worst_margin)[:, None]
+    worst, enough = _worst(policy, canary_n, canary_sum, 1)
+    floor = lowest - policy.worst_margin
     means = canary_sum / np.maximum(canary_n, 1)
-    below = told & (floor > 0) & (means < floor)  # nobody else can be shown to be
-    row, _ = place = np.nonzero(below)
-    evidence = statistics.log_evidence(canary_n[place], (canary_n - canary_sum)[place], 1 - floor[row, 0])
+    below = enough & (floor > 0)[:, None] & (means < floor[:, None])  # nobody else can be shown to be
+    place = np.nonzero(below)
+    row = place[0]
+    missed = canary_n - canary_sum
+    evidence = statistics.log_evidence(canary_n[place], missed[place], 1 - floor[row])
     below[place] = evidence >= np.log(4 * of_canary[row] / policy.alpha)
 
-    checked = ~np.isnan(lowest) & (told.sum(axis=1) >= policy.checked_share * of_canary)
-    spared = checked & (worst >= floor[:, 0])
+    checked = ~np.isnan(lowest) & (enough.sum(axis=1) >= policy.checked_share * of_canary)
+    spared = checked & (worst >= floor)
     ruined = lowest - max(policy.ruin, policy.worst_margin)
     for one in np.flatnonzero(spared & proven & (ruined > 0)):  # evidence is weighed only where it decides
-        n = canary_n[one, told[one]]
-        total = canary_sum[one, told[one]]
+        n = canary_n[one, enough[one]]
+        total = canary_sum[one, enough[one]]
         evidence = statistics.log_evidence(n, total, np.full(len(n), ruined[one]))
         spared[one] = (evidence >= math.log(2 / policy.alpha)).all()
     return Findings(few, old, new, half, lost, proven, spent, lowest, worst, below, checked, spared)
@@ -102,7 +107,7 @@ def findings(policy: Policy, arms: Arms) -> Findings:
 def judge(
     policy: Policy, control: Rewards, canary: Rewards, requests: int = 0, failed: int = 0, age_s: float = 0.0
 ) -> Verdict:
-    """What the evidence says of a canary. May be asked after every reward.
+    """What the evidence says of a canary. It may be called after every reward.
 
     It is rolled back once it is shown that its requests fail more often than ``max_failures``, that a client of it is
     ``worst_margin`` below the control's worst one, or that it loses anything in the mean (each with ``alpha / 4``, the
@@ -135,20 +140,21 @@ def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, fai
         return Verdict("wait", f"{len(canary)} and {len(control)} clients gave rewards: {policy.min_clients} decide")
     old = float(found.old[0])
     new = float(found.new[0])
-    said = f"mean reward {new:.4f} against {old:.4f}: {new - old:+z.4f} +- {found.half[0]:.4f}"
+    means = f"mean reward {new:.4f} against {old:.4f}: {new - old:+z.4f} +- {found.half[0]:.4f}"
     if found.lost[0]:
-        return Verdict("rollback", said)
+        return Verdict("rollback", means)
     if found.promoted[0]:
-        return Verdict("promote", said)
+        return Verdict("promote", means)
     if found.rolled_back[0]:
-        return Verdict("rollback", f"{said}: no proof within the stated sample")
+        return Verdict("rollback", f"{means}: no proof within the stated sample")
     if not found.proven[0]:
-        return Verdict("wait", said)
+        return Verdict("wait", means)
     if not found.checked[0]:
-        told = sum(n >= policy.client_rewards for n, _ in canary.values())
+        enough = sum(n >= policy.client_rewards for n, _ in canary.values())
         share = f"{policy.checked_share:.0%} of these and {policy.min_clients} of the control's decide"
-        return Verdict("wait", f"{said}; {told} of {len(canary)} clients gave {policy.client_rewards} rewards: {share}")
-    return Verdict("wait", f"{said}; the worst client {worst:.3f}, the control's {lowest:.3f}: not shown to be spared")
+        given = f"{enough} of {len(canary)} clients gave {policy.client_rewards} rewards"
+        return Verdict("wait", f"{means}; {given}: {share}")
+    return Verdict("wait", f"{means}; the worst client {worst:.3f}, the control's {lowest:.3f}: not shown to be spared")
 
 
 def _columns(rewards: Rewards) -> tuple[Floats, Floats]:
@@ -159,6 +165,8 @@ def _columns(rewards: Rewards) -> tuple[Floats, Floats]:
 def _worst(policy: Policy, n: Floats, total: Floats, least: int) -> tuple[Floats, _Flags]:
     """The worst mean of each arm's clients that have enough rewards, NaN where fewer than ``least`` have; and which
     clients those are."""
-    told = n >= policy.client_rewards
-    means = np.where(told, total / np.maximum(n, 1), np.inf)
-    return np.where(told.sum(axis=1) >= least, means.min(axis=1, initial=np.inf), np.nan), told
+    enough = n >= policy.client_rewards
+    means = np.where(enough, total / np.maximum(n, 1), np.inf)
+    worst = means.min(axis=1, initial=np.inf)
+    known = enough.sum(axis=1) >= least
+    return np.where(known, worst, np.nan), enough

@@ -31,26 +31,14 @@ from flserving.experiments.bandit import Thompson
 from flserving.experiments.bookkeeping import Clerk
 from flserving.experiments.canary import Verdict, judge
 from flserving.experiments.feedback import FeedbackStore
-from flserving.experiments.shadow import Shadow
+from flserving.experiments.shadow import Key, Shadow
 from flserving.models.processing import Floats, ids_of
 from flserving.registry.experiment import Experiment, TrafficSplit
-
-__all__ = ["Experiments", "Verdict", "judge"]
 
 OF_THE_MODEL = ("ModelExecution", "CorruptArtifact", "ModelTooLarge", "Internal")
 JUDGE_S = 1.0
 FEEDBACK_S = 3.0  # longest wait for a reward to be counted
 MOST_SEEN = 10_000  # arms and failing clients of a run that are counted while the store cannot take them
-
-
-Key = tuple[str, str]
-"""(model, version)."""
-
-
-class Answered(Protocol):
-    """The prediction that an answer is made of."""
-
-    def arrays(self) -> Mapping[str, NDArray[Any]]: ...
 
 
 class Followed(Protocol):
@@ -78,36 +66,45 @@ class Chosen(NamedTuple):
 class Experiments:
     """What one server does with the experiments that its routes name.
 
-    An answer asks memory alone: the arm is computed, what a bandit knows was learned before, a receipt needs a key that
-    was read when the routes were. What may block is done by a clerk, one for each registry: counting, learning,
+    An answer needs memory alone: the arm is computed, what a bandit knows was learned before, and a receipt needs a key
+    that was read when the routes were. What may block is done by a clerk, one for each registry: counting, learning,
     judging, taking feedback. While a store cannot be used, answers carry no receipt, and ``problems`` says why.
 
     Args:
         lease: Pins a version: ``(version, model)``. ``personal``: where a client's rows run on an engine.
         busy: Whether callers wait.
+
+    Attributes:
+        arm_of: The rule ``sticky``: ``(experiment, client)`` -> arm. Every server must be given the same one.
+        bandit: The rule ``bandit``: makes, of the arms' names, what has the methods ``learn`` and ``choose`` of
+            :class:`Thompson`. Set both before the first request.
     """
 
     def __init__(
-        self, router: Followed, lease: Callable[..., AbstractContextManager[Any]], personal: Callable[..., Any],
+        self,
+        router: Followed,
+        lease: Callable[..., AbstractContextManager[Any]],
+        personal: Callable[..., Any],
         busy: Callable[[], bool],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._router = router
         self._lease = lease
         self._personal = personal
         self.shadow = Shadow(self._shadowed, busy)
+        self.arm_of = Experiment.arm_of
+        self.bandit: Callable[..., Any] = Thompson
         self._lock = threading.Lock()  # of what an answer touches: held for a dictionary's change, never for a disk's
-        self._opening = threading.Lock()
-        forks.fresh_locks_in_child(self, "_lock", "_opening")
+        forks.fresh_locks_in_child(self, "_lock")
         self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
         self._clerks: dict[str, Clerk] = {}  # by the registry's folder
         self._judged_s: dict[str, float] = {}  # by the registry's folder, when its experiments were judged last
-        self._bandits: dict[str, Thompson] = {}  # by run, as the next one
+        self._bandits: dict[str, Any] = {}  # by run, as the next one
         self._seen: dict[str, Counter[tuple[str, str | None]]] = {}  # by run: arm and who got an error, not stored yet
         self._dropped: Counter[str] = Counter()  # by run: what was not counted, because too much waited to be
         router.on_look = self.wake
         router.on_experiments = self.prepare
 
-    # The way of a request: nothing here may block
+    # Called by requests: nothing here may block
 
     def choose(
         self, split: TrafficSplit, client: str | Sequence[str] | None, identity: str | None
@@ -117,24 +114,27 @@ class Experiments:
         experiment = split.experiment
         if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
             return split, Chosen(split, None, "", client)
-        arm = experiment.arm_of(who) if experiment.rule == "sticky" else self._bandit(experiment).choose()
+        arm = self.arm_of(experiment, who) if experiment.rule == "sticky" else self._bandit(experiment).choose()
         return (split[0], str(experiment.arms[arm].version)), Chosen(split, arm, who, client)
 
-    def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Answered) -> dict[str, str]:
+    def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Any) -> dict[str, str]:
         """What the answer says of it: ``arm`` and, unless feedback cannot be taken now, ``receipt``. Sends a copy to
         the shadow."""
         model, _ = chosen.split
         experiment = chosen.split.experiment
-        if (shadow := experiment.shadow) is not None and str(shadow) != version:
+        shadow = experiment.shadow
+        if shadow is not None and str(shadow) != version:
             self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
         if chosen.arm is None:
             return {}
         self._see(chosen, None)
-        registry: Any = self._router.followed(model)
-        store = None if registry is None else self._stores.get(registry.root)
-        if store is None or store.problem is not None:
-            return {"arm": chosen.arm}
-        return {"arm": chosen.arm, "receipt": store.receipt(experiment.run, chosen.arm, chosen.who)}
+        answer = {"arm": chosen.arm}
+        registry = self._router.followed(model)
+        if registry is not None:
+            store = self._stores.get(registry.root)
+            if store is not None and store.problem is None:
+                answer["receipt"] = store.receipt(experiment.run, chosen.arm, chosen.who)
+        return answer
 
     def failed(self, chosen: Chosen, reason: str) -> None:
         """The request got an error: it counts against its arm where the model is to blame."""
@@ -193,23 +193,25 @@ class Experiments:
 
     def _count(self, registry: Any, model: str, receipt: str, reward: float | None, client: str) -> None:
         store = self._store(registry)
-        said = store.read(receipt, client)
-        if all(running.run != said.run for running in registry.experiments(model).values()):
+        read = store.read(receipt, client)
+        if all(running.run != read.run for running in registry.experiments(model).values()):
             raise ConflictError("the experiment of this answer is over: its feedback decides nothing any more")
-        store.add(said, reward)
+        if read.at_s < registry.forgotten(client)[1]:
+            raise ConflictError("this client was forgotten after that answer: its receipt counts no more")
+        store.add(read, reward)
 
     # What is learned
 
     def prepare(self, registry: Any) -> None:
         """Called when routes with experiments of ``registry`` were read, before they are followed."""
-        with contextlib.suppress(FlservingError):  # the look that follows tells it
+        with contextlib.suppress(FlservingError):  # the look that follows says why
             self._store(registry)
-        self._clerk(registry).routine(functools.partial(self._look_at, registry))
+        self._clerk(registry).routine(self._look_at, registry)
 
     def wake(self) -> None:
         """Called by the watcher: have the clerks look. Never waits."""
         for registry in self._running():
-            self._clerk(registry).routine(functools.partial(self._look_at, registry))
+            self._clerk(registry).routine(self._look_at, registry)
 
     def look(self) -> None:
         """Let bandits learn, and canaries be promoted or rolled back: what the clerks do. Waits for the stores."""
@@ -218,26 +220,24 @@ class Experiments:
 
     def _running(self) -> list[Any]:
         """The registries with experiments; what is over is forgotten."""
-        self._forget()
-        followed = (self._router.followed(model) for model, _ in self._router.routes.experiments)
-        return list({id(registry): registry for registry in followed if registry is not None}.values())
-
-    def _forget(self) -> None:
-        """What is over needs no memory."""
         running = self._router.routes.experiments
         runs = {experiment.run for experiment in running.values()}
-        verdicts = {_verdict(*key) for key in running}
         with self._lock:
-            for kept in (self._bandits, self._seen, self._dropped):
-                for run in kept.keys() - runs:
-                    del kept[run]
-        for over in [it for it in list(self._router.problems) if it.endswith(" verdict") and it not in verdicts]:
-            self._router.problems.pop(over, None)
+            for by_run in (self._bandits, self._seen, self._dropped):
+                for run in by_run.keys() - runs:
+                    del by_run[run]
+        verdicts = {_verdict(*key) for key in running}
+        for problem in list(self._router.problems):
+            if problem.endswith(" verdict") and problem not in verdicts:
+                self._router.problems.pop(problem, None)
+        followed = {id(it): it for it in (self._router.followed(model) for model, _ in running)}
+        return [registry for registry in followed.values() if registry is not None]
 
     def _look_at(self, registry: Any) -> None:
-        judges = time.monotonic() - self._judged_s.get(registry.root, -math.inf) >= JUDGE_S
+        now_s = time.monotonic()
+        judges = now_s - self._judged_s.get(registry.root, -math.inf) >= JUDGE_S
         if judges:
-            self._judged_s[registry.root] = time.monotonic()
+            self._judged_s[registry.root] = now_s
         for (model, alias), experiment in self._router.routes.experiments.items():
             if self._router.followed(model) is not registry or (experiment.rule != "bandit" and not judges):
                 continue
@@ -256,22 +256,27 @@ class Experiments:
         """Judge the canary on an alias now, and promote it or roll it back. NotFoundError: None runs there."""
         routes = self._router.routes
         experiment = routes.experiments.get((model, alias))
-        if experiment is None or (policy := experiment.policy) is None:
+        if experiment is None or experiment.policy is None:
             raise NotFoundError(f"alias {alias!r} of {model[:80]!r} has no canary with a policy: start one")
         registry = self._registry(model)
-        control = routes.of(model).aliases[alias]
-        roles = {str(arm.version) == control: (name, arm.version) for name, arm in experiment.arms.items()}
-        old, _ = roles[True]
-        new, version = roles[False]
+        served = routes.of(model).aliases[alias]
+        control = next(name for name, arm in experiment.arms.items() if str(arm.version) == served)
+        canary = next(name for name in experiment.arms if name != control)
         rewards = self._store(registry).rewards(experiment.run)
-        requests, failed, alone = self._outcomes(registry, experiment.run).get(new, (0, 0, 0))
-        age_s = registry.experiment_age_s(model, alias)
-        verdict = judge(policy, rewards.get(old, {}), rewards.get(new, {}), requests - alone, failed - alone, age_s)
+        requests, failed, alone = self._outcomes(registry, experiment.run).get(canary, (0, 0, 0))
+        verdict = judge(
+            experiment.policy,
+            rewards.get(control, {}),
+            rewards.get(canary, {}),
+            requests=requests - alone,
+            failed=failed - alone,
+            age_s=registry.experiment_age_s(model, alias),
+        )
         end = functools.partial(registry.conclude_experiment, model, alias, who=experiment.id, run=experiment.run)
         with contextlib.suppress(ConflictError, NotFoundError):  # another process was first
             if verdict.decision == "promote":
                 try:
-                    end(version, why=f"promote: {verdict.why}")
+                    end(experiment.arms[canary].version, why=f"promote: {verdict.why}")
                 except CorruptArtifactError as error:  # it answers from memory, and nowhere else any more
                     verdict = Verdict("rollback", f"{verdict.why}, but {error}")
             if verdict.decision == "rollback":
@@ -282,23 +287,30 @@ class Experiments:
         """The running experiment on an alias: ``id``, ``arms`` (each with its version, weight, answers, failures of the
         model, rewards, mean, clients, worst client), ``shadow`` (its copies here), ``dropped`` (what was not counted
         here, because the store could not take it). Empty where there is none."""
-        if (experiment := self._router.routes.experiments.get((model, alias))) is None:
+        experiment = self._router.routes.experiments.get((model, alias))
+        if experiment is None:
             return {}
         registry = self._registry(model)
-        arms = {}
         outcomes = self._outcomes(registry, experiment.run)
         rewards = self._store(registry).rewards(experiment.run)
+        arms = {}
         for name, arm in experiment.arms.items():
-            given = rewards.get(name, {})
+            given = rewards.get(name, {}).values()
+            count = sum(n for n, _ in given)
             requests, failed, _ = outcomes.get(name, (0, 0, 0))
-            count, total = (sum(column) for column in zip(*given.values(), strict=True)) if given else (0, 0.0)
             arms[name] = {
-                "version": arm.version, "weight": arm.weight, "clients": len(given), "rewards": count,
-                "answers": requests - failed, "failed": failed,
-                "mean": total / count if count else None,
-                "worst": min((got / n for n, got in given.values()), default=None),
-            }  # fmt: skip
-        shadow = None if experiment.shadow is None else self.shadow.stats((model, str(experiment.shadow)))
+                "version": arm.version,
+                "weight": arm.weight,
+                "clients": len(given),
+                "rewards": count,
+                "answers": requests - failed,
+                "failed": failed,
+                "mean": sum(total for _, total in given) / count if count else None,
+                "worst": min((total / n for n, total in given), default=None),
+            }
+        shadow = None
+        if experiment.shadow is not None:
+            shadow = self.shadow.stats((model, str(experiment.shadow)))
         return {"id": experiment.id, "arms": arms, "shadow": shadow, "dropped": self._dropped[experiment.run]}
 
     def close(self) -> None:
@@ -323,11 +335,12 @@ class Experiments:
                 raise
         return store.outcomes(run)
 
-    def _bandit(self, experiment: Experiment) -> Thompson:
+    def _bandit(self, experiment: Experiment) -> Any:
         """It knows nothing until the clerk has looked at the store."""
-        if (bandit := self._bandits.get(experiment.run)) is None:
+        bandit = self._bandits.get(experiment.run)
+        if bandit is None:
             with self._lock:
-                bandit = self._bandits.setdefault(experiment.run, Thompson(experiment.arms))
+                bandit = self._bandits.setdefault(experiment.run, self.bandit(experiment.arms))
         return bandit
 
     def _learn(self, registry: Any, experiment: Experiment) -> None:
@@ -337,38 +350,37 @@ class Experiments:
         known = {}
         for name in experiment.arms:
             n, total = sums.get(name, (0, 0.0))
-            known[name] = n + outcomes.get(name, (0, 0, 0))[1], total
+            _, failed, _ = outcomes.get(name, (0, 0, 0))
+            known[name] = (n + failed, total)
         self._bandit(experiment).learn(known)
 
     def _shadowed(self, key: Key, rows: Floats, client: str | Sequence[str] | None) -> NDArray[Any]:
         with self._lease(key[1], key[0]) as engine:
-            checked = engine.preprocessor.validate(rows)
-            lane = engine
-            slots = None
+            payload = engine.preprocessor.validate(rows)
             if client is not None:
-                lane, slots, _ = self._personal(engine, ids_of(client, len(rows)), len(rows))
-            (prediction,) = lane.execute([checked if slots is None else (checked, slots)])
+                who = ids_of(client, len(rows))
+                engine, slots, _ = self._personal(engine, who, len(rows))
+                if slots is not None:
+                    payload = (payload, slots)
+            (prediction,) = engine.execute([payload])
             predictions: NDArray[Any] = prediction.arrays()["predictions"]
             return predictions
 
     def _registry(self, model: str) -> Any:
-        if (registry := self._router.followed(model)) is None:
+        registry = self._router.followed(model)
+        if registry is None:
             raise ConflictError(f"model {model[:80]!r} comes from no registry: it can be in no experiment")
         return registry
 
     def _store(self, registry: Any) -> FeedbackStore:
         """Reads the key at the first call. Raises as :func:`storage.kept_secret`."""
-        if (store := self._stores.get(registry.root)) is None:
-            with self._opening:
-                if (store := self._stores.get(registry.root)) is None:
-                    store = self._stores[registry.root] = FeedbackStore(registry.root)
+        store = self._stores.get(registry.root)
+        if store is None:
+            store = self._stores.setdefault(registry.root, FeedbackStore(registry.root))
         return store
 
     def _clerk(self, registry: Any) -> Clerk:
-        with self._opening:
-            if (clerk := self._clerks.get(registry.root)) is None:
-                clerk = self._clerks[registry.root] = Clerk()
-        return clerk
+        return self._clerks.get(registry.root) or self._clerks.setdefault(registry.root, Clerk())
 
 
 def _verdict(model: str, alias: str) -> str:

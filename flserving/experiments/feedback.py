@@ -12,7 +12,6 @@ trying names. The key is a file of its own, so that a receipt needs no database:
 import base64
 import binascii
 import contextlib
-import hashlib
 import hmac
 import os
 import secrets
@@ -28,22 +27,17 @@ import msgspec
 from flserving import forks
 from flserving.errors import (
     ConflictError,
-    CorruptArtifactError,
-    FlservingError,
     ForbiddenError,
     InvalidInputError,
-    OverloadedError,
     ServerClosedError,
 )
-from flserving.registry import storage
+from flserving.registry.forget import FEEDBACK_FILE, LOST, connected, kept_key, pseudonym, typed
 
-FILE_NAME = "feedback.sqlite3"
-KEY_FILE = "feedback.key"
+FILE_NAME = FEEDBACK_FILE
 RECEIPT_S = 3600.0
 MOST_PER_CLIENT = 1000
 BUSY_S = 2.0  # longest wait for other writers
 _LAYOUT = 1  # 1: pseudonyms; a store of layout 0 gets them when it is opened
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 _TABLES = """
 CREATE TABLE IF NOT EXISTS used (request BLOB PRIMARY KEY, until_s REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS used_until ON used (until_s);
@@ -84,26 +78,32 @@ class FeedbackStore:
         FlservingError: It cannot be written: a full disk, permissions.
     """
 
-    def __init__(self, root: str, *, receipt_s: float = RECEIPT_S, most_per_client: int = MOST_PER_CLIENT,
-                 clock: Callable[[], float] = time.time) -> None:  # fmt: skip
+    def __init__(
+        self,
+        root: str,
+        *,
+        receipt_s: float = RECEIPT_S,
+        most_per_client: int = MOST_PER_CLIENT,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.receipt_s = receipt_s
         self.most_per_client = most_per_client
         self._clock = clock
         self._path = f"{root}/{FILE_NAME}"
-        self._key = storage.kept_secret(root, KEY_FILE)
+        self._key = kept_key(root)
         self._lock = threading.Lock()
         forks.fresh_locks_in_child(self, "_lock")
         self._database: sqlite3.Connection | None = None
         self._opened: list[tuple[int, int]] | None = None
-        self._closed = self._unwritable = False
+        self._closed = False
+        self._unwritable = False
         self.problem: str | None = None
 
     # Receipts: they need the key alone
 
     def pseudonym(self, client: str) -> bytes:
         """What stands for a client in the store: 16 bytes. Cost: about 2 us."""
-        said = client.encode(errors="surrogatepass")  # ids that are no Unicode text, too
-        return hashlib.blake2b(said, digest_size=16, key=self._key, person=b"fls-client").digest()
+        return pseudonym(self._key, client)
 
     def receipt(self, run: str, arm: str, client: str) -> str:
         """What the answer to ``client`` carries. Cost: about 7 us."""
@@ -121,7 +121,8 @@ class FeedbackStore:
         found = msgspec.msgpack.decode(sent[32:], type=Receipt) if genuine else None
         if found is None or found.client != self.pseudonym(client):  # the same words for both
             raise ForbiddenError("this receipt was not issued to this client: send the one of your own answer")
-        if (age_s := self._clock() - found.at_s) > self.receipt_s:
+        age_s = self._clock() - found.at_s
+        if age_s > self.receipt_s:
             raise ConflictError(f"the answer is {age_s:.0f} s old: feedback is taken for {self.receipt_s:.0f} s")
         return found
 
@@ -136,9 +137,6 @@ class FeedbackStore:
         """
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
             raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")
-        run = receipt.run
-        arm = receipt.arm
-        client = receipt.client
         with self._writing() as database:
             database.execute("DELETE FROM used WHERE until_s < ?", (self._clock() - 1,))
             marked = database.execute(
@@ -147,12 +145,12 @@ class FeedbackStore:
             if not marked.rowcount:
                 raise ConflictError("there is feedback for this answer already: one reward an answer")
             sql = "SELECT coalesce(sum(n), 0) FROM rewards WHERE run = ? AND client = ?"
-            if database.execute(sql, (run, client)).fetchone()[0] >= self.most_per_client:
+            if database.execute(sql, (receipt.run, receipt.client)).fetchone()[0] >= self.most_per_client:
                 raise ForbiddenError(f"this client has given its {self.most_per_client} rewards: others decide now")
             database.execute(
                 "INSERT INTO rewards VALUES (?, ?, ?, 1, ?) "
                 "ON CONFLICT DO UPDATE SET n = n + 1, total = total + excluded.total",
-                (run, arm, client, float(reward)),
+                (receipt.run, receipt.arm, receipt.client, float(reward)),
             )
 
     def rewards(self, run: str) -> dict[str, dict[str, tuple[int, float]]]:
@@ -171,7 +169,8 @@ class FeedbackStore:
         """Add how many requests each arm answered (None), or failed of which client."""
         failed = [(arm, self.pseudonym(who), n) for (arm, who), n in seen.items() if who is not None]
         with self._writing() as database:
-            sql = "INSERT INTO outcomes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET requests = requests + ?3"
+            sql = "INSERT INTO outcomes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
+            sql += "requests = requests + excluded.requests"
             database.executemany(sql, [(run, arm, n) for (arm, _), n in seen.items()])
             sql = "INSERT INTO failures VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
             database.executemany(sql, [(run, *each) for each in failed])
@@ -187,14 +186,9 @@ class FeedbackStore:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all that happens inside, or nothing."""
-        with self._using(writes=True) as database:
-            try:
-                database.execute("BEGIN IMMEDIATE")
-                yield database
-                database.execute("COMMIT")
-            finally:
-                if database.in_transaction:
-                    database.execute("ROLLBACK")
+        with self._using(writes=True) as database, database:
+            database.execute("BEGIN IMMEDIATE")
+            yield database
 
     def _query(self, sql: str, *values: str) -> list[Any]:
         with self._using() as database:
@@ -207,10 +201,10 @@ class FeedbackStore:
             try:
                 yield self._current()
             except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
-                typed = _typed(error)
-                self.problem = str(typed)
+                found = typed(error, FILE_NAME, LOST)
+                self.problem = str(found)
                 self._unwritable = self._unwritable or writes
-                raise typed from error
+                raise found from error
             if writes or not self._unwritable:  # that it can be read shows nothing of that
                 self.problem = None
                 self._unwritable = False
@@ -222,35 +216,30 @@ class FeedbackStore:
             self._database.close()  # it failed, or its file was removed or replaced
             self._database = None
         if self._database is None:
-            self._database = self._connect()
+            self._database = connected(self._connect, BUSY_S)
             self._opened = _identity(self._path)
         return self._database
 
     def _connect(self) -> sqlite3.Connection:
         with contextlib.suppress(FileExistsError):  # not opened again: closing it would drop this process's locks on it
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        until_s = time.monotonic() + BUSY_S
-        while True:
-            database = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-            try:
-                # NORMAL: a power cut may take the last rewards along with the marks of their receipts, never one alone
-                for setting in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
-                    database.execute(f"PRAGMA {setting}").fetchall()
-                self._lay_out(database)
-                return database
-            except BaseException as error:
-                database.close()
-                # the change to WAL answers "busy" at once where several processes open a new file
-                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > until_s:
-                    raise
-            time.sleep(0.01)
+        database = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            # NORMAL: a power cut may take the last rewards along with the marks of their receipts, never one alone
+            for setting in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
+                database.execute(f"PRAGMA {setting}").fetchall()
+            self._lay_out(database)
+        except BaseException:
+            database.close()
+            raise
+        return database
 
     def _lay_out(self, database: sqlite3.Connection) -> None:
         """Make the tables; in a store of layout 0, put pseudonyms in place of ids, and forget the key that it held."""
         if database.execute("PRAGMA user_version").fetchone()[0] >= _LAYOUT:
             return
-        database.execute("BEGIN IMMEDIATE")
-        try:
+        with database:
+            database.execute("BEGIN IMMEDIATE")
             if database.execute("PRAGMA user_version").fetchone()[0] < _LAYOUT:  # nobody was faster
                 for statement in filter(str.strip, _TABLES.split(";")):
                     database.execute(statement)
@@ -259,10 +248,6 @@ class FeedbackStore:
                     database.execute(f"UPDATE {table} SET client = pseudonym(CAST(client AS BLOB))")
                 database.execute("DROP TABLE IF EXISTS secret")
                 database.execute(f"PRAGMA user_version = {_LAYOUT}")
-            database.execute("COMMIT")
-        finally:
-            if database.in_transaction:
-                database.execute("ROLLBACK")
         with contextlib.suppress(sqlite3.OperationalError):  # the log held ids as well
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
@@ -288,18 +273,3 @@ def _identity(path: str) -> list[tuple[int, int]] | None:
     except OSError:
         return None
     return [(status.st_dev, status.st_ino) for status in found]
-
-
-def _code(error: BaseException) -> int | None:
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
-
-
-def _typed(error: Exception) -> FlservingError:
-    code = _code(error)
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return OverloadedError(f"the feedback store is busy ({error}): try again")
-    if code in _DAMAGED or isinstance(error, UnicodeDecodeError):
-        return CorruptArtifactError(f"{FILE_NAME} is damaged ({error}): remove it, the rewards in it are lost")
-    reason = error.strerror if isinstance(error, OSError) else error
-    return FlservingError(f"{FILE_NAME} cannot be used ({reason}): check free space and permissions")

@@ -35,15 +35,17 @@ def mean_of(rewards: Rewards) -> tuple[float, float]:
 
 def ratio_of_sums(counts: Floats, totals: Floats) -> tuple[Floats, Floats]:
     """:func:`mean_of` of many arms: rewards and their sums [arms, clients] -> means and their variances [arms]."""
-    m = (counts > 0).sum(axis=1)
-    n = counts.sum(axis=1)
-    enough = m >= 2
-    mean = np.where(enough, totals.sum(axis=1) / np.maximum(n, 1), np.nan)
-    spread = ((totals - np.where(enough, mean, 0.0)[:, None] * counts) ** 2).sum(axis=1)
-    # clients that all say the same leave no spread, which is no certainty: at least that of two successes and two
+    clients = (counts > 0).sum(axis=1)
+    enough = clients >= 2
+    rewards = np.maximum(counts.sum(axis=1), 1)
+    mean = totals.sum(axis=1) / rewards
+    residuals = totals - mean[:, None] * counts
+    spread = (residuals**2).sum(axis=1)
+    # clients that all give the same leave no spread, which is no certainty: at least that of two successes and two
     # failures that were not seen (Agresti and Coull, The American Statistician 52, 1998)
-    variance = np.maximum(spread, 2.0) / np.maximum(n, 1) ** 2 * m / np.maximum(m - 1, 1)
-    return mean, np.where(enough, variance, np.inf)
+    spread = np.maximum(spread, 2.0)
+    variance = spread / rewards**2 * clients / np.maximum(clients - 1, 1)
+    return np.where(enough, mean, np.nan), np.where(enough, variance, np.inf)
 
 
 def half_width(variance: _Number, alpha: float, effect: float) -> _Number:
@@ -55,7 +57,8 @@ def half_width(variance: _Number, alpha: float, effect: float) -> _Number:
     information, otherwise asymptotic.
     """
     spread = variance + (variance / effect) ** 2
-    width: _Number = np.sqrt(spread * (2 * math.log(1 / alpha) + np.log1p(effect**2 / variance)))
+    evidence = 2 * math.log(1 / alpha) + np.log1p(effect**2 / variance)
+    width: _Number = np.sqrt(spread * evidence)
     return width
 
 
@@ -67,8 +70,8 @@ def information(effect: float, alpha: float, power: float) -> float:
     is about twice :func:`fixed_information`, the price of looking; where there is an effect it mostly ends before.
     """
     z = _Z.inv_cdf(power)
-    below = math.sqrt(1e-2)
-    above = math.sqrt(1e6)
+    below = 0.1
+    above = 1000.0
     for _ in range(60):  # bisection: 60 halvings leave less than a float can hold
         root = (below + above) / 2
         if root - half_width(1.0, alpha, root) < z:
@@ -80,7 +83,8 @@ def information(effect: float, alpha: float, power: float) -> float:
 
 def fixed_information(effect: float, alpha: float, power: float) -> float:
     """The same of a two-sided z-test that looks once, at the end."""
-    return ((_Z.inv_cdf(1 - alpha / 2) + _Z.inv_cdf(power)) / effect) ** 2
+    z = _Z.inv_cdf(1 - alpha / 2) + _Z.inv_cdf(power)
+    return (z / effect) ** 2
 
 
 def sample_size(information: float, mean: float, share: float = 0.5) -> int:
@@ -90,12 +94,17 @@ def sample_size(information: float, mean: float, share: float = 0.5) -> int:
         mean: The expected mean reward, of rewards that are 0 or 1.
         share: Of the clients, in the smaller arm.
     """
-    return math.ceil(information * mean * (1 - mean) * (1 / share + 1 / (1 - share)))
+    variance = mean * (1 - mean)
+    arms = 1 / share + 1 / (1 - share)
+    return math.ceil(information * variance * arms)
 
 
 def p_value(difference: float, variance: float) -> float:
     """Of the two-sided z-test. Valid for one look at a size fixed before; here to show what peeking does to it."""
-    return 2 * _Z.cdf(-abs(difference) / math.sqrt(variance)) if math.isfinite(variance) else 1.0
+    if math.isinf(variance):  # nothing is known yet
+        return 1.0
+    z = abs(difference) / math.sqrt(variance)
+    return 2 * _Z.cdf(-z)
 
 
 def exceeds(n: int, total: float, limit: float, alpha: float) -> bool:
@@ -105,7 +114,8 @@ def exceeds(n: int, total: float, limit: float, alpha: float) -> bool:
         return total > 0
     if limit >= 1:
         return False
-    return bool(log_evidence(*map(np.atleast_1d, (float(n), float(total), limit)))[0] >= math.log(1 / alpha))
+    evidence = log_evidence(np.array([n]), np.array([total]), np.array([limit]))
+    return bool(evidence[0] >= math.log(1 / alpha))
 
 
 def log_evidence(n: Floats, total: Floats, limit: Floats) -> Floats:
@@ -118,7 +128,9 @@ def log_evidence(n: Floats, total: Floats, limit: Floats) -> Floats:
     """
     limit = limit[:, None]
     rates = limit + (1 - limit) * _GRID
-    logs = total[:, None] * np.log(rates / limit) + (n - total)[:, None] * np.log((1 - rates) / (1 - limit))
-    top = logs.max(axis=1)
-    evidence: Floats = top + np.log(np.exp(logs - top[:, None]).mean(axis=1))
+    won = total[:, None]
+    lost = n[:, None] - won
+    logs = won * np.log(rates / limit) + lost * np.log((1 - rates) / (1 - limit))
+    top = logs.max(axis=1, keepdims=True)
+    evidence: Floats = top[:, 0] + np.log(np.exp(logs - top).mean(axis=1))
     return evidence

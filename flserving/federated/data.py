@@ -4,16 +4,17 @@ Features stay as they were measured (digits: grey levels 0 to 16); training and 
 statistics that the clients computed together.
 """
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from math import isfinite
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flserving.errors import ConfigError, InvalidInputError
+from flserving.errors import ConfigError, InvalidInputError, check_number
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -28,7 +29,7 @@ class Client:
     """One client and its own samples: features float32 [n, D], labels int64 [n]; the test split is held out.
 
     Args:
-        resolution: The smallest step that its features are measured in, if there is one: a spread below it tells
+        resolution: The smallest step that its features are measured in, if there is one: a spread below it means
             nothing, and is not blown up to 1 by standardising. 1 for the digits: one grey level.
 
     Raises:
@@ -43,7 +44,11 @@ class Client:
     resolution: float = 0.0
 
     def __post_init__(self) -> None:
-        for split, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
+        splits = (
+            ("train", self.train_x, self.train_y),
+            ("test", self.test_x, self.test_y),
+        )
+        for split, x, y in splits:
             where = f"{split} split of client {self.id!r}"
             if x.ndim != 2 or x.dtype != np.float32 or not x.size or not np.isfinite(x).all():
                 raise InvalidInputError(
@@ -55,6 +60,13 @@ class Client:
             raise InvalidInputError(
                 f"client {self.id!r} trains on {self.train_x.shape[1]} features and tests on {self.test_x.shape[1]}"
             )
+
+
+def check_clients(clients: Sequence[Client]) -> None:
+    """Raise ConfigError unless there is at least one client, and each has an id of its own."""
+    ids = [client.id for client in clients]
+    if not ids or len(set(ids)) < len(ids):
+        raise ConfigError(f"clients are {ids[:5]}: give at least one, with unique ids")
 
 
 @lru_cache(maxsize=1)
@@ -87,7 +99,8 @@ def dirichlet_partition(labels: Labels, num_clients: int, alpha: float, rng: np.
 
     Source: Yurochkin et al., ICML 2019 (arXiv 1905.12022), split by class; Hsu et al. 2019 (arXiv 1909.06335).
     """
-    _check(num_clients, alpha, len(labels))
+    check_number("num_clients", num_clients, 1, len(labels) // MIN_SAMPLES, whole=True)
+    check_number("alpha", alpha, 1e-3, 1e6)
     owner = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -102,17 +115,6 @@ def dirichlet_partition(labels: Labels, num_clients: int, alpha: float, rng: np.
         counts[poorest] += 1
         counts[richest] -= 1
     return [np.flatnonzero(owner == client) for client in range(num_clients)]
-
-
-def _check(num_clients: int, alpha: float, num_samples: int) -> None:
-    most = num_samples // MIN_SAMPLES
-    if isinstance(num_clients, bool) or not isinstance(num_clients, int) or not 1 <= num_clients <= most:
-        raise ConfigError(
-            f"num_clients is {num_clients!r}: use an integer in [1, {most}], "
-            f"so that each of them gets {MIN_SAMPLES} of the {num_samples} samples"
-        )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1e-3 <= alpha <= 1e6:
-        raise ConfigError(f"alpha is {alpha!r}: use a number in [0.001, 1e6]; 0.1 is very uneven, 100 nearly even")
 
 
 def make_clients(
@@ -137,11 +139,12 @@ def make_clients(
     Raises:
         ConfigError: A setting out of range. InvalidInputError: Features or labels that a client cannot hold.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed is {seed!r}: use an integer >= 0")
+    check_number("seed", seed, 0, math.inf, whole=True)
     if resolution is None:
-        known = digits()[0] if features.shape[1:] == (64,) else None
-        resolution = 1.0 if known is not None and (features is known or features.base is known) else 0.0
+        known, _ = digits()
+        resolution = 0.0
+        if features is known or features.base is known:
+            resolution = 1.0
     rng, naming_rng = np.random.default_rng(seed).spawn(2)  # two, so that naming does not change who holds what
     classes = int(labels.max()) + 1
     naming = _namings(classes, naming_rng)
@@ -189,10 +192,10 @@ def _namings(classes: int, rng: np.random.Generator) -> Iterator[Labels]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """What a client tells of its features, and no sample: how many there are, their mean, and how far they are from it.
+    """What a client sends of its features, and no sample: their number, their mean, and their distance from it.
 
-    Sums of squares would be as short, but ``E[x^2] - E[x]^2`` cancels where the mean is large beside the spread; these
-    are right to rounding at any offset, and exactly 0 apart for a constant.
+    Sums of squares would be as short, but ``E[x^2] - E[x]^2`` cancels where the mean is large beside the spread.
+    These are exact up to rounding at any offset, and exactly 0 for a constant.
 
     Args:
         count: Samples. ``mean``: float64 [D]. ``m2``: summed squared deviations from that mean, float64 [D].
@@ -255,8 +258,8 @@ def federated_statistics(clients: Sequence[Client], min_std: float | None = None
     Raises:
         ConfigError: min_std is not a number > 0. InvalidInputError: No clients, or clients with different features.
     """
-    if min_std is not None and not (isinstance(min_std, int | float) and isfinite(min_std) and min_std > 0):
-        raise ConfigError(f"min_std is {min_std!r}: use a number > 0, or None")
+    if min_std is not None:
+        check_number("min_std", min_std, sys.float_info.min, sys.float_info.max)
     widths = {client.train_x.shape[1] for client in clients}
     if len(widths) != 1:
         raise InvalidInputError(

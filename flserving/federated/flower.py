@@ -10,17 +10,19 @@ takes the one takes the other: ``publish_rounds``, ``gated``, or a function of y
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flserving import models
 from flserving.errors import ConfigError, InvalidModelError, ModelExecutionError, NotSupportedError
 from flserving.federated.aggregation import State
 from flserving.federated.rounds import Origin, Round, Statistics
+from flserving.models import weights
 from flserving.models.processing import ONE_OUTPUT
 from flserving.registry import validation
 from flserving.registry.manifest import encode
@@ -28,7 +30,7 @@ from flserving.registry.manifest import encode
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when it is imported
 try:
     import flwr
-    from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
     from flwr.serverapp import Grid
     from flwr.serverapp.strategy import Result, Strategy
 
@@ -41,6 +43,9 @@ except ImportError as error:
 
 __all__ = ["LocalGrid", "Publishing", "run"]
 
+HEAD = "head"
+"""The name of the record that holds a client's own head, in its replies."""
+
 
 @dataclass(slots=True)
 class _Seen:
@@ -50,6 +55,7 @@ class _Seen:
     samples: dict[str, int] = field(default_factory=dict)
     accuracy: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    personal: dict[str, State] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
 
     def note(self, kind: str, record: MetricRecord | None) -> None:
@@ -85,10 +91,16 @@ class Publishing(Strategy):
             or else what the strategy made of the clients', is ``global_accuracy``. All numbers are kept, too, as
             ``train.*`` and ``evaluate.*`` (aggregated from the clients) and ``server.*`` (from ``evaluate_fn``).
 
-    A client counts as rejected whose reply is an error, does not come, holds NaN or infinite numbers, or has another
-    form than most of the others have, the number of samples included; the strategy does not see it. A round without any
-    valid reply leaves the model as it was, and says so; if it is the first one, the client app is broken, and the
-    training ends.
+    A client's own head comes in with its reply, beside the arrays, as one more ``ArrayRecord``: ``content["head"] =
+    ArrayRecord(module.head.state_dict())``, in ``train`` or, fine-tuned on the new model, in ``evaluate``. The newest
+    of each client goes with every version, by the client's node id; the strategy does not see it. The architecture must
+    be a ``models.SplitModel``.
+
+    A client counts as rejected whose reply is an error, does not come, holds NaN, infinite numbers or what is no array
+    of numbers (a pickle, which is not opened), or has another form than most of the others have, the number of samples
+    included; the strategy does not see it. Of a head that is so, or of an evaluation, only that is left out. A round
+    without any valid reply leaves the model as it was, and says so; if it is the first one, the client app is broken,
+    and the training ends.
 
     Raises:
         ConfigError: Wrong arguments; clients that do not tell ``samples``. NotFoundError: No such architecture.
@@ -118,7 +130,10 @@ class Publishing(Strategy):
         if models.signature(architecture, parameters)[1] == (1,):
             raise InvalidModelError(f"{architecture!r} has outputs of shape [1]: {ONE_OUTPUT}")
         with torch.device("meta"):
-            self._wanted = models.build(architecture, parameters).state_dict()
+            module = models.build(architecture, parameters)
+        self._wanted = module.state_dict()
+        split = isinstance(module, models.SplitModel)
+        self._head_shapes = {name: it.shape for name, it in self._wanted.items() if split and name.startswith("head.")}
         self.strategy = strategy
         self.on_round = on_round
         self.preprocessing = preprocessing
@@ -162,6 +177,7 @@ class Publishing(Strategy):
 
         self._seen = _Seen({})
         self._trained = False
+        self._personal: dict[str, State] = {}
         try:
             return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, finish)
         finally:
@@ -182,7 +198,7 @@ class Publishing(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The strategy's own; who replied, and with how many samples, is remembered."""
         seen = self._seen or _Seen({})
-        ordered = sorted(replies, key=lambda reply: int(reply.metadata.src_node_id))
+        ordered, heads = self._parted(replies)
         faults = self._faults(ordered)
         kept = [reply for reply in ordered if reply.has_error() or str(reply.metadata.src_node_id) not in faults]
         counts = {str(it.metadata.src_node_id): _numbers(it)[self.samples] for it in kept if not it.has_error()}
@@ -195,14 +211,46 @@ class Publishing(Strategy):
             else:
                 seen.samples[client] = int(count)
                 seen.rejected.pop(client, None)
+        if arrays is not None:
+            self._keep(heads, seen, counts)
         if not self._trained and arrays is None:
             first = next((f"client {client}: {why}" for client, why in seen.rejected.items()), "nobody was asked")
             raise ModelExecutionError(f"round {server_round} has no valid reply ({first}): mend the client app")
         self._trained = True
         return arrays, metrics
 
-    def _faults(self, replies: Sequence[Message]) -> dict[str, str]:
-        """Why replies are left out, by client. ConfigError: none of them tells its samples, so the app is wrong."""
+    def _parted(self, replies: Iterable[Message]) -> tuple[list[Message], dict[str, ArrayRecord]]:
+        """The replies by client, and their heads taken out of them: strategies average the one record that is left."""
+        ordered = sorted(replies, key=lambda reply: int(reply.metadata.src_node_id))
+        heads = {}
+        for reply in ordered:
+            records = {} if reply.has_error() else reply.content.array_records
+            if HEAD in records and (len(records) > 1 or reply.metadata.message_type == MessageType.EVALUATE):
+                heads[str(reply.metadata.src_node_id)] = reply.content.pop(HEAD)
+        return ordered, heads
+
+    def _keep(self, heads: Mapping[str, ArrayRecord], seen: _Seen, clients: Container[str]) -> None:
+        """Keep the heads of these clients that are sound, and say why others are not kept."""
+        for client, record in heads.items():
+            if client not in clients:
+                continue
+            try:
+                named = {f"head.{name.removeprefix('head.')}": _read(array) for name, array in record.items()}
+                state = {name: torch.from_numpy(values) for name, values in named.items()}
+            except (InvalidModelError, TypeError) as error:
+                seen.rejected[client] = f"its head was left out: its arrays {error}"
+                continue
+            if {name: it.shape for name, it in state.items()} == self._head_shapes:
+                seen.personal[client] = weights.cast(state, self._wanted)
+            else:
+                shapes = {name: list(shape) for name, shape in self._head_shapes.items()}
+                seen.rejected[client] = (
+                    f"its head was left out: it is not the architecture's, {shapes or 'which has none'}"
+                )
+
+    def _faults(self, replies: Sequence[Message], *, trained: bool = True) -> dict[str, str]:
+        """Why replies are left out, by client. ConfigError: none of them tells on how many samples it ``trained``, so
+        the app is wrong."""
         faults = {}
         sound = []
         for reply in replies:
@@ -211,8 +259,9 @@ class Publishing(Strategy):
                 faults[client] = " ".join((reply.error.reason or f"error {reply.error.code}").split())[-200:]
             else:
                 sound.append((client, reply, _form(reply), _numbers(reply)))
-        uncounted = [(client, numbers) for client, _, _, numbers in sound if not _is_count(numbers.get(self.samples))]
-        if sound and len(uncounted) == len(sound):
+        default = None if trained else 0  # an evaluation need not tell
+        uncounted = [(it[0], it[3]) for it in sound if not _is_count(it[3].get(self.samples, default))]
+        if trained and sound and len(uncounted) == len(sound):
             client, numbers = uncounted[0]
             raise ConfigError(
                 f"client {client} tells {self.samples!r} = {numbers.get(self.samples)!r} among {sorted(numbers)}: let "
@@ -225,8 +274,13 @@ class Publishing(Strategy):
                 continue
             if form != forms.most_common(1)[0][0]:
                 faults[client] = "its arrays or metrics have other names or shapes than those of the others"
-            elif not _is_finite(reply):
-                faults[client] = "its arrays hold NaN or infinite values"
+                continue
+            try:
+                for record in reply.content.array_records.values():
+                    for array in record.values():
+                        _read(array)
+            except InvalidModelError as error:
+                faults[client] = f"its arrays {error}"
         return faults
 
     def configure_evaluate(
@@ -238,14 +292,19 @@ class Publishing(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The strategy's own; the clients' accuracies are remembered."""
-        replies = list(replies)
         seen = self._seen or _Seen({})
-        for reply in replies:
-            if not reply.has_error():
-                value = self._accuracy(_numbers(reply))
-                if value is not None:
-                    seen.accuracy[str(reply.metadata.src_node_id)] = value
-        metrics = self.strategy.aggregate_evaluate(server_round, replies)
+        ordered, heads = self._parted(replies)
+        faults = self._faults(ordered, trained=False)
+        for client, why in faults.items():
+            seen.rejected.setdefault(client, f"its evaluation was left out: {why}")
+        kept = [reply for reply in ordered if reply.has_error() or str(reply.metadata.src_node_id) not in faults]
+        sound = {str(reply.metadata.src_node_id): reply for reply in kept if not reply.has_error()}
+        self._keep(heads, seen, sound)
+        for client, reply in sound.items():
+            value = self._accuracy(_numbers(reply))
+            if value is not None:
+                seen.accuracy[client] = value
+        metrics = self.strategy.aggregate_evaluate(server_round, kept)
         seen.note("evaluate", metrics)
         return metrics
 
@@ -256,6 +315,7 @@ class Publishing(Strategy):
     def _round(self, number: int, arrays: ArrayRecord, measured: MetricRecord | None, facts: dict[str, Any]) -> Round:
         seen = self._seen or _Seen({})
         seen.note("server", measured)
+        self._personal |= seen.personal
         metrics = seen.metrics
         of_all = self._accuracy(seen.metrics, "server.", "evaluate.")
         if of_all is not None:
@@ -272,7 +332,10 @@ class Publishing(Strategy):
             facts=facts,
         )
         state = self._state(arrays)
-        return Round(number, origin, self.preprocessing, state, {}, metrics, seen.accuracy, seen.samples, seen.rejected)
+        personal = dict(self._personal)
+        return Round(
+            number, origin, self.preprocessing, state, personal, metrics, seen.accuracy, seen.samples, seen.rejected
+        )
 
     def _accuracy(self, numbers: Mapping[str, Any], *prefixes: str) -> float | None:
         """The first of these names that is there."""
@@ -288,10 +351,7 @@ class Publishing(Strategy):
             state: State = dict(arrays.to_torch_state_dict())
         except Exception as error:  # not arrays, or not NumPy's: trees, say
             raise InvalidModelError(f"the arrays cannot be read as tensors: {error}") from error
-        for name in state.keys() & self._wanted.keys():
-            wanted = self._wanted[name].dtype
-            state[name] = (state[name] if wanted.is_floating_point else state[name].double().round()).to(wanted)
-        return state
+        return weights.cast(state, self._wanted)
 
 
 def _numbers(reply: Message) -> dict[str, Any]:
@@ -310,13 +370,17 @@ def _form(reply: Message) -> tuple[Any, ...]:
     return tuple(sorted(arrays)), tuple(sorted(metrics))
 
 
-def _is_finite(reply: Message) -> bool:
-    for record in reply.content.array_records.values():
-        for array in record.values():
-            is_float = array.stype == "numpy.ndarray" and np.issubdtype(np.dtype(array.dtype), np.floating)
-            if is_float and not np.isfinite(array.numpy()).all():
-                return False
-    return True
+def _read(array: Array) -> NDArray[Any]:
+    """The array's numbers. Raises InvalidModelError: they are no numbers, others than it claims, or not finite."""
+    try:
+        values: NDArray[Any] = array.numpy()  # which opens no pickle
+    except Exception as error:
+        raise InvalidModelError(f"cannot be read ({type(error).__name__}: {error!s:.200})") from error
+    if (values.shape, str(values.dtype)) != (tuple(array.shape), array.dtype):
+        raise InvalidModelError(f"hold {values.dtype}{list(values.shape)} and claim {array.dtype}{list(array.shape)}")
+    if values.dtype.kind not in "biufc" or not np.isfinite(values).all():
+        raise InvalidModelError("hold NaN or infinite values")
+    return values
 
 
 def _is_count(value: object) -> bool:

@@ -16,7 +16,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
-from flserving.errors import ConfigError
+from flserving.errors import ConfigError, check_number
 
 _LOG = logging.getLogger("flwr")
 _PATIENCE = 10  # times, a second apart, that a strategy may look for more clients than there are
@@ -41,8 +41,7 @@ class LocalGrid(Grid):
     ) -> None:
         if not isinstance(client_app, ClientApp):
             raise ConfigError(f"client_app is a {type(client_app).__name__}: give a flwr.clientapp.ClientApp")
-        if type(num_supernodes) is not int or not 1 <= num_supernodes <= 1_000_000:
-            raise ConfigError(f"num_supernodes is {num_supernodes!r}: use an integer in [1, 1000000]")
+        check_number("num_supernodes", num_supernodes, 1, 1_000_000, whole=True)
         self.client_app = client_app
         self._run = None
         self._run_config = dict(run_config or {})

@@ -9,23 +9,30 @@ poisoning hides in the tolerance. Many rounds judged on the same rows also wear 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from statistics import NormalDist, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flserving.errors import ConfigError, ConflictError, ModelExecutionError, NotFoundError, NotSupportedError
-from flserving.extras import of_extra
+from flserving.errors import (
+    ConfigError,
+    ConflictError,
+    ModelExecutionError,
+    NotSupportedError,
+    check_number,
+)
+from flserving.extras import need
 from flserving.federated.aggregation import State
-from flserving.federated.data import Client, Features, Labels
+from flserving.federated.data import Client, Features, Labels, check_clients
 from flserving.federated.rounds import Round, publish_rounds
 from flserving.models.weights import first_non_finite
 from flserving.registry import Registry
 from flserving.registry.index import DEFAULT_ALIAS
 from flserving.registry.manifest import Manifest
+from flserving.registry.registry import Artifact
 from flserving.serving.config import ServingConfig
-from flserving.serving.engine import Prediction
 from flserving.serving.loader import RegistrySource, load_engine
 
 if TYPE_CHECKING:
@@ -34,8 +41,10 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS", "Check", "Gate", "Verdict", "gated", "golden_rows"]
 
 CHECKS = ("finite", "form", "clients", "norm", "accuracy", "worst client", "agreement", "golden")
+_COMPARED = ("norm", "accuracy", "worst client", "agreement")  # these need a version to compare with
 _WINDOW = 10  # accepted updates that the next one is compared with
 _CONFIG = ServingConfig(warmup_samples=0, max_batch_size=512)
+_Right = NDArray[np.bool_]  # which rows are answered right
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +83,8 @@ class Verdict:
 
     def to_frame(self) -> "pd.DataFrame":
         """One row a check: passed, value, limit, words."""
-        with of_extra("course"):
-            import pandas as pd
-
-        rows = [(c.name, c.passed, c.value, c.limit, c.words) for c in self.checks]
-        return pd.DataFrame(rows, columns=["check", "passed", "value", "limit", "words"]).set_index("check")
+        frame: pd.DataFrame = need("pandas", "course").DataFrame(self.checks)
+        return frame.rename(columns={"name": "check"}).set_index("check")[["passed", "value", "limit", "words"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,16 +121,14 @@ class Gate:
     min_clients: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.clients or len({client.id for client in self.clients}) < len(self.clients):
-            raise ConfigError(f"clients are {[c.id for c in self.clients][:5]}: give at least one, with unique ids")
-        bounds = {"tolerance": 1.0, "client_tolerance": 1.0, "agreement": 1.0, "jump": 1e6, "alpha": 0.5}
-        for name, most in bounds.items():
-            value = getattr(self, name)
-            low = 1e-9 if name == "alpha" else 0
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= most:
-                raise ConfigError(f"{name} is {value!r}: use a number in [{low:g}, {most:g}]")
-        if self.min_clients is not None and (type(self.min_clients) is not int or self.min_clients < 0):
-            raise ConfigError(f"min_clients is {self.min_clients!r}: use an integer >= 0")
+        check_clients(self.clients)
+        check_number("tolerance", self.tolerance, 0, 1)
+        check_number("client_tolerance", self.client_tolerance, 0, 1)
+        check_number("agreement", self.agreement, 0, 1)
+        check_number("jump", self.jump, 0, 1e6)
+        check_number("alpha", self.alpha, 1e-9, 0.5)
+        if self.min_clients is not None:
+            check_number("min_clients", self.min_clients, 0, math.inf, whole=True)
         if self.golden is not None and len(self.golden[0]) != len(self.golden[1]):
             raise ConfigError(f"golden has {len(self.golden[0])} rows and {len(self.golden[1])} answers: give as many")
 
@@ -139,25 +143,27 @@ class Gate:
 
         Cost: loads both versions and answers the held-out rows with each; reads the last 11 accepted versions.
         """
-        new, tensors = _read(registry, name, version)
-        if new.signature.output_type != "classification":
+        new = registry.read(name, version)
+        if new.manifest.signature.output_type != "classification":
             raise NotSupportedError(f"{name!r} is a regression: the gate compares right and wrong answers")
-        try:
-            against: int | None = registry.resolve(name, alias)
-        except NotFoundError:
-            against = None
-        old, serving = _read(registry, name, against) if against is not None else (None, {})
-        odd = first_non_finite(tensors)
-        words = "weights and answers are finite" if odd is None else f"{odd} holds NaN or infinite values"
+        old = None
+        against = registry.aliases(name).get(alias)
+        if against is not None:
+            old = registry.read(name, against)
+        odd = first_non_finite(new.arrays)
+        words = "weights and answers are finite"
+        if odd is not None:
+            words = f"{odd} holds NaN or infinite values"
         checks = [Check("finite", odd is None, words), _form(new, old), self._enough(new)]
-        if checks[0].passed and checks[1].passed:
+        if odd is None and checks[1].passed:
             try:
-                checks += self._judged(registry, name, version, alias, against, tensors, serving)
+                checks += self._judged(registry, alias, new, old)
             except ModelExecutionError as error:
                 checks[0] = Check("finite", False, str(error))
-        words = f"not judged: {checks[0].words if not checks[0].passed else checks[1].words}"
-        checks += [Check(kind, False, words) for kind in CHECKS[len(checks) :]]
-        return Verdict(name, int(version), against, tuple(checks))
+        for kind in CHECKS[len(checks) :]:
+            first = next(check for check in checks if not check.passed)
+            checks.append(Check(kind, False, f"not judged: {first.words}"))
+        return Verdict(name, new.manifest.version, against, tuple(checks))
 
     def promote(
         self, registry: Registry, name: str, version: int, alias: str = DEFAULT_ALIAS, *, who: str = "gate"
@@ -173,88 +179,104 @@ class Gate:
             registry.set_alias(name, alias, version, who=who, why=why, if_at=verdict.against or 0)
         return verdict
 
-    def _enough(self, new: Manifest) -> Check:
-        wanted = (len(self.clients) + 1) // 2 if self.min_clients is None else self.min_clients
-        found = new.lineage.num_clients if new.lineage else None
-        words = f"{'no number of' if found is None else found} clients in its lineage, at least {wanted} wanted"
-        return Check("clients", (found or 0) >= wanted, words, math.nan if found is None else found, wanted)
+    def _enough(self, new: Artifact) -> Check:
+        wanted = self.min_clients
+        if wanted is None:
+            wanted = math.ceil(len(self.clients) / 2)
+        lineage = new.manifest.lineage
+        found = lineage.num_clients if lineage else None
+        if found is None:
+            return Check("clients", wanted == 0, f"no number of clients in its lineage, at least {wanted} wanted")
+        words = f"{found} clients in its lineage, at least {wanted} wanted"
+        return Check("clients", found >= wanted, words, found, wanted)
 
-    def _judged(
-        self,
-        registry: Registry,
-        name: str,
-        version: int,
-        alias: str,
-        against: int | None,
-        tensors: State,
-        serving: State,
-    ) -> list[Check]:
-        """All that needs answers, or a version to compare with."""
-        right, given, golden = self._answers(registry, name, version)
-        wrong = 0 if self.golden is None else int((golden != self.golden[1]).sum())
-        words = "no golden rows were given" if self.golden is None else f"{wrong} of {len(golden)} answered differently"
-        last = Check("golden", wrong == 0, words, wrong, 0)
-        if against is None:
+    def _judged(self, registry: Registry, alias: str, new: Artifact, old: Artifact | None) -> list[Check]:
+        """The checks that need answers, or a version to compare with."""
+        given, golden = self._answers(registry, new.manifest)
+        right = self._right(given)
+        last = self._golden(golden)
+        if old is None:
             words = f"no version to compare with (accuracy {np.concatenate(right).mean():.3f})"
-            return [*(Check(kind, True, words) for kind in CHECKS[3:7]), last]
-        before, alike, _ = self._answers(registry, name, against)
-        same = float((np.concatenate(given) == np.concatenate(alike)).mean())
-        words = f"{same:.3f} of the answers are those of version {against}"
+            return [*(Check(kind, True, words) for kind in _COMPARED), last]
+        earlier, _ = self._answers(registry, old.manifest)
+        before = self._right(earlier)
+        same = float((np.concatenate(given) == np.concatenate(earlier)).mean())
+        words = f"{same:.3f} of the answers are those of version {old.manifest.version}"
         return [
-            self._norm(registry, name, alias, tensors, serving),
+            self._norm(registry, alias, new, old),
             self._accuracy(np.concatenate(before), np.concatenate(right)),
             self._worst(before, right),
             Check("agreement", same >= self.agreement, words, same, self.agreement),
             last,
         ]
 
-    def _answers(self, registry: Registry, name: str, version: int) -> tuple[list[Any], list[Any], NDArray[Any]]:
-        """By client: which held-out rows it answers right, and what; and what it answers to the golden rows."""
-        engine = load_engine(RegistrySource(registry, name), str(version), _CONFIG)
-        rows = [engine.preprocessor.validate(client.test_x) for client in self.clients]
-        if (personal := engine.personal) is None:
+    def _answers(self, registry: Registry, manifest: Manifest) -> tuple[list[Labels], Labels | None]:
+        """What a version answers to the held-out rows of each client, and to the golden rows."""
+        engine = load_engine(RegistrySource(registry, manifest.name), str(manifest.version), _CONFIG)
+        validate = engine.preprocessor.validate
+        rows = [validate(client.test_x) for client in self.clients]
+        personal = engine.personal
+        if personal is None:
             found = engine.execute(rows)
         else:
             slots = [personal.choose(client.id, len(client.test_x))[0] for client in self.clients]
             found = personal.execute(list(zip(rows, slots, strict=True)))
-        golden: Labels = np.empty(0, dtype=np.int64)
-        if self.golden is not None:
-            golden = _predictions(engine.execute([engine.preprocessor.validate(self.golden[0])])[0])
-        given = [_predictions(prediction) for prediction in found]
-        return [answer == c.test_y for answer, c in zip(given, self.clients, strict=True)], given, golden
+        given = [prediction.arrays()["predictions"] for prediction in found]
+        if self.golden is None:
+            return given, None
+        answers = engine.execute([validate(self.golden[0])])[0].arrays()
+        return given, answers["predictions"]
 
-    def _norm(self, registry: Registry, name: str, alias: str, tensors: State, serving: State) -> Check:
-        value = _distance(tensors, serving)
-        past = _accepted(registry, name, alias)
-        limit = _distance(serving)
-        words = "the length of the weights that serve now: no history yet"
-        if len(past) >= 3:
+    def _right(self, given: Sequence[Labels]) -> list[_Right]:
+        """Which held-out rows of each client were answered right."""
+        return [answers == client.test_y for answers, client in zip(given, self.clients, strict=True)]
+
+    def _golden(self, answers: Labels | None) -> Check:
+        if self.golden is None or answers is None:
+            return Check("golden", True, "no golden rows were given", 0, 0)
+        wrong = int((answers != self.golden[1]).sum())
+        return Check("golden", wrong == 0, f"{wrong} of {len(answers)} answered differently", wrong, 0)
+
+    def _norm(self, registry: Registry, alias: str, new: Artifact, old: Artifact) -> Check:
+        length = _distance(new.tensors, old.tensors)
+        past = _accepted(registry, new.manifest.name, alias)
+        if len(past) < 3:
+            limit = _distance(old.tensors)
+            words = "the length of the weights that serve now: no history yet"
+        else:
             limit = self.jump * median(past)
             words = f"{self.jump:g} times the median of the last {len(past)} accepted"
-        words = f"an update of {value:.3g}, at most {limit:.3g}: {words}"
-        return Check("norm", value <= limit, words, value, limit)
+        words = f"an update of {length:.3g}, at most {limit:.3g}: {words}"
+        return Check("norm", length <= limit, words, length, limit)
 
-    def _accuracy(self, before: NDArray[Any], now: NDArray[Any]) -> Check:
-        lost, won, n = int((before & ~now).sum()), int((now & ~before).sum()), len(now) + 2  # 0.5 in each of 4 cells
+    def _accuracy(self, before: _Right, now: _Right) -> Check:
+        """Source: Agresti and Min 2005: 0.5 is added to each of the four cells, so 2 to the number of rows."""
+        lost, won = _changed(before, now)
+        n = len(now) + 2
+        drop = (lost - won) / n
         error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
-        bound = (lost - won) / n + NormalDist().inv_cdf(1 - self.alpha) * error
+        bound = drop + NormalDist().inv_cdf(1 - self.alpha) * error
         words = (
             f"{now.mean():.3f} after {before.mean():.3f}, {lost} rows lost, {won} won: a drop of at most {bound:.3f}"
         )
         return Check("accuracy", bound <= self.tolerance, words, bound, self.tolerance)
 
-    def _worst(self, before: Sequence[NDArray[Any]], now: Sequence[NDArray[Any]]) -> Check:
-        drop = 0.0
+    def _worst(self, before: Sequence[_Right], now: Sequence[_Right]) -> Check:
+        """McNemar's exact test of each client: as many lost among those that changed, if a fair coin decided."""
+        worst = 0.0
         who = ""
         for client, old, new in zip(self.clients, before, now, strict=True):
-            lost = int((old & ~new).sum())
-            won = int((new & ~old).sum())
-            p = sum(math.comb(lost + won, k) for k in range(lost, lost + won + 1)) / 2 ** (lost + won)
-            if p * len(self.clients) <= self.alpha and old.mean() - new.mean() > drop:
-                drop = float(old.mean() - new.mean())
+            lost, won = _changed(old, new)
+            changed = lost + won
+            p = sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed
+            drop = float(old.mean() - new.mean())
+            if p * len(self.clients) <= self.alpha and drop > worst:
+                worst = drop
                 who = f"; {client.id!r} lost {lost} of {len(new)} rows, won {won}"
-        worst = f"{min(part.mean() for part in now):.3f} after {min(part.mean() for part in before):.3f}{who}"
-        return Check("worst client", drop <= self.client_tolerance, worst, drop, self.client_tolerance)
+        least_now = min(part.mean() for part in now)
+        least_before = min(part.mean() for part in before)
+        words = f"{least_now:.3f} after {least_before:.3f}{who}"
+        return Check("worst client", worst <= self.client_tolerance, words, worst, self.client_tolerance)
 
 
 def golden_rows(
@@ -265,11 +287,15 @@ def golden_rows(
     Keep them (``np.savez``): what is golden must not follow the versions that it is to judge.
     """
     engine = load_engine(RegistrySource(registry, name), str(registry.resolve(name, version)), _CONFIG)
-    rows, labels = (np.concatenate([getattr(c, field) for c in clients]) for field in ("test_x", "test_y"))
+    rows = np.concatenate([client.test_x for client in clients])
+    labels = np.concatenate([client.test_y for client in clients])
     arrays = engine.execute([rows])[0].arrays()
     sure = np.where(arrays["predictions"] == labels, arrays["confidences"], -1.0)
-    chosen = [i for k in np.unique(labels) for i in np.argsort(np.where(labels == k, -sure, 2.0))[:per_class]]
-    kept = np.unique(np.array([i for i in chosen if sure[i] >= 0], dtype=np.int64))
+    kept = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        surest_first = np.argsort(np.where(labels == label, -sure, 2.0))
+        kept[surest_first[:per_class]] = True
+    kept &= sure >= 0
     return rows[kept], labels[kept]
 
 
@@ -304,36 +330,47 @@ def gated(
     return judge
 
 
-def _read(registry: Registry, name: str, version: int) -> tuple[Manifest, State]:
-    artifact = registry.read(name, version)
-    return artifact.manifest, artifact.tensors
+def _changed(before: _Right, now: _Right) -> tuple[int, int]:
+    """How many rows were answered right only before, and only now."""
+    lost = before & ~now
+    won = now & ~before
+    return int(lost.sum()), int(won.sum())
 
 
-def _predictions(prediction: Prediction) -> Labels:
-    labels: Labels = prediction.arrays()["predictions"]
-    return labels
-
-
-def _form(new: Manifest, old: Manifest | None) -> Check:
+def _form(new: Artifact, old: Artifact | None) -> Check:
     """Same architecture, shapes and preprocessing: what callers send goes on meaning the same."""
+    manifest = new.manifest
     fields = ("architecture", "parameters", "signature", "preprocessing")
-    odd = [field for field in fields if old is not None and getattr(new, field) != getattr(old, field)]
-    shape = f"{new.architecture}, {list(new.signature.input_shape)} to {list(new.signature.output_shape)}"
-    return Check("form", not odd, f"not as before: {', '.join(odd)}" if odd else shape)
+    odd = [field for field in fields if old is not None and getattr(manifest, field) != getattr(old.manifest, field)]
+    if odd:
+        return Check("form", False, f"not as before: {', '.join(odd)}")
+    inputs = list(manifest.signature.input_shape)
+    outputs = list(manifest.signature.output_shape)
+    return Check("form", True, f"{manifest.architecture}, {inputs} to {outputs}")
 
 
 def _distance(a: State, b: State | None = None) -> float:
     """L2 norm of ``a - b`` over all floating-point tensors, in float64."""
-    parts = [(v.double() if b is None else v.double() - b[k].double()) for k, v in a.items() if v.is_floating_point()]
-    return math.sqrt(sum(float((part * part).sum()) for part in parts))
+    total = 0.0
+    for name, tensor in a.items():
+        if tensor.is_floating_point():
+            difference = tensor.double()
+            if b is not None:
+                difference = difference - b[name].double()
+            total += float(difference.square().sum())
+    return math.sqrt(total)
 
 
 def _accepted(registry: Registry, name: str, alias: str) -> list[float]:
     """Lengths of the last updates that ``alias`` followed, without those that were rolled back, oldest first."""
     moves = registry.history(name, alias)
     moves = moves[(moves["action"] == "set") & moves["from"].notna()]
-    moves = moves[~moves["to"].isin(registry.rolled_back(name, alias))]
-    pairs = [(int(old), int(new)) for old, new in zip(moves["from"], moves["to"], strict=True)][-_WINDOW:]
-    read = {version: _read(registry, name, version) for version in {version for pair in pairs for version in pair}}
-    pairs = [(old, new) for old, new in pairs if _form(read[new][0], read[old][0]).passed]
-    return [_distance(read[new][1], read[old][1]) for old, new in pairs]
+    moves = moves[~moves["to"].isin(registry.rolled_back(name, alias))].tail(_WINDOW)
+    read = cache(partial(registry.read, name))  # most versions stand in two moves
+    lengths = []
+    for before, after in zip(moves["from"], moves["to"], strict=True):
+        old = read(int(before))
+        new = read(int(after))
+        if _form(new, old).passed:
+            lengths.append(_distance(new.tensors, old.tensors))
+    return lengths

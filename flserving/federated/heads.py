@@ -1,17 +1,18 @@
 """Personal heads for a finished training: fitted on the frozen global model, each with its client's own samples."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flserving import models
-from flserving.errors import ConfigError, InvalidInputError
-from flserving.federated.data import Client
+from flserving.errors import InvalidInputError, check_number
+from flserving.federated.data import Client, check_clients
 from flserving.federated.rounds import Recipe, Round, Run
-from flserving.models import as_split
+from flserving.federated.training import seed_of
+from flserving.models import SplitModel, as_split
 from flserving.models.processing import Preprocessor
 from flserving.registry.heads import HeadSet, Layout, neutral_head, trained_on_state
 
@@ -32,9 +33,14 @@ class Fitted:
 
 
 def fit_heads(
-    trained: Run | Round, layout: Layout = "head", *, clients: Sequence[Client] | None = None,
-    epochs: int = 20, learning_rate: float | None = None, seed: int | None = None,
-) -> Fitted:  # fmt: skip
+    trained: Run | Round,
+    layout: Layout = "head",
+    *,
+    clients: Sequence[Client] | None = None,
+    epochs: int = 20,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+) -> Fitted:
     """Fit one head per client; the global model stays as it is.
 
     ``head`` starts at the global head (fine-tuning: the base line of Collins et al., ICML 2021). ``additive`` starts at
@@ -45,7 +51,7 @@ def fit_heads(
 
     Args:
         trained: A run (its last round), or a round; then ``clients`` must be given.
-        clients: Who gets a head: also clients that took no part in the training.
+        clients: Those who get a head; they may have taken no part in the training.
         learning_rate, seed: The training's own where not given, as is the batch size; another framework's round has
             none of them, and gets the defaults of ``Recipe``.
 
@@ -55,68 +61,65 @@ def fit_heads(
 
     Cost: mini-batch SGD on a linear layer over features that are computed once: about 3 ms a client on digits.
     """
-    last = trained.final if isinstance(trained, Run) else trained
-    if clients is None:
-        clients = trained.clients if isinstance(trained, Run) else ()
-    if not clients or len({client.id for client in clients}) < len(clients):
-        raise ConfigError(f"clients are {[client.id for client in clients][:5]}: give at least one, with unique ids")
-    recipe = last.recipe if isinstance(last.recipe, Recipe) else Recipe()
-    rate = recipe.learning_rate if learning_rate is None else learning_rate
-    if type(epochs) is not int or not 0 <= epochs <= 1000 or not _is_rate(rate):
-        raise ConfigError(f"epochs is {epochs!r}, learning_rate {rate!r}: use 0 to 1000 epochs, a rate in (0, 1000]")
-    model = as_split(last.model())
-    start = neutral_head(layout, last.state)
-    shape, _ = models.signature(last.recipe.architecture, last.recipe.parameters)
-    standardise = Preprocessor(mean=last.preprocessing["mean"], std=last.preprocessing["std"], input_shape=shape)
+    if isinstance(trained, Run):
+        clients = trained.clients if clients is None else clients
+        trained = trained.final
+    clients = clients or ()
+    check_clients(clients)
+    check_number("epochs", epochs, 0, 1_000, whole=True)
+    recipe = trained.recipe if isinstance(trained.recipe, Recipe) else Recipe()
+    if learning_rate is not None:
+        recipe = replace(recipe, learning_rate=learning_rate)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    model = as_split(trained.model())
+    shape, _ = models.signature(trained.recipe.architecture, trained.recipe.parameters)
+    standardise = Preprocessor(
+        mean=trained.preprocessing["mean"],
+        std=trained.preprocessing["std"],
+        input_shape=shape,
+    )
+    start = torch.from_numpy(neutral_head(layout, trained.state))
     heads = []
     own = {}
     generic = {}
-
-    def views(x: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> tuple[Tensor, Tensor, Tensor]:
-        """What a head multiplies (a one for the bias included), what is added, and the generic logits."""
-        features = model.body(standardise(x))
-        logits = model.head(features)
-        inputs = logits if layout == "adapter" else features
-        offset = logits if layout == "additive" else torch.zeros(())
-        return torch.cat([inputs, torch.ones(len(x), 1)], dim=1), offset, logits
-
     with torch.inference_mode():
         for number, client in enumerate(clients):
-            if max(client.train_y.max(), client.test_y.max()) >= start.shape[1]:
+            train_y = torch.from_numpy(client.train_y)
+            test_y = torch.from_numpy(client.test_y)
+            if max(train_y.max(), test_y.max()) >= start.shape[1]:
                 raise InvalidInputError(
                     f"client {client.id!r} has labels over {start.shape[1] - 1}: the model has none"
                 )
-            x, offset, _ = views(client.train_x)
-            order = torch.Generator().manual_seed(
-                int(np.random.SeedSequence([recipe.seed if seed is None else seed, number]).generate_state(1)[0])
-            )
-            head = _descend(x, offset, torch.from_numpy(client.train_y), start, epochs, rate, recipe.batch_size, order)
+            order = torch.Generator().manual_seed(seed_of(recipe.seed, number))
+            inputs, offset, _ = _views(model, layout, standardise(client.train_x))
+            head = start.clone()
+            for _ in range(epochs):
+                for batch in torch.split(torch.randperm(len(train_y), generator=order), recipe.batch_size):
+                    _descend(head, inputs[batch], offset[batch], train_y[batch], recipe.learning_rate)
             heads.append(head.numpy())
-            x, offset, logits = views(client.test_x)
-            labels = torch.from_numpy(client.test_y)
-            own[client.id] = _accuracy(x @ head + offset, labels)
-            generic[client.id] = _accuracy(logits, labels)
-    named = HeadSet(layout, list(own), np.stack(heads), trained_on_state(layout, last.state))
+            inputs, offset, logits = _views(model, layout, standardise(client.test_x))
+            own[client.id] = _accuracy(inputs @ head + offset, test_y)
+            generic[client.id] = _accuracy(logits, test_y)
+    named = HeadSet(layout, list(own), np.stack(heads), trained_on_state(layout, trained.state))
     return Fitted(named, own, generic)
 
 
-def _is_rate(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value <= 1e3
+def _views(model: SplitModel, layout: Layout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a head multiplies (with a one for the bias), what is added to that, and the generic logits."""
+    features = model.body(rows)
+    logits = model.head(features)
+    inputs = logits if layout == "adapter" else features
+    offset = logits if layout == "additive" else torch.zeros_like(logits)
+    return torch.cat([inputs, torch.ones(len(rows), 1)], dim=1), offset, logits
+
+
+def _descend(head: Tensor, x: Tensor, offset: Tensor, y: Tensor, rate: float) -> None:
+    """A step on the cross entropy of ``x W + offset``, in place: its gradient is x' (softmax - one-hot) / n."""
+    error = torch.softmax(x @ head + offset, dim=1)
+    error[torch.arange(len(y)), y] -= 1
+    head.addmm_(x.T, error, alpha=-rate / len(y))
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(dim=1) == labels).float().mean())
-
-
-def _descend(
-    x: Tensor, offset: Tensor, y: Tensor, start: Tensor, epochs: int, rate: float, size: int, order: torch.Generator
-) -> Tensor:
-    """Mini-batch SGD on the cross entropy of ``x W + offset``: its gradient is x' (softmax - one-hot) / n."""
-    head = start.clone()
-    offset = offset.expand(len(y), start.shape[1])
-    for _ in range(epochs):
-        for batch in torch.split(torch.randperm(len(y), generator=order), size):
-            error = torch.softmax(x[batch] @ head + offset[batch], dim=1)
-            error[torch.arange(len(batch)), y[batch]] -= 1
-            head.addmm_(x[batch].T, error, alpha=-rate / len(batch))
-    return head

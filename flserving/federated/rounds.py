@@ -1,6 +1,6 @@
-"""What a federated training is asked for and what it gives: strategies, a checked recipe, rounds, a publisher.
+"""What goes into a federated training and what comes out: strategies, a checked recipe, rounds, and their publisher.
 
-The training itself is in ``federated``.
+The training itself is in ``training.py``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from flserving import models
-from flserving.errors import ConfigError
-from flserving.extras import of_extra
+from flserving.errors import ConfigError, check_number
+from flserving.extras import need
 from flserving.federated.aggregation import State
 from flserving.federated.data import Client
 from flserving.registry import Registry
@@ -46,7 +46,11 @@ class Strategy:
     @property
     def needs(self) -> tuple[str, ...]:
         """Submodules that a model must have for this strategy."""
-        return ("body", "head") if self.head_first else ("head",) if self.fine_tunes or self.keeps == "head." else ()
+        if self.head_first:
+            return ("body", "head")
+        if self.fine_tunes or self.keeps == "head.":
+            return ("head",)
+        return ()
 
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
@@ -57,14 +61,6 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "fedrep": Strategy(keeps="head.", head_first=True),  # Collins et al., ICML 2021 (arXiv 2102.07078)
         "local": Strategy(keeps=""),  # nobody takes anything: what a federation has to beat
     }
-)
-
-_BOUNDS = (
-    ("rounds", 1, 10_000),
-    ("local_epochs", 1, 1_000),
-    ("batch_size", 1, 1_000_000),
-    ("learning_rate", 1e-9, 1e3),
-    ("seed", 0, 2**63 - 1),
 )
 
 
@@ -89,15 +85,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy is {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
-        for name, low, high in _BOUNDS:
-            value = getattr(self, name)
-            kinds, wanted = ((int, float), "a number") if name == "learning_rate" else ((int,), "an integer")
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                raise ConfigError(f"{name} is {value!r}: use {wanted} in [{low:g}, {high:g}]")
+        check_number("rounds", self.rounds, 1, 10_000, whole=True)
+        check_number("local_epochs", self.local_epochs, 1, 1_000, whole=True)
+        check_number("batch_size", self.batch_size, 1, 1_000_000, whole=True)
+        check_number("learning_rate", self.learning_rate, 1e-9, 1e3)
+        check_number("seed", self.seed, 0, 2**63 - 1, whole=True)
 
     @property
     def facts(self) -> Facts:
-        """What ``Lineage.extra`` tells of it."""
+        """What goes into ``Lineage.extra``."""
         names = ("data", "seed", "local_epochs", "batch_size", "learning_rate")
         return {name: getattr(self, name) for name in names}
 
@@ -162,14 +158,13 @@ class Run:
 
     def to_frame(self) -> "pd.DataFrame":
         """One row per round: its metrics, and how many clients were accepted and rejected."""
-        with of_extra("course"):
-            import pandas as pd
-
-        rows = [
-            {"round": r.number, **r.metrics, "accepted": len(r.sample_counts), "rejected": len(r.rejected)}
-            for r in self.rounds
-        ]
-        return pd.DataFrame(rows).set_index("round")
+        pandas = need("pandas", "course")
+        rows = []
+        for done in self.rounds:
+            counts = {"accepted": len(done.sample_counts), "rejected": len(done.rejected)}
+            rows.append({"round": done.number} | done.metrics | counts)
+        frame: pd.DataFrame = pandas.DataFrame(rows).set_index("round")
+        return frame
 
 
 def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -> Callable[[Round], Manifest]:
@@ -191,6 +186,7 @@ def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -
             sample_counts=tuple(result.sample_counts.values()),
             strategy=recipe.strategy,
             extra={**recipe.facts, "rejected_clients": len(result.rejected)},
+            clients=tuple(result.sample_counts),
         )
         manifest = registry.publish(
             name,

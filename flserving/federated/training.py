@@ -1,12 +1,12 @@
 """Federated rounds in plain torch: short, seeded, and good enough to make models worth serving.
 
-One round: every client trains the model on its own samples; the server checks what arrives, and averages it. In what
-a client keeps for itself, and in what order it trains, lies the whole difference between the ``STRATEGIES``.
+In one round every client trains the model on its own samples; the server checks what arrives and averages it. The
+``STRATEGIES`` differ only in what a client keeps for itself and in what order it trains.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -20,17 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from flserving import models
 from flserving.errors import ConfigError, InvalidModelError, ModelExecutionError
 from flserving.federated import data
-from flserving.federated.aggregation import State, aggregate, fault, reason_of
+from flserving.federated.aggregation import State, aggregate, fault
 from flserving.federated.data import Client
-from flserving.federated.rounds import STRATEGIES, Recipe, Round, Run, Statistics, Strategy, publish_rounds
+from flserving.federated.rounds import STRATEGIES, Recipe, Round, Run, Statistics
 from flserving.models.processing import Preprocessor
 
-__all__ = ["STRATEGIES", "Recipe", "Round", "Run", "Strategy", "aggregate", "fault", "publish_rounds", "train"]
-
 Corrupt: TypeAlias = Callable[[str, int, State], Any]
-
-
-_PARTITION: Mapping[str, object] = {"num_clients": 20, "alpha": 0.1, "permute_labels": False}
+Average: TypeAlias = Callable[[Sequence[State], Sequence[float]], State]
+_PARTITION = {"num_clients": 20, "alpha": 0.1, "permute_labels": False}
 
 
 class Options(TypedDict, total=False):
@@ -55,6 +52,7 @@ def train(
     preprocessing: Statistics | None = None,
     corrupt: Corrupt | None = None,
     on_round: Callable[[Round], object] | None = None,
+    average: Average = aggregate,
     progress: bool = True,
     **options: Unpack[Options],
 ) -> Run:
@@ -67,6 +65,7 @@ def train(
         corrupt: Stands between client and server: ``(client_id, round, update) -> update``. Change the update to play
             a faulty or hostile client, return None to play a silent one. What it raises ends the training.
         on_round: Called after each round, e.g. ``publish_rounds(registry, name)``. What it raises ends the training.
+        average: ``(updates, numbers of samples) -> state``: how the server makes one model of the accepted updates.
         progress: Show a progress bar.
         rounds: 10 by default. ``local_epochs`` (5), ``batch_size`` (16), ``learning_rate`` (0.1): of each client's SGD.
         architecture: "digits_mlp" by default, with its ``parameters``.
@@ -89,113 +88,121 @@ def train(
     Source: McMahan et al., AISTATS 2017 (arXiv 1602.05629), algorithm 1 with C = 1.
     """
     settings: dict[str, Any] = dict(options)
-    partition = {name: settings.pop(name, default) for name, default in _PARTITION.items()}
     settings["parameters"] = dict(settings.get("parameters") or {})
-    told = ""
+    partition = {name: settings.pop(name, default) for name, default in _PARTITION.items()}
     if clients is None:
-        told = f"digits, alpha {partition['alpha']}"
+        settings["data"] = f"digits, alpha {partition['alpha']}"
         if partition["permute_labels"]:
-            told += ", labels permuted per client"
-    recipe = Recipe(strategy=strategy, data=told, **settings)
-    if clients is None:
-        clients = data.make_clients(*data.digits(), **partition, seed=recipe.seed)
+            settings["data"] += ", labels permuted per client"
     elif partition != _PARTITION:
         raise ConfigError("clients are given: leave num_clients, alpha and permute_labels out, they would do nothing")
-    if not clients or len({client.id for client in clients}) < len(clients):
-        raise ConfigError(f"clients are {[client.id for client in clients][:5]}: give at least one, with unique ids")
-    federation = _Federation(recipe, clients, preprocessing or data.federated_statistics(clients), corrupt)
-    done: list[Round] = []
-    with _progress_bar(strategy, recipe.rounds, progress) as show:
+    recipe = Recipe(strategy=strategy, **settings)
+    if clients is None:
+        clients = data.make_clients(*data.digits(), **partition, seed=recipe.seed)
+    data.check_clients(clients)
+    federation = _Federation(recipe, clients, preprocessing or data.federated_statistics(clients), corrupt, average)
+    rounds: list[Round] = []
+    with _progress_bar(recipe, progress) as bar:
         for number in range(1, recipe.rounds + 1):
-            done.append(federation.play(number))
-            show(done[-1])
+            done = federation.play(number)
+            rounds.append(done)
+            if bar is not None:
+                bar.set_postfix(mean=f"{done.metrics['mean_client_accuracy']:.3f}", rejected=len(done.rejected))
+                bar.update()
             if on_round is not None:
-                on_round(done[-1])
-    return Run(recipe, tuple(clients), tuple(done))
+                on_round(done)
+    return Run(recipe, tuple(clients), tuple(rounds))
 
 
-@contextmanager
-def _progress_bar(strategy: str, rounds: int, wanted: bool) -> Iterator[Callable[[Round], None]]:
-    """Takes each round when it is done. Without tqdm there is no bar: no training ends for want of one."""
+def _progress_bar(recipe: Recipe, wanted: bool) -> Any:
+    """A bar of tqdm, in a context. Without tqdm there is none: no training ends for want of one."""
     if not wanted or find_spec("tqdm") is None:
-        yield lambda done: None
-        return
+        return nullcontext()
     from tqdm.auto import tqdm
 
-    with tqdm(total=rounds, desc=strategy, unit="round") as bar:
-
-        def show(done: Round) -> None:
-            bar.set_postfix(mean=f"{done.metrics['mean_client_accuracy']:.3f}", rejected=len(done.rejected))
-            bar.update()
-
-        yield show
+    return tqdm(total=recipe.rounds, desc=recipe.strategy, unit="round")
 
 
 class _Federation:
     """A training under way: the global model, what the clients keep, and one module that all of them compute with."""
 
     def __init__(
-        self, recipe: Recipe, clients: Sequence[Client], preprocessing: Statistics, corrupt: Corrupt | None
+        self,
+        recipe: Recipe,
+        clients: Sequence[Client],
+        preprocessing: Statistics,
+        corrupt: Corrupt | None,
+        average: Average,
     ) -> None:
         self.recipe = recipe
         self.strategy = STRATEGIES[recipe.strategy]
         self.corrupt = corrupt
+        self.average = average
         if preprocessing.keys() != {"mean", "std"}:
             raise ConfigError(f"preprocessing has the keys {sorted(preprocessing)}: give mean and std, nothing else")
         self.preprocessing = {name: [float(value) for value in preprocessing[name]] for name in ("mean", "std")}
-        mean = self.preprocessing["mean"]
-        std = self.preprocessing["std"]
-        shape, _ = models.signature(recipe.architecture, recipe.parameters)
-        fits = math.prod(shape) == len(mean)  # else _check_fit says what is wrong
-        # the server's own: serving sees what training saw
-        standardise = Preprocessor(mean=mean, std=std, input_shape=shape if fits else None)
-        self.train = {c.id: (standardise(c.train_x), torch.tensor(c.train_y)) for c in clients}
-        self.test = {c.id: (standardise(c.test_x), torch.tensor(c.test_y)) for c in clients}
-        with _isolated():
+        with isolated():
             _seed(recipe.seed)
             self.module = models.build(recipe.architecture, recipe.parameters)
+        shape, _ = models.signature(recipe.architecture, recipe.parameters)
         _check_fit(recipe, self.module, clients)
-        self.state = _copy(self.module.state_dict())
+        mean = self.preprocessing["mean"]
+        fits = math.prod(shape) == len(mean)  # else the rows do not either, and that error says more
+        standardise = Preprocessor(  # as the server does
+            mean=mean,
+            std=self.preprocessing["std"],
+            input_shape=shape if fits else None,
+        )
+        self.train = {client.id: (standardise(client.train_x), torch.tensor(client.train_y)) for client in clients}
+        self.test = {client.id: (standardise(client.test_x), torch.tensor(client.test_y)) for client in clients}
+        self.state = copied(self.module.state_dict())
         self.kept: dict[str, State] = {}
 
     def play(self, number: int) -> Round:
-        """One round; the clients take turns."""
-        with _isolated():
-            updates: dict[str, State] = {}
+        """One round; the clients train one after the other."""
+        with isolated():
             rejected: dict[str, str] = {}
-            raised = 0
-            for index, client in enumerate(self.train):
-                _seed(self.recipe.seed, number, index)  # so that no client's fault changes another's shuffling
-                try:
-                    update: Any = self._local_update(client)
-                except Exception as error:  # of its data, its memory, its part of the model: the others train on
-                    raised += 1
-                    rejected[client] = reason_of(error)
-                    continue
-                if self.corrupt is not None:
-                    update = self.corrupt(client, number, update)
-                if reason := fault(update, self.state):
-                    rejected[client] = reason
-                else:
-                    updates[client] = update
-            if raised == len(self.train):
-                client, reason = next(iter(rejected.items()))
-                raise ModelExecutionError(
-                    f"round {number}: the training of all {raised} clients failed, that of {client!r} by {reason}: "
-                    "mend the model or the samples"
-                )
+            updates = self._updates(number, rejected)
             counts = {client: len(self.train[client][1]) for client in updates}
             if updates:
-                self.state = aggregate(list(updates.values()), list(counts.values()))
+                self.state = self.average(list(updates.values()), list(counts.values()))
             if self.strategy.keeps is not None:
                 self.kept |= {client: _part(update, self.strategy.keeps) for client, update in updates.items()}
-            tuned: dict[str, State] = {}
-            for client in updates if self.strategy.fine_tunes else ():
-                try:
-                    tuned[client] = self._tuned_head(client, number)
-                except Exception as error:  # the global model serves it
-                    rejected[client] = f"its head was not fitted: {reason_of(error)}"
-            return self._measured(number, self.kept | tuned, counts, rejected)
+            personal = dict(self.kept)
+            if self.strategy.fine_tunes:
+                for client in updates:
+                    try:
+                        personal[client] = self._tuned_head(client, number)
+                    except Exception as error:  # the global model serves it
+                        rejected[client] = f"its head was not fitted: {_reason(error)}"
+            return self._measured(number, personal, counts, rejected)
+
+    def _updates(self, number: int, rejected: dict[str, str]) -> dict[str, State]:
+        """The sound updates of all clients; why the others are left out goes into ``rejected``."""
+        updates: dict[str, State] = {}
+        raised = 0
+        for index, client in enumerate(self.train):
+            _seed(self.recipe.seed, number, index)  # so that no client's fault changes another's shuffling
+            try:
+                update: Any = self._local_update(client)
+            except Exception as error:  # of its data, its memory, its part of the model: the others train on
+                raised += 1
+                rejected[client] = _reason(error)
+                continue
+            if self.corrupt is not None:
+                update = self.corrupt(client, number, update)
+            reason = fault(update, self.state)
+            if reason is None:
+                updates[client] = update
+            else:
+                rejected[client] = reason
+        if raised == len(self.train):
+            client, why = next(iter(rejected.items()))
+            raise ModelExecutionError(
+                f"round {number}: the training of all {raised} clients failed, that of {client!r} by {why}: "
+                "mend the model or the samples"
+            )
+        return updates
 
     def _local_update(self, client: str) -> State:
         """What the client does with the global model and its own samples; returns all its tensors."""
@@ -205,18 +212,19 @@ class _Federation:
             self._fit("body", client)
         else:
             self._fit("", client)
-        return _copy(self.module.state_dict())
+        return copied(self.module.state_dict())
 
     def _tuned_head(self, client: str, number: int) -> State:
         _seed(self.recipe.seed, number, len(self.train))
         self.module.load_state_dict(self.state)
         self._fit("head", client)
-        return _part(_copy(self.module.state_dict()), "head.")
+        return _part(copied(self.module.state_dict()), "head.")
 
     def _fit(self, part: str, client: str) -> None:
         """Mini-batch SGD on the weights of a submodule ("" is the whole); the others stay."""
         x, y = self.train[client]
-        weights = [w for w in self.module.train().get_submodule(part).parameters() if w.requires_grad]
+        trained = self.module.train().get_submodule(part)
+        weights = [weight for weight in trained.parameters() if weight.requires_grad]
         for _ in range(self.recipe.local_epochs):
             for batch in self._batches(len(y)):
                 loss = cross_entropy(self.module(x[batch]), y[batch])
@@ -239,31 +247,44 @@ class _Federation:
     def _measured(
         self, number: int, personal: dict[str, State], counts: dict[str, int], rejected: dict[str, str]
     ) -> Round:
-        own = {client: self._hits(client, self.state | personal.get(client, {})) for client in self.test}
-        accuracy = {client: hits / len(self.test[client][1]) for client, hits in own.items()}
-        of_all = sum(self._hits(client, self.state) for client in self.test)
+        accuracy = {}
+        hits = 0
+        rows = 0
+        for client, (_, labels) in self.test.items():
+            own = self.state | personal.get(client, {})
+            accuracy[client] = self._hits(client, own) / len(labels)
+            hits += self._hits(client, self.state)
+            rows += len(labels)
         metrics = {
-            "global_accuracy": of_all / sum(len(y) for _, y in self.test.values()),
+            "global_accuracy": hits / rows,
             "mean_client_accuracy": sum(accuracy.values()) / len(accuracy),
             "worst_client_accuracy": min(accuracy.values()),
         }
-        copies = {client: _copy(state) for client, state in personal.items()}  # a callback may change what it gets
         return Round(
-            number, self.recipe, self.preprocessing, _copy(self.state), copies, metrics, accuracy, counts, rejected
+            number=number,
+            recipe=self.recipe,
+            preprocessing=self.preprocessing,
+            state=copied(self.state),  # a callback may change what it gets
+            personal={client: copied(state) for client, state in personal.items()},
+            metrics=metrics,
+            client_accuracy=accuracy,
+            sample_counts=counts,
+            rejected=rejected,
         )
 
     @torch.no_grad()
     def _hits(self, client: str, state: State) -> int:
         x, y = self.test[client]
-        return int((functional_call(self.module.eval(), state, (x,)).argmax(dim=1) == y).sum())
+        logits = functional_call(self.module.eval(), state, (x,))
+        return int((logits.argmax(dim=1) == y).sum())
 
 
 def _check_fit(recipe: Recipe, module: nn.Module, clients: Sequence[Client]) -> None:
     """Raise InvalidModelError unless the model takes these samples and has the parts that the strategy trains."""
     inputs, outputs = models.signature(recipe.architecture, recipe.parameters)
     width = clients[0].train_x.shape[1]
-    classes = 1 + max(int(max(client.train_y.max(), client.test_y.max())) for client in clients)
-    classes = max(classes, 2)  # over a single logit there is nothing to learn
+    labels = np.concatenate([part for client in clients for part in (client.train_y, client.test_y)])
+    classes = max(int(labels.max()) + 1, 2)  # over a single logit there is nothing to learn
     if math.prod(inputs) != width or len(outputs) != 1 or outputs[0] < classes:
         raise InvalidModelError(
             f"{recipe.architecture!r} maps rows {inputs} to {outputs}: the clients' samples need ({width},) to "
@@ -278,7 +299,7 @@ def _check_fit(recipe: Recipe, module: nn.Module, clients: Sequence[Client]) -> 
 
 
 @contextmanager
-def _isolated() -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Random state of our own, gradients on, one thread; the caller's settings come back afterwards.
 
     One thread, because a step on 16 rows is too short to be shared out.
@@ -292,11 +313,23 @@ def _isolated() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _reason(error: Exception) -> str:
+    """Why a client's training failed, in one short line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"[:200]
+
+
 def _seed(*key: int) -> None:
-    torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    torch.default_generator.manual_seed(seed_of(*key))
 
 
-def _copy(state: Mapping[str, Tensor]) -> State:
+def seed_of(*key: int) -> int:
+    """A seed for torch from several numbers: whoever changes one of them gets another one."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def copied(state: Mapping[str, Tensor]) -> State:
+    """Copies of the tensors, which nobody else holds."""
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 

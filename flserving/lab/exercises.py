@@ -1,8 +1,9 @@
 """Exercises in notebooks: nbgrader's cell format, its validation, and the copies that students get.
 
 A source notebook holds the solutions, between ``### BEGIN SOLUTION`` and ``### END SOLUTION``, and passes its checks.
-``python -m flserving.lab.exercises --out student`` writes the copies without them. The format is nbgrader's (schema 3),
-so that ``nbgrader generate_assignment`` and ``autograde`` read the same notebooks; nbgrader itself is not needed here.
+``python -m flserving.lab.exercises --out student`` writes the copies without them, and ``python run.py lab`` opens such
+a copy. The format is nbgrader's (schema 3), so that ``nbgrader generate_assignment`` and ``autograde`` read the same
+notebooks; nbgrader itself is not needed here.
 """
 
 import argparse
@@ -19,9 +20,16 @@ import nbformat
 from nbformat import NotebookNode
 
 from flserving.errors import ConfigError, FlservingError
+from flserving.lab.style import picture_tag
+from flserving.lab.workbook.answers import replace_file
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+NEEDS_SOLUTION = "needs-solution"
+"""The tag of a cell that plugs a student's part into the stack: with a stub it says so, and no other cell needs it."""
 _REGION = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.DOTALL | re.MULTILINE)
+
+_KEEPS = re.compile(r"\bkeep\(")
+_PARTS = re.compile(r"^(\d+) of (\d+) parts are right", re.MULTILINE)  # as checks.parts.judge tells them
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +97,16 @@ def find_exercises(notebook: NotebookNode) -> list[Exercise]:
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
-    """The notebook as students get it: stubs for solutions, no output from the first exercise on, no cell numbers."""
+    """The notebook as students get it: stubs for solutions, no cell numbers, and the outputs that they too will see.
+
+    So a figure can be looked at before anything has run, as HTML too (see :class:`flserving.lab.style.LabFigure`). The
+    outputs of exercises, of their checks and of cells that use a solution or keep it go: they would speak of code that
+    is not there yet.
+    """
     exercises = find_exercises(notebook)
     student = copy.deepcopy(notebook)
     student.metadata.pop("widgets", None)
-    first = min((exercise.solution for exercise in exercises), default=len(student.cells))
+    own = {number for exercise in exercises for number in (exercise.solution, exercise.check)}
     for exercise in exercises:
         cell = student.cells[exercise.solution]
         cell.source = _stub(cell.source, exercise.grade_id)
@@ -101,11 +114,31 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
     for number, cell in enumerate(student.cells):
         if cell.cell_type == "code":
             cell.execution_count = None
-            cell.outputs = cell.outputs if number < first else []
+            if number in own or NEEDS_SOLUTION in cell.metadata.get("tags", []) or _KEEPS.search(cell.source):
+                cell.outputs = []
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = None
+                alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+                if alt:  # JupyterLab shows this, and reads it out; the PNG is for what cannot
+                    output.data["text/html"] = picture_tag(output.data["image/png"], alt)
     return student
+
+
+def part_marks(notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
+    """A step of nbgrader's autograde: a check that fails in one part of four gives three quarters of its points.
+
+    nbgrader gives 0 points for an error, unless a number stands before it: that it takes for the points. For it to run,
+    nbgrader_config.py says ``c.Autograde.autograde_preprocessors.insert(1, "flserving.lab.exercises.part_marks")``.
+    """
+    for cell in notebook.cells:
+        grading = cell.metadata.get("nbgrader", {})
+        for output in list(cell.get("outputs", [])) if grading.get("grade") else []:
+            found = _PARTS.search("\n".join(output.traceback)) if output.get("ename") == "CheckError" else None
+            if found:
+                points = {"text/plain": f"{grading['points'] * int(found[1]) / int(found[2]):.2f}"}
+                cell.outputs.insert(0, nbformat.v4.new_output("execute_result", points))  # type: ignore[no-untyped-call]
+    return notebook, resources
 
 
 def write_student_copies(notebooks: Path, out: Path, *, force: bool = False) -> dict[Path, list[Exercise]]:
@@ -115,23 +148,49 @@ def write_student_copies(notebooks: Path, out: Path, *, force: bool = False) -> 
         ConfigError: No notebooks there, ``out`` is the same folder, a copy exists (somebody may have worked in it) and
             ``force`` is off, or an exercise is malformed; the message names the notebook.
     """
+    sources = _sources(notebooks, out)
+    for source in sources:
+        target = out / source.name
+        _require(force or not target.exists(), f"{target} exists and may hold somebody's work: move it, or use --force")
+    return _write(sources, out)
+
+
+def add_missing_copies(notebooks: Path, out: Path) -> dict[Path, list[Exercise]]:
+    """Write the student copies that are not there yet, and the files beside the notebooks; what is there stays."""
+    missing = [source for source in _sources(notebooks, out) if not (out / source.name).exists()]
+    written = _write(missing, out)
+    for beside in notebooks.iterdir():  # pictures and texts that the notebooks refer to
+        if (
+            beside.is_file()
+            and beside.suffix != ".ipynb"
+            and beside.name[0] != "."
+            and not (out / beside.name).exists()
+        ):
+            replace_file(out / beside.name, beside.read_bytes())
+    return written
+
+
+def _sources(notebooks: Path, out: Path) -> list[Path]:
     sources = sorted(notebooks.glob("*.ipynb"))
     _require(sources, f"no notebooks in {notebooks}: give the folder with --notebooks")
     _require(
         notebooks.resolve() != out.resolve(), f"{out} holds the sources: write the student copies to another folder"
     )
-    copies: dict[Path, tuple[NotebookNode, list[Exercise]]] = {}
+    return sources
+
+
+def _write(sources: Sequence[Path], out: Path) -> dict[Path, list[Exercise]]:
+    copies: dict[Path, tuple[str, list[Exercise]]] = {}
     for source in sources:
-        target = out / source.name
-        _require(force or not target.exists(), f"{target} exists and may hold somebody's work: move it, or use --force")
         notebook = nbformat.read(source, as_version=4)  # type: ignore[no-untyped-call]
         try:
-            copies[target] = student_copy(notebook), find_exercises(notebook)
+            text = nbformat.writes(student_copy(notebook))  # type: ignore[no-untyped-call]
+            copies[out / source.name] = text, find_exercises(notebook)
         except ConfigError as error:
             raise ConfigError(f"{source.name}: {error}") from None
     out.mkdir(parents=True, exist_ok=True)
-    for target, (student, _) in copies.items():
-        nbformat.write(student, target)  # type: ignore[no-untyped-call]
+    for target, (text, _) in copies.items():
+        replace_file(target, f"{text}\n")  # whole or not there: a half copy would be taken for work
     return {target: exercises for target, (_, exercises) in copies.items()}
 
 
@@ -140,11 +199,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m flserving.lab.exercises", description="Write the students' notebooks.")
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder with the sources (notebooks)")
     parser.add_argument("--out", type=Path, default=Path("student"), help="folder for the copies (student)")
-    parser.add_argument("--force", action="store_true", help="overwrite copies that exist")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--force", action="store_true", help="overwrite copies that exist")
+    choice.add_argument("--missing", action="store_true", help="leave copies that exist as they are, write the others")
     options = parser.parse_args(arguments)
     try:
-        written = write_student_copies(options.notebooks, options.out, force=options.force)
-    except FlservingError as error:
+        if options.missing:
+            written = add_missing_copies(options.notebooks, options.out)
+        else:
+            written = write_student_copies(options.notebooks, options.out, force=options.force)
+    except (FlservingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for target, exercises in written.items():

@@ -3,23 +3,28 @@
 Figures are made without pyplot, so a notebook that draws a thousand of them keeps none alive.
 """
 
+import base64
+import html
 import io
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from IPython import get_ipython
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from PIL import Image
+
+from flserving.lab.alt import described
 
 _RC = matplotlib.rc_params_from_file(Path(__file__).with_name("flserving.mplstyle"), use_default_template=False)
 
 COLOURS: tuple[str, ...] = tuple(f"#{entry['color'].lstrip('#')}" for entry in _RC["axes.prop_cycle"])
-PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")  # 0.5, 20, 1,000: no powers of ten
+STATIC_SWITCH = "FLSERVING_STATIC"
 WIDTH_IN = 8.0  # fits a JupyterLab cell beside the file browser on a 1366 px screen
 
 _UNITS = {
@@ -36,18 +41,50 @@ _UNITS = {
 
 
 class LabFigure(Figure):
-    """A figure that shows itself as a PNG at the end of a cell, with or without pyplot."""
+    """A figure that shows itself at the end of a cell, with or without pyplot.
+
+    ``alt`` is its text alternative; where it is empty, :func:`flserving.lab.alt.described` makes one. A notebook gets
+    the PNG, whose metadata hold the alternative, and the same picture as HTML: JupyterLab reads no such metadata.
+    """
+
+    alt = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         FigureCanvasAgg(self)  # registers itself as self.canvas
 
-    def _repr_png_(self) -> bytes:
-        """The PNG that a notebook stores: 256 colours are enough for a plot, and a third of the bytes."""
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        """The PNG that a notebook stores, and its metadata: 256 colours are enough for a plot, and a third of the
+        bytes."""
         buffer = io.BytesIO()
         with Image.open(io.BytesIO(png(self))) as picture:
             picture.convert("RGB").quantize(256).save(buffer, "png", optimize=True, dpi=(self.dpi, self.dpi))
-        return buffer.getvalue()
+        return buffer.getvalue(), {"alt": alternative(self)}
+
+    def _repr_html_(self) -> str | None:
+        """None with FLSERVING_STATIC=1: stored notebooks hold each picture once, as GitHub and nbconvert show it."""
+        if is_static():
+            return None
+        picture, metadata = self._repr_png_()
+        return picture_tag(base64.b64encode(picture).decode(), metadata["alt"])
+
+
+def is_static() -> bool:
+    """Whether FLSERVING_STATIC says that there is no page to show widgets on: in tests and exports."""
+    return os.environ.get(STATIC_SWITCH, "0") not in ("", "0")
+
+
+def alternative(fig: Figure) -> str:
+    """The text alternative of any figure."""
+    return getattr(fig, "alt", "") or described(fig)
+
+
+def picture_tag(picture: str, alt: str) -> str:
+    """A PNG, given in base64, as an ``<img>`` that screen readers can name. Decoded at once: a change shows no gap."""
+    source = picture.replace("\n", "")
+    return (
+        f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}" decoding="sync" style="max-width: 100%">'
+    )
 
 
 def styled() -> AbstractContextManager[None]:
@@ -58,6 +95,9 @@ def styled() -> AbstractContextManager[None]:
 def use_style() -> None:
     """Make the house style the default of this kernel, for plots that do not come from ``flserving.lab``."""
     matplotlib.rcParams.update(_RC)
+    shell = get_ipython()
+    if shell is not None:  # else IPython takes over at the first plot of pandas: another size, and no text alternative
+        shell.display_formatter.formatters["image/png"].for_type(LabFigure, LabFigure._repr_png_)
 
 
 def figure(*, rows: int = 1, cols: int = 1, height_in: float = 3.2, **grid: Any) -> tuple[Figure, list[Axes]]:

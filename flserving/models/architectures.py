@@ -11,20 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flserving.errors import ConflictError, InvalidModelError, NotFoundError, NotSupportedError
+from flserving.models.plain import JSON, MAX_LAYERS, SIZES, Shape, check_sizes
+from flserving.models.weights import nbytes_of
 
-JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
-Shape: TypeAlias = tuple[int, ...]
 Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MAX_PARAMETERS_CHARS = 65_536  # of JSON: a manifest is a page, not a book
-_MAX_LAYERS, _MAX_WIDTH = 64, 1 << 20  # of an mlp
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # eq=False: two definitions of one name stay two keys of a cache
@@ -110,7 +109,7 @@ def build(architecture: str, parameters: Mapping[str, JSON] | None = None) -> nn
     """
     entry = _find(architecture)
     text = _canonical(architecture, parameters)
-    _checked_shapes(entry, text)
+    _dry_run(entry, text)
     return _call(entry, entry.factory, text)
 
 
@@ -147,7 +146,13 @@ def definition(architecture: str) -> object:
 
 def signature(architecture: str, parameters: Mapping[str, JSON] | None = None) -> tuple[Shape, Shape]:
     """Shapes of one row in and one row out, without the batch: ``((64,), (10,))``. Raises as ``build``."""
-    return _checked_shapes(_find(architecture), _canonical(architecture, parameters))
+    inputs, outputs, _ = _dry_run(_find(architecture), _canonical(architecture, parameters))
+    return inputs, outputs
+
+
+def nbytes(architecture: str, parameters: Mapping[str, JSON] | None = None) -> int:
+    """Bytes that a built module will hold, see :func:`nbytes_of`. Raises as ``build``."""
+    return _dry_run(_find(architecture), _canonical(architecture, parameters))[2]
 
 
 def _home(factory: Callable[..., nn.Module]) -> str:
@@ -193,8 +198,8 @@ def _call(entry: Architecture, function: Callable[..., T], text: str) -> T:
 
 
 @lru_cache(maxsize=1024)
-def _checked_shapes(entry: Architecture, text: str) -> tuple[Shape, Shape]:
-    """Dry run without memory: does it build, is it small enough, and what shapes does it declare?"""
+def _dry_run(entry: Architecture, text: str) -> tuple[Shape, Shape, int]:
+    """Dry run without memory: does it build, is it small enough, what shapes does it declare, how many bytes has it?"""
     with torch.device("meta"):
         module = _call(entry, entry.factory, text)
     if not isinstance(module, nn.Module):
@@ -205,7 +210,7 @@ def _checked_shapes(entry: Architecture, text: str) -> tuple[Shape, Shape]:
             f"architecture {entry.name!r} with {text[:200]} has {values:,} values: the most is {entry.max_values:,} "
             "(register(..., max_values=) raises it)"
         )
-    return _shape(entry, entry.input_shape, text), _shape(entry, entry.output_shape, text)
+    return _shape(entry, entry.input_shape, text), _shape(entry, entry.output_shape, text), nbytes_of(module)
 
 
 def _shape(entry: Architecture, declared: Shape | Callable[..., Shape], text: str) -> Shape:
@@ -245,12 +250,7 @@ def as_split(module: nn.Module) -> SplitModel:
 @register("mlp", input_shape=lambda sizes: (sizes[0],), output_shape=lambda sizes: (sizes[-1],))
 def mlp(sizes: Sequence[int]) -> SplitModel:
     """Linear layers with ReLU between: ``sizes = [D, hidden..., C]``; with two sizes the body is empty."""
-    whole = isinstance(sizes, (list, tuple)) and all(type(size) is int for size in sizes)
-    if not whole or not 2 <= len(sizes) <= _MAX_LAYERS or not all(1 <= size <= _MAX_WIDTH for size in sizes):
-        raise InvalidModelError(
-            f"sizes of an mlp are {str(sizes)[:80]}: use 2 to {_MAX_LAYERS} integers in [1, {_MAX_WIDTH}], "
-            "e.g. [784, 512, 512, 10]"
-        )
+    check_sizes(sizes)
     body = nn.Sequential()
     for inputs, outputs in pairwise(sizes[:-1]):
         body.extend((nn.Linear(inputs, outputs), nn.ReLU(inplace=True)))  # in place: one allocation less per layer
@@ -260,13 +260,13 @@ def mlp(sizes: Sequence[int]) -> SplitModel:
 @register("tutorial_mlp", input_shape=(32,), output_shape=(10,))
 def tutorial_mlp() -> SplitModel:
     """The tutorial's model: 32-64-10."""
-    return mlp([32, 64, 10])
+    return mlp(SIZES["tutorial_mlp"])
 
 
 @register("digits_mlp", input_shape=(64,), output_shape=(10,))
 def digits_mlp() -> SplitModel:
     """For 8x8 digits, flattened: 64-64-10."""
-    return mlp([64, 64, 10])
+    return mlp(SIZES["digits_mlp"])
 
 
 @register("digits_cnn", input_shape=(64,), output_shape=(10,))
@@ -313,8 +313,8 @@ def _features(layers: Sequence[Mapping[str, JSON]], which: int, name: str) -> Sh
 )
 def sequential(layers: Sequence[Mapping[str, JSON]]) -> nn.Sequential:
     """A plain ``nn.Sequential`` over feature rows: ``[{"layer": "Linear", ...}, ...]``, see :func:`describe`."""
-    if not isinstance(layers, (list, tuple)) or not 1 <= len(layers) <= _MAX_LAYERS:
-        raise InvalidModelError(f"layers of a sequential are {str(layers)[:80]}: give 1 to {_MAX_LAYERS} of them")
+    if not isinstance(layers, (list, tuple)) or not 1 <= len(layers) <= MAX_LAYERS:
+        raise InvalidModelError(f"layers of a sequential are {str(layers)[:80]}: give 1 to {MAX_LAYERS} of them")
     modules = []
     for arguments in map(dict, layers):
         kind = arguments.pop("layer", None)

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from flserving.errors import InvalidModelError
 from flserving.extras import need
-from flserving.models.architectures import JSON, Shape, register
+from flserving.models.architectures import register
+from flserving.models.plain import JSON, Shape
 from flserving.models.probing import QUANTISED_TOLERANCE
 from flserving.models.weights import as_bytes
 
-_MOST_NODES, _MOST_VALUES = 10_000, 1 << 26  # of a graph; of one tensor inside it that is no weight, for one row
+_MOST_NODES = 10_000  # of a graph
+_MOST_VALUES = 1 << 26  # of one tensor inside it that is no weight, for one row
 _OPERATORS = (
     "Abs Add AveragePool BatchNormalization Cast Clip Concat Conv DequantizeLinear Div Elu Erf Exp Flatten Gather Gelu "
     "Gemm GlobalAveragePool GlobalMaxPool GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization "

@@ -27,9 +27,11 @@ def import_modules(names: Sequence[str]) -> None:
     Raises:
         ConfigError: There is no such module, it fails, or it registers no architecture.
     """
-    from flserving.models import architectures  # not before it is asked for: it loads torch
+    if not names:
+        return
+    from flserving.models import architectures  # loads torch
 
-    if names and "" not in sys.path and os.getcwd() not in sys.path:  # an installed command has its own folder there
+    if "" not in sys.path and os.getcwd() not in sys.path:  # an installed command has its own folder there
         sys.path.insert(0, os.getcwd())
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):

@@ -66,8 +66,8 @@ class Fleet:
             version: What runs there, the cloud's number; 0: nothing. ``round``: that of the version.
             age_s: How long ago it was known to be current.
         """
-        told_s = [] if age_s is None else [age_s]
-        if not all(0 <= number < _MOST for number in (version, round, *told_s)):  # NaN neither
+        ages_s = [] if age_s is None else [age_s]
+        if not all(0 <= number < _MOST for number in (version, round, *ages_s)):  # NaN neither
             return
         now_s = self._wall()
         reports = self._shared if shared else self._own
@@ -95,9 +95,9 @@ class Fleet:
                 continue
             number = str(report.round) if report.version else NONE
             rounds.setdefault(report.model, Counter())[number] += 1
-            told = ages.setdefault(report.model, [])
+            of_model = ages.setdefault(report.model, [])
             if report.version:
-                told.append(math.inf if report.since_s is None else max(0.0, now_s - report.since_s))
+                of_model.append(math.inf if report.since_s is None else max(0.0, now_s - report.since_s))
         return {model: Skew.of(counts, ages[model]) for model, counts in sorted(rounds.items())}
 
 

@@ -5,12 +5,11 @@ are error classes, stages and protocols are fixed: no caller can add series with
 every scrape reads :meth:`Telemetry.totals` and the caches' own counters.
 """
 
-import contextlib
 import math
 import platform
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence, Set
 from importlib.metadata import version as version_of
 from itertools import accumulate
 from typing import Any, cast
@@ -31,7 +30,8 @@ from flserving.monitoring import Observed
 from flserving.monitoring.fleet import AGES_S, Skew
 from flserving.monitoring.metrics import BOUNDS_S, merged
 
-_Values = Iterable[tuple[tuple[str, ...], float]]  # those of the labels, and the number
+_Numbers = dict[Any, float]  # by the values of the labels
+_OF_VERSION = ("model", "version")
 _PROCESS = ProcessCollector(registry=None)
 BATCH_ROWS = tuple(2**i for i in range(11))
 ACCURACIES = ("global", "mean_client", "worst_client")
@@ -69,8 +69,8 @@ _GAUGES = {
 def totals(server: Observed) -> dict[str, Any]:
     """Everything that processes add up to show as one: :meth:`Telemetry.totals`, the caches' counters, and under
     ``now`` what may also fall: leave that out of what a process that ended has left behind."""
-    stats, health = server.get_all_stats(), server.health_check()
-    caches = {name: stats[name] or {} for name in _CACHES}
+    stats = server.get_all_stats()
+    health = server.health_check()
     now: dict[str, Any] = {
         "fleet": server.fleet.lines(),
         "ready": int(health["ready"]),
@@ -81,10 +81,13 @@ def totals(server: Observed) -> dict[str, Any]:
         "executions_running": stats["queue"]["running"],
         "execution_slots": server.config.num_workers,
     }
-    for name, cache in caches.items():
-        for theirs, ours in (("size", "entries"), ("nbytes", "bytes"), ("max_bytes", "limit_bytes")):
-            now[f"{name}_{ours}"] = cache.get(theirs, 0)
-    counters = {name: {key: cache.get(key, 0) for key in _CACHES[name]} for name, cache in caches.items()}
+    counters = {}
+    for name, keys in _CACHES.items():
+        cache = stats[name] or {}
+        counters[name] = {key: cache.get(key, 0) for key in keys}
+        now[f"{name}_entries"] = cache.get("size", 0)
+        now[f"{name}_bytes"] = cache.get("nbytes", 0)
+        now[f"{name}_limit_bytes"] = cache.get("max_bytes", 0)
     process = {sample.name: sample.value for metric in _PROCESS.collect() for sample in metric.samples}
     process.pop("process_start_time_seconds", None)  # cannot be added
     cpu = {name: process.pop(name) for name in list(process) if name.endswith("_total")}
@@ -111,7 +114,8 @@ class ServerCollector(Collector):
     """A server for prometheus-client's registries: ``registry.register(ServerCollector(server))``."""
 
     def __init__(self, server: Observed, others: Sequence[Mapping[str, Any]] = ()) -> None:
-        self._server, self._others = server, others
+        self._server = server
+        self._others = others
 
     def collect(self) -> Iterator[Metric]:
         whole = merged([totals(self._server), *self._others])
@@ -131,46 +135,55 @@ class ServerCollector(Collector):
         yield from _device(self._server.get_all_stats().get("edge"))
         yield from _requests(whole)
         yield from _inference(whole["versions"])
-        yield from _doors(whole)
-        yield _counter("head_rows", "Rows of callers who are clients, by the personal head that was found.", ("head",),
-                       (((head,), n) for head, n in whole["told"]["head"].items()))  # fmt: skip
-        yield _counter("path_answers", "Answers of an edge or hybrid server, by where they came from.", ("path",),
-                       (((path,), n) for path, n in whole["told"]["path"].items()))  # fmt: skip
-        yield _counter("deltas", "Deltas that devices asked for first: made, refused (too many), not_kept (the disk).",
-                       ("outcome",), (((it,), n) for it, n in whole["told"].get("delta", {}).items()))  # fmt: skip
+        yield from _codec(whole)
+        counts = whole["counts"]
+        text = "Rows of callers who are clients, by the personal head that was found."
+        yield _metric(CounterMetricFamily, "head_rows", text, ("head",), counts["head"])
+        text = "Answers of an edge or hybrid server, by where they came from."
+        yield _metric(CounterMetricFamily, "path_answers", text, ("path",), counts["path"])
+        text = "Deltas that devices asked for first: made, refused (too many), not_kept (the disk)."
+        yield _metric(CounterMetricFamily, "deltas", text, ("outcome",), counts.get("delta", {}))
 
     def _versions(self, held: Set[str]) -> Iterator[Metric]:
-        labels = {name: version_of(name) for name in ("flserving", "torch")} | {"python": platform.python_version()}
-        yield _gauge("build_info", "Versions of the software.", labels, [(tuple(labels.values()), 1)])
-        served = {
-            (model, version, alias): 1
-            for model, known in self._server.health_check()["models"].items()
-            for alias, version in [*known["aliases"].items(), *(("", version) for version in known["versions"])]
-            if f"{model}/{version}" in held
-        }
-        help_text = "Versions in memory or led to, each also once for every alias that leads to it."
-        yield _gauge("model_version_info", help_text, ("model", "version", "alias"), served.items())
-        help_text = "Accuracy on held-out data as published, of every version that an alias leads to."
-        keys = {(model, version) for model, version, alias in served if alias}
-        yield _gauge("model_accuracy", help_text, ("model", "version", "of"), self._accuracies(sorted(keys)))
+        software = {"flserving": version_of("flserving"), "torch": version_of("torch")}
+        software["python"] = platform.python_version()
+        present = {tuple(software.values()): 1}
+        yield _metric(GaugeMetricFamily, "build_info", "Versions of the software.", tuple(software), present)
+        served: _Numbers = {}
+        accuracies: _Numbers = {}
+        for model, known in self._server.health_check()["models"].items():
+            led_to = [*known["aliases"].items(), *(("", version) for version in known["versions"])]
+            for alias, version in led_to:
+                if f"{model}/{version}" not in held:
+                    continue
+                served[model, version, alias] = 1
+                if alias:
+                    accuracies |= self._accuracies(model, version)
+        text = "Versions in memory or led to, each also once for every alias that leads to it."
+        yield _metric(GaugeMetricFamily, "model_version_info", text, (*_OF_VERSION, "alias"), served)
+        text = "Accuracy on held-out data as published, of every version that an alias leads to."
+        yield _metric(GaugeMetricFamily, "model_accuracy", text, (*_OF_VERSION, "of"), accuracies)
 
-    def _accuracies(self, keys: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str, str], float]]:
-        for key in keys:
-            with contextlib.suppress(FlservingError):  # gone since, or unreadable: other metrics tell
-                published = self._server.published_metrics(key)
-                yield from (((*key, of), published[f"{of}_accuracy"]) for of in ACCURACIES
-                            if f"{of}_accuracy" in published)  # fmt: skip
+    def _accuracies(self, model: str, version: str) -> _Numbers:
+        try:
+            published = self._server.published_metrics((model, version))
+        except FlservingError:  # gone since, or unreadable: other metrics show it
+            return {}
+        names = {of: f"{of}_accuracy" for of in ACCURACIES}
+        return {(model, version, of): published[name] for of, name in names.items() if name in published}
 
 
 def _fleet(skews: Mapping[str, Skew]) -> Iterator[Metric]:
     text = "Devices by the round that they run, as of their last pull within a week; of most rounds, the rest is other."
-    rounds = {(model, number): n for model, skew in skews.items() for number, n in skew.rounds.items()}
-    yield _gauge("fleet_devices", text, ("model", "round"), rounds.items())
-    text = "How long ago each device's model was known to be the current one."
-    ages = GaugeHistogramMetricFamily("flserving_fleet_age_seconds", text, labels=("model",))
+    rounds: _Numbers = {}
+    ages = {}
     for model, skew in skews.items():
-        ages.add_metric([model], _buckets(AGES_S, skew.ages), skew.total_s)
-    yield ages
+        ages[model] = (_buckets(AGES_S, skew.ages), skew.total_s)
+        for number, devices in skew.rounds.items():
+            rounds[model, number] = devices
+    yield _metric(GaugeMetricFamily, "fleet_devices", text, ("model", "round"), rounds)
+    text = "How long ago each device's model was known to be the current one."
+    yield _metric(GaugeHistogramMetricFamily, "fleet_age_seconds", text, ("model",), ages)
 
 
 def _device(edge: Mapping[str, Any] | None) -> Iterator[Metric]:
@@ -185,83 +198,91 @@ def _device(edge: Mapping[str, Any] | None) -> Iterator[Metric]:
 
 
 def _requests(whole: Mapping[str, Any]) -> Iterator[Metric]:
-    answered, failures, refusals = whole["versions"], whole["failures"], whole["refusals"]
-    requests = Counter({name: account["requests"] for name, account in answered.items()})
-    outcomes = Counter(dict.fromkeys(OUTCOMES, 0) | {"ok": whole["answered"]})
+    versions = {_split(name): account for name, account in whole["versions"].items()}
+    requests: Counter[Any] = Counter({key: account["requests"] for key, account in versions.items()})
+    outcomes: Counter[Any] = Counter(dict.fromkeys(OUTCOMES, 0))
+    outcomes["ok"] += whole["answered"]
     for reason, count in whole["failed"].items():
         outcomes[_outcome(reason)] += count
-    failed = {(*_split(""), reason, str(_status(reason))): 0 for reason in ("Internal", "Overloaded")}
-    for name, reasons in failures.items():
+    failed: _Numbers = {("", "", reason, _code(reason)): 0 for reason in ("Internal", "Overloaded")}
+    for name, reasons in whole["failures"].items():
         for reason, (count, _) in reasons.items():
-            requests[name] += count
-            failed[*_split(name), reason, str(_status(reason))] = count
-    refused = {}
-    for protocol, reasons in refusals.items():
+            requests[_split(name)] += count
+            failed[*_split(name), reason, _code(reason)] = count
+    refused: _Numbers = {}
+    for protocol, reasons in whole["refusals"].items():
         for reason, count in reasons.items():
             outcomes[_outcome(reason)] += count
-            refused[protocol, reason, str(_status(reason))] = count
-    yield _counter("requests", "Requests, answered or failed.", ("model", "version"),
-                   ((_split(name), n) for name, n in requests.items()))  # fmt: skip
-    yield _counter("request_failures", "Requests that got an error, by its class and HTTP status.",
-                   ("model", "version", "reason", "code"), failed.items())  # fmt: skip
-    yield _counter("refusals", "Calls that a door refused, so that no request came of them.",
-                   ("protocol", "reason", "code"), refused.items())  # fmt: skip
-    yield _counter("outcomes", "Requests and refusals by who must act: nobody, the client, capacity, the server.",
-                   ("outcome",), (((outcome,), n) for outcome, n in outcomes.items()))  # fmt: skip
-    yield _counter("request_rows", "Rows of the answered requests.", ("model", "version"),
-                   ((_split(name), account["rows"]) for name, account in answered.items()))  # fmt: skip
-    seconds = HistogramMetricFamily("flserving_request_seconds", "Duration of the answered requests.",
-                                    labels=("model", "version"))  # fmt: skip
-    for name, account in answered.items():
-        seconds.add_metric(_split(name), _buckets(BOUNDS_S, account["at_most"]), account["seconds"])
-    stages = HistogramMetricFamily("flserving_stage_seconds", "Duration of the stages that answered requests entered.",
-                                   labels=("stage",))  # fmt: skip
-    for stage, spent in whole["stages"].items():
-        stages.add_metric([stage], _buckets(BOUNDS_S, spent["at_most"]), spent["seconds"])
-    yield from (seconds, stages)
+            refused[protocol, reason, _code(reason)] = count
+    text = "Requests, answered or failed."
+    yield _metric(CounterMetricFamily, "requests", text, _OF_VERSION, requests)
+    text = "Requests that got an error, by its class and HTTP status."
+    yield _metric(CounterMetricFamily, "request_failures", text, (*_OF_VERSION, "reason", "code"), failed)
+    text = "Calls that a protocol refused, so that no request came of them."
+    yield _metric(CounterMetricFamily, "refusals", text, ("protocol", "reason", "code"), refused)
+    text = "Requests and refusals by who must act: nobody, the client, capacity, the server."
+    yield _metric(CounterMetricFamily, "outcomes", text, ("outcome",), outcomes)
+    rows = {key: account["rows"] for key, account in versions.items()}
+    text = "Rows of the answered requests."
+    yield _metric(CounterMetricFamily, "request_rows", text, _OF_VERSION, rows)
+    seconds = {key: (_buckets(BOUNDS_S, account["at_most"]), account["seconds"]) for key, account in versions.items()}
+    text = "Duration of the answered requests."
+    yield _metric(HistogramMetricFamily, "request_seconds", text, _OF_VERSION, seconds)
+    stages = {
+        stage: (_buckets(BOUNDS_S, spent["at_most"]), spent["seconds"]) for stage, spent in whole["stages"].items()
+    }
+    text = "Duration of the stages that answered requests entered."
+    yield _metric(HistogramMetricFamily, "stage_seconds", text, ("stage",), stages)
 
 
 def _inference(versions: Mapping[str, Any]) -> Iterator[Metric]:
-    rows = HistogramMetricFamily("flserving_batch_rows", "Rows of each execution of a model.",
-                                 labels=("model", "version"))  # fmt: skip
+    rows = {}
     seconds = {}
     for name, account in versions.items():
-        batches = {int(size): batch for size, batch in account["batches"].items()}
         counts = [0] * (len(BATCH_ROWS) + 1)
-        for size, batch in batches.items():
-            counts[sum(size > bound for bound in BATCH_ROWS)] += batch[0]
-        rows.add_metric(_split(name), _buckets(BATCH_ROWS, counts), sum(n * b[0] for n, b in batches.items()))
+        total = 0
+        for size, (runs, *_) in account["batches"].items():
+            counts[bisect_left(BATCH_ROWS, int(size))] += runs
+            total += int(size) * runs
+        rows[_split(name)] = (_buckets(BATCH_ROWS, counts), total)
         for place, stage in enumerate(("preprocess", "infer", "postprocess"), start=1):
-            seconds[*_split(name), stage] = sum(batch[place] for batch in batches.values())
-    yield rows
-    yield _counter("execution_seconds", "Time that executions took: busy slots, when divided by time.",
-                   ("model", "version", "stage"), seconds.items())  # fmt: skip
+            seconds[*_split(name), stage] = sum(batch[place] for batch in account["batches"].values())
+    text = "Rows of each execution of a model."
+    yield _metric(HistogramMetricFamily, "batch_rows", text, _OF_VERSION, rows)
+    text = "Time that executions took: busy slots, when divided by time."
+    yield _metric(CounterMetricFamily, "execution_seconds", text, (*_OF_VERSION, "stage"), seconds)
 
 
-def _doors(whole: Mapping[str, Any]) -> Iterator[Metric]:
-    parts = ("parse", "serialise")
-    yield _counter("door_answers", "Inference calls that a door answered.", ("protocol",),
-                   (((protocol,), account[0]) for protocol, account in whole["doors"].items()))  # fmt: skip
-    spent = {
-        (protocol, part): s
-        for protocol, (_, *both) in whole["doors"].items()
-        for part, s in zip(parts, both, strict=True)
-    }
-    yield _counter("door_seconds", "Bytes to arrays, and arrays to bytes.", ("protocol", "part"), spent.items())
+def _codec(whole: Mapping[str, Any]) -> Iterator[Metric]:
+    answers: _Numbers = {}
+    spent: _Numbers = {}
+    for protocol, (count, parse_s, serialise_s) in whole["codec"].items():
+        answers[protocol] = count
+        spent[protocol, "parse"] = parse_s
+        spent[protocol, "serialise"] = serialise_s
+    text = "Inference calls that a protocol answered."
+    yield _metric(CounterMetricFamily, "door_answers", text, ("protocol",), answers)
+    yield _metric(
+        CounterMetricFamily, "door_seconds", "Bytes to arrays, and arrays to bytes.", ("protocol", "part"), spent
+    )
 
 
-def _family(kind: type[Metric], name: str, text: str, labels: Iterable[str], values: _Values) -> Metric:
-    family: Any = kind(f"flserving_{name}", text, labels=tuple(labels))  # type: ignore[call-arg]
-    for key, value in values:
-        family.add_metric(key, value)
+def _metric(kind: type[Metric], name: str, text: str, labels: Sequence[str], values: Mapping[Any, Any]) -> Metric:
+    """Series by the values of their ``labels``: each a number, or the buckets and the sum of a histogram."""
+    family: Any = kind(f"flserving_{name}", text, labels=labels)  # type: ignore[call-arg]
+    for key, value in values.items():
+        label_values = (key,) if isinstance(key, str) else key
+        if isinstance(value, tuple):
+            family.add_metric(label_values, *value)
+        else:
+            family.add_metric(label_values, value)
     return cast(Metric, family)
 
 
-_counter, _gauge = partial(_family, CounterMetricFamily), partial(_family, GaugeMetricFamily)
-
-
-def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
-    return list(zip([*(str(float(bound)) for bound in bounds), "+Inf"], accumulate(counts), strict=True))
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:
+    """``counts``: how many are at most each bound but more than the one before, then the rest."""
+    names = [*(str(float(bound)) for bound in bounds), "+Inf"]
+    return list(zip(names, accumulate(counts), strict=True))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -273,6 +294,12 @@ def _status(reason: str) -> int:
     return 499 if reason == "Cancelled" else BY_REASON.get(reason, FlservingError).http_status
 
 
+def _code(reason: str) -> str:
+    return str(_status(reason))
+
+
 def _outcome(reason: str) -> str:
     status = _status(reason)
-    return "overloaded" if status == 429 else "client_error" if status < 500 else "server_error"
+    if status == 429:
+        return "overloaded"
+    return "client_error" if status < 500 else "server_error"

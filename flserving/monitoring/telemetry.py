@@ -10,22 +10,47 @@ full or somebody reads.
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flserving import forks
-from flserving.monitoring.metrics import STAGES, Account, Histogram, record
+from flserving.monitoring.metrics import STAGES, Account, Histogram, merged
 
 Protocol = Literal["rest", "grpc"]
 
 Observer = Callable[[str, int, tuple[float, ...], str], None]
-"""Told of every request on its own thread or task: version, rows, marks (of a failed one start and end), reason."""
+"""Called for every request on its own thread or task: version, rows, marks (of a failed one start and end), reason."""
 
-Continued = Callable[[Iterable[tuple[Any, Any]], Awaitable[Any]], Awaitable[Any]]
-"""Awaits a request in the trace that its headers name, where somebody traces."""
+
+@dataclass(slots=True)
+class Exchange:
+    """One call over the network: as it came, and, once it has ended, how.
+
+    Attributes:
+        method: POST; of gRPC ``package.Service/Method``.
+        headers: Pairs of bytes or text. They hold the caller's token: nobody keeps them.
+        path: As it was sent, without the query; ``scheme`` and it are of REST only.
+        route: The path as the document of REST has it, ``/v2/models/{model}/infer``; "": none was found.
+        status: 200, or of gRPC OK; "" where the caller left before.
+        trace_id: Of its trace, where somebody traces.
+    """
+
+    protocol: Protocol
+    method: str
+    headers: Iterable[tuple[Any, Any]]
+    scheme: str = ""
+    path: str = ""
+    route: str = ""
+    status: int | str = ""
+    trace_id: str = ""
+
+
+Watcher = Callable[[Exchange], AbstractContextManager[None]]
+"""Is entered when a call comes, and left when it has ended."""
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -73,7 +98,7 @@ class Executions:
             taken = np.array(_take(self._pending), np.float64).reshape(-1, 3)
             self._rows += int(taken[:, 0].sum())
             self._requests += int(taken[:, 2].sum())
-            record([self._seconds], taken[:, 1:2])
+            self._seconds.add(taken[:, 1])
 
 
 class Telemetry:
@@ -82,8 +107,8 @@ class Telemetry:
     Holds by construction: ``succeeded + sum(failed.values()) == requests``; the latency histogram's count equals
     ``succeeded``; the stages' seconds add up to the latency's.
 
-    However many versions are asked, memory stays flat: only those that are *held* (in memory, or led to) have accounts
-    of their own. What others were asked is counted as the version ``other`` of their model. Counts never move from one
+    However many versions are called, memory stays flat: only those that are *held* (in memory, or led to) have accounts
+    of their own. Calls of others are counted as the version ``other`` of their model. Counts never move from one
     account to another, which a rate would count twice: what was shown under a version's name goes with the name, and a
     version that comes back starts at zero, which monitoring takes as a restart.
 
@@ -98,25 +123,28 @@ class Telemetry:
         largest_batch: int = 1 << 62,
         held: Callable[[], Set[str]] | None = None,
     ) -> None:
-        self._clock, self._largest_batch, self._held = clock, largest_batch, held
+        self._clock = clock
+        self._largest_batch = largest_batch
+        self._held = held
         self.observer: Observer | None = None
-        self.continued: Continued | None = None
+        self.watchers: dict[str, Watcher] = {}  # by what they are for; most servers have none
         self._lock = threading.Lock()
         forks.fresh_locks_in_child(self, "_lock")
         self._fresh: dict[str, Account] = {}  # by version: since the last look
-        self._kept: dict[str, Account] = {}  # by what is shown: a version that is held, or all others of a model
+        self._totals: dict[str, dict[str, Any]] = {}  # totals by what is shown: a held version, all others of a model
         self._seen_s: dict[str, float] = {}  # when each of those was held last
         self._failed: Counter[str] = Counter()
         self.elsewhere: Set[str] = frozenset()  # held by other processes behind the same address
         self._refused: Counter[tuple[str, str]] = Counter()  # (protocol, reason)
-        self._told: dict[str, Counter[str]] = {"head": Counter(), "path": Counter(), "delta": Counter()}
-        self._at_doors: dict[str, NDArray[np.float64]] = {}  # protocol -> how many, parse seconds, serialise seconds
+        self._counts: dict[str, Counter[str]] = {"head": Counter(), "path": Counter(), "delta": Counter()}
+        self._codec_sums: dict[str, list[float]] = {}  # protocol -> how many, parse seconds, serialise seconds
         self._latency = Histogram()
         self._stages = [Histogram() for _ in STAGES]
-        self._runs = self._run_rows = self._rows = 0
+        self._runs = 0
+        self._run_rows = 0
+        self._rows = 0
         self._pending: list[tuple[str, int, tuple[float, ...]]] = []
         self._pending_runs: list[tuple[str, int, tuple[float, float, float, float]]] = []
-        self._pending_doors: list[tuple[str, float, float]] = []
 
     def success(self, version: str, rows: int, marks_s: tuple[float, ...]) -> None:
         """Count one answered request. ``marks_s`` are the ``len(STAGES) + 1`` ascending times between its stages."""
@@ -137,7 +165,8 @@ class Telemetry:
             self._of(version).add_failure(reason, seconds)
             self._failed[reason] += 1
         if self.observer is not None:
-            self.observer(version, 0, ((now_s := self._clock()) - seconds, now_s), reason)
+            now_s = self._clock()
+            self.observer(version, 0, (now_s - seconds, now_s), reason)
 
     def execution(self, engine: Any, rows: int, predictions: Sequence[Any]) -> None:
         """Count one run of an :class:`~flserving.serving.engine.InferenceEngine`, which gave these predictions."""
@@ -147,22 +176,31 @@ class Telemetry:
                 self._fold_runs()
 
     def refusal(self, protocol: Protocol, reason: str) -> None:
-        """Count a call that a door refused itself: no request came of it. ``reason`` as in :meth:`failure`."""
+        """Count a call that a protocol refused itself: no request came of it. ``reason`` as in :meth:`failure`."""
         with self._lock:
             self._refused[protocol, reason] += 1
 
-    def told(self, what: Literal["head", "path", "delta"], values: Iterable[str]) -> None:
+    @contextmanager
+    def watched(self, exchange: Exchange) -> Iterator[None]:
+        """Around a call: all ``watchers`` see how it came and how it ended."""
+        with ExitStack() as stack:
+            for watcher in self.watchers.values():
+                stack.enter_context(watcher(exchange))
+            yield
+
+    def count(self, what: Literal["head", "path", "delta"], values: Iterable[str]) -> None:
         """Count what answers said of themselves: the ``head`` of each row, the ``path`` of each answer; and what became
         of each ``delta`` that was wanted. Closed sets."""
         with self._lock:
-            self._told[what].update(values)
+            self._counts[what].update(values)
 
-    def door(self, protocol: Protocol, parse_s: float, serialise_s: float) -> None:
-        """Time what a door did around one answered request: bytes to arrays, and arrays to bytes."""
-        self._pending_doors.append((protocol, parse_s, serialise_s))
-        if len(self._pending_doors) >= _PENDING:
-            with self._lock:
-                self._fold_doors()
+    def codec(self, protocol: Protocol, parse_s: float, serialise_s: float) -> None:
+        """Time what a protocol did around one answered request: bytes to arrays, and arrays to bytes."""
+        with self._lock:
+            sums = self._codec_sums.setdefault(protocol, [0, 0.0, 0.0])
+            sums[0] += 1
+            sums[1] += parse_s
+            sums[2] += serialise_s
 
     def snapshot(self) -> dict[str, Any]:
         """One consistent copy of everything since the start, durations in milliseconds."""
@@ -171,7 +209,7 @@ class Telemetry:
             self._settle()
             succeeded = self._latency.count
             failed = self._failed.total()
-            by_version = {name: account.requests for name, account in self._kept.items() if name in self._seen_s}
+            by_version = {name: self._totals[name]["requests"] for name in self._seen_s}
             by_version[OTHER] = succeeded - sum(by_version.values())
             return {
                 "requests": succeeded + failed,
@@ -184,8 +222,8 @@ class Telemetry:
                 "requests_by_version": {name: requests for name, requests in by_version.items() if requests},
                 "latency": self._latency.summary_ms(),
                 "stages": {name: h.summary_ms() for name, h in zip(STAGES, self._stages, strict=True)},
-                "rows_by_head": dict(self._told["head"]),
-                "answers_by_path": dict(self._told["path"]),
+                "rows_by_head": dict(self._counts["head"]),
+                "answers_by_path": dict(self._counts["path"]),
                 "stages_total_ms": sum(h.total_s for h in self._stages) * 1e3,
                 "latency_total_ms": self._latency.total_s * 1e3,
             }
@@ -208,32 +246,34 @@ class Telemetry:
         many, seconds]; ``batches`` by rows: [executions, preprocess, infer, postprocess seconds];
         ``last_inference_ms``: the time of day.
         ``failures`` by version ("": none that is known), then reason: [how many, seconds]. ``stages``:
-        ``seconds`` and ``at_most``. ``doors`` by protocol: [answers, parse seconds, serialise seconds]. ``refusals`` by
-        protocol, then reason. ``told``: :meth:`told`.
+        ``seconds`` and ``at_most``. ``codec`` by protocol: [answers, parse seconds, serialise seconds]. ``refusals`` by
+        protocol, then reason. ``counts``: :meth:`count`.
         """
         failures: dict[str, Any] = {}
         refusals: dict[str, Any] = {}
         with self._lock:
             self._fold_all()
             held = self._settle()
-            for name, account in self._kept.items():
-                if account.failures:
-                    failures[name] = {reason: [int(n), s] for reason, (n, s) in account.failures.items()}
+            versions = {name: dict(totals) for name, totals in self._totals.items()}
+            for name, version in versions.items():
+                failed = version.pop("failures")
+                if failed:
+                    failures[name] = failed
             for (protocol, reason), count in self._refused.items():
                 refusals.setdefault(protocol, {})[reason] = count
             return {
-                "named": {name: 1 for name in self._kept if name in held or name not in self._seen_s},
+                "named": {name: 1 for name in versions if name in held or name not in self._seen_s},
                 "answered": self._latency.count,
                 "failed": dict(self._failed),
-                "versions": {name: account.totals() for name, account in self._kept.items()},
+                "versions": versions,
                 "stages": {
-                    name: {"seconds": histogram.total_s, "at_most": histogram.at_most.tolist()}
+                    name: {"seconds": histogram.total_s, "at_most": histogram.at_most}
                     for name, histogram in zip(STAGES, self._stages, strict=True)
                 },
                 "failures": failures,
-                "doors": {protocol: account.tolist() for protocol, account in self._at_doors.items()},
+                "codec": {protocol: list(sums) for protocol, sums in self._codec_sums.items()},
                 "refusals": refusals,
-                "told": {what: dict(values) for what, values in self._told.items()},
+                "counts": {what: dict(values) for what, values in self._counts.items()},
             }
 
     # The rest runs under the lock: sort what is pending into the accounts.
@@ -241,7 +281,6 @@ class Telemetry:
     def _fold_all(self) -> None:
         self._fold()
         self._fold_runs()
-        self._fold_doors()
 
     def _of(self, version: str) -> Account:
         if version not in self._fresh:
@@ -258,16 +297,18 @@ class Telemetry:
         held = self._names()
         now_s = self._clock()
         for version, account in self._fresh.items():
-            name = version if version in held or not version else f"{version.partition('/')[0]}/{OTHER}"
+            name = version
+            if version and version not in held:
+                name = f"{version.partition('/')[0]}/{OTHER}"
             if name in held:
                 self._seen_s[name] = now_s
-            self._kept.setdefault(name, Account()).add(account)
+            self._totals[name] = merged([self._totals.get(name, {}), account.totals()])
         self._fresh.clear()
         for name, seen_s in list(self._seen_s.items()):
             if name in held or name in self.elsewhere:
                 self._seen_s[name] = now_s
             elif now_s - seen_s >= KEEP_S:
-                del self._seen_s[name], self._kept[name]
+                del self._seen_s[name], self._totals[name]
         return held
 
     def _fold(self) -> None:
@@ -278,27 +319,39 @@ class Telemetry:
         spent = np.column_stack([np.diff(marks), marks[:, -1] - marks[:, 0]])  # [n, stages and the whole]
         entered = spent > 0  # a stage that was not entered takes no time and is not counted
         entered[:, -1] = True
-        record([*self._stages, self._latency], spent, entered)
+        for stage, histogram in enumerate([*self._stages, self._latency]):
+            histogram.add(spent[entered[:, stage], stage])
         to_unix_s = time.time() - self._clock()
         for version, places in _places([version for version, _, _ in taken]).items():
             rows = sum([taken[place][1] for place in places])
             self._rows += rows
             last_ms = int((marks[places[-1], -1] + to_unix_s) * 1e3)
-            self._of(version).add_requests(rows, spent if len(places) == len(taken) else spent[places], last_ms)
+            self._of(version).add_requests(rows, spent[places], last_ms)
 
     def _fold_runs(self) -> None:
         taken = _take(self._pending_runs)
         seconds = np.diff(np.array([marks_s for _, _, marks_s in taken]).reshape(-1, 4))
         for (version, rows), places in _places([(version, rows) for version, rows, _ in taken]).items():
             self._of(version).add_runs(rows, self._largest_batch, len(places), seconds[places].sum(axis=0))
-            self._runs, self._run_rows = self._runs + len(places), self._run_rows + rows * len(places)
+            self._runs += len(places)
+            self._run_rows += rows * len(places)
 
-    def _fold_doors(self) -> None:
-        taken = _take(self._pending_doors)
-        seconds = np.array([(parse_s, serialise_s) for _, parse_s, serialise_s in taken])
-        for protocol, places in _places([protocol for protocol, _, _ in taken]).items():
-            account = self._at_doors.setdefault(protocol, np.zeros(3))
-            account += len(places), *seconds[places].sum(axis=0)
+
+class Refusals:
+    """Counts, under ``protocol``, the error that ends a ``with`` block: no request came of it, or its answer was lost.
+
+    It holds no state, so one serves all requests.
+    """
+
+    def __init__(self, telemetry: Telemetry, protocol: Protocol) -> None:
+        self._telemetry = telemetry
+        self._protocol = protocol
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ConnectionResetError):  # that caller just left
+            self._telemetry.refusal(self._protocol, getattr(error, "reason", "Internal"))
 
 
 def _take(pending: list[T]) -> list[T]:

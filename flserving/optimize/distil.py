@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from flserving.errors import ConfigError, InvalidInputError
 from flserving.federated.aggregation import aggregate
 from flserving.federated.data import Client
-from flserving.federated.training import _copy, _isolated
+from flserving.federated.training import copied, isolated
 from flserving.models.processing import Preprocessor
 
 Data: TypeAlias = Sequence[Client] | NDArray[Any]  # of clients the training rows; or rows [n, D] as callers send them
@@ -72,18 +72,18 @@ def taught(
         raise ConfigError(f"label_share is {lesson.label_share}, but bare rows have no labels: give clients, or 0")
     rows = rows_of(data, preprocessor)
     labels = [None] * len(rows) if isinstance(data, np.ndarray) else [torch.from_numpy(it.train_y) for it in data]
-    with _isolated():
+    with isolated():
         torch.manual_seed(lesson.seed)
         with torch.no_grad():
             soft = [torch.softmax(teacher.eval()(x) / lesson.temperature, dim=1) for x in rows]
         student.train().requires_grad_(True)
-        state = _copy(student.state_dict())
+        state = copied(student.state_dict())
         for _ in range(lesson.rounds):
             updates = []
             for x, answers, y in zip(rows, soft, labels, strict=True):
                 student.load_state_dict(state)
                 _learn(student, x, answers, y, lesson, masks or {})
-                updates.append(_copy(student.state_dict()))
+                updates.append(copied(student.state_dict()))
             state = aggregate(updates, [len(x) for x in rows])
         student.load_state_dict(state)
     return student

@@ -126,5 +126,23 @@ def calibrated(graph: Any, rows: Tensor) -> Any:
         onnx.save(graph, before)
         shapes = need("onnxruntime.quantization.shape_inference", "onnx")
         shapes.quant_pre_process(before, ready, skip_symbolic_shape=True)
+        onnx.save(_unshared(onnx.load(ready)), ready)
         tool.quantize_static(ready, after, SimpleNamespace(get_next=lambda: next(batches, None)), per_channel=True)
         return onnx.load(after)
+
+
+def _unshared(graph: Any) -> Any:
+    """The graph with a copy of each constant for each node that reads it. (Exporters keep equal ones once: the scales
+    of two norms, say. ONNX Runtime, where it keeps products exact, rewrites int8 constants node by node, and refuses
+    the graph at the second that reads the same one.)"""
+    constants = {constant.name: constant for constant in graph.graph.initializer}
+    read = set[str]()
+    for node in graph.graph.node:
+        for place, name in enumerate(node.input):
+            if name in constants and name in read:
+                copy = graph.graph.initializer.add()
+                copy.CopyFrom(constants[name])
+                copy.name = f"{name}.{len(graph.graph.initializer)}"
+                node.input[place] = copy.name
+            read.add(name)
+    return graph

@@ -4,14 +4,16 @@ What is made goes into the registry under the same name: its parent is the versi
 says how (``extra["optimisation"]`` and what follows it). Servers and devices load it as they load any version; none of
 its caches is shared with its parent, for the digests differ. Before it is published it answers sample rows beside its
 parent, and what answers too differently is refused: see ``TOLERANCES``. What it is worth, is measured with
-``flserving.lab.optimization.report``. Metrics are not inherited. Personal heads belong to the body that they were
-trained on: a version that has some is refused, unless ``heads=None`` says that its clients shall go without.
+``flserving.lab.measuring.optimization.report``. Metrics are not inherited. Personal heads belong to the body that they
+were trained on: a version that has some is refused, unless ``heads=None`` says that its clients shall go without.
 
 ``torch.export`` makes the ONNX versions; its own archive (.pt2) is not taken, for loading one unpickles.
 ``torch.compile`` makes no version: what it compiles is machine code for one process, after seconds of compiling at
-every load, and on these networks it is slower than what it was made from. ``flserving.lab.sweep`` measures that.
+every load, and on these networks it is slower than what it was made from. ``flserving.lab.measuring.sweep`` measures
+that.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
@@ -22,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from flserving import models
-from flserving.errors import ConfigError, InvalidModelError
-from flserving.federated.training import _isolated
+from flserving.errors import ConfigError, InvalidModelError, check_number
+from flserving.federated.training import isolated
+from flserving.models.modules import copy_of
 from flserving.models.onnx import OnnxModel
 from flserving.optimize.distil import Data, Lesson, rows_of, taught
 from flserving.optimize.export import block_quantised, calibrated, graph_of, sealed
 from flserving.registry import Registry
 from flserving.registry.manifest import Lineage, Manifest
-from flserving.serving.engine import copy_of
 from flserving.serving.loader import Parts, RegistrySource
 
 Method: TypeAlias = Literal["dynamic", "static", "int4"]
@@ -128,7 +130,7 @@ def prune(
     parameters = dict(parent.manifest.parameters)
     if structured:
         technique = "pruned, structured"
-        student = _without_neurons(parent.parts.module, share)
+        student = without_neurons(parent.parts.module, share)
         architecture = "mlp"
         parameters = {"sizes": _sizes(student)}
     else:
@@ -167,7 +169,7 @@ def distil(
     shapes = models.signature(architecture, parameters)
     if shapes != (signature.input_shape, signature.output_shape):
         raise InvalidModelError(f"{architecture!r} maps {shapes[0]} to {shapes[1]}: the parent does not")
-    with _isolated():
+    with isolated():
         torch.manual_seed(lesson.seed)
         student = models.build(architecture, parameters)
     student = taught(student, _teacher(parent), data, parent.parts.preprocessor, lesson)
@@ -223,7 +225,8 @@ def _teacher(parent: _Parent) -> nn.Module:
     manifest = parent.manifest
     if manifest.signature.output_type != "classification":
         raise InvalidModelError(f"{manifest.name!r} version {manifest.version} is no classifier: it cannot teach")
-    return parent.parts.module
+    module: nn.Module = parent.parts.module
+    return module
 
 
 def _publish(
@@ -245,8 +248,7 @@ def _publish(
     most = TOLERANCES[made.technique.split(",")[0]]
     if tolerance is not None:
         most = tolerance
-    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 0:
-        raise ConfigError(f"tolerance is {tolerance!r}: use a number >= 0, e.g. 0.05")
+    check_number("tolerance", most, 0, math.inf)
     if samples is None:
         samples = made.data
     rows = _sample(parent, samples)
@@ -314,7 +316,7 @@ def _sizes(module: nn.Module) -> list[int]:
     return [layer.in_features for layer in layers] + [layers[-1].out_features]
 
 
-def _without_neurons(module: nn.Module, share: float) -> nn.Module:
+def without_neurons(module: nn.Module, share: float) -> nn.Module:
     layers = _linear(module)
     state = dict[str, Tensor]()
     kept = torch.arange(layers[0].in_features)

@@ -66,7 +66,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if not 0 < self.checked_share <= 1:
             raise ConfigError(f"checked_share is {self.checked_share!r}: it must be a number in (0, 1]")
         for name in ("min_clients", "client_rewards"):
-            if (value := getattr(self, name)) < 2:
+            value = getattr(self, name)
+            if value < 2:
                 raise ConfigError(f"{name} is {value!r}: it must be at least 2")
         if not 0 < self.most_s < math.inf:
             raise ConfigError(f"most_s is {self.most_s!r}: it must be a number of seconds > 0")
@@ -134,7 +135,8 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             drawn = started.copy()
             drawn.update(name.encode())
             uniform = (int.from_bytes(drawn.digest()) + 0.5) / 2**64
-            if (score := -math.log(uniform) / arm.weight) < least:
+            score = -math.log(uniform) / arm.weight
+            if score < least:
                 best = name
                 least = score
         return best

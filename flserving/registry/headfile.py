@@ -21,9 +21,11 @@ import os
 import struct
 import weakref
 from bisect import bisect_left
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,6 +39,7 @@ FILE_NAME = "heads.bin"
 MAX_CLIENT_CHARS = 256
 ALIGNMENT = 64  # bytes
 
+_COPY_NBYTES = 1 << 24
 _HEADER = struct.Struct("<8sIIIQ")
 _MAGIC = b"flheads1"
 _Words = NDArray[np.uint64]
@@ -127,6 +130,34 @@ class HeadFile:
                 return slot
             slot += 1
         return -1
+
+    def without(self, slot: int, entry: HeadsEntry, folder: str) -> HeadsEntry:
+        """Write the file anew without one of its heads; returns what the manifest says of it then.
+
+        It goes into ``folder``, named by the digest of its index. The records are copied
+        as they are, with their checksums.
+
+        Raises:
+            CorruptArtifactError: The file cannot be read. OSError: As :func:`storage.write_parts`.
+        """
+        fewer = msgspec.structs.replace(entry, num_heads=entry.num_heads - 1)
+        first = header(fewer)
+        columns = (self._high, self._low, self._checks, self._numbers)
+        index = b"".join(np.delete(column, slot).tobytes() for column in columns) + bytes.fromhex(
+            "".join(self._digests)
+        )
+        digest = hashlib.sha256(first + index).hexdigest()
+        gone = ALIGNMENT + slot * self.stride
+
+        def parts() -> Iterator[bytes]:
+            yield first
+            for start, stop in ((ALIGNMENT, gone), (gone + self.stride, ALIGNMENT + entry.num_heads * self.stride)):
+                for at in range(start, stop, _COPY_NBYTES):
+                    yield self._read(min(_COPY_NBYTES, stop - at), [at])
+            yield index
+
+        nbytes = storage.write_parts(f"{folder}/{digest}", parts(), storage.PRIVATE)
+        return msgspec.structs.replace(fewer, nbytes=nbytes, index_sha256=digest)
 
     def trained_on(self, slot: int) -> str:
         """Digest of what a record was trained on."""

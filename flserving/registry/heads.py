@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
+import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flserving.errors import InvalidModelError
 from flserving.models import weights
+from flserving.models.plain import NumpyModel
+from flserving.models.weights import AnyTensor, as_float32
 from flserving.registry import storage
 from flserving.registry.headfile import (
     ALIGNMENT,
@@ -44,20 +45,24 @@ _CHUNK = 4096  # heads written at a time
 
 def trained_on(layout: str, digests: Digests) -> str:
     """Digest of what a head of this layout depends on: the body; the generic head too where it works on the logits."""
-    return digests.body if layout == "head" else sha256(f"{digests.body} {digests.head}".encode())
+    if layout == "head":
+        return digests.body
+    return sha256(f"{digests.body} {digests.head}".encode())
 
 
-def trained_on_state(layout: str, tensors: Mapping[str, Tensor]) -> str:
+def trained_on_state(layout: str, tensors: Mapping[str, AnyTensor]) -> str:
     """:func:`trained_on` of weights that no version holds yet."""
     return trained_on(layout, Digests("", *weights.part_digests(tensors), ""))
 
 
-def neutral_head(layout: str, tensors: Mapping[str, Tensor]) -> Tensor:
+def neutral_head(layout: str, tensors: Mapping[str, AnyTensor]) -> NDArray[np.float32]:
     """The head that gives the global model's answer: float32 [inputs + 1, outputs]. ``tensors``: the version's."""
-    generic = torch.from_numpy(_as_matrix(tensors))
+    generic = _as_matrix(tensors)
     if layout == "adapter":
-        return torch.eye(generic.shape[1] + 1, generic.shape[1])
-    return torch.zeros_like(generic) if layout == "additive" else generic
+        return np.eye(generic.shape[1] + 1, generic.shape[1], dtype=np.float32)
+    if layout == "additive":
+        return np.zeros_like(generic)
+    return generic
 
 
 class HeadSet:
@@ -107,12 +112,13 @@ class HeadSet:
         keys = np.frombuffer(b"".join(map(key_of, clients)), ">u8").reshape(-1, 2).astype(np.uint64)
         self._order = np.lexsort((keys[:, 1], keys[:, 0]))
         self._keys = keys[self._order]
-        if len(twice := np.flatnonzero((self._keys[1:] == self._keys[:-1]).all(axis=1))):
+        twice = np.flatnonzero((self._keys[1:] == self._keys[:-1]).all(axis=1))
+        if twice.size:
             raise InvalidModelError(f"client {clients[int(self._order[twice[0]])]!r} has two heads: give it one")
 
     @classmethod
     def from_states(
-        cls, personal: Mapping[str, Mapping[str, Tensor]], layout: Layout = "head",
+        cls, personal: Mapping[str, Mapping[str, AnyTensor]], layout: Layout = "head",
         trained_on: str | Sequence[str] | None = None, expires_at: datetime | str | None = None,
     ) -> "HeadSet":  # fmt: skip
         """From state dicts: client id -> {"head.weight": [out, in], "head.bias": [out]} (a missing bias is zero)."""
@@ -138,12 +144,12 @@ class HeadSet:
         num_heads, rows, outputs = self.weights.shape
         entry = HeadsEntry(self.layout, num_heads, rows - 1, outputs, 1, "0" * 64)
         table, numbers = np.unique(self.trained_on or [digest], return_inverse=True)
-        sha = hashlib.sha256(first := header(entry))
-        checks = np.empty(num_heads, np.uint64)
-        columns = (
-            self._keys.T, checks, np.broadcast_to(numbers, num_heads)[self._order].astype(np.uint32),
-            np.frombuffer(bytes.fromhex("".join(table)), np.uint8),
-        )  # fmt: skip
+        numbers = np.broadcast_to(numbers, num_heads)[self._order]
+        first = header(entry)
+        sha = hashlib.sha256(first)
+        checks = np.empty(num_heads, np.uint64)  # filled while the records are written
+        columns = (self._keys.T, checks, numbers.astype(np.uint32))
+        digests = bytes.fromhex("".join(table))
 
         def parts() -> Iterator[bytes | memoryview]:
             yield first
@@ -151,17 +157,18 @@ class HeadSet:
                 order = self._order[start : start + _CHUNK]
                 records = np.zeros((len(order), stride(entry) // 4), np.float32)
                 records[:, : rows * outputs] = self.weights[order].reshape(len(order), -1)
-                if not (finite := np.isfinite(records).all(axis=1)).all():
+                finite = np.isfinite(records).all(axis=1)
+                if not finite.all():
                     client = self.clients[int(order[finite.argmin()])]
                     raise InvalidModelError(f"the head of {client!r} holds NaN or infinite values: train it again")
                 checks[start : start + _CHUNK] = checksums(records)
                 yield records.data.cast("B")
-            for column in columns:
-                sha.update(data := column.tobytes())
+            for data in (*(column.tobytes() for column in columns), digests):
+                sha.update(data)
                 yield data
 
         nbytes = storage.write_parts(path, parts(), storage.PRIVATE)
-        return HeadsEntry(self.layout, num_heads, rows - 1, outputs, nbytes, sha.hexdigest(), self.expires_at)
+        return msgspec.structs.replace(entry, nbytes=nbytes, index_sha256=sha.hexdigest(), expires_at=self.expires_at)
 
 
 def _in_utc(at: datetime | str | None) -> str | None:
@@ -179,10 +186,11 @@ def _in_utc(at: datetime | str | None) -> str | None:
         ) from error
 
 
-def _as_matrix(state: Mapping[str, Tensor]) -> NDArray[np.float32]:
-    weight = state["head.weight"].detach().float()
-    bias = state.get("head.bias", torch.zeros(len(weight))).detach().float()
-    return torch.cat([weight.mT, bias[None]]).numpy()
+def _as_matrix(state: Mapping[str, AnyTensor]) -> NDArray[np.float32]:
+    """The weight transposed, and the bias below it."""
+    weight = as_float32(state["head.weight"])
+    bias = as_float32(state.get("head.bias", np.zeros(len(weight))))
+    return np.ascontiguousarray(np.concatenate([weight.T, bias[None]]))
 
 
 class HeadStore:
@@ -202,19 +210,20 @@ class HeadStore:
     """
 
     def __init__(
-        self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: Tensor,
+        self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: NDArray[np.float32],
         wall: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.wall = wall
         self.expires_at = entry.expires_at
-        at = entry.expires_at
-        self._expires_s = math.inf if at is None else datetime.fromisoformat(at).timestamp()
+        self._expires_s = math.inf
+        if entry.expires_at is not None:
+            self._expires_s = datetime.fromisoformat(entry.expires_at).timestamp()
         self.layout = entry.layout
         self.num_heads = entry.num_heads
         self.digest = entry.index_sha256
         self.inputs = entry.inputs
         self.outputs = entry.outputs
-        self._width = neutral.numel()
+        self._width = neutral.size
         self._file = HeadFile(root, relative, entry, digest)
         self._neutral = np.zeros(self._file.stride // 4, np.float32)
         self._neutral[: self._width] = neutral.reshape(-1)
@@ -237,19 +246,23 @@ class HeadStore:
     @staticmethod
     def nbytes_of(entry: HeadsEntry, budget_nbytes: int) -> int:
         """What ``nbytes`` of a store will be after :meth:`resize`, from its manifest entry alone."""
-        index = entry.nbytes - ALIGNMENT - entry.num_heads * stride(entry)
         fits = entry.num_heads
+        nbytes = entry.nbytes - ALIGNMENT - entry.num_heads * stride(entry) + fits
         rows = _rows_nbytes(entry.num_heads, stride(entry))
-        if rows > budget_nbytes:
-            rows = 0
-        return index + fits + rows
+        if rows <= budget_nbytes:
+            nbytes += rows
+        return nbytes
 
     def find(self, client: str) -> int:
         """The slot of a client's head; UNKNOWN, STALE or EXPIRED where the global head answers. A binary search."""
         slot = self._file.find(client)
-        if slot >= 0 and self.expired:
+        if slot < 0:
+            return slot
+        if self.expired:
             return EXPIRED
-        return STALE if slot >= 0 and not self._file.fits[slot] else slot
+        if not self._file.fits[slot]:
+            return STALE
+        return slot
 
     @property
     def expired(self) -> bool:
@@ -262,20 +275,27 @@ class HeadStore:
         Raises:
             CorruptArtifactError: The record is not what was published.
         """
-        if (slot := self._file.find(client)) < 0:
+        slot = self._file.find(client)
+        if slot < 0:
             return None
         record = self._file.load(np.array([slot]))[:, : self._width]
         head = record.reshape(1, self.inputs + 1, self.outputs)
         return HeadSet(self.layout, [client], head, self._file.trained_on(slot), self.expires_at)
 
-    def gather(self, slots: NDArray[np.int64]) -> Tensor:
-        """Heads by slot: float32 [N, inputs + 1, outputs], in a tensor of their own. Negative slots give the neutral.
+    def gather(
+        self,
+        slots: NDArray[np.int64],
+        empty: Callable[[tuple[int, ...]], NDArray[np.float32]] = NumpyModel.empty,
+    ) -> NDArray[np.float32]:
+        """Heads by slot: float32 [N, inputs + 1, outputs], in memory of their own. Negative slots give the neutral.
+
+        Args:
+            empty: Makes the memory, of a given shape.
 
         Raises:
             CorruptArtifactError: A record is not what was published.
         """
-        aligned = torch.empty(len(slots), self._file.stride // 4)  # a product of aligned rows is the same in any batch
-        heads = aligned.numpy()
+        heads = empty((len(slots), self._file.stride // 4))
         if self._rows is None:
             heads[:] = self._neutral
             own = np.flatnonzero(slots >= 0)
@@ -284,11 +304,11 @@ class HeadStore:
         else:
             here = self._here[slots]
             if not here.all():  # two threads may both read a head: they write the same
-                missing = np.unique(slots[~here])
+                missing = np.array(sorted({*slots[~here].tolist()}))
                 self._rows[missing] = self._file.load(missing)
                 self._here[missing] = True
             self._rows.take(slots, axis=0, out=heads, mode="wrap")
-        return aligned[:, : self._width].view(len(slots), self.inputs + 1, self.outputs)
+        return heads[:, : self._width].reshape(len(slots), self.inputs + 1, self.outputs)
 
 
 def _rows_nbytes(num_heads: int, stride: int) -> int:

@@ -18,6 +18,8 @@ MAX_MANIFEST_NBYTES = 4 << 20
 MAX_VERSION = (1 << 63) - 1  # SQLite's largest integer
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_OF_ALL_CLIENTS = {"global_accuracy", "mean_client_accuracy", "worst_client_accuracy"}
+"""The metrics that the course defines; others may be of one client, by its name."""
 _ALPHABET = "1 to 64 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit"
 
 Count = Annotated[int, Meta(ge=0)]
@@ -48,8 +50,9 @@ class Preprocessing(Struct, frozen=True, forbid_unknown_fields=True):
 class Lineage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The federated round that made a version.
 
-    ``sample_counts`` holds the training samples of each of the ``num_clients`` clients. ``parent_version`` is the
-    version (of the same name) that the round started from. ``extra`` takes further facts: seed, alpha, data set.
+    ``sample_counts`` holds the training samples of each of the ``num_clients`` clients, ``clients`` their ids in the
+    same order, without those of the ``forgotten`` ones. ``parent_version`` is the version (of the same name) that the
+    round started from. ``extra`` takes further facts: seed, alpha, data set.
     """
 
     round: Count | None = None
@@ -58,12 +61,17 @@ class Lineage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     sample_counts: tuple[Count, ...] | None = None
     strategy: Label | None = None
     extra: dict[Label, bool | int | float | Text | None] = {}
+    clients: tuple[Text, ...] | None = None
+    forgotten: Count = 0
 
     def __post_init__(self) -> None:
-        counts = self.sample_counts
-        clients = self.num_clients
-        if counts is not None and clients is not None and len(counts) != clients:
-            raise ValueError(f"sample_counts has {len(counts)} entries for {clients} clients")
+        total = self.num_clients
+        if total is None and self.clients is not None:
+            total = len(self.clients) + self.forgotten
+        for what in ("sample_counts", "clients"):
+            listed = getattr(self, what)
+            if listed is not None and total is not None and len(listed) + self.forgotten != total:
+                raise ValueError(f"{what} has {len(listed)} entries for {total} clients")
 
 
 class Digests(Struct, frozen=True, forbid_unknown_fields=True):
@@ -167,6 +175,24 @@ def encode(manifest: Manifest) -> bytes:
             "shorten its lists or its note"
         )
     return data
+
+
+def for_devices(manifest: Manifest) -> bytes:
+    """What devices may know of a version: a manifest without anything about single clients, as JSON.
+
+    Who took part, who was rejected and why, samples of each, notes, further facts and metrics other than the course's
+    stay where they are; of the heads, only their kind goes out. So what devices get of a version stays the same when a
+    client of it is forgotten. The fields are those of before ``Lineage.clients``: older devices read no other.
+    """
+    document = msgspec.to_builtins(manifest)
+    document["note"] = ""
+    document["metrics"] = {name: document["metrics"][name] for name in _OF_ALL_CLIENTS & manifest.metrics.keys()}
+    if manifest.lineage is not None:
+        shared = ("round", "parent_version", "num_clients", "strategy")
+        document["lineage"] = {field: document["lineage"][field] for field in shared}
+    if manifest.heads is not None:
+        document["heads"] |= {"num_heads": 1, "nbytes": 1, "index_sha256": "0" * 64}
+    return msgspec.json.encode(document, order="deterministic")
 
 
 def decode(data: bytes, source: str) -> Manifest:

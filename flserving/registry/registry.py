@@ -6,40 +6,58 @@ it gets the next number, moves to its place and gets its row. Killed anywhere be
 and no gap, only leftovers that the next publisher removes. Reading verifies every byte against the manifest, and that
 against the index.
 
-Versions and the log of moves never change. The alphabet of names keeps every path inside ``root``. Names, aliases and
-experiments are in :class:`flserving.registry.index.Index`, from which Registry has those verbs.
+Versions and the log of moves never change, but where :meth:`Registry.forget` takes a client out of them. The alphabet
+of names keeps every path inside ``root``. Names, aliases and experiments are in
+:class:`flserving.registry.index.Index`, from which Registry has those verbs.
 """
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Unpack
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
-from torch import Tensor, nn
 
-from flserving.errors import ConfigError, CorruptArtifactError, FlservingError, InvalidModelError, ModelTooLargeError
+from flserving.errors import (
+    ConfigError,
+    CorruptArtifactError,
+    FlservingError,
+    InvalidInputError,
+    InvalidModelError,
+    ModelTooLargeError,
+    NotFoundError,
+    check_number,
+)
 from flserving.extras import of_extra
 from flserving.models import weights
 from flserving.registry import storage, validation
 from flserving.registry.experiment import Experiment
+from flserving.registry.forget import Forgotten, feedback_of, kept_key, naming, pseudonym, without
+from flserving.registry.headfile import MAX_CLIENT_CHARS, HeadFile
 from flserving.registry.heads import FILE_NAME as HEADS
 from flserving.registry.heads import HeadSet, HeadStore, neutral_head, trained_on
 from flserving.registry.index import DEFAULT_ALIAS, FILE_NAME, Entry, Index, check_move, checked_version
 from flserving.registry.manifest import (
     MAX_MANIFEST_NBYTES,
     Digests,
+    HeadsEntry,
+    Lineage,
     Manifest,
     check_name,
     decode,
     encode,
+    is_name,
     sha256,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor, nn
 
 WEIGHTS = "weights.safetensors"
 MANIFEST = "manifest.json"
@@ -47,17 +65,32 @@ NOT_FOR_MODELS = frozenset({"stats"})
 """Names that a route of REST has where others have the model's; older registries may hold such models."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Artifact:
-    """A verified version: its manifest, and its tensors by name, on the CPU; nobody else holds them."""
+    """A verified version: its manifest, and its tensors by name; nobody else holds them.
+
+    ``arrays`` is how NumPy sees them; bfloat16, which it does not know, as two bytes each (dtype V2).
+    """
 
     manifest: Manifest
-    tensors: dict[str, Tensor]
+    arrays: dict[str, weights.Array]
     heads: HeadStore | None = None
+
+    @cached_property
+    def tensors(self) -> "dict[str, Tensor]":
+        """The same memory as torch's tensors."""
+        return weights.as_tensors(self.arrays)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 class Registry(Index):
     """Versions of models in a folder. For several threads and several processes; not to be carried over a fork.
+
+    A copy, and what pickle makes of one in another process, is a new Registry of the same folder and settings: send it
+    through a queue, or to a process that is spawned.
 
     Example::
 
@@ -90,12 +123,10 @@ class Registry(Index):
         *,
         max_artifact_bytes: int = 2 << 30,
         busy_timeout_s: float = 30.0,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        now: Callable[[], datetime] = _utc_now,
     ) -> None:
-        if type(max_artifact_bytes) is not int or max_artifact_bytes < 1:
-            raise ConfigError(f"max_artifact_bytes is {max_artifact_bytes!r}: it must be an integer >= 1")
-        if type(busy_timeout_s) not in (int, float) or not 0 <= busy_timeout_s <= 3600:
-            raise ConfigError(f"busy_timeout_s is {busy_timeout_s!r}: it must be a number in [0, 3600]")
+        check_number("max_artifact_bytes", max_artifact_bytes, 1, math.inf, whole=True)
+        check_number("busy_timeout_s", busy_timeout_s, 0, 3600)
         self.max_artifact_bytes = max_artifact_bytes
         try:
             folder = os.path.realpath(storage.user_path(root))
@@ -109,6 +140,12 @@ class Registry(Index):
         if orphaned:  # with a new index, the next publish would take their numbers
             raise CorruptArtifactError(f"{FILE_NAME} is missing beside published versions: restore it from a backup")
         super().__init__(folder, busy_timeout_s, now, read_only)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        again = partial(
+            type(self), max_artifact_bytes=self.max_artifact_bytes, busy_timeout_s=self._timeout_s, now=self._now
+        )
+        return again, (self.root,)
 
     def _make_folders(self, root: str) -> str | None:
         """Make what is missing. Returns why nothing can be written to a registry that is there, None where it can."""
@@ -126,7 +163,7 @@ class Registry(Index):
     def publish(
         self,
         name: str,
-        model: nn.Module | Mapping[str, Tensor],
+        model: "nn.Module | Mapping[str, weights.AnyTensor]",
         *,
         alias: str | None = None,
         who: str = "publish",
@@ -142,10 +179,12 @@ class Registry(Index):
                 plain ``nn.Sequential`` over feature rows needs none: it is stored as ``sequential``.
             preprocessing: ``mean`` and ``std`` of the training data, one number per feature.
             lineage: The federated round; a ``parent_version`` must exist.
-            metrics: Finite numbers; the course's are global_accuracy, mean_client_accuracy, worst_client_accuracy.
+            metrics: Finite numbers; the course's are global_accuracy, mean_client_accuracy, worst_client_accuracy. Only
+                these go to devices.
             output_type: "classification" (the default) or "regression".
             note: A line for people.
             heads: Personal heads of its clients; they and the weights are one version.
+            engine: "numpy": checked without torch, for a device that has none; only what NumPy runs passes.
 
         Raises:
             InvalidModelError: Weights that do not fit, are not finite, or are too large; an invalid manifest entry; a
@@ -161,10 +200,11 @@ class Registry(Index):
             raise InvalidModelError(f"model name {name!r} is a route of REST, /v2/models/{name}: choose another")
         if alias is not None:
             check_move(alias, who, why or "published")
+        self._writable()
         content = validation.Content(name=name, model=model, **options)
         draft = validation.check(content, self.max_artifact_bytes, answers=alias is not None)
         try:
-            with self._publishing(), storage.staging(self._staging) as folder:
+            with storage.staging(self._staging) as folder:
                 manifest = _write(folder, draft, content.heads)
                 return self._commit(manifest, folder, alias, who, why)
         except OSError as error:
@@ -177,11 +217,7 @@ class Registry(Index):
         """Take the next number and make it visible: the only part of a publish that other writers wait for."""
         name = manifest.name
         with self._transaction() as at:
-            version = self._next_version(name)
-            if os.path.lexists(f"{self._models}/{name}/{version + 1}"):  # a dead publisher leaves one, not two
-                raise CorruptArtifactError(
-                    f"{FILE_NAME} ends {name!r} at version {version - 1}, the folder goes on: restore the latest index"
-                )
+            version = self._free(name)
             if manifest.lineage is not None and (manifest.lineage.parent_version or 0) >= version:
                 parent = manifest.lineage.parent_version
                 raise InvalidModelError(f"lineage names parent version {parent}: {name!r} has only {version - 1}")
@@ -194,6 +230,15 @@ class Registry(Index):
             if alias is not None:
                 self._point(Entry(name, alias, who, why or f"published version {version}", at), version)
         return manifest
+
+    def _free(self, name: str) -> int:
+        """The next version of ``name``, inside a transaction: what lies in its place is a dead publisher's."""
+        version = self._next_version(name)
+        if os.path.lexists(f"{self._models}/{name}/{version + 1}"):  # a dead publisher leaves one, not two
+            raise CorruptArtifactError(
+                f"{FILE_NAME} ends {name!r} at version {version - 1}, the folder goes on: restore the latest index"
+            )
+        return version
 
     def conclude_experiment(
         self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
@@ -217,12 +262,19 @@ class Registry(Index):
         check_name("model name", name)
         number = checked_version(name, version)
         expected = self._manifest_sha256(name, number)
-        path = f"{name}/{number}/{MANIFEST}"
-        storage.check_folders(self._models, name, f"{name}/{number}")
-        data = storage.read_file(self._models, path, MAX_MANIFEST_NBYTES)
-        if sha256(data) != expected:
-            raise _changed(path)
-        return decode(data, path)
+
+        def verified(path: str) -> Manifest:
+            data = storage.read_file(self._models, path, MAX_MANIFEST_NBYTES)
+            if sha256(data) != expected:
+                raise _changed(path)
+            return decode(data, path)
+
+        try:
+            return storage.replaced(f"{name}/{number}/{MANIFEST}", expected, verified)
+        except CorruptArtifactError:
+            if self._manifest_sha256(name, number) == expected:
+                raise
+        return self.manifest(name, number)  # a client of it was forgotten meanwhile
 
     def read(self, name: str, version: int) -> Artifact:
         """A whole version, read once and verified before it is parsed. The caller may keep and change the tensors.
@@ -238,7 +290,8 @@ class Registry(Index):
         Cost: one read, one sha256 of the file and one copy.
         """
         manifest = self.manifest(name, version)
-        folder = f"{name}/{manifest.version}"
+        number = manifest.version
+        folder = f"{name}/{number}"
         path = f"{folder}/{WEIGHTS}"
         nbytes = manifest.weights_nbytes
         if nbytes > self.max_artifact_bytes:
@@ -248,18 +301,24 @@ class Registry(Index):
         image = storage.read_file(self._models, path, nbytes)
         if sha256(image) != manifest.digests.weights:
             raise _changed(path)
-        tensors = weights.unpack(image, path)
+        arrays = weights.unpack(image, path)
         heads = None
         if manifest.heads is not None:
-            heads = self._heads(f"{folder}/{HEADS}", manifest, tensors)
-        return Artifact(manifest, tensors, heads)
+            try:
+                index = manifest.heads.index_sha256
+                heads = storage.replaced(f"{folder}/{HEADS}", index, lambda place: self._heads(place, manifest, arrays))
+            except CorruptArtifactError:
+                if self.manifest(name, number) == manifest:
+                    raise
+                return self.read(name, number)  # a client of it was forgotten meanwhile
+        return Artifact(manifest, arrays, heads)
 
-    def _heads(self, path: str, manifest: Manifest, tensors: Mapping[str, Tensor]) -> HeadStore:
+    def _heads(self, path: str, manifest: Manifest, arrays: Mapping[str, weights.Array]) -> HeadStore:
         entry = manifest.heads
         assert entry is not None
         now = self._now  # the store must not hold the registry
         current = trained_on(entry.layout, manifest.digests)
-        neutral = neutral_head(entry.layout, tensors)
+        neutral = neutral_head(entry.layout, arrays)
         return HeadStore(self._models, path, entry, current, neutral, lambda: now().timestamp())
 
     # Look
@@ -288,6 +347,172 @@ class Registry(Index):
         first = self.read(name, self.resolve(name, a))
         second = self.read(name, self.resolve(name, b))
         return tables.compare((first.manifest, first.tensors), (second.manifest, second.tensors))
+
+    # Forget
+
+    def forget(self, client: str) -> Forgotten:
+        """Remove a client's heads from every version, and its name from all that is written here; see
+        :class:`Forgotten` for what stays.
+
+        Versions keep their numbers and weights. Their manifests and heads are written anew, beside the old ones, and
+        become valid in one transaction: whoever reads gets a whole version, of before or of after it. Killed anywhere,
+        nothing or all of it has happened, and to forget the same client again removes what then lies there. Servers
+        follow within a second, the client's device with its next pull. The log keeps a keyed pseudonym.
+
+        The client is unknown from then on, and may take part in later trainings. Not reached: backups, publishes that
+        are under way, blocks of the disk that its file system has given back, names inside of longer words.
+
+        Raises:
+            NotFoundError: Nothing here is of this client, nor was. InvalidInputError: It is no id.
+            CorruptArtifactError: Nothing that can be read is of this client, and a version cannot be read. After an
+            error nothing has changed, unless its message says so.
+
+        Example: ``print(registry.forget("client-07"))``
+
+        Cost: one write of the heads of each version that has one of the client; other writers wait meanwhile.
+        """
+        if not isinstance(client, str) or not 0 < len(client) <= MAX_CLIENT_CHARS:
+            raise InvalidInputError(f"client {repr(client)[:80]}: give an id of 1 to {MAX_CLIENT_CHARS} characters")
+        self._writable()
+        who = pseudonym(kept_key(self.root), client)
+        try:
+            with self._transaction() as at:
+                self._settle()
+                found = self._without(client, who.hex())
+                found = msgspec.structs.replace(found, rewards=feedback_of(self.root, client, who, remove=False))
+                if found.documents or found.rewards:
+                    self._log_forgotten(client, msgspec.structs.replace(found, left=[], unread=[]), at)
+                else:  # by who did not come to the end, or long ago
+                    before = self.forgotten(client)[2]
+                    if before is None:
+                        if found.unread:
+                            raise CorruptArtifactError(f"nobody knows whose heads it has: {found.unread[0]}")
+                        raise NotFoundError(f"nothing here is of client {client[:80]!r}: check its id")
+                    found = msgspec.structs.replace(before, left=found.left, unread=found.unread)
+        except BaseException as error:
+            with suppress(Exception), self._transaction():
+                self._settle()
+            if isinstance(error, OSError) and not isinstance(error, FlservingError):
+                advice = "check the registry's free space and permissions"
+                raise FlservingError(f"nothing was forgotten ({error.strerror}): {advice}") from error
+            raise
+        try:
+            with self._transaction():
+                self._settle()
+            feedback_of(self.root, client, who, remove=True)
+            self._scrub()
+        except (OSError, FlservingError) as error:
+            raise FlservingError(f"forgotten, but not all has left the disk yet ({error}): forget again") from error
+        return found
+
+    def unreadable(self) -> dict[str, str]:
+        """The folders of versions whose manifest or heads cannot be read -> why; so nobody knows whose heads these are.
+
+        Cost: a read of all manifests and of the index of all heads.
+        """
+        return self._survey()[1]
+
+    def _survey(self) -> tuple[list[Manifest], dict[str, str]]:
+        """The manifests of what can be read, and :meth:`unreadable`."""
+        manifests = list[Manifest]()
+        unreadable = {}
+        for name, number in self._numbers():
+            folder = f"{name}/{number}"
+            try:
+                manifest = self.manifest(name, number)
+                if manifest.heads is not None:
+                    self._open_heads(f"{folder}/{HEADS}", manifest.heads)
+                manifests.append(manifest)
+            except CorruptArtifactError as error:
+                unreadable[folder] = str(error)
+        return manifests, unreadable
+
+    def _without(self, client: str, pseudonym: str) -> Forgotten:
+        """Write whatever tells of a client anew: files beside what is there, which are valid with the transaction."""
+        manifests, unreadable = self._survey()
+        others = {one for manifest in manifests if manifest.lineage for one in manifest.lineage.clients or ()}
+        names = naming(client, pseudonym, others=others)
+        documents, left = self._without_names(names)
+        left += [f"model {name}" for name in self.models() if names.search(name)]
+        found = Forgotten(heads={}, documents=0, rewards=0, learned={}, unknown={}, unread=[*unreadable.values()])
+        for manifest in manifests:
+            name = manifest.name
+            number = manifest.version
+            entry = manifest.heads
+            folder = f"{name}/{number}"
+            slot = -1
+            if entry is not None:
+                file = self._open_heads(f"{folder}/{HEADS}", entry)
+                slot = file.find(client)
+            lineage = manifest.lineage or Lineage()
+            if slot >= 0 or client in (lineage.clients or ()):
+                found.learned.setdefault(name, []).append(manifest.round or number)
+            elif manifest.round is not None and lineage.clients is None:
+                found.unknown.setdefault(name, []).append(manifest.round)
+            new = without(manifest, client, names, took_part=slot >= 0)
+            if entry is not None and slot >= 0:
+                found.heads.setdefault(name, []).append(number)
+                entry = file.without(slot, entry, f"{self._models}/{folder}") if entry.num_heads > 1 else None
+                new = msgspec.structs.replace(new, heads=entry)
+            data = encode(new)
+            if new != manifest:
+                documents += 1
+                storage.write_file(f"{self._models}/{folder}/{sha256(data)}", data)
+                storage.sync_directory(f"{self._models}/{folder}")
+                self._change_version(name, number, sha256(data))
+            if names.search(data.decode()):
+                left.append(f"the manifest of {folder}")
+        return msgspec.structs.replace(found, documents=documents, left=left)
+
+    def _open_heads(self, path: str, entry: HeadsEntry) -> HeadFile:
+        return storage.replaced(path, entry.index_sha256, lambda place: HeadFile(self._models, place, entry, ""))
+
+    def _settle(self) -> None:
+        """Put in place what a forgetting has made valid, and remove what any writer left who died: inside a
+        transaction."""
+        storage.sweep(self._staging)
+        for path in self._left():
+            storage.remove(path)
+            storage.sync_directory(os.path.dirname(path))
+        for folder, files in self._replaceable():
+            storage.settle(folder, files)
+
+    def _left(self) -> list[str]:
+        """The paths in ``models`` that belong to no version: inside a transaction."""
+        taken = [f"{self._models}/{name}/{self._free(name)}" for name in filter(is_name, os.listdir(self._models))]
+        left = [path for path in taken if os.path.lexists(path)]
+        for folder, files in self._replaceable():
+            gone = () if HEADS in files.values() else (HEADS,)
+            left += storage.unsettled(folder, files, gone)
+        return left
+
+    def _replaceable(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """The folders of versions, and which of their files a forgetting may write anew: digest -> name. What lies in
+        that of a version whose manifest cannot be read is nobody's to judge."""
+        for name, number in self._numbers():
+            try:
+                heads = self.manifest(name, number).heads
+            except CorruptArtifactError:
+                continue
+            files = {self._manifest_sha256(name, number): MANIFEST}
+            if heads is not None:
+                files[heads.index_sha256] = HEADS
+            yield f"{self._models}/{name}/{number}", files
+
+    def gc(self, *, dry_run: bool = False) -> dict[str, int]:
+        """Remove what writers left here who died: publishes that never became versions, files that a forgetting has
+        replaced. Versions stay. Returns path below ``root`` -> bytes of what went, or with ``dry_run`` would go.
+        """
+        self._writable()
+        with self._transaction():
+            left = [*storage.abandoned(self._staging), *self._left()]
+            found = {os.path.relpath(path, self.root): storage.nbytes(path) for path in left}
+            if not dry_run:
+                self._settle()
+        return found
+
+    def _numbers(self) -> list[tuple[str, int]]:
+        return [(name, number) for name in self.models() for number in self.version_numbers(name)]
 
 
 def _write(folder: str, draft: validation.Draft, heads: HeadSet | None) -> Manifest:

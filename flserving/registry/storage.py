@@ -5,24 +5,31 @@ Relative paths in messages: where a registry lies on the disk is nobody's busine
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
 import sys
 import tempfile
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from flserving.errors import CorruptArtifactError, FlservingError, ForbiddenError
 
+T = TypeVar("T")
+_DIGEST = re.compile("[0-9a-f]{64}")
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 _NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # opening a FIFO must not hang
 _BINARY = getattr(os, "O_BINARY", 0)  # only on Windows
 
 PRIVATE = 0o600
 """Mode of files that only their owner reads: a umask can only take more away."""
+LEFT_AFTER_S = 3600.0
+"""A publish that has written nothing for so long is no longer running."""
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 if sys.platform == "win32":
@@ -101,16 +108,13 @@ def kept_secret(root: str, name: str) -> bytes:
     try:
         if not os.path.lexists(path):
             fresh = f"{path}.{secrets.token_hex(8)}"
-            fd = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             try:
-                with open(fd, "wb") as file:
-                    file.write(secrets.token_bytes(32).hex().encode())
-                    file.flush()
-                    os.fsync(fd)
+                write_file(fresh, secrets.token_hex(32).encode(), PRIVATE)
                 with suppress(FileExistsError):
                     os.link(fresh, path)  # unlike a rename it never replaces the secret of another process
             finally:
-                os.unlink(fresh)
+                with suppress(FileNotFoundError):
+                    os.unlink(fresh)
         if os.name == "posix" and os.stat(path).st_mode & 0o077:
             raise ForbiddenError(f"{name} can be read by other users: chmod 600, and think about a new key")
         with open(path, "rb") as opened:
@@ -135,17 +139,6 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def check_folders(root: str, *relatives: str) -> None:
-    """Raise CorruptArtifactError unless these are real directories under ``root``, not symbolic links."""
-    for relative in relatives:
-        try:
-            real = stat.S_ISDIR(os.lstat(f"{root}/{relative}").st_mode)
-        except OSError:
-            real = False
-        if not real:
-            raise _corrupt(relative, "is missing, or not a folder of its own")
-
-
 def open_file(root: str, relative: str) -> tuple[int, int]:
     """Open a file of a registry for reading: its descriptor, and its size in bytes.
 
@@ -155,16 +148,14 @@ def open_file(root: str, relative: str) -> tuple[int, int]:
         CorruptArtifactError: It is missing, or of another kind.
         FlservingError: No file may be opened at the moment, or not this one.
     """
-    path = f"{root}/{relative}"
     try:
-        fd = os.open(path, os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _BINARY)
+        fd = os.open(f"{root}/{relative}", os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _BINARY)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES):  # the file may be as sound as ever
             raise FlservingError(
                 f"{relative} cannot be opened ({error.strerror}): check limits and permissions"
             ) from None
-        why = "is a symbolic link" if os.path.islink(path) else f"cannot be opened ({error.strerror})"
-        raise _corrupt(relative, why) from None
+        raise _corrupt(relative, f"cannot be opened ({error.strerror})") from None
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
@@ -189,6 +180,33 @@ def read_file(root: str, relative: str, max_nbytes: int) -> bytes:
     return data
 
 
+def replaced(path: str, digest: str, read: Callable[[str], T]) -> T:
+    """``read`` of a file that may be about to be replaced by the one that lies beside it, named by its digest."""
+    try:
+        return read(path)
+    except CorruptArtifactError:
+        for place in (f"{os.path.dirname(path)}/{digest}", path):  # the second: it was put in place meanwhile
+            with suppress(CorruptArtifactError):
+                return read(place)
+        raise
+
+
+def settle(folder: str, files: Mapping[str, str]) -> None:
+    """Put files in place that lie in a folder named by their digests: digest -> name. Call this under the lock under
+    which such files are made."""
+    found = files.keys() & os.listdir(folder)
+    for name in found:
+        os.replace(f"{folder}/{name}", f"{folder}/{files[name]}")
+    if found:
+        sync_directory(folder)
+
+
+def unsettled(folder: str, files: Mapping[str, str], gone: Iterable[str] = ()) -> list[str]:
+    """The paths of others named by a digest, which somebody left who died, and of those in ``gone``."""
+    found = [name for name in os.listdir(folder) if name in gone or (_DIGEST.fullmatch(name) and name not in files)]
+    return [f"{folder}/{name}" for name in found]
+
+
 def _corrupt(relative: str, why: str) -> CorruptArtifactError:
     return CorruptArtifactError(f"{relative} {why}: restore it from a backup, or publish again")
 
@@ -203,22 +221,46 @@ def install(staged: str, target: str) -> None:
     if not os.path.isdir(parent):
         os.mkdir(parent)
         sync_directory(os.path.dirname(parent))
-    if os.path.islink(target) or os.path.isfile(target):
-        os.unlink(target)
-    elif os.path.isdir(target):
-        shutil.rmtree(target)
+    remove(target)
     os.rename(staged, target)
     sync_directory(parent)
 
 
+def remove(target: str) -> None:
+    """Remove what is there, if anything is."""
+    if os.path.islink(target) or os.path.isfile(target):
+        os.unlink(target)
+    elif os.path.isdir(target):
+        shutil.rmtree(target)
+
+
+def nbytes(path: str) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    inside = [f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names]
+    return sum(os.lstat(file).st_size for file in inside) if os.path.isdir(path) else os.lstat(path).st_size
+
+
+def abandoned(folder: str) -> list[str]:
+    """What publishers left in staging who died more than ``LEFT_AFTER_S`` ago."""
+    found = []
+    for left in os.scandir(folder):
+        with suppress(FileNotFoundError):  # its publisher was faster
+            if time.time() - left.stat().st_mtime >= LEFT_AFTER_S:
+                found.append(left.path)
+    return found
+
+
+def sweep(folder: str) -> None:
+    """Remove what is :func:`abandoned`."""
+    for path in abandoned(folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def staging(folder: str) -> Iterator[str]:
-    """A private directory for one publish, gone afterwards, whatever happens; so is what dead publishers left there.
-
-    Call it only under the lock that lets one publisher in at a time.
-    """
-    for left in os.scandir(folder):
-        shutil.rmtree(left.path, ignore_errors=True)
+    """A private directory for one publish, gone afterwards, whatever happens; so is what publishers left there who
+    died more than ``LEFT_AFTER_S`` ago."""
+    sweep(folder)
     path = f"{folder}/{secrets.token_hex(8)}"
     try:
         os.mkdir(path)

@@ -1,6 +1,6 @@
 """Tables of a registry's content: pandas DataFrames for people. Pure functions of what the registry read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from flserving.registry.manifest import Manifest
 
+NAN = float("nan")
+_MISSING = torch.empty(0)  # no tensor of a version is empty
 _HISTORY = ["when", "alias", "action", "from", "to", "who", "why"]
+_COUNTS = ["round", "parent_version", "num_clients", "num_heads", "weights_nbytes"]
 
 
 def versions(entries: Mapping[int, Manifest | str], aliases: Mapping[str, int]) -> pd.DataFrame:
@@ -22,20 +25,31 @@ def versions(entries: Mapping[int, Manifest | str], aliases: Mapping[str, int]) 
     """
     rows = []
     for version, entry in entries.items():
-        row: dict[str, Any] = {"version": version, "created_at": None}
-        row["aliases"] = ", ".join(alias for alias, target in aliases.items() if target == version)
+        row: dict[str, Any] = {
+            "version": version,
+            "created_at": None,
+            "aliases": ", ".join(alias for alias, target in aliases.items() if target == version),
+        }
         if isinstance(entry, str):
-            rows.append({**row, "problem": entry})
-            continue
-        row["created_at"] = entry.created_at
-        for field in ("round", "parent_version", "num_clients", "strategy"):
-            row[field] = getattr(entry.lineage, field, None)
-        heads = {"num_heads": entry.heads.num_heads} if entry.heads else {}
-        rows.append({**row, **entry.metrics, **heads, "weights_nbytes": entry.weights_nbytes, "note": entry.note})
+            row["problem"] = entry
+        else:
+            row |= _columns(entry)
+        rows.append(row)
     frame = pd.DataFrame(rows).set_index("version")
     frame["created_at"] = pd.to_datetime(frame["created_at"], utc=True, format="ISO8601")
-    counts = ["round", "parent_version", "num_clients", "num_heads", "weights_nbytes"]
-    return frame.astype({column: "Int64" for column in counts if column in frame})
+    return frame.astype({column: "Int64" for column in _COUNTS if column in frame})
+
+
+def _columns(manifest: Manifest) -> dict[str, Any]:
+    row: dict[str, Any] = {"created_at": manifest.created_at}
+    for field in ("round", "parent_version", "num_clients", "strategy"):
+        row[field] = getattr(manifest.lineage, field, None)
+    row |= manifest.metrics
+    if manifest.heads is not None:
+        row["num_heads"] = manifest.heads.num_heads
+    row["weights_nbytes"] = manifest.weights_nbytes
+    row["note"] = manifest.note
+    return row
 
 
 def history(moves: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
@@ -51,22 +65,31 @@ def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping
     ``metric``: difference is b - a. ``digest``: whether weights, body, head and preprocessing are the same. ``tensor``:
     a and b are the L2 norms, difference is the norm of b - a (NaN if the shapes differ).
     """
-    rows: list[tuple[str, str, Any, Any, bool, float]] = []
-    left, right = (msgspec.structs.asdict(manifest.digests) for manifest, _ in (a, b))
-    rows += [("digest", item, x, right[item], x == right[item], float("nan")) for item, x in left.items()]
-    for item in {**a[0].metrics, **b[0].metrics}:
-        x = a[0].metrics.get(item, float("nan"))
-        y = b[0].metrics.get(item, float("nan"))
+    one, tensors = a
+    other, others = b
+    rows: list[tuple[Any, ...]] = []
+    for item, x, y in _pairs(msgspec.structs.asdict(one.digests), msgspec.structs.asdict(other.digests)):
+        rows.append(("digest", item, x, y, x == y, NAN))
+    for item, x, y in _pairs(one.metrics, other.metrics):
         rows.append(("metric", item, x, y, x == y, y - x))
-    for item in {**a[1], **b[1]}:
-        rows.append(("tensor", item, *_tensors(a[1].get(item), b[1].get(item))))
+    for item, x, y in _pairs(tensors, others, missing=_MISSING):
+        same = x.dtype == y.dtype and torch.equal(x, y)
+        difference = _MISSING
+        if x.shape == y.shape:
+            difference = y.double() - x.double()
+        rows.append(("tensor", item, _norm(x), _norm(y), same, _norm(difference)))
     frame = pd.DataFrame(rows, columns=["kind", "item", "a", "b", "equal", "difference"])
     return frame.set_index(["kind", "item"])
 
 
-def _tensors(x: Tensor | None, y: Tensor | None) -> tuple[float, float, bool, float]:
-    norms = [float("nan") if t is None else float(torch.linalg.vector_norm(t.double())) for t in (x, y)]
-    if x is None or y is None or x.shape != y.shape:
-        return norms[0], norms[1], False, float("nan")
-    same = x.dtype == y.dtype and torch.equal(x, y)
-    return norms[0], norms[1], same, float(torch.linalg.vector_norm(y.double() - x.double()))
+def _pairs(a: Mapping[str, Any], b: Mapping[str, Any], missing: Any = NAN) -> Iterator[tuple[str, Any, Any]]:
+    """Each name, and what both have under it."""
+    for name in {**a, **b}:
+        yield name, a.get(name, missing), b.get(name, missing)
+
+
+def _norm(tensor: Tensor) -> float:
+    """L2; NaN of what is missing."""
+    if tensor is _MISSING:
+        return NAN
+    return float(torch.linalg.vector_norm(tensor.double()))

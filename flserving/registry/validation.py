@@ -3,19 +3,21 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import msgspec
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from flserving import models
 from flserving.errors import InvalidModelError
-from flserving.models import onnx, probing, weights
+from flserving.models import weights
 from flserving.models.processing import ONE_OUTPUT, Postprocessor, Preprocessor
+from flserving.models.weights import AnyTensor
 from flserving.registry.heads import HeadSet
 from flserving.registry.manifest import Digests, Lineage, Manifest, Preprocessing, Signature
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Statistics = Preprocessing | Mapping[str, Sequence[float]]
 _PENDING = Digests("0" * 64, "0" * 64, None, "0" * 64)  # stands in until the weights are hashed
@@ -33,6 +35,7 @@ class Options(TypedDict, total=False):
     output_type: Literal["classification", "regression"]
     note: str
     heads: HeadSet | None
+    engine: models.EngineName
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -40,7 +43,7 @@ class Content:
     """What :meth:`Registry.publish` was given; the fields are described there."""
 
     name: str
-    model: nn.Module | Mapping[str, Tensor]
+    model: "nn.Module | Mapping[str, AnyTensor]"
     architecture: str | None = None
     parameters: Mapping[str, models.JSON] | None = None
     preprocessing: Statistics | None = None
@@ -49,6 +52,7 @@ class Content:
     output_type: Literal["classification", "regression"] = "classification"
     note: str = ""
     heads: HeadSet | None = None
+    engine: models.EngineName = "torch"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +62,7 @@ class Draft:
 
     manifest: Manifest
     image: bytes
-    tensors: dict[str, Tensor]
+    tensors: dict[str, weights.Array]
 
 
 def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> Draft:
@@ -73,19 +77,20 @@ def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> D
     """
     name = content.name
     architecture, parameters = _architecture(content)
-    shapes = models.signature(architecture, parameters)
+    plan = models.blueprint(content.engine, architecture, parameters)
+    shapes = plan.shapes
     tensors = weights.frozen(_state(content.model))
     image = weights.pack(tensors)
     if len(image) > max_artifact_bytes:
         raise InvalidModelError(
             f"the weights of {name!r} take {len(image):,} bytes: raise max_artifact_bytes = {max_artifact_bytes:,}"
         )
-    module = _check_fit(architecture, parameters, tensors)
+    _check_fit(architecture, plan.like, tensors)
     bad = weights.first_non_finite(tensors)
     if bad is not None:
         raise InvalidModelError(f"{bad} holds NaN or infinite values: publish a model that trained without overflow")
     if content.heads is not None:
-        _check_heads(module, content.heads)
+        _check_heads(plan, content.heads)
     statistics, digest = _statistics(content.preprocessing, shapes[0])
     if content.output_type == "classification" and shapes[1] == (1,):
         raise InvalidModelError(f"{architecture!r} has outputs of shape [1]: {ONE_OUTPUT}")
@@ -108,7 +113,7 @@ def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> D
     except (TypeError, ValueError, AttributeError, OverflowError) as error:  # msgspec's are ValueErrors
         raise InvalidModelError(f"lineage or metrics of {name!r} are not valid: {error}") from error
     postprocessor = Postprocessor(content.output_type) if answers else None
-    _check_service(architecture, parameters, tensors, shapes, postprocessor)
+    _check_service(architecture, plan, tensors, postprocessor)
     return Draft(manifest, image, tensors)
 
 
@@ -117,17 +122,18 @@ def _architecture(content: Content) -> tuple[str, Mapping[str, models.JSON]]:
     parameters = content.parameters or {}
     if content.architecture is not None:
         return content.architecture, parameters
-    if not isinstance(content.model, nn.Module) or parameters:
+    if isinstance(content.model, Mapping) or parameters:
         raise InvalidModelError("a state dict does not say how its module is built: give architecture=")
     return models.describe(content.model)
 
 
-def _state(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if isinstance(model, nn.Module):
-        return model.state_dict()
-    if not isinstance(model, Mapping):
+def _state(model: Any) -> Mapping[str, AnyTensor]:
+    if isinstance(model, Mapping):
+        return model
+    if not hasattr(model, "state_dict"):
         raise InvalidModelError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a state dict")
-    return model
+    state: Mapping[str, AnyTensor] = model.state_dict()
+    return state
 
 
 def _lineage(given: Lineage | Mapping[str, Any] | None) -> Lineage | None:
@@ -141,53 +147,38 @@ def _plain(value: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=lambda number: number.tolist())
 
 
-def _check_fit(architecture: str, parameters: Mapping[str, models.JSON], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The architecture asks for exactly these tensors: names, shapes, dtypes. Returns it, on the meta device."""
-    with torch.device("meta"):
-        module = models.build(architecture, parameters)
-    wanted = module.state_dict()
+def _check_fit(architecture: str, wanted: Mapping[str, weights.Array], tensors: Mapping[str, weights.Array]) -> None:
+    """The architecture asks for exactly these tensors: names, shapes, dtypes."""
     wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
-    wrong += [f"{name} is unknown" for name in tensors.keys() - wanted.keys()]
+    wrong += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
     for name in wanted.keys() & tensors.keys():
-        found = tensors[name]
-        asked = wanted[name]
-        if (found.shape, found.dtype) != (asked.shape, asked.dtype):
-            wrong.append(f"{name} is {found.dtype}{list(found.shape)}, not {asked.dtype}{list(asked.shape)}")
+        found = weights.described(tensors[name])
+        asked = weights.described(wanted[name])
+        if found != asked:
+            wrong.append(f"{name} is {found}, not {asked}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InvalidModelError(f"the weights do not fit {architecture!r}: {'; '.join(sorted(wrong)[:5])}{more}")
-    if isinstance(module, onnx.OnnxModel):
-        onnx.check(bytes(weights.as_bytes(tensors["graph"])), module.inputs, module.outputs)
-    return module
 
 
 def _check_service(
-    architecture: str,
-    parameters: Mapping[str, models.JSON],
-    tensors: Mapping[str, Tensor],
-    shapes: tuple[models.Shape, models.Shape],
-    postprocessor: Postprocessor | None,
+    architecture: str, plan: models.Blueprint, tensors: Mapping[str, AnyTensor], postprocessor: Postprocessor | None
 ) -> None:
-    """What holds of every model that may serve: see ``probing``. On a copy, for a forward may change a buffer."""
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    nbytes = sum(tensor.nbytes for tensor in copies.values())
-    module = models.restore(architecture, parameters, copies, nbytes=nbytes).eval().requires_grad_(False)
+    """What holds of every model that may serve."""
     try:
-        probing.check_answer(module, *shapes, postprocessor)
-        probing.check_rows(module, shapes[0], probing.tolerance_of(module))
+        plan.check(weights.frozen(tensors), postprocessor)
     except InvalidModelError as error:
         raise InvalidModelError(f"a model of {architecture!r} cannot be served: {error}") from error
 
 
-def _check_heads(module: nn.Module, heads: HeadSet) -> None:
+def _check_heads(plan: models.Blueprint, heads: HeadSet) -> None:
     """Heads go on the input of the last linear layer, adapters on its output."""
     if not isinstance(heads, HeadSet):
         raise InvalidModelError(f"heads are a {type(heads).__name__}: give a HeadSet, as HeadSet.from_states makes")
-    generic = models.as_split(module).head
-    inputs = generic.in_features
+    inputs, outputs = plan.head()
     if heads.layout == "adapter":
-        inputs = generic.out_features
-    wanted = (inputs + 1, generic.out_features)
+        inputs = outputs
+    wanted = (inputs + 1, outputs)
     if heads.weights.shape[1:] != wanted:
         raise InvalidModelError(
             f"heads are {heads.weights.shape[1:]}: layout {heads.layout!r} on this model takes {wanted}"

@@ -1,5 +1,6 @@
 """Two caches: which models stay in memory, and which predictions need no model."""
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -9,19 +10,11 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from flserving import forks
-from flserving.errors import ConfigError, DeadlineExceededError, ModelTooLargeError, OverloadedError
+from flserving.errors import DeadlineExceededError, ModelTooLargeError, OverloadedError, check_number
+from flserving.models.weights import nbytes_of
 
 Clock = Callable[[], float]
 V = TypeVar("V", bound=Any)  # has nbytes
-
-
-def nbytes_of(value: Any) -> int:
-    """Bytes that ``value`` holds: its own ``nbytes``, or the sum over a torch module's parameters and buffers."""
-    if hasattr(value, "nbytes"):
-        return int(value.nbytes)
-    if hasattr(value, "parameters") and hasattr(value, "buffers"):
-        return sum(t.nbytes for tensors in (value.parameters(), value.buffers()) for t in tensors)
-    raise ConfigError(f"cannot tell the size of a {type(value).__name__}: give it an nbytes attribute")
 
 
 class Lease:
@@ -56,8 +49,9 @@ class ModelCache:
     """
 
     def __init__(self, max_size: int = 5, max_bytes: int | None = None, clock: Clock = time.monotonic) -> None:
-        if any(type(most) is not int or most < 1 for most in (max_size, 1 if max_bytes is None else max_bytes)):
-            raise ConfigError(f"max_size is {max_size!r}, max_bytes is {max_bytes!r}: give integers of at least 1")
+        check_number("max_size", max_size, 1, math.inf, whole=True)
+        if max_bytes is not None:
+            check_number("max_bytes", max_bytes, 1, math.inf, whole=True)
         self.max_size = max_size
         self.max_bytes = max_bytes
         self._clock = clock
@@ -84,7 +78,8 @@ class ModelCache:
     def get(self, key: Hashable) -> Any | None:
         """The model under ``key``, now the most recently used; None on a miss."""
         with self._lock:
-            return entry.value if (entry := self._hit(key)) else None
+            entry = self._hit(key)
+            return entry and entry.value
 
     def put(self, key: Hashable, value: Any, timeout_s: float = 0) -> None:
         """Hold ``value``, evicting the coldest until it fits; waits ``timeout_s`` for room. Raises as :meth:`load`."""
@@ -113,7 +108,8 @@ class ModelCache:
     def acquire(self, key: Hashable) -> Lease | None:
         """Pin and return the entry under ``key``; None on a miss. Every entry must go back to :meth:`release`."""
         with self._lock:
-            if (entry := self._hit(key)) is not None:
+            entry = self._hit(key)
+            if entry is not None:
                 entry.pins += 1
             return entry
 
@@ -133,32 +129,18 @@ class ModelCache:
         """After a miss: run ``load`` once however many callers wait for ``key``; return its entry, pinned.
 
         Args:
-            size: Tells the model's bytes before they are read, so that the room for them is free by then. Where nobody
-                can tell, a place is kept and the bytes are counted once they are here.
+            size: Tells the model's bytes before they are read, so that the room for them is free by then. None: a
+                place is reserved, and the bytes are counted once they are here.
 
         Raises:
             DeadlineExceededError: Another caller's load took longer than ``timeout_s``. OverloadedError: No room in
             time. ModelTooLargeError: It exceeds the byte budget. What ``load`` raises: to everyone who waited for it.
         """
         deadline = self._clock() + timeout_s
-        while True:
-            with self._lock:
-                if (entry := self._entries.get(key)) is not None:  # somebody was faster
-                    entry.pins += 1
-                    return entry
-                if (flight := self._loading.get(key)) is None:
-                    mine = self._loading[key] = Future()
-                    break
-            try:
-                flight.result(max(0.0, deadline - self._clock()))
-            except TimeoutError as error:
-                if flight.done():  # the load itself ran into a deadline: it is the leader's, not ours
-                    continue
-                raise DeadlineExceededError(
-                    f"loading {key!r} took longer than {timeout_s * 1e3:.0f} ms: try again, or raise timeout_ms"
-                ) from error
-            finally:
-                del flight  # an error's frames must not hold what holds the error: that circle would keep models alive
+        entry = self._join(key, timeout_s, deadline)
+        if entry is not None:
+            return entry
+        mine = self._loading[key]
         place = Lease(None, 0)
         try:
             nbytes = 0 if size is None else size()
@@ -182,7 +164,30 @@ class ModelCache:
             mine.set_exception(error if isinstance(error, Exception) else interrupted)
             raise
         finally:
-            del mine
+            del mine  # as in _join
+
+    def _join(self, key: Hashable, timeout_s: float, deadline: float) -> Lease | None:
+        """Pin the entry that another caller has loaded or is loading; None where nobody does: the load is ours now."""
+        while True:
+            with self._lock:
+                entry = self._entries.get(key)
+                if entry is not None:
+                    entry.pins += 1
+                    return entry
+                flight = self._loading.get(key)
+                if flight is None:
+                    self._loading[key] = Future()
+                    return None
+            try:
+                flight.result(max(0.0, deadline - self._clock()))
+            except TimeoutError as error:
+                if flight.done():  # the load itself ran into a deadline: it is the leader's, not ours
+                    continue
+                raise DeadlineExceededError(
+                    f"loading {key!r} took longer than {timeout_s * 1e3:.0f} ms: try again, or raise timeout_ms"
+                ) from error
+            finally:
+                del flight  # an error's frames must not hold what holds the error: that circle would keep models alive
 
     def stats(self) -> dict[str, int]:
         with self._lock:
@@ -201,7 +206,8 @@ class ModelCache:
 
     # The rest runs under the lock.
     def _hit(self, key: Hashable) -> Lease | None:
-        if (entry := self._entries.get(key)) is None:
+        entry = self._entries.get(key)
+        if entry is None:
             self.misses += 1
             return None
         self.hits += 1
@@ -301,8 +307,8 @@ class PredictionCache(Generic[V]):
     OVERHEAD = 1024  # key, digest, node and objects around one entry: 750 to 900 measured with tracemalloc
 
     def __init__(self, max_bytes: int, ttl_s: float = 0, clock: Clock = time.monotonic) -> None:
-        if type(max_bytes) is not int or max_bytes < 1 or not isinstance(ttl_s, int | float) or not ttl_s >= 0:
-            raise ConfigError(f"max_bytes is {max_bytes!r}, ttl_s is {ttl_s!r}: give an integer >= 1 and an age >= 0")
+        check_number("max_bytes", max_bytes, 1, math.inf, whole=True)
+        check_number("ttl_s", ttl_s, 0, math.inf)
         self.max_bytes = max_bytes
         self.ttl_s = ttl_s
         self._clock = clock
@@ -319,7 +325,8 @@ class PredictionCache(Generic[V]):
     def begin(self, key: Hashable) -> tuple[V | None, Future[V] | None, bool]:
         """(value, None, False) on a hit; (None, future, leads) on a miss: who leads computes, and calls `finish`."""
         with self._lock:
-            if (entry := self._entries.get(key)) is not None:
+            entry = self._entries.get(key)
+            if entry is not None:
                 value, born_s, _, shelf = entry
                 if not self.ttl_s or self._clock() - born_s < self.ttl_s:
                     shelf.keys.move_to_end(key)
@@ -327,7 +334,8 @@ class PredictionCache(Generic[V]):
                     return value, None, False
                 self._forget(key)
                 self.expirations += 1
-            if (flight := self._flights.get(key)) is not None:
+            flight = self._flights.get(key)
+            if flight is not None:
                 self.shared += 1
                 return None, flight, False
             self.misses += 1

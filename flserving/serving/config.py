@@ -4,12 +4,15 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from flserving.errors import ConfigError, InvalidInputError
+from flserving.models import masking
+from flserving.models.plain import EngineName
 
 BatchingPolicy = Literal["work_conserving", "hold_until_full"]
 UnknownClient = Literal["global_head", "refuse"]
 CacheScope = Literal["caller", "shared"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "batching": get_args(BatchingPolicy),
+    "engine": get_args(EngineName),
     "unknown_client": get_args(UnknownClient),
     "prediction_cache_scope": get_args(CacheScope),
 }
@@ -48,7 +51,8 @@ class ServingConfig:
             at ``max_batch_size``); 0 skips the warm-up.
         num_workers: Most model executions at the same time.
         timeout_ms: Default deadline of a request, from its arrival to its answer.
-        batching: ``work_conserving`` or ``hold_until_full``.
+        batching: ``work_conserving`` holds no request while a worker is idle; ``hold_until_full`` waits for a full
+            batch, up to ``max_wait_time_ms``.
         max_queue_rows: Most rows waiting for a worker; beyond it a request is refused at once, or, where its caller
             has less than a share of them, the last request of the caller who has most. Long before that a request is
             refused that could not end before its deadline.
@@ -62,6 +66,12 @@ class ServingConfig:
             prediction is its client's alone in either case.
         head_cache_bytes: Byte budget of the personal heads that one loaded version keeps in memory.
         unknown_client: What a client without a personal head gets: ``global_head``, or ``refuse``.
+        outputs: What answers show, ``full``, ``label``, ``top-K`` (classes) or ``rounded-D`` (decimals): for everybody
+            (``label``), or by the role of a credential (``infer=label``, ``label,admin=full``). A credential of its
+            own ``outputs`` goes before its role. Callers in this process have no role. See
+            :class:`~flserving.models.masking.OutputPolicy`.
+        engine: What runs the models: ``torch``, or ``numpy``, which starts in a moment, takes little memory, does not
+            import torch, and runs linear layers with ReLU (see ``models/plain.py``).
 
     Raises:
         ConfigError: A value has the wrong type or lies outside its bounds.
@@ -82,15 +92,22 @@ class ServingConfig:
     prediction_cache_scope: CacheScope = "caller"
     head_cache_bytes: int = 256 << 20
     unknown_client: UnknownClient = "global_head"
+    outputs: str = "full"
+    engine: EngineName = "torch"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if (choices := CHOICES.get(field.name)) is not None:
+            if field.name == "outputs":
+                masking.by_role(value)
+                continue
+            choices = CHOICES.get(field.name)
+            if choices is not None:
                 if not isinstance(value, str) or value not in choices:
                     raise ConfigError(f"{field.name} is {value!r}: choose one of {', '.join(choices)}")
                 continue
-            kinds, wanted = (int, "an int") if field.type is int else ((int, float), "an int or a float")
+            wanted = "an int" if field.type is int else "an int or a float"
+            kinds = int if field.type is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ConfigError(f"{field.name} is {value!r}: it must be {wanted}")
             low, high, why = _BOUNDS[field.name]

@@ -3,26 +3,28 @@
 :class:`PersonalEngine` runs the same version with one head per client.
 """
 
-import copy
 import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
+from flserving import models
 from flserving.errors import FlservingError, InvalidInputError, InvalidModelError, ModelExecutionError
-from flserving.models import SplitModel, as_split
+from flserving.models.plain import NumpyModel
 from flserving.models.processing import Floats, Outputs, Postprocessor, Preprocessor
+from flserving.models.weights import nbytes_of
 from flserving.monitoring.telemetry import Executions
 from flserving.registry.heads import EXPIRED, STALE, UNKNOWN, HeadStore
-from flserving.serving.cache import nbytes_of
 from flserving.serving.config import ServingConfig, checked
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Clock = Callable[[], float]
 Slots = NDArray[np.int64]
@@ -45,8 +47,9 @@ class Prediction(NamedTuple):
 
     def lists(self) -> dict[str, list[Any]]:
         """predictions, confidences, probabilities of this request as plain lists."""
-        lists = self.execution.outputs.lists()
-        if self.stop - self.start == self.execution.outputs.rows:
+        outputs = self.execution.outputs
+        lists = outputs.lists()
+        if self.stop - self.start == outputs.rows:
             return dict(lists)
         return {name: values[self.start : self.stop] for name, values in lists.items()}
 
@@ -55,29 +58,23 @@ class Prediction(NamedTuple):
         return {name: values[self.start : self.stop] for name, values in self.execution.outputs.arrays().items()}
 
 
-def copy_of(module: nn.Module, tensors: dict[int, torch.Tensor] | None = None) -> nn.Module:
-    """A deep copy in evaluation mode, without gradients; ``tensors`` says by ``id`` what to put in place of which.
-
-    Raises:
-        InvalidModelError: It cannot be copied.
-    """
-    memo: dict[int, Any] = dict(tensors or {})
-    for part in module.modules():  # torch refuses to copy what pruning and the old weight_norm compute before a forward
-        memo.update((id(v), v.detach().clone()) for v in vars(part).values() if torch.is_tensor(v) and not v.is_leaf)
-    try:
-        return copy.deepcopy(module, memo).eval().requires_grad_(False)
-    except Exception as error:
-        raise InvalidModelError(f"cannot copy the {type(module).__name__}: {type(error).__name__}: {error}") from error
-
-
 class Engine:
     """What runs validated rows as batches, in chunks of ``max_batch_size``, and counts how long that took."""
 
     def __init__(
-        self, version: str, preprocessor: Preprocessor, postprocessor: Postprocessor, max_batch_size: int, clock: Clock
+        self,
+        version: str,
+        runner: "models.Runner",
+        preprocessor: Preprocessor,
+        postprocessor: Postprocessor,
+        max_batch_size: int,
+        clock: Clock,
     ) -> None:
         self.version = version
         self.served_as = version  # what a server's statistics call it
+        self.runner = runner
+        self._scope = runner.scope
+        self._tensor = runner.tensor
         self.preprocessor = preprocessor
         self.postprocessor = postprocessor
         self.max_batch_size = max_batch_size
@@ -89,30 +86,26 @@ class Engine:
         """``forward(start, stop)`` of every chunk of ``rows``, dealt out to requests of these lengths."""
         total = len(rows)
         size = self.max_batch_size
-        chunks = 1
         if total <= size:
             execution = forward(0, total)
+            chunks = 1
         else:
             executions = [forward(start, start + size) for start in range(0, total, size)]
             execution = _join(executions)
             chunks = len(executions)
         seconds = execution.marks_s[3] - execution.marks_s[0]
         self._executions.add(total, seconds, len(lengths))
-        # of one forward; moves slowly, so that one hiccup does not send a fast model to the worker threads
-        seconds /= chunks
+        seconds /= chunks  # of one forward
         typical_s = self.typical_s
-        self.typical_s = seconds if typical_s == math.inf else 0.9 * typical_s + 0.1 * seconds
+        if typical_s != math.inf:  # moves slowly: one hiccup must not send a fast model to the worker threads
+            seconds = 0.9 * typical_s + 0.1 * seconds
+        self.typical_s = seconds
         if len(lengths) == 1:
             return [Prediction(execution, 0, total)]
-        results = []
-        start = 0
-        for length in lengths:
-            stop = start + length
-            results.append(Prediction(execution, start, stop))
-            start = stop
-        return results
+        stops = accumulate(lengths)
+        return [Prediction(execution, stop - length, stop) for length, stop in zip(lengths, stops, strict=True)]
 
-    def forward(self, rows: Floats, in_place: bool, infer: Callable[[torch.Tensor], torch.Tensor]) -> Execution:
+    def forward(self, rows: Floats, in_place: bool, infer: Callable[[Any], Any]) -> Execution:
         """Preprocess, ``infer`` (standardised rows [N, D] -> outputs), postprocess.
 
         Raises:
@@ -120,8 +113,8 @@ class Engine:
         """
         started = self._clock()
         try:
-            with torch.inference_mode():
-                values = self.preprocessor.standardise(rows, in_place)
+            with self._scope():
+                values = self.preprocessor.standardise(rows, in_place, self._tensor)
                 preprocessed = self._clock()
                 values = infer(values)
                 inferred = self._clock()
@@ -144,7 +137,8 @@ class InferenceEngine(Engine):
     """A model that is ready to answer. It works on a frozen copy: the caller's module is never changed.
 
     Args:
-        model: Maps float32 [N, D] to logits [N, C] (or values [N] or [N, K] for regression).
+        model: Maps float32 [N, D] to logits [N, C] (or values [N] or [N, K] for regression): torch's, or a
+            :class:`flserving.models.plain.NumpyModel`.
         preprocessor, postprocessor: Default to no statistics and to classification.
         config: Of its settings, an engine heeds ``max_batch_size`` (most rows in one forward; larger input runs in
             chunks) and ``warmup_samples`` (single-row forwards of :meth:`warmup`; 0: it does nothing).
@@ -156,12 +150,18 @@ class InferenceEngine(Engine):
     Raises:
         InvalidModelError: Not a module, or one that cannot be copied. ConfigError: ``config`` is something else.
 
+    Example:
+        >>> engine = InferenceEngine(torch.nn.Linear(2, 3), version="v1.0")
+        >>> answer = engine.predict([0.5, 1.5])
+        >>> len(answer["probabilities"][0]), answer["model_version"]
+        (3, 'v1.0')
+
     Thread-safe: an engine keeps no state between requests but its statistics.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: "nn.Module | NumpyModel",
         preprocessor: Preprocessor | None = None,
         postprocessor: Postprocessor | None = None,
         config: ServingConfig | None = None,
@@ -171,18 +171,22 @@ class InferenceEngine(Engine):
         owned: bool = False,
         clock: Clock = time.perf_counter,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InvalidModelError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+        if isinstance(model, NumpyModel):
+            runner: models.Runner = model
+        else:
+            from flserving.models import modules  # loads torch
+
+            runner = modules.Runner(model, owned)
         self.config = checked(config)
         preprocessor = preprocessor or Preprocessor()
         postprocessor = postprocessor or Postprocessor()
-        super().__init__(version, preprocessor, postprocessor, self.config.max_batch_size, clock)
-        self.model = model.eval().requires_grad_(False) if owned else copy_of(model)
+        super().__init__(version, runner, preprocessor, postprocessor, self.config.max_batch_size, clock)
+        self.model: Any = runner.model
         self.nbytes = nbytes_of(self.model)
         self.digest = digest or uuid.uuid4().hex
         self.identity = f"{self.digest}/{self.preprocessor.digest}/{self.postprocessor.policy}"
         self._warmups = 0
-        self._steps = lean(self.model)
+        self._steps = runner.steps
         self.personal: PersonalEngine | None = None  # where the version has heads
         self.round: int | None = None  # of the federated training that made it, where that is known
 
@@ -265,12 +269,12 @@ class InferenceEngine(Engine):
         """
         if len(payloads) == 1:
             rows = payloads[0]
-            return self.run(rows, (len(rows),), lambda i, j: self.forward(rows[i:j], False, self._infer))
+            return self.run(rows, (len(rows),), lambda start, stop: self.forward(rows[start:stop], False, self._infer))
         rows = np.concatenate(payloads)  # nobody else sees this array: the model may work in place
         lengths = [len(part) for part in payloads]
-        return self.run(rows, lengths, lambda i, j: self.forward(rows[i:j], True, self._infer))
+        return self.run(rows, lengths, lambda start, stop: self.forward(rows[start:stop], True, self._infer))
 
-    def _infer(self, values: torch.Tensor) -> torch.Tensor:
+    def _infer(self, values: Any) -> Any:
         for step, arguments in self._steps:
             values = step(values, *arguments)
         return values
@@ -294,14 +298,18 @@ class PersonalEngine(Engine):
     def __init__(self, engine: InferenceEngine, store: HeadStore) -> None:
         # holds parts of the engine, not the engine: in a circle, neither would go before the next garbage collection
         super().__init__(
-            engine.version, engine.preprocessor, engine.postprocessor, engine.max_batch_size, engine._clock
+            engine.version,
+            engine.runner,
+            engine.preprocessor,
+            engine.postprocessor,
+            engine.max_batch_size,
+            engine._clock,
         )
         self._executions = engine._executions
         self.store = store
         self.identity = f"{engine.identity}/{store.digest}"
-        model = as_split(engine.model)
-        self._body = lean(model.body)
-        self._head = lean(model.head)
+        self._body = engine.runner.body
+        self._head = engine.runner.head
 
     def choose(self, clients: str | Sequence[str], rows: int) -> tuple[Slots, str | list[str]]:
         """Slots [rows] of these clients' heads, and what was found: "own", "unknown", "stale" or "expired".
@@ -329,7 +337,7 @@ class PersonalEngine(Engine):
 
         return self.run(rows, [len(part) for part, _ in payloads], forward)
 
-    def _infer(self, values: torch.Tensor, slots: Slots) -> torch.Tensor:
+    def _infer(self, values: Any, slots: Slots) -> Any:
         for step, arguments in self._body:
             values = step(values, *arguments)
         inputs = values
@@ -341,42 +349,23 @@ class PersonalEngine(Engine):
                 inputs = values
             else:
                 generic = values
-        heads = self.store.gather(slots)
-        ones = inputs.new_ones(len(inputs), 1)
-        rows = torch.cat([inputs, ones], dim=1)[:, None]  # one product with the bias inside: an eighth less than two
-        own = torch.bmm(rows, heads) if generic is None else torch.baddbmm(generic[:, None], rows, heads)
-        return own[:, 0]
+        heads = self.store.gather(slots, self.runner.empty)
+        return self.runner.apply_heads(inputs, heads, generic)
 
 
 def each(found: str | list[str]) -> list[str]:
     """What :meth:`PersonalEngine.choose` found, as a list."""
-    return [found] if isinstance(found, str) else found
-
-
-def lean(module: nn.Module) -> list[tuple[Callable[..., torch.Tensor], tuple[Any, ...]]]:
-    """The steps of ``module``'s forward: a chain of linear layers and ReLUs as plain calls, anything else as one call.
-
-    For small models the Python around the arithmetic is the cost; unrolling the tutorial's model takes its forward from
-    15 to 8 us. Only exact types without hooks are unrolled, so the numbers are the module's own, bit for bit.
-    """
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):  # changed on this very object
-        return [(module, ())]
-    if type(module) is nn.Sequential:
-        return [step for child in module for step in lean(child)]  # not children(): it names a shared layer once
-    if type(module) is SplitModel:
-        return lean(module.body) + lean(module.head)
-    if type(module) is nn.Linear:
-        return [(nn.functional.linear, (module.weight, module.bias))]
-    if type(module) is nn.ReLU:
-        return [(torch.relu, ())]
-    return [(module, ())]
+    if isinstance(found, str):
+        return [found]
+    return found
 
 
 def _join(executions: Sequence[Execution]) -> Execution:
     """Chunks of one large request as one execution. Its stages' times are sums; gaps count as preprocessing."""
-    parts = [e.outputs.arrays() for e in executions]
-    outputs = Outputs(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    end = executions[-1].marks_s[3]
-    infer_s = sum(e.marks_s[2] - e.marks_s[1] for e in executions)
-    post_s = sum(e.marks_s[3] - e.marks_s[2] for e in executions)
-    return Execution(outputs, (executions[0].marks_s[0], end - post_s - infer_s, end - post_s, end))
+    parts = [execution.outputs.arrays() for execution in executions]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    marks_s = np.array([execution.marks_s for execution in executions])
+    _, infer_s, post_s = np.diff(marks_s).sum(axis=0).tolist()
+    start_s = float(marks_s[0, 0])
+    end_s = float(marks_s[-1, 3])
+    return Execution(Outputs(**joined), (start_s, end_s - post_s - infer_s, end_s - post_s, end_s))

@@ -10,12 +10,10 @@ import re
 import secrets
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import nn
 
 from flserving import forks, models
 from flserving.errors import (
@@ -25,17 +23,17 @@ from flserving.errors import (
     ModelExecutionError,
     NotFoundError,
 )
-from flserving.models.probing import check_rows, tolerance_of
 from flserving.models.processing import Postprocessor, Preprocessor
-from flserving.models.weights import as_bytes, first_non_finite
+from flserving.models.weights import AnyTensor, as_bytes, first_non_finite, nbytes_of
 from flserving.registry.heads import HeadStore
 from flserving.registry.manifest import Signature
-from flserving.serving.cache import nbytes_of
 from flserving.serving.config import ServingConfig
-from flserving.serving.engine import InferenceEngine, PersonalEngine, copy_of
+from flserving.serving.engine import InferenceEngine, PersonalEngine
 from flserving.serving.router import DEFAULT
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from flserving.registry import Registry
 
 _VERSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -43,13 +41,14 @@ _VERSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """What a source knows of one version: a module of its own, the tensors that must be finite, its transforms.
+    """What a source knows of one version: a model of its own, the tensors that must be finite, its transforms.
 
-    ``digest`` names the weights and the code that runs them: equal digests, equal answers.
+    ``module`` is torch's, or a :class:`flserving.models.plain.NumpyModel`. ``digest`` names the weights and the code
+    that runs them: equal digests, equal answers.
     """
 
-    module: nn.Module
-    tensors: Mapping[str, torch.Tensor]
+    module: Any
+    tensors: Mapping[str, AnyTensor]
     preprocessor: Preprocessor
     postprocessor: Postprocessor
     digest: str
@@ -57,11 +56,6 @@ class Parts:
     round: int | None = None  # of the federated training
     probed: bool = False  # whether its rows were seen not to see each other
     code: object = None  # the architecture's definition, where ``digest`` names all of the rest
-
-
-_probed: set[tuple[object, str]] = set()
-"""What was found sound in this process: the same code over the same weights need not be probed at every load."""
-_MOST_PROBED = 4096
 
 
 def load_engine(source: "Source", version: str, config: ServingConfig) -> InferenceEngine:
@@ -72,10 +66,19 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
         ModelExecutionError: It does not answer a row of its own input shape, or its rows see each other (see
         :func:`flserving.models.probing.check_rows`).
 
+    Example::
+
+        engine = load_engine(RegistrySource(registry, "digits"), "3", ServingConfig())
+        engine.predict(rows)["predictions"]
+
     Cost: one pass over the weights for the digest and one for finiteness, then ``warmup_samples`` + 1 forwards; six
     more when a process loads it for the first time.
     """
-    parts = source.parts(version)
+    return ready_engine(source.parts(version), version, config)
+
+
+def ready_engine(parts: Parts, version: str, config: ServingConfig) -> InferenceEngine:
+    """What :func:`load_engine` does with the parts of a version."""
     odd = first_non_finite(parts.tensors)
     if odd is not None:
         raise CorruptArtifactError(f"version {version!r}: weights {odd!r} are not finite: publish a sound version")
@@ -98,16 +101,19 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
     return engine
 
 
+_probed: set[tuple[object, str]] = set()
+"""What was found sound in this process: the same code over the same weights need not be probed at every load."""
+_MOST_PROBED = 4096
+
+
 def _probe(parts: Parts, engine: InferenceEngine) -> None:
     key = (parts.code, parts.digest)
     if parts.probed or key in _probed:
         return
-    width = engine.preprocessor.num_features
-    shape = engine.preprocessor.input_shape or ()
-    if not shape and width is not None:
-        shape = (width,)
+    from flserving.models.probing import check_rows, tolerance_of  # loads torch
+
     try:
-        check_rows(engine.model, shape, tolerance_of(engine.model))
+        check_rows(engine.model, engine.preprocessor.row_shape, tolerance_of(engine.model))
     except InvalidModelError as error:
         raise ModelExecutionError(f"version {engine.version!r}: {error}") from error
     if parts.code is not None:
@@ -121,7 +127,10 @@ class RegistrySource:
     ``nbytes`` tell of it without loading it: all raise NotFoundError, CorruptArtifactError.
     """
 
-    def __init__(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
+    def __init__(
+        self, registry: "Registry", name: str, threshold: float = 0.0, engine: models.EngineName = "torch"
+    ) -> None:
+        self.engine: models.EngineName = engine
         self.registry = registry
         self.name = name
         self.threshold = threshold
@@ -132,34 +141,38 @@ class RegistrySource:
     def parts(self, version: str) -> Parts:
         artifact = self.registry.read(self.name, int(version))
         manifest = artifact.manifest
+        plan = models.blueprint(self.engine, manifest.architecture, manifest.parameters)
         try:
-            module = models.restore(
-                manifest.architecture, manifest.parameters, artifact.tensors, nbytes=manifest.weights_nbytes
-            )
+            module = plan.restore(artifact.arrays)
         except RuntimeError as error:
             raise CorruptArtifactError(
                 f"{self.name} version {version} does not fit its architecture {manifest.architecture!r}: {error}"
             ) from None
-        preprocessor = Preprocessor(input_shape=manifest.signature.input_shape)
         statistics = manifest.preprocessing
-        if statistics is not None:
-            preprocessor = Preprocessor(
-                mean=statistics.mean, std=statistics.std, input_shape=manifest.signature.input_shape
-            )
-        postprocessor = Postprocessor(manifest.signature.output_type, self.threshold)
-        code = f"{manifest.architecture} {json.dumps(manifest.parameters, sort_keys=True)}"
+        preprocessor = Preprocessor(
+            mean=getattr(statistics, "mean", None),
+            std=getattr(statistics, "std", None),
+            input_shape=manifest.signature.input_shape,
+        )
+        code = f"{self.engine} {manifest.architecture} {json.dumps(manifest.parameters, sort_keys=True)}"
         digest = hashlib.sha256(f"{code} {manifest.digests.weights}".encode()).hexdigest()
         return Parts(
-            module, artifact.tensors, preprocessor, postprocessor, digest, artifact.heads, manifest.round,
-            code=models.definition(manifest.architecture),
-        )  # fmt: skip
+            module,
+            artifact.arrays,
+            preprocessor=preprocessor,
+            postprocessor=Postprocessor(manifest.signature.output_type, self.threshold),
+            digest=digest,
+            heads=artifact.heads,
+            round=manifest.round,
+            probed=plan.probed,
+            code=plan.code,
+        )
 
     def nbytes(self, version: str, head_cache_bytes: int) -> int:
         """Bytes that the loaded version will hold, from its manifest alone. Raises as :meth:`signature`."""
         manifest = self.registry.manifest(self.name, int(version))
         try:
-            with torch.device("meta"):  # no memory is touched
-                nbytes = nbytes_of(models.build(manifest.architecture, manifest.parameters))
+            nbytes = models.blueprint(self.engine, manifest.architecture, manifest.parameters).nbytes
         except Exception:  # one that cannot be built without memory; whatever else is wrong, the load tells
             nbytes = manifest.weights_nbytes
         if manifest.heads is not None:
@@ -175,11 +188,25 @@ class RegistrySource:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stored:
-    module: nn.Module  # a copy of our own
+    module: "nn.Module"  # a copy of our own
     preprocessor: Preprocessor
     postprocessor: Postprocessor
     content: tuple[Any, ...]  # all that its answers depend on, to be compared
     digest: str
+    signature: Signature | None = None  # None: it has not answered a row yet
+
+    def parts(self) -> Parts:
+        from flserving.models.modules import copy_of
+
+        module = copy_of(self.module)
+        return Parts(
+            module,
+            dict(module.named_parameters()),  # a buffer may be a mask of minus infinities
+            preprocessor=self.preprocessor,
+            postprocessor=self.postprocessor,
+            digest=self.digest,
+            probed=self.signature is not None,
+        )
 
 
 class ModuleStore:
@@ -190,14 +217,13 @@ class ModuleStore:
 
     def __init__(self) -> None:
         self._stored: dict[str, _Stored] = {}
-        self._signatures: dict[str, Signature] = {}
         self._adding = threading.Lock()
         forks.fresh_locks_in_child(self, "_adding")
 
     def versions(self) -> list[str]:
         return list(self._stored)
 
-    def add(self, version: str, module: nn.Module, preprocessor: Preprocessor, postprocessor: Postprocessor) -> None:
+    def add(self, version: str, module: "nn.Module", preprocessor: Preprocessor, postprocessor: Postprocessor) -> None:
         """Store a copy of a module under a new version id. The module is read, never changed.
 
         Raises:
@@ -207,6 +233,8 @@ class ModuleStore:
 
         Example: ``store.add("v1", nn.Linear(8, 3), Preprocessor(num_features=8), Postprocessor())``
         """
+        from torch import nn
+
         if not isinstance(module, nn.Module):
             raise InvalidModelError(f"model is a {type(module).__name__}: pass a torch.nn.Module")
         _check_id(version)
@@ -219,39 +247,28 @@ class ModuleStore:
                 if held.content == stored.content:
                     return
                 raise ConflictError(f"version {version!r} exists and versions do not change: choose another id")
-            self._stored[version] = stored
-            try:  # one row through a copy, so that a wrong width is told now and not to the first caller
-                engine = load_engine(self, version, ServingConfig(warmup_samples=1, max_batch_size=1))
-                self._signatures[version] = _signature_of(engine)
-            except BaseException as error:
-                del self._stored[version]
-                if not isinstance(error, Exception):
-                    raise
+            try:  # one row through a copy: a wrong width fails here and not at the first request
+                engine = ready_engine(stored.parts(), version, ServingConfig(warmup_samples=1, max_batch_size=1))
+                signature = _signature_of(engine)
+            except Exception as error:
                 raise _unfit(module, preprocessor, error) from error
+            self._stored[version] = replace(stored, signature=signature)
 
     def nbytes(self, version: str, head_cache_bytes: int) -> int:
         """As :meth:`RegistrySource.nbytes`."""
         return nbytes_of(self._find(version).module)
 
     def signature(self, version: str) -> Signature:
-        self._find(version)
-        return self._signatures[version]
+        signature = self._find(version).signature
+        assert signature is not None
+        return signature
 
     def metrics(self, version: str) -> Mapping[str, float]:
         self._find(version)
         return {}
 
     def parts(self, version: str) -> Parts:
-        stored = self._find(version)
-        module = copy_of(stored.module)
-        return Parts(
-            module,
-            dict(module.named_parameters()),  # a buffer may be a mask of minus infinities
-            stored.preprocessor,
-            stored.postprocessor,
-            stored.digest,
-            probed=version in self._signatures,  # it was added
-        )
+        return self._find(version).parts()
 
     def _find(self, version: str) -> _Stored:
         stored = self._stored.get(version)
@@ -269,14 +286,11 @@ def _check_id(version: object) -> None:
         raise InvalidModelError(f"version id {version!r} is the alias of the version that answers: choose another")
 
 
-def _stored(module: nn.Module, before: Preprocessor, after: Postprocessor) -> _Stored:
+def _stored(module: "nn.Module", before: Preprocessor, after: Postprocessor) -> _Stored:
+    from flserving.models.modules import copy_of
+
     try:
-        content = (
-            _weights_digest(module),
-            _code(module),
-            (before.digest, before.num_features, before.input_shape),
-            after.policy,
-        )
+        content = (_weights_digest(module), _code(module), before.digest, before.row_shape, after.policy)
         copy = copy_of(module)
     except Exception as error:
         raise InvalidModelError(f"cannot store the {type(module).__name__}: {error}") from error
@@ -284,15 +298,15 @@ def _stored(module: nn.Module, before: Preprocessor, after: Postprocessor) -> _S
     return _Stored(copy, before, after, content, digest)
 
 
-def _unfit(module: nn.Module, preprocessor: Preprocessor, error: Exception) -> InvalidModelError:
+def _unfit(module: "nn.Module", preprocessor: Preprocessor, error: Exception) -> InvalidModelError:
     """Why a module that was just stored cannot be served."""
     name = type(module).__name__
     if isinstance(error.__cause__, InvalidModelError):  # the probe's: it does answer a row
         return InvalidModelError(f"the {name} cannot be served: {error.__cause__}")
-    shape = preprocessor.input_shape or [preprocessor.num_features]
+    shape = ", ".join(map(str, preprocessor.row_shape))
     return InvalidModelError(
         f"the {name} does not answer a row of {preprocessor.num_features} features ({error.__cause__ or error}): it "
-        f"must take float32 [N, {', '.join(map(str, shape))}]; pass num_features or input_shape where that is wrong"
+        f"must take float32 [N, {shape}]; pass num_features or input_shape where that is wrong"
     )
 
 
@@ -302,19 +316,20 @@ Source: TypeAlias = RegistrySource | ModuleStore
 
 def _signature_of(engine: InferenceEngine) -> Signature:
     """What a row of zeros shows of a module that no registry describes."""
-    width = engine.preprocessor.num_features or 0
-    outputs = engine.execute([np.zeros((1, width), np.float32)])[0].arrays()
+    row = np.zeros((1, engine.preprocessor.num_features or 0), np.float32)
+    outputs = engine.execute([row])[0].arrays()
     seen = outputs.get("probabilities", outputs["predictions"])
-    shape = engine.preprocessor.input_shape or (width,)
-    return Signature(shape, seen.shape[1:], output_type=engine.postprocessor.output_type)
+    return Signature(engine.preprocessor.row_shape, seen.shape[1:], output_type=engine.postprocessor.output_type)
 
 
-def input_width(module: nn.Module) -> int:
+def input_width(module: "nn.Module") -> int:
     """Number of features that ``module`` takes, where its first layer with weights is linear.
 
     Raises:
         InvalidModelError: Its first layer is of another kind: only the caller can know the width.
     """
+    from torch import nn
+
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             return layer.in_features
@@ -326,7 +341,7 @@ def input_width(module: nn.Module) -> int:
     )
 
 
-def _weights_digest(module: nn.Module) -> str:
+def _weights_digest(module: "nn.Module") -> str:
     """sha256 of every parameter and buffer, also of those that ``state_dict`` leaves out."""
     sha = hashlib.sha256()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -336,7 +351,7 @@ def _weights_digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def _code(module: nn.Module) -> list[Any]:
+def _code(module: "nn.Module") -> list[Any]:
     """What runs the weights, to be compared: the class of every part (a class defined anew is another), its attributes
     and hooks."""
     tensors = ("_parameters", "_buffers", "_modules", "training")

@@ -2,34 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from flserving.errors import ConfigError, InvalidInputError
 from flserving.extras import of_extra
 from flserving.models.processing import Several
 from flserving.serving.config import ServingConfig
-from flserving.serving.server import ModelServer
+from flserving.serving.server import ModelServer, dealt_out
 from flserving.serving.synonyms import version_id_too
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
     from flserving.registry import Registry
-
-
-class HeldOut(Protocol):
-    """A client and its held-out samples: ``test_x`` [N, D] and labels ``test_y`` [N]."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def test_x(self) -> NDArray[Any]: ...
-    @property
-    def test_y(self) -> NDArray[Any]: ...
 
 
 class PersonalizedServer(ModelServer):
@@ -47,10 +33,10 @@ class PersonalizedServer(ModelServer):
         model: str | None = None,
         *,
         clock: Callable[[], float] = time.perf_counter,
-        global_model: nn.Module | None = None,
+        global_model: "nn.Module | None" = None,
         num_clients: int | None = None,
     ) -> None:
-        if isinstance(config, nn.Module) or global_model is not None or num_clients is not None:
+        if hasattr(config, "state_dict") or global_model is not None or num_clients is not None:
             raise ConfigError(
                 "a module and a number of clients make no heads: heads are trained, never random. Publish them with "
                 "their body, registry.publish(name, module, architecture=..., heads=...), and serve that: "
@@ -59,8 +45,9 @@ class PersonalizedServer(ModelServer):
         super().__init__(config, registry, model, clock=clock)
 
     @version_id_too
-    def predict(self, client_id: str | Sequence[str], features: Any, version: str | int | None = None,  # type: ignore[override]
-                **options: Any) -> dict[str, Any]:  # fmt: skip
+    def predict(  # type: ignore[override]
+        self, client_id: str | Sequence[str], features: Any, version: str | int | None = None, **options: Any
+    ) -> dict[str, Any]:
         """Answer a client: a row [D] or rows [N, D], by its own head.
 
         Args:
@@ -97,16 +84,19 @@ class PersonalizedServer(ModelServer):
             self.telemetry.failure(refusal.reason)
             raise refusal from error
         answer = self.predict(clients, table, version, **options)
-        lists = {name: value for name, value in answer.items() if isinstance(value, list | np.ndarray)}
-        return [
-            answer | {name: values[i] if name == "head" else values[i : i + 1] for name, values in lists.items()}
-            | {"model_type": "personal" if answer["head"][i] == "own" else "global"}
-            for i in range(len(clients))
-        ]  # fmt: skip
+        answers = dealt_out(answer, [1] * len(clients))
+        for one in answers:
+            (one["head"],) = one["head"]
+            one["model_type"] = "personal" if one["head"] == "own" else "global"
+        return answers
 
-    def accuracy(self, clients: Sequence[HeldOut], versions: Sequence[str | int] | None = None,
-                 model: str | None = None) -> "pd.DataFrame":  # fmt: skip
+    def accuracy(
+        self, clients: Sequence[Any], versions: Sequence[str | int] | None = None, model: str | None = None
+    ) -> "pd.DataFrame":
         """How right each version is on the clients' held-out samples, measured by asking it.
+
+        Args:
+            clients: Each with an ``id``, and its held-out samples ``test_x`` [N, D] with labels ``test_y`` [N].
 
         Returns:
             One row per version: ``global_accuracy`` (the global model, all samples together),
@@ -128,7 +118,9 @@ class PersonalizedServer(ModelServer):
             versions = self._router.routes.of(name).versions
         table = []
         for version in versions or ["default"]:  # of an unknown model: the look-up then says so
-            right, hits, own = dict[str, float](), 0, 0
+            right: dict[str, float] = {}
+            hits = 0
+            own = 0
             for client in clients:
                 answer = self.predict(client.id, client.test_x, version, model=model, arrays=True)
                 right[client.id] = float((answer["predictions"] == client.test_y).mean())
@@ -136,12 +128,13 @@ class PersonalizedServer(ModelServer):
                 shared = ModelServer.predict(self, client.test_x, version, model=model, arrays=True)
                 hits += int((shared["predictions"] == client.test_y).sum())
             worst = min(right, key=right.__getitem__)
-            table.append({
+            row = {
                 "version": str(version),
                 "global_accuracy": hits / sum(len(client.test_y) for client in clients),
                 "mean_client_accuracy": sum(right.values()) / len(right),
                 "worst_client_accuracy": right[worst],
                 "worst_client": worst,
                 "own_heads": own,
-            })  # fmt: skip
+            }
+            table.append(row)
         return pd.DataFrame(table).set_index("version")

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from numpy.typing import ArrayLike
-from torch import nn
 
 from flserving import forks
 from flserving.errors import (
@@ -20,6 +19,7 @@ from flserving.errors import (
     ConflictError,
     DeadlineExceededError,
     FlservingError,
+    NotSupportedError,
     OverloadedError,
     ServerClosedError,
 )
@@ -36,6 +36,8 @@ from flserving.serving.router import Key, Router
 from flserving.serving.synonyms import version_id_too
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from flserving.registry import Registry
 
 T = TypeVar("T")
@@ -48,10 +50,18 @@ LOCAL = "local"
 class ModelHost:
     """Models by name, their versions and aliases, and the few of them that are in memory."""
 
-    def __init__(self, config: ServingConfig | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        config: ServingConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        model_cache: ModelCache | None = None,
+    ) -> None:
         self.config = checked(config)
         self._clock = clock
-        self.model_cache = ModelCache(self.config.cache_size, self.config.cache_bytes, clock)
+        if model_cache is None:
+            model_cache = ModelCache(self.config.cache_size, self.config.cache_bytes, clock)
+        self.model_cache = model_cache
         self._store = ModuleStore()
         self._sources: dict[str, Source] = {}
         self._registries: dict[Registry, None] = {}  # in the order in which they were given
@@ -68,7 +78,7 @@ class ModelHost:
     def load_model(
         self,
         version: str,
-        model: nn.Module,
+        model: "nn.Module",
         preprocessor: Preprocessor | Mapping[str, ArrayLike] | None = None,
         postprocessor: Postprocessor | None = None,
         *,
@@ -92,9 +102,13 @@ class ModelHost:
         Raises:
             InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and ``transforms``. ConfigError:
                 Also a part that is given twice, as an object and by its settings. ConflictError: Also where a
-                registry's model has the name "local".
+                registry's model has the name "local". NotSupportedError: The configuration's engine is not torch.
         """
         self._check_open()
+        if self.config.engine != "torch":
+            raise NotSupportedError(
+                f"load_model takes modules of torch, the engine is {self.config.engine!r}: publish to a registry"
+            )
         if self._sources.setdefault(LOCAL, self._store) is not self._store:
             raise ConflictError(f"model {LOCAL!r} comes from a registry here: use another server for load_model")
         before = _preprocessor(preprocessor, feature_stats, num_features, input_shape)
@@ -119,7 +133,7 @@ class ModelHost:
             NotFoundError: It has no version. ConflictError: The name is taken by another registry or ``load_model``.
         """
         self._check_open()
-        source = RegistrySource(registry, name, threshold)
+        source = RegistrySource(registry, name, threshold, self.config.engine)
         held = self._sources.setdefault(name, source)
         if not (isinstance(held, RegistrySource) and held.registry is registry and held.threshold == threshold):
             raise ConflictError(f"model {name!r} is served already: use another server for another registry")
@@ -238,7 +252,7 @@ class ModelHost:
     def default_version(self) -> str | None:
         """The version that answers who names none; None before there is one."""
         routes = self._router.routes
-        return routes.of(routes.model).aliases.get("default") if routes.model in routes.models else None
+        return routes.of(routes.model).aliases.get("default")
 
     @property
     def ready(self) -> bool:
@@ -250,14 +264,23 @@ class ModelHost:
         """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
         default model can answer), models with their versions and aliases, the versions in memory, the uptime. Of the
         default model alone: ``default_version``, and ``loaded_models``, its versions in memory."""
-        routes, problems = self._router.routes, {**self._load_problems, **self._router.problems}
-        ready, models = self.ready, routes.models.items()
+        routes = self._router.routes
+        problems = {**self._load_problems, **self._router.problems}
+        models = {}
+        for name, served in routes.models.items():
+            models[name] = {"versions": list(served.versions), "aliases": dict(served.aliases)}
         in_memory = [key for key, _ in self.model_cache.items()]
+        ready = self.ready
+        status = "healthy"
+        if not ready:
+            status = "unavailable"
+        elif problems:
+            status = "degraded"
         return {
-            "status": "unavailable" if not ready else "degraded" if problems else "healthy",
+            "status": status,
             "ready": ready,
             "default_model": routes.model,
-            "models": {name: {"versions": list(it.versions), "aliases": dict(it.aliases)} for name, it in models},
+            "models": models,
             "default_version": self.default_version,
             "loaded_models": [version for model, version in in_memory if model == routes.model],
             "in_memory": ["/".join(key) for key in in_memory],
@@ -344,6 +367,14 @@ class ModelHost:
     def _preload(self, key: Key) -> None:
         with self._pinned(key):
             pass
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its threads and loaded models cannot be copied, nor sent to another process. Raises NotSupportedError."""
+        registries = " or ".join(f"Registry({registry.root!r})" for registry in self._registries) or "the same models"
+        raise NotSupportedError(
+            f"a {type(self).__name__} cannot leave its process: make one in the other process, of its config and "
+            f"{registries}; both of these can be sent there"
+        )
 
     def close(self) -> None:
         """Forget the models. Idempotent."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flserving.experiments.controller import Chosen
+from flserving.models.masking import OutputPolicy
 from flserving.models.processing import Floats
 from flserving.serving.engine import Prediction
 
@@ -22,6 +23,7 @@ class Request:
     Args:
         identity: The client that the caller's credential names. It decides the arm of an experiment where no ``client``
             is given, which asks for personal answers.
+        policy: What the caller's credential may see; without one, what the config says of callers in this process.
         personal: False: the global model answers, on a device as well, whose client is known.
         nested: It is a part of another request, which counts the path that its answer took.
     """
@@ -34,6 +36,8 @@ class Request:
     arrays: bool = False
     client: str | Sequence[str] | None = None
     caller: str | None = None
+    outputs: str | None = None
+    policy: OutputPolicy | None = None
     identity: str | None = None
     personal: bool = True
     nested: bool = False
@@ -51,15 +55,19 @@ class Request:
     rows: Floats = field(init=False)
     slots: NDArray[np.int64] | None = field(init=False, default=None)  # of the clients' heads, one a row
     head: Any = field(init=False, default=None)  # what was found of the client's head, or of each row's
-    payload: Any = field(init=False)
     prepared_s: float = field(init=False)
 
     # run
     looked_up_s: float = field(init=False)
-    cache_key: tuple[Any, ...] = field(init=False)
+    cache_key: Any = field(init=False)
     flight: Any = field(init=False)  # the future of an identical request at the same time
     leads: bool = field(init=False)  # whether this one computes what the others of the flight wait for
     prediction: Prediction = field(init=False)
+
+    @property
+    def payload(self) -> Any:
+        """What the runner takes."""
+        return self.rows if self.slots is None else (self.rows, self.slots)
 
 
 async def finished(future: Future[Any], timeout_s: float) -> bool:

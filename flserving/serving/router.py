@@ -11,7 +11,8 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self
 
 from flserving import forks
 from flserving.errors import ConflictError, DeadlineExceededError, ModelUnloadedError, NotFoundError
@@ -76,7 +77,8 @@ class Routes:
 class Router:
     """The table of routes and its changes. ``preload`` loads a version before a default route moves to it, and every
     version of an experiment before that begins. ``on_look`` is called whenever the registries were looked at,
-    ``on_experiments`` before routes with experiments of a registry are followed; neither may wait.
+    ``on_experiments`` before routes with experiments of a registry are followed; neither may wait. ``on_read`` is
+    called when a model's registry has changed, before its routes follow.
 
     A version that cannot be loaded does not take over: what answered before goes on, ``problems`` says why, and the
     load is tried again now and then. A registry that cannot be read leaves its routes as they are.
@@ -91,6 +93,7 @@ class Router:
         self.problems: dict[str, str] = {}
         self.on_look: Callable[[], object] = tuple
         self.on_experiments: Callable[[Index], object] = id
+        self.on_read: Callable[[str, Index], object] = lambda name, registry: None
         self._followed: dict[str, _Followed] = {}  # by model
         self._whole: list[_WholeRegistry] = []
         self._admin = threading.RLock()  # one change at a time; readers never take it
@@ -103,12 +106,11 @@ class Router:
     def find(self, version: str | int | None, model: str | None) -> Key | None:
         """The key that a version id or an alias leads to (``default`` when None); None when :meth:`refresh`
         might know more."""
-        routes = self.routes
-        name = (routes.model or "") if model is None else str(model)
-        followed = self._followed.get(name)
+        name = (self.routes.model or "") if model is None else str(model)
+        followed = self._followed.get(name)  # before the routes: those may be newer than this, never older
         if followed is not None and followed.registry.local_changes != followed.local_changes:
             return None  # this process moved an alias just now: do not wait for the watcher
-        return routes.targets.get((name, DEFAULT if version is None else str(version)))
+        return self.routes.targets.get((name, DEFAULT if version is None else str(version)))
 
     def require(self, version: str | int | None, model: str | None) -> Key:
         """:meth:`find`, or a NotFoundError that names what there is."""
@@ -180,7 +182,8 @@ class Router:
         with self._admin:
             self.known(name)
             self.refresh(retry=True)
-            if (version := self.routes.of(name).aliases.get(DEFAULT)) is not None:
+            version = self.routes.of(name).aliases.get(DEFAULT)
+            if version is not None:
                 self._preload((name, version))
             self._replace(name, withdrawn=False)
 
@@ -189,7 +192,7 @@ class Router:
         with self._admin:
             if not registry.version_numbers(name):
                 raise NotFoundError(f"the registry has no version of {name!r}: publish one first")
-            followed = _Followed(registry, registry.local_changes, registry.change_token())
+            followed = _Followed.now(registry)
             self._read(name, registry)
             self._followed[name] = followed
             self._start_watcher()
@@ -253,25 +256,23 @@ class Router:
         if not self._admin.acquire(timeout=wait_s):
             raise DeadlineExceededError("a change of routes took longer than timeout_ms: try again, or raise it")
         try:
-            tokens: dict[int, Hashable] = {}  # one question for all models of a registry
+            state_of = cache(_Followed.now)  # one question for all models of a registry
             for whole in self._whole:
                 try:
-                    self._look_for_models(whole, _token(whole.registry, tokens), retry)
+                    self._look_for_models(whole, state_of(whole.registry).token, retry)
                 except Exception as error:
                     self.problems[_WHOLE] = _described(error)
             for name, followed in list(self._followed.items()):
                 unread = f"{name}/registry"
-                registry = followed.registry
                 try:
-                    changes = registry.local_changes
-                    token = _token(registry, tokens)
-                    if token != followed.token or (retry and self._troubled(name)):
-                        self._read(name, registry)
+                    state = state_of(followed.registry)
+                    if state.token != followed.token or (retry and self._troubled(name)):
+                        self._read(name, followed.registry)
                 except Exception as error:  # one that cannot be read now must not stop the others, nor the watch
                     self.problems[unread] = _described(error)
                 else:
                     self.problems.pop(unread, None)
-                    self._followed[name] = _Followed(registry, changes, token)
+                    self._followed[name] = state
         finally:
             self._admin.release()
 
@@ -300,6 +301,7 @@ class Router:
             unread = registry.unread_experiments(name)
             if token == registry.change_token():
                 break
+        self.on_read(name, registry)
         before = self.routes.of(name)
         default = aliases.get(DEFAULT)
         self._replace(name, versions=versions, promoted=before.promoted or default is not None)
@@ -362,6 +364,12 @@ class _Followed:
     local_changes: int  # by this process
     token: Hashable  # changes with every change, by whatever process
 
+    @classmethod
+    def now(cls, registry: "Index") -> Self:
+        """The state before a reading. The count comes first: a change between the two is looked at again."""
+        local_changes = registry.local_changes
+        return cls(registry, local_changes, registry.change_token())
+
 
 @dataclass(slots=True, eq=False)
 class _WholeRegistry:
@@ -375,13 +383,6 @@ class _WholeRegistry:
 
 _WHOLE = "registry"
 """The problem of a registry as a whole; those of its models begin with their names."""
-
-
-def _token(registry: "Index", known: dict[int, Hashable]) -> Hashable:
-    """The registry's token, asked once in a look."""
-    if id(registry) not in known:
-        known[id(registry)] = registry.change_token()
-    return known[id(registry)]
 
 
 def _described(error: Exception) -> str:

@@ -10,30 +10,30 @@ asks under another key, so nothing stale can be found.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import nn
 
 from flserving import models
 from flserving.errors import DeadlineExceededError, FlservingError, NotFoundError, OverloadedError
 from flserving.experiments import Experiments
+from flserving.models.masking import FULL, OutputPolicy, by_role
 from flserving.models.processing import Outputs, Several, ids_of
 from flserving.monitoring.fleet import Fleet
 from flserving.monitoring.metrics import STAGES
 from flserving.monitoring.telemetry import Telemetry
 from flserving.registry.experiment import TrafficSplit
 from flserving.serving.batching.workers import Batcher
-from flserving.serving.cache import PredictionCache
+from flserving.serving.cache import ModelCache, PredictionCache
 from flserving.serving.config import ServingConfig, deadline_s
 from flserving.serving.engine import Execution, InferenceEngine, PersonalEngine, Prediction, each
 from flserving.serving.repository import ModelHost
@@ -42,7 +42,10 @@ from flserving.serving.router import Key
 from flserving.serving.synonyms import version_id_too
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from flserving.registry import Registry
+    from flserving.registry.index import Index
 
 
 class ModelServer(ModelHost):
@@ -53,6 +56,7 @@ class ModelServer(ModelHost):
         registry: Where durable versions come from; ``model`` is the one name to serve; when not given all of them, also
             those that are published later.
         clock: Monotonic seconds.
+        model_cache: Where loaded models are kept; one of ``cache_size`` and ``cache_bytes`` when not given.
 
     Sets torch to one intra-op thread for the whole process: faster for small models, and workers never
     oversubscribe the cores. Use as a context manager, or call :meth:`close`. Thread-safe.
@@ -65,10 +69,15 @@ class ModelServer(ModelHost):
         model: str | None = None,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        model_cache: ModelCache | None = None,
     ) -> None:
-        torch.set_num_threads(1)
-        super().__init__(config, clock=clock)
+        super().__init__(config, clock=clock, model_cache=model_cache)
         config = self.config
+        self._policy = by_role(config.outputs)[""]
+        if config.engine == "torch":
+            import torch
+
+            torch.set_num_threads(1)
         self.prediction_cache: PredictionCache[Outputs] | None = None
         if config.prediction_cache_bytes:
             self.prediction_cache = PredictionCache(config.prediction_cache_bytes, config.prediction_cache_ttl_s, clock)
@@ -80,11 +89,15 @@ class ModelServer(ModelHost):
 
         self.telemetry = Telemetry(clock, largest_batch=config.max_batch_size, held=held_versions)
         self.fleet = Fleet()
+        self._forgets: dict[str, int] = {}  # by model: how often clients had been forgotten when it was looked
+        self._router.on_read = self._follow_forgets
         self._batcher = Batcher(config, self.telemetry.execution, clock)
         self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)
-        if registry is not None and model is None:
+        if registry is None:
+            return
+        if model is None:
             self.serve_all(registry)
-        elif registry is not None and model is not None:
+        else:
             self.serve(registry, model)
 
     # Requests
@@ -101,6 +114,7 @@ class ModelServer(ModelHost):
         arrays: bool = False,
         client: str | Sequence[str] | None = None,
         caller: str | None = None,
+        outputs: str | None = None,
     ) -> dict[str, Any]:
         """Answer one request: a row [D] or rows [N, D]; or of the shape that the model takes, as [N, 3, 32, 32].
 
@@ -119,19 +133,22 @@ class ModelServer(ModelHost):
                 predictions are its own. One id a row lets rows of many clients share a batch.
             caller: Whose share of the queue and of the prediction cache this uses; the one ``client``'s when not given.
                 Callers without a name share one.
+            outputs: Show less than the config's ``outputs`` allow: "label", "top-3", "rounded-2" (see
+                :class:`~flserving.models.masking.OutputPolicy`).
 
         Returns:
             ``predictions`` [N], ``confidences`` [N] and ``probabilities`` [N][C] (classification only) as lists,
             ``latency_ms``, ``model_version``, ``model_type`` ("global"; "personal" where every row got its client's
-            head; "mixed"). Where a client was given, ``head``: "own", or why the global head answered: "unknown" (no
-            head of this client), "stale" (its head was trained on another body), "expired" (the time that it was
-            published for is over), "none" (the version has no heads);
-            a list of them for one id a row. Where its lineage tells it, the federated ``round`` of the version. Where
-            the alias is in an experiment and one client asks: ``arm``, and the ``receipt`` with which that client may
+            head; "mixed"). Where outputs are masked, ``outputs`` names the policy. Where a client was given, ``head``:
+            "own", or why the global head answered: "unknown" (no head of this client), "stale" (its head was trained on
+            another body), "expired" (the time that it was published for is over), "none" (the version has no heads); a
+            list of them for one id a row. Where its lineage tells it, the federated ``round`` of the version. Where the
+            alias is in an experiment and one client asks: ``arm``, and the ``receipt`` with which that client may
             give feedback (``experiments.feedback``).
 
         Raises:
             InvalidInputError, NotFoundError (also an unknown client, where ``unknown_client`` is "refuse"),
+            ForbiddenError (``outputs`` that show more than the config allows),
             OverloadedError, DeadlineExceededError, ModelExecutionError,
             CorruptArtifactError, ServerClosedError: Each counted under its reason in the statistics.
         """
@@ -144,6 +161,7 @@ class ModelServer(ModelHost):
             arrays=arrays,
             client=client,
             caller=caller,
+            outputs=outputs,
         )
         return self.handle(request)
 
@@ -215,10 +233,16 @@ class ModelServer(ModelHost):
     def _admit(self, request: Request) -> None:
         """Deadline, route, and the pin on a model that is in memory: all that takes no time."""
         self._check_open()
+        request.policy = self._policy_of(request)
         request.deadline_s = request.started_s + self._timeout_s(request.timeout_ms)
         key = self._router.find(request.version, request.model)
         if key is not None:
             self._follow_route(request, key)
+
+    def _policy_of(self, request: Request) -> OutputPolicy:
+        """What the answer may show. Raises ForbiddenError, ConfigError."""
+        policy = request.policy or self._policy
+        return policy if request.outputs is None else policy.narrowed(request.outputs)
 
     def _follow_route(self, request: Request, key: Key) -> None:
         if isinstance(key, TrafficSplit):
@@ -253,25 +277,25 @@ class ModelServer(ModelHost):
         request.engine = engine
         request.rows = rows
         request.runner = engine
-        request.payload = rows
         if request.client is not None:
-            client = request.client = ids_of(request.client, len(rows))
+            client = ids_of(request.client, len(rows))
+            request.client = client
             request.runner, request.slots, request.head = self._personal(engine, client, len(rows))
-            if request.slots is not None:
-                request.payload = (rows, request.slots)
             if request.caller is None and isinstance(client, str):
                 request.caller = f"client {client}"
-        request.prepared_s = request.looked_up_s = self._clock()
+        request.prepared_s = self._clock()
+        request.looked_up_s = request.prepared_s
 
     def _personal(
         self, engine: InferenceEngine, client: str | tuple[str, ...], rows: int
     ) -> tuple[InferenceEngine | PersonalEngine, NDArray[np.int64] | None, str | list[str]]:
         """What a client's rows run on, the slots of their heads (None: on the global model), and what was found."""
-        if engine.personal is None:
-            slots = None
-            found: str | list[str] = "none" if isinstance(client, str) else ["none"] * rows
-        else:
+        slots = None
+        found: str | list[str] = "none"
+        if engine.personal is not None:
             slots, found = engine.personal.choose(client, rows)
+        elif not isinstance(client, str):
+            found = ["none"] * rows
         if self.config.unknown_client == "refuse" and any(one in ("unknown", "expired", "none") for one in each(found)):
             raise NotFoundError("no personal head here for this client: train one, or let the global head answer")
         if engine.personal is None or slots is None or (slots < 0).all():
@@ -305,7 +329,11 @@ class ModelServer(ModelHost):
         prediction = request.prediction
         engine = request.engine
         started_s = request.started_s
-        answer: dict[str, Any] = prediction.arrays() if request.arrays else prediction.lists()
+        policy = request.policy or FULL
+        if policy == FULL:
+            answer: dict[str, Any] = prediction.arrays() if request.arrays else prediction.lists()
+        else:
+            answer = policy.shown(prediction.arrays(), request.arrays)
         answered_s = self._clock()
         if answered_s > request.deadline_s:
             raise DeadlineExceededError(
@@ -332,15 +360,20 @@ class ModelServer(ModelHost):
     def _say_head(self, request: Request, answer: dict[str, Any]) -> None:
         """Which heads answered a client."""
         head = request.head
-        self.telemetry.told("head", [head] * len(request.rows) if isinstance(head, str) else head)
         answer["head"] = head
+        heads = each(head)
         if request.slots is not None:
-            answer["model_type"] = "personal" if set(each(head)) == {"own"} else "mixed"
+            answer["model_type"] = "personal" if set(heads) == {"own"} else "mixed"
+        if isinstance(head, str):
+            heads = heads * len(request.rows)
+        self.telemetry.count("head", heads)
 
     def _release(self, request: Request) -> None:
         """Unpin the model. The request forgets it first: an evicted one must be gone when its room is given away."""
         lease = request.lease
-        request.lease = request.engine = request.runner = None
+        request.lease = None
+        request.engine = None
+        request.runner = None
         self.model_cache.release(lease)
 
     def _count_failure(self, request: Request, error: BaseException) -> None:
@@ -354,10 +387,23 @@ class ModelServer(ModelHost):
         if request.chosen is not None:
             self.experiments.failed(request.chosen, reason)
 
+    def _follow_forgets(self, model: str, registry: "Index") -> None:
+        """Where a client was forgotten, nothing in memory may know it: heads are loaded anew, predictions go."""
+        forgets = registry.forgets()
+        if self._forgets.setdefault(model, forgets) != forgets:
+            keys = [key for key, engine in self.model_cache.items() if key[0] == model and engine.personal is not None]
+            self.model_cache.clear(keys)
+            if self.prediction_cache is not None:
+                self.prediction_cache.clear()
+            for key in keys:
+                with contextlib.suppress(FlservingError):  # the next request tries again, and says why
+                    self._preload(key)
+            self._forgets[model] = forgets
+
     # The prediction cache: what was computed before is found, and what is asked twice at once is computed once
 
     def _find_or_compute(self, request: Request, cache: PredictionCache[Outputs]) -> None:
-        request.cache_key = self._cache_key(request)
+        self._set_key(request)
         while not self._look_up(request, cache):
             if request.leads:
                 with self._leading(request, cache):
@@ -368,7 +414,7 @@ class ModelServer(ModelHost):
                 return
 
     async def _afind_or_compute(self, request: Request, cache: PredictionCache[Outputs]) -> None:
-        request.cache_key = self._cache_key(request)
+        self._set_key(request)
         while not self._look_up(request, cache):
             if request.leads:
                 with self._leading(request, cache):
@@ -378,18 +424,26 @@ class ModelServer(ModelHost):
             if self._take_from_flight(request):
                 return
 
-    def _cache_key(self, request: Request) -> tuple[str, tuple[int, ...], bytes]:
+    def _set_key(self, request: Request) -> None:
+        request.rows = request.rows.copy()  # what is hashed is what runs, whatever becomes of the caller's array
+        request.cache_key = self.cache_key(request)
+
+    def cache_key(self, request: Request) -> Hashable:
         """What determines the prediction, and who may find it again: the client of a personal answer; and the caller,
-        but where the setting says that all share (no name: all without one)."""
-        rows = request.rows = request.rows.copy()  # what is hashed is what runs, whatever becomes of the caller's array
-        request.payload = rows if request.slots is None else (rows, request.slots)
-        content = hashlib.blake2b(rows.data, digest_size=32)
-        apart = self.config.prediction_cache_scope == "caller"
-        client = request.client if apart or request.slots is not None else None
-        caller = request.caller if apart else None
-        if client is not None or caller is not None:  # in the hash: the key's size does not count in the cache's budget
-            content.update(repr((client, caller)).encode())
-        return request.runner.identity, rows.shape, content.digest()
+        but where the setting says that all share (no name: all without one). Override it to try another key.
+
+        What is kept is never masked, and every answer is masked on its own. The policy is in the key for the time that
+        a hit saves: who may see less must not learn that way what was asked by those who may see more.
+        """
+        scope: object = None
+        if self.config.prediction_cache_scope == "caller":
+            scope = request.client, request.caller
+        elif request.slots is not None:
+            scope = request.client
+        content = hashlib.blake2b(request.rows.data, digest_size=32)
+        scope = (scope, request.policy)
+        content.update(repr(scope).encode())  # in the hash: the key's size does not count in the cache's budget
+        return request.runner.identity, request.rows.shape, content.digest()
 
     def _look_up(self, request: Request, cache: PredictionCache[Outputs]) -> bool:
         """Whether the prediction is there. Else the request leads a flight, or follows another one's."""
@@ -405,7 +459,7 @@ class ModelServer(ModelHost):
 
     @contextmanager
     def _leading(self, request: Request, cache: PredictionCache[Outputs]) -> Iterator[None]:
-        """Whatever comes of the ``with`` block, those who follow are told."""
+        """Whatever comes of the ``with`` block, those who follow hear of it."""
         flight = request.flight
         try:
             yield
@@ -415,12 +469,16 @@ class ModelServer(ModelHost):
             if request.caller is not None:  # as a digest: its length does not count in the cache's budget either
                 owner = hashlib.blake2b(repr(request.caller).encode(), digest_size=16).digest()
             cache.finish(request.cache_key, flight, outputs, owner=owner)
-        except BaseException as error:
+        except Exception as error:
+            cache.finish(request.cache_key, flight, error=error)
+            raise
+        except BaseException:
             cancelled = OverloadedError("the request that computed this was cancelled: try again")
-            cache.finish(request.cache_key, flight, error=error if isinstance(error, Exception) else cancelled)
+            cache.finish(request.cache_key, flight, error=cancelled)
             raise
         finally:
-            request.flight = flight = None  # an error's frames must not hold what holds the error
+            request.flight = None
+            flight = None  # an error's frames must not hold what holds the error
 
     def _take_from_flight(self, request: Request) -> bool:
         """Whether the leader's prediction is there; False where its deadline or its place in the queue was its own bad
@@ -438,7 +496,9 @@ class ModelServer(ModelHost):
             del flight
 
     def _timeout_s(self, timeout_ms: float | None) -> float:
-        return self.config.timeout_ms / 1e3 if timeout_ms is None else deadline_s(timeout_ms)
+        if timeout_ms is None:
+            return self.config.timeout_ms / 1e3
+        return deadline_s(timeout_ms)
 
     # What operators see
 
@@ -449,16 +509,22 @@ class ModelServer(ModelHost):
         An engine of the default model is also found by its version alone: ``stats["v1.0"]["request_count"]``. It
         counts what it ran; what a cache answered or a check refused is in ``server``.
         """
-        loaded = dict(self.model_cache.items())
-        engines = {"/".join(key): engine.get_stats() for key, engine in loaded.items()}
+        model = self._router.routes.model
+        engines = {}
+        by_version = {}
+        for key, engine in self.model_cache.items():
+            stats = engine.get_stats()
+            engines["/".join(key)] = stats
+            if key[0] == model:
+                by_version[key[1]] = stats
         queue = {
             "waiting_rows": self._batcher.queue.rows,
             "running": self._batcher.busy,
             "max_queue_rows": self.config.max_queue_rows,
         }
-        predictions = None if self.prediction_cache is None else self.prediction_cache.stats()
-        model = self._router.routes.model
-        by_version = {key[1]: engines["/".join(key)] for key in loaded if key[0] == model}
+        predictions = None
+        if self.prediction_cache is not None:
+            predictions = self.prediction_cache.stats()
         return by_version | {
             "server": self.telemetry.snapshot(),
             "queue": queue,
@@ -484,7 +550,7 @@ class ModelServer(ModelHost):
 
 def dealt_out(answer: dict[str, Any], lengths: Iterable[int]) -> list[dict[str, Any]]:
     """One answer of several requests of so many rows, as one for each."""
-    lists = {name: value for name, value in answer.items() if isinstance(value, list)}
+    lists = {name: value for name, value in answer.items() if isinstance(value, list | np.ndarray)}
     answers = []
     start = 0
     for length in lengths:
@@ -498,7 +564,7 @@ def dealt_out(answer: dict[str, Any], lengths: Iterable[int]) -> list[dict[str, 
 
 
 def create_serving_pipeline(
-    model: nn.Module,
+    model: "nn.Module",
     feature_stats: Mapping[str, ArrayLike] | None = None,
     config: ServingConfig | None = None,
     **options: Any,
@@ -524,6 +590,8 @@ def demo_serving(requests: int = 100) -> tuple[ModelServer, list[dict[str, Any]]
     Returns:
         The server, still open (close it, or leave it to the end of the process), and its answers.
     """
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = models.build("tutorial_mlp")

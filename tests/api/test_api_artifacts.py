@@ -10,13 +10,14 @@ import pytest
 from edge_cloud import CLIENTS, cloud, heads, publish, state
 from flserving import Registry
 from flserving.api import cli
+from flserving.api.rest import artifacts
 from flserving.api.rest.artifacts import Artifacts
 from flserving.api.rest.openapi import OPERATIONS
 from flserving.edge import EdgeModelServer, delta
 from flserving.edge.release import Statement, open_head, verify
 from flserving.edge.sync import SyncAgent
 from flserving.models import weights
-from flserving.registry.manifest import sha256
+from flserving.registry.manifest import for_devices, sha256
 from rest_door import bearer
 from serving_models import PATIENCE_S, wait_until
 
@@ -73,7 +74,7 @@ def test_the_flag_of_the_command_reaches_the_doors(tmp_path, monkeypatch):
         def run(self, announce):
             return 0
 
-    monkeypatch.setattr("flserving.api.supervisor.Supervisor", Supervisor)
+    monkeypatch.setattr("flserving.api.processes.Supervisor", Supervisor)
     for flags in ([], ["--artifacts"]):
         assert cli.main(["serve", "--registry", str(tmp_path), *flags]) == 0
     assert [plan.options.artifacts for plan in plans] == [False, True]
@@ -85,9 +86,8 @@ def test_what_comes_is_what_was_published(served):
     assert (statement.version, statement.nonce) == (3, "ab")
     for version in (1, 2, 3):
         content = get(endpoint, f"{REPOSITORY}/versions/{version}/manifest").content
-        with open(f"{registry.root}/models/m/{version}/manifest.json", "rb") as file:
-            assert content == file.read()
         manifest = registry.manifest("m", version)
+        assert content == for_devices(manifest)
         whole = get(endpoint, f"{REPOSITORY}/versions/{version}/weights")
         assert len(whole.content) == manifest.weights_nbytes and sha256(whole.content) == manifest.digests.weights
         assert whole.headers["accept-ranges"] == "bytes" and whole.status_code == 200
@@ -169,6 +169,9 @@ def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
         for thread in threads:
             thread.join()
         assert len(made) == 1 and len(contents) == 6 and len(set(contents)) == 1
+        looked, stored = [], artifacts._stored
+        monkeypatch.setattr(artifacts, "_stored", lambda *given: stored(*given) if looked else looked.append(given))
+        assert get(endpoint, path).content == contents[0] and len(made) == 1, "it came just after this caller looked"
         most = 2 * len(contents[0])
         monkeypatch.setattr("flserving.api.rest.artifacts._DELTAS_NBYTES", most)
         for base, form in ((0, "exact"), (0, "int8"), (1, "int8"), (1, "exact")):

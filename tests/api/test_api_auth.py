@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flserving.api.auth import Identity, Role, Tokens
 from flserving.errors import ConfigError, ForbiddenError, UnauthorizedError
+from flserving.models.masking import OutputPolicy
 
 
 @pytest.mark.parametrize("has", Role, ids=lambda role: f"has-{role.name}")
@@ -105,11 +106,14 @@ def test_reads_plain_and_hashed_tokens_from_a_file(tmp_path):
         {"token": "one", "role": "admin"},
         {"sha256": hashed, "client": "c-9"},
         {"token": "three", "role": "read"},
+        {"token": "four", "client": "c-9", "outputs": "label"},
     ]
     tokens = Tokens.read(file_with(tmp_path, entries))
     assert tokens.check("Bearer one", Role.READ) == Identity(Role.ADMIN)
     assert tokens.check("Bearer two", Role.READ) == Identity(Role.INFER, "c-9")
     assert tokens.check("Bearer three", Role.READ) == Identity(Role.READ)
+    four = tokens.check("Bearer four", Role.READ)
+    assert four == Identity(Role.INFER, "c-9", outputs=OutputPolicy.parse("label"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-sig"])
@@ -144,7 +148,8 @@ def test_a_file_that_everybody_reads_may_hold_hashes_only(tmp_path):
     ([{"token": 5}], "str"), ([{"token": "can ary"}], "visible ASCII"), ([{"token": "canary", "client": ""}], "client"),
     ([{"sha256": "zz"}], "entry 0"), ([{"sha256": "00"}], "64 hex digits"),
     ([{"token": "canary"}, {"token": "canary", "role": "admin"}], "already"),
-], ids=[f"case{n}" for n in range(15)])  # fmt: skip
+    ([{"token": "one"}, {"token": "canary", "outputs": "all"}], "no policy 'all': choose full, label"),
+], ids=[f"case{n}" for n in range(16)])  # fmt: skip
 def test_a_malformed_file_is_refused_with_a_reason_and_without_the_token(tmp_path, content, words):
     path = tmp_path / "tokens.json"
     path.write_bytes((content if isinstance(content, str) else json.dumps(content)).encode(errors="surrogateescape"))

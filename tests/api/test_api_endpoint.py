@@ -63,6 +63,7 @@ def test_close_is_idempotent_and_the_port_is_free_at_once(server):
         assert httpx.get(f"{again.url}/v2/health/live").status_code == 200
 
 
+@pytest.mark.full
 def test_a_hundred_cycles_leak_nothing(server):
     process = psutil.Process()
 
@@ -80,7 +81,7 @@ def test_a_hundred_cycles_leak_nothing(server):
     for _ in range(100):
         cycle()
     wait_until(lambda: all(now <= then for now, then in zip(counts(), before, strict=True)))
-    assert "flserving-doors" not in {thread.name for thread in threading.enumerate()}
+    assert "flserving-endpoint" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_forgotten_endpoint_closes(server):
@@ -92,6 +93,7 @@ def test_a_forgotten_endpoint_closes(server):
         httpx.get(url)
 
 
+@pytest.mark.full
 def test_python_ends_while_an_endpoint_is_open(tmp_path):
     code = (
         "import flserving, torch, sys\n"
@@ -99,7 +101,7 @@ def test_python_ends_while_an_endpoint_is_open(tmp_path):
         "endpoint = flserving.serve(server)\n"
         "print(endpoint.url)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("http://")
 
 
@@ -173,7 +175,7 @@ def test_a_port_in_use_is_said_at_once(server):
             flserving.serve(server, port=rest)
         with pytest.raises((ConflictError, ConfigError), match=str(grpc)):
             flserving.serve(server, grpc_port=grpc)
-    assert "flserving-doors" not in {thread.name for thread in threading.enumerate()}
+    assert "flserving-endpoint" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,20 @@ def test_a_port_in_use_is_said_at_once(server):
 def test_a_wrong_option_says_what_to_change(server, options, says):
     with pytest.raises(ConfigError, match=says):
         flserving.serve(server, **options)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("models.example.org", "http://models.example.org:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("::1", "http://[::1]:80"),
+    ],
+)
+def test_the_address_that_is_shown_can_be_called_from_this_computer(host, url):
+    assert ApiOptions(host=host).url(80) == url
 
 
 def test_origins_are_kept_as_browsers_send_them(server):

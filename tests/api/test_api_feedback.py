@@ -28,8 +28,9 @@ from flserving.errors import (
     ServerClosedError,
     UnauthorizedError,
 )
-from flserving.experiments.feedback import FILE_NAME, KEY_FILE, FeedbackStore
+from flserving.experiments.feedback import FILE_NAME, FeedbackStore
 from flserving.registry.experiment import Experiment
+from flserving.registry.forget import KEY_FILE
 from grpc_door import Caller, health, metadata, status
 from serving_models import PATIENCE_S, Threads
 

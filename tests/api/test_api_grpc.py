@@ -194,7 +194,7 @@ def test_watchers_are_bounded(target):
 def test_calls_are_timed_and_refusals_counted(server, target, caller):
     def totals():
         counted = server.telemetry.totals()
-        return counted["doors"].get("grpc", [0])[0], counted["refusals"].get("grpc", {})
+        return counted["codec"].get("grpc", [0])[0], counted["refusals"].get("grpc", {})
 
     answers, refused = totals()
     caller.infer(X)

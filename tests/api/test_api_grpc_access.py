@@ -62,8 +62,21 @@ def test_personal_answers_take_the_client_of_the_credential(target):
     with Caller(target) as caller:
         assert caller.refused(INFER, personal)[0] == "PERMISSION_DENIED"
         assert arrays(caller.call(INFER, personal, token="c-1"))["predictions"].shape == (3,)
-        lower = caller.channel.unary_unary(INFER)(BODIES["ModelInfer"], metadata=(("authorization", "bearer infer"),))
-        assert arrays(lower)["predictions"].shape == (3,)
+
+
+@pytest.mark.parametrize("value", ["bearer infer", " Bearer infer", "Bearer  infer ", "  BEARER infer"])
+def test_the_credential_is_read_as_http_reads_it(target, value):
+    """Perf_analyzer sends what stands behind the colon of its ``-H "Authorization: Bearer ..."``, the blank as well."""
+    with grpc.insecure_channel(target) as channel:
+        answer = channel.unary_unary(INFER)(BODIES["ModelInfer"], metadata=(("authorization", value),))
+    assert arrays(answer)["predictions"].shape == (3,)
+
+
+@pytest.mark.parametrize("value", [" ", "Bearer", " Bearer ", "Bearerinfer", "infer", "Basic infer", "Bearer inf er"])
+def test_what_is_no_credential_stays_none(target, value):
+    with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as error:
+        channel.unary_unary(INFER)(BODIES["ModelInfer"], metadata=(("authorization", value),), timeout=PATIENCE_S)
+    assert error.value.code().name == "UNAUTHENTICATED"
 
 
 def test_without_tokens_only_the_health_checks_answer(server):

@@ -22,7 +22,7 @@ def test_the_descriptor_set_is_the_one_of_the_proto_files(tmp_path):
     pytest.importorskip("grpc_tools")
     command = ["-m", "grpc_tools.protoc", "-I.", f"--descriptor_set_out={tmp_path / 'made'}"]
     subprocess.run([sys.executable, *command, *(path.name for path in API.glob("*.proto"))], cwd=API, check=True)
-    hint = f"in flserving/api: python {' '.join(command[:3])} --descriptor_set_out=descriptors.binpb *.proto"
+    hint = f"in flserving/api/grpc: python {' '.join(command[:3])} --descriptor_set_out=descriptors.binpb *.proto"
     made, kept = (m.descriptor_pb2.FileDescriptorSet.FromString(p.read_bytes())
                   for p in (tmp_path / "made", API / "descriptors.binpb"))  # fmt: skip
     assert {f.name: f for f in made.file} == {f.name: f for f in kept.file}, hint
@@ -49,7 +49,7 @@ def test_field_numbers_and_types_are_those_of_another_implementation():
         for inner in ours.nested_types:
             compare(inner, other.nested_types_by_name[inner.name])
 
-    ours = m._POOL.FindFileByName("inference.proto")
+    ours = m.POOL.FindFileByName("inference.proto")
     for name, descriptor in ours.message_types_by_name.items():
         compare(descriptor, theirs[name])
     enum = config.DESCRIPTOR.enum_types_by_name["DataType"]

@@ -153,6 +153,7 @@ def test_a_client_that_names_no_model_gets_the_servers_default(tmp_path):
                         client.predict([[0.0] * 64], model="")
 
 
+@pytest.mark.full
 def test_no_model_can_have_the_name_of_a_route(tmp_path):
     """Where a route has a word in the place of a model's name, no new model gets that word; all others answer."""
     places = [o.path.split("/") for o in OPERATIONS]

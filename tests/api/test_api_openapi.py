@@ -4,7 +4,9 @@ import json
 import re
 from html.parser import HTMLParser
 
+import jsonschema
 import pytest
+import referencing.jsonschema
 import schemathesis
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from flserving.api.auth import Role, Tokens
 from flserving.api.dataplane import V2
 from flserving.api.options import ApiOptions
 from flserving.api.rest.app import RestApp
+from flserving.api.rest.codec import DTYPES
 from flserving.api.rest.openapi import OPERATIONS, document, page
 from serving_models import Constant, serving
 
@@ -57,6 +60,32 @@ def test_the_file_is_what_the_routes_and_messages_make_of_it():
     assert same, "routes or messages changed: run python tests/support/openapi_document.py and commit what it writes"
 
 
+def parts(node):
+    """Every object inside a JSON value."""
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from parts(child)
+
+
+def test_every_schema_is_one_and_its_default_fits_it():
+    """What makers of clients stumble over; tests/test_peers_clients.py has a whole validator and a maker of clients."""
+    doc = json.loads(document())
+    registry = referencing.Registry().with_resource("", referencing.jsonschema.DRAFT202012.create_resource(doc))
+    checked = 0
+    for part in parts(doc):
+        if "$ref" in part:
+            assert registry.resolver().lookup(part["$ref"]).contents
+        if isinstance(part.get("type"), str) and "scheme" not in part:
+            jsonschema.Draft202012Validator.check_schema(part)
+            assert part["type"] != "array" or "items" in part, part
+            if "default" in part:
+                jsonschema.Draft202012Validator(part, registry=registry).validate(part["default"])
+            checked += 1
+    assert checked > 100
+    assert doc["components"]["schemas"]["InputTensor"]["properties"]["datatype"]["enum"] == [*DTYPES, "BF16"]
+
+
 def test_every_route_and_status_is_in_the_document():
     doc = json.loads(document())
     assert {(o.method.lower(), o.path) for o in OPERATIONS} == {
@@ -65,9 +94,9 @@ def test_every_route_and_status_is_in_the_document():
     for o in OPERATIONS:
         entry = doc["paths"][o.path][o.method.lower()]
         assert entry["security"] == ([] if o.role is None else [{"bearer": []}])
-        assert {"200", "400", "401", "403", "404", "405", "413", "415", "429", "503", "504"} <= entry[
-            "responses"
-        ].keys()
+        statuses = "200 400 401 403 404 405 408 413 415 429 431 500 503 504"
+        assert {*statuses.split()} <= entry["responses"].keys()
+        assert {*entry["tags"]} <= {tag["name"] for tag in doc["tags"]} and len(entry["tags"]) == 1
     names = [e["operationId"] for methods in doc["paths"].values() for e in methods.values()]
     assert len(names) == len(set(names))
 

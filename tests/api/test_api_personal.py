@@ -7,7 +7,7 @@ import pytest
 
 import flserving
 from flserving import Registry, ServingConfig, models
-from flserving.api.auth import Role, Tokens
+from flserving.api.auth import Identity, Role, Tokens
 from flserving.api.client import Client
 from flserving.api.dataplane import V2, Call
 from flserving.errors import ForbiddenError, NotFoundError
@@ -44,7 +44,7 @@ def test_of_100_clients_none_reaches_anothers_head_and_none_can_tell_who_exists(
 
     async def ask(client, said):
         try:
-            answer = await v2.infer(Call("m", None, {"features": ROW}, None, said, client))
+            answer = await v2.infer(Call("m", None, {"features": ROW}, None, said, Identity(Role.INFER, client)))
             return answer.outputs["predictions"].tolist(), answer.parameters["head"]
         except NotFoundError as error:
             return str(error)

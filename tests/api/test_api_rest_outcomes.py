@@ -161,7 +161,7 @@ def test_refusals_and_times_of_the_door_are_counted():
             httpx.post(url, content=body, headers=bearer(token))
         totals = server.telemetry.totals()
         assert totals["refusals"]["rest"] == {"Unauthorized": 1, "Forbidden": 1, "InvalidInput": 1}
-        answers, parse_s, serialise_s = totals["doors"]["rest"]
+        answers, parse_s, serialise_s = totals["codec"]["rest"]
         assert answers == 2 and 0 < parse_s < 1 and 0 < serialise_s < 1
         httpx.post(url, content=text(), headers=bearer("infer") | {"Host": "evil.example"})
         httpx.post(url, content=text(), headers=bearer("infer") | {"Origin": "https://evil.example"})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flserving import ModelServer, Registry, ServingConfig, models
+from flserving.api.auth import Identity, Role
 from flserving.api.dataplane import V2, Call
 from flserving.errors import (
     FlservingError,
@@ -18,6 +19,7 @@ from flserving.errors import (
 )
 
 X = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+ANYBODY = Identity(Role.INFER)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,8 @@ def v2(registry):
 
 
 def call(parameters=None, *, version=None, outputs=None, client=None, inputs=None, model="digits"):
-    return Call(model, version, {"features": X} if inputs is None else inputs, outputs, parameters or {}, client)
+    inputs = {"features": X} if inputs is None else inputs
+    return Call(model, version, inputs, outputs, parameters or {}, Identity(Role.INFER, client))
 
 
 def infer(v2, *args, **options):
@@ -56,14 +59,14 @@ def test_what_an_answer_holds_is_what_the_metadata_say(v2):
     v2.server.load_model("r", torch.nn.Linear(64, 1), output_type="regression")
     v2.server.load_model("rk", torch.nn.Linear(64, 2), output_type="regression")
     for model, version in (("digits", None), ("local", "r"), ("local", "rk")):
-        described = {t["name"]: t for t in v2.model_metadata(model, version)["outputs"]}
+        described = {t["name"]: t for t in v2.model_metadata(ANYBODY, model, version)["outputs"]}
         outputs = infer(v2, model=model, version=version).outputs
         assert described.keys() == outputs.keys()
         for name, array in outputs.items():
             kind = {"FP32": np.float32, "INT64": np.int64}[described[name]["datatype"]]
             assert array.dtype == kind and array.shape == (3, *described[name]["shape"][1:]), name
-    assert v2.model_metadata("digits")["versions"] == ["1", "2"]
-    config = v2.model_config("digits")
+    assert v2.model_metadata(ANYBODY, "digits")["versions"] == ["1", "2"]
+    config = v2.model_config(ANYBODY, "digits")
     assert [t["dims"] for t in config["input"] + config["output"]] == [[64], [], [], [10]]
     assert config["max_batch_size"] == v2.server.config.max_batch_size
 

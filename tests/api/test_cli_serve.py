@@ -3,6 +3,7 @@
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -19,11 +20,12 @@ from flserving import Registry, ServingConfig
 from flserving.api import cli
 from flserving.api.client import Client
 from flserving.api.client.retries import Retries
+from flserving.api.commands import registry
 from flserving.api.options import ApiOptions
-from flserving.api.worker import Plan, _serve
+from flserving.api.processes import Plan, _serve
 from flserving.errors import ConfigError, NotFoundError
 from serving_models import PATIENCE_S, wait_until
-from serving_processes import Load, X, kill_one, running, two_versions
+from serving_processes import Load, X, kill_one, listens, running, two_versions
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_a_worker_that_hangs_is_replaced_and_so_is_a_replacement_that_does_not_s
 
         def replaced():
             workers = served.workers()
-            return len(workers) == 2 and hung not in workers and all(map(answers, workers))
+            return len(workers) == 2 and hung not in workers and all(map(listens, workers))
 
         wait_until(replaced, "the second replacement")
         with served.client(0) as client:
@@ -81,14 +83,6 @@ def test_a_worker_that_hangs_is_replaced_and_so_is_a_replacement_that_does_not_s
         served.end()
         assert f"(pid {hung.pid}) has not answered for 3 s: it is killed" in served.stderr
         assert "did not start for 5 s: it is killed" in served.stderr
-
-
-def answers(worker):
-    """Whether a worker listens on REST and gRPC."""
-    try:
-        return sum(c.status == psutil.CONN_LISTEN for c in worker.net_connections()) >= 2
-    except psutil.Error:
-        return False
 
 
 def test_a_killed_process_leaves_nothing_in_the_temporary_folder(registry_root, tmp_path):
@@ -100,6 +94,28 @@ def test_a_killed_process_leaves_nothing_in_the_temporary_folder(registry_root, 
         served.process.kill()
         psutil.wait_procs(workers, timeout=PATIENCE_S)
         assert not list(tmp_path.iterdir())
+
+
+EARLY = """
+import os, signal, sys
+from flserving.api.cli import main
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Finder())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_while_torch_is_loaded_is_an_order_to_stop(registry_root, tmp_path):
+    command = [sys.executable, "-c", EARLY, "serve", "--registry", str(registry_root), "--port", "0", "--no-grpc"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "it never answered"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_signal_kills_at_once(registry_root):
@@ -121,6 +137,8 @@ def test_a_second_signal_kills_at_once(registry_root):
         (["--token-file", "{missing}"], "cannot read the tokens"),
         (["--no-token", "--token-file", "{missing}"], "--no-token beside a token"),
         (["--origin", "*"], "name each one"),
+        (["--outputs", "infer=labels"], "no policy 'labels': choose full, label, top-K"),
+        (["--outputs", "guest=label"], "no role 'guest'"),
     ],
     ids=lambda value: "-".join(value).replace("{", "").replace("}", "") if isinstance(value, list) else "",
 )
@@ -136,7 +154,7 @@ def test_what_cannot_be_served_says_why(registry_root, tmp_path, capsys, options
 def test_a_worker_that_cannot_start_says_why(tmp_path):
     command = [sys.executable, "-m", "flserving", "serve", "--port", "0", "--grpc-port", "0"]
     command += ["--registry", str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"flserving: no registry in [^\n]*\n", done.stderr)
     assert not (tmp_path / "none").exists(), "a wrong folder is not made into a registry"
@@ -166,10 +184,11 @@ def test_every_setting_of_the_server_is_an_option(capsys):
 def test_every_path_on_the_command_line_may_begin_at_home(command, monkeypatch, tmp_path):
     """Shells leave ``~`` alone in ``--registry=~/models``: a folder called ``~`` is what nobody means."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    parser = argparse.ArgumentParser()
-    cli.COMMANDS[command].options(parser)
+    cli.COMMANDS[command].options(parser := argparse.ArgumentParser())
+    if command == "registry":
+        registry.COMMANDS["list"].options(parser)
     paths = [action for action in parser._actions if action.metavar in ("DIR", "FILE")]
-    assert paths or command == "doctor"
+    assert paths or command in ("doctor", "lab"), "the words of lab go on to JupyterLab"
     for action in paths:
         assert action.type("~/a") == str(tmp_path / "a"), f"{command} {action.option_strings}"
 

@@ -33,7 +33,16 @@ def connections(worker, port):
     return sum(c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in worker.net_connections("inet"))
 
 
-def test_workers_agree_on_arms_and_roll_a_failing_canary_back_together(root):
+@pytest.fixture
+def clients():
+    """A list of clients; they are closed whatever becomes of the test."""
+    opened = []
+    yield opened
+    for one in opened:
+        one.close()
+
+
+def test_workers_agree_on_arms_and_roll_a_failing_canary_back_together(root, clients):
     with (
         running(root, "--workers", 2, "--token-file", root.parent / "tokens.json") as served,
         Registry(root) as registry,
@@ -44,15 +53,16 @@ def test_workers_agree_on_arms_and_roll_a_failing_canary_back_together(root):
                 (served.url, f"grpc://{served.grpc_url}")[place % 2], NAMES[place], retries=Retries(attempts=1)
             )
 
-        clients, port = [client(place) for place in range(len(NAMES))], int(served.url.rpartition(":")[2])
+        clients += [client(place) for place in range(len(NAMES))]
+        port = int(served.url.rpartition(":")[2])
 
         def asked():
             return [one.predict(LOUD) for one in clients]
 
         ab = registry.start_experiment("m", Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)}), **LOG)
-        wait_until(lambda: all("arm" in answer for answer in asked()), "the experiment in every worker")
         wanted = [ab.arm_of(name) for name in NAMES]
         for _ in range(20):
+            wait_until(lambda: all("arm" in answer for answer in asked()), "the experiment in the workers that answer")
             assert [answer["arm"] for answer in asked()] == wanted and set(wanted) == {"a", "b"}
             if all(connections(worker, port) for worker in served.workers()):
                 break

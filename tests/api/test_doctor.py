@@ -17,6 +17,7 @@ def lines_of(checks, monkeypatch):
     return doctor.report(out), out.getvalue().splitlines()
 
 
+@pytest.mark.full
 def test_this_installation_is_healthy():
     """The real command: all checks, one real prediction."""
     result = subprocess.run([sys.executable, "-m", "flserving", "doctor"], capture_output=True, text=True, timeout=100)

@@ -8,13 +8,23 @@ over the turns (above 1: faster than plain torch), and the range of the middle h
 """
 
 import argparse
+import math
 import os
 import platform
+from collections.abc import Mapping
 
 import pandas as pd
 import torch
 
-from flserving.lab.sweep import claims, sweep
+from flserving.lab.measuring.sweep import sweep
+
+CLAIMS: Mapping[str, tuple[float, float]] = {  # the tutorial's: how many times faster, and percentage points lost
+    "quantised": (2, 1),
+    "pruned": (2, 1),
+    "distilled": (5, 2),
+    "onnx": (2, 0),
+}
+MARGIN = 0.05  # a speed-up counts when the middle half of the turns lies this far from 1
 
 
 def rows(quick: bool = False, compiled: bool = False) -> pd.DataFrame:
@@ -33,6 +43,31 @@ def markdown(frame: pd.DataFrame) -> str:
         cells = [f"**{it.times:.2f}** ({it.low:.2f} to {it.high:.2f})" for it in part.sort_values("width").itertuples()]
         lines.append(f"| {technique} | {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def claims(swept: pd.DataFrame) -> pd.DataFrame:
+    """The tutorial's claims beside a sweep: one row per technique and batch size.
+
+    Columns: ``claimed`` (times faster, at least), ``least`` and ``most`` (medians over the widths), ``pays_from`` (the
+    smallest width from which on it is faster at every width; <NA>: none), ``holds_from`` (the same for the claim).
+    """
+    rows = []
+    for (technique, batch), part in swept[swept.technique != "original"].groupby(["technique", "batch"], sort=False):
+        part = part.sort_values("width")
+        claimed = CLAIMS.get(str(technique).split(",")[0], (math.nan, math.nan))[0]
+        rows.append({
+            "technique": technique, "batch": batch, "claimed": claimed, "least": part.times.min(),
+            "most": part.times.max(), "pays_from": _from(part, part.low > 1 + MARGIN),
+            "holds_from": _from(part, part.times >= claimed),
+        })  # fmt: skip
+    frame = pd.DataFrame(rows).set_index(["technique", "batch"])
+    return frame.astype({"pays_from": "Int64", "holds_from": "Int64"})
+
+
+def _from(part: pd.DataFrame, holds: pd.Series) -> int | None:
+    """The width from which on it holds without a gap."""
+    lasting = holds[::-1].cummin()[::-1]
+    return int(part.width[lasting].min()) if lasting.any() else None
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, Error, Locator, Page
 
-from lab_scripts import CELLS, IDLE, LABEL, PIXELS, READY
+from lab_scripts import CELLS, ENDED, IDLE, LABEL, PIXELS, READY, SAVED, SOURCE, UNNAMED, WATCH_RUN
 from lab_server import LabServer
 
 OPEN_TIMEOUT_S = 200
@@ -19,7 +19,7 @@ BUTTON_TIMEOUT_S = 5  # shorter: a button may have nothing to do where it stands
 STILL_S = 0.3  # a picture that has not changed for this long is taken to be finished
 FRAME_S = 1.0  # after a button: it may have started an animation, whose frames take less than this
 ANIMATION_S = 1.5  # a picture that still changes this long after the kernel became idle moves by itself
-PICTURES = "img.widget-image, canvas, .widget-output img"
+PICTURES = ".widget-html img, img.widget-image, canvas, .widget-output img"
 # What a person can move: ipywidgets' sliders, plain sliders, lists, ticks, buttons
 CONTROLS = ".widget-slider, input[type=range], select, input[type=checkbox], button:not([disabled])"
 
@@ -62,6 +62,39 @@ class LabPage:
     def cell(self, index: int) -> Locator:
         return self.page.locator(".jp-Notebook .jp-Cell").nth(index)
 
+    def run_cell(self, index: int) -> str:
+        """Click beside a cell and press Ctrl-Enter; return what stands below it once it has run, error or not."""
+        cell = self.cell(index)
+        cell.locator(".jp-InputPrompt").click()  # its number, not its text: a click there would move the cursor
+        self.page.evaluate(WATCH_RUN, index)
+        self.page.keyboard.press("Control+Enter")
+        assert self.page.evaluate(ENDED, RUN_TIMEOUT_S), f"{self.name}, cell {index}: not run in {RUN_TIMEOUT_S} s"
+        self._poll(IDLE, bool, f"kernel idle after cell {index}", RUN_TIMEOUT_S)  # its outputs are here then
+        outputs = cell.locator(".jp-OutputArea-output").all_inner_texts()  # without their numbers
+        return " ".join(" ".join(outputs).split())
+
+    def write(self, index: int, source: str) -> None:
+        """Put the cursor into a cell and replace its whole text, as by a paste."""
+        self.cell(index).locator(".cm-content").click()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.insert_text(source)
+        written = self.source(index)
+        assert written == source, f"{self.name}, cell {index}: the editor made {written!r} of it"
+
+    def add_cell_below(self, index: int, source: str) -> int:
+        """A new cell after another one, with the key B; return its position."""
+        self.cell(index).locator(".jp-InputPrompt").click()
+        self.page.keyboard.press("b")
+        self.write(index + 1, source)
+        return index + 1
+
+    def source(self, index: int) -> str:
+        return str(self.page.evaluate(SOURCE, index))
+
+    def save(self) -> None:
+        self.page.keyboard.press("Control+S")
+        self._poll(SAVED, bool, "saved", CHANGE_TIMEOUT_S)
+
     def use_every_control(self, index: int) -> int:
         """Move each control of a widget cell and see a picture of that cell change; return the number of controls.
 
@@ -93,6 +126,10 @@ class LabPage:
         assert live_buttons or not buttons, f"{where}: none of the {buttons} buttons changed the picture"
         self._check_layout(outputs, where)
         return len(labels)
+
+    def unnamed_pictures(self) -> list[str]:
+        """Pictures below cells of which a screen reader can say nothing, as HTML."""
+        return list(self.page.evaluate(UNNAMED))
 
     def shot(self, name: str, place: Locator | None = None) -> None:
         """Save what a person would see now, with ``place`` at the top if given; where no folder is named, nothing."""

@@ -37,7 +37,31 @@ CELLS = """() => {
   };
 }"""
 
+# Watches one cell, so that the end of its next run can be awaited: its number goes away when a run begins, and comes
+# when it has ended. The number alone does not tell: after a restart of the kernel a cell may get the one that it had.
+WATCH_RUN = """index => {
+  const model = window.jupyterapp.shell.currentWidget.content.model.cells.get(index);
+  window.ended = new Promise(done => {
+    const look = (_, change) => {
+      if (change.name !== 'executionCount' || !change.newValue) return;
+      model.stateChanged.disconnect(look);
+      done();
+    };
+    model.stateChanged.connect(look);
+  });
+}"""
+ENDED = """timeout_s => Promise.race([
+  window.ended.then(() => true), new Promise(done => setTimeout(done, 1000 * timeout_s, false)),
+])"""
+
+SOURCE = "index => window.jupyterapp.shell.currentWidget.content.model.cells.get(index).sharedModel.getSource()"
+SAVED = "() => !window.jupyterapp.shell.currentWidget.context.model.dirty"
+
 IDLE = "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
+
+UNNAMED = """() => [...document.querySelectorAll('.jp-OutputArea img, .jp-OutputArea canvas')]
+  .filter(picture => !(picture.getAttribute('alt') || picture.getAttribute('aria-label')))
+  .map(picture => picture.outerHTML.slice(0, 200))"""
 
 LABEL = """e => {
   const words = [...(e.closest('.jupyter-widgets')?.querySelectorAll('label, span') ?? [])].map(w => w.innerText);

@@ -33,6 +33,7 @@ def test_every_widget_of_the_notebook_moves_its_picture(open_in_lab, name):
         page.shot("1_run_all")
         for index in page.widget_cells():
             page.use_every_control(index)
+        assert not page.unnamed_pictures()
         assert not page.page_errors
 
 
@@ -96,6 +97,7 @@ def test_a_drawn_digit_is_sent_by_the_browser_itself_and_else_by_the_kernel(open
         lab.page.unroute("**/infer")
         for index in lab.widget_cells():
             lab.use_every_control(index)
+        assert not lab.unnamed_pictures()
         assert not lab.page_errors
 
 
@@ -110,6 +112,10 @@ def test_the_harness_moves_sliders_lists_ticks_and_an_animated_canvas(open_in_la
         image, canvas = page.widget_cells()
         assert page.use_every_control(image) == 3
         assert page.use_every_control(canvas) == 4
+        assert [picture[:4] for picture in page.unnamed_pictures()] == [
+            "<img",
+            "<can",
+        ]  # they say nothing of themselves
         assert not page.page_errors
 
 

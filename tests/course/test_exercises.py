@@ -10,7 +10,16 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from flserving.errors import ConfigError
 from flserving.lab import exercises
-from flserving.lab.exercises import BEGIN, END, Exercise, check_cell, find_exercises, solution_cell, student_copy
+from flserving.lab.exercises import (
+    BEGIN,
+    END,
+    Exercise,
+    check_cell,
+    find_exercises,
+    part_marks,
+    solution_cell,
+    student_copy,
+)
 from wrong_solutions import CHECKS, SOLUTIONS
 
 DOUBLE = '''\
@@ -102,6 +111,31 @@ def test_an_exercise_in_prose_is_refused():
         find_exercises(made)
 
 
+# ------------------------------------------------------------------------------------------------- marks
+
+
+@pytest.mark.parametrize(
+    ("ename", "told", "points"),
+    [
+        ("CheckError", "3 of 4 parts are right:\n  not yet  a\n  done     b", ["3.00"]),
+        ("CheckError", "0 of 4 parts are right:\n  not yet  a", ["0.00"]),
+        ("AssertionError", "3 of 4 parts are right", []),  # of the student's own making
+        ("CheckError", "no parts", []),
+    ],
+)
+def test_a_check_that_fails_in_one_part_of_four_gives_three_quarters_of_its_points(ename, told, points):
+    error = new_output("error", ename=ename, evalue="x is wrong", traceback=["x is wrong", told])
+    made = new_notebook(cells=[solution_cell("double", DOUBLE), check_cell("double", "check(double)", 4)])
+    for cell in made.cells:
+        cell.outputs = [new_output("stream", name="stderr", text="a warning"), error]
+    graded, resources = part_marks(made, {"student": "ada"})
+    nbformat.validate(graded)
+    assert resources == {"student": "ada"}
+    first, second = ([output.get("data") for output in cell.outputs] for cell in graded.cells)
+    assert first == [None, None], "only a check gives points"
+    assert second == [*({"text/plain": text} for text in points), None, None], "the sentence stays for the student"
+
+
 # ----------------------------------------------------------------------------------------- student copies
 
 
@@ -114,14 +148,32 @@ def test_student_copy_holds_stubs_and_no_trace_of_the_solution():
     stub = 'raise NotImplementedError("double: replace this line with your code")'
     assert student.cells[2].source == f'def double(x):\n    """Twice x."""\n    {stub}\n'
     assert "2 * x" not in json.dumps(student) and "SOLUTION" not in json.dumps(student)
-    assert student.cells[1].outputs[0].data["text/plain"] == "1"  # before the first exercise: still to be looked at
-    assert all(not cell.outputs for cell in student.cells[2:] if cell.cell_type == "code")
+    assert student.cells[1].outputs[0].data["text/plain"] == "1"  # to be looked at before it is run
+    assert [bool(cell.get("outputs")) for cell in student.cells] == [False, True, False, False, True] + [False] * 3
     assert 'execution_count": 1' not in json.dumps(student) and "widgets" not in student.metadata
     assert all(cell.get("execution_count") is None for cell in student.cells)
     assert [cell.metadata.get("editable", True) for cell in student.cells] == [True] * 3 + [False] + [True] * 3 + [
         False
     ]
     assert student.cells[3].source == source.cells[3].source
+
+
+@pytest.mark.parametrize(
+    ("source", "tags", "stays"),
+    [
+        ("fives.mean()", [], True),
+        ("fives.mean()", ["nbval-ignore-output"], True),
+        ("double(5)", ["needs-solution", "nbval-ignore-output"], False),
+        ("lab.keep(double)", [], False),
+        ("keep(double)", [], False),
+        ("lab.kept('double', max)", [], True),
+    ],
+)
+def test_an_output_stays_unless_it_speaks_of_the_students_own_code(source, tags, stays):
+    shown = new_output("execute_result", {"text/plain": "5"}, execution_count=3)
+    made = notebook()
+    made.cells.append(new_code_cell(source, execution_count=3, outputs=[shown], metadata={"tags": tags}))
+    assert bool(student_copy(made).cells[-1].outputs) == stays
 
 
 def test_every_region_becomes_a_stub_at_its_own_indentation():
@@ -156,6 +208,39 @@ def test_command_writes_the_copies_and_keeps_somebodys_work(tmp_path, capsys):
     assert (out / "03_b.ipynb").read_text() != "my work"
 
 
+def test_missing_copies_are_added_and_no_work_is_touched(tmp_path, capsys):
+    sources, out = tmp_path / "notebooks", tmp_path / "student"
+    (sources / "my_stack").mkdir(parents=True)
+    (sources / "stack.png").write_bytes(b"\x89PNG\r\n")
+    (sources / ".hidden").write_text("")
+    nbformat.write(notebook(), sources / "03_b.ipynb")
+    arguments = ["--notebooks", str(sources), "--out", str(out), "--missing"]
+    assert exercises.main(arguments) == 0
+    assert {path.name for path in out.iterdir()} == {"03_b.ipynb", "stack.png"}
+    assert (out / "stack.png").read_bytes() == b"\x89PNG\r\n"
+    (out / "03_b.ipynb").write_text("my work")
+    (out / "my_stack").mkdir()
+    nbformat.write(notebook(), sources / "12_new.ipynb")
+    assert exercises.main(arguments) == 0
+    assert (out / "03_b.ipynb").read_text() == "my work" and (out / "12_new.ipynb").exists()
+    capsys.readouterr()
+    assert exercises.main(arguments) == 0
+    assert capsys.readouterr().out == "", "nothing was missing"
+
+
+def test_a_copy_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
+    """A half copy would be taken for somebody's work, and never be mended."""
+    nbformat.write(notebook(), tmp_path / "03_b.ipynb")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert exercises.main(["--notebooks", str(tmp_path), "--out", str(tmp_path / "student"), "--missing"]) == 1
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "student").iterdir()) == []
+
+
 def test_command_refuses_what_it_cannot_do(tmp_path, capsys):
     assert exercises.main(["--notebooks", str(tmp_path)]) == 1
     assert "no notebooks in" in capsys.readouterr().err
@@ -167,6 +252,7 @@ def test_command_refuses_what_it_cannot_do(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_module_runs_as_a_command_without_a_warning(tmp_path):
     nbformat.write(notebook(), tmp_path / "one.ipynb")
     command = [sys.executable, "-W", "error", "-m", "flserving.lab.exercises", "--notebooks", ".", "--out", "student"]

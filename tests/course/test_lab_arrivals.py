@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from flserving.errors import ConfigError
-from flserving.lab.arrivals import Bursty, Poisson, Zipf, arrival_times_s
+from flserving.lab.queueing.arrivals import Bursty, Poisson, Zipf, arrival_times_s
 
 
 def gaps(process, count, seed=0):

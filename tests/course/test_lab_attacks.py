@@ -1,6 +1,7 @@
 """Bad rounds: which layer stops which, on few rounds here and on more under ``slow``; and what nothing stops."""
 
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -8,14 +9,52 @@ import torch
 
 from flserving import Registry, ServingConfig
 from flserving.federated import train
+from flserving.federated.aggregation import State
 from flserving.federated.data import digits, federated_statistics, make_clients
 from flserving.federated.gate import CHECKS, Gate, gated
-from flserving.federated.rounds import publish_rounds
-from flserving.lab import attacks
-from flserving.lab.attacks import ATTACKS, TARGET, Attack, Hostile, Replay, attack_table, poisoned, stretched, triggered
+from flserving.federated.rounds import Round, publish_rounds
+from flserving.lab.federated import attacks
+from flserving.lab.federated.attacks import (
+    ATTACKS,
+    TARGET,
+    Attack,
+    Replay,
+    attack_table,
+    poisoned,
+    stretched,
+    triggered,
+)
 from flserving.serving.loader import RegistrySource, load_engine
 
 BY_NAME = {attack.name: attack for attack in ATTACKS}
+
+
+@dataclass(slots=True)
+class Hostile:
+    """An attack as ``federated.train`` takes it: ``train(corrupt=hostile, on_round=hostile.watch(gated(...)))``.
+
+    Args:
+        clients: Ids of the hostile ones; train with ``poisoned(clients, attack)`` where the attack poisons samples.
+        rounds: When they attack; from round 2 on, since they learn the global model from the round before.
+    """
+
+    attack: Attack
+    clients: Collection[str]
+    rounds: Collection[int]
+    _before: State = field(default_factory=dict)
+
+    def __call__(self, client: str, number: int, update: State) -> State | None:
+        attacks = client in self.clients and number in self.rounds and self._before
+        return self.attack.change(update, self._before) if attacks else update
+
+    def watch(self, on_round: Callable[[Round], object] = lambda result: None) -> Callable[[Round], object]:
+        """``on_round``, after a look at the round's global model."""
+
+        def seen(result: Round) -> object:
+            self._before = result.state
+            return on_round(result)
+
+        return seen
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from flserving import create_serving_pipeline, models
 from flserving.api import serve
 from flserving.api.doctor import find_chromium
 from flserving.errors import ConfigError, FlservingError
-from flserving.lab import draw as draw_module
-from flserving.lab.draw import PIXELS, DigitCanvas, draw_digit
+from flserving.lab.widgets import draw as draw_module
+from flserving.lab.widgets.draw import PIXELS, DigitCanvas, draw_digit
 
 EXAMPLE = [(3 * pixel) % 17 for pixel in range(PIXELS)]
 

@@ -1,7 +1,9 @@
 """The house style, and ``explore``: sliders over a pure model and a pure drawing."""
 
+import base64
 import itertools
 import math
+import re
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 
 from flserving.errors import ConfigError
 from flserving.lab import style
-from flserving.lab.explore import Explorer, corners, explore
+from flserving.lab.widgets.explore import Explorer, corners, explore
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -29,8 +31,12 @@ def draw(numbers):
     return fig
 
 
+def shown(box):
+    """The PNG in the explorer's HTML."""
+    return base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', box.picture.value)[1], validate=True)
+
+
 def size_px(data):
-    data = bytes(data)
     assert data.startswith(PNG)
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
@@ -43,7 +49,7 @@ def test_figure_has_the_house_size_and_colours_and_leaves_settings_alone():
     fig, (ax,) = style.figure()
     (first,) = ax.plot([1, 2])
     assert size_px(style.png(fig)) == (800, 320)
-    assert fig._repr_png_().startswith(PNG)
+    assert fig._repr_png_()[0].startswith(PNG)
     assert not ax.spines["top"].get_visible()
     assert dict(matplotlib.rcParams) == before
     assert first.get_color() == style.COLOURS[0]
@@ -86,9 +92,10 @@ def test_label_names_the_unit(name, text):
     assert style.label(name) == text
 
 
+@pytest.mark.full
 def test_pyplot_is_never_imported():
     code = (
-        "import sys; from flserving.lab import style; from flserving.lab.explore import explore;"
+        "import sys; from flserving.lab import style; from flserving.lab.widgets.explore import explore;"
         "explore(lambda a: a, lambda n: style.figure()[0], a=(1, 3, 1));"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
@@ -109,7 +116,15 @@ def test_controls_become_widgets_with_labels_and_middle_starts():
     assert box.values == {"rate_per_s": 30, "skew": 1.2, "policy": "lru", "log": True}
     assert box.controls["rate_per_s"].description == "rate (per s)"
     assert all(box.controls[name].continuous_update for name in ("rate_per_s", "skew"))
-    assert box.children[-1] is box.picture and size_px(box.picture.value) == (800, 320)
+    assert box.children[-1] is box.picture and size_px(shown(box)) == (800, 320)
+
+
+def test_the_picture_says_in_words_what_it_shows_now():
+    """A screen reader must not read of the values that the sliders showed before."""
+    box = explore(line, draw, slope=(1, 9, 1), log=False)
+    assert 'alt="Figure. x axis wait (ms): ' in box.picture.value and "logarithmic" not in box.picture.value
+    box.controls["slope"].value = 9
+    assert "rate (per s): -1.8 to 37.8" in box.picture.value
 
 
 def test_moving_a_slider_redraws_the_picture():
@@ -174,7 +189,7 @@ def test_draw_must_return_a_figure():
 
 def test_a_foreign_figure_is_rendered_as_well():
     box = explore(line, lambda numbers: Figure(figsize=(2, 1), dpi=50), slope=(1, 9, 1))
-    assert size_px(box.picture.value) == (100, 50)
+    assert size_px(shown(box)) == (100, 50)
 
 
 def test_static_switch_runs_every_corner_and_shows_nothing(monkeypatch):

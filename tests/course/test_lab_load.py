@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from flserving.errors import ConfigError, OverloadedError
-from flserving.lab.arrivals import Poisson, Zipf, arrival_times_s
-from flserving.lab.ledger import Ledger
-from flserving.lab.load import closed_loop, closed_loop_async, open_loop, open_loop_async
-from flserving.lab.report import LoadReport
+from flserving.lab.measuring.ledger import Ledger
+from flserving.lab.measuring.load import closed_loop, closed_loop_async, open_loop, open_loop_async
+from flserving.lab.measuring.report import LoadReport
+from flserving.lab.queueing.arrivals import Poisson, Zipf, arrival_times_s
 from virtual_loop import VirtualLoop
 
 

@@ -13,44 +13,14 @@ from flserving import Registry, ServingConfig, models
 from flserving.errors import InvalidModelError
 from flserving.federated import train
 from flserving.federated.rounds import publish_rounds
-from flserving.lab import optimization as lab
-from flserving.lab.sweep import claims, compiled_engine
+from flserving.lab.measuring import optimization as lab
+from flserving.lab.measuring.sweep import compiled_engine
 from flserving.models.onnx import OnnxModel
 from flserving.optimize import methods
 from flserving.serving.engine import InferenceEngine
 from flserving.serving.loader import RegistrySource, load_engine
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "backends.py"
-ORIGINAL = {
-    "optimisation": "", "file_kb": 100.0, "compressed_kb": 90.0, "accuracy": 0.9, "b1_p50_us": 20.0, "b32_p50_us": 82.0,
-    "peak_mb": 10.0,
-}  # fmt: skip  # 18 us of dispatch, 2 us a row
-
-
-def told(b1, b32, file_kb=25.0, compressed_kb=20.0, accuracy=0.9, noise=0.01, peak_mb=10.0):
-    """The verdict on a version whose batches take so many microseconds, without any spread."""
-    row = {"optimisation": "x", "file_kb": file_kb, "compressed_kb": compressed_kb, "accuracy": accuracy}
-    row["peak_mb"] = peak_mb
-    for batch, p50, base in ((1, b1, 20.0), (32, b32, 82.0)):
-        row |= {f"b{batch}_p50_us": p50, **{f"b{batch}_{field}": base / p50 for field in ("low", "times", "high")}}
-    return lab.verdict(row, ORIGINAL, noise)
-
-
-def test_the_verdict_follows_from_the_numbers():
-    assert lab.verdict(ORIGINAL, ORIGINAL, 0.0) == "the original"
-    slower = told(30.0, 61.0)  # 29 us of dispatch, 1 us a row
-    assert slower.startswith("slower at 1 (0.67 x); faster at 32 (1.34 x); dispatch costs more than the multiply")
-    assert "pay from about 11 rows" in slower and "file 4.0 x smaller" in slower and "within noise" in slower
-    faster = told(10.0, 41.0)
-    assert faster.startswith("faster at 1 (2.00 x); faster at 32 (2.00 x); file") and "dispatch" not in faster
-    assert "memory" not in faster and "memory" not in told(10.0, 41.0, peak_mb=math.nan)
-    assert "; memory 2.5 x; accuracy" in told(10.0, 41.0, peak_mb=25.0)
-    dear = told(25.0, 490.0)  # 10 us of dispatch, 15 us a row
-    assert "slower at 32" in dear and "the multiply itself is no cheaper" in dear and "pay from" not in dear
-    same = told(20.0, 82.0, file_kb=100.0, compressed_kb=45.0, accuracy=0.85)
-    assert same.startswith("no faster at 1 (1.00 x); no faster at 32 (1.00 x)")
-    assert "dispatch costs more than the multiply; the multiply itself is no cheaper" in same and "pay from" not in same
-    assert same.endswith("file no smaller, 2.0 x compressed; accuracy -5.0 points")
 
 
 def test_the_claims_are_compared_width_by_width():
@@ -60,7 +30,7 @@ def test_the_claims_are_compared_width_by_width():
         + [{"width": w, "technique": "pruned", "batch": 1, "times": 1.0, "low": 0.9} for w in times]
         + [{"width": w, "technique": "original", "batch": 1, "times": 1.0, "low": 1.0} for w in times]
     )
-    found = claims(swept)
+    found = runpy.run_path(str(SCRIPT))["claims"](swept)
     assert found.loc[("onnx", 1)].tolist() == [2, 0.9, 3.0, 64, 1024]
     assert pd.isna(found.loc[("pruned", 1), "pays_from"]) and pd.isna(found.loc[("pruned", 1), "holds_from"])
     assert list(found.index) == [("onnx", 1), ("pruned", 1)]
@@ -88,7 +58,7 @@ def test_a_report_of_versions(tmp_path):
     assert np.isfinite(times).all() and (times > 0).all()
     assert frame.b1_times[1] == frame.b32_high[1] == 1, "the original against itself"
     assert (frame.b32_p50_us <= frame.b32_p99_us).all() and (frame.b1_low <= frame.b1_high).all()
-    assert frame.verdict[1] == "the original" and "x compressed" in frame.verdict[2]
+    assert frame.noise_points[1] == 0 < frame.noise_points[2]
 
 
 def test_peak_memory_counts_the_weights(tmp_path):
@@ -97,7 +67,7 @@ def test_peak_memory_counts_the_weights(tmp_path):
         registry.publish("m", models.build("mlp", sizes), architecture="mlp", parameters=sizes)
         mb = registry.manifest("m", 1).weights_nbytes / 2**20
         peak = lab.peak_mb(registry, "m", 1)
-        assert math.isnan(peak) or mb < peak < mb + 100
+        assert mb < peak < mb + 100 or (math.isnan(peak) and not Path("/proc/self/clear_refs").exists())
 
 
 def test_every_backend_has_its_row():
@@ -111,7 +81,7 @@ def test_every_backend_has_its_row():
     assert np.isfinite(frame.times).all() and (frame.low <= frame.times).all() and (frame.times <= frame.high).all()
     text = script["markdown"](frame)
     assert text.count("\n") == 1 + 2 * (len(techniques) - 1) and "| onnx | 1 | **" in text
-    assert set(claims(frame).index) == {(it, b) for it in techniques - {"original"} for b in lab.BATCHES}
+    assert set(script["claims"](frame).index) == {(it, b) for it in techniques - {"original"} for b in lab.BATCHES}
 
 
 def test_what_is_not_torch_is_not_compiled():

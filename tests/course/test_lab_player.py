@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from flserving.api.doctor import find_chromium
 from flserving.errors import ConfigError
-from flserving.lab import player as player_module
 from flserving.lab import style
-from flserving.lab.player import Player, play
-from flserving.lab.recording import Box, Frame, Recording, batch_recording, cache_recording, draw_frame
-from flserving.lab.simulate import simulate_batching
+from flserving.lab.queueing.simulate import simulate_batching
+from flserving.lab.widgets import player as player_module
+from flserving.lab.widgets.player import Player, play
+from flserving.lab.widgets.recording import Box, Frame, Recording, batch_recording, cache_recording, draw_frame
 
 GROWING = Recording(
     lanes=("worker 0", "worker 1"),

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from budget import examples
 from flserving.errors import ConfigError
-from flserving.lab import theory
-from flserving.lab.arrivals import Poisson, Zipf, arrival_times_s
-from flserving.lab.simulate import simulate_batching
+from flserving.lab.queueing import theory
+from flserving.lab.queueing.arrivals import Poisson, Zipf, arrival_times_s
+from flserving.lab.queueing.simulate import simulate_batching
 
 
 def measured_hit_rate(zipf, cache_size, requests=60_000, seed=0):

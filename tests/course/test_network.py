@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flserving.errors import ConfigError
-from flserving.lab.network import SEGMENT_NBYTES, Link
+from flserving.lab.network.link import SEGMENT_NBYTES, Link
 
 MB = 1e6
 

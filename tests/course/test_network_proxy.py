@@ -23,8 +23,8 @@ import pytest
 
 from bystander import Bystander, prove
 from flserving.errors import ConfigError
-from flserving.lab.network import Link
-from flserving.lab.proxy import Proxy
+from flserving.lab.network.link import Link
+from flserving.lab.network.proxy import Proxy
 from serving_models import PATIENCE_S, wait_until
 from virtual_loop import VirtualLoop
 

@@ -73,6 +73,15 @@ def test_the_gates_let_a_good_notebook_pass():
     assert judge(good_notebook()) == []
 
 
+def test_the_opening_may_be_several_cells_before_the_first_code():
+    notebook = good_notebook()
+    source = notebook.cells[0].source.removesuffix(OPENING[-1])
+    notebook.cells[0].source = source
+    assert judge(notebook) == [f"the opening lacks {OPENING[-1]}"]
+    notebook.cells.insert(1, new_markdown_cell(OPENING[-1]))
+    assert judge(notebook) == []
+
+
 def _no_outputs(notebook):
     for _, cell in code_cells(notebook)[1:]:
         cell.outputs = []
@@ -97,8 +106,8 @@ def _long_cell(lines):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda n: n.cells.extend([new_markdown_cell("more")] * 20), "41 cells, 20 to 35"),
-        (lambda n: n.cells.__delitem__(slice(12, None)), "12 cells, 20 to 35"),
+        (lambda n: n.cells.extend([new_markdown_cell("more")] * 65), "86 cells, 20 to 85"),
+        (lambda n: n.cells.__delitem__(slice(12, None)), "12 cells, 20 to 85"),
         (lambda n: n.metadata.update(widgets={}), "metadata.widgets"),
         (lambda n: n.metadata.pop("kernelspec"), "no kernelspec"),
         (lambda n: n.cells[0].update(source="# 09 Sample"), "the opening lacks **You build**"),
@@ -109,7 +118,11 @@ def _long_cell(lines):
         (_error, "cell 3 stores an error: ValueError"),
         (_warning, "cell 3 stores a warning"),
         (_machine_path, "cell 5 names a path of a machine"),
-        (lambda n: n.cells[5].update(_long_cell(16)), "cell 5 has 16 lines of code"),
+        (lambda n: n.cells[5].update(_long_cell(26)), "cell 5 has 26 lines of code"),
+        (lambda n: n.cells[5].update(source="x" * 89), "cell 5 has a line of 89 characters"),
+        (lambda n: n.cells[5].update(source="ax.text(0, 0, '', fontsize=9.5)"), "cell 5 writes in 9.5 points"),
+        (lambda n: n.cells[15].update(source="word " * 91), "cell 15 has 91 words"),
+        (lambda n: n.cells[15].update(source="text\n\n## 2 Next"), "cell 15 has a heading below its first line"),
         (lambda n: n.cells[1].update(outputs=[]), "stores no picture"),
         (lambda n: n.cells[2].metadata.update(tags=["widget"]), "tag it nbval-ignore-output too"),
         (lambda n: n.cells[2].metadata.update(tags=[]), "is not tagged widget"),
@@ -132,6 +145,7 @@ def test_the_gates_give_exercises_more_lines_and_the_first_notebook_fewer_cells(
     assert judge(notebook, name="00_sample.ipynb") == []
 
 
+@pytest.mark.full
 def test_an_error_in_a_corner_fails_the_run(tmp_path, monkeypatch):
     """nbval's run can fail there: a slider's end that divides by zero is noticed, although it starts elsewhere."""
     from nbclient.exceptions import CellExecutionError
@@ -139,9 +153,9 @@ def test_an_error_in_a_corner_fails_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("FLSERVING_STATIC", "1")
     monkeypatch.chdir(tmp_path)
     source = (
-        "from matplotlib.figure import Figure\nfrom flserving.lab.explore import explore\n"
+        "from matplotlib.figure import Figure\nfrom flserving.lab.widgets.explore import explore\n"
         "explore(lambda rate: 1 / rate, lambda number: Figure(), rate=(0, 10, 1))"
     )
     with pytest.raises(CellExecutionError, match=r"ZeroDivisionError(.|\n)*with rate=0"):
-        NotebookClient(new_notebook(cells=[new_code_cell(source)]), timeout=60, kernel_name="python3").execute()
+        NotebookClient(new_notebook(cells=[new_code_cell(source)]), timeout=300, kernel_name="python3").execute()
     assert os.listdir(tmp_path) == []

@@ -63,11 +63,11 @@ WRONG["choose-version"] = {
         "take the largest",
     ),
     "returns the accuracy": Wrong(
-        edited("choose-version", (')["version"]', ')["worst_client_accuracy"]')), "0.62, the accuracy"
+        edited("choose-version", ('best["version"]', 'best["worst_client_accuracy"]')), "0.62, the accuracy"
     ),
-    "returns the round": Wrong(edited("choose-version", (')["version"]', ")")), "returned the whole round"),
+    "returns the round": Wrong(edited("choose-version", ('best["version"]', "best")), "returned the whole round"),
     "returns the position": Wrong(
-        edited("choose-version", ("return max", "return good and rounds.index(max"), (')["version"]', "))")),
+        edited("choose-version", ('best["version"]', "rounds.index(best)")),
         "a position in the list",
     ),
     "ignores the floor": Wrong(
@@ -140,7 +140,7 @@ WRONG["latency-budget"] = {
 
 _REFRESH = "        self.items[key] = self.items.pop(key)  # to the end: the most recently used\n"
 _FULL = "if len(self.items) >= self.capacity:"
-_EVICT = "del self.items[next(iter(self.items))]  # the first one: the least recently used"
+_EVICT = "del self.items[next(iter(self.items))]  # the least recently used"
 _POP = "        self.items.pop(key, None)\n"
 WRONG["lru"] = {
     "FIFO": Wrong(edited("lru", (_REFRESH, "")), "get must make its key the most recently used"),
@@ -233,8 +233,8 @@ class LRU:
 
 _IDLE = "        if idle_workers == 0:\n            return []\n"
 _TAKE, _LEAVE = "self.queue[: self.max_batch_size]", "self.queue[self.max_batch_size :]"
-_ANSWER = "{request_id: output for (request_id, _), output in zip(batch, outputs, strict=True)}"
-_HALVES = "return self.run_batch(batch[:half], model) | self.run_batch(batch[half:], model)"
+_ANSWER = "dict(zip(ids, outputs, strict=True))"
+_HALVES = "return self.run_batch(first, model) | self.run_batch(second, model)"
 WRONG["batcher"] = {
     "holds until full": Wrong(
         edited("batcher", ("if idle_workers == 0:", "if idle_workers == 0 or len(self.queue) < self.max_batch_size:")),
@@ -325,14 +325,14 @@ WRONG["batcher"] = {
         "but it was submitted with",
     ),
     "swaps answers": Wrong(
-        edited("batcher", ("zip(batch, outputs, strict=True)", "zip(sorted(batch), outputs, strict=True)")),
+        edited("batcher", ("zip(ids, outputs, strict=True)", "zip(sorted(ids), outputs, strict=True)")),
         "answers were swapped between callers",
     ),
     "answers by row": Wrong(
         edited("batcher", (_ANSWER, "{row: output for (_, row), output in zip(batch, outputs)}")), "got no answer"
     ),
     "forgets the last answer": Wrong(
-        edited("batcher", ("zip(batch, outputs, strict=True)", "zip(batch[:-1], outputs)")), "bob got no answer"
+        edited("batcher", ("zip(ids, outputs, strict=True)", "zip(ids[:-1], outputs)")), "bob got no answer"
     ),
     "runs the model per row": Wrong(
         edited(
@@ -354,7 +354,7 @@ WRONG["batcher"] = {
     ),
     "drops the bad row": Wrong(edited("batcher", ("return {batch[0][0]: error}", "return {}")), "r0 got no answer"),
     "retries one half only": Wrong(
-        edited("batcher", (_HALVES, "return self.run_batch(batch[:half], model)")), "r1 got no answer"
+        edited("batcher", (_HALVES, "return self.run_batch(first, model)")), "r1 got no answer"
     ),
     "never stops halving": Wrong(
         edited("batcher", ("            if len(batch) == 1:\n                return {batch[0][0]: error}\n", "")),
@@ -365,7 +365,11 @@ WRONG["batcher"] = {
     ),
 }
 
-import wrong_solutions_05  # noqa: E402, F401  # registers itself above
+import wrong_solutions_01  # noqa: E402, F401  # registers itself above
+import wrong_solutions_02  # noqa: E402, F401
+import wrong_solutions_03  # noqa: E402, F401
+import wrong_solutions_04  # noqa: E402, F401
+import wrong_solutions_05  # noqa: E402, F401
 import wrong_solutions_06  # noqa: E402, F401
 import wrong_solutions_07  # noqa: E402, F401
 import wrong_solutions_08  # noqa: E402, F401

@@ -1,11 +1,11 @@
-"""The exercises of notebook 07, a threshold under two budgets and the hybrid policy: solutions, checks, mistakes.
+"""The exercises of notebook 07 (a threshold, the hybrid policy, an int8 delta): what wrong solutions are told.
 
 Imported by ``wrong_solutions``, which says what the tables hold.
 """
 
 from functools import partial
 
-from wrong_solutions import WRONG, Wrong, edited
+from wrong_solutions import WRONG, Wrong, edited, wrong
 
 _RIGHT, _TOOK = "np.where(asks, cloud_right, local_right).mean()", "local_ms + asks * cloud_ms"
 _P95, _KEEPS = f"np.percentile({_TOOK}, 95)", "right >= floor and p95_ms <= budget_ms"
@@ -139,5 +139,84 @@ WRONG["hybrid-policy"] = {
     ),
     "asks twice": Wrong(
         _policy(('return local | {"path": "local"}', 'return device(row) | {"path": "local"}')), "once is enough"
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------ an int8 delta
+
+
+_CHANGE, _SCALE = "(new[name] - old[name]).numpy()", "np.float32(np.abs(change).max() / 127)"
+_CODES = "np.rint(change / scale) if scale > 0 else np.zeros_like(change)"
+_PARTS = "[scale.tobytes(), codes.astype(np.int8).tobytes()]"
+_PACKED = 'zlib.compress(b"".join(parts))'
+
+
+_encodes = partial(wrong, "encode-delta")
+
+
+WRONG["encode-delta"] = {
+    "not compressed": _encodes("not what zlib.compress makes", (_PACKED, 'b"".join(parts)')),
+    "a list": _encodes("return the bytes that travel", (_PACKED, "parts")),
+    "no scale": _encodes("there is no scale", (_PARTS, "[codes.astype(np.int8).tobytes()]")),
+    "codes of four bytes": _encodes("four bytes for each weight", ("codes.astype(np.int8)", "codes")),
+    "codes of eight bytes": _encodes("eight bytes for each weight", ("np.int8", "np.int64")),
+    "codes of two bytes": _encodes("two bytes for each weight", ("np.int8", "np.int16")),
+    "a scale of eight bytes": _encodes("make it an np.float32", (_SCALE, "np.float64(np.abs(change).max() / 127)")),
+    "the largest change": _encodes("the largest change itself", (_SCALE, "np.float32(np.abs(change).max())")),
+    "128 steps": _encodes("int8 ends at 127", (" / 127)", " / 128)")),
+    "255 steps": _encodes("codes have a sign", (" / 127)", " / 255)")),
+    "the largest rise": _encodes("of the largest rise", ("np.abs(change).max()", "change.max()")),
+    "the mean change": _encodes("of the mean change", ("np.abs(change).max()", "np.abs(change).mean()")),
+    "the new weights": _encodes("not of what changed", (_CHANGE, "new[name].numpy()")),
+    "one scale for all": _encodes(
+        "one for all tensors",
+        (_SCALE, "np.float32(max(np.abs((new[n] - old[n]).numpy()).max() for n in new) / 127)"),
+    ),
+    "the inverse": _encodes(
+        "what is sent is the size of a step",
+        (_SCALE, "np.float32(127 / np.abs(change).max())"),
+        ("change / scale", "change * scale"),
+    ),
+    "in the order of the dict": _encodes("in the order of the dict", ("sorted(new)", "new")),
+    "cut off": _encodes("cut off behind the point", ("np.rint(", "(")),
+    "rounded down": _encodes("rounded down", ("np.rint(", "np.floor(")),
+    "the wrong way round": _encodes("the device would go the other way", (_CHANGE, "(old[name] - new[name]).numpy()")),
+    "no sign": _encodes("a weight that falls would rise", ("np.rint(", "np.abs(np.rint("), (" if scale", ") if scale")),
+    "not divided": _encodes("divide by the scale first", ("change / scale", "change")),
+    "divides by nothing": _encodes(
+        "change / scale is 0 / 0", (_CODES, "np.nan_to_num(np.rint(change / scale), nan=9)")
+    ),
+    "changes the new version": _encodes("encode_delta changed new", (_CHANGE, "new[name].sub_(old[name]).numpy()")),
+}
+
+
+_decodes = partial(wrong, "decode-delta")
+_NEW = "old[name] + torch.from_numpy(change).reshape(shape)"
+
+
+WRONG["decode-delta"] = {
+    "no bound": _decodes("return two dicts", ("return state, bound", "return state")),
+    "one bound for all": _decodes("bound must be a dict", ("return state, bound", "return state, max(bound.values())")),
+    "an array": _decodes("a server loads tensors", (_NEW, f"({_NEW}).numpy()")),
+    "flat": _decodes("reshape what you read", (_NEW, "old[name].reshape(-1) + torch.from_numpy(change)")),
+    "float64": _decodes("the server takes torch.float32", (_NEW, f"({_NEW}).double()")),
+    "what changed alone": _decodes("a delta starts from the old weights", (_NEW, _NEW.removeprefix("old[name] + "))),
+    "the other way": _decodes("old minus the change", (_NEW, _NEW.replace("+", "-"))),
+    "without the scale": _decodes("a code counts scales", ("astype(np.float32) * scale", "astype(np.float32)")),
+    "over 127": _decodes("by the tensor's own scale", ("astype(np.float32) * scale", "astype(np.float32) / 127")),
+    "no sign": _decodes("a code of -1 became 255", ("np.int8, count", "np.uint8, count")),
+    "in the order of the dict": _decodes("they come sorted by name", ("sorted(old)", "old")),
+    "always the first": _decodes("each begins where the one before has ended", ("        at += 4 + count\n", "")),
+    "forgets the scale's bytes": _decodes(
+        "each begins where the one before", ("at += 4 + count", "at += count"), ("plain, at =", "plain, at =")
+    ),
+    "not decompressed": _decodes("zlib.decompress first", ("zlib.decompress(data)", "data")),
+    "a whole scale": _decodes("at most half a step", ("float(scale) / 2", "float(scale)")),
+    "the largest change": _decodes("off by half a step", ("float(scale) / 2", "float(abs(change).max())")),
+    "half of the largest change": _decodes("a step is a 127th", ("float(scale) / 2", "float(scale) * 127 / 2")),
+    "nothing is lost": _decodes("do not hit every change", ("float(scale) / 2", "0.0")),
+    "in place": _decodes(
+        "decode_delta changed old", (_NEW, "old[name].add_(torch.from_numpy(change).reshape(shape)).clone()")
     ),
 }

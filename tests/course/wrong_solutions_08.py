@@ -140,3 +140,116 @@ WRONG["choose-head"] = {
     ),
     "the wrong split's name": _choice("raised KeyError", ('splits["held_out"]', 'splits["test"]')),
 }
+
+
+# ------------------------------------------------------------------------------------------ fit a head
+
+
+_EMPTY = "    if len(labels) == 0:\n        return head\n"
+_X, _P = "torch.cat([features, torch.ones(len(features), 1)], dim=1)", "torch.softmax(x @ head, dim=1)"
+_MEAN, _PULL = "x.T @ error / len(labels)", "pull * (head - shared)"
+
+
+_fits = partial(wrong, "fit-head")
+
+
+WRONG["fit-head"] = {
+    "from zero": _fits("is all zeros: begin at", ("shared.clone()", "torch.zeros_like(shared)")),
+    "from random": _fits("begin there", ("shared.clone()", "0.1 * torch.ones_like(shared)")),
+    "up the hill": _fits("went up the hill", ("head -= rate", "head += rate")),
+    "never moves": _fits(
+        "the head does not move", ("        head -= rate * gradient\n", "        head - rate * gradient\n")
+    ),
+    "one step": _fits("only one step was made", ("range(steps)", "range(min(steps, 1))")),
+    "the sum": _fits("a client with many makes giant steps", (_MEAN, "x.T @ error")),
+    "over samples and classes": _fits("samples times classes", (_MEAN, "x.T @ error / error.numel()")),
+    "no bias": _fits("the bias never moves", ("torch.ones(", "torch.zeros(")),
+    "the 1 comes first": _fits(
+        "the bias is the last row", (_X, "torch.cat([torch.ones(len(features), 1), features], dim=1)")
+    ),
+    "over the rows": _fits("its classes are; take dim=1", (_P, "torch.softmax(x @ head, dim=0)")),
+    "logits": _fits("softmax makes probabilities", (_P, "x @ head")),
+    "no pull": _fits("not pulled at all", (f" + {_PULL}", "")),
+    "pulled to zero": _fits("pulled to zero", (_PULL, "pull * head")),
+    "pushed away": _fits("pushed away", (_PULL, "pull * (shared - head)")),
+    "twice the pull": _fits("twice as strong", (_PULL, "2 * pull * (head - shared)")),
+    "the pull in the mean": _fits("does not belong to the mean", (_PULL, "pull * (head - shared) / len(labels)")),
+    "no samples": _fits("for a client without samples the head holds NaN", (_EMPTY, "")),
+    "no samples, no head": _fits(
+        "fit_head returned NoneType", (_EMPTY, "    if len(labels) == 0:\n        return None\n")
+    ),
+    "works on the shared head": _fits("fit_head changed shared", ("shared.clone()", "shared")),
+    "the head and the loss": _fits(
+        "return the head, a tensor",
+        (
+            "        head -= rate * gradient\n    return head",
+            "        head -= rate * gradient\n    return head, head.norm()",
+        ),
+    ),
+    "the bias is dropped": _fits(
+        "returned the shape",
+        ("        head -= rate * gradient\n    return head", "        head -= rate * gradient\n    return head[:-1]"),
+    ),
+    "overflow": _fits(
+        "the head differs by up to", (_P, "(x @ head).exp() / (1 + (x @ head).exp().sum(1, keepdim=True))")
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------ find the head
+
+
+_NEW = """\
+        if client not in self.slots:
+            self.slots[client] = len(self.heads)
+            self.heads.append(head)
+"""
+_SET = "        self.heads[self.slots[client]] = head.clone()\n"
+_FITS, _SLOT = "self.trained_on[client] == self.body", 'self.slots[client] if word == "own" else 0'
+_WORD = 'word = "own" if self.trained_on[client] == self.body else "stale"'
+_RETURN = "return torch.tensor(slots, dtype=torch.int64), words"
+
+
+_finds = partial(wrong, "head-table")
+
+
+WRONG["head-table"] = {
+    "no slot for the shared head": _finds(
+        "ada is answered by the shared head, not by ada's head",
+        ("self.slots[client] = len(self.heads)", "self.slots[client] = len(self.slots)"),
+        (_SET, "        self.heads[-1] = head.clone()\n"),
+    ),
+    "strangers are not expected": _finds(
+        "raised KeyError: 'cem'", ("            if client in self.slots:\n                word", "            word")
+    ),
+    "the last slot for strangers": _finds(
+        "cem (got slot -1|is answered by)", (_SLOT, 'self.slots[client] if word == "own" else -1')
+    ),
+    "the first client's head for strangers": _finds(
+        "nobody else's", (_SLOT, 'self.slots[client] if word == "own" else 1')
+    ),
+    "a stale head answers": _finds(
+        "ada is answered by ada's head, not by the shared head: a head belongs", (_SLOT, "self.slots.get(client, 0)")
+    ),
+    "stale is not told": _finds("that is 'stale'", (_WORD, 'word = "own" if ' + _FITS + ' else "unknown"')),
+    "all heads are own": _finds("a head belongs to the body", (_WORD, 'word = "own"')),
+    "the first head stays": _finds(
+        "ada has trained again", (_NEW, _NEW.replace("(head)", "(head.clone())")), (_SET, "")
+    ),
+    "every head gets a new slot": _finds(
+        r"weights\(\) has 4",
+        (_NEW, "        self.slots[client] = len(self.heads)\n        self.heads.append(head)\n"),
+    ),
+    "what the first head was trained on": _finds(
+        "ada (is answered by the shared head|is answered by ada's)",
+        ("self.trained_on[client] = trained_on", "self.trained_on.setdefault(client, trained_on)"),
+    ),
+    "the client's own tensor": _finds("keep a copy", (_SET, "        self.heads[self.slots[client]] = head\n")),
+    "the caller's shared tensor": _finds("keep a copy", ("[shared.clone()]", "[shared]")),
+    "slots as a list": _finds("give a tensor of int64", (_RETURN, "return slots, words")),
+    "no rows, no dtype": _finds("give a tensor of int64", (_RETURN, "return torch.tensor(slots), words")),
+    "each client once": _finds("one for each row", ("for client in clients:", "for client in dict.fromkeys(clients):")),
+    "only the slots": _finds("return slots and words", (_RETURN, "return torch.tensor(slots, dtype=torch.int64)")),
+    "the heads as a list": _finds("must stack the heads", ("torch.stack(self.heads)", "self.heads")),
+    "forgets to return": _finds("returned None", (_RETURN, _RETURN.removeprefix("return "))),
+}

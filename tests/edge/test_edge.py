@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,6 +138,7 @@ def test_additive_heads_and_adapters(edge):
     assert told(edge.predict(ROW))[:3] == (2, "global", "stale")
 
 
+@pytest.mark.full
 def test_sixteen_threads_see_each_update_whole_or_not_at_all(edge):
     edge.update_global(state_of(1), round=1, output_type="regression", head=head_of(1.5), **MLP)
     expected, stop = {"1": (1, 1.5)}, threading.Event()
@@ -173,6 +176,7 @@ def test_sixteen_threads_see_each_update_whole_or_not_at_all(edge):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.full
 def test_killed_at_random_instants_of_its_updates_it_starts_with_a_whole_model(tmp_path, kills):
     result = edge_updates.start(tmp_path, kills)
     assert result["kills"] == kills and result["updates"] >= max(2, kills / 4), result
@@ -328,6 +332,32 @@ def test_a_module_without_an_update_has_no_round_and_an_unknown_age():
         edge.load_model("v1", Tagged(), output_type="regression", num_features=2)
         answer = edge.predict(ROW)
         assert (answer["round"], answer["age_s"], answer["degraded"], answer["path"]) == (None, None, True, "local")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_that_ends_takes_no_file_of_its_parent_along():
+    """Its finalizers run too: they must leave the temporary registry to the process that made it."""
+    program = """if True:
+        import os, sys
+        import numpy as np
+        from edge_updates import MLP, state_of
+        from flserving.edge.device import EdgeModelServer
+
+        edge = EdgeModelServer()
+        edge.update_global(state_of(1), output_type="regression", **MLP)
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(7)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 7
+        edge.update_global(state_of(2), output_type="regression", **MLP)
+        print(len(edge.registry.versions("model")) if os.path.isdir(edge.registry.root) else "gone")
+        edge.close()
+    """
+    support = Path(__file__).parents[1] / "support"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(support), *sys.path])})  # fmt: skip
+    assert (done.stdout.split(), done.returncode) == (["2"], 0), done.stderr
 
 
 def test_a_temporary_registry_goes_with_its_server_and_a_given_one_stays(tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import socket
 import threading
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from flserving import ServingConfig
 from flserving.api.client import Client
 from flserving.edge import EdgeModelServer
 from flserving.edge.breaker import CircuitBreaker
-from flserving.edge.hybrid import HybridServer
+from flserving.edge.hybrid import HybridServer, HybridSettings
 from flserving.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -75,6 +76,8 @@ class World:
 
     def hybrid(self, policy="local_first", **options):
         options = {"consent": True, "breaker": CircuitBreaker(1000), "cache_ttl_s": 0, **options}
+        named = {field.name for field in fields(HybridSettings)} & options.keys()
+        options["settings"] = HybridSettings(**{name: options.pop(name) for name in named})
         self.hybrids.append(HybridServer(self.edge, self.cloud, policy, **options))
         return self.hybrids[-1]
 
@@ -276,7 +279,8 @@ def test_a_cloud_that_waits_costs_its_share_of_the_time_and_then_the_device_answ
     with EdgeModelServer(config=CONFIG) as edge:  # by the real clock
         edge.update_global(state(), round=4, **MLP)
         world.cloud.gate.clear()
-        with HybridServer(edge, world.cloud, consent=True, cloud_share=0.02, cloud_calls=1) as hybrid:
+        settings = HybridSettings(cloud_share=0.02, cloud_calls=1)
+        with HybridServer(edge, world.cloud, consent=True, settings=settings) as hybrid:
             for _ in range(2):  # the second finds no thread free, and does not wait for one
                 answer = hybrid.predict(UNSURE, timeout_ms=10_000)
                 assert answer["path"] == "degraded" and 200 <= answer["latency_ms"] < 10_000

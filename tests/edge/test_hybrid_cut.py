@@ -13,7 +13,7 @@ from flserving import ServingConfig
 from flserving.api.client import Client
 from flserving.edge import EdgeModelServer
 from flserving.edge.breaker import CircuitBreaker
-from flserving.edge.hybrid import HybridServer
+from flserving.edge.hybrid import HybridServer, HybridSettings
 from flserving.errors import DeadlineExceededError
 from serving_models import PATIENCE_S, Threads, wait_until
 
@@ -90,7 +90,9 @@ def test_a_cut_cloud(edge, how, way):
             flserving.serve(centre) as endpoint,
             Client(endpoint.url, endpoint.token) as healthy,
             Client(cut.url) as away,
-            HybridServer(edge, away, consent=True, breaker=breaker, cloud_share=CLOUD_SHARE) as hybrid,
+            HybridServer(
+                edge, away, consent=True, breaker=breaker, settings=HybridSettings(cloud_share=CLOUD_SHARE)
+            ) as hybrid,
         ):
             centre.update_global(state(9.0), round=5, **MLP)
             answers = []
@@ -113,7 +115,7 @@ def test_a_cut_cloud(edge, how, way):
             hybrid.cloud = healthy  # the cut is over; the device learns of it by the next probe
             assert ask(hybrid, UNSURE, way)["path"] == "degraded"
             now[0] += PAUSE_S
-            hybrid.cloud_share = 0.9
+            hybrid.settings = HybridSettings(cloud_share=0.9)
             answer = ask(hybrid, UNSURE, way)
             assert (answer["path"], answer["round"], answer["degraded"]) == ("cloud", 5, False)
             assert breaker.state == "closed" and ask(hybrid, UNSURE, way)["path"] == "cache"
@@ -139,7 +141,13 @@ def test_a_cut_under_load_flags_every_answer(edge):
     try:
         with (
             Client(cut.url) as away,
-            HybridServer(edge, away, consent=True, breaker=CircuitBreaker(FAILURES), cloud_share=CLOUD_SHARE) as hybrid,
+            HybridServer(
+                edge,
+                away,
+                consent=True,
+                breaker=CircuitBreaker(FAILURES),
+                settings=HybridSettings(cloud_share=CLOUD_SHARE),
+            ) as hybrid,
         ):
 
             def many(caller):

@@ -125,7 +125,7 @@ def test_the_own_head_comes_along_and_only_that(tmp_path):
                 store = registry.read("m", 1).heads
                 assert store.num_heads == 1 and store.find("c-1") == -1
                 wanted = heads(1).weights[CLIENTS.index("c-2")]
-                assert np.array_equal(store.gather(np.array([store.find("c-2")]))[0].numpy(), wanted), "not stale"
+                assert np.array_equal(store.gather(np.array([store.find("c-2")]))[0], wanted), "not stale"
         with device(tmp_path / "nobody", endpoint.url, "infer", client="c-1") as (registry, agent):
             agent.pull()
             assert runs(registry, 1) and registry.read("m", 1).heads is None, "a token without a client gets no head"
@@ -146,7 +146,7 @@ def test_new_heads_of_the_same_body_cost_little(tmp_path):
         pulled = agent.pull()
         assert pulled.changed and pulled.nbytes["delta"] < 200, "no tensor changed"
         store = registry.read("m", pulled.local).heads
-        assert np.array_equal(store.gather(np.array([store.find("c-1")]))[0].numpy(), heads(9).weights[0])
+        assert np.array_equal(store.gather(np.array([store.find("c-1")]))[0], heads(9).weights[0])
 
 
 def test_an_edge_server_is_updated_whole_and_says_how_fresh_it_is(tmp_path):
@@ -214,7 +214,7 @@ def test_a_download_goes_on_after_a_restart(tmp_path):
         total = released.manifest("m", 1).weights_nbytes
         clock = iter(range(0, 10**9, 1000))
         with device(tmp_path / "edge", endpoint.url, limit_s=2500, clock=lambda: float(next(clock))) as (_, agent):
-            with pytest.raises(DeadlineExceededError, match="what came is kept"):
+            with pytest.raises(DeadlineExceededError, match="took longer than 2500 s"):
                 agent.pull()
             (part,) = (tmp_path / "edge" / "sync").glob("*.part")
             had = part.stat().st_size
@@ -321,7 +321,7 @@ def test_an_older_registry_of_the_cloud_is_refused(tmp_path):
     os.makedirs(tmp_path / "backup")
     os.rename(tmp_path / "cloud" / "release.key", tmp_path / "backup" / "release.key")
     with cloud(tmp_path / "backup", 1) as (_, endpoint), device(tmp_path / "edge", endpoint.url) as (registry, agent):
-        with pytest.raises(ForbiddenError, match="serial 2, 4 was seen"):
+        with pytest.raises(ForbiddenError, match="serial 3, 5 was seen"):
             agent.pull()
         assert agent.memory.facts.key == key and runs(registry, 2)
 

@@ -1,10 +1,12 @@
 """Bookkeeping never stops serving: answers, health and promotions go on while a file that they do not need is locked,
 damaged, gone or cannot be written; the books go on by themselves once it is well again."""
 
+import gc
 import os
 import shutil
 import sqlite3
 import threading
+import weakref
 from contextlib import ExitStack, contextmanager
 
 import httpx
@@ -25,8 +27,9 @@ from flserving.errors import (
 )
 from flserving.experiments import controller, feedback
 from flserving.experiments.bookkeeping import Clerk
-from flserving.experiments.feedback import FILE_NAME, KEY_FILE, FeedbackStore
+from flserving.experiments.feedback import FILE_NAME, FeedbackStore
 from flserving.registry.experiment import Experiment
+from flserving.registry.forget import KEY_FILE
 from serving_models import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.timeout(120)
@@ -170,7 +173,7 @@ def test_answers_health_and_promotions_wait_for_no_feedback_store(
         assert sum(arm["rewards"] for arm in server.experiments.report("m")["arms"].values()) == 1
 
 
-OPTIONAL = (FILE_NAME, KEY_FILE, "publishing.sqlite3", "release.key", "deltas")
+OPTIONAL = (FILE_NAME, KEY_FILE, "release.key", "deltas")
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["before", "meanwhile"])
@@ -295,6 +298,34 @@ def test_a_clerk_refuses_what_is_too_much_and_piles_up_no_routine():
     with pytest.raises(ServerClosedError):
         clerk.do(int)
     assert "late" not in done
+
+
+def test_a_clerk_without_a_thread_keeps_nothing_of_what_it_refuses(monkeypatch):
+    clerk, done = Clerk(capacity=2), []
+    alive = []
+
+    class Job:
+        def __init__(self):
+            alive.append(weakref.ref(self))
+
+        def __call__(self):
+            done.append(self)
+
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        for _ in range(10):
+            with pytest.raises(OverloadedError, match="no thread can start"):
+                clerk.do(Job())
+    gc.collect()
+    assert not any(job() for job in alive), "a refused job is still in a queue"
+    assert clerk.do(lambda: 7).result(PATIENCE_S) == 7
+    clerk.close()
+    assert not done, "what was refused is not done later"
+    with pytest.raises(ServerClosedError):
+        clerk.do(int)
 
 
 # Rows that cannot be read

@@ -483,17 +483,19 @@ def test_a_version_that_is_gone_is_not_promoted_and_no_route_changes(tmp_path, r
     server.refresh()
     assert registry.change_token() == token and server._router.routes is routes
     assert {server.predict(ROW, client=f"c-{i}")["predictions"][0] for i in range(30)} == {1, 2}, "from memory"
-    monkeypatch.setattr(controller, "judge", lambda *_: Verdict("promote", "it wins"))
+    monkeypatch.setattr(controller, "judge", lambda *_, **settings: Verdict("promote", "it wins"))
     verdict = server.experiments.decide("m")
-    assert verdict.decision == "rollback" and "it wins, but m/2 is missing" in verdict.why
-    assert registry.experiment_log("m")[-1]["why"].startswith("rollback: it wins, but m/2 is missing")
+    assert verdict.decision == "rollback" and "it wins, but m/2/manifest.json cannot be opened" in verdict.why
+    assert registry.experiment_log("m")[-1]["why"].startswith(
+        "rollback: it wins, but m/2/manifest.json cannot be opened"
+    )
     assert registry.experiments("m") == {} and registry.aliases("m") == {"default": 1}
     assert server.predict(ROW, client="c")["predictions"] == [1]
     with pytest.raises(NotFoundError):
         registry.set_alias("m", "default", 9, **LOG)
     registry.set_alias("m", "default", 2, **LOG)  # the files are read where they are needed
     with Registry(tmp_path) as there, server_of(there) as restarted:
-        with pytest.raises(NotFoundError, match="version 2 does not answer: m/2 is missing"):
+        with pytest.raises(NotFoundError, match="version 2 does not answer: m/2/manifest"):
             restarted.predict(ROW)
         assert restarted.predict(ROW, version=1)["predictions"] == [1]
 

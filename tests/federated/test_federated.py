@@ -1,5 +1,6 @@
 """Federated rounds: against closed forms, against faulty clients, and against the accuracy that others reached."""
 
+import doctest
 import time
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from torch import nn
 from budget import examples
 from flserving import models
 from flserving.errors import ConfigError, InvalidInputError, InvalidModelError, ModelExecutionError, NotFoundError
-from flserving.federated import training
+from flserving.federated import aggregation, training
 from flserving.federated.aggregation import aggregate, fault
 from flserving.federated.data import Client, digits, make_clients
 from flserving.federated.rounds import STRATEGIES, publish_rounds
@@ -57,6 +58,11 @@ def accuracy(module, client, preprocessing):
 
 
 # --- closed forms ---------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_textbook_file_run():
+    result = doctest.testmod(aggregation)
+    assert result.attempted and not result.failed
 
 
 @given(seed=st.integers(0, 10_000), weights=st.lists(st.integers(1, 500), min_size=1, max_size=6))
@@ -155,6 +161,7 @@ def test_every_sample_is_used_once_an_epoch_in_a_new_order_each_time(spy):
     assert {threads for _, threads in spy} == {1}, "short steps are not shared out"
 
 
+@pytest.mark.full
 def test_the_default_training_takes_seconds():
     """20 clients, 10 rounds: 2 s of one quiet core. Processor time does not count what else the machine does, and on a
     core that is shared it is up to three times as much."""
@@ -338,6 +345,18 @@ def test_the_callers_random_state_threads_and_gradient_mode_stay():
         assert torch.equal(before, torch.get_rng_state())
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_average_of_a_round_can_be_the_callers_own():
+    def last(updates, counts):
+        seen.append(counts)
+        return updates[-1]
+
+    seen = []
+    run = train(rounds=1, average=last)
+    assert seen == [list(run.final.sample_counts.values())]
+    alone = train(rounds=1, corrupt=lambda client, _, update: update if client == FOUR[-1].id else None)
+    assert all(torch.equal(tensor, alone.final.state[name]) for name, tensor in run.final.state.items())
 
 
 def test_a_failing_callback_ends_the_training_with_its_own_error():
@@ -731,10 +750,12 @@ def check_concept_shift(seed, rounds, preprocessing=None):
     return got
 
 
+@pytest.mark.full
 def test_the_bars_for_label_skew_in_ten_rounds():
     check_label_skew(seed=0, rounds=10)
 
 
+@pytest.mark.full
 def test_the_bars_for_concept_shift_in_ten_rounds():
     check_concept_shift(seed=0, rounds=10)
 

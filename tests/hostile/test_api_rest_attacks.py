@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from flserving.api import sockets
-from flserving.api.endpoint import SPARE, _Rest, connections_at_most
+from flserving.api.endpoint import SPARE, connections_at_most
 from flserving.api.options import ApiOptions
+from flserving.api.rest.http1 import RestServer
 from rest_door import INFER, Wire, bearer, door, rows, text, two_versions
 from serving_models import PATIENCE_S, wait_until
 
@@ -42,7 +43,7 @@ def test_who_never_reads_a_large_answer_loses_its_place(number, ends):
         door(server, slow_client_s=SLOW_S, max_connections=PLACES) as endpoint,
         contextlib.ExitStack() as stack,
     ):
-        endpoint._doors._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024)  # what is accepted inherits it
+        endpoint._thread._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024)  # what is accepted inherits it
         for _ in range(PLACES):
             wire = stack.enter_context(Wire(endpoint, receive_nbytes=1024))
             wire.say(wire.head(b"Content-Length: %d" % len(body), *last) + body)
@@ -82,7 +83,7 @@ def test_silent_connections_are_counted_at_accept_and_closed(secure, pair):
         port = int(endpoint.url.rpartition(":")[2])
         before = psutil.Process().num_fds()
         attackers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(200)]
-        most = before + len(attackers) + 4 + _Rest.TOLD + 8
+        most = before + len(attackers) + 4 + RestServer.SURPLUS + 8
         for attacker in attackers:
             assert psutil.Process().num_fds() <= most
             attacker.settimeout(PATIENCE_S)

@@ -167,6 +167,7 @@ def test_our_own_client_sends_them_as_they_are(endpoint):
             assert len(client.predict(X[0], model="cifar")["predictions"]) == 1
 
 
+@pytest.mark.full
 def test_exports_and_int8_take_images(tmp_path):
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     with Registry(tmp_path) as registry:

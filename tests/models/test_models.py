@@ -192,17 +192,17 @@ def test_a_terabyte_is_refused_before_it_is_asked_for(allow_list):
 
 
 def test_building_dry_runs_once_and_a_later_change_of_the_parameters_does_not_reach_in():
-    models.architectures._checked_shapes.cache_clear()
+    models.architectures._dry_run.cache_clear()
     parameters = {"sizes": [5, 4, 3]}
     models.build("mlp", parameters)
     parameters["sizes"][0] = 6
     assert models.signature("mlp", parameters) == ((6,), (3,))
     models.build("mlp", {"sizes": (5, 4, 3)})  # a tuple is the same JSON
-    assert models.architectures._checked_shapes.cache_info().misses == 2
+    assert models.architectures._dry_run.cache_info().misses == 2
 
 
 def test_a_seed_gives_the_same_weights_and_the_dry_run_draws_nothing():
-    models.architectures._checked_shapes.cache_clear()
+    models.architectures._dry_run.cache_clear()
     built = []
     for _ in range(2):  # the first time with a dry run, the second without
         torch.manual_seed(0)

@@ -77,15 +77,14 @@ def test_serve_imports_in_every_worker(folder):
 
 def command(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "flserving", *arguments], capture_output=True, text=True, timeout=60, cwd=folder,
+        [sys.executable, "-m", "flserving", *arguments], capture_output=True, text=True, timeout=300, cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(flserving.__file__).parents[1])},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty"])
-def test_the_commands_say_what_is_wrong_with_an_import(folder, name):
+def test_the_commands_say_what_is_wrong_with_an_import(folder):
     root, _ = published(folder)
-    reason = {"nowhere": "there is no module 'nowhere'", "empty": "registers no architecture"}[name]
+    name, reason = "empty", "registers no architecture"
     served = command(folder, "serve", "--registry", str(root), "--import", name)
     assert served.returncode == 1 and reason in served.stderr and "Traceback" not in served.stderr
     device = command(

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from flserving.errors import CorruptArtifactError, InvalidModelError
 from flserving.models import weights
 
-DTYPES = list(weights._NAMES)
+DTYPES = [getattr(torch, name) for name in weights.PLAIN]
 
 shapes = st.lists(st.integers(1, 7), max_size=4)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
@@ -39,6 +40,10 @@ def packed(tensors: Any) -> bytes:
     return weights.pack(weights.frozen(tensors))
 
 
+def unpacked(image: bytes) -> dict[str, Tensor]:
+    return weights.as_tensors(weights.unpack(image, "x"))
+
+
 def file_with(header: Any, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
@@ -46,7 +51,7 @@ def file_with(header: Any, data: bytes = b"") -> bytes:
 
 @given(tensor_sets())
 def test_comes_back_bit_by_bit(tensors: dict[str, Tensor]) -> None:
-    back = weights.unpack(packed(tensors), "x")
+    back = unpacked(packed(tensors))
     assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
 
 
@@ -58,7 +63,7 @@ def test_safetensors_reads_what_pack_wrote(tensors: dict[str, Tensor]) -> None:
 
 @given(tensor_sets())
 def test_unpack_reads_what_safetensors_wrote(tensors: dict[str, Tensor]) -> None:
-    back = weights.unpack(safetensors.torch.save(tensors), "x")
+    back = unpacked(safetensors.torch.save(tensors))
     assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
 
 
@@ -73,7 +78,7 @@ def test_order_does_not_matter(tensors: dict[str, Tensor], rng: Any) -> None:
 
 @given(tensor_sets())
 def test_every_tensor_is_aligned(tensors: dict[str, Tensor]) -> None:
-    for tensor in weights.unpack(packed(tensors), "x").values():
+    for tensor in unpacked(packed(tensors)).values():
         assert tensor.data_ptr() % weights.ALIGNMENT == 0
 
 
@@ -86,14 +91,14 @@ def test_an_image_of_earlier_versions_is_read() -> None:
     }
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    back = weights.unpack(file_with(text, bytes(weights.as_bytes(tensors["b"])) + b"\1\2\3"), "x")
+    back = unpacked(file_with(text, bytes(weights.as_bytes(tensors["b"])) + b"\1\2\3"))
     assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("sizes", [(64, 10), (64, 33), (784, 512)])
 def test_a_served_layer_answers_bit_for_bit_like_the_trained_one(sizes: tuple[int, int]) -> None:
     layer, row = torch.nn.Linear(*sizes), torch.randn(1, sizes[0])
-    back = weights.unpack(packed({"odd": torch.zeros(3), **layer.state_dict()}), "x")
+    back = unpacked(packed({"odd": torch.zeros(3), **layer.state_dict()}))
     assert torch.equal(torch.nn.functional.linear(row, back["weight"], back["bias"]), layer(row))
 
 
@@ -105,7 +110,7 @@ def test_pack_takes_a_copy_and_any_layout() -> None:
     with torch.device("meta"):  # a caller's default device must not matter
         copies = weights.frozen(tensors)
     base.zero_()
-    back = weights.unpack(weights.pack(copies), "x")
+    back = unpacked(weights.pack(copies))
     assert all(torch.equal(back[name], expected[name]) for name in expected)
     assert not any(tensor.requires_grad for tensor in back.values())
 
@@ -117,6 +122,9 @@ def test_pack_takes_a_copy_and_any_layout() -> None:
         ({"__metadata__": torch.zeros(1)}, "rename"),
         ({3: torch.zeros(1)}, "rename"),
         ({"w": [1.0, 2.0]}, "w is a list"),
+        ({"w": np.zeros(2, ">f4")}, ">f4"),
+        ({"w": np.zeros(2, bool)}, "bool"),
+        ({"w": np.zeros((2, 0), np.float32)}, "not empty"),
         ({"w": torch.zeros(2, device="meta")}, "on meta"),
         ({"w": torch.zeros(0)}, "not empty"),
         ({"w": torch.zeros(2, dtype=torch.complex64)}, "complex64"),

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flserving import ModelServer, Registry, ServingConfig, models
 from flserving.api.dataplane import V2
-from flserving.api.worker import Totals
+from flserving.api.totals import Totals
 from flserving.edge import EdgeModelServer
 from flserving.errors import FlservingError, InvalidInputError
 from flserving.monitoring.metrics import BOUNDS_S, STAGES, merged
@@ -120,6 +120,7 @@ def test_the_accounts_balance_over_ten_thousand_requests(cache_bytes):
         assert sum(parts_s) <= account["seconds"]
 
 
+@pytest.mark.full
 def test_a_hundred_thousand_unknown_names_add_no_series():
     with serving(Tagged()) as server:
 
@@ -144,7 +145,7 @@ def test_both_formats_say_the_same_and_keep_the_rules_of_names():
         for i in range(30):
             server.predict(np.full((1 + i % 9, 2), i, np.float32))
         server.telemetry.refusal("rest", "Unauthorized")
-        server.telemetry.door("grpc", 0.25, 0.5)
+        server.telemetry.codec("grpc", 0.25, 0.5)
         text, openmetrics = series(server), series(server, "application/openmetrics-text; version=1.0.0")
         families = list(text_string_to_metric_families(exposition(server)[0].decode()))
     own = {key: value for key, value in text.items() if key[0].startswith("flserving_")}
@@ -217,6 +218,7 @@ def test_merged_adds_and_takes_the_latest():
     assert merged([a]) == merged([a, {}]) == a and merged([]) == {}
 
 
+@pytest.mark.full
 def test_no_counter_ever_falls_while_the_server_works():
     with serving(Tagged()) as server:
         threads, stop = Threads(), []

@@ -20,12 +20,15 @@ from flserving.api.client import Client
 from flserving.api.dataplane import V2
 from flserving.api.options import ApiOptions
 from flserving.api.rest.app import RestApp
-from flserving.errors import InvalidInputError, NotFoundError
+from flserving.errors import InvalidInputError, NotFoundError, UnauthorizedError
 from flserving.monitoring.metrics import STAGES
 from flserving.monitoring.tracing import trace
 from rest_door import text
 from serving_models import Tagged, row, serving
 
+INFER = "/v2/models/local/infer"
+ROUTE = "/v2/models/{model}/infer"
+METHOD = "inference.GRPCInferenceService/ModelInfer"
 PARENT = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
 
 
@@ -53,7 +56,8 @@ def by_parent(exporter):
         )
         for request in requests
     }
-    assert len(spans) == len(requests) + sum(map(len, inside.values())), "a span without its request"
+    calls = [span for span in spans if span.kind is otel.SpanKind.SERVER]
+    assert len(spans) == len(calls) + len(requests) + sum(map(len, inside.values())), "a span without its request"
     return requests, inside
 
 
@@ -118,6 +122,12 @@ def ids(span):
     return f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}"
 
 
+def calls_of(exporter, name=""):
+    """The spans of calls whose names end in ``name``, in order of their end."""
+    spans = [span for span in exporter.get_finished_spans() if span.kind is otel.SpanKind.SERVER]
+    return [span for span in spans if span.name.endswith(name)]
+
+
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 def test_a_w3c_header_names_the_parent_over_the_network(exporter, provider, scheme):
     with serving(Tagged()) as server, flserving.serve(server) as endpoint:
@@ -127,9 +137,61 @@ def test_a_w3c_header_names_the_parent_over_the_network(exporter, provider, sche
             with Client(url, endpoint.token) as client:
                 client._codec._headers |= parent
                 client.predict(row(1.0))
-    first, *others = by_parent(exporter)[0]
+    first, *others = calls_of(exporter, ROUTE if scheme == "http" else METHOD)
     assert ids(first) == tuple(PARENT["traceparent"].split("-")[1:3])
-    assert len(others) == 2 and all(request.parent is None for request in others)
+    assert len(others) == 2 and all(call.parent is None for call in others)
+    requests = by_parent(exporter)[0]
+    assert [request.parent.span_id for request in requests] == [call.context.span_id for call in (first, *others)]
+
+
+def test_a_call_of_rest_has_the_names_of_the_conventions_for_http_servers(exporter, provider):
+    """https://opentelemetry.io/docs/specs/semconv/http/http-spans/: the name is method and route; only 5xx are the
+    server's fault; an unknown path has no route, and its name no end."""
+    body = text(row(1.0))
+    with serving(Tagged()) as server, flserving.serve(server) as endpoint:
+        trace(server, provider)
+        with httpx.Client(base_url=endpoint.url, headers=endpoint.headers) as http:
+            http.post(f"{INFER}?secret=1", content=body)
+            http.get("/v2/models/nobody/stats")
+            http.post(INFER, content=body, headers={"authorization": "Bearer wrong"})
+            http.request("PROPFIND", "/somewhere")
+            server.close()
+            http.post(INFER, content=body)
+    common = {"url.scheme": "http", "url.path": INFER}
+    assert [(span.name, dict(span.attributes), span.status.is_ok) for span in calls_of(exporter)] == [
+        (f"POST {ROUTE}", {"http.request.method": "POST", **common, "http.route": ROUTE,
+                           "http.response.status_code": 200}, True),
+        ("GET /v2/models/{model}/stats", {"http.request.method": "GET", "url.scheme": "http",
+                                          "url.path": "/v2/models/nobody/stats",
+                                          "http.route": "/v2/models/{model}/stats",
+                                          "http.response.status_code": 404}, True),
+        (f"POST {ROUTE}", {"http.request.method": "POST", **common, "http.route": ROUTE,
+                           "http.response.status_code": 401}, True),
+        ("HTTP", {"http.request.method": "_OTHER", "url.scheme": "http", "url.path": "/somewhere",
+                  "http.response.status_code": 404}, True),
+        (f"POST {ROUTE}", {"http.request.method": "POST", **common, "http.route": ROUTE,
+                           "http.response.status_code": 503, "error.type": "503"}, False),
+    ]  # fmt: skip
+
+
+def test_a_call_of_grpc_has_the_names_of_the_conventions_for_rpc_servers(exporter, provider):
+    """https://opentelemetry.io/docs/specs/semconv/rpc/grpc/: of the codes that are not OK, six are the server's
+    fault."""
+    with serving(Tagged()) as server, flserving.serve(server) as endpoint:
+        trace(server, provider)
+        with Client(f"grpc://{endpoint.grpc_url}", endpoint.token) as client:
+            client.predict(row(1.0))
+            with pytest.raises(NotFoundError):
+                client.predict(row(1.0), version="77")
+        with Client(f"grpc://{endpoint.grpc_url}", "wrong") as client, pytest.raises(UnauthorizedError):
+            client.predict(row(1.0))
+    assert [dict(span.attributes) for span in calls_of(exporter, METHOD)] == [
+        {"rpc.system.name": "grpc", "rpc.method": METHOD, "rpc.response.status_code": code}
+        for code in ("OK", "NOT_FOUND")
+    ]
+    calls = calls_of(exporter)
+    assert calls[-1].attributes["rpc.response.status_code"] == "UNAUTHENTICATED"
+    assert all(span.status.is_ok and not span.events for span in calls), "no exception's text: it may hold the input"
 
 
 async def test_the_span_of_an_instrumented_web_server_stays_the_parent(exporter, provider):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flserving.monitoring.metrics import BOUNDS_S, STAGES, Histogram, merged, record
+from flserving.monitoring.metrics import BOUNDS_S, STAGES, Histogram, merged
 from flserving.monitoring.telemetry import _PENDING, KEEP_S, Executions, Telemetry
 from flserving.serving.engine import Execution, Prediction
 from serving_models import PATIENCE_S
@@ -23,7 +23,7 @@ from serving_models import PATIENCE_S
 
 def histogram_of(seconds: np.ndarray) -> Histogram:
     histogram = Histogram()
-    record([histogram], np.asarray(seconds, np.float64)[:, None])
+    histogram.add(np.asarray(seconds, np.float64))
     return histogram
 
 
@@ -60,7 +60,7 @@ def test_any_percentile_of_any_samples_is_right_to_two_and_a_half_percent(second
 def test_recording_in_parts_is_recording_at_once(parts):
     whole, pieces = histogram_of(np.array([s for part in parts for s in part], np.float64)), Histogram()
     for part in parts:
-        record([pieces], np.array(part, np.float64)[:, None])
+        pieces.add(np.array(part, np.float64))
     assert (whole.counts == pieces.counts).all() and (whole.count, whole.highest_s) == (pieces.count, pieces.highest_s)
     assert whole.total_s == pytest.approx(pieces.total_s)
 
@@ -93,9 +93,9 @@ def test_nothing_is_lost_or_doubled_where_pending_records_are_folded(count):
     for i in range(count):
         telemetry.success("m/1", 3, marks(i, 0.001, 0.002))
         ran(telemetry, "m/1", 2, 0.001, 0.002, 0.003)
-        telemetry.door("rest", 0.25, 0.5)
+        telemetry.codec("rest", 0.25, 0.5)
         executions.add(2, 0.001)
-    pending = (telemetry._pending, telemetry._pending_runs, telemetry._pending_doors, executions._pending)
+    pending = (telemetry._pending, telemetry._pending_runs, executions._pending)
     assert max(map(len, pending)) < _PENDING, "memory is bounded"
     for _ in range(2):  # reading changes nothing
         seen, runs = telemetry.snapshot(), executions.summary()
@@ -103,7 +103,7 @@ def test_nothing_is_lost_or_doubled_where_pending_records_are_folded(count):
         assert (runs["executions"], runs["rows"], runs["execution"]["count"]) == (count, 2 * count, count)
         assert seen["latency_total_ms"] == pytest.approx(3 * count)
         assert (seen["executions"], seen["mean_batch_rows"]) == (count, 2 * bool(count))
-        assert telemetry.totals()["doors"] == ({"rest": [count, 0.25 * count, 0.5 * count]} if count else {})
+        assert telemetry.totals()["codec"] == ({"rest": [count, 0.25 * count, 0.5 * count]} if count else {})
 
 
 class Meddler(list):
@@ -277,7 +277,7 @@ def test_totals_hold_what_the_statistics_of_a_version_need():
         "8": [2, *map(pytest.approx, (0.8, 1.6, 3.2))],
     }
     assert totals["failures"] == {"m/2": {"Overloaded": [2, 0.75]}, "": {"NotFound": [1, 0.125]}}
-    assert totals["refusals"] == {"grpc": {"Unauthorized": 2}} and totals["doors"] == {}
+    assert totals["refusals"] == {"grpc": {"Unauthorized": 2}} and totals["codec"] == {}
     ended_ago_ms = {"m/1": 7400, "m/2": 400}
     for name, ago_ms in ended_ago_ms.items():
         last_ms = totals["versions"][name]["last_inference_ms"]
@@ -306,7 +306,7 @@ def test_totals_of_processes_add_up_to_those_of_one(requests, processes):
             else:
                 telemetry.failure("InvalidInput", version, seconds)
                 telemetry.refusal("rest", "Unauthorized")
-            telemetry.door("grpc", seconds, 0.25)
+            telemetry.codec("grpc", seconds, 0.25)
     one, sums = alone.totals(), merged([telemetry.totals() for telemetry in several])
     for account in (*one["versions"].values(), *sums["versions"].values()):
         del account["last_inference_ms"]
@@ -386,7 +386,7 @@ def test_memory_is_flat_over_ten_thousand_versions():
         held = {f"m/{version}", "m/0"}
         telemetry.success(f"m/{version}", 1, marks(0.0, 0.001))
         telemetry.failure("NotFound", f"m/{version - 5}", 0.001)
-        assert len(telemetry._kept) + len(telemetry._fresh) < 200
+        assert len(telemetry._totals) + len(telemetry._fresh) < 200
         if version % 100 == 0:
             telemetry.totals()
     totals, seen = telemetry.totals(), telemetry.snapshot()

@@ -6,10 +6,11 @@ import shutil
 import httpx
 import pytest
 
-from flserving.api import worker
+from flserving.api import processes
 from flserving.api.endpoint import Endpoint
 from flserving.api.options import ApiOptions
-from flserving.api.worker import Plan, Totals, _serve
+from flserving.api.processes import Plan, _serve
+from flserving.api.totals import Totals
 from flserving.monitoring.metrics import merged
 from flserving.monitoring.prometheus import exposition
 from serving_models import Tagged, row, serving
@@ -46,7 +47,7 @@ def test_the_first_scrape_of_a_worker_shows_what_its_place_counted_before(tmp_pa
             self.close()
             raise KeyboardInterrupt  # the worker does not get any further
 
-    monkeypatch.setattr(worker, "Endpoint", Scraped)
+    monkeypatch.setattr(processes, "Endpoint", Scraped)
     told, tell = multiprocessing.Pipe(duplex=False)
     plan = Plan(registry=str(root), folder=str(tmp_path), options=ApiOptions(port=0, grpc_port=None))
     with told, tell, pytest.raises(KeyboardInterrupt):

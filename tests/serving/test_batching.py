@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from budget import examples
 from flserving.errors import OverloadedError
-from flserving.lab.simulate import simulate_batching
+from flserving.lab.queueing.simulate import simulate_batching
 from flserving.serving.batching.policy import BatchQueue, QueuedRequest
 
 POLICIES = ("work_conserving", "hold_until_full")

@@ -33,12 +33,12 @@ def test_the_defaults_are_the_stated_ones():
         "timeout_ms": 5000, "batching": "work_conserving", "max_queue_rows": 4096, "max_request_rows": 16_384,
         "cache_bytes": 2**30, "prediction_cache_bytes": 0, "prediction_cache_ttl_s": 0,
         "prediction_cache_scope": "caller",
-        "head_cache_bytes": 2**28, "unknown_client": "global_head",
+        "head_cache_bytes": 2**28, "unknown_client": "global_head", "outputs": "full", "engine": "torch",
     }  # fmt: skip
 
 
 def test_every_field_is_tested_here():
-    assert {field.name for field in dataclasses.fields(ServingConfig)} == {*BOUNDS, *CHOICES}
+    assert {field.name for field in dataclasses.fields(ServingConfig)} == {*BOUNDS, *CHOICES, "outputs"}
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -80,6 +80,7 @@ def test_counts_are_whole_python_numbers(name, value):
 CHOICES = {
     "batching": ("work_conserving", "hold_until_full"),
     "unknown_client": ("global_head", "refuse"),
+    "engine": ("torch", "numpy"),
     "prediction_cache_scope": ("caller", "shared"),
 }
 

@@ -28,7 +28,8 @@ from flserving.errors import (
     OverloadedError,
 )
 from flserving.models.processing import Postprocessor, Preprocessor
-from flserving.serving.cache import Lease, nbytes_of
+from flserving.models.weights import nbytes_of
+from flserving.serving.cache import Lease
 from flserving.serving.loader import ModuleStore, load_engine
 
 SOON_S = 100.0  # how long a thread may take before a test fails; reached only by a failure
@@ -183,6 +184,13 @@ def test_a_pinned_model_stays_and_the_coldest_unpinned_one_goes():
         assert keys(cache) == ["old", "b"]
     cache.put("c", Model())
     assert keys(cache) == ["b", "c"]
+
+
+def test_a_cache_of_which_nothing_is_said_holds_five_models_of_any_size():
+    cache = ModelCache()
+    for number in range(7):
+        cache.put(number, Model(1 << 40))
+    assert keys(cache) == [2, 3, 4, 5, 6]
 
 
 def test_a_model_leased_twice_stays_until_both_are_done():
@@ -377,6 +385,17 @@ def test_what_came_counts_and_not_what_was_told(told, came):
         assert keys(cache) == ["j"] and cache.nbytes == 10 and cache.most_bytes <= 10
 
 
+def test_a_load_that_turns_out_smaller_wakes_who_waits_for_the_rest(threads):
+    cache, read = Watched(3, max_bytes=10), threading.Event()
+    first = threads.submit(cache.load, "a", lambda: Model(read.wait(SOON_S) and 4), SOON_S, lambda: 8)
+    eventually(lambda: cache.nbytes == 8)
+    second = threads.submit(cache.load, "b", lambda: Model(6), 2 * SOON_S, lambda: 6)
+    eventually(lambda: waiters(cache) == 1)
+    read.set()
+    assert first.result(SOON_S).pins == 1, "it stays in use: nothing but its arrival frees the room"
+    assert second.result(SOON_S).nbytes == 6
+
+
 def test_a_load_that_turns_out_larger_waits_for_nobody_who_waits_for_it(threads):
     """One place: somebody waits for the load under way, which needs more bytes than it was told."""
     cache, gate = Watched(1, max_bytes=10), threading.Event()
@@ -485,6 +504,13 @@ def test_a_model_larger_than_the_budget_is_refused_and_evicts_nothing():
     assert cache.get("a").nbytes == 10 and cache.evictions == 0
 
 
+@pytest.mark.parametrize("name", ["parameters", "buffers"])
+def test_what_has_no_size_is_refused_with_words(name):
+    half_a_module = type("Odd", (), {name: lambda self: ()})()
+    with pytest.raises(ConfigError, match="cannot tell the size of a Odd"):
+        ModelCache().put("odd", half_a_module)
+
+
 def test_modules_are_measured_by_parameters_and_buffers_each_once():
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     tied = nn.Linear(4, 4)
@@ -501,7 +527,7 @@ def test_modules_are_measured_by_parameters_and_buffers_each_once():
 
 @pytest.mark.parametrize("wrong", [(0,), (-1,), (1, 0), (1, -5), (2.5,), ("3",), (True,), (float("nan"),), (1, 1e9)])
 def test_absurd_bounds_are_refused(wrong):
-    with pytest.raises(ConfigError, match=r"max_size is .*, max_bytes is .*: give integers"):
+    with pytest.raises(ConfigError, match=r"max_(size|bytes) is .*: use an integer in"):
         ModelCache(*wrong)
 
 

@@ -274,7 +274,7 @@ def test_a_kept_answer_cannot_be_changed_by_whom_it_was_given_to():
 
 @pytest.mark.parametrize("wrong", [(0,), (-1,), (1.5,), (float("nan"),), ("1",), (1, -1), (1, float("nan")), (1, "1")])
 def test_absurd_bounds_are_refused(wrong):
-    with pytest.raises(ConfigError, match=r"max_bytes is .*, ttl_s is .*: give"):
+    with pytest.raises(ConfigError, match=r"(max_bytes|ttl_s) is .*: use an? (integer|number) in"):
         PredictionCache(*wrong)
 
 
@@ -301,6 +301,13 @@ def test_one_owners_flood_pushes_out_its_own_entries_only():
         keep(cache, ("flood", 1000 + i), "flood")
     assert all(cache.begin(("quiet", i))[0] is not None for i in range(20)), "within its share, nothing went"
     assert cache.nbytes == 100 * OVERHEAD, "and the flood has the rest"
+
+
+def test_who_fills_his_share_to_the_last_byte_loses_nothing_to_who_has_more():
+    cache = PredictionCache(4 * OVERHEAD)
+    for key, owner in (("a1", "a"), ("b1", "b"), ("b2", "b"), ("b3", "b"), ("a2", "a")):
+        keep(cache, key, owner)
+    assert set(cache._entries) == {"a1", "a2", "b2", "b3"}
 
 
 @given(

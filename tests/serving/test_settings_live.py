@@ -16,6 +16,7 @@ from flserving.errors import (
     NotFoundError,
     OverloadedError,
 )
+from flserving.models.plain import NumpyModel
 from flserving.registry.heads import HeadSet
 from serving_models import Constant, Gated, Probe, Tagged, Threads, row, serving, wait_until
 
@@ -250,6 +251,22 @@ def test_unknown_client__says_what_a_client_without_a_head_gets(unknown_client):
             with pytest.raises(NotFoundError, match="no personal head"):
                 server.predict(row(1), client="c")
         assert server.predict(row(1))["model_version"] == "v1", "who names no client is not asked for a head"
+
+
+@pytest.mark.parametrize(("outputs", "shown"), [("full", 3), ("infer=label", 3), ("top-1", 1), ("label", 0)])
+def test_outputs__say_how_many_probabilities_an_answer_shows(outputs, shown):
+    with ModelServer(ServingConfig(warmup_samples=1, outputs=outputs)) as server:
+        server.load_model("v1", nn.Linear(2, 3))
+        answer = server.predict(row(1))
+        assert np.count_nonzero(answer.get("probabilities", ())) == shown
+
+
+@pytest.mark.parametrize("engine", ["torch", "numpy"])
+def test_engine__is_what_runs_a_version(engine, tmp_path):
+    with Registry(tmp_path) as registry:
+        registry.publish("m", models.tutorial_mlp(), architecture="tutorial_mlp", alias="default")
+        with ModelServer(ServingConfig(engine=engine), registry) as server, server.lease(None, "m") as loaded:
+            assert isinstance(loaded.model, NumpyModel if engine == "numpy" else nn.Module)
 
 
 @pytest.mark.parametrize("heads", [1, 16])

@@ -5,9 +5,12 @@ that were wanted fail, they do not pass. ``dependent_cells`` rather names one to
 """
 
 import ast
+import builtins
+import dis
 import symtable
 from collections.abc import Collection
 from functools import cache
+from types import CodeType
 from typing import NamedTuple
 
 from nbformat import NotebookNode
@@ -16,7 +19,7 @@ from notebook_gates import code_cells
 
 
 class Names(NamedTuple):
-    read: frozenset[str]
+    read: frozenset[str]  # before the cell binds them itself
     bound: frozenset[str]
     changed: frozenset[str]  # by assignment to a part, or by a call for its effect: server.promote(2)
     imported: frozenset[str]
@@ -26,12 +29,8 @@ class Names(NamedTuple):
 def names_in(source: str) -> Names:
     """The global names of a cell."""
     table = symtable.symtable(source, "cell", "exec")
-    symbols, scopes = table.get_symbols(), list(table.get_children())
-    read = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
-    while scopes:
-        scope = scopes.pop()
-        scopes += scope.get_children()
-        read |= {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
+    symbols = table.get_symbols()
+    read = _read_first(compile(source, "cell", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)) - vars(builtins).keys()
     changed = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
@@ -41,6 +40,20 @@ def names_in(source: str) -> Names:
     imported = {symbol.get_name() for symbol in symbols if symbol.is_imported()}
     bound = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
     return Names(*map(frozenset, (read, bound, changed, imported)))
+
+
+def _read_first(code: CodeType) -> set[str]:
+    """The global names that code reads before it binds them. Instructions stand in the order of the source; what a
+    function reads counts where the function is made."""
+    read, bound = set[str](), set[str]()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in {"LOAD_NAME", "LOAD_GLOBAL"}:
+            read |= {instruction.argval} - bound
+        elif instruction.opname == "STORE_NAME":
+            bound.add(instruction.argval)
+        elif isinstance(instruction.argval, CodeType):
+            read |= _read_first(instruction.argval) - bound
+    return read
 
 
 def _root(node: ast.expr) -> str:

@@ -5,10 +5,10 @@ import os
 import sys
 import time
 
-from flserving.api import cli, supervisor
+from flserving.api import cli, processes
 from flserving.serving.engine import InferenceEngine
 
-work, execute, warmup = supervisor.work, InferenceEngine.execute, InferenceEngine.warmup
+work, execute, warmup = processes.work, InferenceEngine.execute, InferenceEngine.warmup
 started = 0
 
 
@@ -30,13 +30,13 @@ def slow_warmup(self, *sample):
     return self.typical_s
 
 
-class Counting(supervisor.Supervisor):
+class Counting(processes.Supervisor):
     def _start(self, slot):
         global started
         started += 1
         super()._start(slot)
 
 
-supervisor.work, supervisor.Supervisor = late_work, Counting
+processes.work, processes.Supervisor = late_work, Counting
 InferenceEngine.execute, InferenceEngine.warmup = slow_execute, slow_warmup
 sys.exit(cli.main())

@@ -1,14 +1,17 @@
 """What a notebook of the course must be before it is committed, judged from the file alone."""
 
+import itertools
 import re
 from collections.abc import Iterator
 
 from nbformat import NotebookNode
 
 MAX_NBYTES = 300_000
-CELLS = (20, 35)
-CELLS_OF_00 = (10, 35)
-MAX_CODE_LINES, MAX_EXERCISE_LINES = 15, 30
+CELLS = (20, 85)
+CELLS_OF_00 = (10, 45)
+MAX_CODE_LINES, MAX_EXERCISE_LINES = 25, 30
+MAX_WORDS, MAX_COLUMNS, MIN_POINTS = 90, 88, 10
+FONT_SIZE = re.compile(r"(?:font|label)size[\"']?\s*[=:]\s*([\d.]+)")
 OPENING = ("**You build**", "**You can then**", "**You need**", "**Time**", "**Guess first")
 SHOWS_WIDGET = re.compile(r"\b(explore|Player|interact|interactive)\(")
 # A path of the machine that somebody worked on; what a web address or a longer path ends in is none
@@ -17,7 +20,8 @@ MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(work|farm|root|opt|tmp|home|Users|var
 
 def problems(notebook: NotebookNode, *, name: str, nbytes: int) -> list[str]:
     """Everything that is wrong with a stored notebook; an empty list is the aim."""
-    return [*_whole(notebook, name, nbytes), *_execution(notebook), *_cells(notebook), *_widgets(notebook)]
+    whole = _whole(notebook, name, nbytes)
+    return [*whole, *_execution(notebook), *_cells(notebook), *_sizes(notebook), *_widgets(notebook)]
 
 
 def code_cells(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
@@ -43,7 +47,9 @@ def _whole(notebook: NotebookNode, name: str, nbytes: int) -> Iterator[str]:
     if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
         yield "the first cell is not Markdown with a title"
     else:
-        yield from (f"the opening lacks {part}" for part in OPENING if part not in first.source)
+        cells = itertools.takewhile(lambda cell: cell.cell_type == "markdown", notebook.cells)
+        opening = "\n".join(cell.source for cell in cells)
+        yield from (f"the opening lacks {part}" for part in OPENING if part not in opening)
 
 
 def _execution(notebook: NotebookNode) -> Iterator[str]:
@@ -70,7 +76,25 @@ def _cells(notebook: NotebookNode) -> Iterator[str]:
             lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
             limit = MAX_EXERCISE_LINES if "nbgrader" in cell.metadata else MAX_CODE_LINES
             if len(lines) > limit:
-                yield f"cell {index} has {len(lines)} lines of code, at most {limit}: split it, or use flserving.lab"
+                yield f"cell {index} has {len(lines)} lines of code, at most {limit}: split it"
+
+
+def _sizes(notebook: NotebookNode) -> Iterator[str]:
+    """One idea a cell, which fits on the page."""
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            words = len(cell.source.split())
+            if words > MAX_WORDS:
+                yield f"cell {index} has {words} words, at most {MAX_WORDS}: say it shorter, or make two ideas of it"
+            if re.search(r"\n#+ ", cell.source):
+                yield f"cell {index} has a heading below its first line: begin a cell with it"
+        elif cell.cell_type == "code":
+            width = max(map(len, cell.source.splitlines()), default=0)
+            if width > MAX_COLUMNS:
+                yield f"cell {index} has a line of {width} characters, at most {MAX_COLUMNS}: break it"
+            sizes = [float(points) for points in FONT_SIZE.findall(cell.source)]
+            if min(sizes, default=MIN_POINTS) < MIN_POINTS:
+                yield f"cell {index} writes in {min(sizes):g} points, at least {MIN_POINTS}: draw less, or larger"
 
 
 def _widgets(notebook: NotebookNode) -> Iterator[str]:

@@ -6,17 +6,19 @@ A test remakes it and compares. The package serves the file and needs none of th
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from flserving.api.rest import openapi
-from flserving.api.rest.codec import InferRequest, InferResponse
+from flserving.api.rest.codec import InferRequest
 from flserving.api.rest.openapi import OPERATIONS, FeedbackRequest, IndexRequest, Operation, RepositoryRequest
 from flserving.edge.delta import FORMS
 from flserving.edge.release import Head, Release
 
 FILE = Path(openapi.__file__).with_name("openapi.json")
+Datatype = Literal["INT64", "FP32"]  # of what this server sends, and of what it wants
 
 
 class Error(msgspec.Struct):
@@ -26,9 +28,9 @@ class Error(msgspec.Struct):
 
 
 class Health(msgspec.Struct, omit_defaults=True):
-    live: bool | None = None
-    ready: bool | None = None
-    name: str | None = None
+    live: bool | UnsetType = UNSET
+    ready: bool | UnsetType = UNSET
+    name: str | UnsetType = UNSET
 
 
 class ServerMetadata(msgspec.Struct):
@@ -39,7 +41,7 @@ class ServerMetadata(msgspec.Struct):
 
 class TensorMetadata(msgspec.Struct):
     name: str
-    datatype: str
+    datatype: Datatype
     shape: list[int]
 
 
@@ -49,6 +51,25 @@ class ModelMetadata(msgspec.Struct):
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+    parameters: dict[str, str]  # "outputs": what answers show
+
+
+class OutputTensor(msgspec.Struct, omit_defaults=True):
+    """``data`` in row-major order, or ``binary_data_size`` (a parameter) bytes after the JSON."""
+
+    name: str
+    datatype: Datatype
+    shape: list[int]
+    data: list[float] | UnsetType = UNSET
+    parameters: dict[str, bool | int | str] | UnsetType = UNSET
+
+
+class InferResponse(msgspec.Struct, omit_defaults=True):
+    model_name: str
+    model_version: str
+    outputs: list[OutputTensor]
+    parameters: dict[str, bool | int | str]
+    id: str | UnsetType = UNSET
 
 
 class Models(msgspec.Struct):
@@ -87,13 +108,14 @@ class Counted(msgspec.Struct):
 
 class Changed(msgspec.Struct, omit_defaults=True):
     name: str
-    load: bool | None = None
-    unload: bool | None = None
+    load: bool | UnsetType = UNSET
+    unload: bool | UnsetType = UNSET
 
 
 class About(NamedTuple):
     """What the document says of an operation beside its route."""
 
+    tag: str
     summary: str
     answers: Any = None
     takes: Any = None
@@ -107,31 +129,40 @@ _NONCE = {
     "round": {"type": "integer", "minimum": 0},
     "age_s": {"type": "number", "minimum": 0},
     "by": {"type": "string", "enum": ["version"]},  # what was taken back is told in versions, not in rounds alone
+    "forgotten": {"type": "string", "enum": ["1"]},  # whether the client was forgotten is told too
 }
 _DELTA = {"base": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "form": {"type": "string", "enum": list(FORMS)}}
 ABOUT = {  # name of an operation -> what it does
-    "server_metadata": About("Name, version and extensions", ServerMetadata),
-    "live": About("Whether the process answers", Health),
-    "ready": About("Whether it can infer: 503 if not", Health),
-    "models": About("The models' names", Models),
-    "statistics": About("Counters of every version", Statistics),
-    "model_metadata": About("Inputs and outputs", ModelMetadata),
-    "model_ready": About("Whether it can infer: 503 if not", Health),
-    "model_config": About("Batching and tensors", dict[str, Any]),
-    "infer": About("Predict", InferResponse, InferRequest),
-    "feedback": About("Reward an answer's arm", Counted, FeedbackRequest),
-    "index": About("Versions, states", list[IndexEntry], IndexRequest),
-    "load": About("Load", Changed, RepositoryRequest),
-    "unload": About("Unload", Changed, RepositoryRequest),
-    "release": About("Which version to run", Release, query=_NONCE),
-    "manifest": About("A version's manifest", dict[str, Any]),
-    "weights": About("A version's weights; takes Range: bytes=N-"),
-    "delta": About("The same since a base; as resumable", query=_DELTA),
-    "head": About("The caller's own head", Head),
-    "settings": About("The server's settings", dict[str, Any]),
-    "metrics": About("Prometheus text"),
-    "document": About("This document", dict[str, Any]),
-    "page": About("This document, to read"),
+    "server_metadata": About("server", "Name, version and extensions", ServerMetadata),
+    "live": About("health", "Whether the process answers", Health),
+    "ready": About("health", "Whether it can infer: 503 if not", Health),
+    "models": About("models", "The models' names", Models),
+    "statistics": About("models", "Counters of every version", Statistics),
+    "model_metadata": About("models", "Inputs and outputs", ModelMetadata),
+    "model_ready": About("health", "Whether it can infer: 503 if not", Health),
+    "model_config": About("models", "Batching and tensors", dict[str, Any]),
+    "infer": About("inference", "Predict", InferResponse, InferRequest),
+    "feedback": About("inference", "Reward an answer's arm", Counted, FeedbackRequest),
+    "index": About("repository", "Versions, states", list[IndexEntry], IndexRequest),
+    "load": About("repository", "Load", Changed, RepositoryRequest),
+    "unload": About("repository", "Unload", Changed, RepositoryRequest),
+    "release": About("edge", "Which version to run", Release, query=_NONCE),
+    "manifest": About("edge", "A version's manifest", dict[str, Any]),
+    "weights": About("edge", "A version's weights; takes Range: bytes=N-"),
+    "delta": About("edge", "The same since a base; as resumable", query=_DELTA),
+    "head": About("edge", "The caller's own head", Head),
+    "settings": About("server", "The server's settings", dict[str, Any]),
+    "metrics": About("server", "Prometheus text"),
+    "document": About("server", "This document", dict[str, Any]),
+    "page": About("server", "This document, to read"),
+}
+_TAGS = {
+    "health": "For load balancers and probes: no credential is asked",
+    "server": "The server itself: what it offers, its settings, its metrics, this document",
+    "models": "What there is to ask, and how often it was asked",
+    "inference": "Predictions, and the rewards of experiments",
+    "repository": "Every version and its state; loading and unloading",
+    "edge": "What a device downloads to answer by itself",
 }
 _STATUSES = {
     400: "The request cannot be answered as it is",
@@ -139,11 +170,14 @@ _STATUSES = {
     403: "The credential's role, the Host or the Origin may not do this",
     404: "No such model, version or route",
     405: "The route takes another method",
+    408: "The rest of the request did not come in time",
     409: "Feedback that is late or given already, or two versions that cannot be told as a difference",
     413: "The body is over the limit",
     415: "A content type or encoding that is not read here",
     416: "The range starts behind the end",
     429: "A queue is full: try again after Retry-After seconds",
+    431: "The headers are over the limit",
+    500: "The model or the server failed",
     501: "A part of the protocol that is not offered here",
     503: "Not ready, or closed: try again after Retry-After seconds",
     504: "The deadline passed",
@@ -162,6 +196,10 @@ def document() -> dict[str, Any]:
     kinds[repr(Error)] = Error
     template = "#/components/schemas/{name}"
     schemas, components = msgspec.json.schema_components(kinds.values(), ref_template=template)
+    for schema in components.values():
+        for field in schema["properties"].values():
+            if "default" in field and field["default"] is None:
+                del field["default"]  # null here says that it may be left out: it is no array's or string's default
     schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
@@ -169,7 +207,14 @@ def document() -> dict[str, Any]:
     error = {"application/json": {"schema": schema_of[repr(Error)]}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "flserving", "version": "2", "summary": "Open Inference Protocol V2 over REST"},
+        "info": {
+            "title": "flserving",
+            "version": "2",
+            "summary": "Open Inference Protocol V2 over REST",
+            "description": "Answers of models that were trained by federated learning.",
+        },
+        "servers": [{"url": "/"}],  # below a prefix, the server says which
+        "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
         "security": [{"bearer": []}],
         "paths": paths,
         "components": {
@@ -199,6 +244,7 @@ def _entry(operation: Operation, schema_of: Mapping[str, Any]) -> dict[str, Any]
     query = [{"name": name, "in": "query", "schema": schema} for name, schema in about.query.items()]
     entry: dict[str, Any] = {
         "operationId": identity,
+        "tags": [about.tag],
         "summary": about.summary,
         "description": "No credential." if role is None else f"Role: {role.name.lower()}.",
         "security": [] if role is None else [{"bearer": []}],

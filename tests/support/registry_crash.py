@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,15 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from byte_search import search
 from flserving.errors import NotFoundError
 from flserving.models import weights
-from flserving.registry import Registry, headfile, heads, index, manifest, registry, storage, validation
+from flserving.registry import Registry, forget, headfile, heads, index, manifest, registry, storage, validation
 from flserving.registry.heads import HeadSet
 from forked import fork
 
 SIZES = [16, 32, 4]
 BIG_SIZES = [256, 512, 4]  # half a megabyte: a longer write to be killed in
-TRACED = {module.__file__ for module in (registry, storage, index, validation, weights, manifest, heads, headfile)}
+MODULES = (registry, storage, index, validation, weights, manifest, heads, headfile, forget)
+TRACED = {module.__file__ for module in MODULES}
 
 
 def tensors_of(seed: int) -> dict[str, torch.Tensor]:
@@ -81,7 +84,7 @@ def check(root: Path, known: int) -> int:
             else:
                 assert artifact.heads is not None
                 slots = np.array([artifact.heads.find(client) for client in promised.clients])
-                assert torch.equal(artifact.heads.gather(slots), torch.from_numpy(promised.weights)), f"heads {number}"
+                assert np.array_equal(artifact.heads.gather(slots), promised.weights), f"heads {number}"
         assert len(os.listdir(root / "staging")) <= 1, "leftovers of the dead were not removed"
         return len(numbers)
 
@@ -120,24 +123,31 @@ def random_instants(root: Path, kills: int, seed: int) -> dict[str, int]:
     return {"kills": kills, "interrupted": interrupted, "versions": known}
 
 
+def killer_at(line: int) -> Any:
+    """A trace function that kills this process at so many lines of the registry's code from now."""
+    left = line
+
+    def killer(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in TRACED:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return killer
+
+    return killer
+
+
 def every_line(root: Path, step: int) -> dict[str, int]:
     """Be killed at the first line of a first publish, the next time at the second line, ... until it gets through."""
     visible = {0: 0, 1: 0}
     for line in range(1, 1_000_000, step):
-        folder, left = root / str(line), line
+        folder = root / str(line)
 
-        def killer(frame: FrameType, event: str, _: object) -> Any:
-            nonlocal left
-            if frame.f_code.co_filename not in TRACED:
-                return None
-            if event == "line":
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return killer
-
-        def publish_once(folder: Path = folder) -> None:
-            sys.settrace(killer)
+        def publish_once(folder: Path = folder, line: int = line) -> None:
+            sys.settrace(killer_at(line))
             with Registry(folder) as opened:
                 publish_next(opened)
 
@@ -206,7 +216,120 @@ def together(root: Path, workers: int, turns: int) -> dict[str, Any]:
     }
 
 
-MODES = {"random": random_instants, "lines": every_line, "together": together, "open": open_together}
+GONE = "forget-me"
+
+
+def publish_named(opened: Registry, *clients: str) -> None:
+    seed = 1 + 2 * len(opened.version_numbers("m"))
+    weights = np.random.default_rng(seed).random((len(clients), SIZES[1] + 1, SIZES[2]), np.float32)
+    opened.publish(
+        "m",
+        tensors_of(seed),
+        architecture="mlp",
+        parameters={"sizes": SIZES},
+        lineage={"round": seed, "clients": clients, "sample_counts": [1] * len(clients)},
+        note=f"{clients[0]} rejected: never",
+        heads=HeadSet("head", clients, weights),
+        alias="latest",
+        who=clients[0],
+    )
+
+
+def rounds_with(opened: Registry, client: str) -> list[int]:
+    """The versions that have a head of the client; each is whole, and says of its clients what it holds."""
+    found = []
+    for number in opened.version_numbers("m"):
+        artifact = opened.read("m", number)
+        assert artifact.manifest.lineage is not None and artifact.manifest.lineage.clients is not None
+        listed = artifact.manifest.lineage.clients
+        stored = [] if artifact.heads is None else [one for one in listed if artifact.heads.take(one) is not None]
+        assert stored == list(listed) and len(listed) == (0 if artifact.heads is None else artifact.heads.num_heads)
+        found += [number] * (client in listed)
+    return found
+
+
+def forget_at_every_line(root: Path, step: int) -> dict[str, int]:
+    """Be killed at the first line of a forgetting, the next time at a later one, ... until it gets through."""
+    template = root / "template"
+    with Registry(template) as opened:
+        for clients in ((GONE, "b", "c"), ("b", GONE), (GONE,), ("b", "c")):
+            publish_named(opened, *clients)
+    seen = {True: 0, False: 0}
+    for line in range(1, 1_000_000, step):
+        folder = root / str(line)
+        shutil.copytree(template, folder)
+
+        def forget_once(folder: Path = folder, line: int = line) -> None:
+            with Registry(folder) as opened:
+                sys.settrace(killer_at(line))
+                opened.forget(GONE)
+                sys.settrace(None)
+
+        status = os.waitpid(fork(forget_once), 0)[1]
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0 and search(folder, GONE) == set()
+            return {"lines": line, "before": seen[True], "after": seen[False]}
+        with Registry(folder) as opened:
+            there = rounds_with(opened, GONE)
+            assert there in ([1, 2, 3], []), f"line {line}: half forgotten, versions {there}"
+            assert len(opened.forget_log()) == (not there), f"line {line}: log and versions came apart"
+            seen[bool(there)] += 1
+            found = opened.forget(GONE)
+            assert found.learned == {"m": [1, 3, 5]} and found.heads == {"m": [1, 2, 3]}, found
+            assert rounds_with(opened, GONE) == [] and rounds_with(opened, "b") == [1, 2, 4]
+            assert search(folder, GONE) == set(), f"line {line}: {search(folder, GONE)}"
+        shutil.rmtree(folder)
+    raise AssertionError("it never came to an end")
+
+
+def forget_together(root: Path, readers: int, turns: int) -> dict[str, Any]:
+    """Two processes forget a client after the other, one publishes, the others read: every version is whole at any
+    moment, and nobody comes back."""
+    folder = root / "registry"
+    names = [f"client-{turn:03d}" for turn in range(2 * turns)]
+    with Registry(folder) as opened:
+        publish_named(opened, "first", *names)
+        publish_named(opened, *names, "last")
+
+    def work(worker: int) -> None:
+        with Registry(folder) as opened:
+            for name in names[worker::2]:
+                opened.forget(name)
+
+    def publish() -> None:
+        with Registry(folder) as opened:
+            for _ in range(turns):
+                publish_named(opened, "first", "last")
+
+    def read(reports: Path) -> None:
+        reads = 0
+        with Registry(folder) as opened:
+            while not (root / "stop").exists():
+                rounds_with(opened, "first")
+                reads += 1
+        reports.write_text(str(reads))
+
+    reading = [fork(lambda n=n: read(root / f"{n}.reads")) for n in range(readers)]
+    writing = [fork(lambda: work(0)), fork(lambda: work(1)), fork(publish)]
+    assert [os.waitpid(pid, 0)[1] for pid in writing] == [0, 0, 0]
+    (root / "stop").touch()
+    assert [os.waitpid(pid, 0)[1] for pid in reading] == [0] * readers
+    with Registry(folder) as opened:
+        assert [rounds_with(opened, name) for name in names] == [[]] * len(names)
+        assert rounds_with(opened, "first")[0] == 1 and len(opened.version_numbers("m")) == 2 + turns
+        assert not any(search(folder, name) for name in names)
+        forgotten = len(opened.forget_log())
+    return {"reads": sum(int((root / f"{n}.reads").read_text()) for n in range(readers)), "forgotten": forgotten}
+
+
+MODES = {
+    "random": random_instants,
+    "lines": every_line,
+    "together": together,
+    "open": open_together,
+    "forget": forget_at_every_line,
+    "forget_together": forget_together,
+}
 
 
 def start(mode: str, root: Path, *numbers: int) -> dict[str, Any]:
@@ -225,6 +348,8 @@ def start(mode: str, root: Path, *numbers: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1] in ("random", "lines"):  # one publishes at a time: what is there then, the killed one left
+        storage.LEFT_AFTER_S = 0.0
     with tempfile.TemporaryDirectory() as scratch, Registry(scratch) as warm:  # forks start from a warm process
         publish_next(warm)
         warm.read("m", 1)

@@ -122,6 +122,13 @@ class Load:
         self.stop()  # also where the test has failed: its threads would take the others' processor and memory
 
 
+def listens(worker):
+    """Whether a worker listens on REST and gRPC."""
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return sum(c.status == psutil.CONN_LISTEN for c in worker.net_connections("inet")) >= 2
+    return False
+
+
 def kill_one(served):
     """Kill the first of two workers and wait for the process in its place; the other one and the new one."""
     victim, other = served.workers()

@@ -3,6 +3,7 @@
 python tests/support/store_notebooks.py notebooks/03_caching.ipynb [...]      # all of notebooks/ when none is named
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,12 +13,16 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 from notebook_gates import problems
+from slideshow import with_slides
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def stored(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """The notebook, executed in ``folder`` by this interpreter's kernel, without what only a live page can show."""
+    """The notebook, executed in ``folder`` by this interpreter's kernel, without what only a live page can show.
+
+    Each cell's metadata say what it is in a talk.
+    """
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
@@ -26,11 +31,15 @@ def stored(notebook: NotebookNode, folder: Path) -> NotebookNode:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
+            for output in cell.outputs:
+                if "text/markdown" in output.get("data", {}):  # a question, which can be read without its buttons
+                    output.data.pop(VIEW, None)
             cell.outputs = [output for output in cell.outputs if VIEW not in output.get("data", {})]
-    return notebook
+    return with_slides(notebook)
 
 
 def main() -> int:
+    os.environ["FLSERVING_STATIC"] = "1"  # each picture once, and no widgets
     root = Path(__file__).resolve().parents[2]
     paths = [Path(argument) for argument in sys.argv[1:]] or sorted((root / "notebooks").glob("*.ipynb"))
     found = 0

@@ -26,7 +26,7 @@ from flserving.api.client.transports import (
     Reply,
     RestCodec,
     RestTransport,
-    Where,
+    Version,
 )
 from flserving.errors import ConfigError, InvalidInputError, NotFoundError, ServerClosedError
 from flserving.models.processing import Preprocessor
@@ -88,29 +88,21 @@ class _Calls:
             self._codec = GrpcCodec(headers)
             self._transport = self._grpc(parts.netloc, parts.scheme == "grpcs", authority)
 
-    def _attempts(self, timeout_ms: float | None = None) -> Attempts:
+    def _attempts(self, timeout_ms: float | None = None, retries: Retries | None = None) -> Attempts:
         timeout_s = deadline_s(self.timeout_ms if timeout_ms is None else timeout_ms)
-        return Attempts(self._retries, timeout_s, self._clock)
+        return Attempts(retries or self._retries, timeout_s, self._clock)
 
-    def _one_attempt(self) -> Attempts:
-        return Attempts(Retries(attempts=1), self.timeout_ms / 1e3, self._clock)
-
-    def _inference(self, features: Any, where: Where, stages: bool, personal: bool) -> Callable[[float], Call]:
+    def _inference(self, model: str, version: Version, features: Any, **flags: bool) -> Callable[[float], Call]:
         """The call as a function of the seconds that are left: the server is told its deadline."""
         rows = Preprocessor.rows_of_any_shape(features)
-        parameters = dict[str, Any]()
-        model, version = where
-        if version is not None and not version.isdecimal():
-            parameters["alias"] = version
+        parameters: dict[str, Any] = {name: True for name, wanted in flags.items() if wanted}
+        if version is not None and not str(version).isdecimal():
+            parameters["alias"] = str(version)
             version = None
-        if stages:
-            parameters["stages"] = True
-        if personal:
-            parameters["personal"] = True
 
         def call(left_s: float) -> Call:
             timeout_us = max(1, int(left_s * 1e6))
-            return self._codec.infer((model, version), rows, {**parameters, "timeout": timeout_us})
+            return self._codec.infer(model, version, rows, parameters | {"timeout": timeout_us})
 
         return call
 
@@ -131,12 +123,7 @@ class _Calls:
         return f"<{type(self).__name__} {self.url}>"
 
 
-def _where(model: str | None, version: str | int | None) -> Where | None:
-    return None if model is None else (model, _text(version))
-
-
-def _text(version: str | int | None) -> str | None:
-    return None if version is None else str(version)
+_ONCE = Retries(attempts=1)
 
 
 class Client(_Calls):
@@ -166,8 +153,8 @@ class Client(_Calls):
             personal: Ask for the private answers of the client that the token names.
         """
         attempts = self._attempts(timeout_ms)
-        where = (self._named(model, attempts), _text(version))
-        call = self._inference(features, where, stages=stages, personal=personal)
+        name = self._named(model, attempts)
+        call = self._inference(name, version, features, stages=stages, personal=personal)
         return self._codec.read_infer(self._send(call, attempts), arrays)
 
     def feedback(
@@ -183,23 +170,24 @@ class Client(_Calls):
     def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
         """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
         try:
-            answer = self._read(self._codec.ready(_where(model, version)), self._one_attempt())
+            call = self._codec.about("ready", model, version)
+            answer = self._read(call, self._attempts(retries=_ONCE))
         except (ServerClosedError, TimeoutError):
             return False
         return bool(answer["ready"])
 
     def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
         """Name, version and extensions of the server; of a model its versions, inputs and outputs."""
-        return dict(self._read(self._codec.metadata(_where(model, version)), self._attempts()))
+        return dict(self._read(self._codec.about("metadata", model, version)))
 
     def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
         """Counters of each version: requests, rows, executions, nanoseconds by stage."""
-        answer = self._read(self._codec.statistics(_where(model, version)), self._attempts())
+        answer = self._read(self._codec.about("statistics", model, version))
         return list(answer["model_stats"])
 
     def models(self) -> list[dict[str, Any]]:
         """Every version of every model: ``name``, ``version``, ``state``, ``reason``."""
-        return list(self._read(self._codec.models(), self._attempts()))
+        return list(self._read(self._codec.models()))
 
     def close(self) -> None:
         """Let go of the connections. Idempotent."""
@@ -216,8 +204,9 @@ class Client(_Calls):
             return model
         return self._default or self._first(self._read(self._codec.models(), attempts))
 
-    def _read(self, call: Call, attempts: Attempts) -> Any:
-        return self._codec.read(call.path, self._send(lambda _: call, attempts))
+    def _read(self, call: Call, attempts: Attempts | None = None) -> Any:
+        reply = self._send(lambda _: call, attempts or self._attempts())
+        return self._codec.read(call.path, reply)
 
     def _send(self, call: Callable[[float], Call], attempts: Attempts) -> Reply:
         sleep = self._sleep or time.sleep
@@ -243,8 +232,8 @@ class AsyncClient(_Calls):
                       personal: bool = False) -> dict[str, Any]:  # fmt: skip
         """See :meth:`Client.predict`."""
         attempts = self._attempts(timeout_ms)
-        where = (await self._named(model, attempts), _text(version))
-        call = self._inference(features, where, stages=stages, personal=personal)
+        name = await self._named(model, attempts)
+        call = self._inference(name, version, features, stages=stages, personal=personal)
         return self._codec.read_infer(await self._send(call, attempts), arrays)
 
     async def feedback(
@@ -257,23 +246,24 @@ class AsyncClient(_Calls):
     async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
         """See :meth:`Client.ready`."""
         try:
-            answer = await self._read(self._codec.ready(_where(model, version)), self._one_attempt())
+            call = self._codec.about("ready", model, version)
+            answer = await self._read(call, self._attempts(retries=_ONCE))
         except (ServerClosedError, TimeoutError):
             return False
         return bool(answer["ready"])
 
     async def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
         """See :meth:`Client.metadata`."""
-        return dict(await self._read(self._codec.metadata(_where(model, version)), self._attempts()))
+        return dict(await self._read(self._codec.about("metadata", model, version)))
 
     async def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
         """See :meth:`Client.statistics`."""
-        answer = await self._read(self._codec.statistics(_where(model, version)), self._attempts())
+        answer = await self._read(self._codec.about("statistics", model, version))
         return list(answer["model_stats"])
 
     async def models(self) -> list[dict[str, Any]]:
         """See :meth:`Client.models`."""
-        return list(await self._read(self._codec.models(), self._attempts()))
+        return list(await self._read(self._codec.models()))
 
     async def close(self) -> None:
         """Let go of the connections. Idempotent."""
@@ -290,8 +280,9 @@ class AsyncClient(_Calls):
             return model
         return self._default or self._first(await self._read(self._codec.models(), attempts))
 
-    async def _read(self, call: Call, attempts: Attempts) -> Any:
-        return self._codec.read(call.path, await self._send(lambda _: call, attempts))
+    async def _read(self, call: Call, attempts: Attempts | None = None) -> Any:
+        reply = await self._send(lambda _: call, attempts or self._attempts())
+        return self._codec.read(call.path, reply)
 
     async def _send(self, call: Callable[[float], Call], attempts: Attempts) -> Reply:
         sleep = self._sleep or asyncio.sleep

@@ -4,12 +4,11 @@ Full jitter: M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog
 proposal A6 (retry throttling): many clients that all retry would triple the load of a server that is overloaded.
 """
 
-import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from flserving.errors import ConfigError, DeadlineExceededError, FlservingError
+from flserving.errors import DeadlineExceededError, FlservingError, check_number
 
 
 class Refused(Exception):
@@ -17,7 +16,9 @@ class Refused(Exception):
 
     def __init__(self, error: FlservingError, again: bool, after_s: float = 0.0) -> None:
         super().__init__(str(error))
-        self.error, self.again, self.after_s = error, again, after_s
+        self.error = error
+        self.again = again
+        self.after_s = after_s
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,9 +43,7 @@ class Retries:
 
     def __post_init__(self) -> None:
         for name, low in (("attempts", 1), ("base_s", 0), ("longest_s", 0), ("budget", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
-                raise ConfigError(f"{name} is {value!r}: it must be a number from {low} on")
+            check_number(name, getattr(self, name), low, 1e15)
         self.left = self.budget
 
     def wait_s(self, failures: int) -> float:
@@ -56,12 +55,16 @@ class Attempts:
     """The attempts of one call. ``left_s`` before each, then ``succeeded`` or ``failed``."""
 
     def __init__(self, retries: Retries, timeout_s: float, clock: Callable[[], float]) -> None:
-        self._retries, self._clock, self._failures = retries, clock, 0
-        self._timeout_s, self._deadline_s = timeout_s, clock() + timeout_s
+        self._retries = retries
+        self._clock = clock
+        self._failures = 0
+        self._timeout_s = timeout_s
+        self._deadline_s = clock() + timeout_s
 
     def left_s(self) -> float:
         """Seconds to the deadline. Raises DeadlineExceededError when there are none."""
-        if (left := self._deadline_s - self._clock()) <= 0:
+        left = self._deadline_s - self._clock()
+        if left <= 0:
             raise DeadlineExceededError(f"no answer within {self._timeout_s * 1e3:.0f} ms: raise timeout_ms")
         return left
 

@@ -7,11 +7,12 @@ leaves here as :class:`Refused` around an error of the package's own tree.
 
 import contextlib
 import functools
+import importlib
 import json
 import ssl
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import anyio
@@ -19,7 +20,7 @@ import httpx
 import numpy as np
 
 from flserving.api.client.retries import Refused
-from flserving.api.dataplane import TOLD
+from flserving.api.dataplane import ANSWER_PARAMETERS
 from flserving.errors import (
     BY_REASON,
     REASON,
@@ -28,7 +29,7 @@ from flserving.errors import (
     OverloadedError,
     ServerClosedError,
     TooLargeError,
-    kind_of,
+    answered,
 )
 from flserving.models.processing import Floats
 
@@ -37,8 +38,12 @@ MAX_ANSWER_NBYTES = 1 << 28
 
 _DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}  # of every output
 _LENGTH = "inference-header-content-length"
-Where = tuple[str, str | None]
-"""(model, version)."""
+_ABOUT = {  # what is asked -> the route of the server, the end of a model's route
+    "metadata": ("/v2", ""),
+    "ready": ("/v2/health/ready", "/ready"),
+    "statistics": ("/v2/models/stats", "/stats"),
+}
+Version = str | int | None
 
 
 class Call(NamedTuple):
@@ -56,13 +61,6 @@ class Reply(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class Transport(Protocol):
-    """Blocking; the awaiting one has coroutines of the same names."""
-
-    def send(self, call: Call, timeout_s: float) -> Reply: ...
-    def close(self) -> None: ...
-
-
 # Codecs: calls as bytes, bytes as answers
 
 
@@ -72,7 +70,7 @@ class RestCodec:
     def __init__(self, headers: Mapping[str, str]) -> None:
         self._headers = dict(headers)
 
-    def infer(self, where: Where, rows: Floats, parameters: Mapping[str, Any]) -> Call:
+    def infer(self, model: str, version: Version, rows: Floats, parameters: Mapping[str, Any]) -> Call:
         """A prediction for ``rows``, float32 [N, ...]."""
         data = rows.astype("<f4", copy=False).tobytes()
         tensor = {
@@ -83,7 +81,7 @@ class RestCodec:
         }
         head = json.dumps({"inputs": [tensor], "parameters": {**parameters, "binary_data_output": True}}).encode()
         headers = {"content-type": "application/octet-stream", _LENGTH: str(len(head))}
-        return Call(self._path(where) + "/infer", head + data, self._headers | headers)
+        return Call(self._path(model, version) + "/infer", head + data, self._headers | headers)
 
     def read_infer(self, reply: Reply, arrays: bool) -> dict[str, Any]:
         """The answer to ``infer``, with the keys of the server's own."""
@@ -100,21 +98,18 @@ class RestCodec:
         except (KeyError, TypeError, ValueError) as error:
             raise FlservingError(f"an answer that is not of the protocol's binary form ({error!r})") from error
 
-    def metadata(self, where: Where | None) -> Call:
-        return self._get("/v2" if where is None else self._path(where))
-
-    def ready(self, where: Where | None) -> Call:
-        return self._get("/v2/health/ready" if where is None else self._path(where) + "/ready")
-
-    def statistics(self, where: Where | None) -> Call:
-        return self._get("/v2/models/stats" if where is None else self._path(where) + "/stats")
+    def about(self, what: str, model: str | None, version: Version) -> Call:
+        """``what`` ("metadata", "ready" or "statistics") of a model, None: of the server."""
+        of_server, of_model = _ABOUT[what]
+        path = of_server if model is None else self._path(model, version) + of_model
+        return Call(path, None, self._headers)
 
     def models(self) -> Call:
         return Call("/v2/repository/index", b"", self._headers)
 
     def feedback(self, model: str, receipt: str, reward: float) -> Call:
         body = json.dumps({"receipt": receipt, "reward": reward}).encode()
-        return Call(self._path((model, None)) + "/feedback", body, self._headers)
+        return Call(self._path(model) + "/feedback", body, self._headers)
 
     def read(self, path: str, reply: Reply) -> Any:
         """The answer to any other call, whose path says which."""
@@ -123,14 +118,9 @@ class RestCodec:
         except ValueError as error:
             raise FlservingError(f"the answer to {path} is not JSON: is that a server of flserving?") from error
 
-    def _get(self, path: str) -> Call:
-        return Call(path, None, self._headers)
-
-    @staticmethod
-    def _path(where: Where) -> str:
-        model, version = where
+    def _path(self, model: str, version: Version = None) -> str:
         path = f"/v2/models/{quote(model, safe='')}"
-        return path if version is None else f"{path}/versions/{quote(version, safe='')}"
+        return path if version is None else f"{path}/versions/{quote(str(version), safe='')}"
 
 
 class GrpcCodec:
@@ -142,9 +132,9 @@ class GrpcCodec:
         self._messages = codec
         self._headers = dict(headers)
 
-    def infer(self, where: Where, rows: Floats, parameters: Mapping[str, Any]) -> Call:
+    def infer(self, model: str, version: Version, rows: Floats, parameters: Mapping[str, Any]) -> Call:
         """A prediction for ``rows``, float32 [N, ...]."""
-        request = self._messages.InferRequest(model_name=where[0], model_version=where[1] or "")
+        request = self._messages.InferRequest(model_name=model, model_version=_text(version))
         request.inputs.add(name="features", datatype="FP32", shape=rows.shape)
         for name, value in parameters.items():
             if isinstance(value, bool):
@@ -154,7 +144,7 @@ class GrpcCodec:
             else:
                 request.parameters[name].string_param = value
         request.raw_input_contents.append(rows.astype("<f4", copy=False).tobytes())
-        return self._call("ModelInfer", request)
+        return self._sent("ModelInfer", request)
 
     def read_infer(self, reply: Reply, arrays: bool) -> dict[str, Any]:
         """The answer to ``infer``, with the keys of the server's own."""
@@ -168,17 +158,16 @@ class GrpcCodec:
         parameters = self._messages.parameters(message.parameters)
         return _answer(outputs, parameters, message.model_version, arrays)
 
-    def metadata(self, where: Where | None) -> Call:
-        return self._about("ServerMetadata" if where is None else "ModelMetadata", where)
-
-    def ready(self, where: Where | None) -> Call:
-        return self._about("ServerReady" if where is None else "ModelReady", where)
-
-    def statistics(self, where: Where | None) -> Call:
-        return self._about("ModelStatistics", where)
+    def about(self, what: str, model: str | None, version: Version) -> Call:
+        """``what`` ("metadata", "ready" or "statistics") of a model, None: of the server."""
+        if model is not None:
+            return self._call(f"Model{what.capitalize()}", name=model, version=_text(version))
+        if what == "statistics":  # of all models
+            return self._call("ModelStatistics")
+        return self._call(f"Server{what.capitalize()}")
 
     def models(self) -> Call:
-        return self._about("RepositoryIndex", None)
+        return self._call("RepositoryIndex")
 
     def feedback(self, model: str, receipt: str, reward: float) -> Call:
         kind = self._messages.message("flserving.FeedbackRequest")
@@ -192,14 +181,15 @@ class GrpcCodec:
         fields = _plain(self._messages.decode(kind, reply.body))
         return fields["models"] if method == "RepositoryIndex" else fields
 
-    def _about(self, method: str, where: Where | None) -> Call:
-        kind = self._messages.message(f"inference.{method}Request")
-        if where is None:
-            return self._call(method, kind())
-        return self._call(method, kind(name=where[0], version=where[1] or ""))
+    def _call(self, method: str, **fields: str) -> Call:
+        return self._sent(method, self._messages.message(f"inference.{method}Request")(**fields))
 
-    def _call(self, method: str, message: Any) -> Call:
+    def _sent(self, method: str, message: Any) -> Call:
         return Call(f"/{self._messages.SERVICE}/{method}", message.SerializeToString(), self._headers)
+
+
+def _text(version: Version) -> str:
+    return "" if version is None else str(version)
 
 
 def _answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: str, arrays: bool) -> dict[str, Any]:
@@ -207,7 +197,7 @@ def _answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: 
     result["latency_ms"] = parameters.get("latency_us", 0) / 1e3
     result["model_version"] = version
     result["model_type"] = parameters.get("model_type", "global")
-    result |= {name: parameters[name] for name in TOLD if name in parameters}
+    result |= {name: parameters[name] for name in ANSWER_PARAMETERS if name in parameters}
     stages = {
         name.removeprefix("stage_").removesuffix("_us"): us / 1e3
         for name, us in parameters.items()
@@ -302,11 +292,8 @@ def _add(body: bytearray, chunk: bytes) -> None:
 def _reply(response: httpx.Response, body: bytes) -> Reply:
     if response.status_code == 200:
         return Reply(body, response.headers)
-    try:
-        text = str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError, RecursionError):  # another protocol's server, or a proxy
-        text = f"status {response.status_code}"
-    raise _refusal(kind_of(response.status_code), text, response.headers)
+    error = answered(response.status_code, body)
+    raise _refusal(type(error), str(error), response.headers)
 
 
 @contextlib.contextmanager
@@ -377,14 +364,6 @@ _CHANNEL = {
 }
 
 
-def _channel(kind: Any, target: str, secure: bool, authority: bytes | None) -> Any:
-    import grpc  # a client of REST does not load it
-
-    if not secure:
-        return kind.insecure_channel(target, list(_CHANNEL.items()))
-    return kind.secure_channel(target, grpc.ssl_channel_credentials(authority), list(_CHANNEL.items()))
-
-
 def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
     code = error.code().name
     trailing: Iterable[tuple[str, Any]] = error.trailing_metadata() or ()
@@ -399,43 +378,48 @@ def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
     return _refusal(kind, text if REASON in headers else f"{where}: {text}", headers, again=code == "UNAVAILABLE")
 
 
-class GrpcTransport:
-    """gRPC, blocking: one connection, shared between threads."""
+class _Channel:
+    """One connection, shared by all calls."""
+
+    _module = "grpc"
 
     def __init__(self, target: str, secure: bool, authority: bytes | None) -> None:
-        import grpc
+        import grpc  # a client of REST does not load it
 
+        module = importlib.import_module(self._module)
+        options = list(_CHANNEL.items())
         self._target = target
         self._error = grpc.RpcError
-        self._channel = _channel(grpc, target, secure, authority)
+        if secure:
+            credentials = grpc.ssl_channel_credentials(authority)
+            self._channel = module.secure_channel(target, credentials, options)
+        else:
+            self._channel = module.insecure_channel(target, options)
+
+    def close(self) -> Any:
+        """Close the connection; a coroutine where the channel has one."""
+        return self._channel.close()
+
+
+class GrpcTransport(_Channel):
+    """gRPC, blocking."""
 
     def send(self, call: Call, timeout_s: float) -> Reply:
-        method = self._channel.unary_unary(call.path, None, None)
+        method = self._channel.unary_unary(call.path)
         try:
             return Reply(method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
         except self._error as error:
             raise _grpc_refusal(self._target, error, timeout_s) from error
 
-    def close(self) -> None:
-        self._channel.close()
 
-
-class AsyncGrpcTransport:
+class AsyncGrpcTransport(_Channel):
     """gRPC, awaiting."""
 
-    def __init__(self, target: str, secure: bool, authority: bytes | None) -> None:
-        import grpc.aio
-
-        self._target = target
-        self._error = grpc.aio.AioRpcError
-        self._channel = _channel(grpc.aio, target, secure, authority)
+    _module = "grpc.aio"
 
     async def send(self, call: Call, timeout_s: float) -> Reply:
-        method = self._channel.unary_unary(call.path, None, None)
+        method = self._channel.unary_unary(call.path)
         try:
             return Reply(await method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
         except self._error as error:
             raise _grpc_refusal(self._target, error, timeout_s) from error
-
-    async def close(self) -> None:
-        await self._channel.close()

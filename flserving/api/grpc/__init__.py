@@ -1,1 +1,4 @@
-"""gRPC by the Open Inference Protocol: the methods (``service.py``), messages <-> arrays (``codec.py``), the server."""
+"""gRPC: ``codec.py`` reads and writes its messages, ``service.py`` has the methods, ``server.py`` the limits.
+
+The messages come from ``descriptors.binpb``, which ``protoc`` made of the protocol's ``.proto`` files.
+"""

@@ -18,21 +18,23 @@ from numpy.typing import NDArray
 from flserving.api.rest.codec import DTYPES, NAMES, from_raw, too_long
 from flserving.errors import InvalidInputError, NotSupportedError
 
-SERVICE, HEALTH = "inference.GRPCInferenceService", "grpc.health.v1.Health"
+SERVICE = "inference.GRPCInferenceService"
+HEALTH = "grpc.health.v1.Health"
 EXPERIMENTS = "flserving.Experiments"
-_POOL = descriptor_pool.DescriptorPool()
+POOL = descriptor_pool.DescriptorPool()
 for _file in descriptor_pb2.FileDescriptorSet.FromString(
     resources.files(__package__).joinpath("descriptors.binpb").read_bytes()
 ).file:
-    _POOL.AddSerializedFile(_file.SerializeToString())
+    POOL.AddSerializedFile(_file.SerializeToString())
 
 
 def message(name: str) -> Any:
     """The class of a message, by its full name ("inference.ModelInferRequest")."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))
+    return message_factory.GetMessageClass(POOL.FindMessageTypeByName(name))
 
 
-InferRequest, InferResponse = message("inference.ModelInferRequest"), message("inference.ModelInferResponse")
+InferRequest = message("inference.ModelInferRequest")
+InferResponse = message("inference.ModelInferResponse")
 
 _CONTENTS = {  # datatype -> the field of typed contents; FP16 and BF16 have none
     "BOOL": "bool_contents",
@@ -43,8 +45,10 @@ _CONTENTS = {  # datatype -> the field of typed contents; FP16 and BF16 have non
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
 }
-_MOST_OUTPUTS, _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 32, 1 << 40  # what no caller means, and only costs time
-
+# What no caller means, and only costs time:
+_MOST_OUTPUTS = 64
+_MOST_DIMENSIONS = 32
+_MOST_ELEMENTS = 1 << 40
 
 _SHORT = 64 << 10  # bytes that hold too few fields to take long
 _FIELD_COST = 64  # what a field takes to read, and to be counted here, in numbers
@@ -135,9 +139,11 @@ def inputs(request: Any) -> dict[str, NDArray[Any]]:
     Raises:
         InvalidInputError: A tensor's name, type, shape and data do not fit together.
     """
-    raw, tensors = request.raw_input_contents, dict[str, NDArray[Any]]()
+    raw = request.raw_input_contents
+    tensors: dict[str, NDArray[Any]] = {}
     for place, tensor in enumerate(request.inputs):
-        name, shape = tensor.name, list(tensor.shape)
+        name = tensor.name
+        shape = list(tensor.shape)
         if name in tensors:
             raise InvalidInputError(f"input {name!r} is there twice: send each once")
         _check_shape(name, shape)
@@ -169,25 +175,30 @@ def _check_shape(name: str, shape: list[int]) -> None:
 
 def _from_contents(tensor: Any, shape: list[int]) -> NDArray[Any]:
     """An input whose numbers are in its typed contents."""
-    name, datatype, count = tensor.name, tensor.datatype, math.prod(shape)
-    filled = [found.name for found, _ in tensor.contents.ListFields()]
-    field, dtype = _CONTENTS.get(datatype), DTYPES.get(datatype)
-    if field is None or dtype is None:
+    name = tensor.name
+    datatype = tensor.datatype
+    count = math.prod(shape)
+    field = _CONTENTS.get(datatype)
+    if field is None:
         hint = "send it raw" if datatype in ("FP16", "BF16") else f"send one of {', '.join(_CONTENTS)}"
         raise InvalidInputError(f"input {name!r} has datatype {datatype[:32]!r}, which has no typed contents: {hint}")
-    if wrong := [other for other in filled if other != field]:
-        raise InvalidInputError(f"input {name!r} is {datatype} with {wrong[0]}: fill {field}")
+    for other, _ in tensor.contents.ListFields():
+        if other.name != field:
+            raise InvalidInputError(f"input {name!r} is {datatype} with {other.name}: fill {field}")
     values = getattr(tensor.contents, field)
     if len(values) != count:
-        problem = f"has {len(values)} values in {field}" if filled else "has no data"
+        problem = f"has {len(values)} values in {field}" if values else "has no data"
         raise InvalidInputError(
             f"input {name!r} {problem}: shape {shape} needs {count}, in {field} or in raw_input_contents"
         )
+    dtype = DTYPES[datatype]
     if dtype.kind not in "iu" or dtype.itemsize >= 4:  # as wide as the field itself
         return np.fromiter(values, dtype, count).reshape(shape)
-    wide, limits = np.fromiter(values, np.int64, count), np.iinfo(dtype)
-    if (wrong_values := wide[(wide < limits.min) | (wide > limits.max)]).size:
-        raise InvalidInputError(f"input {name!r} holds {wrong_values[0]}: {datatype} is {limits.min} to {limits.max}")
+    wide = np.fromiter(values, np.int64, count)
+    limits = np.iinfo(dtype)
+    wrong = wide[(wide < limits.min) | (wide > limits.max)]
+    if wrong.size:
+        raise InvalidInputError(f"input {name!r} holds {wrong[0]}: {datatype} is {limits.min} to {limits.max}")
     return wide.astype(dtype).reshape(shape)
 
 

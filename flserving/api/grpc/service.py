@@ -1,4 +1,4 @@
-"""The methods of gRPC: the Open Inference Protocol V2, grpc.health.v1 and feedback, over the same operations as REST.
+"""The methods of gRPC: the Open Inference Protocol V2, health, feedback, reflection; over the same operations as REST.
 
 They take and give bytes, so that a message which cannot be read is answered with INVALID_ARGUMENT and a reason. They
 are registered as methods that read a stream, which looks the same on the wire: so the credential in a call's headers
@@ -17,9 +17,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from flserving.api.auth import Role, Tokens
+from flserving.api.auth import Identity, Role, Tokens
 from flserving.api.dataplane import V2, Call, unnamed
-from flserving.api.grpc import codec
+from flserving.api.grpc import codec, reflection
 from flserving.api.options import ApiOptions
 from flserving.errors import (
     REASON,
@@ -31,12 +31,10 @@ from flserving.errors import (
     OverloadedError,
     ServerClosedError,
 )
-from flserving.monitoring.rejections import Refusals
+from flserving.monitoring.telemetry import Exchange, Refusals
 
 _LOG = logging.getLogger(__name__)
-_LONGEST_DETAIL = (
-    600  # characters, of up to 12 bytes on the wire: clients refuse 8 KiB of trailers, and hide the reason
-)
+_LONGEST_DETAIL = 600  # characters of up to 12 bytes on the wire: clients refuse 8 KiB of trailers
 _LONGEST_WAIT_S = 3600.0  # a deadline beyond the longest timeout is none
 MOST_WATCHERS = 64  # they need no credential
 MOST_STRANGERS = 4  # calls without a credential whose message is still to come: each may hold a message's size
@@ -64,26 +62,50 @@ class Service:
         """Handlers by service and method."""
         v2 = self._v2
         # method -> (least role, None: no credential is asked; its answer, by the names of the JSON fields)
-        plain: dict[str, tuple[Role | None, Callable[[Any], Mapping[str, Any]]]] = {
-            "ServerLive": (None, lambda r: {"live": True}),
-            "ServerReady": (None, lambda r: {"ready": v2.ready()}),
-            "ModelReady": (None, lambda r: {"ready": v2.model_ready(r.name, r.version or None)}),
-            "ServerMetadata": (Role.READ, lambda r: v2.server_metadata()),
-            "ModelMetadata": (Role.READ, lambda r: v2.model_metadata(r.name, r.version or None)),
-            "ModelConfig": (Role.READ, lambda r: {"config": v2.model_config(r.name, r.version or None)}),
-            "ModelStatistics": (Role.READ, lambda r: v2.statistics(r.name or None, r.version or None)),
-            "RepositoryIndex": (Role.READ, lambda r: {"models": v2.index(_only_repository(r).ready)}),
+        plain: dict[str, tuple[Role | None, Callable[[Any, Any], Mapping[str, Any]]]] = {
+            "ServerLive": (None, lambda r, who: {"live": True}),
+            "ServerReady": (None, lambda r, who: {"ready": v2.ready()}),
+            "ModelReady": (None, lambda r, who: {"ready": v2.model_ready(r.name, r.version or None)}),
+            "ServerMetadata": (Role.READ, lambda r, who: v2.server_metadata()),
+            "ModelMetadata": (Role.READ, lambda r, who: v2.model_metadata(who, r.name, r.version or None)),
+            "ModelConfig": (Role.READ, lambda r, who: {"config": v2.model_config(who, r.name, r.version or None)}),
+            "ModelStatistics": (Role.READ, lambda r, who: v2.statistics(r.name or None, r.version or None)),
+            "RepositoryIndex": (Role.READ, lambda r, who: {"models": v2.index(_only_repository(r).ready)}),
         }
         inference = {name: self._plain(name, role, answer) for name, (role, answer) in plain.items()}
-        inference["ModelInfer"] = grpc.stream_unary_rpc_method_handler(_guarded(self._infer))
+        inference["ModelInfer"] = self._guarded(codec.SERVICE, "ModelInfer", self._infer)
         inference["RepositoryModelLoad"] = self._administer("RepositoryModelLoad", v2.load, "isLoaded")
         inference["RepositoryModelUnload"] = self._administer("RepositoryModelUnload", v2.unload, "isUnloaded")
         health = {
-            "Check": grpc.stream_unary_rpc_method_handler(_guarded(self._health)),
+            "Check": self._guarded(codec.HEALTH, "Check", self._health),
             "Watch": grpc.stream_stream_rpc_method_handler(self._watch),
         }
-        feedback = {"Feedback": grpc.stream_unary_rpc_method_handler(_guarded(self._feedback))}
-        return {codec.SERVICE: inference, codec.HEALTH: health, codec.EXPERIMENTS: feedback}
+        feedback = {"Feedback": self._guarded(codec.EXPERIMENTS, "Feedback", self._feedback)}
+        reflected = {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(self._reflect)}
+        return {
+            codec.SERVICE: inference,
+            codec.HEALTH: health,
+            codec.EXPERIMENTS: feedback,
+            **dict.fromkeys(reflection.SERVICES, reflected),
+        }
+
+    def _guarded(self, service: str, method: str, call: Callable[[Any], Awaitable[bytes]]) -> Any:
+        """The handler for ``call``."""
+
+        async def guarded(messages: Any, context: Any) -> bytes:
+            if not self._telemetry.watchers:
+                return await _answered(context, call)
+            exchange = Exchange("grpc", f"{service}/{method}", context.invocation_metadata())
+            with self._telemetry.watched(exchange):
+                try:
+                    reply = await _answered(context, call)
+                    exchange.status = "OK"
+                except BaseException:
+                    exchange.status = getattr(context.code(), "name", "CANCELLED")  # 0 where nothing has set one
+                    raise
+            return reply
+
+        return grpc.stream_unary_rpc_method_handler(guarded)
 
     async def _message(self, context: Any, known: bool) -> bytes:
         """The one message of a call.
@@ -96,6 +118,13 @@ class Service:
             DeadlineExceededError: It did not come in time. OverloadedError: Newer strangers came before it did.
             InvalidInputError: None came.
         """
+        body = await self._next(context, known)
+        if body is grpc.aio.EOF:
+            raise InvalidInputError("the call ended without a message: send one")
+        return body  # type: ignore[no-any-return]
+
+    async def _next(self, context: Any, known: bool) -> Any:
+        """:meth:`_message`, or grpc's EOF."""
         clock = asyncio.timeout(self._options.slow_client_s)
         try:
             async with clock:
@@ -103,7 +132,7 @@ class Service:
                     self._strangers.append(clock)
                     if len(self._strangers) > MOST_STRANGERS:
                         self._strangers.pop(0).reschedule(0.0)
-                body = await context.read()
+                return await context.read()
         except TimeoutError:
             if not known and clock not in self._strangers:
                 raise OverloadedError("many calls wait for their message: send yours with the headers") from None
@@ -111,9 +140,6 @@ class Service:
         finally:
             if clock in self._strangers:
                 self._strangers.remove(clock)
-        if body is grpc.aio.EOF:
-            raise InvalidInputError("the call ended without a message: send one")
-        return body  # type: ignore[no-any-return]
 
     async def _infer(self, context: Any) -> bytes:
         with self._refusals:
@@ -121,7 +147,7 @@ class Service:
                 raise ServerClosedError("the server is stopping: ask another one, or later")
             if self._inside >= self._options.max_connections:
                 raise OverloadedError(f"{self._inside} calls are under way, the most that are let in: try again later")
-            identity = self._tokens.check(_authorization(context), Role.INFER)
+        identity = self._check(context, Role.INFER)
         self._inside += 1
         try:
             with self._refusals:
@@ -135,37 +161,34 @@ class Service:
                     inputs=codec.inputs(request),
                     outputs=codec.requested(request),
                     parameters=_within(context.time_remaining(), codec.parameters(request.parameters)),
-                    client=identity.client,
-                    caller=identity.caller,
+                    who=identity,
                 )
             parsed_s = time.perf_counter()
-            continued, answering = self._telemetry.continued, self._v2.infer(call)
-            answer = await (answering if continued is None else continued(context.invocation_metadata(), answering))
+            answer = await self._v2.infer(call)
         finally:
             self._inside -= 1
         answered_s = time.perf_counter()
         with self._refusals:
             reply = codec.response(answer.model, answer.version, request.id, answer.outputs, answer.parameters)
-        self._telemetry.door("grpc", parsed_s - came_s, time.perf_counter() - answered_s)
+        self._telemetry.codec("grpc", parsed_s - came_s, time.perf_counter() - answered_s)
         return reply
 
-    def _plain(self, method: str, role: Role | None, answer: Callable[[Any], Mapping[str, Any]]) -> Any:
+    def _plain(self, method: str, role: Role | None, answer: Callable[[Any, Any], Mapping[str, Any]]) -> Any:
         """A method that only asks the server: in a thread where the answer may be on the disk."""
         kind, reply = _kinds(method)
 
         async def call(context: Any) -> bytes:
             if method in ("ServerLive", "ServerReady"):  # nobody has to wait for a message that is always empty
-                return codec.encode(reply, answer(None))
-            if role is not None:
-                self._check(context, role)
+                return codec.encode(reply, answer(None, None))
+            who = None if role is None else self._check(context, role)
             request = codec.decode(kind, await self._message(context, known=role is not None))
             try:
-                content = await asyncio.to_thread(answer, request)
+                content = await asyncio.to_thread(answer, request, who)
             except FlservingError as error:
                 raise error if self._tokens.allow(_authorization(context), Role.READ) else unnamed(error) from None
             return codec.encode(reply, content)
 
-        return grpc.stream_unary_rpc_method_handler(_guarded(call))
+        return self._guarded(codec.SERVICE, method, call)
 
     def _administer(self, method: str, change: Callable[[str], Awaitable[None]], done: str) -> Any:
         """Load or unload; the name of the model is read from either of the two fields where clients put it."""
@@ -184,32 +207,33 @@ class Service:
             await change(name)
             return codec.encode(reply, {"model_name": name, done: True})
 
-        return grpc.stream_unary_rpc_method_handler(_guarded(call))
+        return self._guarded(codec.SERVICE, method, call)
 
     async def _feedback(self, context: Any) -> bytes:
         kind, reply = _kinds("Feedback", codec.EXPERIMENTS)
+        client = self._check(context, Role.INFER).client
         with self._refusals:
-            client = self._tokens.check(_authorization(context), Role.INFER).client
             request = codec.decode(kind, await self._message(context, known=True))
             reward = request.reward if request.HasField("reward") else None
             await self._v2.feedback(request.model_name, request.receipt, reward, client)
         return codec.encode(reply, {"counted": True})
 
-    def _check(self, context: Any, role: Role) -> None:
+    def _check(self, context: Any, role: Role) -> Identity:
         with self._refusals:
-            self._tokens.check(_authorization(context), role)
+            return self._tokens.check(_authorization(context), role)
 
     async def _health(self, context: Any) -> bytes:
         service = codec.decode(_HealthRequest, await self._message(context, known=False)).service
-        if (status := self._status(service)) == "SERVICE_UNKNOWN":
+        status = self._status(service)
+        if status == "SERVICE_UNKNOWN":
             raise NotFoundError(f"no service {service[:80]!r} here: ask for {codec.SERVICE!r} or ''")
         return codec.encode(_HealthResponse, {"status": status})
 
     async def _watch(self, messages: Any, context: Any) -> AsyncIterator[bytes]:
         """The status now, and again each time that it changes.
 
-        A watch ends after ``slow_client_s`` with UNAVAILABLE, for others to have a turn: gRPC's clients
-        watch again by themselves.
+        A watch ends after ``slow_client_s`` with UNAVAILABLE, so that others can watch: gRPC's clients watch again by
+        themselves.
         """
         try:
             service = codec.decode(_HealthRequest, await self._message(context, known=False)).service
@@ -219,12 +243,13 @@ class Service:
             await _abort(context, error)
         self._watchers += 1
         end_s = time.monotonic() + self._options.slow_client_s
-        told = None
+        sent = None
         try:
             while not self.stopping.is_set():
-                if (status := self._status(service)) != told:
+                status = self._status(service)
+                if status != sent:
                     yield codec.encode(_HealthResponse, {"status": status})
-                    told = status
+                    sent = status
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.stopping.wait(), _POLL_S)
                 if time.monotonic() > end_s:
@@ -232,32 +257,37 @@ class Service:
         finally:
             self._watchers -= 1
 
+    async def _reflect(self, messages: Any, context: Any) -> AsyncIterator[bytes]:
+        """An answer to each question of one call, until the caller has no more."""
+        try:
+            self._check(context, Role.READ)
+            while (body := await self._next(context, known=True)) is not grpc.aio.EOF:
+                yield reflection.answer(body)
+        except FlservingError as error:
+            await _abort(context, error)
+
     def _status(self, service: str) -> str:
         if service not in ("", codec.SERVICE, codec.HEALTH, codec.EXPERIMENTS):
             return "SERVICE_UNKNOWN"
         return "SERVING" if self._v2.ready() else "NOT_SERVING"
 
 
-def _guarded(call: Callable[[Any], Awaitable[bytes]]) -> Any:
-    """``call``, whose errors become a status: one of ours by its table, anything else without a detail."""
-
-    async def guarded(messages: Any, context: Any) -> bytes:
-        try:
-            return await call(context)
-        except FlservingError as error:
-            await _abort(context, error)
-        except Exception as error:  # its message may hold what the caller sent: only where it happened is logged
-            where = "".join(traceback.format_tb(error.__traceback__))
-            _LOG.error("a call failed with %s at\n%s", type(error).__name__, where)
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
-        raise AssertionError("abort raises")
-
-    return guarded
+async def _answered(context: Any, call: Callable[[Any], Awaitable[bytes]]) -> bytes:
+    """The answer to a call. Errors become a status: one of ours by its table, anything else without a detail."""
+    try:
+        return await call(context)
+    except FlservingError as error:
+        await _abort(context, error)
+    except Exception as error:  # its message may hold what the caller sent: only where it happened is logged
+        where = "".join(traceback.format_tb(error.__traceback__))
+        _LOG.error("a call failed with %s at\n%s", type(error).__name__, where)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+    raise AssertionError("abort raises")
 
 
 async def _abort(context: Any, error: FlservingError) -> None:
-    code, detail = grpc.StatusCode[error.grpc_code], str(error)[:_LONGEST_DETAIL]
-    await context.abort(code, detail, ((REASON, error.reason),))
+    code = grpc.StatusCode[error.grpc_code]
+    await context.abort(code, str(error)[:_LONGEST_DETAIL], ((REASON, error.reason),))
 
 
 def _authorization(context: Any) -> str | bytes | None:
@@ -273,7 +303,8 @@ def _within(remaining_s: float | None, said: dict[str, Any]) -> dict[str, Any]:
         return said
     if remaining_s <= 0:
         raise DeadlineExceededError("the call's deadline had passed when its message came: allow it more time")
-    left_us, timeout_us = math.ceil(remaining_s * 1e6), said.get("timeout", 0)
+    left_us = math.ceil(remaining_s * 1e6)
+    timeout_us = said.get("timeout", 0)
     if type(timeout_us) is int and (timeout_us == 0 or timeout_us > left_us):  # others are refused where they are read
         said["timeout"] = left_us
     return said

@@ -15,8 +15,9 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Hashable
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -26,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from flserving.api.auth import Identity
 from flserving.edge.delta import FORMS, Form, encode
-from flserving.edge.release import Head, Release, Signer, manifest_bytes
+from flserving.edge.release import Head, Release, Signer, device_manifest
 from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, OverloadedError
 from flserving.registry.heads import HeadStore
 from flserving.registry.index import DEFAULT_ALIAS
@@ -54,13 +55,14 @@ class Artifacts:
     """
 
     def __init__(self, server: ModelServer, offered: bool) -> None:
-        self._server, self._offered = server, offered
-        self._signers: dict[str, Signer] = {}
+        self._server = server
+        self._offered = offered
+        self._signer = cache(Signer)  # two at once read or make the same key
         # One of a kind at a time: many devices ask for the same at once. They wait outside of the threads, which others
         # need too; the locks inside are for those whose caller went away.
         self._releasing = asyncio.Lock()
         self._encoding = asyncio.Lock()
-        self._making: dict[str, asyncio.Task[bytes | None]] = {}
+        self._making: dict[_Delta, asyncio.Task[bytes | None]] = {}
         self._places: Counter[Hashable] = Counter()
         self._retry_s: dict[str, float] = {}  # when deltas may be made again for a folder that keeps none
         # What is asked of an old version may need a long read: heads of the released one do not wait for that.
@@ -72,28 +74,24 @@ class Artifacts:
             return _json(await asyncio.to_thread(self._release, request))
 
     async def manifest(self, request: Request) -> Response:
-        content = await asyncio.to_thread(lambda: manifest_bytes(*self._version(request)))
+        content = await asyncio.to_thread(lambda: device_manifest(*self._version(request)))
         return Response(content, media_type="application/json")
 
     async def weights(self, request: Request) -> Response:
         return await asyncio.to_thread(self._weights, request)
 
     async def delta(self, request: Request) -> Response:
-        registry, model, version, start, form = await asyncio.to_thread(self._ends, request)
-        name = f"{model}-{version}-{start or 0}-{form}"
-        folder = f"{registry.root}/deltas"
-        answer = await asyncio.to_thread(_kept, request, folder, name)
+        wanted = await asyncio.to_thread(self._wanted, request)
+        answer = await asyncio.to_thread(_stored, request, wanted)
         if answer is not None:
             return answer
-        making = self._making.get(f"{registry.root}/{name}")
-        if making is None:
-            making = self._make(registry, model, version, start, form, name, request.state.who)
+        making = self._making.get(wanted) or self._make(wanted, request.state.who)
         content = await asyncio.shield(making)  # it goes on for the others when this caller leaves
-        answer = await asyncio.to_thread(_kept, request, folder, name)
+        answer = await asyncio.to_thread(_stored, request, wanted)
         if answer is not None:
             return answer
-        if content is None or form == "exact":
-            raise NotFoundError(f"the cloud cannot keep a delta to version {version}: download the weights")
+        if content is None or wanted.form == "exact":
+            raise NotFoundError(f"the cloud cannot keep a delta to version {wanted.version}: download the weights")
         return Response(content, media_type="application/octet-stream")  # nothing else brings this form
 
     async def head(self, request: Request) -> Response:
@@ -101,9 +99,10 @@ class Artifacts:
         registry, model, version = await asyncio.to_thread(self._version, request)
         if client is None:
             raise ForbiddenError("heads are given to their clients only: ask for a token that names you")
+        forgets = await asyncio.to_thread(registry.forgets)
         released = await asyncio.to_thread(_is_released, registry, model, version)
         stores = self._released_heads if released else self._other_heads
-        store = await stores.get(registry, model, version)
+        store = await stores.get(registry, model, version, forgets)
         return _json(await asyncio.to_thread(self._head, registry, model, version, store, client))
 
     def _registry(self, request: Request) -> Registry:
@@ -116,27 +115,26 @@ class Artifacts:
         return source.registry
 
     def _version(self, request: Request) -> tuple[Registry, str, int]:
-        registry, model = self._registry(request), request.path_params["model"]
+        registry = self._registry(request)
+        model = request.path_params["model"]
         return registry, model, registry.resolve(model, request.path_params["version"])
 
-    def _signer(self, registry: Registry) -> Signer:
-        if (signer := self._signers.get(registry.root)) is None:  # two at once read or make the same key
-            signer = self._signers[registry.root] = Signer(registry)
-        return signer
-
     def _release(self, request: Request) -> Release:
-        registry, nonce = self._registry(request), request.query_params.get("nonce", "")
+        registry = self._registry(request)
+        signer = self._signer(registry)
+        nonce = request.query_params.get("nonce", "")
         if not re.fullmatch(r"[0-9a-f]{0,64}", nonce):
             raise InvalidInputError(f"nonce is {nonce[:80]!r}: send up to 64 hex digits")
         by_version = request.query_params.get("by") == "version"
-        signer = self._signer(registry)
-        release = signer.release(request.path_params["model"], nonce, by_version)
+        client = request.state.who.client if request.query_params.get("forgotten") == "1" else None
+        release = signer.release(request.path_params["model"], nonce, by_version, client)
         self._report(request, signer)
         return release
 
     def _report(self, request: Request, signer: Signer) -> None:
         """Note what the asking device runs. It may say nothing; what makes no sense counts as that."""
-        said, client = request.query_params, request.state.who.client
+        said = request.query_params
+        client = request.state.who.client
         if not _DEVICE.fullmatch(said.get("device", "")):
             return
         name = f"device {said['device']}" if client is None else f"client {client}"
@@ -150,68 +148,66 @@ class Artifacts:
         registry, model, version = self._version(request)
         return _ranged(request, f"{registry.root}/models", f"{model}/{version}/{WEIGHTS}")
 
-    def _ends(self, request: Request) -> tuple[Registry, str, int, int | None, Form]:
-        """Between which versions a delta is asked for, and in which form."""
+    def _wanted(self, request: Request) -> "_Delta":
         registry, model, version = self._version(request)
-        form, base = request.query_params.get("form", "exact"), request.query_params.get("base", "0")
+        form = request.query_params.get("form", "exact")
+        base = request.query_params.get("base", "0")
         if form not in FORMS:
             raise InvalidInputError(f"form is {form[:80]!r}: choose one of {', '.join(FORMS)}")
         start = None if base == "0" else registry.resolve(model, base)
         if not _is_released(registry, model, version):
             raise NotFoundError(f"version {version} of {model!r} is not the released one, so there is no delta to it")
-        return registry, model, version, start, form
+        return _Delta(registry, model, version, start=start, form=form)
 
-    def _make(
-        self, registry: Registry, model: str, version: int, start: int | None, form: Form, name: str, who: Identity
-    ) -> "asyncio.Task[bytes | None]":
+    def _make(self, wanted: "_Delta", who: Identity) -> "asyncio.Task[bytes | None]":
         """Start making a delta. OverloadedError: enough are being made for this caller, or for all."""
         caller: Hashable = id(who) if who.client is None else who.client
         places = _SHARED_PLACES if who.client is None else _PLACES
         if self._places[caller] >= places or len(self._making) >= _MOST_MAKING:
-            self._server.telemetry.told("delta", ["refused"])
+            self._server.telemetry.count("delta", ["refused"])
             raise OverloadedError(
                 f"{self._places[caller]} deltas are being made for this caller, {len(self._making)} in all: download "
                 "the weights, or try again"
             )
-        key = f"{registry.root}/{name}"
 
         async def make() -> bytes | None:
             try:
                 async with self._encoding:
-                    return await asyncio.to_thread(self._made, registry, model, version, start, form, name)
+                    return await asyncio.to_thread(self._made, wanted)
             finally:
-                del self._making[key]
+                del self._making[wanted]
                 self._places[caller] -= 1
                 if not self._places[caller]:
                     del self._places[caller]
 
         self._places[caller] += 1
-        making = self._making[key] = asyncio.create_task(make())
+        making = self._making[wanted] = asyncio.create_task(make())
         making.add_done_callback(lambda task: task.cancelled() or task.exception())  # also where all callers left
         return making
 
-    def _made(
-        self, registry: Registry, model: str, version: int, start: int | None, form: Form, name: str
-    ) -> bytes | None:
+    def _made(self, wanted: "_Delta") -> bytes | None:
         """Make a delta and keep it. Where it cannot be kept: its content, or None if it was not made, because the
         weights do as well, and it would be made again for each device."""
-        folder = Path(registry.root) / "deltas"
+        registry, model, version, start, form = wanted
+        with contextlib.suppress(OSError, FlservingError):
+            os.close(open_file(wanted.folder, wanted.name)[0])
+            return None  # it came while this caller looked for it
         now_s = self._server._clock()
         if form == "exact" and now_s < self._retry_s.get(registry.root, now_s):
-            self._server.telemetry.told("delta", ["not_kept"])
+            self._server.telemetry.count("delta", ["not_kept"])
             return None
-        base = None if start is None else registry.read(model, start).tensors
-        content = encode(registry.read(model, version).tensors, base, form)
+        base = None if start is None else registry.read(model, start).arrays
+        content = encode(registry.read(model, version).arrays, base, form)
         problem = f"{model}/deltas"
         try:
-            _keep_delta(folder, name, content)
+            _keep_delta(wanted, content)
         except OSError as error:
-            self._server.telemetry.told("delta", ["not_kept"])
+            self._server.telemetry.count("delta", ["not_kept"])
             why = f"deltas cannot be kept ({error.strerror}), whole weights are sent: check the folder and free space"
             self._server._load_problems[problem] = why
             self._retry_s[registry.root] = now_s + _RETRY_S
             return content
-        self._server.telemetry.told("delta", ["made"])
+        self._server.telemetry.count("delta", ["made"])
         self._server._load_problems.pop(problem, None)
         self._retry_s.pop(registry.root, None)
         return None
@@ -223,43 +219,65 @@ class Artifacts:
         return self._signer(registry).head(model, version, taken)
 
 
+class _Delta(NamedTuple):
+    """From which version (None: from zeros) to which one, and in which form."""
+
+    registry: Registry
+    model: str
+    version: int
+    start: int | None
+    form: Form
+
+    @property
+    def folder(self) -> str:
+        return f"{self.registry.root}/deltas"
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        return f"{self.model}-{self.version}-{self.start or 0}-{self.form}"
+
+
 class _Stores:
-    """Opened heads of the last few versions that were asked for; one is opened at a time."""
+    """Opened heads of the last few versions that were asked for, as long as no client is forgotten; one is opened at a
+    time."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._kept: dict[tuple[str, str, int], HeadStore] = {}
+        self._stores: dict[tuple[str, str, int, int], HeadStore] = {}
         self._waiting = asyncio.Lock()
         self._opening = threading.Lock()
 
-    async def get(self, registry: Registry, model: str, version: int) -> HeadStore | None:
-        store = self._kept.get((registry.root, model, version))
+    async def get(self, registry: Registry, model: str, version: int, forgets: int) -> HeadStore | None:
+        store = self._stores.get((registry.root, model, version, forgets))
         if store is None:
             async with self._waiting:
-                store = await asyncio.to_thread(self._open, registry, model, version)
+                store = await asyncio.to_thread(self._open, registry, model, version, forgets)
         return store
 
-    def _open(self, registry: Registry, model: str, version: int) -> HeadStore | None:
-        key = (registry.root, model, version)
+    def _open(self, registry: Registry, model: str, version: int, forgets: int) -> HeadStore | None:
+        key = (registry.root, model, version, forgets)
         with self._opening:
-            if key not in self._kept and registry.manifest(model, version).heads is not None:
+            if key not in self._stores and registry.manifest(model, version).heads is not None:
                 store = registry.read(model, version).heads
                 if store is not None:
-                    self._kept = dict([*self._kept.items(), (key, store)][-self._most :])
-            return self._kept.get(key)
+                    still = [it for it in self._stores.items() if it[0][0] != registry.root or it[0][3] == forgets]
+                    self._stores = dict([*still, (key, store)][-self._most :])
+            return self._stores.get(key)
 
 
 def _is_released(registry: Registry, model: str, version: int) -> bool:
     return registry.aliases(model).get(DEFAULT_ALIAS) == version
 
 
-def _keep_delta(folder: Path, name: str, content: bytes) -> None:
+def _keep_delta(delta: _Delta, content: bytes) -> None:
     """Store a delta, and forget the oldest ones. OSError: it cannot be stored."""
+    folder = Path(delta.folder)
     folder.mkdir(exist_ok=True)
     fresh = folder / f".{secrets.token_hex(8)}"
     try:
         write_file(str(fresh), content)  # on the disk first: after a power cut nobody would make it again
-        os.replace(fresh, folder / name)
+        fresh.replace(folder / delta.name)
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
@@ -267,17 +285,14 @@ def _keep_delta(folder: Path, name: str, content: bytes) -> None:
         kept_nbytes = 0
         for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True):
             kept_nbytes += path.stat().st_size
-            if kept_nbytes > _DELTAS_NBYTES and path.name != name:
+            if kept_nbytes > _DELTAS_NBYTES and path.name != delta.name:
                 path.unlink()
 
 
-def _kept(request: Request, folder: str, name: str) -> Response | None:
+def _stored(request: Request, delta: _Delta) -> Response | None:
     """A delta that was kept, from the byte on that was asked for; None where there is none that can be read."""
-    try:
-        if Path(folder, name).is_file():
-            return _ranged(request, folder, name)
-    except (OSError, FlservingError):
-        pass
+    with contextlib.suppress(OSError, FlservingError):
+        return _ranged(request, delta.folder, delta.name)
     return None
 
 

@@ -26,7 +26,9 @@ DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(f"<{letter}") for name, lette
 """The protocol's names of numbers. BF16 has no numpy type: :func:`from_raw` widens it to float32. BYTES is refused."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_MOST_TENSORS, _MOST_DIMS, _MOST_PARAMETERS = 16, 8, 64
+_MOST_TENSORS = 16
+_MOST_DIMS = 8
+_MOST_PARAMETERS = 64
 _SHORT = 16 << 10  # bytes of JSON that hold too few lists to wake the garbage collector often, or to take long
 MOST_NUMBERS = 1 << 19
 """Numbers in a body that are read while everybody else waits: 25 to 50 ns each. 8,192 rows of 64 features."""
@@ -43,7 +45,7 @@ class InputTensor(msgspec.Struct, frozen=True):
 
     name: _Name
     shape: _Shape
-    datatype: str
+    datatype: Annotated[str, Meta(extra_json_schema={"enum": [*DTYPES, "BF16"]})]  # refused in words where it is none
     data: Annotated[Any, Meta(extra_json_schema={"type": "array", "items": {}})] = None
     parameters: _Parameters | None = None
 
@@ -62,23 +64,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     parameters: _Parameters | None = None
 
 
-class OutputTensor(msgspec.Struct, frozen=True, omit_defaults=True):
-    name: str
-    datatype: str
-    shape: list[int]
-    data: list[Any] | None = None
-    parameters: dict[str, bool | int | str] | None = None
-
-
-class InferResponse(msgspec.Struct, frozen=True):
-    model_name: str
-    model_version: str
-    outputs: list[OutputTensor]
-    id: str | None = None
-    parameters: dict[str, bool | int | str] | None = None
-
-
-class Asked(NamedTuple):
+class ParsedRequest(NamedTuple):
     """A request to infer, read. ``binary`` says of a named output whether it goes back as bytes, else the default."""
 
     inputs: dict[str, NDArray[Any]]
@@ -89,7 +75,7 @@ class Asked(NamedTuple):
     binary_default: bool
 
 
-def read_infer(body: bytes, json_bytes: int | None = None, most_numbers: int = MOST_NUMBERS) -> Asked:
+def read_infer(body: bytes, json_bytes: int | None = None, most_numbers: int = MOST_NUMBERS) -> ParsedRequest:
     """The body of a request to infer, of which the first ``json_bytes`` are JSON (None: all; 0: one raw FP32 row).
 
     Raises:
@@ -99,7 +85,8 @@ def read_infer(body: bytes, json_bytes: int | None = None, most_numbers: int = M
     if json_bytes == 0:
         if not body:
             raise InvalidInputError("the body is empty: a raw request is one row of little-endian FP32")
-        return Asked({"features": from_raw("features", "FP32", [1, len(body) // 4], body)}, None, {}, None, {}, True)
+        features = from_raw("features", "FP32", [1, len(body) // 4], body)
+        return ParsedRequest({"features": features}, None, {}, None, {}, True)
     if json_bytes is not None and not 0 < json_bytes <= len(body):
         raise InvalidInputError(
             f"Inference-Header-Content-Length is {json_bytes}, the body has {len(body)} bytes: send the JSON's length"
@@ -127,7 +114,7 @@ def read_infer(body: bytes, json_bytes: int | None = None, most_numbers: int = M
     parameters = request.parameters or {}
     default = _flag(parameters, "binary_data_output", False)
     if request.outputs is None:
-        return Asked(inputs, None, parameters, request.id, {}, default)
+        return ParsedRequest(inputs, None, parameters, request.id, {}, default)
     binary: dict[str, bool] = {}
     for output in request.outputs:
         if output.name in binary:
@@ -135,19 +122,23 @@ def read_infer(body: bytes, json_bytes: int | None = None, most_numbers: int = M
         if output.parameters and output.parameters.get("classification"):
             raise NotSupportedError("the classification extension is not offered: ask for 'probabilities'")
         binary[output.name] = _flag(output.parameters or {}, "binary_data", default)
-    return Asked(inputs, list(binary) or None, parameters, request.id, binary, default)
+    return ParsedRequest(inputs, list(binary) or None, parameters, request.id, binary, default)
 
 
 def write_infer(
-    model: str, version: str, outputs: dict[str, NDArray[Any]], parameters: dict[str, bool | int | str], asked: Asked,
+    model: str,
+    version: str,
+    outputs: dict[str, NDArray[Any]],
+    parameters: dict[str, bool | int | str],
+    request: ParsedRequest,
     most_numbers: int = MOST_NUMBERS,
-) -> tuple[bytes, int | None]:  # fmt: skip
+) -> tuple[bytes, int | None]:
     """The body of an answer, and the length of its JSON where bytes follow it (else None).
 
     Raises:
         TooLargeError: It would hold more than ``most_numbers`` numbers as JSON.
     """
-    numbers = sum(one.size for name, one in outputs.items() if not asked.binary.get(name, asked.binary_default))
+    numbers = sum(one.size for name, one in outputs.items() if not request.binary.get(name, request.binary_default))
     if numbers > most_numbers:
         raise TooLargeError(
             f"the answer has {numbers} numbers, {most_numbers} are written as JSON: ask for fewer rows or outputs, or "
@@ -157,15 +148,15 @@ def write_infer(
     blobs: list[Any] = []
     for name, array in outputs.items():
         tensor: dict[str, Any] = {"name": name, "datatype": NAMES[array.dtype], "shape": array.shape}
-        if asked.binary.get(name, asked.binary_default):
+        if request.binary.get(name, request.binary_default):
             tensor["parameters"] = {"binary_data_size": array.nbytes}
             blobs.append(np.ascontiguousarray(array).data)
         else:
             tensor["data"] = array.ravel()
         tensors.append(tensor)
     message: dict[str, Any] = {"model_name": model, "model_version": version, "parameters": parameters}
-    if asked.id is not None:
-        message["id"] = asked.id
+    if request.id is not None:
+        message["id"] = request.id
     message["outputs"] = tensors
     text = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)  # float32 as its shortest decimal form
     return (b"".join((text, *blobs)), len(text)) if blobs else (text, None)
@@ -219,7 +210,8 @@ def from_raw(name: str, datatype: str, shape: list[int], raw: bytes | memoryview
         InvalidInputError: An unknown datatype, or not as many bytes as the shape says.
     """
     dtype = np.dtype("<u2") if datatype == "BF16" else _dtype(name, datatype)
-    if (wanted := math.prod(shape) * dtype.itemsize) != len(raw):
+    wanted = math.prod(shape) * dtype.itemsize
+    if wanted != len(raw):
         raise InvalidInputError(f"input {name!r}: {len(raw)} bytes, {datatype} of shape {shape} takes {wanted}")
     array = np.frombuffer(raw, dtype)
     if datatype == "BF16":  # the upper half of a float32
@@ -230,7 +222,9 @@ def from_raw(name: str, datatype: str, shape: list[int], raw: bytes | memoryview
 
 
 def _from_list(tensor: InputTensor) -> NDArray[Any]:
-    values, shape, name = tensor.data, tensor.shape, tensor.name
+    name = tensor.name
+    shape = tensor.shape
+    values = tensor.data
     if type(values) is not list:
         raise InvalidInputError(f"input {name!r} has no data: send a list, or binary_data_size")
     if tensor.datatype in ("FP16", "BF16"):

@@ -4,6 +4,7 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 
@@ -73,9 +74,17 @@ OPERATIONS = (
 )
 
 
+def document(prefix: str = "") -> bytes:
+    """The OpenAPI 3.1 document of :data:`OPERATIONS`: a file, which ``tests/support/openapi_document.py`` writes.
+
+    Args:
+        prefix: Of the paths, where another application mounts this one.
+    """
+    return _file().replace(b'"url": "/"', b'"url": "%b/"' % quote(prefix).encode().rstrip(b"/"))
+
+
 @cache
-def document() -> bytes:
-    """The OpenAPI 3.1 document of :data:`OPERATIONS`: a file, which ``tests/support/openapi_document.py`` writes."""
+def _file() -> bytes:
     return files(__package__).joinpath("openapi.json").read_bytes()
 
 
@@ -99,9 +108,14 @@ pre {{ background: #8881; padding: .8rem; overflow: auto; }} :root {{ color-sche
 </html>"""
 
 
+def page(prefix: str = "") -> str:
+    """The document as a page that needs nothing else: no script, no other file. ``prefix``: see :func:`document`."""
+    below = quote(prefix)
+    return _page().replace("<code>/", f"<code>{below}/").replace("$URL/", f"$URL{below}/")
+
+
 @cache
-def page() -> str:
-    """The document as a page that needs nothing else: no script, no other file."""
+def _page() -> str:
     doc = msgspec.json.decode(document())
 
     def folded(title: str, content: Any) -> str:

@@ -75,6 +75,11 @@ class _Client:
         self.turn = 0  # of its last request
 
 
+def in_ms(seconds: float) -> str:
+    """``in_ms(0.1)`` is "100 ms", ``in_ms(1e-5)`` "0.01 ms": for messages."""
+    return f"{round(seconds * 1e3, 2):g} ms"
+
+
 class BatchQueue(Generic[E]):
     """Waiting requests, one line for each engine (a loaded model); a batch never mixes engines, but mixes clients.
 
@@ -261,8 +266,8 @@ class BatchQueue(Generic[E]):
         wait_s = self._wait_s(request, now_s)
         if usual_s and now_s + wait_s + MARGIN * usual_s > request.deadline_s:
             raise OverloadedError(
-                f"{self.rows} rows wait already: the answer would take about {(wait_s + usual_s) * 1e3:.0f} ms, the "
-                f"deadline leaves {(request.deadline_s - now_s) * 1e3:.0f} ms: try again later, or raise timeout_ms"
+                f"{self.rows} rows wait already: the answer would take about {in_ms(wait_s + usual_s)}, the "
+                f"deadline leaves {in_ms(request.deadline_s - now_s)}: try again later, or raise timeout_ms"
             )
 
     def _wait_s(self, request: QueuedRequest[E], now_s: float) -> float:

@@ -29,7 +29,7 @@ from flserving.errors import (
     ServerClosedError,
 )
 from flserving.monitoring.metrics import Costs
-from flserving.serving.batching.policy import BatchQueue, QueuedRequest
+from flserving.serving.batching.policy import BatchQueue, QueuedRequest, in_ms
 from flserving.serving.config import ServingConfig
 
 INLINE_S = 2e-3  # an event loop may be held this long: under the 5 ms that a thread waits for the interpreter lock
@@ -180,7 +180,8 @@ class Batcher:
         loop = asyncio.get_running_loop()
         here: LoopSide | None = getattr(self._here, "side", None)
         if here is None or here.loop is not loop:
-            here = self._here.side = LoopSide(loop)
+            here = LoopSide(loop)
+            self._here.side = here
         future = loop.create_future()
         request.waiter = (here, future)
         with self._lock:
@@ -201,14 +202,13 @@ class Batcher:
             if request.state == "waiting":  # cancelled
                 with self._lock:
                     self.queue.drop(request)
-            request.waiter = request.error = None  # as in run
+            request.waiter = None
+            request.error = None  # as in run
             del future
 
     def _end_of_turn(self, here: LoopSide) -> None:
         """Everybody who arrived in this turn waits in the queue: run one batch, and leave the rest to the next turn."""
         here.turn_ends = False
-        batch: list[QueuedRequest[Engine]] = []
-        expired: list[QueuedRequest[Engine]] = []
         with self._lock:
             if self.busy >= self.config.num_workers:
                 return  # whoever finishes next will look into the queue
@@ -217,17 +217,14 @@ class Batcher:
             if first is None:
                 return
             chunks = max(1.0, first.rows / self.config.max_batch_size)
-            slow = first.engine.typical_s * chunks > INLINE_S
-            if slow:
+            if first.engine.typical_s * chunks > INLINE_S:
                 self._call_worker()
-            else:
-                batch, expired = self.queue.take(now_s)
-                if batch:
-                    slot = self._take_slot(batch[0].engine, sum(request.rows for request in batch), now_s)
+                return
+            batch, expired, slot = self._take_batch(now_s)
         self._settle_late(expired)
         if batch:
             self._execute(batch, slot)
-        if self.queue and not slow and not here.turn_ends:
+        if self.queue and not here.turn_ends:
             here.turn_ends = True
             here.loop.call_soon(self._end_of_turn, here)
 
@@ -297,10 +294,7 @@ class Batcher:
             ready_s = None
             with self._lock:
                 if self.busy < self.config.num_workers:
-                    now_s = self._clock()
-                    batch, expired = self.queue.take(now_s, self.closed)
-                    if batch:
-                        slot = self._take_slot(batch[0].engine, sum(request.rows for request in batch), now_s)
+                    batch, expired, slot = self._take_batch(self._clock())
                     ready_s = self.queue.next_ready_s()
                     if batch and self.queue and ready_s is not None:
                         self._call_worker()
@@ -310,7 +304,9 @@ class Batcher:
                         self._work.notify_all()  # who waits for a slot need not wait any longer
                         return
                     self._sleeping += 1
-                    wait_s = IDLE_S if ready_s is None else max(0.0, min(IDLE_S, ready_s - self._clock()))
+                    wait_s = IDLE_S
+                    if ready_s is not None:
+                        wait_s = max(0.0, min(IDLE_S, ready_s - self._clock()))
                     woken = self._work.wait(wait_s)
                     self._sleeping -= 1
                     if not woken and ready_s is None and not self.queue:
@@ -323,7 +319,8 @@ class Batcher:
 
     def _execute(self, batch: list[QueuedRequest[Engine]], slot: Run) -> None:
         """Run a batch whose slot is taken already, and give the slot back. The caller then looks at the queue."""
-        interrupted = ran = False
+        interrupted = False
+        ran = False
         try:
             ran = self._run_or_halve(batch)
         except BaseException as error:  # an interrupt: nobody may be left waiting
@@ -336,10 +333,20 @@ class Batcher:
         finally:
             self._give_back_slot(slot, ran, hand_over=interrupted)
 
+    def _take_batch(self, now_s: float) -> tuple[list[QueuedRequest[Engine]], list[QueuedRequest[Engine]], Any]:
+        """Under the lock: the next batch, who is too late, and the slot of the batch (None where there is none)."""
+        batch, expired = self.queue.take(now_s, self.closed)
+        slot: Run | None = None
+        if batch:
+            slot = self._take_slot(batch[0].engine, sum(request.rows for request in batch), now_s)
+        return batch, expired, slot
+
     def _take_slot(self, engine: Engine, rows: int, now_s: float, usual_s: float | None = None) -> Run:
         """Under the lock."""
         self.busy += 1
-        end_s = now_s + (self.queue.usual_s(engine, rows, now_s) if usual_s is None else usual_s)
+        if usual_s is None:
+            usual_s = self.queue.usual_s(engine, rows, now_s)
+        end_s = now_s + usual_s
         self.queue.ends_s.append(end_s)
         return Run(engine, rows, now_s, end_s)
 
@@ -369,7 +376,8 @@ class Batcher:
                 refuse(batch[0], error)
                 return False
             # at worst 2n - 1 executions, log2(n) deep: Triton and Clipper fail the whole batch instead
-            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
                 now_s = self._clock()  # failing took time: who is late or gone by now does not reach the model again
                 self._settle_late([request for request in half if request.deadline_s <= now_s])
                 rest = [request for request in half if request.state == "running" and request.deadline_s > now_s]
@@ -390,18 +398,19 @@ class Batcher:
 
     def _hopeless(self, request: QueuedRequest[Engine], now_s: float) -> FlservingError:
         usual_s = self.queue.usual_s(request.engine, request.rows, now_s)
-        left = f"an answer usually takes {usual_s * 1e3:.0f} ms"
-        if request.deadline_s - request.arrival_s < usual_s:  # whatever waits besides
-            allowed_ms = (request.deadline_s - request.arrival_s) * 1e3
-            return DeadlineExceededError(f"{left}, the deadline was {allowed_ms:.0f} ms: raise timeout_ms")
-        left_ms = (request.deadline_s - now_s) * 1e3
-        return OverloadedError(f"{left}, the deadline leaves {left_ms:.0f} ms: try again later, or raise timeout_ms")
+        left = f"an answer usually takes {in_ms(usual_s)}"
+        allowed_s = request.deadline_s - request.arrival_s
+        if allowed_s < usual_s:  # whatever waits besides
+            return DeadlineExceededError(f"{left}, the deadline was {in_ms(allowed_s)}: raise timeout_ms")
+        left_s = request.deadline_s - now_s
+        return OverloadedError(f"{left}, the deadline leaves {in_ms(left_s)}: try again later, or raise timeout_ms")
 
     def _too_late(self, arrival_s: float, deadline_s: float) -> DeadlineExceededError:
-        waited_ms = (self._clock() - arrival_s) * 1e3
-        allowed_ms = (deadline_s - arrival_s) * 1e3
+        waited_s = self._clock() - arrival_s
+        allowed_s = deadline_s - arrival_s
         return DeadlineExceededError(
-            f"no answer after {waited_ms:.0f} ms, the deadline was {allowed_ms:.0f} ms: send less, or raise timeout_ms"
+            f"no answer after {waited_s * 1e3:.0f} ms, the deadline was {in_ms(allowed_s)}: "
+            "send less, or raise timeout_ms"
         )
 
     def close(self, drain_s: float = 5.0) -> None:
@@ -456,10 +465,12 @@ def _wake(request: QueuedRequest[Any]) -> None:
     waiter = request.waiter
     request.state = "done"
     if isinstance(waiter, tuple):
-        if not waiter[1].done():
-            if request.error is None:
-                waiter[1].set_result(request.result)
-            else:
-                waiter[1].set_exception(request.error)
+        future = waiter[1]
+        if future.done():
+            return
+        if request.error is None:
+            future.set_result(request.result)
+        else:
+            future.set_exception(request.error)
     elif waiter is not None:
         waiter.release()

@@ -1,0 +1,1 @@
+"""Notebook 10: who gets which version, and when one is better."""

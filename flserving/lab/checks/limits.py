@@ -1,0 +1,109 @@
+"""What a student's code may do in a check: run for some seconds, print some lines; a hang ends in a sentence."""
+
+import contextlib
+import ctypes
+import io
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+LIMIT_S = 20.0  # a check takes one second; a busy machine ten times as long
+_Result = TypeVar("_Result")
+_LINES, _CHARACTERS = 20, 2000  # of print
+
+
+class TooLongError(BaseException):
+    """Raised in code that does not end. Not an Exception: code that tries again after each error must end, too."""
+
+
+@contextlib.contextmanager
+def time_limit(limit_s: float) -> Iterator[None]:
+    """TooLongError where the block is after ``limit_s``, again each second until it ends; its threads get one, too.
+
+    It needs the main thread and its alarm, as in a kernel on Linux and macOS; elsewhere nothing is limited.
+    """
+    began = set(threading.enumerate())
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        _stop(set(threading.enumerate()) - began)
+        raise TooLongError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    earlier_s = signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *earlier_s)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _stop(threads: set[threading.Thread]) -> None:
+    for thread in threads:
+        if thread.daemon and thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TooLongError))
+
+
+def elsewhere(function: Callable[[], _Result]) -> _Result:
+    """What a function returns or raises in a thread of its own: an event loop runs in a notebook's thread already.
+
+    The thread is a daemon: one that never ends does not keep the kernel from ending.
+    """
+    ends: list[_Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            ends.append(function())
+        except BaseException as error:
+            errors.append(error)
+        ended.set()
+
+    ended = threading.Event()  # join, when it is interrupted, takes a thread that runs for one that has ended
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        ended.wait()
+    except BaseException as error:
+        if not isinstance(error, TooLongError):  # else the limit has stopped the thread
+            _stop({thread})
+        ended.wait(0.5)  # then its error says at which line of the student it was
+        if not errors:
+            raise
+    if errors:
+        raise errors[0]
+    return ends[0]
+
+
+class _Few(io.TextIOBase):
+    """The beginning of what is printed goes on to ``out``; the rest is counted."""
+
+    def __init__(self, out: Any) -> None:
+        self.out = out
+        self.lines = self.characters = self.left_out = 0
+
+    def write(self, text: str) -> int:
+        if self.lines < _LINES and self.characters < _CHARACTERS:
+            self.out.write(text[:_CHARACTERS])
+            self.lines += text.count("\n")
+            self.characters += len(text)
+        else:
+            self.left_out += text.count("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.out.flush()
+
+
+@contextlib.contextmanager
+def few_lines() -> Iterator[None]:
+    """A check calls the same code many times: of what it prints, show the beginning."""
+    few = _Few(sys.stdout)
+    with contextlib.redirect_stdout(few):
+        yield
+    if few.left_out:
+        print(f"... and {few.left_out} more lines that your code printed, because the check calls it many times.")

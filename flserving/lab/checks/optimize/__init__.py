@@ -1,0 +1,1 @@
+"""Notebook 09: fewer bits, fewer weights, and a proof."""

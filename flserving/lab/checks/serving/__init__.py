@@ -1,0 +1,1 @@
+"""Notebooks 02 to 04: stages, caches, batches."""
