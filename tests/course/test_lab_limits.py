@@ -2,6 +2,8 @@
 
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -60,6 +62,32 @@ def test_code_that_waits_for_ever_does_not_hold_the_kernel(exercise, short, tmp_
     assert "waits for ever" in str(told(exercise, waits))
     assert "waits for ever" in str(told(exercise, waits, elsewhere))
     assert all(thread.daemon for thread in threading.enumerate() if thread.name.endswith("(run)"))
+
+
+TRACED_AFTER_A_WAIT = """
+import sys, threading
+from flserving.lab.checks.limits import TooLongError, elsewhere, time_limit
+try:
+    with time_limit(0.1):
+        elsewhere(threading.Event().wait)
+except TooLongError:
+    print("stopped", threading.active_count())
+lines = []
+def trace(frame, event, argument):
+    lines.append(event)
+    return trace
+sys.settrace(trace)
+(lambda: 1)()
+sys.settrace(None)
+print(lines)
+"""
+
+
+def test_a_thread_that_waits_for_ever_leaves_no_pending_error_to_the_others():
+    """With one, the first call under a tracer (a debugger, coverage, a check that counts) never begins in 3.11."""
+    python = [sys.executable, "-c", TRACED_AFTER_A_WAIT]
+    ended = subprocess.run(python, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.splitlines() == ["stopped 2", "['call', 'line', 'return']"]
 
 
 def test_the_limit_leaves_threads_alone_that_were_there_before():

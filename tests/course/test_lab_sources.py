@@ -11,18 +11,14 @@ from flserving.lab.workbook.sentences import SentenceError
 from flserving.lab.workbook.sources import show
 
 
-def test_a_method_is_shown_with_its_file_and_its_line_numbers():
+def test_a_method_is_shown_with_its_file_as_the_file_has_it():
     shown = show(ModelCache.lease)
     path = Path(flserving.__file__).parents[1] / shown.file
-    file = path.read_text(encoding="utf-8").splitlines()
     assert shown.file == "flserving/serving/cache.py"
-    assert all(file[number - 1].strip() == text.strip() for number, text in shown.lines)
-    head, first, *_ = repr(shown).splitlines()
-    assert head == f"flserving/serving/cache.py, lines {shown.first} to {shown.last}"
-    assert first == f"{shown.first:4} @contextmanager"
-    assert shown._repr_markdown_().startswith(
-        f"`{shown.file}`, lines {shown.first} to {shown.last}:\n\n```python\n@con"
-    )
+    file = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    assert all(line.strip() in file for line in shown.code.splitlines())
+    assert repr(shown).startswith("flserving/serving/cache.py\n@contextmanager\ndef lease(")
+    assert shown._repr_markdown_().startswith(f"`{shown.file}`:\n\n```python\n@contextmanager\ndef lease(")
     assert '"""' not in repr(shown) and '"""' in repr(show(ModelCache.lease, docstring=True))
 
 

@@ -6,6 +6,7 @@ import io
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -43,9 +44,29 @@ def time_limit(limit_s: float) -> Iterator[None]:
 
 
 def _stop(threads: set[threading.Thread]) -> None:
-    for thread in threads:
-        if thread.daemon and thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TooLongError))
+    """Raise TooLongError in daemon threads. What still waits for a lock after half a second waits for ever: leave it.
+
+    An error that no thread takes must not stay pending: CPython 3.11 looks for it at each call of every thread, and
+    a call under ``sys.settrace`` then never begins. The flag goes when a thread takes such an error: this one does.
+    """
+    stopped = {thread.ident for thread in threads if thread.daemon and thread.ident is not None}
+    for ident in stopped:
+        _raise_in(ident, TooLongError)
+    until_s = time.monotonic() + 0.5
+    while (waiting := stopped & {thread.ident for thread in threading.enumerate()}) and time.monotonic() < until_s:
+        time.sleep(1e-3)
+    for ident in waiting:
+        _raise_in(ident, None)
+    if waiting:
+        with contextlib.suppress(TooLongError):
+            _raise_in(threading.get_ident(), TooLongError)
+            while True:
+                pass
+
+
+def _raise_in(ident: int, error: type[BaseException] | None) -> None:
+    raised = ctypes.py_object() if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), raised)
 
 
 def elsewhere(function: Callable[[], _Result]) -> _Result:

@@ -16,20 +16,19 @@ _ROOT = Path(flserving.__file__).parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A piece of source: highlighted where a front end shows Markdown, with line numbers where only text is shown."""
+    """A piece of source, highlighted where a front end shows Markdown.
+
+    Line numbers are left out: an edit elsewhere in the file would make the stored output of a notebook wrong.
+    """
 
     file: str
-    first: int
-    last: int
-    lines: tuple[tuple[int, str], ...]  # line number in the file, and text
+    code: str
 
     def _repr_markdown_(self) -> str:
-        code = "\n".join(text for _, text in self.lines)
-        return f"`{self.file}`, lines {self.first} to {self.last}:\n\n```python\n{code}\n```"
+        return f"`{self.file}`:\n\n```python\n{self.code}\n```"
 
     def __repr__(self) -> str:
-        numbered = (f"{number:4} {text}".rstrip() for number, text in self.lines)
-        return "\n".join([f"{self.file}, lines {self.first} to {self.last}", *numbered])
+        return f"{self.file}\n{self.code}"
 
 
 def show(thing: Any, *, docstring: bool = False) -> Source:
@@ -49,18 +48,17 @@ def show(thing: Any, *, docstring: bool = False) -> Source:
     inner = getattr(inner, "fget", None) or getattr(inner, "func", None) or inner
     inner = inspect.unwrap(inner) if callable(inner) else inner
     try:
-        lines, first = inspect.getsourcelines(inner)
+        source = textwrap.dedent(inspect.getsource(inner))
         file = Path(inspect.getsourcefile(inner) or "")
     except (OSError, TypeError):
         raise SentenceError(
             f"{thing!r} has no Python source to show: name a class, a method or a function of a module"
         ) from None
-    numbered = list(enumerate(textwrap.dedent("".join(lines)).splitlines(), start=first))
-    hidden = range(0) if docstring else _docstring("\n".join(text for _, text in numbered))
-    shown = tuple(line for place, line in enumerate(numbered, start=1) if place not in hidden)
+    hidden = range(0) if docstring else _docstring(source)
+    shown = [line for number, line in enumerate(source.splitlines(), start=1) if number not in hidden]
     inside = file.is_relative_to(_ROOT)
     told = file.relative_to(_ROOT).as_posix() if inside else file.name
-    return Source(told, first, first + len(lines) - 1, shown)
+    return Source(told, "\n".join(shown))
 
 
 def _docstring(source: str) -> range:
