@@ -139,7 +139,6 @@ def test_workers_and_their_supervisor_log_in_json(registry_root):
 @pytest.fixture
 def collector():
     """A collector of OTLP over HTTP in this process: what came to it, as (path, headers, request)."""
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is not installed")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     came = []
@@ -221,7 +220,6 @@ def test_the_service_has_a_name_where_nobody_gives_one(collector):
 
 
 def test_a_collector_that_is_silent_does_not_hold_up_the_end(registry_root):
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is not installed")
     silent = socket.create_server(("127.0.0.1", 0))  # connections wait, and nobody answers
     url = f"http://127.0.0.1:{silent.getsockname()[1]}"
     with silent, running(registry_root, "--otel", url) as served:
