@@ -42,8 +42,14 @@ _OWN = {"grpc_port", "tokens", "admin", "artifacts", "origins", "hosts"}  # of A
 _OUTPUTS = "what answers show: full, label, top-K (classes) or rounded-D (decimals)"
 
 
+def _one_core() -> None:
+    """NumPy's products keep to one core, as torch's do. It looks once, when it is loaded: the options below load it."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``flserving serve``: the fields of ApiOptions and of ServingConfig, with what these say of them."""
+    _one_core()
     from flserving.api.options import ApiOptions
     from flserving.models.own_code import import_option
     from flserving.serving.config import CHOICES, ServingConfig
@@ -175,6 +181,7 @@ _FIRST_S = 1.0  # the wait after a first failure; it doubles up to ``poll_s``
 
 def _edge_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``flserving edge``."""
+    _one_core()
     from flserving.models.own_code import import_option
     from flserving.serving.config import CHOICES
 

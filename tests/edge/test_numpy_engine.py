@@ -353,3 +353,46 @@ def test_the_hook_of_the_test_above_refuses_torch(tmp_path):
     path = ":".join([str(tmp_path), *filter(None, sys.path)])
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
     assert ended.returncode == 1 and "must not import torch" in ended.stderr
+
+
+THREADS_AT_EXIT = """
+import atexit
+@atexit.register
+def tell():
+    import threadpoolctl
+    print([pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["internal_api"] == "openblas"])
+"""
+
+
+@pytest.mark.parametrize(("wanted", "threads"), [(None, 1), ("2", 2)], ids=["by itself", "as the environment says"])
+def test_a_device_multiplies_on_one_core(wanted, threads, tmp_path):
+    """The device has other work to do; a variable that is set already is left alone."""
+    import os
+    import subprocess
+
+    (tmp_path / "sitecustomize.py").write_text(THREADS_AT_EXIT)
+    (tmp_path / "ca.pem").write_text("no certificate")
+    command = [
+        sys.executable,
+        "-m",
+        "flserving",
+        "edge",
+        "--cloud",
+        "https://127.0.0.1:9",
+        "--client",
+        "c-1",
+        "--engine",
+        "numpy",
+        "--directory",
+        str(tmp_path / "edge"),
+        "--ca",
+        str(tmp_path / "ca.pem"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    environment["PYTHONPATH"] = ":".join([str(tmp_path), *filter(None, sys.path)])
+    if wanted is not None:
+        environment["OPENBLAS_NUM_THREADS"] = wanted
+    environment.pop("OMP_NUM_THREADS", None)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert "no PEM certificate" in ended.stderr, "it ends where it has loaded all but its cloud"
+    assert ended.stdout.splitlines()[-1] == str([threads])
