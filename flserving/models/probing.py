@@ -17,6 +17,9 @@ QUANTISED_TOLERANCE = 0.1
 """The same where numbers of few bits are computed with: rounding differently once moves them by a whole step."""
 _FLOOR = 0.1  # of the tolerance, as a share of the batch's largest output: a row's own outputs may be all but zero
 
+_OVERFLOWS = 1e30
+"""Sums of such sizes end at infinity, at no number or still below both, as the order of their terms has it: two answers
+that are all of this kind say nothing of each other."""
 _FAST = ((2,), (7,), (5,), (4, 0), (6, 3, 1))
 """Which rows go together, beside all eight at once: one, two and three, each in another company and at another place
 than among the eight; small ones alone, usual ones alone, a large one alone."""
@@ -160,8 +163,9 @@ def _gap(found: Tensor, wanted: Tensor, batch: Tensor) -> float:
     found, wanted, batch = (values.detach().double().reshape(len(values), -1) for values in (found, wanted, batch))
     if torch.equal(found, wanted):
         return 0.0
+    overflown = [~values.isfinite() | (values.abs() > _OVERFLOWS) for values in (found, wanted)]
     gap = (found - wanted).abs()
-    gap.masked_fill_((found == wanted) | (found.isnan() & wanted.isnan()), 0.0)  # also of equal infinities
+    gap.masked_fill_((found == wanted) | (overflown[0] & overflown[1]), 0.0)
     largest = batch.nan_to_num(0.0, 0.0, 0.0).abs().max()
     sizes = wanted.nan_to_num(0.0, 0.0, 0.0).abs().amax(1, keepdim=True) + _FLOOR * largest
     share = (gap / sizes).nan_to_num(torch.inf)

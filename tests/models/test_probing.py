@@ -157,6 +157,22 @@ def test_one_row_of_outputs_for_each_row_of_any_batch(what, reason):
         check_rows(Does(what), (4,))
 
 
+def overflown(*ends):
+    """Sums that overflow: which of ``ends`` they give depends on how many rows there are, as it does with real ones."""
+    return lambda module, x: module.linear(x) * 0 + ends[len(x) % len(ends)]
+
+
+@pytest.mark.parametrize("ends", [(torch.inf, -torch.inf), (torch.nan, torch.inf, -torch.inf), (3e38, torch.inf)])
+def test_how_a_sum_overflows_says_nothing_of_other_rows(ends):
+    check_rows(Does(overflown(*ends)), (4,))
+
+
+@pytest.mark.parametrize("ends", [(1.0, torch.inf), (torch.nan, 0.0), (0.0, 3e38)])
+def test_overflow_that_comes_with_other_rows_is_refused(ends):
+    with pytest.raises(InvalidModelError, match="rows see each other"):
+        check_rows(Does(overflown(*ends)), (4,))
+
+
 def only_whole(module, x):
     """Word numbers; of a fraction none, which the embedding refuses."""
     return x.long().where(x == x.long(), -9)
