@@ -16,17 +16,20 @@ from numpy.typing import NDArray
 from flserving.api.auth import Identity, Role
 from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, NotSupportedError
 from flserving.models.masking import OUTPUTS, OutputPolicy, by_role
-from flserving.monitoring.metrics import merged
+from flserving.monitoring.metrics import Sums, merged
 from flserving.monitoring.telemetry import OTHER
 from flserving.registry.manifest import Signature
 from flserving.serving.request import Request
 from flserving.serving.server import ModelServer
 
+Fields = dict[str, Any]
+"""A JSON object, or of an answer the arrays in its place."""
+Arrays = dict[str, NDArray[Any]]
 INPUT = "features"
 Value = bool | int | float | str
 ANSWER_PARAMETERS = ("head", "path", "round", "age_s", "degraded", "arm", "receipt", "outputs")
 """What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's answer."""
-Others = Callable[[], Sequence[Mapping[str, Any]]]
+Others = Callable[[], Sequence[Sums]]
 """Gives the totals of the other processes behind an address."""
 _STAGES = {"queue": "queue", "compute_input": "preprocess", "compute_infer": "infer", "compute_output": "postprocess"}
 _Tensor = tuple[str, str, list[int]]  # name, datatype, dimensions
@@ -52,7 +55,7 @@ class Answer:
 
     model: str
     version: str
-    outputs: dict[str, NDArray[Any]]
+    outputs: Arrays
     parameters: dict[str, bool | int | str]
 
 
@@ -87,7 +90,7 @@ class V2:
 
     # What there is
 
-    def server_metadata(self) -> dict[str, Any]:
+    def server_metadata(self) -> Fields:
         extensions = ["binary_tensor_data", "parameters", "statistics", "model_configuration", "model_repository"]
         return {"name": "flserving", "version": installed_version("flserving"), "extensions": extensions}
 
@@ -95,7 +98,7 @@ class V2:
         """Names; the one that answers who names none comes first."""
         return {"models": _default_first(self.server.health_check())}
 
-    def model_metadata(self, who: Identity, model: str, version: str | None = None) -> dict[str, Any]:
+    def model_metadata(self, who: Identity, model: str, version: str | None = None) -> Fields:
         """Its outputs are those that this credential is shown.
 
         Raises:
@@ -104,20 +107,23 @@ class V2:
         key = self.server.resolve(version, model)
         policy = self.policy(who)
         inputs, outputs = _tensors(self.server.signature(key), policy)
-        versions = self.server.health_check()["models"][model]["versions"] if version is None else [key[1]]
+        versions = [key[1]]
+        if version is None:
+            versions = self.server.health_check()["models"][model]["versions"]
         return {
             "name": model,
             "versions": versions,
             "platform": "pytorch_safetensors",
-            "inputs": [{"name": name, "datatype": kind, "shape": [-1, *dims]} for name, kind, dims in inputs],
-            "outputs": [{"name": name, "datatype": kind, "shape": [-1, *dims]} for name, kind, dims in outputs],
+            "inputs": _as_metadata(inputs),
+            "outputs": _as_metadata(outputs),
             "parameters": {"outputs": policy.name},
         }
 
-    def model_config(self, who: Identity, model: str, version: str | None = None) -> dict[str, Any]:
+    def model_config(self, who: Identity, model: str, version: str | None = None) -> Fields:
         """What perf_analyzer asks for. Raises as :meth:`model_metadata`."""
         policy = self.policy(who)
-        inputs, outputs = _tensors(self.server.signature(self.server.resolve(version, model)), policy)
+        key = self.server.resolve(version, model)
+        inputs, outputs = _tensors(self.server.signature(key), policy)
         config = self.server.config
         queue = {
             "timeout_action": "REJECT",
@@ -132,19 +138,19 @@ class V2:
             "backend": "flserving",
             "version_policy": {"all": {}},
             "max_batch_size": config.max_batch_size,
-            "input": [{"name": name, "data_type": f"TYPE_{kind}", "dims": dims} for name, kind, dims in inputs],
-            "output": [{"name": name, "data_type": f"TYPE_{kind}", "dims": dims} for name, kind, dims in outputs],
+            "input": _as_config(inputs),
+            "output": _as_config(outputs),
             "dynamic_batching": {"max_queue_delay_microseconds": int(held_ms * 1e3), "default_queue_policy": queue},
             "model_transaction_policy": {"decoupled": False},
             "response_cache": {"enable": self.server.prediction_cache is not None},
             "parameters": {"outputs": {"string_value": policy.name}},
         }
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Fields:
         """The server's :class:`ServingConfig`."""
         return asdict(self.server.config)
 
-    def statistics(self, model: str | None = None, version: str | None = None) -> dict[str, Any]:
+    def statistics(self, model: str | None = None, version: str | None = None) -> Fields:
         """Counters since the start, of all processes behind this address, durations in nanoseconds.
 
         One entry for each version that was asked, or for the one that is named.
@@ -153,14 +159,15 @@ class V2:
             NotFoundError, ModelUnloadedError: The named model or version is not served.
         """
         totals = merged([self.server.telemetry.totals(), *self.others()])
-        names = {name for name in (*totals["versions"], *totals["failures"]) if name}
+        names = {*totals["versions"], *totals["failures"]} - {""}
         if model is not None:
             known = self.server.health_check()["models"]
-            if version is not None or model not in known:
+            of_model = set()
+            if version is None and model in known:
+                of_model = {f"{model}/{number}" for number in (*known[model]["versions"], OTHER)}
+            names &= of_model
+            if not names:
                 names = {"/".join(self.server.resolve(version, model))}
-            else:
-                names = {f"{model}/{number}" for number in (*known[model]["versions"], OTHER)} & names
-                names = names or {"/".join(self.server.resolve(None, model))}
         return {"model_stats": [_model_statistics(name, totals) for name in sorted(names)]}
 
     # The repository
@@ -298,11 +305,19 @@ def _tensors(signature: Signature, policy: OutputPolicy) -> tuple[list[_Tensor],
     return inputs, outputs[: len(policy.offered)]
 
 
+def _as_metadata(tensors: Sequence[_Tensor]) -> list[Fields]:
+    return [{"name": name, "datatype": kind, "shape": [-1, *dims]} for name, kind, dims in tensors]
+
+
+def _as_config(tensors: Sequence[_Tensor]) -> list[Fields]:
+    return [{"name": name, "data_type": f"TYPE_{kind}", "dims": dims} for name, kind, dims in tensors]
+
+
 def _duration(count: float, seconds: float) -> dict[str, int]:
     return {"count": int(count), "ns": round(seconds * 1e9)}
 
 
-def _model_statistics(name: str, totals: Mapping[str, Any]) -> dict[str, Any]:
+def _model_statistics(name: str, totals: Sums) -> Fields:
     """The entry of one version in Triton's statistics, ``name`` = "model/version", from :meth:`Telemetry.totals`.
 
     Per request: success, fail, queue and the three stages; cached answers count in none of the stages. Per execution:
@@ -314,12 +329,26 @@ def _model_statistics(name: str, totals: Mapping[str, Any]) -> dict[str, Any]:
     stages = served.get("stages", {})
     cache = served.get("cache", {})
     batches = served.get("batches", {})
+    executions = 0
+    inferences = 0
+    batch_stats = []
+    for rows, (runs, preprocess_s, infer_s, postprocess_s) in batches.items():
+        executions += runs
+        inferences += int(rows) * runs
+        batch_stats.append(
+            {
+                "batch_size": int(rows),
+                "compute_input": _duration(runs, preprocess_s),
+                "compute_infer": _duration(runs, infer_s),
+                "compute_output": _duration(runs, postprocess_s),
+            }
+        )
     return {
         "name": model,
         "version": version,
         "last_inference": served.get("last_inference_ms", 0),
-        "inference_count": sum(int(rows) * runs[0] for rows, runs in batches.items()),
-        "execution_count": sum(runs[0] for runs in batches.values()),
+        "inference_count": inferences,
+        "execution_count": executions,
         "inference_stats": {
             "success": _duration(served.get("requests", 0), served.get("seconds", 0)),
             "fail": _duration(sum(n for n, _ in failed), sum(seconds for _, seconds in failed)),
@@ -327,13 +356,5 @@ def _model_statistics(name: str, totals: Mapping[str, Any]) -> dict[str, Any]:
             "cache_hit": _duration(*cache.get("hit", (0, 0))),
             "cache_miss": _duration(*cache.get("miss", (0, 0))),
         },
-        "batch_stats": [
-            {
-                "batch_size": int(rows),
-                "compute_input": _duration(runs[0], runs[1]),
-                "compute_infer": _duration(runs[0], runs[2]),
-                "compute_output": _duration(runs[0], runs[3]),
-            }
-            for rows, runs in batches.items()
-        ],
+        "batch_stats": batch_stats,
     }

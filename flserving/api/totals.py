@@ -9,11 +9,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from flserving.monitoring.metrics import merged
+from flserving.monitoring.metrics import Sums, merged
 from flserving.monitoring.prometheus import totals
 from flserving.monitoring.telemetry import OTHER
 from flserving.serving.server import ModelServer
@@ -37,7 +36,7 @@ class Totals:
                     del self._before[counts][name]
         self._lock = threading.Lock()  # a scrape writes too: the newer sums must be written last
 
-    def others(self) -> list[Mapping[str, Any]]:
+    def others(self) -> list[Sums]:
         """All but this server's own. Writes first: what is shown now must not be lost when this worker is killed."""
         with contextlib.suppress(OSError):  # a full disk must not hide the server from its operators
             self.write()
@@ -54,17 +53,17 @@ class Totals:
             fresh.write_text(json.dumps(merged([self._before, totals(self._server)])), encoding="ascii")
             os.replace(fresh, self._path)
 
-    def _beside(self) -> list[dict[str, Any]]:
+    def _beside(self) -> list[Sums]:
         paths = sorted(self._path.parent.glob("[0-9]*.json"))
         return [_read(path) for path in paths if path != self._path]
 
 
-def _named(others: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+def _named(others: Iterable[Sums]) -> frozenset[str]:
     """Versions that other workers hold."""
     return frozenset(name for other in others for name in other.get("named", ()))
 
 
-def _read(path: Path, gone: bool = False) -> dict[str, Any]:
+def _read(path: Path, gone: bool = False) -> Sums:
     """One file; of a worker that is gone only what never falls, not what it held at that moment (``now``)."""
     try:
         age_s = time.time() - path.stat().st_mtime

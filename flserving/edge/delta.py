@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flserving.errors import ConflictError, CorruptArtifactError
-from flserving.models.weights import MAX_HEADER_NBYTES, AnyTensor, as_array, as_tensor, digest, kinds
+from flserving.models.weights import MAX_HEADER_NBYTES, AnyTensor, Array, Tensors, as_array, as_tensor, digest, kinds
 
 Form: TypeAlias = Literal["exact", "int8"]
 FORMS: tuple[Form, ...] = ("exact", "int8")
@@ -34,12 +34,12 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     changed: list[str]
 
 
-def zeros(like: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+def zeros(like: Tensors) -> dict[str, AnyTensor]:
     """Arrays of the same names, shapes and dtypes, all zero: what a delta without a base starts from."""
     return {name: np.zeros_like(as_array(it), order="C") for name, it in like.items()}
 
 
-def quantised(tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+def quantised(tensors: Tensors) -> dict[str, AnyTensor]:
     """The tensors as the form ``int8`` delivers them. Applied twice it changes nothing more.
 
     A row w with largest magnitude m becomes round(127 w / m) m / 127, computed in float64: at most m / 254 off. What
@@ -48,7 +48,7 @@ def quantised(tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     return _joined(_parts(tensors, "int8"), tensors)
 
 
-def encode(target: Mapping[str, AnyTensor], base: Mapping[str, AnyTensor] | None, form: Form) -> bytes:
+def encode(target: Tensors, base: Tensors | None, form: Form) -> bytes:
     """The delta from ``base`` (None: from zeros) to ``target``, both in the same ``form``.
 
     Raises:
@@ -63,7 +63,9 @@ def encode(target: Mapping[str, AnyTensor], base: Mapping[str, AnyTensor] | None
     ours = _parts(target, form)
     theirs = _parts(base or zeros(target), form)
     changed = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
-    start = None if base is None else digest(_joined(theirs, base))
+    start = None
+    if base is not None:
+        start = digest(_joined(theirs, base))
     header = msgspec.json.encode(_Header(form, start, changed))
     body = bytearray(len(header).to_bytes(4, "little"))
     body += header
@@ -72,9 +74,7 @@ def encode(target: Mapping[str, AnyTensor], base: Mapping[str, AnyTensor] | None
     return zstandard.ZstdCompressor(level=_LEVEL).compress(body)
 
 
-def apply(
-    data: bytes | memoryview, base: Mapping[str, AnyTensor] | None, like: Mapping[str, AnyTensor], form: Form
-) -> dict[str, AnyTensor]:
+def apply(data: bytes | memoryview, base: Tensors | None, like: Tensors, form: Form) -> dict[str, AnyTensor]:
     """The tensors that a delta leads to. Compare their digest with a signed one before they are used.
 
     Args:
@@ -98,7 +98,9 @@ def apply(
         if not 0 < length <= MAX_HEADER_NBYTES:
             raise _corrupt(f"its header claims {length:,} bytes")
         header = msgspec.json.decode(_exactly(reader, length), type=_Header)
-        expected = None if base is None else digest(base)
+        expected = None
+        if base is not None:
+            expected = digest(base)
         if (header.form, header.base) != (form, expected):
             raise _corrupt(
                 f"it is {header.form!r} from {str(header.base)[:12]}, not {form!r} from {str(expected)[:12]}"
@@ -139,7 +141,7 @@ def _parts(tensors: Mapping[str, AnyTensor], form: Form) -> dict[str, NDArray[An
     return parts
 
 
-def _joined(parts: Mapping[str, NDArray[Any]], like: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+def _joined(parts: Mapping[str, Array], like: Tensors) -> dict[str, AnyTensor]:
     tensors = {}
     for name, tensor in like.items():
         array = as_array(tensor)
@@ -155,7 +157,7 @@ def _joined(parts: Mapping[str, NDArray[Any]], like: Mapping[str, AnyTensor]) ->
     return tensors
 
 
-def _shuffled(difference: NDArray[Any]) -> bytes:
+def _shuffled(difference: Array) -> bytes:
     flat = difference.reshape(-1)
     sign = flat >> (8 * flat.itemsize - 1)
     zigzag = (flat << 1) ^ sign
@@ -163,11 +165,11 @@ def _shuffled(difference: NDArray[Any]) -> bytes:
     return planes.tobytes()
 
 
-def _unshuffled(data: bytes, like: NDArray[Any]) -> NDArray[Any]:
+def _unshuffled(data: bytes, like: Array) -> Array:
     planes = np.frombuffer(data, np.uint8).reshape(like.itemsize, -1)
     zigzag = np.ascontiguousarray(planes.T).view(f"u{like.itemsize}").reshape(-1)
     sign = np.negative(zigzag & 1)
-    plain: NDArray[Any] = (zigzag >> 1) ^ sign
+    plain: Array = (zigzag >> 1) ^ sign
     return plain.view(like.dtype).reshape(like.shape)
 
 

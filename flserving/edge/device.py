@@ -24,13 +24,13 @@ from flserving.errors import (
     NotFoundError,
     StaleModelError,
 )
-from flserving.models.weights import AnyTensor
+from flserving.models.weights import Tensors
 from flserving.registry import Registry, storage
 from flserving.registry.heads import HeadSet, Layout, trained_on
 from flserving.registry.manifest import Lineage, Manifest
 from flserving.registry.storage import own_folder
 from flserving.serving.config import ServingConfig, checked
-from flserving.serving.engine import InferenceEngine
+from flserving.serving.engine import Answer, InferenceEngine
 from flserving.serving.repository import LOCAL
 from flserving.serving.request import Request
 from flserving.serving.router import Key
@@ -149,7 +149,7 @@ class EdgeModelServer(ModelServer):
     @version_id_too
     def predict(  # type: ignore[override]
         self, features: Any, use_personalized: bool = True, version: str | int | None = None, **options: Any
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Answer a row [D] or rows [N, D] on the device.
 
         Args:
@@ -181,7 +181,7 @@ class EdgeModelServer(ModelServer):
         if request.key is not None:  # else the route is as new as can be
             self._freshness(request.key)
 
-    def _respond(self, request: Request) -> dict[str, Any]:
+    def _respond(self, request: Request) -> Answer:
         freshness = self._freshness(request.key)
         answer = super()._respond(request) | freshness
         if request.model == self.local_model:
@@ -190,7 +190,7 @@ class EdgeModelServer(ModelServer):
             self.telemetry.count("path", [answer["path"]])
         return answer
 
-    def _freshness(self, key: Key) -> dict[str, Any]:
+    def _freshness(self, key: Key) -> Answer:
         """What an answer says of the version that gave it. Raises StaleModelError."""
         number, age = self._age_of(key) if key[0] in (self.model, self.local_model) else (None, None)
         age_s = None if age is None else age.age_s()
@@ -211,7 +211,9 @@ class EdgeModelServer(ModelServer):
 
     def _keep_age(self, key: Key, number: int | None, since_s: float | None = None) -> tuple[int | None, Age]:
         """The round and the age of a version, counted from ``since_s`` (Unix seconds; None: from now)."""
-        age = Age(self._wall() if since_s is None else since_s, self._clock, self._wall)
+        if since_s is None:
+            since_s = self._wall()
+        age = Age(since_s, self._clock, self._wall)
         known = self._ages[key] = (number, age)
         for oldest in list(self._ages)[:-_AGES]:
             if oldest[1] != self._router.routes.of(oldest[0]).aliases.get("default"):
@@ -222,10 +224,10 @@ class EdgeModelServer(ModelServer):
 
     def update_global(
         self,
-        state: "nn.Module | Mapping[str, AnyTensor]",
+        state: "nn.Module | Tensors",
         *,
         round: int | None = None,
-        head: Mapping[str, AnyTensor] | HeadSet | None = None,
+        head: Tensors | HeadSet | None = None,
         **published: Any,
     ) -> Manifest:
         """Serve other weights from now on; every request sees all of the update or nothing of it.
@@ -252,12 +254,15 @@ class EdgeModelServer(ModelServer):
             if round is not None:
                 published["lineage"] = Lineage(round=round)
             if head is not None:
-                heads = head if isinstance(head, HeadSet) else HeadSet.from_states({self.client: head})
-                return self._install(state, heads, published)
+                if not isinstance(head, HeadSet):
+                    head = HeadSet.from_states({self.client: head})
+                return self._install(state, head, published)
             earlier = None
             with contextlib.suppress(CorruptArtifactError):  # what is broken is replaced, its head with it
-                store = None if now is None else self.registry.read(self.model, now.version).heads
-                earlier = None if store is None else store.take(self.client)
+                if now is not None:
+                    store = self.registry.read(self.model, now.version).heads
+                    if store is not None:
+                        earlier = store.take(self.client)
             try:
                 return self._install(state, earlier, published)
             except InvalidModelError:
@@ -267,7 +272,7 @@ class EdgeModelServer(ModelServer):
 
     @version_id_too
     def update_local(
-        self, state: "nn.Module | Mapping[str, AnyTensor]", *, version: str | int | None = None, layout: Layout = "head"
+        self, state: "nn.Module | Tensors", *, version: str | int | None = None, layout: Layout = "head"
     ) -> Manifest:
         """Serve another head of the client on the same weights, or another local model; seen whole or not at all, as
         :meth:`update_global`.
@@ -289,9 +294,11 @@ class EdgeModelServer(ModelServer):
             artifact = self.registry.read(self.model, self.registry.resolve(self.model))
             now = artifact.manifest
             trained = self.registry.manifest(self.model, self.registry.resolve(self.model, version))
-            heads = HeadSet.from_states({self.client: state}, layout, trained_on(layout, trained.digests))
+            digest = trained_on(layout, trained.digests)
+            heads = HeadSet.from_states({self.client: state}, layout, digest)
             lineage = now.lineage or Lineage()  # a new head makes the body no younger, not even after a restart
-            lineage = msgspec.structs.replace(lineage, extra={**lineage.extra, UPDATED_AT: _updated_at(now)})
+            extra = {**lineage.extra, UPDATED_AT: _updated_at(now)}
+            lineage = msgspec.structs.replace(lineage, extra=extra)
             published = _as_before(now) | {"metrics": now.metrics, "note": now.note, "lineage": lineage}
             return self._install(artifact.arrays, heads, published, body=now)
 
@@ -316,7 +323,7 @@ class EdgeModelServer(ModelServer):
 
     def _install(
         self,
-        state: "nn.Module | Mapping[str, AnyTensor]",
+        state: "nn.Module | Tensors",
         heads: HeadSet | None,
         published: Mapping[str, Any],
         *,
@@ -380,12 +387,14 @@ def device_request(features: Any, use_personalized: bool, version: str | int | N
 def current(registry: Registry, model: str) -> Manifest | None:
     """What the alias ``default`` leads to now, also where another process moved it; None where that is broken."""
     number = registry.aliases(model).get("default")
+    if number is None:
+        return None
     with contextlib.suppress(CorruptArtifactError):
-        return None if number is None else registry.manifest(model, number)
+        return registry.manifest(model, number)
     return None
 
 
-def _as_before(now: Manifest | None, state: "nn.Module | Mapping[str, AnyTensor] | None" = None) -> dict[str, Any]:
+def _as_before(now: Manifest | None, state: "nn.Module | Tensors | None" = None) -> dict[str, Any]:
     """What a version is published with where nothing else is said: what the one before it was."""
     if now is None:
         return {}

@@ -37,11 +37,11 @@ from flserving.errors import (
 from flserving.models.masking import FULL, OUTPUTS
 from flserving.models.processing import Preprocessor, Several
 from flserving.serving.cache import PredictionCache
+from flserving.serving.engine import Answer
 from flserving.serving.request import Request, finished
 from flserving.serving.server import dealt_out
 from flserving.serving.synonyms import version_id_too
 
-Answer = dict[str, Any]
 _NO_CONSENT = "nothing leaves this device without consent: set consent=True"
 _MENDABLE = (
     StaleModelError,
@@ -282,7 +282,9 @@ class HybridServer:
     def health_check(self) -> dict[str, Any]:
         """The edge's; unavailable once the hybrid is closed."""
         health = self.edge.health_check()
-        return health | {"status": "unavailable", "ready": False} if self._closed else health
+        if self._closed:
+            health |= {"status": "unavailable", "ready": False}
+        return health
 
     def get_all_stats(self) -> dict[str, Any]:
         """The edge's (answers by path are in them), and ``hybrid``: why the cloud gave none, its breaker, its cache."""

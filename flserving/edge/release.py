@@ -196,7 +196,9 @@ def device_manifest(registry: Registry, model: str, version: int) -> bytes:
 
 def round_of(manifest: Manifest) -> int:
     """The federated round of a version; its version number where the lineage tells none."""
-    return manifest.version if manifest.round is None else manifest.round
+    if manifest.round is None:
+        return manifest.version
+    return manifest.round
 
 
 def verify(data: bytes, kind: type[_Kind], key: str | None) -> tuple[_Kind, str]:

@@ -56,7 +56,7 @@ from flserving.errors import (
     answered,
 )
 from flserving.models import weights
-from flserving.models.weights import AnyTensor, Array
+from flserving.models.weights import Array, Tensors
 from flserving.registry import manifest, storage
 from flserving.registry.heads import HeadSet, trained_on
 from flserving.registry.manifest import Lineage, Manifest, sha256
@@ -352,9 +352,7 @@ class SyncAgent:
         )
         return published.version
 
-    def _tensors(
-        self, path: str, new: Manifest, statement: Statement, local: Manifest | None
-    ) -> Mapping[str, AnyTensor]:
+    def _tensors(self, path: str, new: Manifest, statement: Statement, local: Manifest | None) -> Tensors:
         """The weights, verified: by a delta from what is here, by one from nothing, or whole."""
         like = models.blueprint(self._edge.config.engine, new.architecture, new.parameters).like
         if sum(tensor.nbytes for tensor in like.values()) > new.weights_nbytes:
@@ -379,7 +377,7 @@ class SyncAgent:
 
     def _by_delta(
         self, path: str, new: Manifest, statement: Statement, base: Manifest | None, like: Mapping[str, Array]
-    ) -> Mapping[str, AnyTensor]:
+    ) -> Tensors:
         number = 0
         start = None
         if base is not None:
@@ -532,7 +530,9 @@ class _Downloads:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    if not path.exists():
+        return 0
+    return path.stat().st_size
 
 
 @contextlib.contextmanager

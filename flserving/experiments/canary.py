@@ -86,20 +86,24 @@ def findings(policy: Policy, arms: Arms) -> Findings:
     worst, enough = _worst(policy, canary_n, canary_sum, 1)
     floor = lowest - policy.worst_margin
     means = canary_sum / np.maximum(canary_n, 1)
-    below = enough & (floor > 0)[:, None] & (means < floor[:, None])  # nobody else can be shown to be
+    possible = enough & (floor > 0)[:, None]
+    below = possible & (means < floor[:, None])  # nobody else can be shown to be
     place = np.nonzero(below)
     row = place[0]
     missed = canary_n - canary_sum
     evidence = statistics.log_evidence(canary_n[place], missed[place], 1 - floor[row])
     below[place] = evidence >= np.log(4 * of_canary[row] / policy.alpha)
 
-    checked = ~np.isnan(lowest) & (enough.sum(axis=1) >= policy.checked_share * of_canary)
+    wanted = policy.checked_share * of_canary
+    checked = ~np.isnan(lowest) & (enough.sum(axis=1) >= wanted)
     spared = checked & (worst >= floor)
     ruined = lowest - max(policy.ruin, policy.worst_margin)
     for one in np.flatnonzero(spared & proven & (ruined > 0)):  # evidence is weighed only where it decides
-        n = canary_n[one, enough[one]]
-        total = canary_sum[one, enough[one]]
-        evidence = statistics.log_evidence(n, total, np.full(len(n), ruined[one]))
+        clients = enough[one]
+        n = canary_n[one, clients]
+        total = canary_sum[one, clients]
+        limit = np.full(len(n), ruined[one])
+        evidence = statistics.log_evidence(n, total, limit)
         spared[one] = (evidence >= math.log(2 / policy.alpha)).all()
     return Findings(few, old, new, half, lost, proven, spent, lowest, worst, below, checked, spared)
 
@@ -135,7 +139,8 @@ def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, fai
     if found.below.any():
         client = list(canary)[int(found.below[0].argmax())]
         n, total = canary[client]
-        return Verdict("rollback", f"client {client!r} gets {total / n:.3f}, the control's worst {lowest:.3f}")
+        mean = total / n
+        return Verdict("rollback", f"client {client!r} gets {mean:.3f}, the control's worst {lowest:.3f}")
     if found.few[0]:
         return Verdict("wait", f"{len(canary)} and {len(control)} clients gave rewards: {policy.min_clients} decide")
     old = float(found.old[0])
@@ -158,7 +163,8 @@ def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, fai
 
 
 def _columns(rewards: Rewards) -> tuple[Floats, Floats]:
-    both = np.array(list(rewards.values()), np.float64).reshape(1, -1, 2)
+    pairs = np.array(list(rewards.values()), np.float64)
+    both = pairs.reshape(1, -1, 2)
     return both[:, :, 0], both[:, :, 1]
 
 

@@ -115,7 +115,8 @@ class Experiments:
         if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
             return split, Chosen(split, None, "", client)
         arm = self.arm_of(experiment, who) if experiment.rule == "sticky" else self._bandit(experiment).choose()
-        return (split[0], str(experiment.arms[arm].version)), Chosen(split, arm, who, client)
+        version = str(experiment.arms[arm].version)
+        return (split[0], version), Chosen(split, arm, who, client)
 
     def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Any) -> dict[str, str]:
         """What the answer says of it: ``arm`` and, unless feedback cannot be taken now, ``receipt``. Sends a copy to
@@ -194,7 +195,8 @@ class Experiments:
     def _count(self, registry: Any, model: str, receipt: str, reward: float | None, client: str) -> None:
         store = self._store(registry)
         read = store.read(receipt, client)
-        if all(running.run != read.run for running in registry.experiments(model).values()):
+        running = registry.experiments(model).values()
+        if all(experiment.run != read.run for experiment in running):
             raise ConflictError("the experiment of this answer is over: its feedback decides nothing any more")
         if read.at_s < registry.forgotten(client)[1]:
             raise ConflictError("this client was forgotten after that answer: its receipt counts no more")
@@ -230,8 +232,12 @@ class Experiments:
         for problem in list(self._router.problems):
             if problem.endswith(" verdict") and problem not in verdicts:
                 self._router.problems.pop(problem, None)
-        followed = {id(it): it for it in (self._router.followed(model) for model, _ in running)}
-        return [registry for registry in followed.values() if registry is not None]
+        followed = {}
+        for model, _ in running:
+            registry = self._router.followed(model)
+            if registry is not None:
+                followed[id(registry)] = registry
+        return list(followed.values())
 
     def _look_at(self, registry: Any) -> None:
         now_s = time.monotonic()
@@ -239,10 +245,11 @@ class Experiments:
         if judges:
             self._judged_s[registry.root] = now_s
         for (model, alias), experiment in self._router.routes.experiments.items():
-            if self._router.followed(model) is not registry or (experiment.rule != "bandit" and not judges):
+            learns = experiment.rule == "bandit"
+            if self._router.followed(model) is not registry or not (learns or judges):
                 continue
             try:
-                if experiment.rule == "bandit":
+                if learns:
                     self._learn(registry, experiment)
                 elif experiment.policy is not None:
                     self.decide(model, alias)
@@ -297,6 +304,9 @@ class Experiments:
         for name, arm in experiment.arms.items():
             given = rewards.get(name, {}).values()
             count = sum(n for n, _ in given)
+            mean = None
+            if count:
+                mean = sum(total for _, total in given) / count
             requests, failed, _ = outcomes.get(name, (0, 0, 0))
             arms[name] = {
                 "version": arm.version,
@@ -305,7 +315,7 @@ class Experiments:
                 "rewards": count,
                 "answers": requests - failed,
                 "failed": failed,
-                "mean": sum(total for _, total in given) / count if count else None,
+                "mean": mean,
                 "worst": min((total / n for n, total in given), default=None),
             }
         shadow = None

@@ -28,7 +28,8 @@ def mean_of(rewards: Rewards) -> tuple[float, float]:
     """The mean reward and the variance of that mean; NaN and infinity with fewer than two clients."""
     if len(rewards) < 2:
         return math.nan, math.inf
-    counts, totals = np.array(list(rewards.values()), np.float64).T
+    pairs = np.array(list(rewards.values()), np.float64)
+    counts, totals = pairs.T
     mean, variance = ratio_of_sums(counts[None], totals[None])
     return float(mean[0]), float(variance[0])
 
@@ -45,7 +46,9 @@ def ratio_of_sums(counts: Floats, totals: Floats) -> tuple[Floats, Floats]:
     # failures that were not seen (Agresti and Coull, The American Statistician 52, 1998)
     spread = np.maximum(spread, 2.0)
     variance = spread / rewards**2 * clients / np.maximum(clients - 1, 1)
-    return np.where(enough, mean, np.nan), np.where(enough, variance, np.inf)
+    mean = np.where(enough, mean, np.nan)
+    variance = np.where(enough, variance, np.inf)
+    return mean, variance
 
 
 def half_width(variance: _Number, alpha: float, effect: float) -> _Number:
@@ -114,7 +117,8 @@ def exceeds(n: int, total: float, limit: float, alpha: float) -> bool:
         return total > 0
     if limit >= 1:
         return False
-    evidence = log_evidence(np.array([n]), np.array([total]), np.array([limit]))
+    ns, totals, limits = np.array([[n], [total], [limit]])
+    evidence = log_evidence(ns, totals, limits)
     return bool(evidence[0] >= math.log(1 / alpha))
 
 
@@ -130,7 +134,10 @@ def log_evidence(n: Floats, total: Floats, limit: Floats) -> Floats:
     rates = limit + (1 - limit) * _GRID
     won = total[:, None]
     lost = n[:, None] - won
-    logs = won * np.log(rates / limit) + lost * np.log((1 - rates) / (1 - limit))
+    of_won = np.log(rates / limit)
+    of_lost = np.log((1 - rates) / (1 - limit))
+    logs = won * of_won + lost * of_lost
     top = logs.max(axis=1, keepdims=True)
-    evidence: Floats = top[:, 0] + np.log(np.exp(logs - top).mean(axis=1))
+    mean = np.exp(logs - top).mean(axis=1)
+    evidence: Floats = top[:, 0] + np.log(mean)
     return evidence

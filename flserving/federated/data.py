@@ -50,7 +50,8 @@ class Client:
         )
         for split, x, y in splits:
             where = f"{split} split of client {self.id!r}"
-            if x.ndim != 2 or x.dtype != np.float32 or not x.size or not np.isfinite(x).all():
+            flat = x.ndim == 2 and x.dtype == np.float32
+            if not flat or not x.size or not np.isfinite(x).all():
                 raise InvalidInputError(
                     f"{where}: features are {x.dtype} {x.shape}; use finite float32 [n, D] with n, D >= 1"
                 )
@@ -104,14 +105,17 @@ def dirichlet_partition(labels: Labels, num_clients: int, alpha: float, rng: np.
     owner = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        cuts = np.cumsum(rng.dirichlet(np.full(num_clients, alpha)))[:-1] * len(members)
-        for client, part in enumerate(np.split(members, np.rint(cuts).astype(np.int64))):
+        shares = rng.dirichlet(np.full(num_clients, alpha))
+        cuts = np.cumsum(shares)[:-1] * len(members)
+        parts = np.split(members, np.rint(cuts).astype(np.int64))
+        for client, part in enumerate(parts):
             owner[part] = client
     counts = np.bincount(owner, minlength=num_clients)
     while counts.min() < MIN_SAMPLES:
         poorest = counts.argmin()
         richest = counts.argmax()
-        owner[rng.choice(np.flatnonzero(owner == richest))] = poorest
+        given = rng.choice(np.flatnonzero(owner == richest))
+        owner[given] = poorest
         counts[poorest] += 1
         counts[richest] -= 1
     return [np.flatnonzero(owner == client) for client in range(num_clients)]
@@ -213,7 +217,8 @@ class Moments:
         x = features.astype(np.float64)  # in which the sum of n equal float32 numbers is exact
         mean = x.mean(axis=0)
         away = x - mean
-        m2 = (away * away).sum(axis=0) - away.sum(axis=0) ** 2 / len(x)  # the last term is what the mean is off
+        off = away.sum(axis=0)  # what the mean is off
+        m2 = (away * away).sum(axis=0) - off**2 / len(x)
         return cls(len(x), mean, np.maximum(m2, 0.0))
 
     def merged(self, other: "Moments") -> "Moments":
@@ -221,7 +226,8 @@ class Moments:
         count = self.count + other.count
         apart = other.mean - self.mean
         mean = self.mean + apart * (other.count / count)
-        m2 = self.m2 + other.m2 + apart * apart * (self.count * other.count / count)
+        between = apart * apart * (self.count * other.count / count)
+        m2 = self.m2 + other.m2 + between
         return Moments(count, mean, m2)
 
     @property
@@ -238,7 +244,8 @@ class Moments:
         eps = float(np.finfo(np.float64).eps)
         variance = self.m2 / self.count
         rounding = self.count * eps * variance + (self.count * eps * self.mean) ** 2
-        return (variance <= rounding) | (self.std < np.finfo(np.float32).tiny)
+        tiny = self.std < np.finfo(np.float32).tiny
+        return (variance <= rounding) | tiny
 
 
 def federated_statistics(clients: Sequence[Client], min_std: float | None = None) -> dict[str, list[float]]:
@@ -268,7 +275,8 @@ def federated_statistics(clients: Sequence[Client], min_std: float | None = None
     pooled = reduce(Moments.merged, (Moments.of(client.train_x) for client in clients))
     if min_std is None:
         floor = max(client.resolution for client in clients)
-        std = np.where(pooled.constant, 1.0, np.maximum(pooled.std, floor))
+        std = np.maximum(pooled.std, floor)
+        std = np.where(pooled.constant, 1.0, std)
     else:
         std = np.maximum(pooled.std, min_std)
     return {"mean": pooled.mean.tolist(), "std": std.tolist()}

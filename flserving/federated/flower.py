@@ -114,7 +114,7 @@ class Publishing(Strategy):
         *,
         on_round: Callable[[Round], object],
         architecture: str,
-        parameters: Mapping[str, models.JSON] | None = None,
+        parameters: models.Parameters | None = None,
         preprocessing: Statistics,
         data: str = "",
         samples: str = "num-examples",
@@ -132,8 +132,11 @@ class Publishing(Strategy):
         with torch.device("meta"):
             module = models.build(architecture, parameters)
         self._wanted = module.state_dict()
-        split = isinstance(module, models.SplitModel)
-        self._head_shapes = {name: it.shape for name, it in self._wanted.items() if split and name.startswith("head.")}
+        self._head_shapes = {}
+        if isinstance(module, models.SplitModel):
+            for name, tensor in self._wanted.items():
+                if name.startswith("head."):
+                    self._head_shapes[name] = tensor.shape
         self.strategy = strategy
         self.on_round = on_round
         self.preprocessing = preprocessing
@@ -155,8 +158,10 @@ class Publishing(Strategy):
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
         """As Flower's: same arguments, same result."""
-        settings = {f"config.{name}"[:64]: value for name, value in (train_config or {}).items()}
-        facts = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
+        facts: dict[str, Any] = {}
+        for name, value in (train_config or {}).items():
+            if isinstance(value, bool | int | float | str):
+                facts[f"config.{name}"[:64]] = value
         facts |= {"data": self.data, "framework": f"flwr {flwr.__version__}", "rounds": num_rounds}
         content = validation.Content(
             name="initial",
@@ -170,7 +175,9 @@ class Publishing(Strategy):
         encode(draft.manifest)  # what publishing would refuse after a round, is refused before the first
 
         def finish(number: int, arrays: ArrayRecord) -> MetricRecord | None:  # the last that Flower does in a round
-            measured = None if evaluate_fn is None else evaluate_fn(number, arrays)
+            measured = None
+            if evaluate_fn is not None:
+                measured = evaluate_fn(number, arrays)
             if number:
                 self.on_round(self._round(number, arrays, measured, facts))
             return measured
@@ -190,7 +197,8 @@ class Publishing(Strategy):
         if self._seen is None:
             raise ConfigError("start() of another object asks for a round: wrap that one in Publishing, outermost")
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        self._seen = _Seen({str(node): "no reply" for node in sorted(it.metadata.dst_node_id for it in messages)})
+        nodes = sorted(message.metadata.dst_node_id for message in messages)
+        self._seen = _Seen({str(node): "no reply" for node in nodes})
         return messages
 
     def aggregate_train(
@@ -200,8 +208,11 @@ class Publishing(Strategy):
         seen = self._seen or _Seen({})
         ordered, heads = self._parted(replies)
         faults = self._faults(ordered)
-        kept = [reply for reply in ordered if reply.has_error() or str(reply.metadata.src_node_id) not in faults]
-        counts = {str(it.metadata.src_node_id): _numbers(it)[self.samples] for it in kept if not it.has_error()}
+        kept = [reply for reply in ordered if reply.has_error() or _client(reply) not in faults]
+        counts = {}
+        for reply in kept:
+            if not reply.has_error():
+                counts[_client(reply)] = _numbers(reply)[self.samples]
         arrays, metrics = self.strategy.aggregate_train(server_round, kept)
         seen.note("train", metrics)
         seen.rejected |= faults
@@ -214,7 +225,10 @@ class Publishing(Strategy):
         if arrays is not None:
             self._keep(heads, seen, counts)
         if not self._trained and arrays is None:
-            first = next((f"client {client}: {why}" for client, why in seen.rejected.items()), "nobody was asked")
+            first = "nobody was asked"
+            for client, why in seen.rejected.items():
+                first = f"client {client}: {why}"
+                break
             raise ModelExecutionError(f"round {server_round} has no valid reply ({first}): mend the client app")
         self._trained = True
         return arrays, metrics
@@ -224,9 +238,12 @@ class Publishing(Strategy):
         ordered = sorted(replies, key=lambda reply: int(reply.metadata.src_node_id))
         heads = {}
         for reply in ordered:
-            records = {} if reply.has_error() else reply.content.array_records
-            if HEAD in records and (len(records) > 1 or reply.metadata.message_type == MessageType.EVALUATE):
-                heads[str(reply.metadata.src_node_id)] = reply.content.pop(HEAD)
+            if reply.has_error():
+                continue
+            records = reply.content.array_records
+            evaluated = reply.metadata.message_type == MessageType.EVALUATE
+            if HEAD in records and (len(records) > 1 or evaluated):
+                heads[_client(reply)] = reply.content.pop(HEAD)
         return ordered, heads
 
     def _keep(self, heads: Mapping[str, ArrayRecord], seen: _Seen, clients: Container[str]) -> None:
@@ -235,8 +252,10 @@ class Publishing(Strategy):
             if client not in clients:
                 continue
             try:
-                named = {f"head.{name.removeprefix('head.')}": _read(array) for name, array in record.items()}
-                state = {name: torch.from_numpy(values) for name, values in named.items()}
+                state = {}
+                for name, array in record.items():
+                    name = f"head.{name.removeprefix('head.')}"
+                    state[name] = torch.from_numpy(_read(array))
             except (InvalidModelError, TypeError) as error:
                 seen.rejected[client] = f"its head was left out: its arrays {error}"
                 continue
@@ -254,25 +273,31 @@ class Publishing(Strategy):
         faults = {}
         sound = []
         for reply in replies:
-            client = str(reply.metadata.src_node_id)
+            client = _client(reply)
             if reply.has_error():
-                faults[client] = " ".join((reply.error.reason or f"error {reply.error.code}").split())[-200:]
+                reason = reply.error.reason or f"error {reply.error.code}"
+                faults[client] = " ".join(reason.split())[-200:]
             else:
                 sound.append((client, reply, _form(reply), _numbers(reply)))
         default = None if trained else 0  # an evaluation need not tell
-        uncounted = [(it[0], it[3]) for it in sound if not _is_count(it[3].get(self.samples, default))]
+        uncounted = []
+        for client, _, _, numbers in sound:
+            if not _is_count(numbers.get(self.samples, default)):
+                uncounted.append((client, numbers))
         if trained and sound and len(uncounted) == len(sound):
             client, numbers = uncounted[0]
             raise ConfigError(
                 f"client {client} tells {self.samples!r} = {numbers.get(self.samples)!r} among {sorted(numbers)}: let "
                 "it tell how many samples it trained on, or name that metric by samples="
             )
-        faults |= {client: f"it tells {self.samples!r} = {it.get(self.samples)!r:.40}" for client, it in uncounted}
+        for client, numbers in uncounted:
+            faults[client] = f"it tells {self.samples!r} = {numbers.get(self.samples)!r:.40}"
         forms = Counter(form for client, _, form, _ in sound if client not in faults)
         for client, reply, form, _ in sound:
             if client in faults:
                 continue
-            if form != forms.most_common(1)[0][0]:
+            (usual, _), *_ = forms.most_common(1)
+            if form != usual:
                 faults[client] = "its arrays or metrics have other names or shapes than those of the others"
                 continue
             try:
@@ -297,8 +322,8 @@ class Publishing(Strategy):
         faults = self._faults(ordered, trained=False)
         for client, why in faults.items():
             seen.rejected.setdefault(client, f"its evaluation was left out: {why}")
-        kept = [reply for reply in ordered if reply.has_error() or str(reply.metadata.src_node_id) not in faults]
-        sound = {str(reply.metadata.src_node_id): reply for reply in kept if not reply.has_error()}
+        kept = [reply for reply in ordered if reply.has_error() or _client(reply) not in faults]
+        sound = {_client(reply): reply for reply in kept if not reply.has_error()}
         self._keep(heads, seen, sound)
         for client, reply in sound.items():
             value = self._accuracy(_numbers(reply))
@@ -321,8 +346,9 @@ class Publishing(Strategy):
         if of_all is not None:
             metrics["global_accuracy"] = of_all
         if seen.accuracy:
-            metrics["mean_client_accuracy"] = sum(seen.accuracy.values()) / len(seen.accuracy)
-            metrics["worst_client_accuracy"] = min(seen.accuracy.values())
+            values = seen.accuracy.values()
+            metrics["mean_client_accuracy"] = sum(values) / len(values)
+            metrics["worst_client_accuracy"] = min(values)
         if seen.not_finite:
             facts = facts | {"not_finite": ", ".join(seen.not_finite)[:1000]}
         origin = Origin(
@@ -334,13 +360,25 @@ class Publishing(Strategy):
         state = self._state(arrays)
         personal = dict(self._personal)
         return Round(
-            number, origin, self.preprocessing, state, personal, metrics, seen.accuracy, seen.samples, seen.rejected
+            number=number,
+            recipe=origin,
+            preprocessing=self.preprocessing,
+            state=state,
+            personal=personal,
+            metrics=metrics,
+            client_accuracy=seen.accuracy,
+            sample_counts=seen.samples,
+            rejected=seen.rejected,
         )
 
     def _accuracy(self, numbers: Mapping[str, Any], *prefixes: str) -> float | None:
         """The first of these names that is there."""
-        found = [numbers.get(prefix + name) for prefix in prefixes or ("",) for name in self.accuracy]
-        return next((float(it) for it in found if isinstance(it, int | float) and math.isfinite(it)), None)
+        for prefix in prefixes or ("",):
+            for name in self.accuracy:
+                value = numbers.get(prefix + name)
+                if isinstance(value, int | float) and math.isfinite(value):
+                    return float(value)
+        return None
 
     def _state(self, arrays: ArrayRecord) -> State:
         """The arrays as tensors of the types that the architecture has.
@@ -356,17 +394,28 @@ class Publishing(Strategy):
 
 def _numbers(reply: Message) -> dict[str, Any]:
     """All metrics of a reply, whatever its records are called."""
-    return {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
+    numbers: dict[str, Any] = {}
+    for record in reply.content.metric_records.values():
+        for name, value in record.items():
+            numbers[name] = value
+    return numbers
+
+
+def _client(reply: Message) -> str:
+    """Whom a reply comes from."""
+    return str(reply.metadata.src_node_id)
 
 
 def _form(reply: Message) -> tuple[Any, ...]:
     """What must be alike in all replies, or they cannot be averaged."""
-    arrays = (
-        (record, name, tuple(array.shape), array.dtype)
-        for record, content in reply.content.array_records.items()
-        for name, array in content.items()
-    )
-    metrics = ((record, name) for record, content in reply.content.metric_records.items() for name in content)
+    arrays = []
+    for record, content in reply.content.array_records.items():
+        for name, array in content.items():
+            arrays.append((record, name, tuple(array.shape), array.dtype))
+    metrics = []
+    for record, measured in reply.content.metric_records.items():
+        for name in measured:
+            metrics.append((record, name))
     return tuple(sorted(arrays)), tuple(sorted(metrics))
 
 

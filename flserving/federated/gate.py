@@ -154,7 +154,8 @@ class Gate:
         words = "weights and answers are finite"
         if odd is not None:
             words = f"{odd} holds NaN or infinite values"
-        checks = [Check("finite", odd is None, words), _form(new, old), self._enough(new)]
+        finite = Check("finite", odd is None, words)
+        checks = [finite, _form(new, old), self._enough(new)]
         if odd is None and checks[1].passed:
             try:
                 checks += self._judged(registry, alias, new, old)
@@ -184,7 +185,9 @@ class Gate:
         if wanted is None:
             wanted = math.ceil(len(self.clients) / 2)
         lineage = new.manifest.lineage
-        found = lineage.num_clients if lineage else None
+        found = None
+        if lineage:
+            found = lineage.num_clients
         if found is None:
             return Check("clients", wanted == 0, f"no number of clients in its lineage, at least {wanted} wanted")
         words = f"{found} clients in its lineage, at least {wanted} wanted"
@@ -195,16 +198,19 @@ class Gate:
         given, golden = self._answers(registry, new.manifest)
         right = self._right(given)
         last = self._golden(golden)
+        of_all = np.concatenate(right)
         if old is None:
-            words = f"no version to compare with (accuracy {np.concatenate(right).mean():.3f})"
-            return [*(Check(kind, True, words) for kind in _COMPARED), last]
+            words = f"no version to compare with (accuracy {of_all.mean():.3f})"
+            compared = [Check(kind, True, words) for kind in _COMPARED]
+            return [*compared, last]
         earlier, _ = self._answers(registry, old.manifest)
         before = self._right(earlier)
-        same = float((np.concatenate(given) == np.concatenate(earlier)).mean())
+        alike = np.concatenate(given) == np.concatenate(earlier)
+        same = float(alike.mean())
         words = f"{same:.3f} of the answers are those of version {old.manifest.version}"
         return [
             self._norm(registry, alias, new, old),
-            self._accuracy(np.concatenate(before), np.concatenate(right)),
+            self._accuracy(np.concatenate(before), of_all),
             self._worst(before, right),
             Check("agreement", same >= self.agreement, words, same, self.agreement),
             last,
@@ -219,13 +225,17 @@ class Gate:
         if personal is None:
             found = engine.execute(rows)
         else:
-            slots = [personal.choose(client.id, len(client.test_x))[0] for client in self.clients]
-            found = personal.execute(list(zip(rows, slots, strict=True)))
+            payloads = []
+            for client, part in zip(self.clients, rows, strict=True):
+                slots, _ = personal.choose(client.id, len(part))
+                payloads.append((part, slots))
+            found = personal.execute(payloads)
         given = [prediction.arrays()["predictions"] for prediction in found]
         if self.golden is None:
             return given, None
-        answers = engine.execute([validate(self.golden[0])])[0].arrays()
-        return given, answers["predictions"]
+        features = validate(self.golden[0])
+        (prediction,) = engine.execute([features])
+        return given, prediction.arrays()["predictions"]
 
     def _right(self, given: Sequence[Labels]) -> list[_Right]:
         """Which held-out rows of each client were answered right."""
@@ -254,8 +264,10 @@ class Gate:
         lost, won = _changed(before, now)
         n = len(now) + 2
         drop = (lost - won) / n
-        error = math.sqrt(lost + won + 1 - (lost - won) ** 2 / n) / n
-        bound = drop + NormalDist().inv_cdf(1 - self.alpha) * error
+        spread = lost + won + 1 - (lost - won) ** 2 / n
+        error = math.sqrt(spread) / n
+        z = NormalDist().inv_cdf(1 - self.alpha)
+        bound = drop + z * error
         words = (
             f"{now.mean():.3f} after {before.mean():.3f}, {lost} rows lost, {won} won: a drop of at most {bound:.3f}"
         )
@@ -268,7 +280,8 @@ class Gate:
         for client, old, new in zip(self.clients, before, now, strict=True):
             lost, won = _changed(old, new)
             changed = lost + won
-            p = sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed
+            ways = sum(math.comb(changed, k) for k in range(lost, changed + 1))
+            p = ways / 2**changed
             drop = float(old.mean() - new.mean())
             if p * len(self.clients) <= self.alpha and drop > worst:
                 worst = drop
@@ -286,7 +299,8 @@ def golden_rows(
 
     Keep them (``np.savez``): what is golden must not follow the versions that it is to judge.
     """
-    engine = load_engine(RegistrySource(registry, name), str(registry.resolve(name, version)), _CONFIG)
+    number = registry.resolve(name, version)
+    engine = load_engine(RegistrySource(registry, name), str(number), _CONFIG)
     rows = np.concatenate([client.test_x for client in clients])
     labels = np.concatenate([client.test_y for client in clients])
     arrays = engine.execute([rows])[0].arrays()
@@ -340,8 +354,11 @@ def _changed(before: _Right, now: _Right) -> tuple[int, int]:
 def _form(new: Artifact, old: Artifact | None) -> Check:
     """Same architecture, shapes and preprocessing: what callers send goes on meaning the same."""
     manifest = new.manifest
-    fields = ("architecture", "parameters", "signature", "preprocessing")
-    odd = [field for field in fields if old is not None and getattr(manifest, field) != getattr(old.manifest, field)]
+    odd = []
+    if old is not None:
+        for field in ("architecture", "parameters", "signature", "preprocessing"):
+            if getattr(manifest, field) != getattr(old.manifest, field):
+                odd.append(field)
     if odd:
         return Check("form", False, f"not as before: {', '.join(odd)}")
     inputs = list(manifest.signature.input_shape)
@@ -365,7 +382,8 @@ def _accepted(registry: Registry, name: str, alias: str) -> list[float]:
     """Lengths of the last updates that ``alias`` followed, without those that were rolled back, oldest first."""
     moves = registry.history(name, alias)
     moves = moves[(moves["action"] == "set") & moves["from"].notna()]
-    moves = moves[~moves["to"].isin(registry.rolled_back(name, alias))].tail(_WINDOW)
+    undone = moves["to"].isin(registry.rolled_back(name, alias))
+    moves = moves[~undone].tail(_WINDOW)
     read = cache(partial(registry.read, name))  # most versions stand in two moves
     lengths = []
     for before, after in zip(moves["from"], moves["to"], strict=True):

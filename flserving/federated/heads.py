@@ -95,13 +95,15 @@ def fit_heads(
             inputs, offset, _ = _views(model, layout, standardise(client.train_x))
             head = start.clone()
             for _ in range(epochs):
-                for batch in torch.split(torch.randperm(len(train_y), generator=order), recipe.batch_size):
+                shuffled = torch.randperm(len(train_y), generator=order)
+                for batch in torch.split(shuffled, recipe.batch_size):
                     _descend(head, inputs[batch], offset[batch], train_y[batch], recipe.learning_rate)
             heads.append(head.numpy())
             inputs, offset, logits = _views(model, layout, standardise(client.test_x))
             own[client.id] = _accuracy(inputs @ head + offset, test_y)
             generic[client.id] = _accuracy(logits, test_y)
-    named = HeadSet(layout, list(own), np.stack(heads), trained_on_state(layout, trained.state))
+    digest = trained_on_state(layout, trained.state)
+    named = HeadSet(layout, list(own), np.stack(heads), digest)
     return Fitted(named, own, generic)
 
 
@@ -109,9 +111,14 @@ def _views(model: SplitModel, layout: Layout, rows: Tensor) -> tuple[Tensor, Ten
     """What a head multiplies (with a one for the bias), what is added to that, and the generic logits."""
     features = model.body(rows)
     logits = model.head(features)
-    inputs = logits if layout == "adapter" else features
-    offset = logits if layout == "additive" else torch.zeros_like(logits)
-    return torch.cat([inputs, torch.ones(len(rows), 1)], dim=1), offset, logits
+    inputs = features
+    offset = torch.zeros_like(logits)
+    if layout == "adapter":
+        inputs = logits
+    if layout == "additive":
+        offset = logits
+    ones = torch.ones(len(rows), 1)
+    return torch.cat([inputs, ones], dim=1), offset, logits
 
 
 def _descend(head: Tensor, x: Tensor, offset: Tensor, y: Tensor, rate: float) -> None:
@@ -122,4 +129,5 @@ def _descend(head: Tensor, x: Tensor, offset: Tensor, y: Tensor, rate: float) ->
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(dim=1) == labels).float().mean())
+    right = logits.argmax(dim=1) == labels
+    return float(right.float().mean())

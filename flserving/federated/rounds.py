@@ -78,7 +78,7 @@ class Recipe:
     batch_size: int = 16
     learning_rate: float = 0.1
     architecture: str = "digits_mlp"
-    parameters: Mapping[str, models.JSON] = field(default_factory=dict)
+    parameters: models.Parameters = field(default_factory=dict)
     seed: int = 0
     data: str = ""
 
@@ -104,7 +104,7 @@ class Origin:
 
     strategy: str
     architecture: str
-    parameters: Mapping[str, models.JSON]
+    parameters: models.Parameters
     facts: Facts
 
 

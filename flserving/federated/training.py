@@ -38,7 +38,7 @@ class Options(TypedDict, total=False):
     batch_size: int
     learning_rate: float
     architecture: str
-    parameters: Mapping[str, models.JSON] | None
+    parameters: models.Parameters | None
     seed: int
     num_clients: int
     alpha: float
@@ -100,14 +100,17 @@ def train(
     if clients is None:
         clients = data.make_clients(*data.digits(), **partition, seed=recipe.seed)
     data.check_clients(clients)
-    federation = _Federation(recipe, clients, preprocessing or data.federated_statistics(clients), corrupt, average)
+    if not preprocessing:
+        preprocessing = data.federated_statistics(clients)
+    federation = _Federation(recipe, clients, preprocessing, corrupt, average)
     rounds: list[Round] = []
     with _progress_bar(recipe, progress) as bar:
         for number in range(1, recipe.rounds + 1):
             done = federation.play(number)
             rounds.append(done)
             if bar is not None:
-                bar.set_postfix(mean=f"{done.metrics['mean_client_accuracy']:.3f}", rejected=len(done.rejected))
+                mean = done.metrics["mean_client_accuracy"]
+                bar.set_postfix(mean=f"{mean:.3f}", rejected=len(done.rejected))
                 bar.update()
             if on_round is not None:
                 on_round(done)
@@ -147,14 +150,19 @@ class _Federation:
         shape, _ = models.signature(recipe.architecture, recipe.parameters)
         _check_fit(recipe, self.module, clients)
         mean = self.preprocessing["mean"]
-        fits = math.prod(shape) == len(mean)  # else the rows do not either, and that error says more
+        input_shape = None
+        if math.prod(shape) == len(mean):  # else the rows do not fit either, and that error says more
+            input_shape = shape
         standardise = Preprocessor(  # as the server does
             mean=mean,
             std=self.preprocessing["std"],
-            input_shape=shape if fits else None,
+            input_shape=input_shape,
         )
-        self.train = {client.id: (standardise(client.train_x), torch.tensor(client.train_y)) for client in clients}
-        self.test = {client.id: (standardise(client.test_x), torch.tensor(client.test_y)) for client in clients}
+        self.train = {}
+        self.test = {}
+        for client in clients:
+            self.train[client.id] = (standardise(client.train_x), torch.tensor(client.train_y))
+            self.test[client.id] = (standardise(client.test_x), torch.tensor(client.test_y))
         self.state = copied(self.module.state_dict())
         self.kept: dict[str, State] = {}
 
@@ -167,7 +175,8 @@ class _Federation:
             if updates:
                 self.state = self.average(list(updates.values()), list(counts.values()))
             if self.strategy.keeps is not None:
-                self.kept |= {client: _part(update, self.strategy.keeps) for client, update in updates.items()}
+                for client, update in updates.items():
+                    self.kept[client] = _part(update, self.strategy.keeps)
             personal = dict(self.kept)
             if self.strategy.fine_tunes:
                 for client in updates:
@@ -237,7 +246,8 @@ class _Federation:
         """All rows in a new order. Batch statistics of one row are none: where the model takes some, a last batch of
         one row goes into the one before. (To drop it, as ``DataLoader(drop_last=True)`` does, would cost a small client
         a part of what it has.)"""
-        batches = list(torch.split(torch.randperm(rows), self.recipe.batch_size))
+        shuffled = torch.randperm(rows)
+        batches = list(torch.split(shuffled, self.recipe.batch_size))
         takes_statistics = any(isinstance(part, _BatchNorm) for part in self.module.modules())
         if takes_statistics and len(batches) > 1 and len(batches[-1]) == 1:
             last = batches.pop()
@@ -276,15 +286,16 @@ class _Federation:
     def _hits(self, client: str, state: State) -> int:
         x, y = self.test[client]
         logits = functional_call(self.module.eval(), state, (x,))
-        return int((logits.argmax(dim=1) == y).sum())
+        right = logits.argmax(dim=1) == y
+        return int(right.sum())
 
 
 def _check_fit(recipe: Recipe, module: nn.Module, clients: Sequence[Client]) -> None:
     """Raise InvalidModelError unless the model takes these samples and has the parts that the strategy trains."""
     inputs, outputs = models.signature(recipe.architecture, recipe.parameters)
     width = clients[0].train_x.shape[1]
-    labels = np.concatenate([part for client in clients for part in (client.train_y, client.test_y)])
-    classes = max(int(labels.max()) + 1, 2)  # over a single logit there is nothing to learn
+    highest = max(max(client.train_y.max(), client.test_y.max()) for client in clients)
+    classes = max(int(highest) + 1, 2)  # over a single logit there is nothing to learn
     if math.prod(inputs) != width or len(outputs) != 1 or outputs[0] < classes:
         raise InvalidModelError(
             f"{recipe.architecture!r} maps rows {inputs} to {outputs}: the clients' samples need ({width},) to "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flserving.errors import InvalidModelError, NotSupportedError
 from flserving.extras import need
-from flserving.models import JSON
+from flserving.models import Parameters
 from flserving.models.onnx import OnnxModel
 from flserving.registry.manifest import sha256
 from flserving.registry.storage import user_path
@@ -48,7 +48,7 @@ class ModelFile:
     named: bool = True
     tool: str | None = None
     round: int | None = None
-    architecture: tuple[str, Mapping[str, JSON]] | None = None
+    architecture: tuple[str, Parameters] | None = None
     name: str = ""
     sha256: str = ""
 
@@ -151,7 +151,8 @@ def _state(content: object, most_nbytes: int) -> ModelFile:
         if content.keys() & {"train_conf", "meta_props"}:  # of PTModelPersistenceFormatManager
             tool = "NVFLARE"
         meta = content.get("meta_props")
-        number = meta.get("current_round") if isinstance(meta, Mapping) else None
+        if isinstance(meta, Mapping):
+            number = meta.get("current_round")
         content = content["model"]
     for key in ("state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -192,8 +193,10 @@ def _tensor(name: str, member: bytes) -> Tensor:
     """One .npy. Its header is compared with its bytes before an array is made."""
     stream = io.BytesIO(member)
     version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
     if dtype.hasobject:
         raise InvalidModelError(
             f"{name} holds Python objects, which are pickled and may run code: they were not opened; save each array "
@@ -210,14 +213,23 @@ def _tensor(name: str, member: bytes) -> Tensor:
 def _graph(data: bytes, most_nbytes: int) -> ModelFile:
     """An ONNX graph with one input and one output, whose sizes it tells."""
     model = need("onnx", "onnx").ModelProto.FromString(data)
-    ends = [[it.type.tensor_type.shape.dim for it in side] for side in (model.graph.input, model.graph.output)]
-    if [len(side) for side in ends] != [1, 1] or len(ends[0][0]) < 2 or len(ends[1][0]) != 2:
+    inputs = _rows(model.graph.input)
+    outputs = _rows(model.graph.output)
+    if not inputs or not outputs or len(outputs) > 1:
         raise InvalidModelError("an ONNX graph must map one input [N, ...] to one output [N, C]")
-    inputs, outputs = ([size.dim_value for size in side[0]][1:] for side in ends)
     module = OnnxModel.of(data, inputs, outputs[0])
+    tool = f"{model.producer_name} {model.producer_version}".strip()
     return ModelFile(
         tensors={"graph": module.graph},
         format="ONNX",
-        tool=f"{model.producer_name} {model.producer_version}".strip()[:200] or None,
+        tool=tool[:200] or None,
         architecture=("onnx", module.parameters_of),
     )
+
+
+def _rows(values: Any) -> list[int]:
+    """The shape of a row where a graph has one input, or output; else nothing."""
+    if len(values) != 1:
+        return []
+    sizes = [size.dim_value for size in values[0].type.tensor_type.shape.dim]
+    return sizes[1:]

@@ -20,7 +20,7 @@ from flserving.registry.manifest import Manifest
 
 _SELF_DESCRIBED = {"onnx", "sequential"}  # their parameters tell all there is: never found by shapes
 Tensors = Mapping[str, Tensor]
-Found = tuple[str, Mapping[str, models.JSON]]
+Found = tuple[str, models.Parameters]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -93,12 +93,19 @@ def read_model(
             )
         tensors = dict(zip(wanted, tensors.values(), strict=True))
     cast = weights.cast(tensors, wanted)
-    casts = Counter((tensors[it].dtype, cast[it].dtype) for it in cast if tensors[it].dtype != cast[it].dtype)
-    notes += [f"{count} tensors cast from {old} to {new}".replace("torch.", "") for (old, new), count in casts.items()]
+    casts: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+    for key, tensor in cast.items():
+        old = tensors[key].dtype
+        if tensor.dtype != old:
+            casts[old, tensor.dtype] += 1
+    for (old, new), count in casts.items():
+        note = f"{count} tensors cast from {old} to {new}"
+        notes.append(note.replace("torch.", ""))
     given = options.get("lineage") or {}
     lineage = dict(given) if isinstance(given, Mapping) else msgspec.structs.asdict(given)
     facts = {"tool": file.tool, "file": file.name, "file_sha256": file.sha256, "format": file.format}
-    lineage["extra"] = {key: value for key, value in facts.items() if value} | dict(lineage.get("extra", {}))
+    known = {key: value for key, value in facts.items() if value}
+    lineage["extra"] = known | dict(lineage.get("extra", {}))
     if lineage.get("round") is None:
         lineage["round"] = file.round
     options |= {"architecture": architecture, "parameters": parameters, "lineage": lineage}
@@ -107,7 +114,7 @@ def read_model(
     return ImportedModel(content, tuple(notes))
 
 
-def _wanted(architecture: str, parameters: Mapping[str, models.JSON]) -> dict[str, Tensor]:
+def _wanted(architecture: str, parameters: models.Parameters) -> dict[str, Tensor]:
     with torch.device("meta"):
         return models.build(architecture, parameters).state_dict()
 
@@ -119,17 +126,22 @@ def _fitting(file: ModelFile) -> Found:
     names = sorted(file.tensors, key=_natural)  # body.2 before body.10 before head; safetensors tells no order
     layers = [file.tensors[name].shape for name in names if file.tensors[name].dim() == 2]
     if not fitting and layers:
-        mlp = ("mlp", {"sizes": [layers[0][1], *(shape[0] for shape in layers)]})
-        fitting = [mlp] if _fits(file, mlp) else []
+        outputs = [shape[0] for shape in layers]
+        mlp = ("mlp", {"sizes": [layers[0][1], *outputs]})
+        if _fits(file, mlp):
+            fitting = [mlp]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         raise InvalidModelError(
             f"{file.name} fits {' and '.join(name for name, _ in fitting)}: choose one with architecture"
         )
-    shown = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(file.tensors.items())[:6])
+    held = [f"{name} {list(tensor.shape)}" for name, tensor in file.tensors.items()]
+    shown = ", ".join(held[:6])
+    if len(held) > 6:
+        shown += ", ..."
     raise InvalidModelError(
-        f"{file.name} holds {len(file.tensors)} tensors ({shown}{', ...' if len(file.tensors) > 6 else ''}), and no "
+        f"{file.name} holds {len(held)} tensors ({shown}), and no "
         f"registered architecture ({', '.join(models.names())}) has just these: register yours with models.register "
         "and name its module with --import; layers of a plain nn.Sequential are named by architecture 'sequential' and "
         'parameters {"layers": [{"layer": "Linear", ...}, ...]}, for a state dict does not tell what lies between them'

@@ -8,11 +8,10 @@ fit and a model that no server could answer with. ``probing.py`` asks whether ea
 notebook 09: ``onnx.py``. For commands that register architectures of your own: ``own_code.py``.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flserving.models import plain
-from flserving.models.plain import JSON, EngineName, Shape
+from flserving.models.plain import JSON, EngineName, Parameters, Shape
 
 if TYPE_CHECKING:
     from flserving.models import modules
@@ -42,6 +41,7 @@ __all__ = [
     "Architecture",
     "Blueprint",
     "EngineName",
+    "Parameters",
     "Runner",
     "Shape",
     "SplitModel",
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def blueprint(engine: EngineName, architecture: str, parameters: Mapping[str, JSON]) -> "Blueprint":
+def blueprint(engine: EngineName, architecture: str, parameters: Parameters) -> "Blueprint":
     """How ``engine`` builds an architecture.
 
     Raises:

@@ -11,15 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flserving.errors import ConflictError, InvalidModelError, NotFoundError, NotSupportedError
-from flserving.models.plain import JSON, MAX_LAYERS, SIZES, Shape, check_sizes
+from flserving.models.plain import JSON, MAX_LAYERS, SIZES, Parameters, Shape, check_sizes
 from flserving.models.weights import nbytes_of
 
+Shapes: TypeAlias = Shape | Callable[..., Shape]
+"""The shape of a row, or what makes it of the parameters."""
 Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -32,8 +34,8 @@ class Architecture:
 
     name: str
     factory: Callable[..., nn.Module]
-    input_shape: Shape | Callable[..., Shape]
-    output_shape: Shape | Callable[..., Shape]
+    input_shape: Shapes
+    output_shape: Shapes
     max_values: int
 
 
@@ -43,8 +45,8 @@ _known: dict[str, Architecture] = {}
 def register(
     name: str,
     *,
-    input_shape: Shape | Callable[..., Shape],
-    output_shape: Shape | Callable[..., Shape],
+    input_shape: Shapes,
+    output_shape: Shapes,
     max_values: int = 1 << 28,
 ) -> Callable[[Factory], Factory]:
     """Decorator: put an architecture of your own on the allow-list, so that the registry can store and rebuild it.
@@ -94,7 +96,7 @@ def names() -> list[str]:
     return sorted(_known)
 
 
-def build(architecture: str, parameters: Mapping[str, JSON] | None = None) -> nn.Module:
+def build(architecture: str, parameters: Parameters | None = None) -> nn.Module:
     """Build a freshly initialised module. Cheap under ``torch.device("meta")``, where no memory is taken.
 
     Args:
@@ -113,9 +115,7 @@ def build(architecture: str, parameters: Mapping[str, JSON] | None = None) -> nn
     return _call(entry, entry.factory, text)
 
 
-def restore(
-    architecture: str, parameters: Mapping[str, JSON], tensors: Mapping[str, Tensor], *, nbytes: int
-) -> nn.Module:
+def restore(architecture: str, parameters: Parameters, tensors: Mapping[str, Tensor], *, nbytes: int) -> nn.Module:
     """The module that holds these very tensors. ``nbytes``: their size; a large module is built without memory first,
     where initialising it would cost more.
 
@@ -144,13 +144,13 @@ def definition(architecture: str) -> object:
     return _find(architecture)
 
 
-def signature(architecture: str, parameters: Mapping[str, JSON] | None = None) -> tuple[Shape, Shape]:
+def signature(architecture: str, parameters: Parameters | None = None) -> tuple[Shape, Shape]:
     """Shapes of one row in and one row out, without the batch: ``((64,), (10,))``. Raises as ``build``."""
     inputs, outputs, _ = _dry_run(_find(architecture), _canonical(architecture, parameters))
     return inputs, outputs
 
 
-def nbytes(architecture: str, parameters: Mapping[str, JSON] | None = None) -> int:
+def nbytes(architecture: str, parameters: Parameters | None = None) -> int:
     """Bytes that a built module will hold, see :func:`nbytes_of`. Raises as ``build``."""
     return _dry_run(_find(architecture), _canonical(architecture, parameters))[2]
 
@@ -169,7 +169,7 @@ def _find(architecture: str) -> Architecture:
         ) from None
 
 
-def _canonical(architecture: str, parameters: Mapping[str, JSON] | None) -> str:
+def _canonical(architecture: str, parameters: Parameters | None) -> str:
     try:
         text = json.dumps(dict(parameters or {}), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -213,7 +213,7 @@ def _dry_run(entry: Architecture, text: str) -> tuple[Shape, Shape, int]:
     return _shape(entry, entry.input_shape, text), _shape(entry, entry.output_shape, text), nbytes_of(module)
 
 
-def _shape(entry: Architecture, declared: Shape | Callable[..., Shape], text: str) -> Shape:
+def _shape(entry: Architecture, declared: Shapes, text: str) -> Shape:
     shape = _call(entry, declared, text) if callable(declared) else declared
     if not isinstance(shape, tuple) or not all(type(size) is int and size > 0 for size in shape):
         raise InvalidModelError(f"architecture {entry.name!r} declares the shape {shape!r}: use a tuple of ints > 0")
@@ -301,7 +301,7 @@ _LAYERS = {  # what a sequential may hold: the layer's arguments, which are also
 }
 
 
-def _features(layers: Sequence[Mapping[str, JSON]], which: int, name: str) -> Shape:
+def _features(layers: Sequence[Parameters], which: int, name: str) -> Shape:
     sizes = [layer[name] for layer in layers if layer["layer"] == "Linear"]
     return (sizes[which],)  # type: ignore[return-value]
 
@@ -311,7 +311,7 @@ def _features(layers: Sequence[Mapping[str, JSON]], which: int, name: str) -> Sh
     input_shape=lambda layers: _features(layers, 0, "in_features"),
     output_shape=lambda layers: _features(layers, -1, "out_features"),
 )
-def sequential(layers: Sequence[Mapping[str, JSON]]) -> nn.Sequential:
+def sequential(layers: Sequence[Parameters]) -> nn.Sequential:
     """A plain ``nn.Sequential`` over feature rows: ``[{"layer": "Linear", ...}, ...]``, see :func:`describe`."""
     if not isinstance(layers, (list, tuple)) or not 1 <= len(layers) <= MAX_LAYERS:
         raise InvalidModelError(f"layers of a sequential are {str(layers)[:80]}: give 1 to {MAX_LAYERS} of them")

@@ -1,7 +1,6 @@
 """What torch runs: any registered architecture as a module, and a module as the steps of its forward."""
 
 import copy
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from flserving.errors import InvalidModelError
 from flserving.models import architectures, onnx, probing, weights
 from flserving.models.architectures import SplitModel, as_split
-from flserving.models.plain import JSON, Shape, Steps
+from flserving.models.plain import Parameters, Shape, Steps
 from flserving.models.processing import Floats, Postprocessor
-from flserving.models.weights import AnyTensor, Array
+from flserving.models.weights import Array, Tensors
 
 
 class Blueprint:
@@ -31,7 +30,7 @@ class Blueprint:
 
     probed = False
 
-    def __init__(self, architecture: str, parameters: Mapping[str, JSON]) -> None:
+    def __init__(self, architecture: str, parameters: Parameters) -> None:
         self._named = architecture, parameters
         self.shapes = architectures.signature(architecture, parameters)
         self.code = architectures.definition(architecture)
@@ -60,12 +59,12 @@ class Blueprint:
         generic = as_split(self.skeleton).head
         return generic.in_features, generic.out_features
 
-    def restore(self, tensors: Mapping[str, AnyTensor]) -> nn.Module:
+    def restore(self, tensors: Tensors) -> nn.Module:
         """The model that holds these very tensors. Raises RuntimeError: They do not fit."""
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         return architectures.restore(*self._named, weights.as_tensors(tensors), nbytes=nbytes)
 
-    def check(self, tensors: Mapping[str, AnyTensor], postprocessor: Postprocessor | None) -> None:
+    def check(self, tensors: Tensors, postprocessor: Postprocessor | None) -> None:
         """Raise InvalidModelError or ModelExecutionError where a model of these tensors may not serve: see ``probing``.
         With a ``postprocessor``, the answer to a row of zeros must be one. A forward may change a buffer: give copies.
         """

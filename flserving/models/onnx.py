@@ -68,11 +68,20 @@ def check(graph: bytes, inputs: Shape, outputs: int) -> None:
                 f"{name!r} in the ONNX graph has {small:,} values for one row and {large:,} for two (0: unknown): the "
                 f"most is {_MOST_VALUES:,}, in proportion to the rows"
             )
-    ends = [[it.type.tensor_type for it in side] for side in (model.graph.input, model.graph.output)]
-    found = [[(it.elem_type, [d.dim_value for d in it.shape.dim][1:]) for it in side] for side in ends]
+    found = [_ends(model.graph.input), _ends(model.graph.output)]
     if found != [[(1, list(inputs))], [(1, [outputs])]]:  # 1: float32
         wanted = ", ".join(map(str, ("N", *inputs)))
         raise InvalidModelError(f"the ONNX graph maps {found}: it must map float32 [{wanted}] to [N, {outputs}]")
+
+
+def _ends(values: Any) -> list[tuple[int, list[int]]]:
+    """Of a graph's inputs, or outputs, the data type and the shape of a row."""
+    found = []
+    for value in values:
+        kind = value.type.tensor_type
+        shape = [axis.dim_value for axis in kind.shape.dim]
+        found.append((kind.elem_type, shape[1:]))
+    return found
 
 
 def _oddity(onnx: Any, model: Any) -> str | None:
@@ -85,9 +94,8 @@ def _oddity(onnx: Any, model: Any) -> str | None:
         if tensor.data_type in _FLOATS and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
             return f"has weights {tensor.name!r} that are not finite"
     for node in graph.node:
-        if node.op_type not in _OPERATORS.split() or (node.domain == "com.microsoft") != (
-            node.op_type == "MatMulNBits"
-        ):
+        microsoft = node.op_type == "MatMulNBits"
+        if node.op_type not in _OPERATORS.split() or (node.domain == "com.microsoft") != microsoft:
             return f"has the operator {node.domain + ' ' + node.op_type!r}, which is not listed"
         if any(attribute.type not in _PLAIN for attribute in node.attribute):
             return f"has a {node.op_type} with a tensor or a graph as attribute"
@@ -111,14 +119,17 @@ def _shapes(onnx: Any, model: Any, rows: int) -> dict[str, int]:
             graph.input.append(weight)
             node.CopyFrom(helper.make_node("MatMul", [node.input[0], weight.name], node.output, node.name))
     known = onnx.shape_inference.infer_shapes(probe, check_type=True, strict_mode=True, data_prop=True).graph
-    shapes = {
-        it.name: [d.dim_value for d in it.type.tensor_type.shape.dim] for it in (*known.value_info, *known.output)
-    }
-    return {name: math.prod(shape) for name, shape in shapes.items()}
+    counts = {}
+    for value in (*known.value_info, *known.output):
+        shape = value.type.tensor_type.shape
+        counts[value.name] = math.prod(axis.dim_value for axis in shape.dim)
+    return counts
 
 
 def _shape(inputs: int | Sequence[int]) -> Shape:
-    return (inputs,) if isinstance(inputs, int) else tuple(inputs)
+    if isinstance(inputs, int):
+        return (inputs,)
+    return tuple(inputs)
 
 
 @register(
@@ -160,14 +171,16 @@ class OnnxModel(nn.Module):
     @property
     def parameters_of(self) -> dict[str, JSON]:
         """What builds it again, for a manifest."""
-        inputs = self.inputs[0] if len(self.inputs) == 1 else list(self.inputs)
+        inputs: JSON = list(self.inputs)
+        if len(self.inputs) == 1:
+            inputs = self.inputs[0]
         return {"inputs": inputs, "outputs": self.outputs, "nbytes": self.graph.nbytes}
 
     def forward(self, rows: Tensor) -> Tensor:
         if self._session is None:  # a copy of a loaded model
             self._session = self._open()
-        answer: Tensor = torch.from_numpy(self._session.run(None, {self._input: rows.detach().numpy()})[0])
-        return answer
+        (answer,) = self._session.run(None, {self._input: rows.detach().numpy()})
+        return torch.from_numpy(answer)
 
     def _open(self) -> Any:
         data = bytes(as_bytes(self.graph))

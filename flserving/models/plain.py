@@ -15,9 +15,11 @@ import numpy as np
 
 from flserving.errors import InvalidModelError, NotSupportedError
 from flserving.models.processing import Floats, Postprocessor
-from flserving.models.weights import AnyTensor, Array, as_array, kinds
+from flserving.models.weights import Array, Tensors, as_array, kinds
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+Parameters: TypeAlias = Mapping[str, JSON]
+"""Of an architecture, by name."""
 Shape: TypeAlias = tuple[int, ...]
 EngineName = Literal["torch", "numpy"]
 Steps: TypeAlias = list[tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -56,12 +58,16 @@ class Linear:
     def shapes(self) -> dict[str, Shape]:
         """Its tensors, float32."""
         shapes: dict[str, Shape] = {"weight": (self.out_features, self.in_features)}
-        return shapes | {"bias": (self.out_features,)} if self.bias else shapes
+        if self.bias:
+            shapes["bias"] = (self.out_features,)
+        return shapes
 
     def steps(self, weight: Floats, bias: Floats | None = None) -> Steps:
         """What it does to rows [N, in]."""
-        product: Steps = [(np.matmul, (weight.T,))]
-        return product if bias is None else [*product, (np.add, (bias,))]
+        steps: Steps = [(np.matmul, (weight.T,))]
+        if bias is not None:
+            steps.append((np.add, (bias,)))
+        return steps
 
 
 @dataclass(frozen=True)
@@ -82,18 +88,30 @@ class BatchNorm1d:
         math.sqrt(self.eps)  # raises for what is no such number
         if self.track_running_stats is not True:
             raise InvalidModelError("a BatchNorm1d without running statistics lets rows see each other: track them")
-        names = ("weight", "bias", "running_mean", "running_var")
-        return dict.fromkeys(names if self.affine else names[2:], (self.num_features,)) | {"num_batches_tracked": ()}
+        names = ["running_mean", "running_var"]
+        if self.affine:
+            names = ["weight", "bias", *names]
+        shapes: dict[str, Shape] = dict.fromkeys(names, (self.num_features,))
+        shapes["num_batches_tracked"] = ()
+        return shapes
 
     def steps(
-        self, running_mean: Floats, running_var: Floats, num_batches_tracked: Array,
-        weight: float | Floats = 1.0, bias: float | Floats = 0.0,
-    ) -> Steps:  # fmt: skip
+        self,
+        running_mean: Floats,
+        running_var: Floats,
+        num_batches_tracked: Array,
+        weight: float | Floats = 1.0,
+        bias: float | Floats = 0.0,
+    ) -> Steps:
         # Rounded where torch rounds, which multiplies and adds in one step: where means are large, it shows.
-        wide = np.float64
-        factor = (np.float32(1) / np.sqrt(running_var + np.float32(self.eps)) * np.float32(weight)).astype(wide)
-        shift = np.float32(bias - running_mean * factor).astype(wide)
-        return [(np.multiply, (factor,)), (np.add, (shift,)), (np.ndarray.astype, (np.float32,))]
+        std = np.sqrt(running_var + np.float32(self.eps))
+        factor = (np.float32(1) / std * np.float32(weight)).astype(np.float64)
+        shift = np.float32(bias - running_mean * factor).astype(np.float64)
+        return [
+            (np.multiply, (factor,)),
+            (np.add, (shift,)),
+            (np.ndarray.astype, (np.float32,)),
+        ]
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,7 @@ class Blueprint:
     code = None
     probed = True  # a row never sees another
 
-    def __init__(self, architecture: str, parameters: Mapping[str, JSON]) -> None:
+    def __init__(self, architecture: str, parameters: Parameters) -> None:
         if architecture not in _ARCHITECTURES:
             raise NotSupportedError(f"the architecture {str(architecture)[:80]!r} needs torch. {_RUNS}")
         self.architecture = architecture
@@ -186,7 +204,8 @@ class Blueprint:
         except Exception as error:
             raise self._odd(f"does not accept the parameters {str(parameters)[:200]}: {error}") from error
         whole = all(type(width) is int and 1 <= width <= _MAX_WIDTH for width in widths)
-        if not widths or not whole or widths[1:-1:2] != widths[2::2] or len(self.layers) > MAX_LAYERS:
+        fit = widths[1:-1:2] == widths[2::2]
+        if not widths or not whole or not fit or len(self.layers) > MAX_LAYERS:
             raise self._odd(f"has layers of widths {str(widths)[:200]}: each takes what the one before it gives")
         self.shapes: tuple[Shape, Shape] = (widths[0],), (widths[-1],)
 
@@ -202,14 +221,14 @@ class Blueprint:
         widths: tuple[int, int] = self.layers["head"].widths
         return widths
 
-    def restore(self, tensors: Mapping[str, AnyTensor]) -> "NumpyModel":
+    def restore(self, tensors: Tensors) -> "NumpyModel":
         """The model that holds these very numbers. Raises RuntimeError: They do not fit."""
         arrays = {name: as_array(tensor) for name, tensor in tensors.items()}
         if kinds(arrays) != kinds(self.like):
             raise RuntimeError(f"its tensors are {', '.join(arrays)[:200]}, or of other shapes")
         return NumpyModel(self.layers, arrays)
 
-    def check(self, tensors: Mapping[str, AnyTensor], postprocessor: Postprocessor | None) -> None:
+    def check(self, tensors: Tensors, postprocessor: Postprocessor | None) -> None:
         """Answer a row of zeros as a server would. Raises ModelExecutionError."""
         model = self.restore(tensors)
         with model.scope():
@@ -233,7 +252,8 @@ class NumpyModel:
         with self.scope():
             for name, layer in layers.items():
                 own = {tensor: arrays[f"{name}.{tensor}"] for tensor in layer.shapes()}
-                (self.head if name == "head" else self.body).extend(layer.steps(**own))
+                part = self.head if name == "head" else self.body
+                part += layer.steps(**own)
         self.steps = self.body + self.head
 
     def __call__(self, values: Floats) -> Floats:

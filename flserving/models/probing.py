@@ -10,6 +10,7 @@ from flserving.errors import InvalidModelError, ModelExecutionError
 from flserving.models.processing import Postprocessor
 
 Shape = tuple[int, ...]
+Forward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-3
 """Largest difference between a row's outputs alone and in a batch, as a share of the row's largest output. Products of
 other shapes sum in another order: 1e-6 is usual in float32, and what rows tell of each other is seldom under 1e-1."""
@@ -39,7 +40,7 @@ def probe_rows(shape: Shape) -> Tensor:
     return rows
 
 
-def check_rows(module: Callable[[Tensor], Tensor], shape: Shape, tolerance: float = TOLERANCE) -> None:
+def check_rows(module: Forward, shape: Shape, tolerance: float = TOLERANCE) -> None:
     """Refuse a module in which rows see each other: one caller's answer would depend on, and tell of, another's rows.
 
     Eight rows of several scales are answered together, and again one, two and three at a time.
@@ -107,16 +108,19 @@ def tolerance_of(module: nn.Module) -> float:
     said = getattr(module, "rounds_by", None)
     if isinstance(said, float):
         return said
-    tensors = (*module.parameters(), *module.buffers())
-    kinds = {tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point}
-    return max([TOLERANCE, *(min(0.25, 16 * torch.finfo(kind).eps) for kind in kinds)])
+    tolerance = TOLERANCE
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dtype.is_floating_point:
+            rounding = 16 * torch.finfo(tensor.dtype).eps
+            tolerance = max(tolerance, min(0.25, rounding))
+    return tolerance
 
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def _answers(module: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
+def _answers(module: Forward, rows: Tensor) -> bool:
     try:
         _answer(module, rows)
     except Exception:
@@ -124,7 +128,7 @@ def _answers(module: Callable[[Tensor], Tensor], rows: Tensor) -> bool:
     return True
 
 
-def _answer(module: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+def _answer(module: Forward, rows: Tensor) -> Tensor:
     """Outputs [N, ...] for a copy of the rows: a module may work in place."""
     with torch.inference_mode():
         values = torch.as_tensor(module(rows.clone()))
@@ -135,14 +139,13 @@ def _answer(module: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     return values
 
 
-def _compare(
-    module: Callable[[Tensor], Tensor], rows: Tensor, groups: tuple[tuple[int, ...], ...], tolerance: float
-) -> None:
+def _compare(module: Forward, rows: Tensor, groups: tuple[tuple[int, ...], ...], tolerance: float) -> None:
     together = _answer(module, rows)
     places = [place for group in groups for place in group]
     found = [_answer(module, rows[list(group)]) for group in groups]
-    if len({values.shape[1:] for values in (together, *found)}) > 1:
-        shapes = sorted({tuple(values.shape) for values in (together, *found)})
+    answers = (together, *found)
+    if len({values.shape[1:] for values in answers}) > 1:
+        shapes = sorted({tuple(values.shape) for values in answers})
         raise InvalidModelError(f"the shape of a row's outputs depends on the other rows: batches answer {shapes}")
     gap = _gap(torch.cat(found), together[places], together)
     if gap <= tolerance:
@@ -167,6 +170,7 @@ def _gap(found: Tensor, wanted: Tensor, batch: Tensor) -> float:
     gap = (found - wanted).abs()
     gap.masked_fill_((found == wanted) | (overflown[0] & overflown[1]), 0.0)
     largest = batch.nan_to_num(0.0, 0.0, 0.0).abs().max()
-    sizes = wanted.nan_to_num(0.0, 0.0, 0.0).abs().amax(1, keepdim=True) + _FLOOR * largest
+    sizes = wanted.nan_to_num(0.0, 0.0, 0.0).abs().amax(1, keepdim=True)
+    sizes += _FLOOR * largest
     share = (gap / sizes).nan_to_num(torch.inf)
     return float(share.masked_fill(gap == 0, 0.0).max())  # 0 / 0: all of a row's outputs are zero, or none is a number

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 AnyTensor: TypeAlias = "Tensor | Array"
+Tensors: TypeAlias = Mapping[str, AnyTensor]
+"""By name, as in a state dict."""
 
 _BF16 = np.dtype("V2")  # NumPy has no bfloat16: two bytes that it does not read
 _CODES = {
@@ -70,7 +72,7 @@ def as_tensor(array: AnyTensor) -> "Tensor":
     return torch.from_numpy(array)
 
 
-def as_tensors(arrays: Mapping[str, AnyTensor]) -> "dict[str, Tensor]":
+def as_tensors(arrays: Tensors) -> "dict[str, Tensor]":
     """:func:`as_tensor` of each."""
     return {name: as_tensor(array) for name, array in arrays.items()}
 
@@ -88,7 +90,7 @@ def as_bytes(tensor: AnyTensor) -> memoryview:
     return as_array(tensor).reshape(-1).view(np.uint8).data
 
 
-def frozen(tensors: Mapping[str, AnyTensor]) -> dict[str, Array]:
+def frozen(tensors: Tensors) -> dict[str, Array]:
     """Copies of named tensors, contiguous arrays; the originals may change afterwards.
 
     Raises:
@@ -99,7 +101,7 @@ def frozen(tensors: Mapping[str, AnyTensor]) -> dict[str, Array]:
     return {name: _checked(name, tensor) for name, tensor in tensors.items()}
 
 
-def pack(tensors: Mapping[str, AnyTensor]) -> bytes:
+def pack(tensors: Tensors) -> bytes:
     """Named tensors, contiguous as :func:`frozen` gives them -> one safetensors image.
 
     Equal tensors give equal images, whatever the order of the mapping.
@@ -197,19 +199,23 @@ def _corrupt(source: str, why: str) -> CorruptArtifactError:
     return CorruptArtifactError(f"{source} cannot be read, {why}: restore it from a backup, or publish again")
 
 
-def split(tensors: Mapping[str, AnyTensor]) -> tuple[dict[str, AnyTensor], dict[str, AnyTensor]]:
+def split(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """(body, head): the head is every tensor under the submodule ``head``."""
     body = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD_PREFIX)}
-    return body, {name: tensor for name, tensor in tensors.items() if name not in body}
+    head = {name: tensor for name, tensor in tensors.items() if name not in body}
+    return body, head
 
 
-def part_digests(tensors: Mapping[str, AnyTensor]) -> tuple[str, str | None]:
+def part_digests(tensors: Tensors) -> tuple[str, str | None]:
     """:func:`digest` of the body and, where there is one, of the head."""
     body, head = split(tensors)
-    return digest(body), digest(head) if head else None
+    of_head = None
+    if head:
+        of_head = digest(head)
+    return digest(body), of_head
 
 
-def digest(tensors: Mapping[str, AnyTensor]) -> str:
+def digest(tensors: Tensors) -> str:
     """sha256 of a set of tensors, independent of their order: names, dtypes, shapes and values, each framed.
 
     The name goes with its length, and the shape tells the length of the values, so no two sets share one encoding.
@@ -241,7 +247,7 @@ def kind(tensor: AnyTensor) -> str:
     return f"{_NAMES.get(array.dtype, array.dtype)}{list(array.shape)}"
 
 
-def kinds(tensors: Mapping[str, AnyTensor]) -> dict[str, str]:
+def kinds(tensors: Tensors) -> dict[str, str]:
     """:func:`kind` of each."""
     return {name: kind(tensor) for name, tensor in tensors.items()}
 
@@ -252,7 +258,7 @@ def described(array: Array) -> str:
     return f"{name}{list(array.shape)}"
 
 
-def first_non_finite(tensors: Mapping[str, AnyTensor]) -> str | None:
+def first_non_finite(tensors: Tensors) -> str | None:
     """Name of the first tensor that holds NaN or an infinity; None if all is finite.
 
     Cost: a product with itself (15 us per MB of float32). A NaN or infinity always shows in it; only a finite overflow
@@ -262,6 +268,8 @@ def first_non_finite(tensors: Mapping[str, AnyTensor]) -> str | None:
         array = as_array(tensor)
         if array.dtype == _BF16:
             array = as_float32(array)
-        if array.dtype.kind == "f" and not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
+        if array.dtype.kind != "f" or math.isfinite(np.vdot(array, array)):
+            continue
+        if not np.isfinite(array).all():
             return name
     return None

@@ -41,7 +41,10 @@ class Report(NamedTuple):
     @classmethod
     def read(cls, line: str) -> "Report":
         at, version, number, since, model = line.split(" ", 4)
-        return cls(float(at), model, int(version), int(number), float(since) if since else None)
+        since_s = None
+        if since:
+            since_s = float(since)
+        return cls(float(at), model, int(version), int(number), since_s)
 
 
 class Fleet:
@@ -66,15 +69,23 @@ class Fleet:
             version: What runs there, the cloud's number; 0: nothing. ``round``: that of the version.
             age_s: How long ago it was known to be current.
         """
-        ages_s = [] if age_s is None else [age_s]
-        if not all(0 <= number < _MOST for number in (version, round, *ages_s)):  # NaN neither
-            return
         now_s = self._wall()
-        reports = self._shared if shared else self._own
+        since_s = None
+        numbers: list[float] = [version, round]
+        if age_s is not None:
+            since_s = now_s - age_s
+            numbers.append(age_s)
+        if not all(0 <= number < _MOST for number in numbers):  # NaN neither
+            return
+        reports = self._own
+        most = MOST_DEVICES
+        if shared:
+            reports = self._shared
+            most = MOST_SHARED
         with self._lock:
-            reports[device] = Report(now_s, model, version, round, None if age_s is None else now_s - age_s)
+            reports[device] = Report(now_s, model, version, round, since_s)
             reports.move_to_end(device)
-            if len(reports) > (MOST_SHARED if shared else MOST_DEVICES):
+            if len(reports) > most:
                 reports.popitem(last=False)
 
     def lines(self) -> dict[str, str]:
@@ -89,15 +100,21 @@ class Fleet:
         now_s = self._wall()
         rounds: dict[str, Counter[str]] = {}
         ages: dict[str, list[float]] = {}
-        for line in (self.lines() if lines is None else lines).values():
+        if lines is None:
+            lines = self.lines()
+        for line in lines.values():
             report = Report.read(line)
             if now_s - report.at_s >= EXPIRES_S:
                 continue
-            number = str(report.round) if report.version else NONE
-            rounds.setdefault(report.model, Counter())[number] += 1
             of_model = ages.setdefault(report.model, [])
+            number = NONE
             if report.version:
-                of_model.append(math.inf if report.since_s is None else max(0.0, now_s - report.since_s))
+                number = str(report.round)
+                age_s = math.inf
+                if report.since_s is not None:
+                    age_s = max(0.0, now_s - report.since_s)
+                of_model.append(age_s)
+            rounds.setdefault(report.model, Counter())[number] += 1
         return {model: Skew.of(counts, ages[model]) for model, counts in sorted(rounds.items())}
 
 

@@ -11,6 +11,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
+Sums = dict[str, Any]
+"""Plain numbers by name, some of them nested: sums that several processes can add up."""
 STAGES = ("validate", "cache", "queue", "preprocess", "infer", "postprocess", "respond")
 """What a request passes, in order. ``validate`` includes the route and the pin on the model (a cold start shows here),
 ``queue`` the hand-over to a worker, ``respond`` everything from the end of the execution to the answer object."""
@@ -39,7 +42,7 @@ class Histogram:
         self.total_s = 0.0
         self.highest_s = 0.0
 
-    def add(self, seconds: NDArray[np.float64]) -> None:
+    def add(self, seconds: Floats) -> None:
         """Add durations [n]. One that equals an edge is within it, as in Prometheus."""
         if seconds.size:
             self.counts += np.bincount(np.searchsorted(EDGES, seconds), minlength=len(self.counts))
@@ -59,8 +62,10 @@ class Histogram:
             return math.nan
         rank = max(1, math.ceil(q * self.count))
         bucket = np.searchsorted(np.cumsum(self.counts), rank)
-        below, above = EDGES[np.clip([bucket - 1, bucket], 0, len(EDGES) - 1)]
-        return min(math.sqrt(below * above), self.highest_s)
+        ends = np.clip([bucket - 1, bucket], 0, len(EDGES) - 1)
+        below, above = EDGES[ends]
+        middle = math.sqrt(below * above)
+        return min(middle, self.highest_s)
 
     def summary_ms(self) -> dict[str, float | None]:
         """``count``, ``mean_ms``, ``p50_ms``, ``p95_ms``, ``p99_ms`` and ``max_ms``. None, which JSON can say, where
@@ -124,8 +129,10 @@ class Costs:
 
         A size never seen takes as long as the next smaller one, or its part of the next larger one: the least it can.
         """
-        figures = self._known.get(key) if self._learned else None
-        if not figures:
+        if not self._learned:
+            return 0.0
+        figures = self._known.get(key)
+        if figures is None:
             return 0.0
         size = rows.bit_length()
         own = figures.get(size)
@@ -133,7 +140,8 @@ class Costs:
             return own.seconds
         fresh = {size: figure for size, figure in figures.items() if self._fresh(figure, now_s)}
         own = fresh.get(size)
-        smaller = fresh.get(max((other for other in fresh if other < size), default=0))
+        below = [other for other in fresh if other < size]
+        smaller = fresh[max(below)] if below else None
         if own is None:
             if smaller is not None:
                 return smaller.seconds
@@ -144,7 +152,9 @@ class Costs:
         if smaller is None:
             return own.seconds
         slope = (own.seconds - smaller.seconds) / (own.rows - smaller.rows)
-        return max(smaller.seconds, own.seconds + max(0.0, slope) * (rows - own.rows))
+        slope = max(0.0, slope)
+        seconds = own.seconds + slope * (rows - own.rows)
+        return max(smaller.seconds, seconds)
 
     def _fresh(self, figure: Usual, now_s: float) -> bool:
         return now_s - figure.at_s <= self.FRESH_S + 3 * figure.seconds
@@ -159,14 +169,14 @@ class Account:
         self.last_ms = 0
         self.stages = np.zeros((2, len(STAGES)))  # how many entered it, seconds
         self.cache = np.zeros((2, 2))  # hits and misses: how many, seconds
-        self.batches: dict[int, NDArray[np.float64]] = {}  # rows -> executions, seconds of their three stages
-        self.failures: dict[str, NDArray[np.float64]] = {}  # reason -> how many, seconds
+        self.batches: dict[int, Floats] = {}  # rows -> executions, seconds of their three stages
+        self.failures: dict[str, Floats] = {}  # reason -> how many, seconds
 
     def add_failure(self, reason: str, seconds: float) -> None:
         failed = self.failures.setdefault(reason, np.zeros(2))
         failed += 1, seconds
 
-    def add_requests(self, rows: int, spent: NDArray[np.float64], last_ms: int) -> None:
+    def add_requests(self, rows: int, spent: Floats, last_ms: int) -> None:
         """Answered requests: seconds in each stage and in all [n, stages + 1]; the time of day of the last one."""
         self.latency.add(spent[:, -1])
         self.rows += rows
@@ -178,48 +188,57 @@ class Account:
         if looked_up.any():
             hits = spent[looked_up & ~ran, 1:3].sum(axis=1)  # a hit may wait for a twin
             misses = spent[looked_up & ran, 1]
-            self.cache += (hits.size, misses.size), (hits.sum(), misses.sum())
+            self.cache[0] += hits.size, misses.size
+            self.cache[1] += hits.sum(), misses.sum()
 
-    def add_runs(self, rows: int, largest: int, runs: int, seconds: NDArray[np.float64]) -> None:
+    def add_runs(self, rows: int, largest: int, runs: int, seconds: Floats) -> None:
         """Runs of the model over ``rows`` rows each; more than ``largest`` ran in chunks, which share the ``seconds``
         [3] of all runs by their rows."""
-        for size, chunks in ((largest, rows // largest), (rows % largest, 1)):
+        whole, rest = divmod(rows, largest)
+        for size, chunks in ((largest, whole), (rest, 1)):
             if size and chunks:
+                share = size * chunks / rows
                 batch = self.batches.setdefault(size, np.zeros(4))
-                batch += runs * chunks, *(seconds * (size * chunks / rows))
+                batch[0] += runs * chunks
+                batch[1:] += seconds * share
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> Sums:
         """Plain numbers, see :meth:`Telemetry.totals`; ``failures`` beside them."""
         counts, seconds = self.stages.tolist()
         (hits, misses), (hit_s, miss_s) = self.cache.tolist()
+        stages = {}
+        for stage, count, spent_s in zip(STAGES, counts, seconds, strict=True):
+            stages[stage] = [int(count), spent_s]
         return {
             "requests": self.latency.count,
             "rows": self.rows,
             "seconds": self.latency.total_s,
             "at_most": self.latency.at_most,
             "last_inference_ms": self.last_ms,
-            "stages": {name: [int(n), s] for name, n, s in zip(STAGES, counts, seconds, strict=True)},
+            "stages": stages,
             "cache": {"hit": [int(hits), hit_s], "miss": [int(misses), miss_s]},
             "batches": {str(size): _counted(batch) for size, batch in self.batches.items()},
             "failures": {reason: _counted(failed) for reason, failed in self.failures.items()},
         }
 
 
-def _counted(sums: NDArray[np.float64]) -> list[float]:
+def _counted(sums: Floats) -> list[float]:
     """How many, which is an integer, and their seconds."""
     count, *seconds = sums.tolist()
     return [int(count), *seconds]
 
 
-def merged(totals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merged(totals: Sequence[Sums]) -> Sums:
     """The totals of several servers as one: sums, and the latest of what is ``last_...``."""
-    whole: dict[str, Any] = {}
+    whole: Sums = {}
     for key in dict.fromkeys(key for part in totals for key in part):
         values = [part[key] for part in totals if key in part]
         if isinstance(values[0], Mapping):
             whole[key] = merged(values)
         elif isinstance(values[0], list):
             whole[key] = [sum(places) for places in zip(*values, strict=True)]
+        elif key.startswith("last_"):
+            whole[key] = max(values)
         else:
-            whole[key] = max(values) if key.startswith("last_") else sum(values)
+            whole[key] = sum(values)
     return whole

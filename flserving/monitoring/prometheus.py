@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 from flserving.errors import BY_REASON, FlservingError
 from flserving.monitoring import Observed
 from flserving.monitoring.fleet import AGES_S, Skew
-from flserving.monitoring.metrics import BOUNDS_S, merged
+from flserving.monitoring.metrics import BOUNDS_S, Sums, merged
 
 _Numbers = dict[Any, float]  # by the values of the labels
 _OF_VERSION = ("model", "version")
@@ -66,12 +66,12 @@ _GAUGES = {
 }
 
 
-def totals(server: Observed) -> dict[str, Any]:
+def totals(server: Observed) -> Sums:
     """Everything that processes add up to show as one: :meth:`Telemetry.totals`, the caches' counters, and under
     ``now`` what may also fall: leave that out of what a process that ended has left behind."""
     stats = server.get_all_stats()
     health = server.health_check()
-    now: dict[str, Any] = {
+    now: Sums = {
         "fleet": server.fleet.lines(),
         "ready": int(health["ready"]),
         "processes": 1,
@@ -88,14 +88,18 @@ def totals(server: Observed) -> dict[str, Any]:
         now[f"{name}_entries"] = cache.get("size", 0)
         now[f"{name}_bytes"] = cache.get("nbytes", 0)
         now[f"{name}_limit_bytes"] = cache.get("max_bytes", 0)
-    process = {sample.name: sample.value for metric in _PROCESS.collect() for sample in metric.samples}
-    process.pop("process_start_time_seconds", None)  # cannot be added
-    cpu = {name: process.pop(name) for name in list(process) if name.endswith("_total")}
-    whole: dict[str, Any] = server.telemetry.totals()
-    return whole | {"caches": counters, "process": cpu, "now": now | process}
+    process = {}
+    for metric in _PROCESS.collect():
+        for sample in metric.samples:
+            if sample.name.endswith("_total"):
+                process[sample.name] = sample.value
+            elif sample.name != "process_start_time_seconds":  # cannot be added
+                now[sample.name] = sample.value
+    whole: Sums = server.telemetry.totals()
+    return whole | {"caches": counters, "process": process, "now": now}
 
 
-def exposition(server: Observed, accept: str = "", others: Sequence[Mapping[str, Any]] = ()) -> tuple[bytes, str]:
+def exposition(server: Observed, accept: str = "", others: Sequence[Sums] = ()) -> tuple[bytes, str]:
     """What ``/metrics`` answers, and its content type: OpenMetrics where ``accept`` asks for it.
 
     Args:
@@ -113,19 +117,24 @@ def exposition(server: Observed, accept: str = "", others: Sequence[Mapping[str,
 class ServerCollector(Collector):
     """A server for prometheus-client's registries: ``registry.register(ServerCollector(server))``."""
 
-    def __init__(self, server: Observed, others: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, server: Observed, others: Sequence[Sums] = ()) -> None:
         self._server = server
         self._others = others
 
     def collect(self) -> Iterator[Metric]:
         whole = merged([totals(self._server), *self._others])
         for counts in ("versions", "failures"):  # what is not held any more is hidden before it is forgotten
-            whole[counts] = {name: it for name, it in whole[counts].items() if name in whole["named"]}
+            for name in whole[counts].keys() - whole["named"]:
+                del whole[counts][name]
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"flserving_{name}", text, value=whole["now"][name])
         for metric in _PROCESS.collect():  # gives names and texts; the values are those of all
             values = whole["process"] | whole["now"]
-            metric.samples = [sample._replace(value=values.get(sample.name, sample.value)) for sample in metric.samples]
+            samples = []
+            for sample in metric.samples:
+                value = values.get(sample.name, sample.value)
+                samples.append(sample._replace(value=value))
+            metric.samples = samples
             yield metric
         for cache, counters in whole["caches"].items():
             for name, value in counters.items():
@@ -152,8 +161,8 @@ class ServerCollector(Collector):
         served: _Numbers = {}
         accuracies: _Numbers = {}
         for model, known in self._server.health_check()["models"].items():
-            led_to = [*known["aliases"].items(), *(("", version) for version in known["versions"])]
-            for alias, version in led_to:
+            named = [("", version) for version in known["versions"]]
+            for alias, version in [*known["aliases"].items(), *named]:
                 if f"{model}/{version}" not in held:
                     continue
                 served[model, version, alias] = 1
@@ -169,8 +178,12 @@ class ServerCollector(Collector):
             published = self._server.published_metrics((model, version))
         except FlservingError:  # gone since, or unreadable: other metrics show it
             return {}
-        names = {of: f"{of}_accuracy" for of in ACCURACIES}
-        return {(model, version, of): published[name] for of, name in names.items() if name in published}
+        found = {}
+        for of in ACCURACIES:
+            accuracy = published.get(f"{of}_accuracy")
+            if accuracy is not None:
+                found[model, version, of] = accuracy
+        return found
 
 
 def _fleet(skews: Mapping[str, Skew]) -> Iterator[Metric]:
@@ -186,18 +199,20 @@ def _fleet(skews: Mapping[str, Skew]) -> Iterator[Metric]:
     yield _metric(GaugeHistogramMetricFamily, "fleet_age_seconds", text, ("model",), ages)
 
 
-def _device(edge: Mapping[str, Any] | None) -> Iterator[Metric]:
+def _device(edge: Sums | None) -> Iterator[Metric]:
     """Of a device: what it serves itself."""
     if edge is None:
         return
-    age_s = math.inf if edge["age_s"] is None else edge["age_s"]
+    age_s = edge["age_s"]
+    if age_s is None:
+        age_s = math.inf
     text = "Seconds since this device's model was known to be the current one; infinite: it cannot tell."
     yield GaugeMetricFamily("flserving_edge_age_seconds", text, value=age_s)
     if edge["round"] is not None:
         yield GaugeMetricFamily("flserving_edge_round", "Federated round of this device's model.", value=edge["round"])
 
 
-def _requests(whole: Mapping[str, Any]) -> Iterator[Metric]:
+def _requests(whole: Sums) -> Iterator[Metric]:
     versions = {_split(name): account for name, account in whole["versions"].items()}
     requests: Counter[Any] = Counter({key: account["requests"] for key, account in versions.items()})
     outcomes: Counter[Any] = Counter(dict.fromkeys(OUTCOMES, 0))
@@ -225,17 +240,22 @@ def _requests(whole: Mapping[str, Any]) -> Iterator[Metric]:
     rows = {key: account["rows"] for key, account in versions.items()}
     text = "Rows of the answered requests."
     yield _metric(CounterMetricFamily, "request_rows", text, _OF_VERSION, rows)
-    seconds = {key: (_buckets(BOUNDS_S, account["at_most"]), account["seconds"]) for key, account in versions.items()}
     text = "Duration of the answered requests."
-    yield _metric(HistogramMetricFamily, "request_seconds", text, _OF_VERSION, seconds)
-    stages = {
-        stage: (_buckets(BOUNDS_S, spent["at_most"]), spent["seconds"]) for stage, spent in whole["stages"].items()
-    }
+    yield _metric(HistogramMetricFamily, "request_seconds", text, _OF_VERSION, _durations(versions))
     text = "Duration of the stages that answered requests entered."
-    yield _metric(HistogramMetricFamily, "stage_seconds", text, ("stage",), stages)
+    yield _metric(HistogramMetricFamily, "stage_seconds", text, ("stage",), _durations(whole["stages"]))
 
 
-def _inference(versions: Mapping[str, Any]) -> Iterator[Metric]:
+def _durations(sums: Mapping[Any, Sums]) -> dict[Any, Any]:
+    """Of each, its buckets and its seconds together."""
+    found = {}
+    for key, spent in sums.items():
+        buckets = _buckets(BOUNDS_S, spent["at_most"])
+        found[key] = (buckets, spent["seconds"])
+    return found
+
+
+def _inference(versions: Sums) -> Iterator[Metric]:
     rows = {}
     seconds = {}
     for name, account in versions.items():
@@ -245,15 +265,16 @@ def _inference(versions: Mapping[str, Any]) -> Iterator[Metric]:
             counts[bisect_left(BATCH_ROWS, int(size))] += runs
             total += int(size) * runs
         rows[_split(name)] = (_buckets(BATCH_ROWS, counts), total)
+        batches = account["batches"].values()
         for place, stage in enumerate(("preprocess", "infer", "postprocess"), start=1):
-            seconds[*_split(name), stage] = sum(batch[place] for batch in account["batches"].values())
+            seconds[*_split(name), stage] = sum(batch[place] for batch in batches)
     text = "Rows of each execution of a model."
     yield _metric(HistogramMetricFamily, "batch_rows", text, _OF_VERSION, rows)
     text = "Time that executions took: busy slots, when divided by time."
     yield _metric(CounterMetricFamily, "execution_seconds", text, (*_OF_VERSION, "stage"), seconds)
 
 
-def _codec(whole: Mapping[str, Any]) -> Iterator[Metric]:
+def _codec(whole: Sums) -> Iterator[Metric]:
     answers: _Numbers = {}
     spent: _Numbers = {}
     for protocol, (count, parse_s, serialise_s) in whole["codec"].items():
@@ -262,9 +283,8 @@ def _codec(whole: Mapping[str, Any]) -> Iterator[Metric]:
         spent[protocol, "serialise"] = serialise_s
     text = "Inference calls that a protocol answered."
     yield _metric(CounterMetricFamily, "door_answers", text, ("protocol",), answers)
-    yield _metric(
-        CounterMetricFamily, "door_seconds", "Bytes to arrays, and arrays to bytes.", ("protocol", "part"), spent
-    )
+    text = "Bytes to arrays, and arrays to bytes."
+    yield _metric(CounterMetricFamily, "door_seconds", text, ("protocol", "part"), spent)
 
 
 def _metric(kind: type[Metric], name: str, text: str, labels: Sequence[str], values: Mapping[Any, Any]) -> Metric:
@@ -281,7 +301,8 @@ def _metric(kind: type[Metric], name: str, text: str, labels: Sequence[str], val
 
 def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:
     """``counts``: how many are at most each bound but more than the one before, then the rest."""
-    names = [*(str(float(bound)) for bound in bounds), "+Inf"]
+    names = [str(float(bound)) for bound in bounds]
+    names.append("+Inf")
     return list(zip(names, accumulate(counts), strict=True))
 
 
@@ -291,7 +312,9 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _status(reason: str) -> int:
-    return 499 if reason == "Cancelled" else BY_REASON.get(reason, FlservingError).http_status
+    if reason == "Cancelled":
+        return 499
+    return BY_REASON.get(reason, FlservingError).http_status
 
 
 def _code(reason: str) -> str:
@@ -302,4 +325,6 @@ def _outcome(reason: str) -> str:
     status = _status(reason)
     if status == 429:
         return "overloaded"
-    return "client_error" if status < 500 else "server_error"
+    if status < 500:
+        return "client_error"
+    return "server_error"

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from flserving import forks
-from flserving.monitoring.metrics import STAGES, Account, Histogram, merged
+from flserving.monitoring.metrics import STAGES, Account, Histogram, Sums, merged
 
 Protocol = Literal["rest", "grpc"]
 
@@ -95,10 +95,11 @@ class Executions:
 
     def _fold(self) -> None:
         with self._lock:
-            taken = np.array(_take(self._pending), np.float64).reshape(-1, 3)
-            self._rows += int(taken[:, 0].sum())
-            self._requests += int(taken[:, 2].sum())
-            self._seconds.add(taken[:, 1])
+            taken = np.array(_take(self._pending), np.float64)
+            rows, seconds, requests = taken.reshape(-1, 3).T
+            self._rows += int(rows.sum())
+            self._requests += int(requests.sum())
+            self._seconds.add(seconds)
 
 
 class Telemetry:
@@ -131,7 +132,7 @@ class Telemetry:
         self._lock = threading.Lock()
         forks.fresh_locks_in_child(self, "_lock")
         self._fresh: dict[str, Account] = {}  # by version: since the last look
-        self._totals: dict[str, dict[str, Any]] = {}  # totals by what is shown: a held version, all others of a model
+        self._totals: dict[str, Sums] = {}  # totals by what is shown: a held version, all others of a model
         self._seen_s: dict[str, float] = {}  # when each of those was held last
         self._failed: Counter[str] = Counter()
         self.elsewhere: Set[str] = frozenset()  # held by other processes behind the same address
@@ -234,7 +235,7 @@ class Telemetry:
             held = self._names()
             return any(name not in held for name in self._seen_s)
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> Sums:
         """One consistent copy of the sums behind every statistic: plain numbers that only grow.
 
         Those of several processes are added by :func:`~flserving.monitoring.metrics.merged`.
@@ -261,8 +262,9 @@ class Telemetry:
                     failures[name] = failed
             for (protocol, reason), count in self._refused.items():
                 refusals.setdefault(protocol, {})[reason] = count
+            named = [name for name in versions if name in held or name not in self._seen_s]
             return {
-                "named": {name: 1 for name in versions if name in held or name not in self._seen_s},
+                "named": dict.fromkeys(named, 1),
                 "answered": self._latency.count,
                 "failed": dict(self._failed),
                 "versions": versions,
@@ -290,7 +292,9 @@ class Telemetry:
         return self._fresh[version]
 
     def _names(self) -> Set[str]:
-        return {*self._fresh, *self._seen_s} if self._held is None else self._held()
+        if self._held is None:
+            return {*self._fresh, *self._seen_s}
+        return self._held()
 
     def _settle(self) -> Set[str]:
         """Give what is fresh its names, forget versions that nobody has held for a while; the versions held."""
@@ -302,7 +306,8 @@ class Telemetry:
                 name = f"{version.partition('/')[0]}/{OTHER}"
             if name in held:
                 self._seen_s[name] = now_s
-            self._totals[name] = merged([self._totals.get(name, {}), account.totals()])
+            before = self._totals.get(name, {})
+            self._totals[name] = merged([before, account.totals()])
         self._fresh.clear()
         for name, seen_s in list(self._seen_s.items()):
             if name in held or name in self.elsewhere:
@@ -316,13 +321,15 @@ class Telemetry:
         if not taken:
             return
         marks = np.array([marks_s for _, _, marks_s in taken])  # [n, stages + 1]
-        spent = np.column_stack([np.diff(marks), marks[:, -1] - marks[:, 0]])  # [n, stages and the whole]
+        latency = marks[:, -1] - marks[:, 0]
+        spent = np.column_stack([np.diff(marks), latency])  # [n, stages and the whole]
         entered = spent > 0  # a stage that was not entered takes no time and is not counted
         entered[:, -1] = True
         for stage, histogram in enumerate([*self._stages, self._latency]):
             histogram.add(spent[entered[:, stage], stage])
         to_unix_s = time.time() - self._clock()
-        for version, places in _places([version for version, _, _ in taken]).items():
+        versions = [version for version, _, _ in taken]
+        for version, places in _places(versions).items():
             rows = sum([taken[place][1] for place in places])
             self._rows += rows
             last_ms = int((marks[places[-1], -1] + to_unix_s) * 1e3)
@@ -330,11 +337,15 @@ class Telemetry:
 
     def _fold_runs(self) -> None:
         taken = _take(self._pending_runs)
-        seconds = np.diff(np.array([marks_s for _, _, marks_s in taken]).reshape(-1, 4))
-        for (version, rows), places in _places([(version, rows) for version, rows, _ in taken]).items():
-            self._of(version).add_runs(rows, self._largest_batch, len(places), seconds[places].sum(axis=0))
-            self._runs += len(places)
-            self._run_rows += rows * len(places)
+        marks = np.array([marks_s for _, _, marks_s in taken])
+        spent = np.diff(marks.reshape(-1, 4))
+        alike = _places([(version, rows) for version, rows, _ in taken])
+        for (version, rows), places in alike.items():
+            runs = len(places)
+            seconds = spent[places].sum(axis=0)
+            self._of(version).add_runs(rows, self._largest_batch, runs, seconds)
+            self._runs += runs
+            self._run_rows += rows * runs
 
 
 class Refusals:

@@ -45,7 +45,9 @@ class Lesson:
 
     def __post_init__(self) -> None:
         sound = 0 < self.temperature <= 1e3 and 0 <= self.label_share <= 1 and 0 < self.learning_rate <= 1
-        if not sound or any(type(n) is not int or not 1 <= n <= 10_000 for n in (self.rounds, self.epochs)):
+        for count in (self.rounds, self.epochs):
+            sound &= type(count) is int and 1 <= count <= 10_000
+        if not sound:
             raise ConfigError(
                 f"temperature {self.temperature!r}, label_share {self.label_share!r}, learning_rate "
                 f"{self.learning_rate!r}, rounds {self.rounds!r}, epochs {self.epochs!r}: use values in (0, 1000], "
@@ -71,11 +73,14 @@ def taught(
     if lesson.label_share and isinstance(data, np.ndarray):
         raise ConfigError(f"label_share is {lesson.label_share}, but bare rows have no labels: give clients, or 0")
     rows = rows_of(data, preprocessor)
-    labels = [None] * len(rows) if isinstance(data, np.ndarray) else [torch.from_numpy(it.train_y) for it in data]
+    labels: list[Tensor | None] = [None] * len(rows)
+    if not isinstance(data, np.ndarray):
+        labels = [torch.from_numpy(client.train_y) for client in data]
     with isolated():
         torch.manual_seed(lesson.seed)
         with torch.no_grad():
-            soft = [torch.softmax(teacher.eval()(x) / lesson.temperature, dim=1) for x in rows]
+            teacher.eval()
+            soft = [torch.softmax(teacher(x) / lesson.temperature, dim=1) for x in rows]
         student.train().requires_grad_(True)
         state = copied(student.state_dict())
         for _ in range(lesson.rounds):

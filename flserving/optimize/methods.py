@@ -37,7 +37,12 @@ from flserving.serving.loader import Parts, RegistrySource
 Method: TypeAlias = Literal["dynamic", "static", "int4"]
 METHODS: tuple[Method, ...] = ("dynamic", "static", "int4")
 _PREFIX = "optimisation"
-TOLERANCES: Mapping[str, float] = {"onnx": 1e-3, "quantised": 0.05, "pruned": 0.25, "distilled": 0.25}
+TOLERANCES: Mapping[str, float] = {
+    "onnx": 1e-3,
+    "quantised": 0.05,
+    "pruned": 0.25,
+    "distilled": 0.25,
+}
 """How far a version's answers may be from its parent's, by technique. For a classifier it is the mean total variation
 between their probabilities (half the sum of the differences; 1 where both are sure, of two classes), which is at least
 the share of answers that turn from one sure class to another. For a regression it is the root of the mean squared
@@ -70,9 +75,13 @@ def to_onnx(registry: Registry, name: str, version: int | str = "default", **pub
 
 
 def quantise(
-    registry: Registry, name: str, version: int | str = "default", method: Method = "dynamic",
-    data: Data | None = None, **published: Any,
-) -> Manifest:  # fmt: skip
+    registry: Registry,
+    name: str,
+    version: int | str = "default",
+    method: Method = "dynamic",
+    data: Data | None = None,
+    **published: Any,
+) -> Manifest:
     """Weights of few bits, by ONNX Runtime's tools.
 
     ``dynamic``: int8 weights and int8 activations, scaled as they come, in each row for every 32 inputs. (Scaled over
@@ -94,18 +103,27 @@ def quantise(
     parent = _parent(registry, name, version, published)
     shapes = _shapes(parent.manifest)
     graph = graph_of(parent.parts.module, *shapes)
-    if data is None:
-        graph = block_quantised(graph, 8 if method == "dynamic" else 4)
+    if data is not None:
+        rows = torch.cat(rows_of(data, parent.parts.preprocessor))
+        graph = calibrated(graph, rows)
+    elif method == "dynamic":
+        graph = block_quantised(graph, 8)
     else:
-        graph = calibrated(graph, torch.cat(rows_of(data, parent.parts.preprocessor)))
+        graph = block_quantised(graph, 4)
     made = _Made(sealed(graph, *shapes), f"quantised, {method}", data=data)
     return _publish(registry, parent, made, **published)
 
 
 def prune(
-    registry: Registry, name: str, version: int | str = "default", share: float = 0.5, *, structured: bool = False,
-    data: Data | None = None, **options: Any,
-) -> Manifest:  # fmt: skip
+    registry: Registry,
+    name: str,
+    version: int | str = "default",
+    share: float = 0.5,
+    *,
+    structured: bool = False,
+    data: Data | None = None,
+    **options: Any,
+) -> Manifest:
     """Take a ``share`` of the weights away, or, ``structured``, of the hidden neurons.
 
     Unstructured: the smallest magnitudes of all linear and convolutional layers together become zero (Han et al., NIPS
@@ -144,9 +162,15 @@ def prune(
 
 
 def distil(
-    registry: Registry, name: str, data: Data, version: int | str = "default", *, architecture: str = "mlp",
-    parameters: Mapping[str, models.JSON], **options: Any,
-) -> Manifest:  # fmt: skip
+    registry: Registry,
+    name: str,
+    data: Data,
+    version: int | str = "default",
+    *,
+    architecture: str = "mlp",
+    parameters: models.Parameters,
+    **options: Any,
+) -> Manifest:
     """Teach a smaller architecture to answer as the parent does.
 
     The loss is T^2 times the cross entropy to the parent's softmax(logits / T), and ``label_share`` of the plain one to
@@ -194,13 +218,15 @@ class _Made:
     facts: Mapping[str, Any] = field(default_factory=dict)
     data: Data | None = None
     architecture: str = "onnx"
-    parameters: Mapping[str, models.JSON] | None = None
+    parameters: models.Parameters | None = None
 
 
 def _lesson(options: dict[str, Any], **defaults: Any) -> Lesson:
     """Takes the fields of a lesson out of ``options``."""
-    given = {it.name: options.pop(it.name) for it in fields(Lesson) if it.name in options}
-    return Lesson(**defaults | given)
+    for setting in fields(Lesson):
+        if setting.name in options:
+            defaults[setting.name] = options.pop(setting.name)
+    return Lesson(**defaults)
 
 
 def _parent(registry: Registry, name: str, version: int | str, published: Mapping[str, Any]) -> _Parent:
@@ -262,7 +288,9 @@ def _publish(
     facts = {**made.facts, "distance": round(distance, 6)}
     before = manifest.lineage or Lineage()
     extra = {key: value for key, value in before.extra.items() if not key.startswith(_PREFIX)}  # the parent's own
-    extra |= {_PREFIX: made.technique, **{f"{_PREFIX}_{key}": value for key, value in facts.items()}}
+    extra[_PREFIX] = made.technique
+    for key, value in facts.items():
+        extra[f"{_PREFIX}_{key}"] = value
     parameters = made.parameters
     if isinstance(made.model, OnnxModel):
         parameters = made.model.parameters_of
@@ -282,29 +310,40 @@ def _sample(parent: _Parent, data: Data | None) -> Tensor:
     """Standardised rows to compare two versions on."""
     if data is not None:
         rows = torch.cat(rows_of(data, parent.parts.preprocessor))
-        chosen = torch.linspace(0, len(rows) - 1, min(len(rows), _MOST_SAMPLES)).long()
-        return rows[chosen]
+        count = min(len(rows), _MOST_SAMPLES)
+        chosen = torch.linspace(0, len(rows) - 1, count)
+        return rows[chosen.long()]
     source = torch.Generator().manual_seed(0)
     return torch.randn(_SAMPLES, *parent.manifest.signature.input_shape, generator=source)
 
 
 def _distance(parent: nn.Module, model: nn.Module, rows: Tensor, output_type: str) -> float:
     """How far two models' answers to standardised rows are apart, see ``TOLERANCES``."""
-    parts = torch.split(rows, 256)
-    with torch.inference_mode():
-        wanted, found = (torch.cat([it.eval()(part.clone()) for part in parts]).double() for it in (parent, model))
+    wanted = _answers(parent, rows)
+    found = _answers(model, rows)
     if output_type == "classification":
-        gap = (wanted.softmax(1) - found.softmax(1)).abs().sum(1) / 2
-        return float(gap.mean())
+        apart = wanted.softmax(1) - found.softmax(1)
+        variation = apart.abs().sum(1) / 2
+        return float(variation.mean())
     error = (wanted - found).square().mean().sqrt()
-    spread = wanted.std(0, correction=0).square().mean().sqrt()
+    std = wanted.std(0, correction=0)
+    spread = std.square().mean().sqrt()
     return float(error / spread.clamp(min=1e-12))
+
+
+def _answers(model: nn.Module, rows: Tensor) -> Tensor:
+    """In float64, 256 rows at a time."""
+    model.eval()
+    with torch.inference_mode():
+        outputs = [model(part.clone()) for part in torch.split(rows, 256)]
+        return torch.cat(outputs).double()
 
 
 def _linear(module: nn.Module) -> list[nn.Linear]:
     """The layers of an ``mlp``. Raises InvalidModelError: it is none, or it has no hidden layer."""
     parts = [*module.body, module.head] if isinstance(module, models.SplitModel) else []  # type: ignore[misc]
-    if len(parts) < 3 or [type(part) for part in parts[:-1]] != [nn.Linear, nn.ReLU] * (len(parts) // 2):
+    wanted = [nn.Linear, nn.ReLU] * (len(parts) // 2)
+    if len(parts) < 3 or [type(part) for part in parts[:-1]] != wanted:
         raise InvalidModelError(
             f"{type(module).__name__} is no mlp with hidden layers: neurons go from linear layers with ReLU"
         )
@@ -313,7 +352,8 @@ def _linear(module: nn.Module) -> list[nn.Linear]:
 
 def _sizes(module: nn.Module) -> list[int]:
     layers = _linear(module)
-    return [layer.in_features for layer in layers] + [layers[-1].out_features]
+    sizes = [layer.in_features for layer in layers]
+    return [*sizes, layers[-1].out_features]
 
 
 def without_neurons(module: nn.Module, share: float) -> nn.Module:
@@ -343,7 +383,8 @@ def _without_weights(module: nn.Module, share: float) -> tuple[nn.Module, dict[s
         raise InvalidModelError(f"{type(module).__name__} has no linear or convolutional layer: nothing to prune")
     targets = [(layer, "weight") for layer in layers.values()]
     prune.global_unstructured(targets, pruning_method=prune.L1Unstructured, amount=share)
-    masks = {f"{name}.weight".lstrip("."): layer.weight_mask.clone() for name, layer in layers.items()}  # type: ignore[operator]
-    for layer in layers.values():
+    masks = {}
+    for name, layer in layers.items():
+        masks[f"{name}.weight".lstrip(".")] = layer.weight_mask.clone()  # type: ignore[operator]
         prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
     return module, masks

@@ -61,7 +61,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def check(self) -> None:
         for name in ("effect", "alpha", "power", "worst_margin", "ruin", "max_failures"):
-            if not 0 < (value := getattr(self, name)) < 1:
+            value = getattr(self, name)
+            if not 0 < value < 1:
                 raise ConfigError(f"{name} is {value!r}: it must be a number in (0, 1)")
         if not 0 < self.checked_share <= 1:
             raise ConfigError(f"checked_share is {self.checked_share!r}: it must be a number in (0, 1]")
@@ -94,16 +95,24 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @classmethod
     def of(cls, id: str, arms: dict[str, tuple[int, float]], **more: object) -> Self:
         """From ``{"a": (1, 0.5), "b": (2, 0.5)}``: version and weight of each arm."""
-        return cls(id=id, arms={name: Arm(*arm) for name, arm in arms.items()}, **more)  # type: ignore[arg-type]
+        made = {name: Arm(*arm) for name, arm in arms.items()}
+        return cls(id=id, arms=made, **more)  # type: ignore[arg-type]
 
     @classmethod
     def canary(cls, id: str, control: int, version: int, share: float = 0.1, policy: Policy | None = None) -> Self:
         """``share`` of the clients get ``version`` until it is promoted or rolled back by itself."""
-        return cls.of(id, {"control": (control, 1 - share), "canary": (version, share)}, policy=policy or Policy())
+        arms = {
+            "control": (control, 1 - share),
+            "canary": (version, share),
+        }
+        return cls.of(id, arms, policy=policy or Policy())
 
     @property
     def versions(self) -> list[int]:
-        return [arm.version for arm in self.arms.values()] + ([] if self.shadow is None else [self.shadow])
+        versions = [arm.version for arm in self.arms.values()]
+        if self.shadow is not None:
+            versions.append(self.shadow)
+        return versions
 
     def check(self) -> None:
         """Raise ConfigError unless it can be run, InvalidModelError for names outside the alphabet."""
@@ -111,18 +120,21 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             msgspec.convert(msgspec.to_builtins(self), Experiment)
         except (msgspec.ValidationError, TypeError) as error:
             raise ConfigError(f"experiment {self.id!r:.64} is none: {error}") from error
-        for what, name in [("experiment", self.id), *(("arm", name) for name in self.arms)]:
-            check_name(what, name)
+        check_name("experiment", self.id)
+        for name in self.arms:
+            check_name("arm", name)
         if len(self.arms) > MOST_ARMS or (not self.arms and self.shadow is None):
             raise ConfigError(f"experiment {self.id!r} has {len(self.arms)} arms: it takes 1 to {MOST_ARMS}")
         for name, arm in self.arms.items():
             if not 0 < arm.weight <= 1:
                 raise ConfigError(f"arm {name!r} is empty, its weight is {arm.weight!r}: leave it out, or weigh it")
-        if self.arms and abs((total := math.fsum(arm.weight for arm in self.arms.values())) - 1) > 1e-9:
+        total = math.fsum(arm.weight for arm in self.arms.values())
+        if self.arms and abs(total - 1) > 1e-9:
             raise ConfigError(f"the weights of experiment {self.id!r} sum to {total:.12g}: they must sum to one")
         if self.policy is not None:
             self.policy.check()
-            if self.rule != "sticky" or len({arm.version for arm in self.arms.values()}) != 2 or len(self.arms) != 2:
+            versions = {arm.version for arm in self.arms.values()}
+            if self.rule != "sticky" or len(versions) != 2 or len(self.arms) != 2:
                 raise ConfigError(f"experiment {self.id!r} has a policy: it takes two sticky arms of two versions")
 
     def arm_of(self, client: str) -> str:

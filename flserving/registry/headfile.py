@@ -17,6 +17,7 @@ that fails, under a map ends the process with SIGBUS instead of an error.
 """
 
 import hashlib
+import math
 import os
 import struct
 import weakref
@@ -46,17 +47,21 @@ _Words = NDArray[np.uint64]
 
 
 def key_of(client: str) -> bytes:
-    return hashlib.blake2b(client.encode("utf-8", "surrogatepass"), digest_size=16, person=b"flserving head").digest()
+    name = client.encode(errors="surrogatepass")
+    return hashlib.blake2b(name, digest_size=16, person=b"flserving head").digest()
 
 
 def header(entry: HeadsEntry) -> bytes:
     code = LAYOUTS.index(entry.layout)
-    return _HEADER.pack(_MAGIC, code, entry.inputs, entry.outputs, entry.num_heads).ljust(ALIGNMENT, b"\0")
+    fields = _HEADER.pack(_MAGIC, code, entry.inputs, entry.outputs, entry.num_heads)
+    return fields.ljust(ALIGNMENT, b"\0")
 
 
 def stride(entry: HeadsEntry) -> int:
     """Bytes from record to record."""
-    return -(-(entry.inputs + 1) * entry.outputs * 4 // ALIGNMENT) * ALIGNMENT
+    nbytes = (entry.inputs + 1) * entry.outputs * 4
+    lines = math.ceil(nbytes / ALIGNMENT)
+    return lines * ALIGNMENT
 
 
 def checksums(records: NDArray[np.float32]) -> _Words:
@@ -110,13 +115,17 @@ class HeadFile:
         sha.update(index)
         if sha.hexdigest() != entry.index_sha256 or head != header(entry):
             raise self._corrupt("is not what was published (sha256 of its index differs)")
-        columns = np.split(np.frombuffer(index, np.uint8), np.cumsum([8, 8, 8, 4]) * entry.num_heads)
-        self._high, self._low, self._checks = (column.view(np.uint64) for column in columns[:3])
-        self._digests: list[str] = [bytes(row).hex() for row in columns[4].reshape(-1, 32)]
-        self._numbers = columns[3].view(np.uint32)
+        ends = np.cumsum([8, 8, 8, 4]) * entry.num_heads
+        high, low, checks, numbers, table = np.split(np.frombuffer(index, np.uint8), ends)
+        self._high = high.view(np.uint64)
+        self._low = low.view(np.uint64)
+        self._checks = checks.view(np.uint64)
+        self._numbers = numbers.view(np.uint32)
+        self._digests: list[str] = [bytes(row).hex() for row in table.reshape(-1, 32)]
         if self._numbers.max() >= len(self._digests):
             raise self._corrupt("names digests that it does not hold")
-        self.fits = np.array([one == digest for one in self._digests])[self._numbers]
+        known = np.array([one == digest for one in self._digests])
+        self.fits = known[self._numbers]
         self.nbytes = len(index) + self.fits.nbytes
 
     def find(self, client: str) -> int:
@@ -142,18 +151,21 @@ class HeadFile:
         """
         fewer = msgspec.structs.replace(entry, num_heads=entry.num_heads - 1)
         first = header(fewer)
-        columns = (self._high, self._low, self._checks, self._numbers)
-        index = b"".join(np.delete(column, slot).tobytes() for column in columns) + bytes.fromhex(
-            "".join(self._digests)
-        )
+        index = b""
+        for column in (self._high, self._low, self._checks, self._numbers):
+            index += np.delete(column, slot).tobytes()
+        index += bytes.fromhex("".join(self._digests))
         digest = hashlib.sha256(first + index).hexdigest()
         gone = ALIGNMENT + slot * self.stride
+        after = gone + self.stride
+        end = ALIGNMENT + entry.num_heads * self.stride
 
         def parts() -> Iterator[bytes]:
             yield first
-            for start, stop in ((ALIGNMENT, gone), (gone + self.stride, ALIGNMENT + entry.num_heads * self.stride)):
+            for start, stop in ((ALIGNMENT, gone), (after, end)):
                 for at in range(start, stop, _COPY_NBYTES):
-                    yield self._read(min(_COPY_NBYTES, stop - at), [at])
+                    nbytes = min(_COPY_NBYTES, stop - at)
+                    yield self._read(nbytes, [at])
             yield index
 
         nbytes = storage.write_parts(f"{folder}/{digest}", parts(), storage.PRIVATE)

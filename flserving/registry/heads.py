@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from flserving.errors import InvalidModelError
 from flserving.models import weights
 from flserving.models.plain import NumpyModel
-from flserving.models.weights import AnyTensor, as_float32
+from flserving.models.processing import Floats
+from flserving.models.weights import Tensors, as_float32
 from flserving.registry import storage
 from flserving.registry.headfile import (
     ALIGNMENT,
@@ -50,16 +51,17 @@ def trained_on(layout: str, digests: Digests) -> str:
     return sha256(f"{digests.body} {digests.head}".encode())
 
 
-def trained_on_state(layout: str, tensors: Mapping[str, AnyTensor]) -> str:
+def trained_on_state(layout: str, tensors: Tensors) -> str:
     """:func:`trained_on` of weights that no version holds yet."""
     return trained_on(layout, Digests("", *weights.part_digests(tensors), ""))
 
 
-def neutral_head(layout: str, tensors: Mapping[str, AnyTensor]) -> NDArray[np.float32]:
+def neutral_head(layout: str, tensors: Tensors) -> Floats:
     """The head that gives the global model's answer: float32 [inputs + 1, outputs]. ``tensors``: the version's."""
     generic = _as_matrix(tensors)
     if layout == "adapter":
-        return np.eye(generic.shape[1] + 1, generic.shape[1], dtype=np.float32)
+        outputs = generic.shape[1]
+        return np.eye(outputs + 1, outputs, dtype=np.float32)
     if layout == "additive":
         return np.zeros_like(generic)
     return generic
@@ -85,12 +87,17 @@ class HeadSet:
     """
 
     def __init__(
-        self, layout: Layout, clients: Sequence[str], weights: NDArray[np.float32],
-        trained_on: str | Sequence[str] | None = None, expires_at: datetime | str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        layout: Layout,
+        clients: Sequence[str],
+        weights: Floats,
+        trained_on: str | Sequence[str] | None = None,
+        expires_at: datetime | str | None = None,
+    ) -> None:
         if layout not in LAYOUTS:
             raise InvalidModelError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
-        if weights.ndim != 3 or weights.dtype != np.float32 or not weights.size or weights.shape[1] < 2:
+        floats = weights.ndim == 3 and weights.dtype == np.float32
+        if not floats or not weights.size or weights.shape[1] < 2:
             raise InvalidModelError(
                 f"heads are {weights.dtype} {weights.shape}: give float32 [clients, inputs + 1, outputs]"
             )
@@ -101,26 +108,34 @@ class HeadSet:
         for client in clients:
             if not isinstance(client, str) or not 0 < len(client) <= MAX_CLIENT_CHARS:
                 raise InvalidModelError(f"client {repr(client)[:80]}: use text of 1 to {MAX_CLIENT_CHARS} characters")
-        digests = [trained_on] if isinstance(trained_on, str) else trained_on
-        if digests is not None and (len(digests) not in (1, len(clients)) or not all(map(is_digest, digests))):
-            raise InvalidModelError(f"trained_on has {len(digests)} entries: give a sha256 for all heads, or one each")
+        if isinstance(trained_on, str):
+            trained_on = [trained_on]
+        if trained_on is not None:
+            count = len(trained_on)
+            if count not in (1, len(clients)) or not all(map(is_digest, trained_on)):
+                raise InvalidModelError(f"trained_on has {count} entries: give a sha256 for all heads, or one each")
         self.layout = layout
         self.clients = clients
         self.weights = weights
-        self.trained_on = digests
+        self.trained_on = trained_on
         self.expires_at = _in_utc(expires_at)
-        keys = np.frombuffer(b"".join(map(key_of, clients)), ">u8").reshape(-1, 2).astype(np.uint64)
+        words = np.frombuffer(b"".join(map(key_of, clients)), ">u8")
+        keys = words.reshape(-1, 2).astype(np.uint64)
         self._order = np.lexsort((keys[:, 1], keys[:, 0]))
         self._keys = keys[self._order]
-        twice = np.flatnonzero((self._keys[1:] == self._keys[:-1]).all(axis=1))
-        if twice.size:
-            raise InvalidModelError(f"client {clients[int(self._order[twice[0]])]!r} has two heads: give it one")
+        same = (self._keys[1:] == self._keys[:-1]).all(axis=1)
+        if same.any():
+            client = clients[int(self._order[same.argmax()])]
+            raise InvalidModelError(f"client {client!r} has two heads: give it one")
 
     @classmethod
     def from_states(
-        cls, personal: Mapping[str, Mapping[str, AnyTensor]], layout: Layout = "head",
-        trained_on: str | Sequence[str] | None = None, expires_at: datetime | str | None = None,
-    ) -> "HeadSet":  # fmt: skip
+        cls,
+        personal: Mapping[str, Tensors],
+        layout: Layout = "head",
+        trained_on: str | Sequence[str] | None = None,
+        expires_at: datetime | str | None = None,
+    ) -> "HeadSet":
         """From state dicts: client id -> {"head.weight": [out, in], "head.bias": [out]} (a missing bias is zero)."""
         try:
             heads = [_as_matrix(state) for state in personal.values()]
@@ -155,8 +170,9 @@ class HeadSet:
             yield first
             for start in range(0, num_heads, _CHUNK):
                 order = self._order[start : start + _CHUNK]
+                heads = self.weights[order]
                 records = np.zeros((len(order), stride(entry) // 4), np.float32)
-                records[:, : rows * outputs] = self.weights[order].reshape(len(order), -1)
+                records[:, : rows * outputs] = heads.reshape(len(order), -1)
                 finite = np.isfinite(records).all(axis=1)
                 if not finite.all():
                     client = self.clients[int(order[finite.argmin()])]
@@ -186,7 +202,7 @@ def _in_utc(at: datetime | str | None) -> str | None:
         ) from error
 
 
-def _as_matrix(state: Mapping[str, AnyTensor]) -> NDArray[np.float32]:
+def _as_matrix(state: Tensors) -> Floats:
     """The weight transposed, and the bias below it."""
     weight = as_float32(state["head.weight"])
     bias = as_float32(state.get("head.bias", np.zeros(len(weight))))
@@ -210,9 +226,14 @@ class HeadStore:
     """
 
     def __init__(
-        self, root: str, relative: str, entry: HeadsEntry, digest: str, neutral: NDArray[np.float32],
+        self,
+        root: str,
+        relative: str,
+        entry: HeadsEntry,
+        digest: str,
+        neutral: Floats,
         wall: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.wall = wall
         self.expires_at = entry.expires_at
         self._expires_s = math.inf
@@ -227,7 +248,7 @@ class HeadStore:
         self._file = HeadFile(root, relative, entry, digest)
         self._neutral = np.zeros(self._file.stride // 4, np.float32)
         self._neutral[: self._width] = neutral.reshape(-1)
-        self._rows: NDArray[np.float32] | None = None
+        self._rows: Floats | None = None
         self.resize(256 << 20)
 
     def resize(self, budget_nbytes: int) -> None:
@@ -285,8 +306,8 @@ class HeadStore:
     def gather(
         self,
         slots: NDArray[np.int64],
-        empty: Callable[[tuple[int, ...]], NDArray[np.float32]] = NumpyModel.empty,
-    ) -> NDArray[np.float32]:
+        empty: Callable[[tuple[int, ...]], Floats] = NumpyModel.empty,
+    ) -> Floats:
         """Heads by slot: float32 [N, inputs + 1, outputs], in memory of their own. Negative slots give the neutral.
 
         Args:

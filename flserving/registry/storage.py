@@ -237,7 +237,9 @@ def remove(target: str) -> None:
 def nbytes(path: str) -> int:
     """The bytes of a file, or of all files in a folder."""
     inside = [f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names]
-    return sum(os.lstat(file).st_size for file in inside) if os.path.isdir(path) else os.lstat(path).st_size
+    if os.path.isdir(path):
+        return sum(os.lstat(file).st_size for file in inside)
+    return os.lstat(path).st_size
 
 
 def abandoned(folder: str) -> list[str]:

@@ -25,10 +25,11 @@ def versions(entries: Mapping[int, Manifest | str], aliases: Mapping[str, int]) 
     """
     rows = []
     for version, entry in entries.items():
+        leading = [alias for alias, target in aliases.items() if target == version]
         row: dict[str, Any] = {
             "version": version,
             "created_at": None,
-            "aliases": ", ".join(alias for alias, target in aliases.items() if target == version),
+            "aliases": ", ".join(leading),
         }
         if isinstance(entry, str):
             row["problem"] = entry
@@ -68,7 +69,8 @@ def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping
     one, tensors = a
     other, others = b
     rows: list[tuple[Any, ...]] = []
-    for item, x, y in _pairs(msgspec.structs.asdict(one.digests), msgspec.structs.asdict(other.digests)):
+    digests = msgspec.structs.asdict(one.digests)
+    for item, x, y in _pairs(digests, msgspec.structs.asdict(other.digests)):
         rows.append(("digest", item, x, y, x == y, NAN))
     for item, x, y in _pairs(one.metrics, other.metrics):
         rows.append(("metric", item, x, y, x == y, y - x))

@@ -12,7 +12,7 @@ from flserving import models
 from flserving.errors import InvalidModelError
 from flserving.models import weights
 from flserving.models.processing import ONE_OUTPUT, Postprocessor, Preprocessor
-from flserving.models.weights import AnyTensor
+from flserving.models.weights import Tensors
 from flserving.registry.heads import HeadSet
 from flserving.registry.manifest import Digests, Lineage, Manifest, Preprocessing, Signature
 
@@ -28,7 +28,7 @@ class Options(TypedDict, total=False):
     """The fields of :class:`Content` that ``Registry.publish`` takes as keywords."""
 
     architecture: str | None
-    parameters: Mapping[str, models.JSON] | None
+    parameters: models.Parameters | None
     preprocessing: Statistics | None
     lineage: Lineage | Mapping[str, Any] | None
     metrics: Mapping[str, float] | None
@@ -43,9 +43,9 @@ class Content:
     """What :meth:`Registry.publish` was given; the fields are described there."""
 
     name: str
-    model: "nn.Module | Mapping[str, AnyTensor]"
+    model: "nn.Module | Tensors"
     architecture: str | None = None
-    parameters: Mapping[str, models.JSON] | None = None
+    parameters: models.Parameters | None = None
     preprocessing: Statistics | None = None
     lineage: Lineage | Mapping[str, Any] | None = None
     metrics: Mapping[str, float] | None = None
@@ -117,7 +117,7 @@ def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> D
     return Draft(manifest, image, tensors)
 
 
-def _architecture(content: Content) -> tuple[str, Mapping[str, models.JSON]]:
+def _architecture(content: Content) -> tuple[str, models.Parameters]:
     """Name and parameters of what builds the module: given, or read off the module itself."""
     parameters = content.parameters or {}
     if content.architecture is not None:
@@ -127,12 +127,12 @@ def _architecture(content: Content) -> tuple[str, Mapping[str, models.JSON]]:
     return models.describe(content.model)
 
 
-def _state(model: Any) -> Mapping[str, AnyTensor]:
+def _state(model: Any) -> Tensors:
     if isinstance(model, Mapping):
         return model
     if not hasattr(model, "state_dict"):
         raise InvalidModelError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a state dict")
-    state: Mapping[str, AnyTensor] = model.state_dict()
+    state: Tensors = model.state_dict()
     return state
 
 
@@ -162,7 +162,7 @@ def _check_fit(architecture: str, wanted: Mapping[str, weights.Array], tensors: 
 
 
 def _check_service(
-    architecture: str, plan: models.Blueprint, tensors: Mapping[str, AnyTensor], postprocessor: Postprocessor | None
+    architecture: str, plan: models.Blueprint, tensors: Tensors, postprocessor: Postprocessor | None
 ) -> None:
     """What holds of every model that may serve."""
     try:
@@ -193,6 +193,10 @@ def _statistics(given: Statistics | None, inputs: models.Shape) -> tuple[Preproc
     if entries.keys() != {"mean", "std"}:
         raise InvalidModelError(f"preprocessing has {sorted(map(str, entries))}: give 'mean' and 'std'")
     digest = Preprocessor(mean=entries["mean"], std=entries["std"], input_shape=inputs).digest
-    mean, std = (np.asarray(entries[key], dtype=np.float64) for key in ("mean", "std"))
-    mean, std = (it if it.ndim == 1 else np.broadcast_to(it, inputs).ravel() for it in (mean, std))
-    return Preprocessing(tuple(mean.tolist()), tuple(std.tolist())), digest
+    flat = []
+    for name in ("mean", "std"):
+        values = np.asarray(entries[name], dtype=np.float64)
+        if values.ndim != 1:
+            values = np.broadcast_to(values, inputs).ravel()
+        flat.append(tuple(values.tolist()))
+    return Preprocessing(*flat), digest

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Clock = Callable[[], float]
 Slots = NDArray[np.int64]
+Answer = dict[str, Any]
+"""What a caller gets: predictions, confidences and probabilities, and what is said of them, by name."""
 _FOUND = {UNKNOWN: "unknown", STALE: "stale", EXPIRED: "expired"}
 
 
@@ -192,7 +194,7 @@ class InferenceEngine(Engine):
 
     # What callers use
 
-    def predict(self, features: Any) -> dict[str, Any]:
+    def predict(self, features: Any) -> Answer:
         """Answer one request: a row [D] or rows [N, D].
 
         Returns:
@@ -204,7 +206,7 @@ class InferenceEngine(Engine):
         """
         return self.batch_predict([features])[0]
 
-    def batch_predict(self, batch: Iterable[Any]) -> list[dict[str, Any]]:
+    def batch_predict(self, batch: Iterable[Any]) -> list[Answer]:
         """Answer several requests, each a row or rows, in as few forwards as ``max_batch_size`` allows.
 
         Each answer equals that of :meth:`predict` to float32 rounding (about 1e-6: a matrix product may sum in another
@@ -221,7 +223,7 @@ class InferenceEngine(Engine):
         latency_ms = (self._clock() - started_s) * 1e3
         return [self.answer(prediction, latency_ms) for prediction in predictions]
 
-    def answer(self, prediction: Prediction, latency_ms: float) -> dict[str, Any]:
+    def answer(self, prediction: Prediction, latency_ms: float) -> Answer:
         """The answer of one request, with the contract's keys."""
         return prediction.lists() | {"latency_ms": latency_ms, "model_version": self.version, "model_type": "global"}
 

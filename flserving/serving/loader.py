@@ -24,7 +24,7 @@ from flserving.errors import (
     NotFoundError,
 )
 from flserving.models.processing import Postprocessor, Preprocessor
-from flserving.models.weights import AnyTensor, as_bytes, first_non_finite, nbytes_of
+from flserving.models.weights import Tensors, as_bytes, first_non_finite, nbytes_of
 from flserving.registry.heads import HeadStore
 from flserving.registry.manifest import Signature
 from flserving.serving.config import ServingConfig
@@ -48,7 +48,7 @@ class Parts:
     """
 
     module: Any
-    tensors: Mapping[str, AnyTensor]
+    tensors: Tensors
     preprocessor: Preprocessor
     postprocessor: Postprocessor
     digest: str

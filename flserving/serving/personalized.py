@@ -8,6 +8,7 @@ from flserving.errors import ConfigError, InvalidInputError
 from flserving.extras import of_extra
 from flserving.models.processing import Several
 from flserving.serving.config import ServingConfig
+from flserving.serving.engine import Answer
 from flserving.serving.server import ModelServer, dealt_out
 from flserving.serving.synonyms import version_id_too
 
@@ -47,7 +48,7 @@ class PersonalizedServer(ModelServer):
     @version_id_too
     def predict(  # type: ignore[override]
         self, client_id: str | Sequence[str], features: Any, version: str | int | None = None, **options: Any
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Answer a client: a row [D] or rows [N, D], by its own head.
 
         Args:
@@ -67,7 +68,7 @@ class PersonalizedServer(ModelServer):
     @version_id_too
     def batch_predict(
         self, batch: Iterable[tuple[str, Any]], version: str | int | None = None, **options: Any
-    ) -> list[dict[str, Any]]:
+    ) -> list[Answer]:
         """Answer requests of many clients, each ``(client_id, row [D])``, as one batch: the body runs once.
 
         Returns:

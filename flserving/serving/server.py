@@ -35,7 +35,7 @@ from flserving.registry.experiment import TrafficSplit
 from flserving.serving.batching.workers import Batcher
 from flserving.serving.cache import ModelCache, PredictionCache
 from flserving.serving.config import ServingConfig, deadline_s
-from flserving.serving.engine import Execution, InferenceEngine, PersonalEngine, Prediction, each
+from flserving.serving.engine import Answer, Execution, InferenceEngine, PersonalEngine, Prediction, each
 from flserving.serving.repository import ModelHost
 from flserving.serving.request import Request, finished
 from flserving.serving.router import Key
@@ -115,7 +115,7 @@ class ModelServer(ModelHost):
         client: str | Sequence[str] | None = None,
         caller: str | None = None,
         outputs: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Answer one request: a row [D] or rows [N, D]; or of the shape that the model takes, as [N, 3, 32, 32].
 
         Example::
@@ -166,7 +166,7 @@ class ModelServer(ModelHost):
         return self.handle(request)
 
     @version_id_too
-    async def apredict(self, features: Any, version: str | int | None = None, **options: Any) -> dict[str, Any]:
+    async def apredict(self, features: Any, version: str | int | None = None, **options: Any) -> Answer:
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
         return await self.ahandle(Request(features, version, **options))
 
@@ -178,7 +178,7 @@ class ModelServer(ModelHost):
         *,
         model: str | None = None,
         timeout_ms: float | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Answer]:
         """Answer several requests, each a row or rows, as one: they are admitted, run and fail together.
 
         Returns:
@@ -190,7 +190,7 @@ class ModelServer(ModelHost):
 
     # The way of a request, blocking and awaiting
 
-    def handle(self, request: Request) -> dict[str, Any]:
+    def handle(self, request: Request) -> Answer:
         """Answer one request, on the caller's thread. Returns and raises what :meth:`predict` does."""
         request.started_s = self._clock()
         try:
@@ -210,7 +210,7 @@ class ModelServer(ModelHost):
             if request.lease is not None:
                 self._release(request)
 
-    async def ahandle(self, request: Request) -> dict[str, Any]:
+    async def ahandle(self, request: Request) -> Answer:
         """:meth:`handle` for coroutines: the same steps, and the event loop stays free while one of them waits."""
         request.started_s = self._clock()
         try:
@@ -324,14 +324,14 @@ class ModelServer(ModelHost):
             client=request.caller,
         )
 
-    def _respond(self, request: Request) -> dict[str, Any]:
+    def _respond(self, request: Request) -> Answer:
         """Make the answer, count the success."""
         prediction = request.prediction
         engine = request.engine
         started_s = request.started_s
         policy = request.policy or FULL
         if policy == FULL:
-            answer: dict[str, Any] = prediction.arrays() if request.arrays else prediction.lists()
+            answer: Answer = prediction.arrays() if request.arrays else prediction.lists()
         else:
             answer = policy.shown(prediction.arrays(), request.arrays)
         answered_s = self._clock()
@@ -357,7 +357,7 @@ class ModelServer(ModelHost):
             answer["stages_ms"] = {name: (end_s - start_s) * 1e3 for name, (start_s, end_s) in spent}
         return answer
 
-    def _say_head(self, request: Request, answer: dict[str, Any]) -> None:
+    def _say_head(self, request: Request, answer: Answer) -> None:
         """Which heads answered a client."""
         head = request.head
         answer["head"] = head
@@ -548,7 +548,7 @@ class ModelServer(ModelHost):
         self.close()
 
 
-def dealt_out(answer: dict[str, Any], lengths: Iterable[int]) -> list[dict[str, Any]]:
+def dealt_out(answer: Answer, lengths: Iterable[int]) -> list[Answer]:
     """One answer of several requests of so many rows, as one for each."""
     lists = {name: value for name, value in answer.items() if isinstance(value, list | np.ndarray)}
     answers = []
@@ -582,7 +582,7 @@ def create_serving_pipeline(
     return server
 
 
-def demo_serving(requests: int = 100) -> tuple[ModelServer, list[dict[str, Any]]]:
+def demo_serving(requests: int = 100) -> tuple[ModelServer, list[Answer]]:
     """Serve the tutorial's 32-64-10 model (random weights) and send it ``requests`` random rows, one at a time.
 
     Prints how many were answered, the server's health and statistics, and the mean latency.

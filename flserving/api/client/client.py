@@ -28,11 +28,14 @@ from flserving.api.client.transports import (
     RestTransport,
     Version,
 )
+from flserving.api.dataplane import Fields
 from flserving.errors import ConfigError, InvalidInputError, NotFoundError, ServerClosedError
 from flserving.models.processing import Preprocessor
 from flserving.serving.config import deadline_s
 
 _TARGET = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")  # host:port, [IPv6]:port
+Timed = Callable[[float], Call]
+"""Makes a call of the seconds that are left."""
 _PORTS = {"http": 80, "https": 443, "grpc": None, "grpcs": None}
 
 
@@ -69,9 +72,13 @@ class _Calls:
         if isinstance(url, str) and _TARGET.fullmatch(url):  # as gRPC writes addresses, and Endpoint.grpc_url
             url = f"grpc://{url}" if ca is None else f"grpcs://{url}"
         parts = address(url, _PORTS)
-        headers = {} if token is None else {"authorization": f"Bearer {checked_token(token)}"}
+        headers = {}
+        if token is not None:
+            headers["authorization"] = f"Bearer {checked_token(token)}"
+        authority = None
         try:
-            authority = None if ca is None else Path(ca).expanduser().read_bytes()
+            if ca is not None:
+                authority = Path(ca).expanduser().read_bytes()
         except OSError as error:
             raise ConfigError(f"ca {str(ca)!r} cannot be read: {error.strerror}") from error
         self.url = f"{parts.scheme}://{parts.netloc}"
@@ -89,13 +96,14 @@ class _Calls:
             self._transport = self._grpc(parts.netloc, parts.scheme == "grpcs", authority)
 
     def _attempts(self, timeout_ms: float | None = None, retries: Retries | None = None) -> Attempts:
-        timeout_s = deadline_s(self.timeout_ms if timeout_ms is None else timeout_ms)
-        return Attempts(retries or self._retries, timeout_s, self._clock)
+        if timeout_ms is None:
+            timeout_ms = self.timeout_ms
+        return Attempts(retries or self._retries, deadline_s(timeout_ms), self._clock)
 
-    def _inference(self, model: str, version: Version, features: Any, **flags: bool) -> Callable[[float], Call]:
+    def _inference(self, model: str, version: Version, features: Any, **flags: bool) -> Timed:
         """The call as a function of the seconds that are left: the server is told its deadline."""
         rows = Preprocessor.rows_of_any_shape(features)
-        parameters: dict[str, Any] = {name: True for name, wanted in flags.items() if wanted}
+        parameters: Fields = {name: True for name, wanted in flags.items() if wanted}
         if version is not None and not str(version).isdecimal():
             parameters["alias"] = str(version)
             version = None
@@ -113,7 +121,7 @@ class _Calls:
             raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")
         return self._codec.feedback(model, receipt, reward)
 
-    def _first(self, index: list[dict[str, Any]]) -> str:
+    def _first(self, index: list[Fields]) -> str:
         if not index:
             raise NotFoundError(f"no model is served at {self.url}: publish one first")
         self._default = str(index[0]["name"])
@@ -144,9 +152,17 @@ class Client(_Calls):
     _rest = RestTransport
     _grpc = GrpcTransport
 
-    def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                personal: bool = False) -> dict[str, Any]:  # fmt: skip
+    def predict(
+        self,
+        features: Any,
+        version: Version = None,
+        *,
+        model: str | None = None,
+        timeout_ms: float | None = None,
+        stages: bool = False,
+        arrays: bool = False,
+        personal: bool = False,
+    ) -> Fields:
         """Answer and errors of :meth:`ModelServer.predict`; ``latency_ms`` is the server's part.
 
         Args:
@@ -155,7 +171,8 @@ class Client(_Calls):
         attempts = self._attempts(timeout_ms)
         name = self._named(model, attempts)
         call = self._inference(name, version, features, stages=stages, personal=personal)
-        return self._codec.read_infer(self._send(call, attempts), arrays)
+        reply = self._send(call, attempts)
+        return self._codec.read_infer(reply, arrays)
 
     def feedback(
         self, receipt: str, reward: float, *, model: str | None = None, timeout_ms: float | None = None
@@ -165,9 +182,10 @@ class Client(_Calls):
         It counts once, so it is tried again as a prediction is: a ConflictError may mean that the first try counted.
         """
         attempts = self._attempts(timeout_ms)
-        self._read(self._reward(self._named(model, attempts), receipt, reward), attempts)
+        name = self._named(model, attempts)
+        self._read(self._reward(name, receipt, reward), attempts)
 
-    def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
+    def ready(self, model: str | None = None, version: Version = None) -> bool:
         """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
         try:
             call = self._codec.about("ready", model, version)
@@ -176,16 +194,16 @@ class Client(_Calls):
             return False
         return bool(answer["ready"])
 
-    def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
+    def metadata(self, model: str | None = None, version: Version = None) -> Fields:
         """Name, version and extensions of the server; of a model its versions, inputs and outputs."""
         return dict(self._read(self._codec.about("metadata", model, version)))
 
-    def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+    def statistics(self, model: str | None = None, version: Version = None) -> list[Fields]:
         """Counters of each version: requests, rows, executions, nanoseconds by stage."""
         answer = self._read(self._codec.about("statistics", model, version))
         return list(answer["model_stats"])
 
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[Fields]:
         """Every version of every model: ``name``, ``version``, ``state``, ``reason``."""
         return list(self._read(self._codec.models()))
 
@@ -208,7 +226,7 @@ class Client(_Calls):
         reply = self._send(lambda _: call, attempts or self._attempts())
         return self._codec.read(call.path, reply)
 
-    def _send(self, call: Callable[[float], Call], attempts: Attempts) -> Reply:
+    def _send(self, call: Timed, attempts: Attempts) -> Reply:
         sleep = self._sleep or time.sleep
         while True:
             left_s = attempts.left_s()
@@ -227,23 +245,33 @@ class AsyncClient(_Calls):
     _rest = AsyncRestTransport
     _grpc = AsyncGrpcTransport
 
-    async def predict(self, features: Any, version: str | int | None = None, *, model: str | None = None,
-                      timeout_ms: float | None = None, stages: bool = False, arrays: bool = False,
-                      personal: bool = False) -> dict[str, Any]:  # fmt: skip
+    async def predict(
+        self,
+        features: Any,
+        version: Version = None,
+        *,
+        model: str | None = None,
+        timeout_ms: float | None = None,
+        stages: bool = False,
+        arrays: bool = False,
+        personal: bool = False,
+    ) -> Fields:
         """See :meth:`Client.predict`."""
         attempts = self._attempts(timeout_ms)
         name = await self._named(model, attempts)
         call = self._inference(name, version, features, stages=stages, personal=personal)
-        return self._codec.read_infer(await self._send(call, attempts), arrays)
+        reply = await self._send(call, attempts)
+        return self._codec.read_infer(reply, arrays)
 
     async def feedback(
         self, receipt: str, reward: float, *, model: str | None = None, timeout_ms: float | None = None
     ) -> None:
         """See :meth:`Client.feedback`."""
         attempts = self._attempts(timeout_ms)
-        await self._read(self._reward(await self._named(model, attempts), receipt, reward), attempts)
+        name = await self._named(model, attempts)
+        await self._read(self._reward(name, receipt, reward), attempts)
 
-    async def ready(self, model: str | None = None, version: str | int | None = None) -> bool:
+    async def ready(self, model: str | None = None, version: Version = None) -> bool:
         """See :meth:`Client.ready`."""
         try:
             call = self._codec.about("ready", model, version)
@@ -252,16 +280,16 @@ class AsyncClient(_Calls):
             return False
         return bool(answer["ready"])
 
-    async def metadata(self, model: str | None = None, version: str | int | None = None) -> dict[str, Any]:
+    async def metadata(self, model: str | None = None, version: Version = None) -> Fields:
         """See :meth:`Client.metadata`."""
         return dict(await self._read(self._codec.about("metadata", model, version)))
 
-    async def statistics(self, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+    async def statistics(self, model: str | None = None, version: Version = None) -> list[Fields]:
         """See :meth:`Client.statistics`."""
         answer = await self._read(self._codec.about("statistics", model, version))
         return list(answer["model_stats"])
 
-    async def models(self) -> list[dict[str, Any]]:
+    async def models(self) -> list[Fields]:
         """See :meth:`Client.models`."""
         return list(await self._read(self._codec.models()))
 
@@ -284,7 +312,7 @@ class AsyncClient(_Calls):
         reply = await self._send(lambda _: call, attempts or self._attempts())
         return self._codec.read(call.path, reply)
 
-    async def _send(self, call: Callable[[float], Call], attempts: Attempts) -> Reply:
+    async def _send(self, call: Timed, attempts: Attempts) -> Reply:
         sleep = self._sleep or asyncio.sleep
         while True:
             left_s = attempts.left_s()

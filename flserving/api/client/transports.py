@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 
 from flserving.api.client.retries import Refused
-from flserving.api.dataplane import ANSWER_PARAMETERS
+from flserving.api.dataplane import ANSWER_PARAMETERS, Fields
 from flserving.errors import (
     BY_REASON,
     REASON,
@@ -79,11 +79,12 @@ class RestCodec:
             "datatype": "FP32",
             "parameters": {"binary_data_size": len(data)},
         }
-        head = json.dumps({"inputs": [tensor], "parameters": {**parameters, "binary_data_output": True}}).encode()
+        wanted = {**parameters, "binary_data_output": True}
+        head = json.dumps({"inputs": [tensor], "parameters": wanted}).encode()
         headers = {"content-type": "application/octet-stream", _LENGTH: str(len(head))}
         return Call(self._path(model, version) + "/infer", head + data, self._headers | headers)
 
-    def read_infer(self, reply: Reply, arrays: bool) -> dict[str, Any]:
+    def read_infer(self, reply: Reply, arrays: bool) -> Fields:
         """The answer to ``infer``, with the keys of the server's own."""
         try:
             length = int(reply.headers[_LENGTH])
@@ -120,7 +121,9 @@ class RestCodec:
 
     def _path(self, model: str, version: Version = None) -> str:
         path = f"/v2/models/{quote(model, safe='')}"
-        return path if version is None else f"{path}/versions/{quote(str(version), safe='')}"
+        if version is not None:
+            path += f"/versions/{quote(str(version), safe='')}"
+        return path
 
 
 class GrpcCodec:
@@ -146,7 +149,7 @@ class GrpcCodec:
         request.raw_input_contents.append(rows.astype("<f4", copy=False).tobytes())
         return self._sent("ModelInfer", request)
 
-    def read_infer(self, reply: Reply, arrays: bool) -> dict[str, Any]:
+    def read_infer(self, reply: Reply, arrays: bool) -> Fields:
         """The answer to ``infer``, with the keys of the server's own."""
         message = self._messages.decode(self._messages.InferResponse, reply.body)
         if len(message.outputs) != len(message.raw_output_contents):
@@ -179,7 +182,9 @@ class GrpcCodec:
         service, _, method = path[1:].partition("/")
         kind = self._messages.message(f"{service.rpartition('.')[0]}.{method}Response")
         fields = _plain(self._messages.decode(kind, reply.body))
-        return fields["models"] if method == "RepositoryIndex" else fields
+        if method == "RepositoryIndex":
+            return fields["models"]
+        return fields
 
     def _call(self, method: str, **fields: str) -> Call:
         return self._sent(method, self._messages.message(f"inference.{method}Request")(**fields))
@@ -189,20 +194,22 @@ class GrpcCodec:
 
 
 def _text(version: Version) -> str:
-    return "" if version is None else str(version)
+    if version is None:
+        return ""
+    return str(version)
 
 
-def _answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: str, arrays: bool) -> dict[str, Any]:
+def _answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: str, arrays: bool) -> Fields:
     result = dict(outputs) if arrays else {name: value.tolist() for name, value in outputs.items()}
     result["latency_ms"] = parameters.get("latency_us", 0) / 1e3
     result["model_version"] = version
     result["model_type"] = parameters.get("model_type", "global")
     result |= {name: parameters[name] for name in ANSWER_PARAMETERS if name in parameters}
-    stages = {
-        name.removeprefix("stage_").removesuffix("_us"): us / 1e3
-        for name, us in parameters.items()
-        if name.startswith("stage_") and name.endswith("_us")
-    }
+    stages = {}
+    for name, value in parameters.items():
+        if name.startswith("stage_") and name.endswith("_us"):
+            stage = name.removeprefix("stage_").removesuffix("_us")
+            stages[stage] = value / 1e3
     if stages:
         result["stages_ms"] = stages
     return result
@@ -210,7 +217,8 @@ def _answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: 
 
 def _tensor(data: bytes | memoryview, datatype: str, shape: Any) -> np.ndarray[Any, Any]:
     try:
-        return np.frombuffer(data, _DTYPES[datatype]).reshape(tuple(map(int, shape)))
+        flat = np.frombuffer(data, _DTYPES[datatype])
+        return flat.reshape(tuple(map(int, shape)))
     except (KeyError, ValueError) as error:
         raise FlservingError(
             f"an answer's tensor of {len(data)} bytes is no {datatype[:20]} of shape {list(shape)}: is that a server "
@@ -218,9 +226,9 @@ def _tensor(data: bytes | memoryview, datatype: str, shape: Any) -> np.ndarray[A
         ) from error
 
 
-def _plain(message: Any) -> dict[str, Any]:
+def _plain(message: Any) -> Fields:
     """A message as the JSON of REST has it: every field, integers as integers."""
-    fields: dict[str, Any] = {}
+    fields: Fields = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
         if field.message_type is None:
@@ -258,7 +266,7 @@ def _late(timeout_s: float) -> Refused:
 # REST, over httpx's transports: its Client would follow nothing and know no proxy either, at 0.2 ms more a call
 
 
-def _options(url: str, authority: bytes | None) -> dict[str, Any]:
+def _options(url: str, authority: bytes | None) -> Fields:
     if url.startswith("https"):
         context = ssl.create_default_context(cadata=None if authority is None else authority.decode())
     else:

@@ -34,11 +34,16 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> Any:
 
 
 def _model(registry: Registry, name: str) -> dict[str, Any]:
-    return {"model": name, "versions": registry.version_numbers(name)[-1], "aliases": registry.aliases(name)}
+    return {
+        "model": name,
+        "versions": registry.version_numbers(name)[-1],
+        "aliases": registry.aliases(name),
+    }
 
 
 def _version(registry: Registry, model: str, number: int, aliases: Mapping[str, int]) -> dict[str, Any]:
-    row: dict[str, Any] = {"version": number, "aliases": [name for name, at in aliases.items() if at == number]}
+    leading = [name for name, at in aliases.items() if at == number]
+    row: dict[str, Any] = {"version": number, "aliases": leading}
     try:
         manifest = registry.manifest(model, number)
     except CorruptArtifactError as error:  # one broken version must not hide the others
@@ -142,7 +147,8 @@ def _command(text: str, answer: Answer, *own: Argument) -> Command:
             raise ConfigError(f"{folder} holds no registry: give the folder that versions were published to")
         with Registry(folder) as registry:
             found = answer(registry, arguments)
-        print(msgspec.json.encode(found).decode() if arguments.json else _text(found))
+        text = msgspec.json.encode(found).decode() if arguments.json else _text(found)
+        print(text)
         return 0
 
     return Command(text, run, fill)
@@ -162,7 +168,11 @@ def _text(answer: Any) -> str:
     for row in answer:
         rows.append([_cell(row.get(name)) for name in names])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = []
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:
@@ -172,8 +182,12 @@ def _cell(value: Any) -> str:
         value = ", ".join(map(_cell, value))
     if isinstance(value, float):
         value = f"{value:.6g}"
-    text = "" if value is None else "".join(char if char.isprintable() else "?" for char in str(value))
-    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
+    if value is None:
+        return ""
+    text = "".join(char if char.isprintable() else "?" for char in str(value))
+    if len(text) > _WIDEST:
+        text = f"{text[: _WIDEST - 1]}…"
+    return text
 
 
 _MOVE = (_ALIAS, _WHY, _WHO)

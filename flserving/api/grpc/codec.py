@@ -15,6 +15,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, json_format, messag
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
+from flserving.api.dataplane import Arrays
 from flserving.api.rest.codec import DTYPES, NAMES, from_raw, too_long
 from flserving.errors import InvalidInputError, NotSupportedError
 
@@ -133,14 +134,14 @@ def parameters(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]
     return plain
 
 
-def inputs(request: Any) -> dict[str, NDArray[Any]]:
+def inputs(request: Any) -> Arrays:
     """The input tensors of a ModelInferRequest by name; raw ones are views of the message's bytes.
 
     Raises:
         InvalidInputError: A tensor's name, type, shape and data do not fit together.
     """
     raw = request.raw_input_contents
-    tensors: dict[str, NDArray[Any]] = {}
+    tensors: Arrays = {}
     for place, tensor in enumerate(request.inputs):
         name = tensor.name
         shape = list(tensor.shape)

@@ -27,7 +27,7 @@ from flserving.api.options import ApiOptions
 from flserving.api.rest.artifacts import Artifacts
 from flserving.api.rest.codec import ParsedRequest, read_infer, read_json, write_infer
 from flserving.api.rest.http1 import GONE
-from flserving.api.rest.middleware import PREFLIGHT, Guard, deflated, read_body
+from flserving.api.rest.middleware import PREFLIGHT, Guard, Headers, deflated, read_body
 from flserving.api.rest.openapi import (
     OPERATIONS,
     FeedbackRequest,
@@ -110,7 +110,7 @@ class RestApp:
         except Exception as error:
             await self._refuse(error, send)
 
-    async def _route(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def _route(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         method = scope["method"]
         if b"access-control-request-method" in headers and b"origin" in headers and method == "OPTIONS":
             await _respond(send, 204, PREFLIGHT, b"")
@@ -134,7 +134,7 @@ class RestApp:
         await self._router({**scope, **ours}, receive, send)
 
     async def _infer(
-        self, method: str, model: str, version: str | None, headers: dict[bytes, bytes], receive: Receive, send: Send
+        self, method: str, model: str, version: str | None, headers: Headers, receive: Receive, send: Send
     ) -> None:
         if method != "POST":
             raise HTTPException(405, headers={"allow": "POST"})

@@ -17,6 +17,7 @@ import orjson
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from flserving.api.dataplane import Arrays
 from flserving.errors import InvalidInputError, NotSupportedError, TooLargeError
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class InferRequest(msgspec.Struct, frozen=True):
 class ParsedRequest(NamedTuple):
     """A request to infer, read. ``binary`` says of a named output whether it goes back as bytes, else the default."""
 
-    inputs: dict[str, NDArray[Any]]
+    inputs: Arrays
     outputs: list[str] | None
     parameters: dict[str, bool | int | float | str]
     id: str | None
@@ -94,7 +95,7 @@ def read_infer(body: bytes, json_bytes: int | None = None, most_numbers: int = M
     text = body if json_bytes is None else memoryview(body)[:json_bytes]
     request = read_json(text, InferRequest, most_numbers)
     at = len(body) if json_bytes is None else json_bytes
-    inputs: dict[str, NDArray[Any]] = {}
+    inputs: Arrays = {}
     for tensor in request.inputs:
         size = tensor.parameters.get("binary_data_size") if tensor.parameters else None
         if tensor.name in inputs:
@@ -128,7 +129,7 @@ def read_infer(body: bytes, json_bytes: int | None = None, most_numbers: int = M
 def write_infer(
     model: str,
     version: str,
-    outputs: dict[str, NDArray[Any]],
+    outputs: Arrays,
     parameters: dict[str, bool | int | str],
     request: ParsedRequest,
     most_numbers: int = MOST_NUMBERS,

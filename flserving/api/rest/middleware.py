@@ -18,6 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 from flserving.api.options import ApiOptions
 from flserving.errors import ForbiddenError, InvalidInputError, TooLargeError, UnsupportedEncodingError
 
+Headers = dict[bytes, bytes]
+
 # Host and Origin
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -42,7 +44,7 @@ class Guard:
         self._origins = origins
         self._known: set[tuple[bytes, Any]] = set()  # Host headers that passed, by the address that they reached
 
-    def headers(self, scope: Scope) -> dict[bytes, bytes]:
+    def headers(self, scope: Scope) -> Headers:
         """The headers by name, once the Host is one of ours.
 
         Raises:
@@ -50,7 +52,7 @@ class Guard:
             ForbiddenError: Another Host. (403 and not 421: it is the caller who is wrong, not the connection.)
         """
         pairs = scope["headers"]
-        headers: dict[bytes, bytes] = dict(pairs)
+        headers: Headers = dict(pairs)
         if len(headers) != len(pairs):
             names = [name for name, _ in pairs]
             for name in _ONCE:
@@ -90,7 +92,7 @@ class Guard:
                 f"Host {text[:80]!r} is not this server: call it by its address, or start it with hosts=(...)"
             )
 
-    def cors(self, scope: Scope, headers: dict[bytes, bytes], send: Send) -> Send:
+    def cors(self, scope: Scope, headers: Headers, send: Send) -> Send:
         """``send`` for a request with an Origin, which lets the page read the answer if its origin is allowed.
 
         Raises:
@@ -126,7 +128,7 @@ _QUICK = 256 << 10
 frees nobody: it holds the interpreter lock.)"""
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, most_bytes: int) -> bytes:
+async def read_body(headers: Headers, receive: Receive, most_bytes: int) -> bytes:
     """The whole body, inflated.
 
     Raises:
@@ -166,7 +168,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, most_bytes: i
     return await asyncio.to_thread(_inflated, body, _WINDOW[encoding], most_bytes)
 
 
-def _check_type(headers: dict[bytes, bytes]) -> None:
+def _check_type(headers: Headers) -> None:
     """JSON, bytes, or not said. A form is what curl says by default, and a page can send one without asking first; but
     browsers name their page's origin with every POST, so a form from a page is told by its Origin and refused."""
     kind = headers.get(b"content-type")

@@ -14,7 +14,7 @@ robin (Shreedhar and Varghese, SIGCOMM 1995) at a logarithmic cost, without a qu
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable
 from operator import attrgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from flserving.errors import OverloadedError
 from flserving.monitoring.metrics import Costs
@@ -80,6 +80,9 @@ def in_ms(seconds: float) -> str:
     return f"{round(seconds * 1e3, 2):g} ms"
 
 
+Requests: TypeAlias = list[QueuedRequest[E]]
+
+
 class BatchQueue(Generic[E]):
     """Waiting requests, one line for each engine (a loaded model); a batch never mixes engines, but mixes clients.
 
@@ -120,14 +123,14 @@ class BatchQueue(Generic[E]):
         self.ends_s: list[float] = []
         self.rows = 0
         self._turn = 0  # the latest turn that was served
-        self._lines: dict[E, list[QueuedRequest[E]]] = {}  # of the engines where something waits
+        self._lines: dict[E, Requests[E]] = {}  # of the engines where something waits
         self._engine_rows: dict[E, int] = {}
         self._clients: dict[Hashable, _Client] = {}  # of whom something waits
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    def push(self, request: QueuedRequest[E], now_s: float | None = None) -> list[QueuedRequest[E]]:
+    def push(self, request: QueuedRequest[E], now_s: float | None = None) -> Requests[E]:
         """Put a request into its engine's line at ``now_s`` (its arrival when not given).
 
         Returns:
@@ -163,14 +166,14 @@ class BatchQueue(Generic[E]):
             del line[at]
             self._tidy(request.engine)
 
-    def take(self, now_s: float, draining: bool = False) -> tuple[list[QueuedRequest[E]], list[QueuedRequest[E]]]:
+    def take(self, now_s: float, draining: bool = False) -> tuple[Requests[E], Requests[E]]:
         """The next batch to run at ``now_s`` ([] when nothing is ready), and the requests found to be too late.
 
         The batch's requests are for one engine, in order of their turns, together at most ``max_batch_size`` rows (or
         one larger request). Too late is who is past its deadline, or would be at the end of a batch of its own.
         ``draining`` ignores the hold of ``hold_until_full``.
         """
-        late: list[QueuedRequest[E]] = []
+        late: Requests[E] = []
         while (first := self.first_ready(now_s, draining)) is not None:
             batch = self._fill(first.engine, now_s, late)
             if batch:
@@ -200,7 +203,7 @@ class BatchQueue(Generic[E]):
 
     # Which
 
-    def _fill(self, engine: E, now_s: float, late: list[QueuedRequest[E]]) -> list[QueuedRequest[E]]:
+    def _fill(self, engine: E, now_s: float, late: Requests[E]) -> Requests[E]:
         """Take the largest batch that ends before the deadlines of all in it, as near as halving finds it; who would be
         late even alone goes to ``late``."""
         line = self._lines[engine]
@@ -219,14 +222,12 @@ class BatchQueue(Generic[E]):
         self._tidy(engine)
         return batch
 
-    def _chosen(
-        self, line: list[QueuedRequest[E]], size: int, now_s: float
-    ) -> tuple[list[QueuedRequest[E]], list[QueuedRequest[E]], int, int]:
+    def _chosen(self, line: Requests[E], size: int, now_s: float) -> tuple[Requests[E], Requests[E], int, int]:
         """The first of a line who can wait for a batch of ``size`` rows; who is too late even alone; the rows of the
         batch; how much of the line was looked at."""
         end_s = now_s + MARGIN * self.usual_s(line[0].engine, size, now_s)
-        batch: list[QueuedRequest[E]] = []
-        hopeless: list[QueuedRequest[E]] = []
+        batch: Requests[E] = []
+        hopeless: Requests[E] = []
         rows = seen = 0
         for request in line:
             if batch and rows + request.rows > size:
@@ -293,7 +294,7 @@ class BatchQueue(Generic[E]):
             return self.costs.usual_s(engine, rows, now_s)
         return rows / self.max_batch_size * self.costs.usual_s(engine, self.max_batch_size, now_s)
 
-    def _make_room(self, request: QueuedRequest[E]) -> list[QueuedRequest[E]]:
+    def _make_room(self, request: QueuedRequest[E]) -> Requests[E]:
         """Where ``max_rows`` wait: drop the last requests of who has most, if this one's client has less than its share
         (the longest queue's drop of McKenney, INFOCOM 1990)."""
         over = self.rows + request.rows - self.max_rows
@@ -306,7 +307,7 @@ class BatchQueue(Generic[E]):
             raise OverloadedError(
                 f"{self.rows} rows wait already, the limit is {self.max_rows}: try again later, or raise max_queue_rows"
             )
-        dropped: list[QueuedRequest[E]] = []
+        dropped: Requests[E] = []
         while self.rows + request.rows > self.max_rows:
             name, client = max(self._clients.items(), key=lambda item: item[1].rows)
             theirs = (one for line in self._lines.values() for one in reversed(line) if one.client == name)

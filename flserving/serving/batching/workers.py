@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from flserving import forks
 from flserving.errors import (
@@ -44,6 +44,9 @@ class Engine(Hashable, Protocol):
 
     def execute(self, payloads: Sequence[Any]) -> Sequence[Any]:
         """One result per payload, in their order; raises if any of them makes the model fail."""
+
+
+Queued: TypeAlias = QueuedRequest[Engine]
 
 
 class Run(NamedTuple):
@@ -135,7 +138,7 @@ class Batcher:
                 slot = self._take_slot(engine, rows, now_s, usual_s)
             else:
                 inline = False
-                request: QueuedRequest[Engine] = QueuedRequest(engine, payload, rows, arrival_s, deadline_s, client)
+                request: Queued = QueuedRequest(engine, payload, rows, arrival_s, deadline_s, client)
                 request.waiter = threading.Lock()
                 request.waiter.acquire()
                 dropped = self._enqueue(request, now_s)
@@ -151,7 +154,7 @@ class Batcher:
         self._refuse_dropped(dropped)
         return self._wait(request)
 
-    def _wait(self, request: QueuedRequest[Engine]) -> Any:
+    def _wait(self, request: Queued) -> Any:
         """Block until a worker has run the request, or its time is over."""
         answered = False
         try:
@@ -176,7 +179,7 @@ class Batcher:
         self, engine: Engine, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
     ) -> Any:
         """:meth:`run` for coroutines: whoever arrives in one turn of the event loop shares a batch."""
-        request: QueuedRequest[Engine] = QueuedRequest(engine, payload, rows, arrival_s, deadline_s, client)
+        request: Queued = QueuedRequest(engine, payload, rows, arrival_s, deadline_s, client)
         loop = asyncio.get_running_loop()
         here: LoopSide | None = getattr(self._here, "side", None)
         if here is None or here.loop is not loop:
@@ -266,7 +269,7 @@ class Batcher:
             return self._costs.usual_s(engine, rows) or engine.typical_s
         return (self._costs.usual_s(engine, largest) or engine.typical_s) * rows / largest
 
-    def _enqueue(self, request: QueuedRequest[Engine], now_s: float) -> list[QueuedRequest[Engine]]:
+    def _enqueue(self, request: Queued, now_s: float) -> list[Queued]:
         """Put it into the queue; who had to make room comes back."""
         try:
             return self.queue.push(request, now_s)
@@ -274,7 +277,7 @@ class Batcher:
             self._call_worker()  # who was to look at the queue may be gone: an event loop that was closed
             raise
 
-    def _refuse_dropped(self, dropped: Sequence[QueuedRequest[Engine]]) -> None:
+    def _refuse_dropped(self, dropped: Sequence[Queued]) -> None:
         for request in dropped:
             refuse(request, OverloadedError("the queue is full of your requests, and others have a share: try later"))
 
@@ -289,8 +292,8 @@ class Batcher:
 
     def _worker(self) -> None:
         while True:
-            batch: list[QueuedRequest[Engine]] = []
-            expired: list[QueuedRequest[Engine]] = []
+            batch: list[Queued] = []
+            expired: list[Queued] = []
             ready_s = None
             with self._lock:
                 if self.busy < self.config.num_workers:
@@ -317,7 +320,7 @@ class Batcher:
                 with contextlib.suppress(BaseException):  # its callers know; a thread that ends here would be missed
                     self._execute(batch, slot)
 
-    def _execute(self, batch: list[QueuedRequest[Engine]], slot: Run) -> None:
+    def _execute(self, batch: list[Queued], slot: Run) -> None:
         """Run a batch whose slot is taken already, and give the slot back. The caller then looks at the queue."""
         interrupted = False
         ran = False
@@ -333,7 +336,7 @@ class Batcher:
         finally:
             self._give_back_slot(slot, ran, hand_over=interrupted)
 
-    def _take_batch(self, now_s: float) -> tuple[list[QueuedRequest[Engine]], list[QueuedRequest[Engine]], Any]:
+    def _take_batch(self, now_s: float) -> tuple[list[Queued], list[Queued], Any]:
         """Under the lock: the next batch, who is too late, and the slot of the batch (None where there is none)."""
         batch, expired = self.queue.take(now_s, self.closed)
         slot: Run | None = None
@@ -387,7 +390,7 @@ class Batcher:
         answer(batch, results)
         return True
 
-    def _settle_late(self, requests: Sequence[QueuedRequest[Engine]]) -> None:
+    def _settle_late(self, requests: Sequence[Queued]) -> None:
         """Who is past its deadline, or could not keep it any more."""
         now_s = self._clock()
         for request in requests:
@@ -396,7 +399,7 @@ class Batcher:
             else:
                 refuse(request, self._hopeless(request, now_s))
 
-    def _hopeless(self, request: QueuedRequest[Engine], now_s: float) -> FlservingError:
+    def _hopeless(self, request: Queued, now_s: float) -> FlservingError:
         usual_s = self.queue.usual_s(request.engine, request.rows, now_s)
         left = f"an answer usually takes {in_ms(usual_s)}"
         allowed_s = request.deadline_s - request.arrival_s
@@ -426,7 +429,7 @@ class Batcher:
             for thread in threads:
                 thread.join(max(0.0, until_s - time.monotonic()))
             joined |= threads
-        left: list[QueuedRequest[Engine]] = []
+        left: list[Queued] = []
         with self._lock:
             while (taken := self.queue.take(-math.inf, draining=True))[0]:
                 left += taken[0]
