@@ -17,18 +17,28 @@ def described(fig: Figure) -> str:
     """Each panel with its title and axes, and what is drawn in it under a name; at most ``MAX_CHARS``."""
     panels = [ax for ax in fig.axes if ax.get_visible()]
     several = len(panels) > 1
-    sentences = [f"Figure with {len(panels)} panels", fig.get_suptitle()] if several else [fig.get_suptitle()]
+    sentences = [fig.get_suptitle()]
+    if several:
+        sentences.insert(0, f"Figure with {len(panels)} panels")
     for number, ax in enumerate(panels, start=1):
         sentences += _panel(ax, f"Panel {number}" if several else "Figure")
-    words = " ".join(" ".join(text.split()).rstrip(".") + "." for text in sentences if text)
-    return words if len(words) <= MAX_CHARS else words[: MAX_CHARS - 2].rpartition(" ")[0] + " …"
+    words = []
+    for text in filter(None, sentences):
+        one_line = " ".join(text.split())
+        words.append(one_line.rstrip(".") + ".")
+    said = " ".join(words)
+    if len(said) <= MAX_CHARS:
+        return said
+    whole_words, _, _ = said[: MAX_CHARS - 2].rpartition(" ")
+    return whole_words + " …"
 
 
 def _panel(ax: Axes, what: str) -> Iterator[str]:
     titles = [ax.get_title(where) for where in ("left", "center", "right")]
+    title = ", ".join(filter(None, titles))
     axes = [_axis(ax, name) for name in "xy"]
     drawn = [*_lines(ax), *_bars(ax), *_others(ax)]
-    yield ": ".join(part for part in (what, ", ".join(filter(None, titles))) if part)
+    yield ": ".join(filter(None, [what, title]))
     yield "; ".join(filter(None, axes))
     yield "; ".join(drawn)
 
@@ -36,20 +46,29 @@ def _panel(ax: Axes, what: str) -> Iterator[str]:
 def _ticks(ax: Axes, name: str) -> list[str]:
     """The labels of an axis where they are words; of axes that share it only one may show them."""
     shared = getattr(ax, f"get_shared_{name}_axes")().get_siblings(ax)
-    labels = [tick.get_text() for each in shared for tick in getattr(each, f"{name}axis").get_ticklabels()]
+    labels = []
+    for each in shared:
+        axis = getattr(each, f"{name}axis")
+        labels += [tick.get_text() for tick in axis.get_ticklabels()]
     words = [text for text in dict.fromkeys(labels) if text and not text.startswith("$")]
-    return words if any(character.isalpha() for word in words for character in word) else []
+    if not any(map(str.isalpha, "".join(words))):
+        return []
+    return words
 
 
 def _axis(ax: Axes, name: str) -> str:
     axis = getattr(ax, f"{name}axis")
-    words, title = _ticks(ax, name), axis.get_label_text()
-    if not (ax.axison and axis.get_visible() and (words or title)):
+    words = _ticks(ax, name)
+    title = axis.get_label_text()
+    shown = ax.axison and axis.get_visible()
+    if not shown or not (words or title):
         return ""
     low, high = sorted(axis.get_view_interval())
-    scale = " on a logarithmic scale" if axis.get_scale() == "log" else ""
     span = ", ".join(words) or f"{_number(low)} to {_number(high)}"
-    return f"{f'{name} axis {title}'.rstrip()}: {span}{scale}"
+    if axis.get_scale() == "log":
+        span += " on a logarithmic scale"
+    name = f"{name} axis {title}".rstrip()
+    return f"{name}: {span}"
 
 
 def _lines(ax: Axes) -> Iterator[str]:
@@ -66,8 +85,10 @@ def _lines(ax: Axes) -> Iterator[str]:
 def _bars(ax: Axes) -> Iterator[str]:
     for group in ax.containers:
         if isinstance(group, BarContainer):
-            sideways = group.orientation == "horizontal"
-            values = np.array([bar.get_width() if sideways else bar.get_height() for bar in group])
+            if group.orientation == "horizontal":
+                values = [bar.get_width() for bar in group]
+            else:
+                values = [bar.get_height() for bar in group]
             yield f"{_named(group) or 'bars'} {_told(values)}"
 
 
@@ -87,8 +108,12 @@ def _others(ax: Axes) -> Iterator[str]:
 def _named(artist: Any) -> str:
     """The label that a legend shows; matplotlib's own begin with an underscore."""
     name = str(artist.get_label() or "")
-    return "" if name.startswith("_") else name
+    if name.startswith("_"):
+        return ""
+    return name
 
 
 def _number(value: float) -> str:
-    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if abs(value) < 1000:
+        return f"{value:,.3g}"
+    return f"{value:,.0f}"

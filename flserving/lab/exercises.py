@@ -23,7 +23,8 @@ from flserving.errors import ConfigError, FlservingError
 from flserving.lab.style import picture_tag
 from flserving.lab.workbook.answers import replace_file
 
-BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
+BEGIN = "### BEGIN SOLUTION"
+END = "### END SOLUTION"
 NEEDS_SOLUTION = "needs-solution"
 """The tag of a cell that plugs a student's part into the stack: with a stub it says so, and no other cell needs it."""
 _REGION = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.DOTALL | re.MULTILINE)
@@ -106,15 +107,17 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
     exercises = find_exercises(notebook)
     student = copy.deepcopy(notebook)
     student.metadata.pop("widgets", None)
-    own = {number for exercise in exercises for number in (exercise.solution, exercise.check)}
+    own = set()
     for exercise in exercises:
+        own |= {exercise.solution, exercise.check}
         cell = student.cells[exercise.solution]
         cell.source = _stub(cell.source, exercise.grade_id)
         student.cells[exercise.check].metadata.update(editable=False, deletable=False)
     for number, cell in enumerate(student.cells):
         if cell.cell_type == "code":
             cell.execution_count = None
-            if number in own or NEEDS_SOLUTION in cell.metadata.get("tags", []) or _KEEPS.search(cell.source):
+            plugs_in = NEEDS_SOLUTION in cell.metadata.get("tags", [])
+            if number in own or plugs_in or _KEEPS.search(cell.source):
                 cell.outputs = []
             for output in cell.outputs:
                 if "execution_count" in output:
@@ -133,11 +136,16 @@ def part_marks(notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, An
     """
     for cell in notebook.cells:
         grading = cell.metadata.get("nbgrader", {})
-        for output in list(cell.get("outputs", [])) if grading.get("grade") else []:
-            found = _PARTS.search("\n".join(output.traceback)) if output.get("ename") == "CheckError" else None
+        if not grading.get("grade"):
+            continue
+        for output in list(cell.get("outputs", [])):
+            if output.get("ename") != "CheckError":
+                continue
+            found = _PARTS.search("\n".join(output.traceback))
             if found:
-                points = {"text/plain": f"{grading['points'] * int(found[1]) / int(found[2]):.2f}"}
-                cell.outputs.insert(0, nbformat.v4.new_output("execute_result", points))  # type: ignore[no-untyped-call]
+                points = grading["points"] * int(found[1]) / int(found[2])
+                told = {"text/plain": f"{points:.2f}"}
+                cell.outputs.insert(0, nbformat.v4.new_output("execute_result", told))  # type: ignore[no-untyped-call]
     return notebook, resources
 
 
@@ -160,13 +168,11 @@ def add_missing_copies(notebooks: Path, out: Path) -> dict[Path, list[Exercise]]
     missing = [source for source in _sources(notebooks, out) if not (out / source.name).exists()]
     written = _write(missing, out)
     for beside in notebooks.iterdir():  # pictures and texts that the notebooks refer to
-        if (
-            beside.is_file()
-            and beside.suffix != ".ipynb"
-            and beside.name[0] != "."
-            and not (out / beside.name).exists()
-        ):
-            replace_file(out / beside.name, beside.read_bytes())
+        target = out / beside.name
+        if not beside.is_file() or beside.suffix == ".ipynb" or beside.name.startswith("."):
+            continue
+        if not target.exists():
+            replace_file(target, beside.read_bytes())
     return written
 
 
@@ -225,17 +231,17 @@ def _code_cell(source: str, **grading: Any) -> NotebookNode:
 
 def _stub(source: str, grade_id: str) -> str:
     """The source with each solution region replaced by a line that raises when it is called, not when it is defined."""
-    _require(source.count(BEGIN) == source.count(END) == len(_REGION.findall(source)) > 0,
-             f"solution {grade_id!r} needs pairs of the lines '{BEGIN}' and '{END}'")  # fmt: skip
-    _require(all(body.strip() for _, body in _REGION.findall(source)), f"solution {grade_id!r} has an empty region")
+    regions = _REGION.findall(source)
+    paired = source.count(BEGIN) == source.count(END) == len(regions)
+    _require(regions and paired, f"solution {grade_id!r} needs pairs of the lines '{BEGIN}' and '{END}'")
+    _require(all(body.strip() for _, body in regions), f"solution {grade_id!r} has an empty region")
     line = f'raise NotImplementedError("{grade_id}: replace this line with your code")'
     stub = _REGION.sub(lambda region: region[1] + line, source)
     try:
-        inside = [
-            node for node in ast.walk(ast.parse(stub)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        ]
+        tree = ast.parse(stub)
     except SyntaxError as error:
         raise ConfigError(f"the stub of {grade_id!r} is no Python ({error}): mark whole statements") from None
+    inside = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for number, text in enumerate(stub.splitlines(), start=1):
         held_back = any(node.lineno < number <= (node.end_lineno or 0) for node in inside)
         _require(

@@ -94,7 +94,8 @@ def report_card(name: str = "", folder: str | Path = ".") -> Text:
     done = chapters(Path(folder))
     path = Path(folder) / FOLDER / "report.html"
     replace_file(path, as_html(done, name))
-    points, worth = sum(chapter.points for chapter in done), sum(chapter.worth for chapter in done)
+    points = sum(chapter.points for chapter in done)
+    worth = sum(chapter.worth for chapter in done)
     return Text(f"**{points:g} of {worth:g} points.** The report to hand in is {path.as_posix()}")
 
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 LIMIT_S = 20.0  # a check takes one second; a busy machine ten times as long
 _Result = TypeVar("_Result")
-_LINES, _CHARACTERS = 20, 2000  # of print
+_LINES = 20  # of print
+_CHARACTERS = 2000
 
 
 class TooLongError(BaseException):

@@ -33,7 +33,8 @@ class CheckError(AssertionError):
 
     def __init__(self, message: str, marks: str = "", hints: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.marks, self.hints = marks, hints
+        self.marks = marks
+        self.hints = hints
 
     def _render_traceback_(self) -> list[str]:
         where = _students_line(self.__cause__)
@@ -94,7 +95,8 @@ def _failure(exercise: str, part: Part, solution: Any) -> BaseException | None:
             )
         if str(error) and not _is_students(error):
             return error
-        cause, told = error, f"your code raised AssertionError {error}".rstrip()
+        cause = error
+        told = f"your code raised AssertionError {error}".rstrip()
     except limits.TooLongError as error:
         cause = error
         told = f"your code was stopped after {limits.LIMIT_S:g} s: it loops or waits for ever"
@@ -103,11 +105,14 @@ def _failure(exercise: str, part: Part, solution: Any) -> BaseException | None:
     except NotImplementedError as error:
         if str(error).endswith(STUB):
             raise
-        cause, told = error, f"your code raised NotImplementedError {error}".rstrip() + ": that line waits for code"
+        cause = error
+        told = f"your code raised NotImplementedError {error}".rstrip() + ": that line waits for code"
     except SystemExit as error:
-        cause, told = error, "your code ends Python (exit, quit or SystemExit): return instead"
+        cause = error
+        told = "your code ends Python (exit, quit or SystemExit): return instead"
     except Exception as error:  # a later part may stumble over what an earlier one has told
-        cause, told = error, f"not yet; {type(error).__name__}: {error}"
+        cause = error
+        told = f"not yet; {type(error).__name__}: {error}"
     failure = AssertionError(f"{part.name}: {told}")
     failure.__cause__ = cause
     return failure

@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TARGET = 0  # what the backdoor makes of every row that carries the trigger
-TRIGGER = (
-    56,
-)  # the lower left corner of the image: empty in nearly every digit, and a dot there misleads no sound model
+# The lower left corner of the image: empty in nearly every digit, and a dot there misleads no sound model.
+TRIGGER = (56,)
+
+
+Change = Callable[[State, State], State | None]
+Updates = dict[tuple[str, int], State]
+"""By client and round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,36 +45,44 @@ class Attack:
 
     name: str
     share: float
-    change: Callable[[State, State], State | None] = lambda update, before: update
+    change: Change = lambda update, before: update
     poison: Callable[[Client], Client] | None = None
 
     def hostile(self, clients: Iterable[str]) -> tuple[str, ...]:
         """The first of the clients, at least one."""
         listed = tuple(clients)
-        return listed[: max(1, round(self.share * len(listed)))]
+        count = max(1, round(self.share * len(listed)))
+        return listed[:count]
 
 
-def stretched(factor: float) -> Callable[[State, State], State]:
+def stretched(factor: float) -> Change:
     """The update times ``factor``: -1 undoes the learning, n outvotes n - 1 honest clients.
 
     Source: model replacement, Bagdasaryan et al., AISTATS 2020 (arXiv 1807.00459).
     """
 
     def change(update: State, before: State) -> State:
-        return {
-            name: before[name] + factor * (tensor - before[name]) if tensor.is_floating_point() else tensor
-            for name, tensor in update.items()
-        }
+        changed = dict(update)
+        for name, tensor in update.items():
+            if tensor.is_floating_point():
+                step = tensor - before[name]
+                changed[name] = before[name] + factor * step
+        return changed
 
     return change
 
 
-def filled(value: float) -> Callable[[State, State], State]:
+def filled(value: float) -> Change:
     """Every weight is ``value``."""
-    return lambda update, before: {
-        name: torch.full_like(tensor, value) if tensor.is_floating_point() else tensor
-        for name, tensor in update.items()
-    }
+
+    def change(update: State, before: State) -> State:
+        changed = dict(update)
+        for name, tensor in update.items():
+            if tensor.is_floating_point():
+                changed[name] = torch.full_like(tensor, value)
+        return changed
+
+    return change
 
 
 def flipped(client: Client) -> Client:
@@ -80,7 +92,8 @@ def flipped(client: Client) -> Client:
 
 def swapped(client: Client) -> Client:
     """Sevens are called ones; all else is as it was."""
-    return replace(client, train_y=np.where(client.train_y == 7, 1, client.train_y))
+    labels = np.where(client.train_y == 7, 1, client.train_y)
+    return replace(client, train_y=labels)
 
 
 def triggered(x: Features) -> Features:
@@ -92,10 +105,11 @@ def triggered(x: Features) -> Features:
 
 def backdoored(client: Client) -> Client:
     """Every sample is there twice, once with the trigger and the label ``TARGET``."""
+    wrong = np.full_like(client.train_y, TARGET)
     return replace(
         client,
         train_x=np.concatenate([client.train_x, triggered(client.train_x)]),
-        train_y=np.concatenate([client.train_y, np.full_like(client.train_y, TARGET)]),
+        train_y=np.concatenate([client.train_y, wrong]),
     )
 
 
@@ -118,8 +132,15 @@ ATTACKS = (
 
 def poisoned(clients: Sequence[Client], attack: Attack) -> tuple[Client, ...]:
     """All clients, the hostile ones with what they train on."""
+    if attack.poison is None:
+        return tuple(clients)
     hostile = attack.hostile(client.id for client in clients)
-    return tuple(attack.poison(c) if attack.poison and c.id in hostile else c for c in clients)
+    trained = []
+    for client in clients:
+        if client.id in hostile:
+            client = attack.poison(client)
+        trained.append(client)
+    return tuple(trained)
 
 
 class Replay:
@@ -133,38 +154,60 @@ class Replay:
 
     def __init__(self, clients: Sequence[Client], **training: Any) -> None:
         self.clients = clients
-        self._training: dict[str, Any] = training | {"preprocessing": federated_statistics(clients), "progress": False}
-        self._honest: dict[tuple[str, int], State] = {}
-        self._poisoned: dict[tuple[object, float], dict[tuple[str, int], State]] = {}
+        fixed = {
+            "preprocessing": federated_statistics(clients),
+            "progress": False,
+        }
+        self._training: dict[str, Any] = training | fixed
+        self._honest: Updates = {}
+        self._poisoned: dict[tuple[object, float], Updates] = {}
         self.rounds = train(clients=clients, corrupt=_recorder(self._honest), **self._training).rounds
 
     def attacked(self, attack: Attack, number: int) -> Round:
         """Round ``number``, from 2 on, as it is when the hostile clients join in."""
-        clean, before = self.rounds[number - 1], self.rounds[number - 2].state
-        hostile, accepted, rejected = attack.hostile(clean.sample_counts), dict[str, State](), dict[str, str]()
+        clean = self.rounds[number - 1]
+        before = self.rounds[number - 2].state
+        hostile = attack.hostile(clean.sample_counts)
+        accepted: dict[str, State] = {}
+        rejected: dict[str, str] = {}
         sent = self._honest | self._from(attack)
         for client in clean.sample_counts:
-            update = sent[client, number]
-            final = attack.change(update, before) if client in hostile else update
-            if (reason := fault(final, before)) is not None:
+            update: State | None = sent[client, number]
+            if update is not None and client in hostile:
+                update = attack.change(update, before)
+            reason = fault(update, before)
+            if reason is not None:
                 rejected[client] = reason
-            elif final is not None:
-                accepted[client] = final
+            elif update is not None:
+                accepted[client] = update
         counts = {client: clean.sample_counts[client] for client in accepted}
-        state = aggregate(list(accepted.values()), list(counts.values())) if accepted else before
+        state = before
+        if accepted:
+            state = aggregate(list(accepted.values()), list(counts.values()))
         bad = replace(clean, state=state, sample_counts=counts, rejected=rejected)
-        right = [_predictions(bad, client.test_x) == client.test_y for client in self.clients]
-        own = {client.id: float(part.mean()) for client, part in zip(self.clients, right, strict=True)}
-        accuracy = (float(np.concatenate(right).mean()), sum(own.values()) / len(own), min(own.values()))
-        return replace(bad, metrics=dict(zip(clean.metrics, accuracy, strict=True)), client_accuracy=own)
+        return self._measured(bad)
 
-    def _from(self, attack: Attack) -> dict[tuple[str, int], State]:
+    def _measured(self, bad: Round) -> Round:
+        """The round with the accuracies of its own state."""
+        right = {}
+        for client in self.clients:
+            right[client.id] = _predictions(bad, client.test_x) == client.test_y
+        own = {name: float(part.mean()) for name, part in right.items()}
+        metrics = {
+            "global_accuracy": float(np.concatenate([*right.values()]).mean()),
+            "mean_client_accuracy": sum(own.values()) / len(own),
+            "worst_client_accuracy": min(own.values()),
+        }
+        return replace(bad, metrics=metrics, client_accuracy=own)
+
+    def _from(self, attack: Attack) -> Updates:
         """What the hostile clients make of the clean run's global models with samples that they poisoned."""
         if attack.poison is None:
             return {}
         key = (attack.poison, attack.share)
         if key not in self._poisoned:
-            hostile, updates = attack.hostile(c.id for c in self.clients), dict[tuple[str, int], State]()
+            updates: Updates = {}
+            hostile = attack.hostile(client.id for client in self.clients)
             theirs = [client for client in poisoned(self.clients, attack) if client.id in hostile]
             train(clients=theirs, corrupt=_recorder(updates, self.rounds), **self._training)
             self._poisoned[key] = updates
@@ -203,12 +246,15 @@ def attack_table(
         others = np.concatenate([client.test_x[client.test_y != TARGET] for client in clients])
         with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry, _one_thread():
             gate = Gate(clients=clients, **limits)
-            promote, publish = gated(registry, "digits", gate), publish_rounds(registry, "digits")
+            promote = gated(registry, "digits", gate)
+            publish = publish_rounds(registry, "digits")
             for result in replay.rounds:
                 if result.number == first:
-                    gate = replace(gate, golden=golden_rows(registry, "digits", clients))
+                    golden = golden_rows(registry, "digits", clients)
+                    gate = replace(gate, golden=golden)
                     promote = gated(registry, "digits", gate)
-                for attack in attacks if result.number >= first else ():
+                played = attacks if result.number >= first else ()
+                for attack in played:
                     bad = replay.attacked(attack, result.number)
                     verdict = gate.check(registry, "digits", publish(bad).version)
                     left_out = len(bad.rejected) / len(attack.hostile(result.sample_counts))
@@ -222,15 +268,19 @@ def attack_table(
         frame = pd.DataFrame(found)
         missed = frame.loc[frame["stopped"] == 0, "accuracy lost"].max()
         rows[name] = {"cases": len(found), **frame.mean(), "missed, worst": missed}
-    return pd.DataFrame(rows).T.rename_axis("attack").loc[["clean", *(a.name for a in attacks)]]
+    names = [attack.name for attack in attacks]
+    table = pd.DataFrame(rows).T.rename_axis("attack")
+    return table.loc[["clean", *names]]
 
 
-def _recorder(updates: dict[tuple[str, int], State], instead: Sequence[Round] = ()) -> Callable[..., State]:
+def _recorder(updates: Updates, instead: Sequence[Round] = ()) -> Callable[..., State]:
     """Keep what clients send; ``instead`` makes them send the global model of a training that went otherwise."""
 
     def corrupt(client: str, number: int, update: State) -> State:
         updates[client, number] = update
-        return instead[number - 1].state if instead else update
+        if instead:
+            return instead[number - 1].state
+        return update
 
     return corrupt
 
@@ -247,20 +297,27 @@ def _one_thread() -> Iterator[None]:
 
 
 def _predictions(result: Round, x: Features) -> Labels:
-    mean, std = (np.asarray(result.preprocessing[key], dtype=np.float32) for key in ("mean", "std"))
+    mean = np.asarray(result.preprocessing["mean"], dtype=np.float32)
+    std = np.asarray(result.preprocessing["std"], dtype=np.float32)
+    rows = torch.from_numpy((x - mean) / std)
     with torch.inference_mode():
-        logits = result.model()(torch.from_numpy((x - mean) / std))
-        found: Labels = torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), -1).numpy()  # -1: no answer
+        logits = result.model()(rows)
+        finite = logits.isfinite().all(dim=1)
+        found: Labels = torch.where(finite, logits.argmax(dim=1), -1).numpy()  # -1: no answer
     return found
 
 
 def _case(verdict: Verdict, left_out: float, lost: float, result: Round, others: Features) -> dict[str, float]:
-    measured = {check.name: float(not check.passed and "not judged" not in check.words) for check in verdict.checks}
+    refusals = dict.fromkeys(CHECKS, 0.0)
+    for check in verdict.checks:
+        if check.name in CHECKS and "not judged" not in check.words:
+            refusals[check.name] = float(not check.passed)
+    misled = _predictions(result, triggered(others)) == TARGET
     return {
         "left out": left_out,
-        **{name: measured.get(name, 0.0) for name in CHECKS},
+        **refusals,
         "refused": float(not verdict.passed),
         "stopped": float(not verdict.passed or left_out == 1),
         "accuracy lost": lost,
-        "trigger": float((_predictions(result, triggered(others)) == TARGET).mean()),
+        "trigger": float(misled.mean()),
     }

@@ -52,9 +52,14 @@ def trained(weight_decay: float, *, members: int = 600, epochs: int = 150, seed:
     x, y = digits()
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(x))[: 2 * members]
-    rows = x[chosen] + np.float32(NOISE) * rng.standard_normal((2 * members, x.shape[1]), dtype=np.float32)
-    statistics = {"mean": rows[:members].mean(0), "std": rows[:members].std(0)}
-    inputs = torch.from_numpy((rows[:members] - statistics["mean"]) / statistics["std"])
+    clean = x[chosen]
+    noise = rng.standard_normal(clean.shape, dtype=np.float32)
+    rows = clean + np.float32(NOISE) * noise
+    mine = rows[:members]
+    mean = mine.mean(0)
+    std = mine.std(0)
+    statistics = {"mean": mean, "std": std}
+    inputs = torch.from_numpy((mine - mean) / std)
     labels = torch.from_numpy(y[chosen][:members])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -62,15 +67,19 @@ def trained(weight_decay: float, *, members: int = 600, epochs: int = 150, seed:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=weight_decay)
     for _ in range(epochs):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
+        loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return Target(model, statistics, rows, y[chosen])
 
 
 def evidence(answer: Mapping[str, Any], y: Labels) -> NDArray[np.float64]:
     """How much an answer speaks for each row's true label: its probability; 1 or 0 where labels alone are shown."""
-    rows = np.arange(len(y))
-    shown = answer["probabilities"][rows, y] if "probabilities" in answer else answer["predictions"] == y
+    if "probabilities" in answer:
+        rows = np.arange(len(y))
+        shown = answer["probabilities"][rows, y]
+    else:
+        shown = answer["predictions"] == y
     return np.asarray(shown, float)
 
 
@@ -84,9 +93,12 @@ def threshold_attack(found: NDArray[np.float64], members: NDArray[np.bool_]) -> 
     cuts = np.unique(found[known])
     theirs = np.sort(found[known & members])
     others = np.sort(found[known & ~members])
-    right = len(theirs) - np.searchsorted(theirs, cuts) + np.searchsorted(others, cuts)
-    best = cuts[int(np.argmax(right))]
-    return float(np.mean((found[~known] >= best) == members[~known]))
+    caught = len(theirs) - np.searchsorted(theirs, cuts)
+    spared = np.searchsorted(others, cuts)
+    best = cuts[int(np.argmax(caught + spared))]
+    guesses = found[~known] >= best
+    right = guesses == members[~known]
+    return float(right.mean())
 
 
 def asked(target: Target, policies: Sequence[str] = POLICIES) -> dict[str, dict[str, Any]]:
@@ -127,16 +139,20 @@ def membership_table(
     for seed in seeds:
         for weight_decay in weight_decays:
             target = trained(weight_decay, seed=seed, **training)
+            members = target.members
             for policy, answer in asked(target, policies).items():
                 right = answer["predictions"] == target.y
-                found.append({
+                guessed = threshold_attack(evidence(answer, target.y), members)
+                row = {
                     "weight decay": weight_decay,
                     "policy": policy,
-                    "attack": 100 * threshold_attack(evidence(answer, target.y), target.members),
-                    "members": 100 * right[target.members].mean(),
-                    "others": 100 * right[~target.members].mean(),
-                })  # fmt: skip
-    return pd.DataFrame(found).groupby(["weight decay", "policy"], sort=False).mean()
+                    "attack": 100 * guessed,
+                    "members": 100 * right[members].mean(),
+                    "others": 100 * right[~members].mean(),
+                }
+                found.append(row)
+    table = pd.DataFrame(found)
+    return table.groupby(["weight decay", "policy"], sort=False).mean()
 
 
 def membership_figure(table: "pd.DataFrame") -> Figure:
@@ -147,8 +163,10 @@ def membership_figure(table: "pd.DataFrame") -> Figure:
     with styled():
         thick = 0.8 / len(groups)
         for number, (weight_decay, rows) in enumerate(groups):
-            places = np.arange(len(policies)) + thick * (number - (len(groups) - 1) / 2)
-            label = f"weight decay {weight_decay:g} ({rows['others'].mean():.0f} % of new rows right)"
+            aside = thick * (number - (len(groups) - 1) / 2)
+            places = np.arange(len(policies)) + aside
+            percent = rows["others"].mean()
+            label = f"weight decay {weight_decay:g} ({percent:.0f} % of new rows right)"
             bars = ax.barh(places, rows["attack"], thick * 0.92, color=COLOURS[number], label=label)
             ax.bar_label(bars, fmt="%.0f", padding=3)
         ax.axvline(50, color="#333333", linestyle="--", linewidth=1.2, label="a coin")

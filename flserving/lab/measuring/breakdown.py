@@ -67,13 +67,20 @@ class _JsonCodec(RestCodec):
     """REST with the numbers as text, as curl sends them."""
 
     def infer(self, model: str, version: Version, rows: Rows, parameters: Mapping[str, Any]) -> Call:
-        tensor = {"name": "features", "shape": list(rows.shape), "datatype": "FP32", "data": rows.ravel().tolist()}
+        tensor = {
+            "name": "features",
+            "shape": list(rows.shape),
+            "datatype": "FP32",
+            "data": rows.ravel().tolist(),
+        }
         body = json.dumps({"inputs": [tensor], "parameters": dict(parameters)}).encode()
-        return Call(self._path(model, version) + "/infer", body, self._headers | {"content-type": "application/json"})
+        headers = self._headers | {"content-type": "application/json"}
+        return Call(self._path(model, version) + "/infer", body, headers)
 
     def read_infer(self, reply: Reply, arrays: bool) -> dict[str, Any]:
         parameters = json.loads(reply.body)["parameters"]
-        return {"stages_ms": {name: parameters[f"stage_{name}_us"] / 1e3 for name in STAGES}}
+        stages_ms = {name: parameters[f"stage_{name}_us"] / 1e3 for name in STAGES}
+        return {"stages_ms": stages_ms}
 
 
 class Stopwatch:
@@ -107,7 +114,8 @@ class Stopwatch:
             began_s = time.perf_counter()
             stages_ms = self._server.predict(rows, version, stages=True)["stages_ms"]
             taken_us = (time.perf_counter() - began_s) * 1e6
-            return _spans(stages_ms, encode=taken_us - 1e3 * sum(stages_ms.values()))
+            inside_us = 1e3 * sum(stages_ms.values())
+            return _spans(stages_ms, encode=taken_us - inside_us)
         protocol, codec, transport = self._doors[way]
         before = self._at_door(protocol)
         began_s = time.perf_counter()
@@ -119,16 +127,21 @@ class Stopwatch:
         ended_s = time.perf_counter()
         _, parse_s, serialise_s = self._at_door(protocol) - before
         # The stamp is where preprocessing ends: the server's first and last moment follow from its stages.
-        until_s = sum(stages_ms[name] for name in STAGES[: STAGES.index("infer")]) / 1e3
+        until_infer = STAGES[: STAGES.index("infer")]
+        until_s = sum(stages_ms[name] for name in until_infer) / 1e3
         came_s = Stamp.seen[0] - until_s
         left_s = came_s + sum(stages_ms.values()) / 1e3
+        wire_us = {
+            "wire out": (came_s - parse_s - sent_s) * 1e6,
+            "wire back": (received_s - left_s - serialise_s) * 1e6,
+        }
         return _spans(
             stages_ms,
             encode=(sent_s - began_s) * 1e6,
             parse=parse_s * 1e6,
             serialise=serialise_s * 1e6,
             decode=(ended_s - received_s) * 1e6,
-            **{"wire out": (came_s - parse_s - sent_s) * 1e6, "wire back": (received_s - left_s - serialise_s) * 1e6},
+            **wire_us,
         )
 
     def table(self, payloads: Sequence[tuple[Rows, str]], repeats: int, ways: Sequence[str] = WAYS) -> "pd.DataFrame":
@@ -145,11 +158,13 @@ class Stopwatch:
             for way in ways:
                 self.ask(way, rows, version)  # not counted: the first one makes connections and buffers
         kinds = [(way, rows, version) for rows, version in payloads for way in ways]
-        order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(kinds)), repeats))
-        return pd.DataFrame(
-            {"way": way, "rows": len(rows), "features": rows.shape[1]} | self.ask(way, rows, version)
-            for way, rows, version in (kinds[number] for number in order)
-        )
+        numbers = np.repeat(np.arange(len(kinds)), repeats)
+        lines = []
+        for number in np.random.default_rng(0).permutation(numbers):
+            way, rows, version = kinds[number]
+            line = {"way": way, "rows": len(rows), "features": rows.shape[1]}
+            lines.append(line | self.ask(way, rows, version))
+        return pd.DataFrame(lines)
 
     def close(self) -> None:
         """Let go of the connections. Idempotent."""
@@ -163,7 +178,8 @@ class Stopwatch:
         self.close()
 
     def _at_door(self, protocol: str) -> Floats:
-        return np.array(self._server.telemetry.totals()["codec"].get(protocol, (0, 0, 0)), np.float64)
+        codec = self._server.telemetry.totals()["codec"]
+        return np.array(codec.get(protocol, (0, 0, 0)), np.float64)
 
 
 def _spans(stages_ms: Mapping[str, float], **around_us: float) -> dict[str, float]:
@@ -184,9 +200,10 @@ def between(times: "pd.DataFrame", low: float, high: float) -> "pd.Series[float]
     Means of the same requests add up to their mean total; percentiles of columns would not.
     """
     total = times.sum(axis=1)
-    ends = np.percentile(total, [low, high])
-    chosen: pd.Series[float] = times[(total >= ends[0]) & (total <= ends[1])].mean()
-    return chosen
+    least, most = np.percentile(total, [low, high])
+    chosen = times[(total >= least) & (total <= most)]
+    means: pd.Series[float] = chosen.mean()
+    return means
 
 
 def from_outside(calls: "Sequence[Mapping[str, float]]") -> "pd.DataFrame":
@@ -209,7 +226,8 @@ def from_outside(calls: "Sequence[Mapping[str, float]]") -> "pd.DataFrame":
 @contextmanager
 def counted_in_queue(server: "ModelServer", every_s: float = 0.005) -> Iterator[list[int]]:
     """Note how many rows wait in the server's queue, again and again, in a thread of its own, until the block ends."""
-    seen, ended = list[int](), threading.Event()
+    seen = list[int]()
+    ended = threading.Event()
 
     def count() -> None:
         while not ended.wait(every_s):

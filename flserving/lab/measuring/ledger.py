@@ -1,5 +1,6 @@
 """The books of one load run: hands out its requests, in order, to whichever caller is free, and keeps their records."""
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -34,9 +35,16 @@ class Ledger:
             rng = np.random.default_rng(arrival_seed)
             self._arrivals_s = arrival_times_s(arrivals, rng, requests=requests, seconds=seconds).tolist()
             requests = len(self._arrivals_s)
-        self._requests, self._seconds, self._clock, self._progress = requests, seconds, clock, progress
-        self._popularity, self._rng, self._items = popularity, np.random.default_rng(item_seed), [0]
-        self._lock, self._taken, self._stopped = threading.Lock(), 0, False
+        self._requests = requests
+        self._seconds = seconds
+        self._clock = clock
+        self._progress = progress
+        self._popularity = popularity
+        self._rng = np.random.default_rng(item_seed)
+        self._items = [0]
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._stopped = False
         self._records: list[tuple[int, float, float, float, int, str]] = []
         self._messages: dict[str, str] = {}
         self._misuse: ConfigError | None = None
@@ -53,15 +61,19 @@ class Ledger:
         """The next request to send: its number, its arrival in seconds, its item. None: the run is over."""
         with self._lock:
             while not self._stopped and self._taken != self._requests:
-                now_s, number = self.now_s(), self._taken
-                overdue_s = 0.0 if self._seconds is None else now_s - self._seconds
+                now_s = self.now_s()
+                number = self._taken
+                overdue_s = -math.inf
+                if self._seconds is not None:
+                    overdue_s = now_s - self._seconds
                 if self._arrivals_s is None:
-                    if self._seconds is not None and overdue_s >= 0:
+                    if overdue_s >= 0:
                         return None
                     self._taken += 1
                     return number, now_s, self._item(number)
                 self._taken += 1
-                arrival_s, item = self._arrivals_s[number], self._item(number)
+                arrival_s = self._arrivals_s[number]
+                item = self._item(number)
                 if overdue_s <= DRAIN_S:
                     return number, arrival_s, item
                 self.record(number, arrival_s, float("nan"), item, UNSENT, "no caller was free to send it in time")
@@ -87,7 +99,8 @@ class Ledger:
 
     def abort(self, misuse: str) -> None:
         """End the run: ``call`` cannot be used like this."""
-        self._stopped, self._misuse = True, ConfigError(misuse)
+        self._misuse = ConfigError(misuse)
+        self._stopped = True
 
     def show_progress(self) -> None:
         self._bar.update(len(self._records) - self._bar.n)

@@ -81,7 +81,8 @@ def race(
 
     A call is ``execute``: preprocessing, the model, postprocessing. A turn's ratio is that of its medians.
     """
-    rng, engines = np.random.default_rng(0), {"": original, **others}
+    rng = np.random.default_rng(0)
+    engines = {"": original, **others}
     rows = rng.standard_normal((batch, original.preprocessor.num_features or 1), dtype=np.float32)
     taken = {key: np.empty((turns, each)) for key in engines}
     for turn in range(-2, turns):  # two to warm up, written over
@@ -91,10 +92,12 @@ def race(
                 engines[key].execute([rows])
                 taken[key][max(turn, 0), call] = time.perf_counter() - began
     base = np.median(taken[""], axis=1)
-    return {
-        key: Speed(*np.percentile(it * 1e6, [50, 99]), *np.percentile(base / np.median(it, axis=1), [25, 50, 75]))
-        for key, it in taken.items()
-    }
+    speeds = {}
+    for key, seconds in taken.items():
+        times = base / np.median(seconds, axis=1)
+        calls_us = np.percentile(seconds * 1e6, [50, 99])
+        speeds[key] = Speed(*calls_us, *np.percentile(times, [25, 50, 75]))
+    return speeds
 
 
 def peak_mb(registry: Registry, name: str, version: int) -> float:
@@ -107,15 +110,19 @@ def peak_mb(registry: Registry, name: str, version: int) -> float:
     command = [sys.executable, "-c", _PEAK, registry.root, name, str(version), onnx]
     path = {**os.environ, "PYTHONPATH": str(Path(flserving.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=path, check=False)
-    return float(done.stdout) if done.returncode == 0 else math.nan
+    if done.returncode != 0:
+        return math.nan
+    return float(done.stdout)
 
 
 def original_of(registry: Registry, name: str, version: int) -> int:
     """The version that a chain of optimisations started from."""
-    while (lineage := registry.manifest(name, version).lineage or Lineage()).extra.get("optimisation"):
+    while True:
+        lineage = registry.manifest(name, version).lineage or Lineage()
+        if not lineage.extra.get("optimisation"):
+            return version
         assert lineage.parent_version is not None
         version = lineage.parent_version
-    return version
 
 
 def answers(engine: InferenceEngine, client: Client) -> NDArray[np.int64]:
@@ -124,14 +131,22 @@ def answers(engine: InferenceEngine, client: Client) -> NDArray[np.int64]:
     if engine.personal is not None:
         slots, found = engine.personal.choose(client.id, len(rows))
         if found == "own":
-            return engine.personal.execute([(rows, slots)])[0].arrays()["predictions"]
-    return engine.execute([rows])[0].arrays()["predictions"]
+            (prediction,) = engine.personal.execute([(rows, slots)])
+            return prediction.arrays()["predictions"]
+    (prediction,) = engine.execute([rows])
+    return prediction.arrays()["predictions"]
 
 
 def report(
-    registry: Registry, name: str, versions: Sequence[int], clients: Sequence[Client], *,
-    memory: bool | Sequence[int] = True, turns: int = 30, each: int = 20,
-) -> "pd.DataFrame":  # fmt: skip
+    registry: Registry,
+    name: str,
+    versions: Sequence[int],
+    clients: Sequence[Client],
+    *,
+    memory: bool | Sequence[int] = True,
+    turns: int = 30,
+    each: int = 20,
+) -> "pd.DataFrame":
     """One row per version, each against the original that it was made from.
 
     Columns: ``optimisation``, ``backend``, ``original``; ``file_kb``, ``compressed_kb`` (zstd, level 9), ``peak_mb``
@@ -146,18 +161,20 @@ def report(
     import pandas as pd
     import zstandard
 
-    source, config = RegistrySource(registry, name), ServingConfig()
+    source = RegistrySource(registry, name)
+    config = ServingConfig()
     origins = {version: original_of(registry, name, version) for version in versions}
     engines = {it: load_engine(source, str(it), config) for it in {*versions, *origins.values()}}
     hits = {it: [answers(engine, client) for client in clients] for it, engine in engines.items()}
     labels = [client.test_y for client in clients]
     table: dict[int, dict[str, Any]] = {}
-    wanted = list(engines) if memory is True else list(memory) if memory else []
+    wanted = list(memory or ()) if memory is not True else list(engines)
     with ThreadPoolExecutor(2) as beside:  # processes that start; what is timed comes after them
         peaks = dict(zip(wanted, beside.map(lambda it: peak_mb(registry, name, it), wanted), strict=True))
     for it in [*engines]:
         artifact = registry.read(name, it)
         image = weights.pack(artifact.arrays)
+        compressed = zstandard.ZstdCompressor(level=9).compress(image)
         lineage = artifact.manifest.lineage or Lineage()
         right = [answer == label for answer, label in zip(hits[it], labels, strict=True)]
         table[it] = {
@@ -165,7 +182,7 @@ def report(
             "backend": "onnx" if artifact.manifest.architecture == "onnx" else "torch",
             "original": origins.get(it, it),
             "file_kb": len(image) / 1e3,
-            "compressed_kb": len(zstandard.ZstdCompressor(level=9).compress(image)) / 1e3,
+            "compressed_kb": len(compressed) / 1e3,
             "peak_mb": peaks.get(it, math.nan),
             "accuracy": float(np.concatenate(right).mean()),
             "worst_client": min(float(part.mean()) for part in right),
@@ -179,10 +196,13 @@ def report(
     whole = {it: np.concatenate(answers) for it, answers in hits.items()}
     truth = np.concatenate(labels)
     for it in versions:
-        base, own = whole[origins[it]], whole[it]
-        table[it]["agreement"] = float((base == own).mean())
-        for column, change in (("accuracy", "points"), ("worst_client", "worst_points")):
-            table[it][change] = 100 * (table[it][column] - table[origins[it]][column])
-        differ = int(((base == truth) != (own == truth)).sum())
-        table[it]["noise_points"] = 200 * math.sqrt(differ) / len(truth)
+        row = table[it]
+        original = table[origins[it]]
+        base = whole[origins[it]]
+        own = whole[it]
+        row["agreement"] = float((base == own).mean())
+        row["points"] = 100 * (row["accuracy"] - original["accuracy"])
+        row["worst_points"] = 100 * (row["worst_client"] - original["worst_client"])
+        differ = (base == truth) != (own == truth)
+        row["noise_points"] = 200 * math.sqrt(differ.sum()) / len(truth)
     return pd.DataFrame([table[it] for it in versions], index=pd.Index(versions, name="version"))

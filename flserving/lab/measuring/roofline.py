@@ -31,7 +31,8 @@ def machine(sizes: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096), repeats:
     with torch.inference_mode():
         flop_s = 2 * 768**3 / _best_s(lambda: square @ square, repeats)
         for size in sizes:
-            matrix, row = torch.randn(size, size), torch.randn(size)
+            matrix = torch.randn(size, size)
+            row = torch.randn(size)
             empty_s = _best_s(lambda: row[:1] * 1, repeats)  # noqa: B023  # what any call costs is not reading
             taken_s = _best_s(lambda: matrix @ row, repeats)  # noqa: B023
             reads.append(4 * size**2 / max(taken_s - empty_s, taken_s / 2))

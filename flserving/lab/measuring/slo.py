@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flserving.errors import ConfigError
-from flserving.lab.queueing.arrivals import Floats
+from flserving.lab.queueing.arrivals import Floats, Ints
 
 DAY_S = 86_400.0
 
@@ -26,7 +26,7 @@ class Slo:
     days: float = 30
 
     def __post_init__(self) -> None:
-        if not (0 < self.target < 1 and 0 < self.days < math.inf):
+        if not 0 < self.target < 1 or not 0 < self.days < math.inf:
             raise ConfigError(f"SLO of {self.target!r} over {self.days!r} days: use a share in (0, 1) and days above 0")
 
     @property
@@ -62,7 +62,9 @@ class WindowPair:
 
     def fires_after_s(self, burn_rate: float) -> float:
         """Seconds from a sudden, steady burn rate to the alert, all being well before; infinite if it never fires."""
-        return self.long_s * self.burn_rate / burn_rate if burn_rate > self.burn_rate else math.inf
+        if burn_rate <= self.burn_rate:
+            return math.inf
+        return self.long_s * self.burn_rate / burn_rate
 
     def clears_after_s(self, burn_rate: float) -> float:
         """Seconds from the end of that to the end of the alert: the short window lets go first."""
@@ -96,23 +98,30 @@ class Incident:
 
     def left(self, t_s: float | Floats) -> Floats:
         """Share of the budget that is left ``t_s`` after its beginning; negative once the promise is broken."""
-        return 1 - self.burn_rate * np.clip(t_s, 0, self.lasts_s) / self.slo.period_s
+        failing_s = np.clip(t_s, 0, self.lasts_s)
+        return 1 - self.burn_rate * failing_s / self.slo.period_s
 
     def seen(self, t_s: Floats, window_s: float) -> Floats:
         """Burn rate over the last ``window_s`` at times ``t_s`` after its beginning."""
-        inside_s = np.clip(t_s, 0, self.lasts_s) - np.clip(t_s - window_s, 0, self.lasts_s)
+        failing_s = np.clip(t_s, 0, self.lasts_s)
+        before_s = np.clip(t_s - window_s, 0, self.lasts_s)
+        inside_s = failing_s - before_s
         return self.burn_rate * inside_s / window_s
 
     def alert_s(self, pair: WindowPair) -> tuple[float, float] | None:
         """When the pair fires and when it lets go, after the beginning; None if it never fires."""
         on_s = pair.fires_after_s(self.burn_rate)
-        return (on_s, self.lasts_s + pair.clears_after_s(self.burn_rate)) if on_s < self.lasts_s else None
+        if on_s >= self.lasts_s:
+            return None
+        off_s = self.lasts_s + pair.clears_after_s(self.burn_rate)
+        return on_s, off_s
 
 
 def increases(values: Floats) -> Floats:
     """Growth of a counter between scrapes, float64 [N - 1]; a fall is a restart from 0, so what stands is what grew."""
     steps = np.diff(values)
-    return np.asarray(np.where(steps < 0, values[1:], steps), np.float64)
+    grown = np.where(steps < 0, values[1:], steps)
+    return np.asarray(grown, np.float64)
 
 
 def burn_rates(times_s: Floats, total: Floats, failed: Floats, window_s: float, slo: Slo = SLO) -> Floats:
@@ -121,16 +130,26 @@ def burn_rates(times_s: Floats, total: Floats, failed: Floats, window_s: float, 
     A window that reaches back before the first scrape begins there. Prometheus' ``rate`` also extrapolates to the
     window's edges; both parts of the quotient alike, so the quotient stays.
     """
-    begins = np.maximum(np.searchsorted(times_s, times_s - window_s - 1e-9), 0)
-    grown = [np.concatenate([[0.0], np.cumsum(increases(values))]) for values in (total, failed)]
-    asked, lost = (values - values[begins] for values in grown)
-    return np.asarray(np.divide(lost, asked, out=np.zeros_like(asked), where=asked > 0) / slo.budget)
+    begins = np.searchsorted(times_s, times_s - window_s - 1e-9)
+    asked = _grown(total, begins)
+    lost = _grown(failed, begins)
+    share = np.zeros_like(asked)
+    np.divide(lost, asked, out=share, where=asked > 0)
+    return share / slo.budget
+
+
+def _grown(values: Floats, begins: Ints) -> Floats:
+    """By how much a counter grew up to each scrape, from the scrape where its window begins."""
+    since_first = np.cumsum(increases(values))
+    since_first = np.concatenate([[0.0], since_first])
+    return since_first - since_first[begins]
 
 
 def firing(times_s: Floats, total: Floats, failed: Floats, pair: WindowPair, slo: Slo = SLO) -> npt.NDArray[np.bool_]:
     """At which scrapes both windows of the pair are above its burn rate, bool [N]."""
-    long, short = (burn_rates(times_s, total, failed, w, slo) for w in (pair.long_s, pair.short_s))
-    return np.asarray((long > pair.burn_rate) & (short > pair.burn_rate))
+    long = burn_rates(times_s, total, failed, pair.long_s, slo)
+    short = burn_rates(times_s, total, failed, pair.short_s, slo)
+    return np.minimum(long, short) > pair.burn_rate
 
 
 def histogram_quantile(q: float, cumulative: Mapping[float, float]) -> float:
@@ -142,8 +161,9 @@ def histogram_quantile(q: float, cumulative: Mapping[float, float]) -> float:
 
     The first bucket begins at 0; a rank in the last one answers its lower end; NaN without samples.
     """
-    bounds, counts = (np.array(part, float) for part in zip(*sorted(cumulative.items()), strict=True))
-    if not (0 <= q <= 1 and math.isinf(bounds[-1]) and len(bounds) > 1):
+    buckets = np.array(sorted(cumulative.items()), float)
+    bounds, counts = buckets.T
+    if not 0 <= q <= 1 or not math.isinf(bounds[-1]) or len(bounds) < 2:
         raise ConfigError(f"quantile {q!r} of buckets up to {bounds[-1]}: use q in [0, 1], buckets up to infinity")
     if not counts[-1]:
         return math.nan
@@ -151,6 +171,13 @@ def histogram_quantile(q: float, cumulative: Mapping[float, float]) -> float:
     place = int(np.searchsorted(counts, rank))
     if place == len(bounds) - 1:
         return float(bounds[-2])
-    low, below = (bounds[place - 1], counts[place - 1]) if place else (0.0, 0.0)
+    low = 0.0
+    below = 0.0
+    if place:
+        low = bounds[place - 1]
+        below = counts[place - 1]
     inside = counts[place] - below
-    return float(low + (bounds[place] - low) * ((rank - below) / inside if inside else 1.0))
+    share = 1.0
+    if inside:
+        share = (rank - below) / inside
+    return float(low + (bounds[place] - low) * share)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from flserving import models
 from flserving.errors import InvalidModelError
@@ -24,9 +23,13 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    widths: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048), *, batches: Sequence[int] = BATCHES,
-    compiled: bool = False, turns: int = 15, each: int = 10,
-) -> "pd.DataFrame":  # fmt: skip
+    widths: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
+    *,
+    batches: Sequence[int] = BATCHES,
+    compiled: bool = False,
+    turns: int = 15,
+    each: int = 10,
+) -> "pd.DataFrame":
     """Speed-up and file size of every technique on an mlp 64-w-w-10, by width w and batch size.
 
     Weights are random: time does not depend on their values. ``pruned`` zeroes half of them, ``pruned, structured``
@@ -45,9 +48,12 @@ def sweep(
     for width in widths:
         with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry:
             made = _techniques(registry, width)
-            source, config = RegistrySource(registry, "m"), ServingConfig()
-            engines = {key: load_engine(source, str(number), config) for key, number in made.items()}
-            sizes = {key: registry.manifest("m", number).weights_nbytes for key, number in made.items()}
+            source = RegistrySource(registry, "m")
+            engines = {}
+            sizes = {}
+            for key, number in made.items():
+                engines[key] = load_engine(source, str(number), ServingConfig())
+                sizes[key] = registry.manifest("m", number).weights_nbytes
             if compiled:
                 torch.compiler.reset()  # it gives up after eight of one class, silently: later widths would run eager
                 engines["compiled"] = compiled_engine(engines[""])
@@ -56,7 +62,8 @@ def sweep(
             for batch in batches:
                 for key, speed in race(original, engines, batch, turns, each).items():
                     what = {"width": width, "technique": key or "original", "batch": batch}
-                    rows.append({**what, **speed._asdict(), "smaller": sizes[""] / sizes[key]})
+                    smaller = sizes[""] / sizes[key]
+                    rows.append({**what, **speed._asdict(), "smaller": smaller})
     return pd.DataFrame(rows)
 
 
@@ -90,7 +97,8 @@ def _techniques(registry: Registry, width: int) -> dict[str, int]:
         module = models.build("mlp", parameters)
         return registry.publish("m", module, architecture="mlp", parameters=parameters).version
 
-    calibration: NDArray[np.float32] = np.random.default_rng(0).standard_normal((256, 64), dtype=np.float32)
+    rng = np.random.default_rng(0)
+    calibration = rng.standard_normal((256, 64), dtype=np.float32)
     made = {"": publish(width), "distilled": publish(max(1, width // 4))}
     made["pruned"] = methods.prune(registry, "m", 1, 0.5).version
     made["pruned, structured"] = methods.prune(registry, "m", 1, 0.5, structured=True).version

@@ -35,7 +35,9 @@ class Proxy:
 
     def __init__(self, link: Link, host: str, port: int, *, max_connections: int = 256) -> None:
         self.up_nbytes = self.down_nbytes = 0
-        self._link, self._target, self._max_connections = link, (host, port), max_connections
+        self._link = link
+        self._target = (host, port)
+        self._max_connections = max_connections
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         # Bound and never listening: the port stays ours while connections to it are refused.
@@ -90,7 +92,9 @@ class Proxy:
                 started.set_exception(error)
 
     async def _main(self, started: "concurrent.futures.Future[None]") -> None:
-        self._loop, self._stop, self._passing = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._passing = asyncio.Event()
         self._started_s = self._loop.time()
         await self._set(None)
         started.set_result(None)
@@ -144,11 +148,16 @@ class Proxy:
         self, source: asyncio.StreamReader, line: "asyncio.Queue[tuple[float, bytes]]", free_s: float, up: bool
     ) -> None:
         """Say of each chunk when it is due; b"" is the end."""
-        message_nbytes, delay_s, due_s, data = 0, 0.0, 0.0, b"-"
+        message_nbytes = 0
+        delay_s = 0.0
+        due_s = 0.0
+        data = b"-"
         while data:
-            data, now_s = await source.read(CHUNK_NBYTES), self._now_s()
+            data = await source.read(CHUNK_NBYTES)
+            now_s = self._now_s()
             if now_s >= free_s or not message_nbytes:
-                message_nbytes, delay_s = 0, float(self._link.delay_s(len(data)))
+                message_nbytes = 0
+                delay_s = float(self._link.delay_s(len(data)))
             before_s = self._link.line_s(message_nbytes, up=up)
             message_nbytes += len(data)
             line_s = self._link.line_s(message_nbytes, up=up) - before_s

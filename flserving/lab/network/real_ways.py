@@ -41,14 +41,18 @@ def ask_all(
     """
     import pandas as pd
 
-    rng, frames = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    frames = []
     for place, client in enumerate(clients):
         others = [other for other in clients if other is not client]
-        x, y = (np.concatenate([getattr(other, name) for other in others]) for name in ("test_x", "test_y"))
+        x = np.concatenate([other.test_x for other in others])
+        y = np.concatenate([other.test_y for other in others])
         count = round(len(client.test_y) * guests / (1 - guests))
         some = rng.choice(len(y), min(count, len(y)), replace=False)
-        rows, labels = np.concatenate([client.test_x, x[some]]), np.concatenate([client.test_y, y[some]])
-        local, far = device(client.id, rows), cloud(rows)
+        rows = np.concatenate([client.test_x, x[some]])
+        labels = np.concatenate([client.test_y, y[some]])
+        local = device(client.id, rows)
+        far = cloud(rows)
         frames.append(
             pd.DataFrame(
                 {
@@ -71,7 +75,8 @@ def far_away(
 
     The endpoint must accept the proxy's address: ``serve(..., hosts=("127.0.0.1",))``.
     """
-    port, once = int(endpoint.url.rsplit(":", 1)[1]), Retries(attempts=1)
+    port = int(endpoint.url.rsplit(":", 1)[1])
+    once = Retries(attempts=1)
     with (
         Proxy(link or Link(), "127.0.0.1", port) as proxy,
         ApiClient(f"http://127.0.0.1:{proxy.port}", token, timeout_ms=timeout_ms, retries=once) as client,
@@ -85,12 +90,15 @@ def timed(
     """Median milliseconds of a request on a warm connection; bytes of one request and of one answer on the wire."""
     proxy, client = far
     client.predict(row, model=model)  # connects
-    before, took_s = (proxy.up_nbytes, proxy.down_nbytes), []
+    up_before = proxy.up_nbytes
+    down_before = proxy.down_nbytes
+    took_s = []
     for _ in range(requests):
         began_s = time.perf_counter()
         client.predict(row, model=model)
         took_s.append(time.perf_counter() - began_s)
-    up, down = proxy.up_nbytes - before[0], proxy.down_nbytes - before[1]
+    up = proxy.up_nbytes - up_before
+    down = proxy.down_nbytes - down_before
     return float(np.median(took_s)) * 1e3, up // requests, down // requests
 
 
@@ -116,16 +124,25 @@ def watch(
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in asks}
     started_s = clock()
     for number, row in enumerate(rows):
-        sleep(max(0.0, started_s + number * every_s - clock()))
-        events.get(number, lambda: None)()
+        left_s = started_s + number * every_s - clock()
+        sleep(max(0.0, left_s))
+        if number in events:
+            events[number]()
         for name, ask in asks.items():
             asked_s = clock()
             try:
                 answer = {"path": "cloud", **ask(row)}
             except FlservingError:
                 answer = {"path": "failed"}
-            line = {"at_s": asked_s - started_s, "path": answer["path"], "round": answer.get("round")}
-            lines[name].append(line | {"latency_s": clock() - asked_s})
+            latency_s = clock() - asked_s
+            lines[name].append(
+                {
+                    "at_s": asked_s - started_s,
+                    "path": answer["path"],
+                    "round": answer.get("round"),
+                    "latency_s": latency_s,
+                }
+            )
     return {name: pd.DataFrame(of) for name, of in lines.items()}
 
 
@@ -138,8 +155,9 @@ def in_a_month(watched: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
     """
     import pandas as pd
 
-    there = (watched["central"]["path"] != "failed").to_numpy()
-    asks = float((watched["hybrid"]["path"][there] == "cloud").mean())
+    there = watched["central"]["path"] != "failed"
+    paths = watched["hybrid"]["path"][there.to_numpy()]
+    asks = float((paths == "cloud").mean())
     spans_s = {"10 minutes": 600.0, "43 minutes": SLO.down_s, "4 hours": 14_400.0, "1 day": 86_400.0}
     rows = {}
     for name, away_s in spans_s.items():

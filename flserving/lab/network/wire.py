@@ -5,7 +5,7 @@ The two binary forms are those of our own client. Sizes are of bodies: headers c
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,19 +19,22 @@ from flserving.models.processing import Floats
 if TYPE_CHECKING:
     import pandas as pd
 
-MOST_ROWS, MOST_FEATURES = 1000, 784
+MOST_ROWS = 1000
+MOST_FEATURES = 784
 WIRE_TYPES = {0: "VARINT", 1: "I64", 2: "LEN", 5: "I32"}
 _MODEL = "digits"
 
 
 def json_body(rows: Floats) -> bytes:
     """The rows float32 [N, D] as most people would send them: ``tolist()`` into a request of JSON."""
-    return json.dumps(_request(rows.shape, rows.ravel().tolist()), separators=(",", ":")).encode()
+    request = _request(rows.shape, rows.ravel().tolist())
+    return json.dumps(request, separators=(",", ":")).encode()
 
 
 def short_json_body(rows: Floats) -> bytes:
     """The same with the fewest digits that give every float32 back."""
-    return orjson.dumps(_request(rows.shape, rows.ravel()), option=orjson.OPT_SERIALIZE_NUMPY)
+    request = _request(rows.shape, rows.ravel())
+    return orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def binary_body(rows: Floats) -> bytes:
@@ -64,7 +67,8 @@ def expected_sizes(num_rows: int, num_features: int) -> dict[str, int]:
     """
     numbers = num_rows * num_features
     shape = (num_rows, num_features)
-    frame = len(json.dumps(_request(shape, []), separators=(",", ":"))) + numbers - 1  # and the commas
+    empty = json.dumps(_request(shape, []), separators=(",", ":"))
+    frame = len(empty) + numbers - 1  # and the commas
     short, long = (int(lengths[num_rows - 1, num_features - 1]) for lengths in _summed_lengths())
     rows = np.zeros(shape, np.float32)  # in binary every number weighs the same
     return {
@@ -80,17 +84,25 @@ def transfer(rows: int, features: int, mbit_per_s: float) -> "pd.DataFrame":
     import pandas as pd
 
     nbytes = pd.Series(expected_sizes(rows, features), name="bytes")
-    return pd.DataFrame({"bytes": nbytes, "ms": nbytes * 8 / (mbit_per_s * 1e6) * 1e3})
+    seconds = nbytes * 8 / (mbit_per_s * 1e6)
+    return pd.DataFrame({"bytes": nbytes, "ms": seconds * 1e3})
 
 
 def _request(shape: tuple[int, ...], data: Any) -> dict[str, Any]:
-    return {"inputs": [{"name": "features", "datatype": "FP32", "shape": list(shape), "data": data}]}
+    tensor = {
+        "name": "features",
+        "datatype": "FP32",
+        "shape": list(shape),
+        "data": data,
+    }
+    return {"inputs": [tensor]}
 
 
 @functools.cache
 def normal_rows() -> Floats:
     """The table behind ``expected_sizes``: float32 [1000, 784]."""
-    return np.random.default_rng(5).standard_normal((MOST_ROWS, MOST_FEATURES), dtype=np.float32)
+    rng = np.random.default_rng(5)
+    return rng.standard_normal((MOST_ROWS, MOST_FEATURES), dtype=np.float32)
 
 
 @functools.cache
@@ -98,10 +110,14 @@ def _summed_lengths() -> tuple[Ints, Ints]:
     """Characters of the first rows and features, summed, int64 [1000, 784]: with the fewest digits, and as doubles."""
     numbers = normal_rows().ravel()
     shortest = orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
-    texts = (shortest, map(repr, numbers.tolist()))  # json.dumps writes a float as repr does
-    lengths = (np.array([*map(len, text)], np.int64).reshape(MOST_ROWS, MOST_FEATURES) for text in texts)
-    short, long = (each.cumsum(axis=0).cumsum(axis=1) for each in lengths)
-    return short, long
+    as_doubles = map(repr, numbers.tolist())  # json.dumps writes a float as repr does
+    return _summed(shortest), _summed(as_doubles)
+
+
+def _summed(texts: Iterable[bytes | str]) -> Ints:
+    lengths = np.array([len(text) for text in texts], np.int64)
+    table = lengths.reshape(MOST_ROWS, MOST_FEATURES)
+    return table.cumsum(axis=0).cumsum(axis=1)
 
 
 class WireField(NamedTuple):
@@ -129,15 +145,21 @@ def _fields(raw: bytes, base: int, kind: Any, path: str, depth: int) -> Iterator
     while at < len(raw):
         start = at
         key, at = _varint(raw, at)
-        number, wire_type = key >> 3, WIRE_TYPES.get(key & 7)
+        number = key >> 3
+        wire_type = WIRE_TYPES.get(key & 7)
         field = kind.fields_by_number.get(number)
         if field is None or wire_type is None:
             raise InvalidInputError(f"byte {base + start} is the key {key}: {kind.full_name} has no such field")
+        content = at
         if wire_type == "LEN":
             length, content = _varint(raw, at)
             at = content + length
+        elif wire_type == "VARINT":
+            _, at = _varint(raw, at)
+        elif wire_type == "I64":
+            at += 8
         else:
-            content, at = at, _varint(raw, at)[1] if wire_type == "VARINT" else at + (8 if wire_type == "I64" else 4)
+            at += 4
         name = f"{path}{field.name}"
         yield WireField(name, number, wire_type, base + start, base + content, base + at, depth)
         if field.message_type is not None:
@@ -146,9 +168,12 @@ def _fields(raw: bytes, base: int, kind: Any, path: str, depth: int) -> Iterator
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
     """The number that begins at ``at``, seven bits a byte, lowest first; and where it ends."""
-    value, shift = 0, 0
+    value = 0
+    shift = 0
     while True:
-        value |= (raw[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if not raw[at - 1] & 0x80:
+        byte = raw[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        shift += 7
+        if not byte & 0x80:
             return value, at

@@ -27,7 +27,8 @@ from flserving.lab.pages.formula import formula
 from flserving.lab.workbook.answers import replace_file
 
 HERE = Path(__file__).parent
-_FIRST, _LAST = "README.md", ["glossary.md", "references.md"]  # of the pages that are no notebooks
+_FIRST = "README.md"  # of the pages that are no notebooks
+_LAST = ["glossary.md", "references.md"]
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 
 
@@ -43,7 +44,9 @@ class Page:
     def address(self) -> str:
         """Where it stands in the book."""
         path = PurePosixPath(self.source)
-        return str(path.with_name("index.html") if path.name == _FIRST else path.with_suffix(".html"))
+        if path.name == _FIRST:
+            return str(path.with_name("index.html"))
+        return str(path.with_suffix(".html"))
 
 
 class _Renderer(IPythonRenderer):
@@ -85,7 +88,8 @@ def build(notebooks: Path, out: Path, *, instructor: bool = False) -> list[Path]
 
     Cost: about a second a notebook.
     """
-    sources = [notebooks / _FIRST, *sorted(notebooks.glob("*.ipynb")), *(notebooks / name for name in _LAST)]
+    sources = [notebooks / _FIRST, *sorted(notebooks.glob("*.ipynb"))]
+    sources += [notebooks / name for name in _LAST]
     if instructor:
         guides = sorted((notebooks / "instructor").glob("*.md"))
         sources += sorted(guides, key=lambda path: path.name != _FIRST)
@@ -94,11 +98,15 @@ def build(notebooks: Path, out: Path, *, instructor: bool = False) -> list[Path]
         raise ConfigError(f"no notebooks in {notebooks}: give the folder with --notebooks")
     exporter = Pages("book.html.j2")
     for number, page in enumerate(pages):
-        around: dict[str, Any] = {"before": pages[number - 1] if number else None, "page": page, "pages": pages}
-        around["after"] = pages[number + 1] if number + 1 < len(pages) else None
+        around: dict[str, Any] = {"before": None, "page": page, "pages": pages, "after": None}
+        if number > 0:
+            around["before"] = pages[number - 1]
+        if number + 1 < len(pages):
+            around["after"] = pages[number + 1]
         around["root"] = "../" * page.source.count("/")
         folder = str((notebooks / page.source).parent)
-        html, _ = exporter.from_notebook_node(page.notebook, {"metadata": {"path": folder}, "book": around})
+        resources = {"metadata": {"path": folder}, "book": around}
+        html, _ = exporter.from_notebook_node(page.notebook, resources)
         target = out / page.address
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(target, _linked(html, page, pages))
@@ -109,7 +117,8 @@ def build(notebooks: Path, out: Path, *, instructor: bool = False) -> list[Path]
 def style_sheet(name: str) -> str:
     """Paper and ink, the layout of ``name`` in this folder, and the colours of code: on light and on dark paper."""
     sheets = [(HERE / sheet).read_text("utf-8") for sheet in ("paper.css", name)]
-    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark"))
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     return "\n".join([*sheets, light, f"@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"])
 
 
@@ -120,8 +129,11 @@ def _page(path: Path, notebooks: Path, instructor: bool) -> Page:
     else:
         cell = nbformat.v4.new_markdown_cell(path.read_text(encoding="utf-8"))  # type: ignore[no-untyped-call]
         notebook = nbformat.v4.new_notebook(cells=[cell])  # type: ignore[no-untyped-call]
+    title = path.stem
     heading = _TITLE.search(notebook.cells[0].source)
-    return Page(path.relative_to(notebooks).as_posix(), heading[1] if heading else path.stem, notebook)
+    if heading is not None:
+        title = heading[1]
+    return Page(path.relative_to(notebooks).as_posix(), title, notebook)
 
 
 def _linked(html: str, page: Page, pages: Sequence[Page]) -> str:

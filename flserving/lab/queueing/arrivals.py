@@ -66,7 +66,8 @@ class Bursty:
         return arrivals_per_cycle / (self.quiet_s + self.burst_s)
 
     def gaps_s(self, rng: np.random.Generator) -> Iterator[float]:
-        rates, switch_per_s = (self.quiet_per_s, self.burst_per_s), (1 / self.quiet_s, 1 / self.burst_s)
+        rates = (self.quiet_per_s, self.burst_per_s)
+        switch_per_s = (1 / self.quiet_s, 1 / self.burst_s)
         state = int(rng.random() < self.burst_s / (self.quiet_s + self.burst_s))  # start in the steady state
         gap = 0.0
         while True:  # both clocks are memoryless: draw the next event of either kind, then which kind it was

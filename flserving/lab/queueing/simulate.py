@@ -80,7 +80,9 @@ def simulate_batching(
         raise ConfigError(f"policy is {policy!r}: choose work_conserving or hold_until_full")
     times = arrivals.tolist()
     free_s = [0.0 if not times else min(0.0, times[0])] * workers
-    first, batches, sizes = 0, [], []
+    first = 0
+    batches = []
+    sizes = []
     while first < len(times):
         ready_s = times[first]
         if policy == "hold_until_full":

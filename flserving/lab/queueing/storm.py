@@ -37,7 +37,8 @@ class Storm:
     def answered_share(self) -> Floats:
         """Of the calls first made in each second, the share that was answered in the end."""
         edges = np.arange(self.seconds + 1)
-        made, good = np.histogram(self.call_s, edges)[0], np.histogram(self.call_s[self.answered], edges)[0]
+        made = np.histogram(self.call_s, edges)[0]
+        good = np.histogram(self.call_s[self.answered], edges)[0]
         return np.asarray(good / np.maximum(made, 1), np.float64)
 
 
@@ -197,7 +198,9 @@ def simulate_storm(
                 else _PolicyCall(policy, deadline_s, budgets[client], at_s, seed=call)
             )  # fmt: skip
             later(calls[call].begin(), "try", call)
-        answered, try_s, free_s = np.zeros(len(call_s), np.bool_), list[float](), 0.0
+        answered = np.zeros(len(call_s), np.bool_)
+        try_s = list[float]()
+        free_s = 0.0
         while events:
             now_s, _, event, call = heapq.heappop(events)
             if event == "answer":

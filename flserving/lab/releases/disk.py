@@ -95,7 +95,10 @@ class FragileDisk:
         if name not in self._files:
             self._files[name] = _File()
             self._names_since.append(dict(self._files))
-        self._files[name].data = data[: len(data) // 2] if cut else bytes(data)
+        written = bytes(data)
+        if cut:
+            written = written[: len(data) // 2]
+        self._files[name].data = written
         self._change(f"write({name!r})", cut)
 
     def sync(self, name: str) -> None:
@@ -137,4 +140,7 @@ class FragileDisk:
 def _kept(file: _File, kept: str) -> bytes:
     if kept == "all" or file.data == file.safe:
         return file.data
-    return file.safe if kept == "nothing" else file.data[: len(file.data) // 2]
+    if kept == "nothing":
+        return file.safe
+    half = len(file.data) // 2
+    return file.data[:half]

@@ -32,11 +32,18 @@ class Plan(NamedTuple):
     lost: dict[str, Floats]  # right answers lost until the test ends
 
 
-FIXED, MOST, TYPICAL = "z-test, one look at the end", "sequential, at most", "sequential, typically"
+FIXED = "z-test, one look at the end"
+MOST = "sequential, at most"
+TYPICAL = "sequential, typically"
 
 
-def plan(effect_percent: float, requests_a_day: int, share_percent: float, alpha: float = 0.05,
-         power: float = 0.8) -> Plan:  # fmt: skip
+def plan(
+    effect_percent: float,
+    requests_a_day: int,
+    share_percent: float,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> Plan:
     """What a test of a new version costs, by formula: one reward per request, clients alike.
 
     "Typically" is where half of the tests of a version that is worse by the effect have ended.
@@ -46,33 +53,43 @@ def plan(effect_percent: float, requests_a_day: int, share_percent: float, alpha
         MOST: lambda effect: statistics.information(effect, alpha, power),
         TYPICAL: lambda effect: statistics.information(effect, alpha, 0.5),
     }
-    effects, shares = np.geomspace(0.5, 10, 25), np.geomspace(1, 50, 25)
-    days = {
-        name: np.array([_requests(of(e / 100), share_percent) / requests_a_day for e in effects])
-        for name, of in needed.items()
-    }
+    effects = np.geomspace(0.5, 10, 25)
+    shares = np.geomspace(1, 50, 25)
+    days = {}
+    for name, of in needed.items():
+        requests = [_requests(of(percent / 100), share_percent) for percent in effects]
+        days[name] = np.array(requests) / requests_a_day
     effect = effect_percent / 100
-    gaps = {f"worse by {effect_percent:g} points": (effect, needed[TYPICAL](effect))}
-    gaps[f"broken, worse by {100 * BROKEN:.0f} points"] = BROKEN, noticed(BROKEN, effect, alpha)
-    lost = {
-        name: np.array([gap * s / 100 * _requests(information, s, gap) for s in shares])
-        for name, (gap, information) in gaps.items()
+    gaps = {
+        f"worse by {effect_percent:g} points": (effect, needed[TYPICAL](effect)),
+        f"broken, worse by {100 * BROKEN:.0f} points": (BROKEN, noticed(BROKEN, effect, alpha)),
     }
+    lost = {}
+    for name, (gap, information) in gaps.items():
+        requests = [_requests(information, percent, gap) for percent in shares]
+        lost[name] = gap * shares / 100 * np.array(requests)
     return Plan((effect_percent, share_percent), effects, days, shares, lost)
 
 
 def _requests(information: float, share_percent: float, gap: float = 0.0) -> float:
     """``statistics.sample_size``, where the new version's rewards have the variance of their own mean."""
-    share, new = share_percent / 100, MEAN - gap
-    return information * (new * (1 - new) / share + MEAN * (1 - MEAN) / (1 - share))
+    share = share_percent / 100
+    new = MEAN - gap
+    of_new = new * (1 - new) / share
+    of_old = MEAN * (1 - MEAN) / (1 - share)
+    return information * (of_new + of_old)
 
 
 def noticed(gap: float, effect: float, alpha: float = 0.05) -> float:
     """The information at which the sequential test tuned for ``effect`` sees a true ``gap`` in half of the cases."""
-    low, high = 1e-3, 1e9
+    low = 1e-3
+    high = 1e9
     while high / low > 1.001:  # the width falls with the information
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if statistics.half_width(1 / middle, alpha, effect) < gap else (middle, high)
+        if statistics.half_width(1 / middle, alpha, effect) < gap:
+            high = middle
+        else:
+            low = middle
     return high
 
 
@@ -88,11 +105,16 @@ class Users:
     """
 
     def __init__(self, server: ModelServer, model: str, x: Features, y: Ints, names: Sequence[str]) -> None:
-        self.server, self.model, self.x, self.y, self.names = server, model, x, y, names
+        self.server = server
+        self.model = model
+        self.x = x
+        self.y = y
+        self.names = names
 
     def ask(self, rng: np.random.Generator) -> tuple[str, str | None, int, bool]:
         """One request and its feedback: who asked, the arm, the version, whether it was right."""
-        name, i = self.names[int(rng.integers(len(self.names)))], rng.integers(len(self.y))
+        name = self.names[int(rng.integers(len(self.names)))]
+        i = rng.integers(len(self.y))
         answer = self.server.predict(self.x[i : i + 1], model=self.model, client=name)
         right = int(answer["predictions"][0]) == int(self.y[i])
         if "receipt" in answer:
@@ -102,17 +124,26 @@ class Users:
 
     def in_turn(self, count: int, pause_s: float = 0.003) -> tuple[list[float], set[str]]:
         """One request after the other, each a row of its own. Returns the latencies in ms, and who answered."""
-        answers = []
+        latencies_ms = []
+        versions = set()
         for i in range(count):
             name = self.names[i % len(self.names)]
-            answers.append(self.server.predict(self.x[i : i + 1], model=self.model, client=name))
+            answer = self.server.predict(self.x[i : i + 1], model=self.model, client=name)
+            latencies_ms.append(answer["latency_ms"])
+            versions.add(answer["model_version"])
             time.sleep(pause_s)
-        return [answer["latency_ms"] for answer in answers], {answer["model_version"] for answer in answers}
+        return latencies_ms, versions
 
     def keep_asking(
-        self, begin: Callable[[], object], over: Callable[[], object], *, callers: int = 2, around: int = 800,
-        most_s: float = 240.0, seed: int = 0,
-    ) -> tuple["pd.DataFrame", tuple[float, float]]:  # fmt: skip
+        self,
+        begin: Callable[[], object],
+        over: Callable[[], object],
+        *,
+        callers: int = 2,
+        around: int = 800,
+        most_s: float = 240.0,
+        seed: int = 0,
+    ) -> tuple["pd.DataFrame", tuple[float, float]]:
         """Ask from threads; after ``around`` answers call ``begin``, wait until ``over()`` or ``most_s`` passed, and
         go on for as many answers again.
 
@@ -126,7 +157,8 @@ class Users:
 
         answers: list[tuple[float, str, str | None, int, bool]] = []
         problems: list[Exception] = []
-        done, began_s = threading.Event(), time.perf_counter()
+        done = threading.Event()
+        began_s = time.perf_counter()
 
         def caller(number: int) -> None:
             rng = np.random.default_rng((seed, number))

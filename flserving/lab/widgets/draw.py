@@ -12,7 +12,8 @@ from flserving.api.endpoint import Endpoint
 from flserving.errors import ConfigError, FlservingError
 from flserving.lab.style import is_static
 
-PIXELS, FULL = 64, 16  # an image of the digits data set: 8 x 8 pixels of 0 to 16
+PIXELS = 64  # an image of the digits data set: 8 x 8 pixels of 0 to 16
+FULL = 16
 
 
 class DigitCanvas(anywidget.AnyWidget):
@@ -35,7 +36,8 @@ class DigitCanvas(anywidget.AnyWidget):
     origin = traitlets.Unicode("")
 
     def __init__(self, endpoint: Endpoint, model: str = "digits", examples: Iterable[Sequence[float]] = ()) -> None:
-        self.endpoint, self.model_name = endpoint, model
+        self.endpoint = endpoint
+        self.model_name = model
         self._client = Client(endpoint.url, endpoint.token, ca=endpoint.options.certificate)
         images = [_checked(image) for image in examples]
         super().__init__(url=f"{endpoint.url}/v2/models/{model}/infer", examples=images)
@@ -55,9 +57,11 @@ class DigitCanvas(anywidget.AnyWidget):
 
     def _hear(self, _: object, said: dict[str, Any], __: object) -> None:
         if said["kind"] == "hello":
-            self.send({"kind": "welcome", "view": said["view"], **self._welcome(said["origin"])})
+            welcome = self._welcome(said["origin"])
+            self.send({"kind": "welcome", "view": said["view"], **welcome})
         elif said["kind"] == "infer":
-            self.send({"kind": "answer", "view": said["view"], **self.ask(said["pixels"])})
+            answer = self.ask(said["pixels"])
+            self.send({"kind": "answer", "view": said["view"], **answer})
 
     def _welcome(self, origin: str) -> dict[str, Any]:
         self.origin = origin
@@ -82,8 +86,9 @@ def draw_digit(
         return canvas
     told = [canvas.ask(image) for image in canvas.examples]
     canvas.close()
-    if errors := [answer["error"] for answer in told if "error" in answer]:
-        raise FlservingError(errors[0])
+    for answer in told:
+        if "error" in answer:
+            raise FlservingError(answer["error"])
     return None
 
 

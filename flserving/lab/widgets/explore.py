@@ -29,7 +29,8 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
     """Controls above a picture. ``values`` is what the controls show, ``picture`` the figure of them."""
 
     def __init__(self, render: Callable[[dict[str, Any]], str], controls: dict[str, widgets.Widget]) -> None:
-        self._render, self.controls = render, controls
+        self._render = render
+        self.controls = controls
         self.picture = widgets.HTML(  # widgets.Image has no text alternative
             layout=widgets.Layout(max_width="100%", margin="0", align_self="flex-start")
         )
@@ -89,21 +90,24 @@ def explore(
 
     Cost: one model call, one drawing (about 60 ms) and a 20 kB PNG per step.
     """
-    start, labels = dict(start or {}), dict(labels or {})
+    start = dict(start or {})
+    labels = dict(labels or {})
     for given, what in ((start, "start"), (labels, "labels")):
-        if unknown := sorted(given.keys() - controls.keys()):
+        unknown = sorted(given.keys() - controls.keys())
+        if unknown:
             raise ConfigError(f"{what} names {unknown}, which is not a control: use {sorted(controls)}")
     if not controls:
         raise ConfigError("explore needs at least one control, got none: pass name=(low, high, step)")
     texts = {name: labels.get(name, style.label(name)) for name in controls}
+    widest = max(map(len, texts.values()))
     look = {
-        "style": {"description_width": f"{max(map(len, texts.values()))}ch"},  # one column of labels, one of controls
+        "style": {"description_width": f"{widest}ch"},  # one column of labels, one of controls
         "layout": widgets.Layout(width="min(100%, 520px)"),
     }
-    made = {
-        name: _widget(name, control, start.get(name), {"description": texts[name], **look})
-        for name, control in controls.items()
-    }
+    made = {}
+    for name, control in controls.items():
+        named = {"description": texts[name], **look}
+        made[name] = _widget(name, control, start.get(name), named)
     try:
         inspect.signature(model).bind(**controls)
     except TypeError as error:
@@ -114,16 +118,23 @@ def explore(
     box = list(corners(**controls))
     drawn = covering(box)
     for values in box:
-        render(values) if values in drawn else _at(values, model)
+        if values in drawn:
+            render(values)
+        else:
+            _at(values, model)
     return None
 
 
 def corners(**controls: Control) -> Iterator[dict[str, Any]]:
     """Every combination of the ends: low and high of a slider, each entry of a list, both ticks of a checkbox."""
-    ends = [
-        (False, True) if isinstance(control, bool) else control[:2] if isinstance(control, tuple) else control
-        for control in controls.values()
-    ]
+    ends: list[Sequence[Any]] = []
+    for control in controls.values():
+        if isinstance(control, bool):
+            ends.append((False, True))
+        elif isinstance(control, tuple):
+            ends.append(control[:2])
+        else:
+            ends.append(control)
     for combination in itertools.product(*ends):
         yield dict(zip(controls, combination, strict=True))
 
@@ -155,7 +166,8 @@ def _renderer(model: Callable[..., Any], draw: Callable[[Any], Figure]) -> Calla
             drawn = draw(model(**values))
             if not isinstance(drawn, Figure):
                 raise ConfigError(f"draw returned {type(drawn).__name__}: it must return the matplotlib Figure")
-            return style.picture_tag(base64.b64encode(style.png(drawn)).decode(), style.alternative(drawn))
+            image = base64.b64encode(style.png(drawn))
+            return style.picture_tag(image.decode(), style.alternative(drawn))
 
     return lambda values: _at(values, picture)
 
@@ -165,7 +177,8 @@ def _at(values: Mapping[str, Any], function: Callable[..., Result]) -> Result:
     try:
         return function(**values)
     except Exception as error:
-        error.add_note(f"explore: with {', '.join(f'{name}={value!r}' for name, value in values.items())}")
+        shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        error.add_note(f"explore: with {shown}")
         raise
 
 
@@ -176,21 +189,23 @@ def _widget(name: str, control: Control, start: Any, look: dict[str, Any]) -> wi
         if not control:
             raise ConfigError(f"control {name} is an empty list: give at least one choice")
         return widgets.Dropdown(options=control, value=_choice(name, start, control), **look)
-    if not (isinstance(control, tuple) and len(control) == 3 and all(map(_is_number, control))):
+    if not isinstance(control, tuple) or len(control) != 3 or not all(map(_is_number, control)):
         raise ConfigError(f"control {name} is {control!r}: use (low, high, step), a list of choices, or True/False")
     whole = all(isinstance(part, Integral) for part in control)
     low, high, step = (int(part) if whole else float(part) for part in control)  # numpy's numbers, too
-    if not (low < high and 0 < step <= high - low):
+    if low >= high or not 0 < step <= high - low:
         raise ConfigError(f"control {name} is {control!r}: it needs low < high and 0 < step <= high - low")
     if start is None:
         start = low + step * int((high - low) / step / 2)
-    if not (_is_number(start) and low <= start <= high and (isinstance(start, Integral) or not whole)):
-        kind = "an integer" if whole else "a number"
+    kind = "an integer" if whole else "a number"
+    fits = isinstance(start, Integral) or not whole
+    if not fits or not _is_number(start) or not low <= start <= high:
         raise ConfigError(f"start value of {name} is {start!r}: it must be {kind} in [{low}, {high}]")
     look = {"min": low, "max": high, "step": step, "value": start, **look}
-    return (
-        widgets.IntSlider(**look) if whole else widgets.FloatSlider(readout_format=f".{_decimals(low, step)}f", **look)
-    )
+    if whole:
+        return widgets.IntSlider(**look)
+    digits = _decimals(low, step)
+    return widgets.FloatSlider(readout_format=f".{digits}f", **look)
 
 
 def _choice(name: str, start: Any, choices: list[Any]) -> Any:
@@ -206,7 +221,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _decimals(*parts: float) -> int:
-    return min(6, max(-int(Decimal(repr(part)).normalize().as_tuple().exponent) for part in (0, *parts)))
+    most = 0
+    for part in parts:
+        shortest = Decimal(repr(part)).normalize()
+        most = max(most, -int(shortest.as_tuple().exponent))
+    return min(6, most)
 
 
 def _read(control: widgets.Widget) -> Any:

@@ -5,9 +5,10 @@ A ``Recording`` has two kinds of boxes. Boxes of the *recording* lie on a time a
 request 7. A box with the same ``key`` in two consecutive frames slides from its old place to its new one.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.colors import to_rgb
@@ -18,7 +19,8 @@ from flserving.errors import ConfigError
 from flserving.lab import style
 from flserving.lab.queueing.simulate import BatchTrace
 
-MAX_BOXES, MAX_FRAMES = 20_000, 2_000  # a notebook and a canvas bear about a megabyte of boxes
+MAX_BOXES = 20_000  # a notebook and a canvas bear about a megabyte of boxes
+MAX_FRAMES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,36 +80,46 @@ class Recording:
         for box in everything:
             if box.lane not in self.lanes:
                 raise ConfigError(f"{box} lies in no lane: the lanes are {self.lanes}")
-            if not (math.isfinite(box.start) and math.isfinite(box.end) and box.start <= box.end):
+            finite = math.isfinite(box.start) and math.isfinite(box.end)
+            if not finite or box.start > box.end:
                 raise ConfigError(f"{box} has no extent: it needs finite start <= end")
 
     def _everything(self) -> list[Box]:
-        return [*self.boxes, *(box for frame in self.frames for box in frame.boxes)]
+        boxes = list(self.boxes)
+        for frame in self.frames:
+            boxes += frame.boxes
+        return boxes
 
     def colours(self) -> dict[str, str]:
         """Colour of each kind, ``#rrggbb``."""
-        kinds = dict.fromkeys([*self.kinds, *(box.kind for box in self._everything())])
-        return {kind: style.COLOURS[number % len(style.COLOURS)] for number, kind in enumerate(kinds)}
+        appearing = [box.kind for box in self._everything()]
+        kinds = dict.fromkeys([*self.kinds, *appearing])
+        return dict(zip(kinds, itertools.cycle(style.COLOURS), strict=False))
 
     def extent(self) -> tuple[float, float]:
         """Both ends of the axis; never equal."""
-        boxes = self._everything()
-        low, high = self.x_range or (
-            min((box.start for box in boxes), default=0.0),
-            max((box.end for box in boxes), default=1.0),
-        )
-        return (low, high) if high > low else (low, low + 1)
+        if self.x_range is not None:
+            low, high = self.x_range
+        else:
+            boxes = self._everything()
+            low = min((box.start for box in boxes), default=0.0)
+            high = max((box.end for box in boxes), default=1.0)
+        if high <= low:
+            high = low + 1
+        return low, high
 
     def visible(self, index: int) -> list[Box]:
         """The boxes of one frame, those of the recording cut at its ``now``."""
         frame = self.frames[index]
-        now = math.inf if frame.now is None else frame.now
-        shared = [
-            box if box.end <= now else Box(box.lane, box.start, now, box.label, box.kind, box.key)
-            for box in self.boxes
-            if box.start <= now
-        ]
-        return shared + list(frame.boxes)
+        now = math.inf
+        if frame.now is not None:
+            now = frame.now
+        shared = []
+        for box in self.boxes:
+            if box.start <= now:
+                end = min(box.end, now)
+                shared.append(replace(box, end=end))
+        return [*shared, *frame.boxes]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: boxes as [lane number, start, end, label, kind number, key]."""
@@ -116,15 +128,24 @@ class Recording:
         kind_number = {kind: number for number, kind in enumerate(colours)}
 
         def packed(boxes: Iterable[Box]) -> list[list[Any]]:
-            return [[lane_number[b.lane], b.start, b.end, b.label, kind_number[b.kind], b.key] for b in boxes]
+            found = []
+            for box in boxes:
+                lane = lane_number[box.lane]
+                kind = kind_number[box.kind]
+                found.append([lane, box.start, box.end, box.label, kind, box.key])
+            return found
 
+        frames = []
+        for frame in self.frames:
+            shown = {"caption": frame.caption, "now": frame.now}
+            frames.append({**shown, "boxes": packed(frame.boxes)})
         return {
             "lanes": list(self.lanes),
             "kinds": [[kind, colour] for kind, colour in colours.items()],
             "x_label": self.x_label,
             "x_range": list(self.extent()),
             "boxes": packed(self.boxes),
-            "frames": [{"caption": f.caption, "now": f.now, "boxes": packed(f.boxes)} for f in self.frames],
+            "frames": frames,
         }
 
 
@@ -141,9 +162,12 @@ def draw_frame(recording: Recording, index: int = -1) -> Figure:
             ax.barh(row, width, left=box.start, height=0.72, color=colour, edgecolor="white", linewidth=0.8)
             characters = int(width / (high - low) * 85)  # of the axis' width, at this font size
             if box.label and characters >= 1:
-                text = box.label if len(box.label) <= characters else box.label[: max(0, characters - 1)] + "…"
+                text = box.label
+                if len(text) > characters:
+                    text = text[: characters - 1] + "…"
                 shade = "black" if _lightness(colour) > 0.45 else "white"
-                ax.text(box.start + width / 2, row, text, ha="center", va="center", fontsize=9, color=shade)
+                middle = box.start + width / 2
+                ax.text(middle, row, text, ha="center", va="center", fontsize=9, color=shade)
         now = recording.frames[index].now
         if now is not None:
             ax.axvline(now, color="#333333", linewidth=1)
@@ -166,22 +190,32 @@ def cache_recording(steps: Sequence[tuple[str, bool, Sequence[str]]], capacity: 
         steps: For each request the key asked for, whether it was a hit, and the keys held afterwards, coldest first.
         capacity: Places in the cache.
     """
-    frames, before = [Frame("before the first request: the cache is empty")], set[str]()
+    frames = [Frame("before the first request: the cache is empty")]
+    before = set[str]()
+    places = capacity
     for number, (asked, hit, held) in enumerate(steps, start=1):
         gone = sorted(before - set(held))
-        boxes = [
-            Box("in memory", place, place + 1, key, "kept" if key != asked else "hit" if hit else "loaded", key)
-            for place, key in enumerate(held)
-        ]
-        boxes += [Box("evicted", place, place + 1, key, "evicted", key) for place, key in enumerate(gone)]
-        news = "a hit" if hit else "a miss, loaded" + (f"; {', '.join(gone)} evicted" if gone else "")
+        boxes = []
+        for place, key in enumerate(held):
+            kind = "kept"
+            if key == asked:
+                kind = "hit" if hit else "loaded"
+            boxes.append(Box("in memory", place, place + 1, key, kind, key))
+        for place, key in enumerate(gone):
+            boxes.append(Box("evicted", place, place + 1, key, "evicted", key))
+        news = "a hit"
+        if not hit:
+            news = "a miss, loaded"
+            if gone:
+                news += f"; {', '.join(gone)} evicted"
         frames.append(Frame(f"request {number}: {asked} is {news}", tuple(boxes)))
         before = set(held)
+        places = max(places, len(held))
     return Recording(
         lanes=("in memory", "evicted"),
         frames=tuple(frames),
         x_label="place in the cache, coldest first",
-        x_range=(0, max([capacity, *(len(held) for _, _, held in steps)])),
+        x_range=(0, places),
         kinds=("kept", "evicted", "hit", "loaded"),
     )
 
@@ -189,16 +223,21 @@ def cache_recording(steps: Sequence[tuple[str, bool, Sequence[str]]], capacity: 
 def batch_recording(trace: BatchTrace, max_batch_size: int) -> Recording:
     """The timeline of batches: a tick per arrival, a box per batch with its size, a frame per event. Axis in ms."""
     workers = int(trace.worker.max(initial=0)) + 1
-    arrival_ms, start_ms, end_ms = (1e3 * times for times in (trace.arrival_s, trace.batch_start_s, trace.batch_end_s))
+    arrival_ms = 1e3 * trace.arrival_s
+    start_ms = 1e3 * trace.batch_start_s
+    end_ms = 1e3 * trace.batch_end_s
     boxes = [Box("arrivals", at, at, "", "arrival") for at in arrival_ms.tolist()]
     for worker, start, end, size in zip(trace.worker, start_ms, end_ms, trace.batch_size, strict=True):
         kind = "full batch" if size >= max_batch_size else "part-filled batch"
         boxes.append(Box(f"worker {worker}", float(start), float(end), str(size), kind))
     frames = []
-    for now in sorted({*arrival_ms.tolist(), *start_ms.tolist(), *end_ms.tolist()} or {0.0}):
-        begun_ms = start_ms[trace.batch]
-        waiting = int(((arrival_ms <= now) & (begun_ms > now)).sum())
-        busy = int(((start_ms <= now) & (end_ms > now)).sum())
+    moments = {*arrival_ms.tolist(), *start_ms.tolist(), *end_ms.tolist()}
+    begun_ms = start_ms[trace.batch]
+    for now in sorted(moments or {0.0}):
+        waits = (arrival_ms <= now) & (begun_ms > now)
+        runs = (start_ms <= now) & (end_ms > now)
+        waiting = int(waits.sum())
+        busy = int(runs.sum())
         frames.append(Frame(f"{now:.1f} ms: {waiting} waiting, {busy} of {workers} workers busy", now=now))
     lanes = ("arrivals", *(f"worker {worker}" for worker in range(workers)))
     kinds = ("arrival", "part-filled batch", "full batch")

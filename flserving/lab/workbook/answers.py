@@ -51,9 +51,11 @@ def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file in one step: who reads it sees the old content or the new. OSError: the folder is read-only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if isinstance(content, str):
+        content = content.encode()
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
         os.chmod(staged, 0o644)
         os.replace(staged, path)
     except BaseException:
@@ -64,7 +66,9 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def recorded(kind: str) -> dict[str, Any]:
     """What is known of the "guesses", "quizzes" or "checks" of this notebook, by name."""
     found = _load().get(kind)
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return found
 
 
 def record(kind: str, name: str, entry: Mapping[str, Any]) -> None:
@@ -145,10 +149,11 @@ def guess(name: str, *choices: str) -> Asked | Text:
     if not live():
         return text
     before = recorded("guesses").get(name, {})
-    known = before.get("guess")
-    buttons = _buttons(choices, known if known in choices else None)
-    buttons.disabled = "measured" in before
-    note = widgets.HTML("It was measured already: this was your guess." if buttons.disabled else "")
+    buttons = _buttons(choices, before.get("guess"))
+    note = widgets.HTML()
+    if "measured" in before:
+        buttons.disabled = True
+        note.value = "It was measured already: this was your guess."
 
     def keep(change: Mapping[str, Any]) -> None:
         if change["new"] is not None:
@@ -191,18 +196,23 @@ class Question:
 
     def told(self, choice: str) -> str:
         """What to say to an answer."""
-        return f"Correct: {self.because}" if choice == self.answer else f"No: {self.wrong[choice]}"
+        if choice == self.answer:
+            return f"Correct: {self.because}"
+        return f"No: {self.wrong[choice]}"
 
 
 def questions(name: str) -> list[Question]:
     """What ``quizzes/NAME.md`` asks: its headings. ``[x]`` is the correct answer, and a reason follows each."""
     found = []
-    for asked in (QUIZZES / f"{name}.md").read_text(encoding="utf-8").split("\n## ")[1:]:
-        text = asked.partition("\n")[0]
+    file = QUIZZES / f"{name}.md"
+    _, *parts = file.read_text(encoding="utf-8").split("\n## ")
+    for asked in parts:
+        text, _, _ = asked.partition("\n")
         told = re.findall(r"^- \[([ x])\] (.+)\n  - (.+)$", asked, re.MULTILINE)
         wrong = {choice: reason for mark, choice, reason in told if mark == " "}
         correct = [(choice, reason) for mark, choice, reason in told if mark == "x"]
-        if len(correct) != 1 or not wrong or len({*wrong, correct[0][0]}) < asked.count("\n- "):
+        different = {choice for _, choice, _ in told}
+        if len(correct) != 1 or not wrong or len(different) < asked.count("\n- "):
             raise ConfigError(f"question {text!r} needs one correct answer and at least one other, each with a reason")
         found.append(Question(text, *correct[0], wrong))
     return found
@@ -217,7 +227,9 @@ def quiz(name: str) -> Asked | Text:
     asked = questions(name)
     lines = []
     for number, question in enumerate(asked, start=1):
-        lines += [f"**{number}. {question.text}**", *(f"- {choice}" for choice in question.choices()), ""]
+        lines.append(f"**{number}. {question.text}**")
+        lines += [f"- {choice}" for choice in question.choices()]
+        lines.append("")
     text = Text("\n".join(lines).strip())
     if not live():
         return text
@@ -225,21 +237,28 @@ def quiz(name: str) -> Asked | Text:
 
 
 def _asked(number: int, question: Question) -> widgets.VBox:
-    before = recorded("quizzes").get(question.text, {}).get("last")
-    buttons = _buttons(question.choices(), before if before in question.choices() else None)
-    reason = widgets.HTML(html.escape(question.told(buttons.value)) if buttons.value else "")
+    before = recorded("quizzes").get(question.text, {})
+    buttons = _buttons(question.choices(), before.get("last"))
+    reason = widgets.HTML()
+    if buttons.value:
+        reason.value = html.escape(question.told(buttons.value))
 
     def answered(change: Mapping[str, Any]) -> None:
         choice = change["new"]
         if choice is None:
             return
-        entry = {"first": choice, **recorded("quizzes").get(question.text, {}), "last": choice}
-        record("quizzes", question.text, {**entry, "correct": entry["first"] == question.answer})
+        before = recorded("quizzes").get(question.text, {})
+        entry = {"first": choice, **before, "last": choice}
+        entry["correct"] = entry["first"] == question.answer
+        record("quizzes", question.text, entry)
         reason.value = html.escape(question.told(choice))
 
     buttons.observe(answered, names="value")
     return widgets.VBox([widgets.HTML(f"<b>{number}. {html.escape(question.text)}</b>"), buttons, reason])
 
 
-def _buttons(choices: Sequence[str], value: str | None) -> widgets.RadioButtons:
-    return widgets.RadioButtons(options=list(choices), value=value, layout=widgets.Layout(width="max-content"))
+def _buttons(choices: Sequence[str], chosen: Any) -> widgets.RadioButtons:
+    """``chosen`` is marked, where it is still one of the choices."""
+    layout = widgets.Layout(width="max-content")
+    value = chosen if chosen in choices else None
+    return widgets.RadioButtons(options=list(choices), value=value, layout=layout)

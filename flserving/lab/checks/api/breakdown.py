@@ -83,8 +83,10 @@ def _marks() -> Floats:
     # most of the time; the queue, seldom entered, has the largest p99; the requests overlap, so the whole run is much
     # shorter than the sum of its requests.
     rng = np.random.default_rng(6)
-    wire, infer = rng.integers(3, 8, 1001), rng.integers(14, 25, 1001)
-    queue, serialise = np.zeros(1001, np.int64), rng.integers(1, 4, 1001)
+    wire = rng.integers(3, 8, 1001)
+    infer = rng.integers(14, 25, 1001)
+    queue = np.zeros(1001, np.int64)
+    serialise = rng.integers(1, 4, 1001)
     queue[rng.permutation(1001)[:150]] += rng.integers(20, 90, 150)
     wire[rng.permutation(1001)[:25]] += rng.integers(20, 60, 25)
     arrival = np.sort(rng.integers(0, 5000, 1001)) + 7000
@@ -151,7 +153,8 @@ def _worst(got: Any, times_ms: Floats) -> None:
 
 
 def _speed_up(got: Any, times_ms: Floats, marks_s: Floats, k: float) -> None:
-    total_ms, infer_ms = times_ms.sum(axis=1), times_ms[:, 2]
+    total_ms = times_ms.sum(axis=1)
+    infer_ms = times_ms[:, 2]
     share = infer_ms.sum() / total_ms.sum()
     of_run = infer_ms.sum() / (np.ptp(marks_s) * 1e3)
     without_queue = infer_ms.sum() / (total_ms - times_ms[:, 1]).sum()

@@ -86,7 +86,9 @@ class _Server:
     """Answers request n after ``takes_s[n]``, else 5 ms; ``blocks_s[n]`` is time in which nothing else runs at all."""
 
     def __init__(self, takes_s: dict[int, float], blocks_s: dict[int, float], fails: Sequence[int] = ()) -> None:
-        self.takes_s, self.blocks_s, self.fails = takes_s, blocks_s, fails
+        self.takes_s = takes_s
+        self.blocks_s = blocks_s
+        self.fails = fails
         self.loop = _Loop()
         self.sent_s: list[float] = []
 

@@ -98,10 +98,14 @@ class _World:
     """A server that follows a script, and the time in it. A try takes ``took_s``."""
 
     def __init__(self, script: Iterable[object], deadline_s: float, took_s: float = 0.01, seed: int = 0) -> None:
-        self.script, self.deadline_s, self.took_s = iter(script), deadline_s, took_s
-        self.now_s, self.asked = 100.0, 0
+        self.script = iter(script)
+        self.deadline_s = deadline_s
+        self.took_s = took_s
+        self.now_s = 100.0
+        self.asked = 0
         self.budget = _Budget()
-        self.start_s, self.end_s = self.now_s, self.now_s + deadline_s
+        self.start_s = self.now_s
+        self.end_s = self.now_s + deadline_s
         self.tries: list[tuple[float, float]] = []  # when, with which timeout
         self.sleeps: list[float] = []
         self.raised: list[BaseException] = []
@@ -243,7 +247,8 @@ def _raises_what_is_final(call_with_retry: Call) -> None:
     for kind, why in FINAL.items():
         world = _World([first := _busy(kind), *[_busy(kind) for _ in range(99)]], deadline_s=2)
         got, error = world.run(call_with_retry)
-        name, status = kind.__name__, kind.http_status
+        name = kind.__name__
+        status = kind.http_status
         assert len(world.tries) == 1, f"{name} ({status}) was tried {len(world.tries)} times: {why}; raise it at once"
         _check_raised(got, error, first, f"after {name} ({status})")
         assert not world.sleeps, f"it slept before it raised {name}: there is nothing to wait for"
@@ -316,7 +321,8 @@ def _backs_off_with_jitter(call_with_retry: Call) -> None:
         waits.append([later[0] - earlier[0] - world.took_s for earlier, later in ends])
     table = np.array(waits)
     assert table.shape == (40, 4), "four times 429, then an answer, 1000 s to spare: it gave up before the answer"
-    mean_s, spread = table.mean(axis=0), table.std(axis=0)
+    mean_s = table.mean(axis=0)
+    spread = table.std(axis=0)
     assert (spread > 0.05 * mean_s).all(), (
         f"forty callers that failed at the same time all waited the same {_told(mean_s)} s: they come back together; "
         "draw each wait at random (jitter)"

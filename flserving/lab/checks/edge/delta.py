@@ -138,7 +138,8 @@ def _encoded(encode_delta: Encode, new: State, old: State) -> bytes:
             f"the {len(data)} bytes are not what zlib.compress makes: the device cannot read them"
         ) from None
     weights = sum(tensor.numel() for tensor in new.values())
-    wanted, got = weights + _SCALE_NBYTES * len(new), len(plain)
+    wanted = weights + _SCALE_NBYTES * len(new)
+    got = len(plain)
     mistakes = {
         weights: "there is no scale: nobody knows what a code of 1 means",
         wanted + 3 * weights: "four bytes for each weight are as long as the weights: .astype(np.int8)",

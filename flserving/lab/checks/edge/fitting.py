@@ -11,8 +11,11 @@ from flserving.lab.checks.asking import ask
 from flserving.lab.checks.parts import Part, judge
 
 Fit = Callable[..., Tensor]
-_ROWS, _INPUTS, _CLASSES = 12, 5, 4
-_RATE, _STEPS = 0.2, 3
+_ROWS = 12
+_INPUTS = 5
+_CLASSES = 4
+_RATE = 0.2
+_STEPS = 3
 
 
 def check_fit_head(fit_head: Fit) -> None:

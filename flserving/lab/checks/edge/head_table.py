@@ -10,7 +10,8 @@ from flserving.lab.checks.asking import ask
 from flserving.lab.checks.parts import Part, judge
 
 Kind = Callable[[Tensor, str], Any]
-_BODY, _BEFORE = "digest of round 7", "digest of round 6"
+_BODY = "digest of round 7"
+_BEFORE = "digest of round 6"
 _HEADS = ("the shared head", "ada's head", "bob's head", "ada's first head")
 
 
@@ -88,7 +89,8 @@ def _expect(table: Any, why: str, *rows: tuple[str, str, str]) -> None:
         assert word == right, f"{client} is answered by {wanted}, and find says {word!r}: that is {right!r}"
 
 
-_ADA, _BOB = ("ada", "ada's head", _BODY), ("bob", "bob's head", _BODY)
+_ADA = ("ada", "ada's head", _BODY)
+_BOB = ("bob", "bob's head", _BODY)
 
 
 def _own(kind: Kind) -> None:
@@ -123,7 +125,8 @@ def _replaced(kind: Kind) -> None:
 
 
 def _copied(kind: Kind) -> None:
-    shared, own = _head("the shared head"), _head("ada's head")
+    shared = _head("the shared head")
+    own = _head("ada's head")
     table = ask("HeadTable(shared, body)", kind, shared, _BODY)
     ask("put('ada', head, ...)", table.put, "ada", own, _BODY)
     shared += 10
@@ -135,6 +138,7 @@ def _copied(kind: Kind) -> None:
 def _any_batch(kind: Kind) -> None:
     why = "row k is answered by the head of the client in row k"
     table = _table(kind, _ADA, _BOB)
-    bob, cem = ("bob", "bob's head", "own"), ("cem", "the shared head", "unknown")
+    bob = ("bob", "bob's head", "own")
+    cem = ("cem", "the shared head", "unknown")
     _expect(table, why, bob, cem, ("ada", "ada's head", "own"), bob, bob)
     _expect(table, why)

@@ -18,7 +18,8 @@ from flserving.lab.checks.parts import Part, judge
 Batched = Callable[[Tensor, Tensor, Tensor], Tensor]
 Right = Mapping[str, Mapping[str, Mapping[str, Any]]]
 Choose = Callable[[Right], dict[str, str]]
-_INPUTS, _CLASSES = 6, 4
+_INPUTS = 6
+_CLASSES = 4
 _COMPOSITIONS = {
     "one row": [3],
     "five rows of five clients": [4, 0, 6, 2, 5],

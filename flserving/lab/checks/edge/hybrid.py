@@ -8,7 +8,8 @@ from flserving.lab.checks.asking import ask
 from flserving.lab.checks.parts import Part, judge
 
 Hybrid = Callable[..., dict[str, Any]]
-ROW, OTHER = (0.1, 0.2), (0.3, 0.4)
+ROW = (0.1, 0.2)
+OTHER = (0.3, 0.4)
 LIMITS = {"threshold": 0.9, "fresh_s": 100, "refuse_s": 1000, "consent": True}
 KEYS = ("prediction", "confidence", "round", "age_s", "path")
 
@@ -19,7 +20,8 @@ class _World:
     def __init__(self, *, confidence: float = 0.6, age_s: float = 10, away: Exception | None = None) -> None:
         self.local = {"prediction": 3, "confidence": confidence, "round": 7, "age_s": age_s}
         self.fresh = {"prediction": 8, "confidence": 0.97, "round": 9, "age_s": 1}
-        self.away, self.known = away, dict[Any, Any]()
+        self.away = away
+        self.known = dict[Any, Any]()
         self.asked_device = self.asked_cloud = self.stored = 0
 
     def device(self, row: object) -> dict[str, Any]:

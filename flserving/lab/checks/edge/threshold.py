@@ -38,7 +38,10 @@ class World(NamedTuple):
         return float(np.percentile(self.latency_ms(threshold), 95))
 
     def chosen(self) -> float | None:
-        good = [t for t in self.candidates if self.right(t) >= self.floor and self.p95_ms(t) <= self.budget_ms]
+        good = []
+        for threshold in self.candidates:
+            if self.right(threshold) >= self.floor and self.p95_ms(threshold) <= self.budget_ms:
+                good.append(threshold)
         return min(good, default=None)
 
 
@@ -84,7 +87,11 @@ def _chooses_as_in(worlds: Callable[[], list[World]], choose_threshold: Choose) 
         return
     for mistake, chosen in _by_mistake(worlds).items():
         assert got != chosen, mistake
-    world, chose, wanted = next((world, g, w) for world, g, w in zip(given, got, right, strict=True) if g != w)
+    differ = [chose != wanted for chose, wanted in zip(got, right, strict=True)]
+    first = differ.index(True)
+    world = given[first]
+    chose = got[first]
+    wanted = right[first]
     asked = f"floor {world.floor:.1%}, budget {world.budget_ms:.0f} ms:"
     assert chose is not None, f"{asked} you found no threshold, but {_told(world, wanted)}"
     assert chose in world.candidates, f"{asked} you chose {chose!r}, which is not one of the candidates"
@@ -103,7 +110,8 @@ def worlds() -> list[World]:
     found = []
     for seed in range(50):
         rng = np.random.default_rng(seed)
-        count, levels = 401, np.array([0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99])  # p95 of 401: one of them, exactly
+        count = 401
+        levels = np.array([0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99])  # p95 of 401: one of them, exactly
         confidence = rng.choice(levels, count, p=[0.02, 0.04, 0.06, 0.08, 0.15, 0.25, 0.4])
         local_right = rng.random(count) < confidence
         cloud_right = rng.random(count) < rng.uniform(0.88, 0.97)
@@ -111,12 +119,26 @@ def worlds() -> list[World]:
         cloud_ms = np.round(rng.lognormal(np.log(50), 0.8, count))
         candidates = tuple(float(level) for level in rng.permutation([0.0, *levels]))
         base = World(candidates, confidence, local_right, cloud_right, local_ms, cloud_ms, 0.0, 0.0)
-        for_floor, for_budget = (float(level) for level in rng.choice(levels[1:], 2))
-        kind, latency_ms = seed % 10, base.latency_ms(for_floor)
-        p95_ms, mean_ms = base.p95_ms(for_floor), latency_ms.mean()
-        just_below = {4: p95_ms, 5: mean_ms, 6: np.median(latency_ms), 7: latency_ms.min(), 9: (p95_ms + mean_ms) / 2}
-        budget_ms = base.p95_ms(max(for_floor, for_budget)) if kind not in just_below else just_below[kind] - 1
-        floor = base.right(0.0) if kind == 3 else base.right(for_floor) + (0.02 if kind == 8 else 0.0)
+        for_floor, for_budget = rng.choice(levels[1:], 2).tolist()
+        kind = seed % 10
+        latency_ms = base.latency_ms(for_floor)
+        p95_ms = base.p95_ms(for_floor)
+        mean_ms = latency_ms.mean()
+        just_below = {
+            4: p95_ms,
+            5: mean_ms,
+            6: np.median(latency_ms),
+            7: latency_ms.min(),
+            9: (p95_ms + mean_ms) / 2,
+        }
+        budget_ms = base.p95_ms(max(for_floor, for_budget))
+        if kind in just_below:
+            budget_ms = just_below[kind] - 1
+        floor = base.right(for_floor)
+        if kind == 3:
+            floor = base.right(0.0)
+        if kind == 8:
+            floor += 0.02
         found.append(base._replace(floor=floor, budget_ms=float(budget_ms)))
     return found
 
@@ -136,7 +158,9 @@ def _choice(choose_threshold: Choose, world: World) -> float | None:
     assert got is None or isinstance(got, float | int | np.number), (
         f"choose_threshold returned {got!r}: return one number, or None"
     )
-    return None if got is None else float(got)
+    if got is None:
+        return None
+    return float(got)
 
 
 def _told(world: World, threshold: float | None) -> str:
@@ -150,16 +174,24 @@ def _told(world: World, threshold: float | None) -> str:
 
 
 def _variant(
-    *, right: Callable[[World, float], float] = World.right, ms: Callable[[World, float], float] = World.p95_ms,
+    *,
+    right: Callable[[World, float], float] = World.right,
+    ms: Callable[[World, float], float] = World.p95_ms,
     pick: Callable[[World, Sequence[float]], float | None] = lambda world, good: min(good, default=None),
-    strict: bool = False, floor: bool = True, budget: bool = True,
-) -> Callable[[World], float | None]:  # fmt: skip
+    strict: bool = False,
+    floor: bool = True,
+    budget: bool = True,
+) -> Callable[[World], float | None]:
     def choose(world: World) -> float | None:
         good = []
         for t in world.candidates:
-            share, took_ms = right(world, t), ms(world, t)
-            above = share > world.floor if strict else share >= world.floor
-            below = took_ms < world.budget_ms if strict else took_ms <= world.budget_ms
+            share = right(world, t)
+            took_ms = ms(world, t)
+            above = share >= world.floor
+            below = took_ms <= world.budget_ms
+            if strict:
+                above = share > world.floor
+                below = took_ms < world.budget_ms
             if (above or not floor) and (below or not budget):
                 good.append(t)
         return pick(world, good)
@@ -169,15 +201,20 @@ def _variant(
 
 def _kept(world: World, threshold: float) -> float:
     kept = ~world.asks(threshold)
-    return float(world.local_right[kept].mean()) if kept.any() else 1.0
+    if not kept.any():
+        return 1.0
+    return float(world.local_right[kept].mean())
 
 
 def _either(world: World, threshold: float) -> float:
-    return float((world.local_right | (world.asks(threshold) & world.cloud_right)).mean())
+    either = world.local_right | (world.asks(threshold) & world.cloud_right)
+    return float(either.mean())
 
 
 def _p95(values: Any) -> float:
-    return float(np.percentile(values, 95)) if len(values) else 0.0
+    if not len(values):
+        return 0.0
+    return float(np.percentile(values, 95))
 
 
 MISTAKES: Mapping[str, Callable[[World], float | None]] = {

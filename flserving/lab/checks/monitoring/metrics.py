@@ -12,7 +12,8 @@ from flserving.lab.checks.asking import ask
 from flserving.lab.checks.parts import Part, judge
 
 Scrape = dict[tuple[str, tuple[tuple[str, str], ...]], float]  # (name, sorted labels) -> value
-_TARGET_S, _CLIENTS = 0.05, 1000
+_TARGET_S = 0.05
+_CLIENTS = 1000
 _WORK = ((0.004, False), (0.040, False), (0.060, False), (0.020, True), (0.900, False), (2.0, True), (0.030, False))
 _USE_REGISTRY = "pass registry=registry to each metric, so that two servers do not share one"
 
@@ -25,7 +26,9 @@ class _World:
     """A clock that only the model moves, and a student's server around that model."""
 
     def __init__(self, server_class: Callable[..., Any]) -> None:
-        self.now_s, self.registry, self.inside = 0.0, CollectorRegistry(), list[Scrape]()
+        self.now_s = 0.0
+        self.registry = CollectorRegistry()
+        self.inside = list[Scrape]()
         self._nested = self.watch = False
         self.server = ask(
             "creating a server", lambda: self._no_clash(server_class, self.model, self.registry, lambda: self.now_s)
@@ -195,12 +198,14 @@ def _closed_labels(server_class: Callable[..., Any]) -> None:
 def _counts(server_class: Callable[..., Any]) -> None:
     name = _found(server_class)[0].name
     world = _World(server_class)
-    answered, failed = 0, 0
+    answered = 0
+    failed = 0
     touched: dict[bool, set[tuple[tuple[str, str], ...]]] = {False: set(), True: set()}
     for seconds, fails in _WORK:
         before = world.scrape()
         world.call(seconds, fails, "a")
-        answered, failed = answered + (not fails), failed + fails
+        answered = answered + (not fails)
+        failed = failed + fails
         after = world.scrape()
         steps = {key: value - before.get(key, 0) for key, value in after.items() if key[0] == f"{name}_total"}
         total = sum(value for key, value in after.items() if key[0] == f"{name}_total")
@@ -225,7 +230,8 @@ def _durations(server_class: Callable[..., Any]) -> None:
     for seconds, fails in _WORK:
         world.call(seconds, fails, "a")
     scrape = world.scrape()
-    count, seconds = _sum(scrape, f"{name}_count"), _sum(scrape, f"{name}_sum")
+    count = _sum(scrape, f"{name}_count")
+    seconds = _sum(scrape, f"{name}_sum")
     spent_s = sum(seconds for seconds, _ in _WORK)
     answered = [seconds for seconds, fails in _WORK if not fails]
     assert count != len(answered), (

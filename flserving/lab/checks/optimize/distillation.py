@@ -99,8 +99,10 @@ def _expect(got: Tensor, what: str, right: Pair, mistakes: dict[str, Pair]) -> N
 def _plain(distillation_loss: Loss) -> None:
     student, teacher, _ = _logits()
     got = _asked(distillation_loss, student, teacher, 1.0)
-    targets, logs = teacher.softmax(dim=1), student.log_softmax(dim=1)
-    right, entropy = cross_entropy(student, targets), _entropy(teacher)
+    targets = teacher.softmax(dim=1)
+    logs = student.log_softmax(dim=1)
+    right = cross_entropy(student, targets)
+    entropy = _entropy(teacher)
     none = torch.zeros(())
     _expect(got, "At temperature 1", (right, entropy), {
         "negative: minus the sum of targets times logarithms": (-right, -entropy),

@@ -18,7 +18,8 @@ from flserving.optimize import methods
 from flserving.registry import Registry
 from flserving.registry.manifest import Manifest
 
-NAME, KEYS = "digits", {"version", "smaller", "faster", "points", "worst_points", "serve"}
+NAME = "digits"
+KEYS = {"version", "smaller", "faster", "points", "worst_points", "serve"}
 Prove = Callable[..., dict[str, Any]]
 
 
@@ -32,7 +33,8 @@ class World(NamedTuple):
     @property
     def faster(self) -> float:
         before, after = (np.median(it, axis=1) for it in self.us)
-        return float(np.median(before / after))
+        ratios = before / after
+        return float(np.median(ratios))
 
     def accuracy(self, side: int) -> float:
         return 100 * float(np.concatenate(self.right[side]).mean())
@@ -139,7 +141,10 @@ def _asked(registry: Registry, prove: Prove, world: World) -> dict[str, Any]:
         for client, *sides in zip(clients(), *world.right, strict=True):
             if rows.shape == client.test_x.shape and np.array_equal(rows, client.test_x):
                 return np.where(sides[number != 1], client.test_y, (client.test_y + 1) % 10)
-        known = {row.tobytes(): y for it in clients() for row, y in zip(it.train_x, it.train_y, strict=True)}
+        known = {}
+        for client in clients():
+            for row, y in zip(client.train_x, client.train_y, strict=True):
+                known[row.tobytes()] = y
         assert all(row.tobytes() in known for row in rows), (
             "ask for the held-out rows (test_x) of one client at a time, as they are"
         )
@@ -148,7 +153,10 @@ def _asked(registry: Registry, prove: Prove, world: World) -> dict[str, Any]:
     def measure(versions: Sequence[int]) -> Mapping[int, NDArray[np.float64]]:
         numbers = [registry.resolve(NAME, it) for it in versions]
         assert len(set(numbers)) > 1, f"measure was asked for {list(versions)}: time both versions, in the same turns"
-        return {it: world.us[number != 1].copy() for it, number in zip(versions, numbers, strict=True)}
+        taken = {}
+        for version, number in zip(versions, numbers, strict=True):
+            taken[version] = world.us[number != 1].copy()
+        return taken
 
     got = ask("prove(...)", prove, registry, clients(), answers, measure, world.budget)
     assert isinstance(got, dict) and got.keys() == KEYS, f"return a dict with the keys {', '.join(sorted(KEYS))}"
@@ -157,12 +165,14 @@ def _asked(registry: Registry, prove: Prove, world: World) -> dict[str, Any]:
 
 def _smaller(tried: _Tried) -> None:
     made = max(tried.manifests)
-    size = [tried.manifests[it].weights_nbytes for it in (1, made)]
-    _check_number("smaller", tried.got["smaller"], size[0] / size[1], {
-        "that is the new file over the old one: 'times smaller' is the other way round": size[1] / size[0],
-        "that is the share that was saved, not how many times smaller the file is": 1 - size[1] / size[0],
-        "this is a difference in bytes: divide": float(size[0] - size[1]),
-    })  # fmt: skip
+    before = tried.manifests[1].weights_nbytes
+    after = tried.manifests[made].weights_nbytes
+    mistakes = {
+        "that is the new file over the old one: 'times smaller' is the other way round": after / before,
+        "that is the share that was saved, not how many times smaller the file is": 1 - after / before,
+        "this is a difference in bytes: divide": float(before - after),
+    }
+    _check_number("smaller", tried.got["smaller"], before / after, mistakes)
 
 
 def _faster(tried: _Tried) -> None:
@@ -176,17 +186,16 @@ def _points(tried: _Tried) -> None:
 def _worst_points(tried: _Tried) -> None:
     world = tried.world
     means = world.clients(1) - world.clients(0)
-    _check_number("worst_points", tried.got["worst_points"], world.worst_points, {
-        "that is the client that LOST the most: compare the worst client before with the worst client after": (
-            float(means.min())
-        ),
+    lost_most = float(means.min())
+    of_worst_before = float(means[world.clients(0).argmin()])
+    mistakes = {
+        "that is the client that LOST the most: compare the worst client before with the worst client after": lost_most,
         "that is one minus the other the wrong way round: a loss must be negative": -world.worst_points,
         "that is a share: in percentage points it is 100 times as much": world.worst_points / 100,
-        "that is the change for the client that was worst before: another one may be the worst now": float(
-            means[world.clients(0).argmin()]
-        ),
+        "that is the change for the client that was worst before: another one may be the worst now": of_worst_before,
         "that is the change over all rows: take the worst client's": world.points,
-    })  # fmt: skip
+    }
+    _check_number("worst_points", tried.got["worst_points"], world.worst_points, mistakes)
 
 
 def _times(world: World) -> dict[str, float]:
@@ -207,16 +216,19 @@ def _times(world: World) -> dict[str, float]:
 
 
 def _changes(world: World) -> dict[str, float]:
+    of_clients = world.clients(1) - world.clients(0)
+    before, after = (np.concatenate(right) for right in world.right)
     return {
         "that is the mean over the clients: they hold different numbers of rows, and all held-out rows count alike": (
-            float((world.clients(1) - world.clients(0)).mean())
+            float(of_clients.mean())
         ),
         "that is one minus the other the wrong way round: a loss must be negative": -world.points,
         "that is a share: in percentage points it is 100 times as much": world.points / 100,
         "that is the accuracy itself: report how it changed": world.accuracy(1),
         "that was measured on training rows, or not at all: use the held-out rows": 0.0,
-        "that is the agreement with the old version: agreeing with a wrong answer is no merit": -100
-        * float(np.concatenate([b != a for b, a in zip(*world.right, strict=True)]).mean()),
+        "that is the agreement with the old version: agreeing with a wrong answer is no merit": (
+            -100 * float((before != after).mean())
+        ),
     }
 
 
@@ -238,7 +250,7 @@ def _version(tried: _Tried) -> None:
     assert version in tried.manifests, f"version is {version!r}: the registry has no such version"
     assert version != 1, "version is 1, the one that you started from: return the number of the quantised one"
     made = tried.manifests[version]
-    how = (made.lineage.extra if made.lineage else {}).get("optimisation")
+    how = made.extra.get("optimisation")
     assert how == "quantised, static", f'version {version} was made by {how!r}: use the method "static"'
     seen = _digests()
     assert made.digests.weights != seen["held-out"], (
@@ -265,7 +277,8 @@ def _check_serve(got: Any, world: World) -> None:
 @functools.cache
 def clients() -> tuple[Client, ...]:
     """Four clients, with few and with many held-out rows."""
-    rng, made = np.random.default_rng(9), []
+    rng = np.random.default_rng(9)
+    made = []
     for number, held_out in enumerate((10, 20, 40, 80)):
         x = rng.standard_normal((64 + held_out, 64)).astype(np.float32)
         y = rng.integers(0, 10, len(x))
@@ -287,7 +300,9 @@ def worlds() -> tuple[World, ...]:
     for seed, (counts, faster) in enumerate(zip(wrong, (1.7, 0.8, 2.1, 3.0, 1.4), strict=True)):
         rng = np.random.default_rng(seed)
         load = rng.uniform(1, 4, (11, 1)) * rng.uniform(0.9, 1.15, (2, 11, 1))  # of the machine, in each turn
-        us = 100 * load * rng.uniform(0.95, 1.05, (2, 11, 7)) / np.array([1, faster]).reshape(2, 1, 1)
+        of_calls = rng.uniform(0.95, 1.05, (2, 11, 7))
+        us = 100 * load * of_calls
+        us[1] /= faster
         us[0, :, 3] *= 9
         us[1, ::3, 5] *= 30
         right = [_right(side) for side in counts]
@@ -296,7 +311,11 @@ def worlds() -> tuple[World, ...]:
 
 
 def _right(wrong: Sequence[int]) -> tuple[NDArray[np.bool_], ...]:
-    return tuple(np.arange(len(it.test_y)) >= count for it, count in zip(clients(), wrong, strict=True))
+    right = []
+    for client, count in zip(clients(), wrong, strict=True):
+        rows = np.arange(len(client.test_y))
+        right.append(rows >= count)
+    return tuple(right)
 
 
 @functools.cache
@@ -315,15 +334,14 @@ def _graph() -> bytes:
         onnx.helper.make_node("Relu", ["sums"], ["features"]),
         onnx.helper.make_node("Gemm", ["features", "head", "head_bias"], ["outputs"], transB=1),
     ]
-    ends = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", width])
-        for name, width in (("rows", 64), ("outputs", 10))
-    ]
+    floats = onnx.TensorProto.FLOAT
+    rows = onnx.helper.make_tensor_value_info("rows", floats, ["rows", 64])
+    outputs = onnx.helper.make_tensor_value_info("outputs", floats, ["rows", 10])
     constants = [onnx.numpy_helper.from_array(values, name) for name, values in weights.items()]
-    graph = onnx.helper.make_graph(nodes, NAME, ends[:1], ends[1:], constants)
-    written: bytes = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10
-    ).SerializeToString(deterministic=True)
+    graph = onnx.helper.make_graph(nodes, NAME, [rows], [outputs], constants)
+    operators = onnx.helper.make_opsetid("", 18)
+    model = onnx.helper.make_model(graph, opset_imports=[operators], ir_version=10)
+    written: bytes = model.SerializeToString(deterministic=True)
     return written
 
 
@@ -338,7 +356,13 @@ def _registry() -> Iterator[Registry]:
 @functools.cache
 def _digests() -> dict[str, str]:
     """What quantising gives: the same rows, the same bytes."""
-    splits = {"train": [it.train_x for it in clients()], "held-out": [it.test_x for it in clients()]}
+    splits = {
+        "train": [client.train_x for client in clients()],
+        "held-out": [client.test_x for client in clients()],
+    }
+    digests = {}
     with _registry() as registry:
-        made = {key: methods.quantise(registry, NAME, 1, "static", np.concatenate(x)) for key, x in splits.items()}
-        return {key: manifest.digests.weights for key, manifest in made.items()}
+        for name, parts in splits.items():
+            made = methods.quantise(registry, NAME, 1, "static", np.concatenate(parts))
+            digests[name] = made.digests.weights
+    return digests

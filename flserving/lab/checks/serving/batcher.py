@@ -68,7 +68,9 @@ class _Desk:
 
     def __init__(self, batcher_class: Callable[[int], Any], max_batch_size: int) -> None:
         self.batcher = ask(f"creating a batcher with max_batch_size {max_batch_size}", batcher_class, max_batch_size)
-        self.max_batch_size, self.waiting, self.gone = max_batch_size, list[Request](), set[str]()
+        self.max_batch_size = max_batch_size
+        self.waiting = list[Request]()
+        self.gone = set[str]()
 
     def submit(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -108,7 +110,8 @@ class _Desk:
         assert all(isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[0], str) for one in batch), (
             f"{told} {batch!r}: a batch is a list of (request_id, row) pairs"
         )
-        names, expected = [entry[0] for entry in batch], self.waiting[: self.max_batch_size]
+        names = [entry[0] for entry in batch]
+        expected = self.waiting[: self.max_batch_size]
         assert len(batch) <= self.max_batch_size, f"{told} {len(batch)} requests: that is more than the model may get"
         again = sorted(self.gone.intersection(names)) or [name for name in names if names.count(name) > 1]
         assert not again, f"{told} {again[0]} a second time: a request leaves the queue with its batch"
@@ -164,7 +167,9 @@ def _serves_rushes(batcher_class: Callable[[int], Any]) -> None:
 def _serves_a_rush(batcher_class: Callable[[int], Any], seed: int) -> None:
     """Two workers, a batch of n takes 3 + n ticks, some 40 requests in bursts; every tick is a moment to judge."""
     rng = random.Random(seed)
-    desk, busy_until, number = _Desk(batcher_class, rng.randint(1, 5)), [0, 0], 0
+    desk = _Desk(batcher_class, rng.randint(1, 5))
+    busy_until = [0, 0]
+    number = 0
     for tick in range(200):
         if tick < 60:
             arrivals = rng.choice([0, 0, 0, 1, 1, 3])

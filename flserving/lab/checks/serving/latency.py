@@ -70,7 +70,8 @@ def _stages() -> dict[str, Floats]:
     # Whole milliseconds, so that sums are exact in any order; 1,001 requests, so that the 99th percentile is one
     # of them, interpolated or not. The slow queue and the slow inference hit different requests, as in a real server.
     rng = np.random.default_rng(42)
-    queue, infer = rng.integers(0, 12, 1001), rng.integers(4, 9, 1001)
+    queue = rng.integers(0, 12, 1001)
+    infer = rng.integers(4, 9, 1001)
     queue[rng.permutation(500)[:30]] += rng.integers(40, 90, 30)
     infer[500 + rng.permutation(500)[:30]] += rng.integers(30, 60, 30)
     infer[-1] += 50 - (queue[-1] + infer[-1] + 2)  # one request exactly at the budget

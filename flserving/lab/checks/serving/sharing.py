@@ -103,7 +103,8 @@ class _Loop(asyncio.SelectorEventLoop):
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> Any:
         async def work() -> Any:
-            self.elsewhere, self.works_s = True, 0.0
+            self.elsewhere = True
+            self.works_s = 0.0
             try:
                 return func(*args)
             finally:
