@@ -30,7 +30,7 @@ def test_an_assignment_holds_the_exercises_and_what_they_need():
     short = graded_class.assignment_of(whole, whole=False)
     ids = [cell.metadata["nbgrader"]["grade_id"] for cell in short.cells if "nbgrader" in cell.metadata]
     assert ids == ["stage-timer", "stage-timer-check", "by-hand", "by-hand-check",
-                   "latency-budget", "latency-budget-check"]  # fmt: skip
+                   "admission", "admission-check", "latency-budget", "latency-budget-check"]  # fmt: skip
     assert len(short.cells) < everything / 2
 
 

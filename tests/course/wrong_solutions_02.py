@@ -1,4 +1,4 @@
-"""Notebook 02: a stage timer and the answer by hand; plausible wrong solutions. Registers into ``wrong_solutions``."""
+"""Notebook 02: a stage timer, the answer by hand, admission control; wrong solutions for ``WRONG``."""
 
 from wrong_solutions import WRONG, wrong
 
@@ -129,5 +129,98 @@ WRONG["by-hand"] = {
     ),
     "float64": wrong(
         "by-hand", r"by_hand\(rows, .*\) raised RuntimeError", ("standard.astype(np.float32)", "standard")
+    ),
+}
+
+_COMPARE = "self.rows and self.rows + rows > self.max_rows"
+_REFUSE = '                raise OverloadedError(f"{inside}: try again later")\n'
+_TAKE, _LEAVE = "            self.rows += rows\n", "                self.rows -= rows\n"
+_ENTRY = f"""\
+        with self.lock:
+            if {_COMPARE}:
+                inside = f"{{self.rows}} of {{self.max_rows}} rows are inside"
+{_REFUSE}{_TAKE}"""
+_EXIT = f"""\
+        try:
+            yield
+        finally:
+            with self.lock:
+{_LEAVE}"""
+_UNLOCKED_ENTRY = _ENTRY.replace("        with self.lock:\n", "").replace("\n    ", "\n").removeprefix("    ")
+WRONG["admission"] = {
+    "lets everybody in": wrong("admission", "has all places, and 1 row entered", (_COMPARE, "False")),
+    "counts requests": wrong(
+        "admission",
+        "count rows, not requests",
+        (_COMPARE, "self.rows and self.rows + 1 > self.max_rows"),
+        ("self.rows += rows", "self.rows += 1"),
+        ("self.rows -= rows", "self.rows -= 1"),
+    ),
+    "one at a time": wrong("admission", "a request of 1 row was refused: exactly full", (_COMPARE, "self.rows")),
+    "exactly full is too full": wrong(
+        "admission", "exactly full is not too full", (_COMPARE, _COMPARE.replace(">", ">="))
+    ),
+    "looks only whether it is full": wrong(
+        "admission", "let in only what fits", (_COMPARE, "self.rows >= self.max_rows")
+    ),
+    "waits for a place": wrong(
+        "admission",
+        "refuse at once, wait for nobody",
+        (_ENTRY, f"        while {_COMPARE}:\n            time.sleep(0.01)\n{_TAKE[4:]}"),
+        ("import threading\n", "import threading\nimport time\n"),
+    ),
+    "holds the lock while the block runs": wrong(
+        "admission",
+        "hold no lock while a block runs",
+        (_EXIT, "            try:\n                yield\n            finally:\n" + _LEAVE),
+    ),
+    "another error": wrong(
+        "admission", "raise OverloadedError, which REST", ("raise OverloadedError", "raise OSError")
+    ),
+    "returns instead": wrong(
+        "admission", r"ended with RuntimeError: .*raise OverloadedError", (_REFUSE, "                return\n")
+    ),
+    "never gives back": wrong("admission", "the places must be free again", (_LEAVE, "                pass\n")),
+    "gives back one": wrong("admission", "as many places as were taken", ("self.rows -= rows", "self.rows -= 1")),
+    "forgets all who are inside": wrong(
+        "admission", "gives back its own places only", ("self.rows -= rows", "self.rows = 0")
+    ),
+    "the refused give back": wrong(
+        "admission",
+        "places back that it never took",
+        (
+            _ENTRY + _EXIT,
+            "        try:\n"
+            + _ENTRY.replace("        ", "            ", 1).replace("\n    ", "\n        ")
+            + "            yield\n        finally:\n            with self.lock:\n"
+            + _LEAVE,
+        ),
+    ),
+    "the refused take places": wrong(
+        "admission",
+        "a refused request must take no place",
+        (_TAKE, ""),
+        (f"            if {_COMPARE}", f"{_TAKE}            if self.rows > rows and self.rows > self.max_rows"),
+    ),
+    "an error keeps its places": wrong(
+        "admission",
+        "refuses everybody for ever",
+        (_EXIT, f"        yield\n        with self.lock:\n{_LEAVE[4:]}"),
+    ),
+    "an error is swallowed": wrong(
+        "admission",
+        "enter swallowed it",
+        ("        finally:", "        except Exception:\n            pass\n        finally:"),
+    ),
+    "a large request never enters": wrong(
+        "admission", "it would be refused for ever", (_COMPARE, "self.rows + rows > self.max_rows")
+    ),
+    "a large request enters a full house": wrong(
+        "admission", "only when it is alone", (_COMPARE, f"rows <= self.max_rows and {_COMPARE}")
+    ),
+    "no lock": wrong("admission", "they read the same count", (_ENTRY, _UNLOCKED_ENTRY)),
+    "takes outside of the lock": wrong("admission", "they read the same count", (_TAKE, _TAKE[4:])),
+    "leaves without the lock": wrong(
+        "admission", "places were lost", ("            with self.lock:\n" + _LEAVE, _LEAVE[4:])
     ),
 }

@@ -27,6 +27,7 @@ from flserving.lab.checks.monitoring.quantile import check_quantile
 from flserving.lab.checks.optimize.compression import check_cut, check_int8, check_masks
 from flserving.lab.checks.optimize.distillation import check_distillation
 from flserving.lab.checks.optimize.optimization import check_proof
+from flserving.lab.checks.serving.admission import check_admission
 from flserving.lab.checks.serving.batcher import check_batcher
 from flserving.lab.checks.serving.characteristic import check_characteristic_time
 from flserving.lab.checks.serving.flight import check_single_flight
@@ -38,6 +39,7 @@ from flserving.lab.checks.serving.simulator import check_simulate
 from flserving.lab.checks.serving.stages import check_by_hand, check_stage_timer
 
 __all__ = [
+    "check_admission",
     "check_always_valid",
     "check_async_batcher",
     "check_batcher",

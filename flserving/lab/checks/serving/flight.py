@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flserving.lab.checks.asking import ask
+from flserving.lab.checks.asking import ask, together
 from flserving.lab.checks.parts import Part, judge
 
 _CALLERS = 8
@@ -140,7 +140,7 @@ def _loads_once_for_a_crowd(flight_class: Callable[[Any], Any]) -> None:
 
 def _one_thread_in_the_cache(flight_class: Callable[[Any], Any]) -> None:
     flight, store = _made(flight_class)
-    _together(lambda number: flight.get(f"key {number}", lambda: number))
+    together(lambda number: flight.get(f"key {number}", lambda: number), _CALLERS, _PATIENCE_S)
     assert store.most_inside == 1, (
         f"{store.most_inside} threads were in the cache at the same time: an LRU moves its keys about, and two threads "
         "that do so lose entries or crash; the lock is there for it"
@@ -157,11 +157,11 @@ def _holds_up_no_other_key(flight_class: Callable[[Any], Any]) -> None:
         began.set()
         go_on.wait(2 * _PATIENCE_S)
 
-    threading.Thread(target=_together, args=(lambda _: flight.get("a", slow), 1), daemon=True).start()
+    threading.Thread(target=together, args=(lambda _: flight.get("a", slow), 1, _PATIENCE_S), daemon=True).start()
     assert began.wait(_PATIENCE_S), "get('a', load) never called load"
     why = "waited while 'a' was loading: the lock is held during a load, so one cold model stops the whole server"
     for key in "warm", "b":
-        ends = _together(lambda _, key=key: flight.get(key, object), callers=1)  # type: ignore[misc]
+        ends = together(lambda _, key=key: flight.get(key, object), 1, _PATIENCE_S)  # type: ignore[misc]
         assert ends, f"get({key!r}, load) {why}"
     go_on.set()
 
@@ -203,7 +203,7 @@ def _crowd(flight: Any, store: _Store, load: Callable[[], Any]) -> tuple[list[An
     """What the threads of a crowd got, values or errors, and how often the key was loaded."""
     loads = list[int]()
 
-    def together() -> Any:
+    def held() -> Any:
         loads.append(1)
         ends_s = time.monotonic() + _TOGETHER_S
         while store.gets < _CALLERS and time.monotonic() < ends_s:
@@ -211,33 +211,12 @@ def _crowd(flight: Any, store: _Store, load: Callable[[], Any]) -> tuple[list[An
         time.sleep(0.02)  # from the cache to the flight
         return load()
 
-    return _together(lambda _: flight.get("a", together)), len(loads)
-
-
-def _together(call: Callable[[int], Any], callers: int = _CALLERS) -> list[Any]:
-    """What threads that begin at the same moment return or raise, of those that end in time."""
-    gate = threading.Barrier(callers)
-    ends = list[Any]()
-
-    def caller(number: int) -> None:
-        gate.wait()
-        try:
-            ends.append(call(number))
-        except BaseException as error:
-            ends.append(error)
-
-    threads = [threading.Thread(target=caller, args=(number,), daemon=True) for number in range(callers)]
-    for thread in threads:
-        thread.start()
-    ends_s = time.monotonic() + _PATIENCE_S
-    for thread in threads:
-        thread.join(max(0.0, ends_s - time.monotonic()))
-    return list(ends)
+    return together(lambda _: flight.get("a", held), _CALLERS, _PATIENCE_S), len(loads)
 
 
 def _alone(what: str, call: Callable[[], Any]) -> Any:
     """What one call returns or raises; a thread makes it, because it may be stuck."""
-    ends = _together(lambda _: call(), callers=1)
+    ends = together(lambda _: call(), 1, _PATIENCE_S)
     assert ends, f"{what} does not return: it waits for a lock or a flight of its own, and so would a server"
     if isinstance(ends[0], BaseException):
         raise ends[0]
