@@ -258,6 +258,7 @@ def digit(ax: Axes, image: ArrayLike, title: str = "") -> None:
     """A handwritten digit, 64 grey levels from 0 to 16."""
     ax.imshow(np.asarray(image).reshape(8, 8), cmap="gray_r", vmin=0, vmax=16)
     ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(visible=True, color=LIGHT)  # where the picture ends, on white paper
     ax.set_title(title, loc="center")
     ax.grid(visible=False)
 

@@ -173,5 +173,5 @@ def membership_figure(table: "pd.DataFrame") -> Figure:
         ax.set_yticks(range(len(policies)), policies)
         ax.invert_yaxis()
         ax.set(xlim=(0, 100), xlabel="members and others that the attacker tells apart (%)", ylabel="outputs")
-        fig.legend(loc="outside upper center", ncols=len(groups))
+        fig.legend(loc="outside upper center", ncols=len(groups) + 1)
     return fig
