@@ -189,12 +189,12 @@ def test_a_bug_of_the_door_itself_is_a_server_error_in_the_metrics(http, server,
 def test_no_log_holds_features_or_tokens(server, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     with door(server, tokens=Tokens.random(Role.INFER)[0]) as endpoint:
-        for path in (INFER, "/v2/models/canary-name", "/nothing"):
+        for path in (INFER, "/v2/models/swordfish-name", "/nothing"):
             for body in (text(np.full((1, WIDTH), 424242)), b'{"inputs": [424242'):
-                httpx.post(endpoint.url + path, content=body, headers=bearer("canary-token"))
+                httpx.post(endpoint.url + path, content=body, headers=bearer("swordfish-token"))
     logged = caplog.text.replace(endpoint.url, "") + "".join(capfd.readouterr())
     ours = "\n".join(line for line in logged.splitlines() if "httpx" not in line and "httpcore" not in line)
-    assert "424242" not in ours and "canary" not in ours
+    assert "424242" not in ours and "swordfish" not in ours
 
 
 # Under load
