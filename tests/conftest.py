@@ -1,6 +1,7 @@
 """What every test shares: repeatable settings, and nothing of the user's own configuration."""
 
 import atexit
+import logging
 import os
 import random
 import shutil
@@ -68,6 +69,16 @@ def pytest_runtest_setup() -> None:
         np.random.seed(0)
         if torch := sys.modules.get("torch"):
             torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """A command that runs in this process sets up the process's log; the next test has none of that."""
+    root, ours = logging.getLogger(), logging.getLogger("flserving")
+    handlers, level = list(root.handlers), ours.level
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -28,20 +28,15 @@ def registry_root(tmp_path_factory):
     return two_versions(tmp_path_factory.mktemp("observed") / "registry")
 
 
-@pytest.fixture
-def configured():
-    """Settings of this process's log, undone afterwards."""
-    root, ours = logging.getLogger(), logging.getLogger("flserving")
-    handlers, level = list(root.handlers), ours.level
-    yield lambda **settings: Observability(**settings).configure()
-    root.handlers[:] = handlers
-    ours.setLevel(level)
+def configured(**settings):
+    """The log of this process, until the test ends."""
+    Observability(**settings).configure()
 
 
 # Logs
 
 
-def test_json_is_one_object_a_line_whatever_the_message_holds(configured, capsys):
+def test_json_is_one_object_a_line_whatever_the_message_holds(capsys):
     configured(log_format="json")
     logging.getLogger("flserving").warning('two\nlines and "quotes" of %s', "ü")
     logging.getLogger("asyncio").error("another's")
@@ -55,7 +50,7 @@ def test_json_is_one_object_a_line_whatever_the_message_holds(configured, capsys
 
 
 @pytest.mark.parametrize(("level", "shown"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
-def test_the_level_is_the_least_that_is_shown(configured, capsys, level, shown):
+def test_the_level_is_the_least_that_is_shown(capsys, level, shown):
     configured(log_level="debug")
     configured(log_level=level)  # replaces the first: no line comes twice
     for say in ("debug", "info", "warning", "error"):
@@ -73,7 +68,7 @@ def test_a_wrong_setting_says_what_to_give(wrong, says):
         Observability(**wrong)
 
 
-def test_an_error_at_the_start_is_json_too(configured, capsys, tmp_path):
+def test_an_error_at_the_start_is_json_too(capsys, tmp_path):
     assert cli.main(["serve", "--registry", str(tmp_path), "--workers", "0", "--log-format", "json"]) == 1
     said = json.loads(capsys.readouterr().err)
     assert said["level"] == "error" and said["message"].startswith("workers is 0")
@@ -83,7 +78,7 @@ def test_an_error_at_the_start_is_json_too(configured, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
-def test_the_access_log_holds_nothing_that_a_caller_sent(configured, capsys, scheme):
+def test_the_access_log_holds_nothing_that_a_caller_sent(capsys, scheme):
     """Neither features nor tokens, nor who asks, nor a path: a stranger could write any text into that."""
     configured(log_format="json")
     secret = 271828.1828
@@ -109,7 +104,7 @@ def test_the_access_log_holds_nothing_that_a_caller_sent(configured, capsys, sch
     assert lines[-2]["route"] == "/v2/models/{model}/stats" and lines[-1]["route"] == "" and lines[-1]["status"] == 404
 
 
-def test_nothing_is_logged_of_calls_unless_asked(configured, capsys):
+def test_nothing_is_logged_of_calls_unless_asked(capsys):
     configured(log_level="debug")
     with serving(Tagged()) as server, flserving.serve(server) as endpoint:
         Observability().observe(server)
@@ -228,7 +223,7 @@ def test_a_collector_that_is_silent_does_not_hold_up_the_end(registry_root):
         assert served.end() == 0, "no worker had to be killed"
 
 
-def test_without_the_extra_the_option_is_refused_and_the_variable_only_noted(monkeypatch, configured, capsys):
+def test_without_the_extra_the_option_is_refused_and_the_variable_only_noted(monkeypatch, capsys):
     """OTEL_EXPORTER_OTLP_ENDPOINT may be set for every program of a machine."""
     configured()
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)

@@ -35,20 +35,29 @@ def open_door(server, *, reuse_port=False, **options):
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="grpc-door", daemon=True)
     thread.start()
+
+    def run(coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
+
     try:
-
-        def run(coroutine):
-            return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
-
         door = run(start_grpc(v2, chosen, reuse_port=reuse_port))
         try:
             yield v2, f"{chosen.host}:{door.port}", door, run
         finally:
             run(door.stop(1.0))
     finally:
+        run(cancel_others())
         loop.call_soon_threadsafe(loop.stop)
         thread.join(PATIENCE_S)
         loop.close()
+
+
+async def cancel_others():
+    """As ``asyncio.run`` does at its end: a task that is left is destroyed later, and another test's log says so."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def metadata(token):
