@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -319,13 +319,13 @@ def _signals_blocked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[socket.socket]:
-    """A socket that becomes readable at SIGTERM or SIGINT, so that a signal never interrupts anything half done."""
+def _signals(numbers: Iterable[signal.Signals] = STOPPING) -> Iterator[socket.socket]:
+    """A socket that becomes readable at one of the signals, so that none interrupts anything half done."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
         yield ours
     finally:
@@ -348,7 +348,7 @@ def work(plan: Plan, place: int, pipe: Connection, lifeline: Connection, inherit
         inherited.close()
     signal.set_wakeup_fd(-1)  # the supervisor's, if forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the supervisor decides
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, _leave)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # blocked since before the fork
     plan.observability.configure()
@@ -381,24 +381,26 @@ def serving(plan: Plan) -> Iterator[ModelServer]:
 
 
 def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> None:
-    with serving(plan) as server:
+    with serving(plan) as server, _signals((signal.SIGTERM,)) as signals:
         totals = Totals(plan.folder, place, server)
         end_spans = plan.observability.observe(server)
         endpoint = Endpoint(server, plan.options, reuse_port=hasattr(os, "fork"), others=totals.others)
         orphaned = False
+        ready: list[object] = []
         try:
             gc.collect()
             gc.freeze()  # what torch and the rest brought along stays: to look at it in each full collection took 90 ms
             pipe.send((endpoint.url, endpoint.grpc_url))
             beats = -1
-            while not orphaned:  # else nobody would stop us
+            while not ready:
                 if beats != endpoint.beats:
                     beats = endpoint.beats
                     with contextlib.suppress(OSError):  # the supervisor is gone, as the lifeline will show
                         pipe.send(None)
                 with contextlib.suppress(OSError):  # a full disk makes the others' sums older, and stops nobody
                     totals.write()
-                orphaned = bool(wait([lifeline], EXCHANGE_S))
+                ready = list(wait([lifeline, signals], EXCHANGE_S))
+            orphaned = lifeline in ready  # nobody else would stop us, nor remove the folder
         finally:
             endpoint.close(plan.drain_s, plan.notice_s)
             end_spans()
@@ -408,6 +410,8 @@ def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> No
                 shutil.rmtree(plan.folder, ignore_errors=True)
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-    raise SystemExit(0)
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End a worker that still loads: nothing waits for it. An exception may come where it is swallowed, as in the
+    callback of a weak reference.
+    """
+    os._exit(0)

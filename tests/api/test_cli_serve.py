@@ -118,6 +118,32 @@ def test_sigterm_while_torch_is_loaded_is_an_order_to_stop(registry_root, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+STOPPED_IN_A_CALLBACK = """
+import multiprocessing, os, signal, weakref
+
+class Thing:
+    pass
+
+thing = Thing()
+reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+if multiprocessing.parent_process() is not None:
+    del thing
+"""
+
+
+def test_a_worker_that_is_told_to_stop_where_errors_are_swallowed_stops(registry_root, tmp_path):
+    """Python swallows what is raised in the callback of a weak reference, and torch's import runs many of them."""
+    (tmp_path / "own.py").write_text(STOPPED_IN_A_CALLBACK)
+    options = ["--registry", str(registry_root), "--import", "own", "--port", "0", "--no-grpc"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, "-m", "flserving", "serve", *options],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "ended before it could say why" in done.stderr, "it did not go on to serve"
+
+
 def test_a_second_signal_kills_at_once(registry_root):
     with running(registry_root, "--notice-s", 15) as served:
         served.process.send_signal(signal.SIGTERM)
