@@ -42,8 +42,7 @@ def _model(registry: Registry, name: str) -> dict[str, Any]:
 
 
 def _version(registry: Registry, model: str, number: int, aliases: Mapping[str, int]) -> dict[str, Any]:
-    leading = [name for name, at in aliases.items() if at == number]
-    row: dict[str, Any] = {"version": number, "aliases": leading}
+    row: dict[str, Any] = {"version": number, "aliases": _leading_to(number, aliases)}
     try:
         manifest = registry.manifest(model, number)
     except CorruptArtifactError as error:  # one broken version must not hide the others
@@ -52,9 +51,13 @@ def _version(registry: Registry, model: str, number: int, aliases: Mapping[str, 
     return row | {name: getattr(manifest, name) for name in shown}
 
 
+def _leading_to(number: int, aliases: Mapping[str, int]) -> list[str]:
+    return [name for name, at in aliases.items() if at == number]
+
+
 def _show(registry: Registry, arguments: argparse.Namespace) -> Any:
     number = registry.resolve(arguments.model, arguments.version)
-    aliases = [name for name, at in registry.aliases(arguments.model).items() if at == number]
+    aliases = _leading_to(number, registry.aliases(arguments.model))
     return {"aliases": aliases, **msgspec.to_builtins(registry.manifest(arguments.model, number))}
 
 

@@ -78,13 +78,12 @@ class RestApp:
 
     async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a call that somebody traces or logs."""
-        sent = scope.get("raw_path") or scope["path"].encode()
         exchange = Exchange(
             protocol="rest",
             method=scope["method"],
             headers=scope["headers"],
             scheme=scope.get("scheme", "http"),
-            path=sent.partition(b"?")[0].decode("latin-1"),
+            path=_sent_path(scope),
         )
 
         async def noted(message: Message) -> None:
@@ -115,8 +114,7 @@ class RestApp:
         if b"access-control-request-method" in headers and b"origin" in headers and method == "OPTIONS":
             await _respond(send, 204, PREFLIGHT, b"")
             return
-        sent = scope.get("raw_path") or scope["path"].encode()
-        path = sent.partition(b"?")[0].decode("latin-1")
+        path = _sent_path(scope)
         prefix = scope.get("root_path", "")
         if prefix:  # an application around this one: as many parts of the path are ours as stand behind the prefix
             parts = scope["path"].removeprefix(prefix).count("/")
@@ -309,6 +307,12 @@ async def _call(v2: V2, name: str, request: Request) -> Any:
 def _found(scope: Scope, route: str) -> None:
     if _EXCHANGE in scope:
         scope[_EXCHANGE].route = route
+
+
+def _sent_path(scope: Scope) -> str:
+    """The path as the caller wrote it, nothing of it decoded."""
+    sent: bytes = scope.get("raw_path") or scope["path"].encode()
+    return sent.partition(b"?")[0].decode("latin-1")
 
 
 async def _respond(send: Send, status: int, headers: list[Header], body: bytes) -> None:
