@@ -434,6 +434,7 @@ def test_a_canary_ends_by_itself(registry, server, monkeypatch, mean, version):
             database.execute("INSERT INTO rewards VALUES (?, ?, ?, 200, ?)", row)
     wait_until(lambda: registry.experiments("m") == {}, "the verdict")
     assert registry.aliases("m") == {"default": version}
+    wait_until(lambda: "arm" not in server.predict(ROW, client="c-1"), "the server to follow its own clerk")
     assert server.predict(ROW, client="c-1")["predictions"] == [version]
     last = registry.experiment_log("m")[-1]
     assert last["who"] == "round-2" and last["why"].startswith("promote" if version == 2 else "rollback")
