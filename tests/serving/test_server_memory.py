@@ -1,9 +1,11 @@
 """Memory of a server: room is kept before a byte is read, and what can never fit is refused unread."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from torch import nn
 
 import flserving
+from experiment_models import ROW, published, server_of
 from flserving import ModelServer, Registry, ServingConfig, models
 from flserving.errors import ModelTooLargeError
 from flserving.optimize.methods import quantise
@@ -89,6 +92,28 @@ def test_cold_versions_asked_at_once_stay_within_the_budget(tmp_path, monkeypatc
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.full
+def test_a_promotion_keeps_nothing_of_the_version_before(tmp_path):
+    """But its digest, as one that was found sound: of those 4,096 are kept."""
+    versions, warm, most = 120, 60, 4000  # bytes a promotion; its engine takes more
+
+    def promote(numbers):
+        for number in numbers:
+            registry.set_alias("m", "default", number, who="test", why="the next round")
+            assert server.predict(ROW)["predictions"] == [number]
+        server.get_all_stats()  # folds what is counted
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    with published(tmp_path, versions) as registry, server_of(registry) as server:
+        tracemalloc.start()
+        try:
+            before = promote(range(2, warm + 1))
+            kept = (promote(range(warm + 1, versions + 1)) - before) / (versions - warm)
+        finally:
+            tracemalloc.stop()
+    assert kept < most, kept
+
+
 def test_a_child_that_a_busy_parent_forks_answers(tmp_path):
     """With none of its parent's threads, and whatever locks they held: at once, or with an error that says why."""
     program = Path(__file__).parents[1] / "support" / "busy_fork.py"
