@@ -18,7 +18,16 @@ from flserving import models
 from flserving.errors import CorruptArtifactError, FlservingError, InvalidModelError
 from flserving.registry import Registry, storage
 from flserving.registry.headfile import checksums, stride
-from flserving.registry.heads import STALE, UNKNOWN, HeadSet, HeadStore, trained_on, trained_on_state
+from flserving.registry.heads import (
+    EXPIRED,
+    STALE,
+    UNKNOWN,
+    HeadSet,
+    HeadStore,
+    neutral_head,
+    trained_on,
+    trained_on_state,
+)
 from flserving.registry.manifest import decode, encode
 from serving_models import Threads
 
@@ -99,6 +108,35 @@ def test_one_head_is_taken_out_with_what_it_was_trained_on(tmp_path):
     assert again.find("client-1") == STALE and np.array_equal(again.take("client-1").weights, heads.weights[1:2])
 
 
+def test_the_neutral_head_changes_no_answer():
+    """For a head alone the generic one, for what is added zeros, for what comes after the logits the identity."""
+    weights, bias = torch.arange(15.0).reshape(3, 5), torch.tensor([1.0, 2.0, 3.0])
+    generic, body = {"head.weight": weights, "head.bias": bias}, torch.randn(7, 5)
+    logits = body @ weights.T + bias
+    for layout in ("head", "additive", "adapter"):
+        head = torch.from_numpy(neutral_head(layout, generic))
+        inputs = logits if layout == "adapter" else body
+        answers = inputs @ head[:-1] + head[-1] + (logits if layout == "additive" else 0)
+        assert head.dtype == torch.float32 and torch.allclose(answers, logits), layout
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 20], ids=["no room", "room"])
+def test_who_has_no_head_now_gets_nobody_elses(tmp_path, budget):
+    """The slots that mean so count from the end of the memory in which the heads of others lie."""
+    store = opened(tmp_path, HeadSet("head", names(3), numbers(3)), budget=budget)
+    store.gather(slots_of(store, names(3)))  # all are in memory
+    assert (store.gather(np.array([UNKNOWN, STALE, EXPIRED])) == 7).all()
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 20], ids=["no room", "room"])
+def test_the_size_of_a_store_is_known_from_its_manifest(tmp_path, budget):
+    heads = HeadSet("head", names(20), numbers(20))
+    entry = heads.write(str(tmp_path / "heads.bin"), HERE)
+    store = HeadStore(str(tmp_path), "heads.bin", entry, HERE, np.zeros((7, 3), np.float32))
+    store.resize(budget)
+    assert HeadStore.nbytes_of(entry, budget) == store.nbytes > 0
+
+
 def test_equal_heads_give_equal_files_and_the_digest_tells_others_apart(tmp_path):
     weights = numbers(5)
     first = opened(tmp_path, HeadSet("head", names(5), weights)).digest
@@ -149,8 +187,10 @@ def test_what_cannot_be_heads_is_refused(arguments, message):
     ids=range(5),
 )  # fmt: skip
 def test_states_that_are_no_heads_are_refused(states):
-    with pytest.raises(InvalidModelError):
+    with pytest.raises(InvalidModelError, match=r"do not fit together|are float32"):
         HeadSet.from_states(states)
+    with pytest.raises(InvalidModelError, match=r"^layout is 'tail': choose"):
+        HeadSet.from_states({"a": {"head.weight": torch.ones(3, 6)}}, layout="tail")
 
 
 # Memory
