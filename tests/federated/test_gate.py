@@ -16,6 +16,7 @@ from flserving.errors import (
     NotFoundError,
     NotSupportedError,
 )
+from flserving.federated import gate as judging
 from flserving.federated import train
 from flserving.federated.data import digits, make_clients
 from flserving.federated.gate import CHECKS, Gate, gated, golden_rows
@@ -94,7 +95,32 @@ def test_bad_weights_are_refused_and_nothing_moves(registry, run, gate, change, 
     assert registry.resolve("m") == 5 and len(registry.history("m")) == moves
     assert tuple(check.name for check in verdict.checks) == CHECKS
     if failed == "finite":
-        assert "not judged" in verdict.to_frame().loc["accuracy", "words"]
+        words = verdict.to_frame()["words"]
+        assert words["accuracy"] == f"not judged: {words['finite']}"
+
+
+def test_weights_that_are_not_finite_are_named_and_not_judged(registry, run, gate, monkeypatch):
+    """The registry takes no such version: one that comes from elsewhere must not pass here."""
+    version = published(registry, run.rounds[5])
+    monkeypatch.setattr(judging, "first_non_finite", lambda arrays: "head.bias")
+    verdict = gate.check(registry, "m", version)
+    words = verdict.to_frame()["words"]
+    assert not verdict.passed and words["finite"] == "head.bias holds NaN or infinite values"
+    assert words["norm"] == f"not judged: {words['finite']}"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "told"), [(3, "no history yet"), (4, "last 3 accepted"), (13, "last 10 accepted")]
+)
+def test_an_update_is_compared_with_the_last_ten_or_where_they_are_not_three_with_the_weights(
+    tmp_path, run, gate, accepted, told
+):
+    """A first version is no update."""
+    with Registry(tmp_path) as registry:
+        for number in range(accepted):
+            registry.set_alias("m", "default", published(registry, run.rounds[number % 2]), who="me", why="test")
+        verdict = gate.check(registry, "m", published(registry, run.rounds[5]))
+        assert told in verdict.to_frame().loc["norm", "words"]
 
 
 def test_a_round_with_too_few_clients_is_refused_for_that_alone(registry, run, gate):
@@ -134,6 +160,14 @@ def test_golden_rows_keep_their_answers(registry, run, clients):
     assert verdict.failed == ("golden",) and "1 of 20" in str(verdict)
 
 
+def test_golden_rows_are_right_answers_only(registry, clients):
+    """Of a class that the version never names there are none, and of others no wrong one in their place."""
+    others = [replace(client, test_y=np.where(client.test_y == 3, 4, client.test_y)) for client in clients]
+    others[0] = replace(others[0], test_y=np.full_like(others[0].test_y, 11))
+    rows, answers = golden_rows(registry, "m", others)
+    assert sorted(set(answers.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9] and len(rows) == 18
+
+
 def test_the_bound_on_the_drop_is_that_of_the_paper(clients):
     """Agresti and Min's own formula, written out; and its level, by simulation."""
     before, now = np.ones(100, bool), np.ones(100, bool)
@@ -157,6 +191,7 @@ def test_one_clients_drop_counts_when_mcnemars_test_says_so(clients):
         check = Gate(clients=clients, client_tolerance=0.0)._worst(before, now)
         sure = lost > 0 and bool(binomtest(lost, lost, 0.5, alternative="greater").pvalue * len(clients) <= 0.05)
         assert check.passed is not sure
+        assert check.value == pytest.approx(lost / len(before[2]) if sure else 0)
         assert (clients[2].id in check.words) is sure
 
 
@@ -280,7 +315,15 @@ def test_versions_that_are_not_there_and_regressions_are_errors(registry, gate):
 
 @pytest.mark.parametrize(
     "limits",
-    [{"tolerance": -0.1}, {"alpha": 0}, {"agreement": 2}, {"jump": "3"}, {"min_clients": 1.5}, {"clients": ()}],
+    [
+        {"tolerance": -0.1},
+        {"client_tolerance": 1.1},
+        {"alpha": 0},
+        {"agreement": 2},
+        {"jump": "3"},
+        {"min_clients": 1.5},
+        {"clients": ()},
+    ],
     ids=lambda limits: next(iter(limits)),
 )
 def test_limits_out_of_range_are_refused(clients, limits):
