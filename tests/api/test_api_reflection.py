@@ -117,7 +117,7 @@ def test_bytes_that_are_no_question_end_the_call(target):
 
 
 def test_a_caller_that_asks_nothing_more_is_sent_away_in_time(server):
-    with open_door(server, slow_client_s=0.2) as (_, target, _, _), grpc.insecure_channel(target) as channel:
+    with open_door(server, slow_client_s=1) as (_, target, _, _), grpc.insecure_channel(target) as channel:
         asked = iter([question(list_services="*")])
 
         def and_then_silence():
