@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flserving
-from flserving import ServingConfig
+from flserving import ServingConfig, models
 from flserving.api.client import Client
 from flserving.edge import EdgeModelServer
 from flserving.edge.breaker import CircuitBreaker
@@ -58,6 +58,7 @@ class Cloud:
 
     def predict(self, features, *, model, timeout_ms, arrays, personal=False):
         self.asked.append({"model": model, "timeout_ms": timeout_ms, "personal": personal, "rows": features.copy()})
+        assert arrays, "lists would lose the dtype"
         assert self.gate.wait(PATIENCE_S)
         if self.error is not None:
             raise self.error
@@ -270,6 +271,83 @@ def test_identical_requests_ask_the_cloud_once():
         assert [answer["path"] for answer in threads.results()] == ["cloud"] * 6 and len(world.cloud.asked) == 1
     finally:
         world.close()
+
+
+def test_who_follows_the_call_of_another_hears_why_it_failed(world):
+    hybrid, threads = world.hybrid(), Threads()
+    world.cloud.gate.clear()
+    world.cloud.error = UnauthorizedError("who are you?")
+    for _ in range(3):
+        threads.start(hybrid.predict, UNSURE)
+    wait_until(lambda: hybrid.cloud_cache.stats()["shared"] == 2, "two that wait for the third")
+    world.cloud.gate.set()
+    assert [answer["path"] for answer in threads.results()] == ["degraded"] * 3
+    assert hybrid.get_all_stats()["hybrid"]["cloud_refusals"] == {"Unauthorized": 3}
+
+
+def test_who_follows_the_call_of_another_waits_no_longer_than_its_own_time(world):
+    """Of the two only the follower is in a hurry: the device answers it, the leader gets what it waits for."""
+    with EdgeModelServer(config=CONFIG) as edge:  # by the real clock
+        edge.update_global(state(), round=4, **MLP)
+        world.cloud.gate.clear()
+        with HybridServer(edge, world.cloud, consent=True) as hybrid:
+            threads = Threads()
+            threads.start(hybrid.predict, UNSURE)
+            wait_until(lambda: world.cloud.asked, "the leader's call")
+            answer = hybrid.predict(UNSURE, timeout_ms=200)
+            assert answer["path"] == "degraded" and len(world.cloud.asked) == 1
+            assert hybrid.get_all_stats()["hybrid"]["cloud_refusals"] == {"DeadlineExceeded": 1}
+            world.cloud.gate.set()
+            assert [answer["path"] for answer in threads.results()] == ["cloud"]
+
+
+# What an answer says
+
+
+def test_the_policy_of_outputs_masks_every_path(world):
+    hybrid = world.hybrid(cache_ttl_s=50)
+    paths = []
+    for row, options in ((SURE, {}), (UNSURE, {}), (UNSURE, {"arrays": True})):
+        whole = hybrid.predict(row, **options)
+        masked = hybrid.predict(row, outputs="label", **options)
+        assert "confidences" in whole and "outputs" not in whole
+        assert masked["outputs"] == "label" and not {"confidences", "probabilities"} & masked.keys()
+        assert list(masked["predictions"]) == list(whole["predictions"])
+        paths += [whole["path"], masked["path"]]
+    assert paths == ["local", "local", "cloud", "cache", "cache", "cache"]
+
+
+def test_the_time_that_the_cloud_took_is_told_in_milliseconds(world):
+    hybrid = world.hybrid()
+
+    def slowly(rows, **options):
+        world.now_s += 0.25
+        return cloud(rows, **options)
+
+    cloud, world.cloud.predict = world.cloud.predict, slowly
+    answer = hybrid.predict(UNSURE, stages=True)
+    assert answer["stages_ms"] == {"cloud": pytest.approx(250, abs=1e-3)}
+    assert answer["latency_ms"] == pytest.approx(250, abs=1e-3)
+
+
+def test_one_image_is_one_row_for_the_cloud(world):
+    """The device's model says what a row is. It is sent flat, which every server takes."""
+    asked = []
+    with EdgeModelServer(config=CONFIG) as edge:
+        net = models.build("edge_test_pictures", {})
+        edge.update_global(net.state_dict(), architecture="edge_test_pictures")
+        world.cloud.predict = lambda rows, **_: asked.append(rows.shape) or {
+            "predictions": np.ones(len(rows), np.int64), "model_version": "9"
+        }  # fmt: skip
+        with HybridServer(edge, world.cloud, consent=True, threshold=1.0) as hybrid:
+            assert hybrid.predict(np.ones((3, 4, 4)))["path"] == "cloud"
+            assert hybrid.predict(np.ones((2, 3, 4, 4)))["path"] == "cloud"
+    assert asked == [(1, 48), (2, 48)]
+
+
+@models.register("edge_test_pictures", input_shape=(3, 4, 4), output_shape=(2,))
+def pictures():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
 
 
 # Time

@@ -65,6 +65,7 @@ def test_a_clean_round_passes_and_the_log_says_why(registry, run, gate):
     assert last["who"] == "gate" and last["why"] == str(verdict) and "accuracy: 0." in last["why"]
     frame = verdict.to_frame()
     assert list(frame.index) == list(CHECKS) and list(frame.columns) == ["passed", "value", "limit", "words"]
+    assert tuple(frame.loc["golden", ["value", "limit"]]) == (0, 0), "no golden rows: none answered wrong"
     assert frame["passed"].all() and frame.loc["norm", "value"] <= frame.loc["norm", "limit"]
     with pytest.raises(FrozenInstanceError):
         verdict.version = 9
