@@ -223,7 +223,10 @@ def test_readers_see_the_old_table_or_the_new_one(router):
 
 
 def test_follows_versions_and_aliases(router, loads, quiet):
-    followed(router, digits=FakeRegistry(3, default=2, canary=3))
+    registry = FakeRegistry(3, default=2, canary=3)
+    followed(router, digits=registry)
+    assert router.followed("digits") is registry and router.followed("letters") is None
+    assert router._watcher.daemon, "a program that forgets its server still ends"
     assert answer(router) == ("digits", "2") and answer(router, "canary") == ("digits", "3")
     assert answer(router, 1) == answer(router, "1", "digits") == ("digits", "1")
     assert loads.loaded == [("digits", "2")], "only who takes over by default is loaded ahead"
