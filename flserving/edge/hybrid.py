@@ -298,7 +298,7 @@ class HybridServer:
         }
         return self.edge.get_all_stats() | {"hybrid": own}
 
-    def close(self, drain_s: float = 5.0) -> None:
+    def close(self) -> None:
         """Answer no more. Calls to the cloud that still wait end by their own deadlines. Idempotent."""
         self._closed = True
         self._calls.shutdown(wait=False, cancel_futures=True)
