@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from budget import examples
 from flserving.errors import OverloadedError
 from flserving.lab.queueing.simulate import simulate_batching
-from flserving.serving.batching.policy import BatchQueue, QueuedRequest
+from flserving.serving.batching.policy import MARGIN, BatchQueue, QueuedRequest
 
 POLICIES = ("work_conserving", "hold_until_full")
 TENTHS = st.integers(0, 30).map(lambda tenths: tenths / 10)  # not exact in binary: sums and differences round
@@ -212,6 +212,43 @@ def test_a_dropped_request_leaves_its_place_to_the_next():
         queue.push(request)
     queue.drop(gone)
     assert queue.take(0.0) == ([first, last], [])
+
+
+def of(client, deadline_s=1e9, lane="a"):
+    return QueuedRequest(lane, None, 1, 0.0, deadline_s, client)
+
+
+class SecondsABatch:
+    """Costs of an engine of which every batch takes a second."""
+
+    def usual_s(self, engine, rows, now_s=None):
+        return 1.0
+
+
+def test_a_client_waits_for_its_share_of_the_queue_only():
+    """With 30 rows of a flood and its own 2 before it, a client's third row is served sixth."""
+    queue = BatchQueue(1, 1.0, 1000, costs=SecondsABatch())
+    queue.ends_s = [0.0]
+    for client in ("flood",) * 30 + ("quiet",) * 2:
+        queue.push(of(client))
+    in_time_s = 6 + MARGIN  # after 6 s of work, and its own run
+    with pytest.raises(OverloadedError, match="32 rows wait already: the answer would take about 7"):
+        queue.push(of("quiet", in_time_s - 0.01))
+    queue.push(of("quiet", in_time_s + 0.01))
+
+
+def test_who_made_room_has_its_turn_back():
+    """What was dropped was not served: it costs its client nothing."""
+    queue = BatchQueue(8, 1.0, 10)
+    for _ in range(10):
+        queue.push(of("flood"))
+    (dropped,) = queue.push(of("quiet"))
+    assert (dropped.client, dropped.turn) == ("flood", 10)
+    batch, _ = queue.take(0.0)
+    assert [request.client for request in batch].count("quiet") == 1 and len(batch) == 8
+    again = of("flood")
+    queue.push(again)
+    assert again.turn == 10
 
 
 def test_nobody_is_passed_over_longer_than_max_wait():
