@@ -102,6 +102,14 @@ def test_a_lone_caller_runs_its_own_request(harness):
     assert not h.batcher._threads, "no worker was needed, none was started"
 
 
+def test_what_a_run_on_the_callers_thread_took_is_learned_and_of_one_that_failed_nothing(harness):
+    h, lane, broken = harness(), Lane(), Lane()
+    h.run(lane, 1)
+    with pytest.raises(RuntimeError, match="poison"):
+        h.run(broken, POISON)
+    assert h.batcher._costs.usual_s(lane, 1) > 0 and not h.batcher._costs.usual_s(broken, 1)
+
+
 def test_a_lone_coroutine_runs_on_its_loop(harness):
     h, lane = harness(), Lane()
     assert asyncio.run(h.arun(lane, 1)) == ("lane", 1)
