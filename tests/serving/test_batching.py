@@ -251,6 +251,19 @@ def test_who_made_room_has_its_turn_back():
     assert again.turn == 10
 
 
+def test_requests_of_several_clients_are_held_until_their_batch_is_full_or_their_wait_is_over():
+    queue = BatchQueue(2, 1.0, 100, "hold_until_full")
+    first, second, third = of("a"), of("b", lane="other"), of("b")
+    queue.push(first)
+    queue.push(second)
+    assert queue.take(0.5) == ([], [])
+    queue.push(third)
+    assert queue.take(0.5) == ([first, third], []), "full"
+    queue.push(of("a"))
+    assert queue.take(0.9) == ([], [])
+    assert queue.take(1.0)[0], "its second is over"
+
+
 def test_nobody_is_passed_over_longer_than_max_wait():
     """A crowded lane wins until a lonely request has waited ``max_wait_s``; then the lonely one is served first."""
     queue = BatchQueue(4, max_wait_s=0.5, max_rows=1000)

@@ -16,6 +16,7 @@ import pytest
 
 from flserving.errors import DeadlineExceededError, ModelExecutionError, OverloadedError, ServerClosedError
 from flserving.serving.batching import workers
+from flserving.serving.batching.policy import QueuedRequest
 from flserving.serving.batching.workers import Batcher
 from flserving.serving.config import ServingConfig
 from serving_models import PATIENCE_S, POISON, Probe, Threads, flserving_threads, wait_until
@@ -422,6 +423,21 @@ def test_an_answer_that_came_with_the_deadline_is_an_answer(harness, monkeypatch
 
 
 # Deadlines, overload, cancellation
+
+
+@pytest.mark.parametrize(
+    ("arrival_s", "error", "told"),
+    [
+        (9.0, OverloadedError, "usually takes 500 ms, the deadline leaves 200 ms: try again"),
+        (9.9, DeadlineExceededError, "usually takes 500 ms, the deadline was 300 ms: raise timeout_ms"),
+    ],
+    ids=["it waited too long", "it never could"],
+)
+def test_who_cannot_end_in_time_is_told_the_two_numbers(harness, arrival_s, error, told):
+    h, lane = harness(), Lane()
+    h.batcher.queue.learn(lane, 1, 9.0, 9.5)
+    said = h.batcher._hopeless(QueuedRequest(lane, 1, 1, arrival_s, 10.2), 10.0)
+    assert type(said) is error and told in str(said)
 
 
 @pytest.mark.parametrize("door", ["sync", "async"])
