@@ -237,6 +237,31 @@ def test_a_client_waits_for_its_share_of_the_queue_only():
     queue.push(of("quiet", in_time_s + 0.01))
 
 
+def test_the_share_never_makes_the_wait_longer_than_the_queue():
+    queue = BatchQueue(1, 1.0, 1000, costs=SecondsABatch())
+    queue.ends_s = [0.0]
+    for client in ("flood",) + ("quiet",) * 3:
+        queue.push(of(client))
+    queue.push(of("quiet", 4 + MARGIN + 0.01))
+
+
+def test_who_finds_room_in_the_next_batch_does_not_wait_for_another():
+    queue = BatchQueue(4, 1.0, 1000, costs=SecondsABatch())
+    queue.ends_s = [0.0]
+    for _ in range(3):
+        queue.push(of("a"))
+    queue.push(of("a", MARGIN + 0.01))
+    with pytest.raises(OverloadedError):
+        queue.push(of("a", MARGIN + 0.01))  # the fifth
+
+
+def test_a_request_above_the_batch_size_tells_what_a_full_batch_takes():
+    """The engine runs it in chunks."""
+    queue, lane = BatchQueue(4, 1.0, 1000), Server()
+    queue.learn(lane, 8, 10.0, 18.0)
+    assert queue.costs.usual_s(lane, 4, 18.0) == 4.0 and queue.usual_s(lane, 8, 18.0) == 8.0
+
+
 def test_who_made_room_has_its_turn_back():
     """What was dropped was not served: it costs its client nothing."""
     queue = BatchQueue(8, 1.0, 10)

@@ -440,6 +440,49 @@ def test_who_cannot_end_in_time_is_told_the_two_numbers(harness, arrival_s, erro
     assert type(said) is error and told in str(said)
 
 
+def usually_takes(h, lane, seconds):
+    now_s = time.perf_counter()
+    h.batcher.queue.learn(lane, 1, now_s - seconds, now_s)
+
+
+def test_who_could_end_only_after_what_runs_now_is_refused_at_once(harness):
+    h, lane = harness(num_workers=1), Lane()
+    usually_takes(h, lane, 100)
+    lane.probe.shut()
+    h.start(lane, 0, timeout_s=150)
+    lane.probe.wait_inside(1)
+    with pytest.raises(OverloadedError, match=r"the answer would take about .* the deadline leaves"):
+        h.run(lane, 1, timeout_s=150)
+    lane.probe.release()
+    assert h.threads.results() == [("lane", 0)]
+
+
+def test_who_cannot_end_in_time_any_more_hears_of_it_when_its_turn_comes(harness):
+    """Not at its deadline, which is far."""
+    h, blocker, lane = harness(num_workers=1), Lane("blocker"), Lane()
+    blocker.probe.shut()
+    h.start(blocker, 0)
+    blocker.probe.wait_inside(1)
+    h.queue_up(lane, [1], timeout_s=1000)
+    usually_takes(h, lane, 10_000)
+    blocker.probe.release()
+    _, late = h.threads.outcomes()
+    assert isinstance(late, DeadlineExceededError) and "usually takes" in str(late) and not lane.runners
+
+
+@pytest.mark.parametrize("payloads", [[POISON], [1, POISON, 2]], ids=["alone", "among others"])
+def test_of_a_batch_that_failed_nothing_is_learned(harness, payloads):
+    h, blocker, lane = harness(num_workers=1), Lane("blocker"), Lane()
+    blocker.probe.shut()
+    h.start(blocker, 0)
+    blocker.probe.wait_inside(1)
+    h.queue_up(lane, payloads)
+    blocker.probe.release()
+    h.threads.outcomes()
+    h.assert_idle()
+    assert not any(h.batcher._costs.usual_s(lane, rows) for rows in (1, 2, 3))
+
+
 @pytest.mark.parametrize("door", ["sync", "async"])
 def test_an_expired_request_never_reaches_the_model(harness, door):
     h, lane = harness(num_workers=1), Lane(typical_s=1.0)
