@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -109,6 +110,19 @@ def test_what_a_run_on_the_callers_thread_took_is_learned_and_of_one_that_failed
     with pytest.raises(RuntimeError, match="poison"):
         h.run(broken, POISON)
     assert h.batcher._costs.usual_s(lane, 1) > 0 and not h.batcher._costs.usual_s(broken, 1)
+
+
+def test_who_is_held_when_it_closes_is_refused(harness):
+    h, lane = harness(num_workers=1, max_batch_size=2, batching="hold_until_full", max_wait_time_ms=60_000), Lane()
+    lane.probe.shut()
+    h.queue_up(lane, [0])
+    h.start(lane, 1)
+    lane.probe.wait_inside(1)
+    h.queue_up(lane, [2])
+    h.batcher.close(drain_s=0)
+    lane.probe.release()
+    *answered, refused = h.threads.outcomes()
+    assert answered == [("lane", 0), ("lane", 1)] and isinstance(refused, ServerClosedError)
 
 
 def test_a_batcher_is_loaded_where_another_request_would_wait(harness):
@@ -481,6 +495,21 @@ def test_of_a_batch_that_failed_nothing_is_learned(harness, payloads):
     h.threads.outcomes()
     h.assert_idle()
     assert not any(h.batcher._costs.usual_s(lane, rows) for rows in (1, 2, 3))
+
+
+async def test_who_makes_room_for_another_client_hears_of_it_at_once(harness):
+    h, lane, threads = harness(num_workers=1, max_queue_rows=4), Lane(), Threads()
+    lane.probe.shut()
+    threads.start(h.run, lane, 0)
+    lane.probe.wait_inside(1)
+    ask = functools.partial(h.batcher.arun, *h.arguments(lane, 1))
+    flood = [asyncio.create_task(ask(client="flood")) for _ in range(4)]
+    await asyncio.sleep(0)
+    quiet = asyncio.create_task(ask(client="quiet"))
+    with pytest.raises(OverloadedError):
+        await flood[3]
+    lane.probe.release()
+    assert await asyncio.gather(quiet, *flood[:3]) == [("lane", 1)] * 4
 
 
 @pytest.mark.parametrize("door", ["sync", "async"])
