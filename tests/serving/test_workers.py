@@ -442,21 +442,31 @@ def test_an_answer_that_came_with_the_deadline_is_an_answer(harness, monkeypatch
 @pytest.mark.parametrize(
     ("arrival_s", "error", "told"),
     [
-        (9.0, OverloadedError, "usually takes 500 ms, the deadline leaves 200 ms: try again"),
-        (9.9, DeadlineExceededError, "usually takes 500 ms, the deadline was 300 ms: raise timeout_ms"),
+        (9.0, OverloadedError, "usually takes 500 ms, the deadline leaves 250 ms: try again"),
+        (9.75, OverloadedError, "usually takes 500 ms, the deadline leaves 250 ms: try again"),
+        (10.0, DeadlineExceededError, "usually takes 500 ms, the deadline was 250 ms: raise timeout_ms"),
     ],
-    ids=["it waited too long", "it never could"],
+    ids=["it waited too long", "it could just have", "it never could"],
 )
 def test_who_cannot_end_in_time_is_told_the_two_numbers(harness, arrival_s, error, told):
     h, lane = harness(), Lane()
     h.batcher.queue.learn(lane, 1, 9.0, 9.5)
-    said = h.batcher._hopeless(QueuedRequest(lane, 1, 1, arrival_s, 10.2), 10.0)
+    said = h.batcher._hopeless(QueuedRequest(lane, 1, 1, arrival_s, 10.25), 10.0)
     assert type(said) is error and told in str(said)
 
 
 def usually_takes(h, lane, seconds):
     now_s = time.perf_counter()
     h.batcher.queue.learn(lane, 1, now_s - seconds, now_s)
+
+
+@pytest.mark.parametrize(("timeout_s", "by_worker"), [(19, True), (25, False)])
+def test_a_caller_runs_what_surely_ends_in_time_itself(harness, timeout_s, by_worker):
+    """Twice the usual time, of ten seconds here, is sure: nobody can be called back from a model."""
+    h, lane = harness(), Lane()
+    usually_takes(h, lane, 10)
+    assert h.run(lane, 1, timeout_s=timeout_s) == ("lane", 1)
+    assert (lane.runners != [threading.current_thread().name]) is by_worker
 
 
 def test_who_could_end_only_after_what_runs_now_is_refused_at_once(harness):
