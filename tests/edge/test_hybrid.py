@@ -334,8 +334,8 @@ def test_one_image_is_one_row_for_the_cloud(world):
     """The device's model says what a row is. It is sent flat, which every server takes."""
     asked = []
     with EdgeModelServer(config=CONFIG) as edge:
-        net = models.build("edge_test_pictures", {})
-        edge.update_global(net.state_dict(), architecture="edge_test_pictures")
+        net = models.build("test-pictures", {})
+        edge.update_global(net.state_dict(), architecture="test-pictures")
         world.cloud.predict = lambda rows, **_: asked.append(rows.shape) or {
             "predictions": np.ones(len(rows), np.int64), "model_version": "9"
         }  # fmt: skip
@@ -345,7 +345,7 @@ def test_one_image_is_one_row_for_the_cloud(world):
     assert asked == [(1, 48), (2, 48)]
 
 
-@models.register("edge_test_pictures", input_shape=(3, 4, 4), output_shape=(2,))
+@models.register("test-pictures", input_shape=(3, 4, 4), output_shape=(2,))
 def pictures():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
 
