@@ -290,11 +290,14 @@ def test_who_follows_the_call_of_another_waits_no_longer_than_its_own_time(world
     with EdgeModelServer(config=CONFIG) as edge:  # by the real clock
         edge.update_global(state(), round=4, **MLP)
         world.cloud.gate.clear()
-        with HybridServer(edge, world.cloud, consent=True) as hybrid:
+        settings = HybridSettings(
+            cloud_share=0.1
+        )  # 10 s for the leader; 0.3 s for the follower, and 2.7 for its device
+        with HybridServer(edge, world.cloud, consent=True, settings=settings) as hybrid:
             threads = Threads()
             threads.start(hybrid.predict, UNSURE)
             wait_until(lambda: world.cloud.asked, "the leader's call")
-            answer = hybrid.predict(UNSURE, timeout_ms=200)
+            answer = hybrid.predict(UNSURE, timeout_ms=3000)
             assert answer["path"] == "degraded" and len(world.cloud.asked) == 1
             assert hybrid.get_all_stats()["hybrid"]["cloud_refusals"] == {"DeadlineExceeded": 1}
             world.cloud.gate.set()
@@ -330,6 +333,11 @@ def test_the_time_that_the_cloud_took_is_told_in_milliseconds(world):
     assert answer["latency_ms"] == pytest.approx(250, abs=1e-3)
 
 
+@models.register("test-pictures", input_shape=(3, 4, 4), output_shape=(2,))
+def pictures():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
+
+
 def test_one_image_is_one_row_for_the_cloud(world):
     """The device's model says what a row is. It is sent flat, which every server takes."""
     asked = []
@@ -343,11 +351,6 @@ def test_one_image_is_one_row_for_the_cloud(world):
             assert hybrid.predict(np.ones((3, 4, 4)))["path"] == "cloud"
             assert hybrid.predict(np.ones((2, 3, 4, 4)))["path"] == "cloud"
     assert asked == [(1, 48), (2, 48)]
-
-
-@models.register("test-pictures", input_shape=(3, 4, 4), output_shape=(2,))
-def pictures():
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
 
 
 # Time

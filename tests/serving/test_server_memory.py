@@ -90,8 +90,6 @@ def test_cold_versions_asked_at_once_stay_within_the_budget(tmp_path, monkeypatc
             assert max(most) <= 2 and server.model_cache.nbytes <= 3 * nbytes
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.full
 def test_a_promotion_keeps_nothing_of_the_version_before(tmp_path):
     """But its digest, as one that was found sound: of those 4,096 are kept."""
     versions, warm, most = 120, 60, 4000  # bytes a promotion; its engine takes more
@@ -114,6 +112,8 @@ def test_a_promotion_keeps_nothing_of_the_version_before(tmp_path):
     assert kept < most, kept
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.full
 def test_a_child_that_a_busy_parent_forks_answers(tmp_path):
     """With none of its parent's threads, and whatever locks they held: at once, or with an error that says why."""
     program = Path(__file__).parents[1] / "support" / "busy_fork.py"
