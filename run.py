@@ -1,20 +1,23 @@
-"""flserving in a few commands. Nothing but Python 3.11 or newer is needed; the same on Linux, macOS and Windows.
+"""flserving in a few commands. Nothing but Python 3.11 or newer is needed; the same on Linux, macOS
+and Windows.
 
-    python run.py lab  [NOTEBOOK] [options of jupyter lab]   open your copy of the course in JupyterLab
-    python run.py lab  --solutions                           open the teacher's notebooks, which hold the solutions
-    python run.py test [options of pytest]                   run the quick tests, or those that the options name
-    python run.py test --all                                 run what CI runs: every notebook, and a real browser
-    python run.py test --fuzz                                run the property tests with new and more examples
-    python run.py book [FOLDER] [--instructor]               write the course as a book in HTML, into the folder book
-    python run.py slides NN                                  write a notebook as slides, into the folder slides
+    python run.py lab  [NOTEBOOK] [options of jupyter lab]   open your copy of the course in
+    JupyterLab python run.py lab  --solutions                           open the teacher's
+    notebooks, which hold the solutions python run.py test [options of pytest]                   run
+    the quick tests, or those that the options name python run.py test --all
+    run what CI runs: every notebook, and a real browser python run.py test --fuzz
+    run the property tests with new and more examples python run.py book [FOLDER] [--instructor]
+    write the course as a book in HTML, into the folder book python run.py slides NN
+    write a notebook as slides, into the folder slides
 
-All keep everything that they install in the folder .venv next to this file; the first call takes a few minutes, later
-calls install again only after pyproject.toml or requirements/ has changed. What is installed are the versions in
-requirements/, with which the course was tested, checked by their hashes.
+All keep everything that they install in the folder .venv next to this file; the first call takes a
+few minutes, later calls install again only after pyproject.toml or requirements/ has changed. What
+is installed are the versions in requirements/, with which the course was tested, checked by their
+hashes.
 
-Your copy of the course is the folder student: the notebooks with their exercises unsolved, for you to work in. lab
-makes it and adds notebooks that are new; it never changes what is there. To begin a notebook anew, move your copy of it
-away. Examples:
+Your copy of the course is the folder student: the notebooks with their exercises unsolved, for you
+to work in. lab makes it and adds notebooks that are new; it never changes what is there. To begin a
+notebook anew, move your copy of it away. Examples:
 
     python run.py lab student/03_caching.ipynb --no-browser
     python run.py test tests/registry/test_registry.py -k alias
@@ -26,13 +29,13 @@ Options of run.py itself:
 
 For those who change flserving:
 
-    python run.py test --latest   with the newest versions that pyproject.toml allows, in .venv-latest
-    python run.py test --lowest   the core's tests with the oldest ones, in .venv-lowest
-    python run.py lock            write requirements/ anew, with the newest versions
+    python run.py test --latest   with the newest versions that pyproject.toml allows, in
+    .venv-latest python run.py test --lowest   the core's tests with the oldest ones, in
+    .venv-lowest python run.py lock            write requirements/ anew, with the newest versions
 """
 
-# This file must parse on every Python that people still have, so that the refusal below can be printed:
-# no f-strings, no annotations, nothing newer than Python 2.7's grammar.
+# This file must parse on every Python that people still have, so that the refusal below can be
+# printed: no f-strings, no annotations, nothing newer than Python 2.7's grammar.
 import sys
 
 if sys.version_info < (3, 11):
@@ -52,18 +55,30 @@ import subprocess
 ROOT = pathlib.Path(__file__).resolve().parent
 ON_LINUX = sys.platform == "linux"
 LOCKED = ROOT / "requirements"
-CPU_BUILDS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own; for Linux pip's index has CUDA builds only
-STAMP = "flserving-install.json"  # in the environment: what was installed there, and from which files
+# PyTorch's own; for Linux pip's index has CUDA builds only
+CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
+STAMP = (
+    "flserving-install.json"  # in the environment: what was installed there, and from which files
+)
 SOLVED = ROOT / "notebooks"  # the teacher's
 COPIES = ROOT / "student"
 FIRST_NOTEBOOK = "00_start_here.ipynb"
 PYTEST_OPTIONS = [  # three workers for two cores: a fifth of what a test takes it waits
-    "-n", "3", "--dist", "loadscope",  # a notebook's cells must stay on one worker: they share a kernel
-    "--no-loadscope-reorder",  # in the order collected: the browser's few long tests first, not last and alone
+    # a notebook's cells must stay on one worker: they share a kernel
+    "-n", "3", "--dist", "loadscope",
+    # in the order collected: the browser's few long tests first, not last and alone
+    "--no-loadscope-reorder",
     "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "500",
     "--nbval-sanitize-with", os.path.join("tests", "nbval_sanitize.cfg"),
 ]  # fmt: skip
-CORE_OPTIONS = ["-n", "2", "--dist", "loadscope", "--ignore=tests/browser", "--ignore-glob=*/test_lab_*"]
+CORE_OPTIONS = [
+    "-n",
+    "2",
+    "--dist",
+    "loadscope",
+    "--ignore=tests/browser",
+    "--ignore-glob=*/test_lab_*",
+]
 OWN_ENVIRONMENT = {"--latest": ".venv-latest", "--lowest": ".venv-lowest"}
 TORCH = re.compile("(torch|triton|nvidia-.*|cuda-.*)$")  # torch and what only its CUDA build needs
 LOCK_HEADS = {
@@ -88,16 +103,24 @@ class Venv:
 
     def python(self):
         """Its interpreter: Windows and the others put it in different places."""
-        return self.folder / "Scripts" / "python.exe" if os.name == "nt" else self.folder / "bin" / "python"
+        return (
+            self.folder / "Scripts" / "python.exe"
+            if os.name == "nt"
+            else self.folder / "bin" / "python"
+        )
 
     def call(self, command, **variables):
-        """Run a command in its environment, pass Ctrl-C and SIGTERM on to it, return its exit code."""
+        """Run a command in its environment, pass Ctrl-C and SIGTERM on to it, return its exit
+        code."""
         environment = dict(os.environ, **variables)
         environment["PATH"] = str(self.python().parent) + os.pathsep + environment.get("PATH", "")
         environment["VIRTUAL_ENV"] = str(self.folder)
-        environment["JUPYTER_PREFER_ENV_PATH"] = "1"  # else a python3 kernel of another installation may win
+        environment["JUPYTER_PREFER_ENV_PATH"] = (
+            "1"  # else a python3 kernel of another installation may win
+        )
         environment.pop("PYTHONHOME", None)
-        # Ctrl-C reaches the child as well, which decides (JupyterLab asks first): here it must only not end the wait
+        # Ctrl-C reaches the child as well, which decides (JupyterLab asks first): here it must only
+        # not end the wait
         signal.signal(signal.SIGINT, lambda *_: None)
         process = subprocess.Popen([str(part) for part in command], cwd=str(ROOT), env=environment)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -113,13 +136,16 @@ class Venv:
         if code:
             raise Failure(
                 "pip could not install flserving (its own lines are above; exit code %d). Check the network and that "
-                "3 GB of disk are free (9 GB for a CUDA build of torch), then run this again." % code
+                "3 GB of disk are free (9 GB for a CUDA build of torch), then run this again."
+                % code
             )
 
     def make(self):
         """Make it if it is missing; refuse one whose Python is missing or too old."""
         if not self.folder.exists():
-            sys.stderr.write("Making %s with Python %s ...\n" % (self.folder.name, sys.version.split()[0]))
+            sys.stderr.write(
+                "Making %s with Python %s ...\n" % (self.folder.name, sys.version.split()[0])
+            )
             if subprocess.call([sys.executable, "-m", "venv", str(self.folder)]):
                 raise Failure(
                     "Python could not make the virtual environment (its own lines are above). On Debian and Ubuntu "
@@ -129,7 +155,8 @@ class Venv:
         question = "import sys; sys.exit(sys.version_info < (3, 11))"
         if not self.python().exists() or subprocess.call([str(self.python()), "-c", question]):
             raise Failure(
-                "%s does not hold a working Python 3.11 or newer: delete that folder and run this again." % self.folder
+                "%s does not hold a working Python 3.11 or newer: delete that folder and run this again."
+                % self.folder
             )
 
     def installed(self):
@@ -140,36 +167,46 @@ class Venv:
             return {}
 
     def prepare(self, extras, install):
-        """Make it hold the project with at least ``extras``, put there by ``install(venv, extras)``."""
+        """Make it hold the project with at least ``extras``, put there by ``install(venv,
+        extras)``."""
         self.make()
-        # the folder is part of it: an installation in editable mode points back at its folder, which may be moved
+        # the folder is part of it: an installation in editable mode points back at its folder,
+        # which may be moved
         read = [ROOT / "pyproject.toml"] + sorted(LOCKED.glob("*.txt"))  # noqa: RUF005 (old grammar)
         content = b"".join(path.read_bytes() for path in read) + str(ROOT).encode()
         stamp = {"fingerprint": hashlib.sha256(content).hexdigest()}
         found = self.installed()
         if found.get("fingerprint") == stamp["fingerprint"]:
             extras = extras.union(found["extras"])
-        self.cuda = self.cuda or found.get("cuda", False)  # who asked for CUDA once need not say it each time
+        self.cuda = self.cuda or found.get(
+            "cuda", False
+        )  # who asked for CUDA once need not say it each time
         stamp["extras"] = sorted(extras)
         stamp["cuda"] = self.cuda
         if stamp == found:
             return
-        sys.stderr.write("Installing flserving into %s (minutes the first time) ...\n" % self.folder.name)
+        sys.stderr.write(
+            "Installing flserving into %s (minutes the first time) ...\n" % self.folder.name
+        )
         install(self, stamp["extras"])
         (self.folder / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
 
 
 def install_locked(venv, extras):
-    """The versions of requirements/, each file checked by its hash (torch's CPU build excepted: see install_torch)."""
+    """The versions of requirements/, each file checked by its hash (torch's CPU build excepted: see
+    install_torch)."""
     files = ["server", "course"] + ["test"] * ("test" in extras)
     named = [word for name in files for word in ("-r", str(LOCKED / (name + ".txt")))]
     venv.pip("--require-hashes", "--no-deps", *named)
     install_torch(venv, locked_torch())
-    venv.pip("--no-deps", "--no-build-isolation", "--editable", ".")  # setuptools is among the locked ones
+    venv.pip(
+        "--no-deps", "--no-build-isolation", "--editable", "."
+    )  # setuptools is among the locked ones
 
 
 def install_latest(venv, extras):
-    """The newest versions that pyproject.toml allows; of torch the locked one, whose bound is raised by hand."""
+    """The newest versions that pyproject.toml allows; of torch the locked one, whose bound is
+    raised by hand."""
     install_torch(venv, locked_torch())
     pins = venv.folder / "torch.txt"
     pins.write_text("torch==%s\n" % locked_torch(), encoding="utf-8")
@@ -178,7 +215,8 @@ def install_latest(venv, extras):
 
 
 def install_lowest(venv, extras):
-    """The lower bounds of pyproject.toml for all that runs; the tools of the tests are as new as they can be beside."""
+    """The lower bounds of pyproject.toml for all that runs; the tools of the tests are as new as
+    they can be beside."""
     bounds = lowest()
     install_torch(venv, bounds["torch"])
     pins = venv.folder / "lowest.txt"
@@ -198,17 +236,27 @@ def lowest():
 
 def locked_torch():
     """The version of torch in requirements/torch.txt."""
-    return re.search(r"^torch==([\w.]+)", (LOCKED / "torch.txt").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    return re.search(
+        r"^torch==([\w.]+)", (LOCKED / "torch.txt").read_text(encoding="utf-8"), re.MULTILINE
+    ).group(1)
 
 
 def install_torch(venv, version):
     """torch: on Linux the CPU build, unless CUDA is asked for; elsewhere there is only one build.
 
-    The CPU builds of Linux are not in pip's own index, which knows no hashes of them: they are taken by version, from
-    where pip is told to look (a folder of wheels, an index of one's own) or from PyTorch's own address.
+    The CPU builds of Linux are not in pip's own index, which knows no hashes of them: they are
+    taken by version, from where pip is told to look (a folder of wheels, an index of one's own) or
+    from PyTorch's own address.
     """
     if ON_LINUX and not venv.cuda:
-        build = ["--no-deps", "torch==%s+cpu" % version, "--extra-index-url", CPU_BUILDS, "--retries", "2"]
+        build = [
+            "--no-deps",
+            "torch==%s+cpu" % version,
+            "--extra-index-url",
+            CPU_BUILDS,
+            "--retries",
+            "2",
+        ]
         if venv.run("pip", "install", "--disable-pip-version-check", *build) == 0:
             sys.stderr.write("torch is the CPU build; for CUDA add --cuda.\n")
             return
@@ -225,9 +273,11 @@ def install_torch(venv, version):
 
 
 def lab(arguments, venv):
-    """Open the named notebook, or the first one, in JupyterLab; its folder is what the file browser shows.
+    """Open the named notebook, or the first one, in JupyterLab; its folder is what the file browser
+    shows.
 
-    A notebook of the course is opened in the student's copy, with --solutions in the teacher's folder.
+    A notebook of the course is opened in the student's copy, with --solutions in the teacher's
+    folder.
     """
     course = SOLVED if "--solutions" in arguments else COPIES
     arguments = [word for word in arguments if word != "--solutions"]
@@ -257,7 +307,8 @@ def slides(arguments, venv):
 
 
 def test(arguments, venv):
-    """Run pytest: the quick tier if nothing is named (see tests/conftest.py); the arguments come last and so win."""
+    """Run pytest: the quick tier if nothing is named (see tests/conftest.py); the arguments come
+    last and so win."""
     if "--all" in arguments:  # what is named runs, and these two folders hold everything
         arguments = ["tests", "notebooks"] + [word for word in arguments if word != "--all"]
     if "--fuzz" in arguments:  # Hypothesis marks its tests
@@ -266,7 +317,9 @@ def test(arguments, venv):
     options = PYTEST_OPTIONS
     if "--latest" in arguments:
         install = install_latest
-        (venv.folder / STAMP).unlink(missing_ok=True)  # what is newest today is not known from last time
+        (venv.folder / STAMP).unlink(
+            missing_ok=True
+        )  # what is newest today is not known from last time
     if "--lowest" in arguments:
         install = install_lowest
         options = CORE_OPTIONS
@@ -277,10 +330,12 @@ def test(arguments, venv):
 
 
 def lock(arguments, venv):
-    """Write requirements/ anew: the newest versions that fit pyproject.toml, for every Python and system, with hashes.
+    """Write requirements/ anew: the newest versions that fit pyproject.toml, for every Python and
+    system, with hashes.
 
-    uv resolves for all systems at once, and course and tests together: the course alone would take a protobuf beside
-    which only an old tritonclient fits, whose parts must be compiled on Python 3.12 and newer.
+    uv resolves for all systems at once, and course and tests together: the course alone would take
+    a protobuf beside which only an old tritonclient fits, whose parts must be compiled on Python
+    3.12 and newer.
     """
     if arguments:
         raise Failure("lock takes no arguments, got %s." % " ".join(arguments))
@@ -300,32 +355,63 @@ def lock(arguments, venv):
 
 
 def resolve(venv, extras, known):
-    """name -> its lines in a requirements file with hashes, for ``extras`` beside the versions of ``known``."""
+    """name -> its lines in a requirements file with hashes, for ``extras`` beside the versions of
+    ``known``."""
     made = venv.folder / "lock.txt"
     pins = venv.folder / "known.txt"
     build = venv.folder / "build.txt"
     pins.write_text("".join(known.values()), encoding="utf-8")
-    build.write_text("setuptools>=77\n", encoding="utf-8")  # builds the project itself: see pyproject.toml
-    command = ["pip", "compile", "pyproject.toml", str(build), "--constraints", str(pins), "--universal"]
-    command += ["--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-header", "--upgrade", "--quiet"]
+    build.write_text(
+        "setuptools>=77\n", encoding="utf-8"
+    )  # builds the project itself: see pyproject.toml
+    command = [
+        "pip",
+        "compile",
+        "pyproject.toml",
+        str(build),
+        "--constraints",
+        str(pins),
+        "--universal",
+    ]
+    command += [
+        "--python-version",
+        "3.11",
+        "--generate-hashes",
+        "--no-annotate",
+        "--no-header",
+        "--upgrade",
+        "--quiet",
+    ]
     command += [word for extra in sorted(extras) for word in ("--extra", extra)]
     if venv.run("uv", *(command + ["--output-file", str(made)])):  # noqa: RUF005 (old grammar)
-        raise Failure("uv found no set of versions (its own lines are above): mend the bounds in pyproject.toml.")
+        raise Failure(
+            "uv found no set of versions (its own lines are above): mend the bounds in pyproject.toml."
+        )
     blocks = {}
-    for block in re.split(r"^(?=[A-Za-z0-9])", made.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+    for block in re.split(
+        r"^(?=[A-Za-z0-9])", made.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )[1:]:
         name = block.split("==")[0]
-        blocks[name] = blocks.get(name, "") + block  # one name may stand there twice, for different Pythons
+        blocks[name] = (
+            blocks.get(name, "") + block
+        )  # one name may stand there twice, for different Pythons
     return blocks
 
 
 def write_lock(name, blocks):
     """One file of requirements/."""
-    head = "# Made by `python run.py lock`: the versions that the course was tested with. %s\n" % LOCK_HEADS[name]
-    (LOCKED / (name + ".txt")).write_text(head + "".join(blocks[key] for key in sorted(blocks)), encoding="utf-8")
+    head = (
+        "# Made by `python run.py lock`: the versions that the course was tested with. %s\n"
+        % LOCK_HEADS[name]
+    )
+    (LOCKED / (name + ".txt")).write_text(
+        head + "".join(blocks[key] for key in sorted(blocks)), encoding="utf-8"
+    )
 
 
 def main(arguments):
-    """Return the exit code: the job's own, 1 for something to mend here, 2 for a command line that names no job."""
+    """Return the exit code: the job's own, 1 for something to mend here, 2 for a command line that
+    names no job."""
     jobs = {"lab": lab, "test": test, "book": book, "slides": slides, "lock": lock}
     if arguments and (arguments[0] in ("-h", "--help") or arguments[1:] in (["-h"], ["--help"])):
         sys.stdout.write(__doc__)
@@ -338,7 +424,9 @@ def main(arguments):
     folder = ".venv-lock" if job == "lock" else ".venv"
     try:
         if job == "test":
-            folder = next((OWN_ENVIRONMENT[word] for word in arguments if word in OWN_ENVIRONMENT), folder)
+            folder = next(
+                (OWN_ENVIRONMENT[word] for word in arguments if word in OWN_ENVIRONMENT), folder
+            )
         if "--venv" in arguments:
             place = arguments.index("--venv")
             if place + 1 == len(arguments):

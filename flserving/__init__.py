@@ -1,7 +1,8 @@
 """flserving: serve models that were trained by federated learning, and see how serving works.
 
-The names below are the whole public surface; everything else is imported from its room (``flserving.registry``,
-``flserving.federated``...). They, and the rooms, are loaded when they are first used: torch takes seconds.
+The names below are the whole public surface; everything else is imported from its room
+(``flserving.registry``, ``flserving.federated``...). They, and the rooms, are loaded when they are
+first used: torch takes seconds.
 """
 
 from importlib import import_module
@@ -38,7 +39,13 @@ __all__ = [
     "demo_serving",
     "serve",
 ]
-_ROOMS = {"EdgeModelServer": "edge", "FlservingError": "errors", "Registry": "registry", "asgi": "api", "serve": "api"}
+_ROOMS = {
+    "EdgeModelServer": "edge",
+    "FlservingError": "errors",
+    "Registry": "registry",
+    "asgi": "api",
+    "serve": "api",
+}
 
 if not TYPE_CHECKING:  # a type checker must see that a misspelt name is none
 

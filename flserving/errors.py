@@ -1,26 +1,27 @@
-"""Every error that flserving raises, in one tree. Each class carries its HTTP status and its gRPC code.
+"""Every error that flserving raises, in one tree. Each class carries its HTTP status and its gRPC
+code.
 
 ::
 
-    FlservingError
-    ├── InvalidInputError          400 INVALID_ARGUMENT     a request that cannot be answered as it is
-    ├── ConfigError                400 INVALID_ARGUMENT     a setting out of range
-    ├── InvalidModelError          400 INVALID_ARGUMENT     a module, name or manifest that cannot be published
-    ├── UnauthorizedError          401 UNAUTHENTICATED      no credential, or one that is not known
-    ├── ForbiddenError             403 PERMISSION_DENIED    neither this role, host nor origin may do this
-    ├── NotFoundError              404 NOT_FOUND            no such model, version, alias or architecture
-    ├── ConflictError              409 ALREADY_EXISTS       the name is taken by something else
-    ├── TooLargeError              413 RESOURCE_EXHAUSTED   a message over a limit on its size
-    ├── UnsupportedEncodingError   415 INVALID_ARGUMENT     a content type or encoding that is not read here
-    ├── OverloadedError            429 RESOURCE_EXHAUSTED   a queue is full; try again later
-    ├── CorruptArtifactError       500 DATA_LOSS            bytes on disk are not what was published
-    ├── ModelExecutionError        500 INTERNAL             the model raised, or answered something non-finite
-    ├── NotSupportedError          501 UNIMPLEMENTED        a part of the protocol that is not offered here
-    ├── ServerClosedError          503 UNAVAILABLE          the server was closed
-    ├── ModelUnloadedError         503 UNAVAILABLE          an operator took the model out of service
-    ├── StaleModelError            503 UNAVAILABLE          a device's model is older than it may answer with
-    ├── ModelTooLargeError         503 RESOURCE_EXHAUSTED   a model does not fit the cache's byte budget
-    └── DeadlineExceededError      504 DEADLINE_EXCEEDED    the answer would come too late
+    FlservingError ├── InvalidInputError          400 INVALID_ARGUMENT     a request that cannot be
+    answered as it is ├── ConfigError                400 INVALID_ARGUMENT     a setting out of range
+    ├── InvalidModelError          400 INVALID_ARGUMENT     a module, name or manifest that cannot
+    be published ├── UnauthorizedError          401 UNAUTHENTICATED      no credential, or one that
+    is not known ├── ForbiddenError             403 PERMISSION_DENIED    neither this role, host nor
+    origin may do this ├── NotFoundError              404 NOT_FOUND            no such model,
+    version, alias or architecture ├── ConflictError              409 ALREADY_EXISTS       the name
+    is taken by something else ├── TooLargeError              413 RESOURCE_EXHAUSTED   a message
+    over a limit on its size ├── UnsupportedEncodingError   415 INVALID_ARGUMENT     a content type
+    or encoding that is not read here ├── OverloadedError            429 RESOURCE_EXHAUSTED   a
+    queue is full; try again later ├── CorruptArtifactError       500 DATA_LOSS            bytes on
+    disk are not what was published ├── ModelExecutionError        500 INTERNAL             the
+    model raised, or answered something non-finite ├── NotSupportedError          501 UNIMPLEMENTED
+    a part of the protocol that is not offered here ├── ServerClosedError          503 UNAVAILABLE
+    the server was closed ├── ModelUnloadedError         503 UNAVAILABLE          an operator took
+    the model out of service ├── StaleModelError            503 UNAVAILABLE          a device's
+    model is older than it may answer with ├── ModelTooLargeError         503 RESOURCE_EXHAUSTED   a
+    model does not fit the cache's byte budget └── DeadlineExceededError      504 DEADLINE_EXCEEDED
+    the answer would come too late
 
 A message says what was wrong, the value seen, and what to change.
 """
@@ -36,7 +37,8 @@ class FlservingError(Exception):
 
     @property
     def reason(self) -> str:
-        """Short label for statistics: a closed set of names, so that it can never grow a metric without bound."""
+        """Short label for statistics: a closed set of names, so that it can never grow a metric
+        without bound."""
         return type(self).__name__.removesuffix("Error")
 
 
@@ -134,22 +136,29 @@ _KINDS: list[type[FlservingError]] = [FlservingError, *FlservingError.__subclass
 BY_REASON = {kind().reason: kind for kind in _KINDS}
 _BY_STATUS = {kind.http_status: kind for kind in reversed(_KINDS)}
 REASON = "flserving-error"
-"""Response header, and trailing metadata of gRPC, with :attr:`FlservingError.reason`: which class of those with this
-status it was, for clients that know them."""
+"""Response header, and trailing metadata of gRPC, with :attr:`FlservingError.reason`: which class
+of those with this status it was, for clients that know them."""
 
 
 def answered(status: int, body: bytes, reason: str = "") -> FlservingError:
-    """The error of an HTTP answer: of the class that its server names, else of the tree's first with this status."""
+    """The error of an HTTP answer: of the class that its server names, else of the tree's first
+    with this status."""
     try:
         text = str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError, RecursionError):  # another protocol's server, a proxy, or a liar
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # another protocol's server, a proxy, or a liar
         text = f"status {status}"
     kind = BY_REASON.get(reason) or _BY_STATUS.get(status, FlservingError)
     return kind(text)
 
 
 def check_number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
-    """Raise ConfigError unless the setting is a number in [low, high], and an integer where it must be ``whole``."""
+    """Raise ConfigError unless the setting is a number in [low, high], and an integer where it must
+    be ``whole``."""
     kinds = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         noun = "an integer" if whole else "a number"

@@ -18,10 +18,13 @@ def of_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise NotSupportedError(f'{error.name} is not installed: pip install "flserving[{extra}]"') from error
+        raise NotSupportedError(
+            f'{error.name} is not installed: pip install "flserving[{extra}]"'
+        ) from error
 
 
 def need(package: str, extra: str) -> Any:
-    """Import a package of an extra, by its name. Raises NotSupportedError where it is not installed."""
+    """Import a package of an extra, by its name. Raises NotSupportedError where it is not
+    installed."""
     with of_extra(extra):
         return importlib.import_module(package)

@@ -1,5 +1,5 @@
-"""What a forked child has to make anew: locks that another thread of its parent may hold, for ever, and whatever waits
-for threads, of which it has only the one that forked."""
+"""What a forked child has to make anew: locks that another thread of its parent may hold, for ever,
+and whatever waits for threads, of which it has only the one that forked."""
 
 import functools
 import os
@@ -14,7 +14,8 @@ _renewals: "weakref.WeakKeyDictionary[Any, Callable[[Any], object]]" = weakref.W
 
 
 def in_child(thing: T, renew: Callable[[T], object]) -> None:
-    """Call ``renew(thing)`` in every child that is forked while ``thing`` is alive. It must not hold ``thing``."""
+    """Call ``renew(thing)`` in every child that is forked while ``thing`` is alive. It must not
+    hold ``thing``."""
     _renewals[thing] = renew
 
 

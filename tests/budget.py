@@ -1,4 +1,5 @@
-"""How much a property test draws: the same examples in every run; in the fuzz tier new ones, and more of them.
+"""How much a property test draws: the same examples in every run; in the fuzz tier new ones, and
+more of them.
 
 conftest.py registers the two profiles; ``python run.py test --fuzz`` chooses the second one.
 """
@@ -18,12 +19,16 @@ def fuzzing() -> bool:
 
 
 def examples(count: int, **more: Any) -> settings:
-    """``@examples(40)`` over a property test: ``settings(max_examples=40)`` would be 40 in the fuzz tier, too."""
+    """``@examples(40)`` over a property test: ``settings(max_examples=40)`` would be 40 in the fuzz
+    tier, too."""
     if not 1 <= count <= MOST_EXAMPLES:
-        raise ValueError(f"{count} examples: 1 to {MOST_EXAMPLES} in the default suite, the fuzz tier draws more")
+        raise ValueError(
+            f"{count} examples: 1 to {MOST_EXAMPLES} in the default suite, the fuzz tier draws more"
+        )
     return settings(max_examples=count * (FUZZ_TIMES if fuzzing() else 1), **more)
 
 
 def seed() -> int:
-    """Of a test that draws by itself: always the same; in the fuzz tier a new one, which the test must print."""
+    """Of a test that draws by itself: always the same; in the fuzz tier a new one, which the test
+    must print."""
     return int.from_bytes(os.urandom(4), "little") if fuzzing() else 20

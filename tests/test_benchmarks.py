@@ -1,4 +1,5 @@
-"""The benchmark scripts run and say what README says; their numbers are not judged here, only their sums."""
+"""The benchmark scripts run and say what README says; their numbers are not judged here, only their
+sums."""
 
 import runpy
 from pathlib import Path
@@ -12,11 +13,15 @@ def test_every_row_can_be_measured():
     rows = runpy.run_path(str(BENCHMARKS / "in_process.py"))["rows"](quick=True)
     assert len(rows) == len({row.what for row in rows}) == 9
     for row in rows:
-        assert len(row.ratios) == 2 and all(np.isfinite(ratio) and ratio > 0 for ratio in row.ratios), row
+        assert len(row.ratios) == 2 and all(
+            np.isfinite(ratio) and ratio > 0 for ratio in row.ratios
+        ), row
         assert min(row.ratios) <= np.median(row.ratios) <= max(row.ratios)
         assert f"**{np.median(row.ratios):.2f}**" in row.markdown()
     slowest_turn = next(row for row in rows if "`predict`" in row.what and "small" in row.what)
-    assert 0.5 < slowest_turn.ratios[0] < 50, "predict cannot be faster than half of the bare forward, nor 50 x slower"
+    assert 0.5 < slowest_turn.ratios[0] < 50, (
+        "predict cannot be faster than half of the bare forward, nor 50 x slower"
+    )
 
 
 def test_the_shadows_price_can_be_measured():

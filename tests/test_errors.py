@@ -1,4 +1,5 @@
-"""Errors: the table in the module's docstring is the classes, and an error survives a trip to another process."""
+"""Errors: the table in the module's docstring is the classes, and an error survives a trip to
+another process."""
 
 import inspect
 import pickle
@@ -16,7 +17,14 @@ CLASSES = {
 }
 ROWS = re.findall(r"[├└]── (\w+) +(\d{3}) ([A-Z_]+) +(\S.*)", errors.__doc__)
 GRPC_CODES = {
-    *("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "DATA_LOSS", "INTERNAL"),
+    *(
+        "INVALID_ARGUMENT",
+        "NOT_FOUND",
+        "ALREADY_EXISTS",
+        "RESOURCE_EXHAUSTED",
+        "DATA_LOSS",
+        "INTERNAL",
+    ),
     *("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED"),
 }
 
@@ -40,14 +48,31 @@ def test_an_error_is_told_by_its_class_says_its_message_and_is_picklable(kind):
     error = kind("what was wrong, the value seen, what to change")
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind and str(copy) == str(error) and copy.reason == error.reason
-    assert kind.__bases__[0] in (FlservingError, Exception), "one level: every class stands in the table"
+    assert kind.__bases__[0] in (FlservingError, Exception), (
+        "one level: every class stands in the table"
+    )
 
 
 def test_reasons_are_a_closed_set_of_labels():
     reasons = {kind("different each time: " + name).reason for name, kind in CLASSES.items()}
     assert reasons == {
-        *("InvalidInput", "Config", "InvalidModel", "NotFound", "Conflict", "Overloaded", "CorruptArtifact"),
-        *("ModelExecution", "ServerClosed", "ModelTooLarge", "DeadlineExceeded", "Unauthorized", "Forbidden"),
+        *(
+            "InvalidInput",
+            "Config",
+            "InvalidModel",
+            "NotFound",
+            "Conflict",
+            "Overloaded",
+            "CorruptArtifact",
+        ),
+        *(
+            "ModelExecution",
+            "ServerClosed",
+            "ModelTooLarge",
+            "DeadlineExceeded",
+            "Unauthorized",
+            "Forbidden",
+        ),
         *("TooLarge", "UnsupportedEncoding", "NotSupported", "ModelUnloaded", "StaleModel"),
     }
 

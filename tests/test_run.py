@@ -1,4 +1,5 @@
-"""run.py: the commands that work before anything is installed. Here nothing is: the calls are recorded."""
+"""run.py: the commands that work before anything is installed. Here nothing is: the calls are
+recorded."""
 
 import ast
 import json
@@ -26,7 +27,8 @@ test = ["pytest>=8.3"]
 
 
 class Sandbox:
-    """run.py in a folder of its own; what it would have run is in ``calls``, each answered with ``exit_code``."""
+    """run.py in a folder of its own; what it would have run is in ``calls``, each answered with
+    ``exit_code``."""
 
     def __init__(self, folder: Path) -> None:
         folder = folder.resolve()
@@ -37,7 +39,9 @@ class Sandbox:
         self.refused = ()  # a call that holds one of these words fails
         (folder / "pyproject.toml").write_text(PYPROJECT)
         (folder / "requirements").mkdir()
-        (folder / "requirements" / "torch.txt").write_text("# made\ntorch==2.13.0 \\\n    --hash=sha256:00\n")
+        (folder / "requirements" / "torch.txt").write_text(
+            "# made\ntorch==2.13.0 \\\n    --hash=sha256:00\n"
+        )
         (folder / "notebooks").mkdir()
         (folder / "notebooks" / "00_start_here.ipynb").write_text("{}")
         (folder / "run.py").write_text(SOURCE)
@@ -45,7 +49,9 @@ class Sandbox:
         self.main = script["main"]
         self.globals = self.main.__globals__
         self.globals["ON_LINUX"] = True
-        script["Venv"].call = lambda venv, command, **variables: self._record(venv, command, variables)
+        script["Venv"].call = lambda venv, command, **variables: self._record(
+            venv, command, variables
+        )
 
     def _record(self, venv, command, variables):
         words = [str(part).replace(str(self.folder), "ROOT") for part in command]
@@ -56,7 +62,9 @@ class Sandbox:
 
     def venv(self, name=".venv") -> None:
         """A virtual environment without pip, in a fraction of a second."""
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.folder / name], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", self.folder / name], check=True
+        )
 
     def jobs(self) -> list[list[str]]:
         """The calls that are no installation."""
@@ -78,7 +86,9 @@ def opened(folder: str, notebook: str) -> list[str]:
     return ["-m", "flserving.lab.opening", f"ROOT/{folder}/{notebook}"]
 
 
-COURSE = "--require-hashes --no-deps -r ROOT/requirements/server.txt -r ROOT/requirements/course.txt"
+COURSE = (
+    "--require-hashes --no-deps -r ROOT/requirements/server.txt -r ROOT/requirements/course.txt"
+)
 TESTS = f"{COURSE} -r ROOT/requirements/test.txt"
 BUILDS = "--extra-index-url https://download.pytorch.org/whl/cpu --retries 2"
 CPU = f"--no-deps torch==2.13.0+cpu {BUILDS}"
@@ -92,7 +102,9 @@ def test_lab_installs_and_opens_the_students_first_notebook(sandbox):
     assert sandbox.jobs() == [[*opened("student", "00_start_here.ipynb"), "--no-browser"]]
 
 
-def test_on_linux_torch_is_the_cpu_build_of_wherever_pip_looks_or_of_pytorch_else_any(sandbox, capsys):
+def test_on_linux_torch_is_the_cpu_build_of_wherever_pip_looks_or_of_pytorch_else_any(
+    sandbox, capsys
+):
     """The CPU build needs no word from the user; where it cannot be had, a sentence says so."""
     sandbox.refused = [CPU]
     assert sandbox.main(["lab"]) == 0
@@ -123,7 +135,9 @@ def test_who_asked_for_cuda_once_keeps_it_and_replaces_the_cpu_build(sandbox):
     assert sandbox.installed() == [TESTS, ANY_TORCH, PROJECT]
 
 
-@pytest.mark.parametrize("command", [["book", "pages", "--instructor"], ["slides", "03", "--out", "talk"]])
+@pytest.mark.parametrize(
+    "command", [["book", "pages", "--instructor"], ["slides", "03", "--out", "talk"]]
+)
 def test_book_and_slides_install_the_course_and_pass_on_what_is_wanted(sandbox, command):
     assert sandbox.main(command) == 0
     assert sandbox.installed() == [COURSE, CPU, PROJECT]
@@ -142,7 +156,8 @@ def test_another_environment_can_be_named(sandbox, capsys):
 def test_latest_takes_the_newest_each_time_in_an_environment_of_its_own(sandbox):
     sandbox.venv(".venv-latest")
     newest = (
-        "--upgrade --upgrade-strategy eager --constraint ROOT/.venv-latest/torch.txt --editable .[course,onnx,test]"
+        "--upgrade --upgrade-strategy eager --constraint ROOT/.venv-latest/torch.txt "
+        "--editable .[course,onnx,test]"
     )
     for _ in range(2):
         sandbox.calls.clear()
@@ -158,7 +173,13 @@ def test_lowest_takes_the_lower_bounds_and_runs_the_cores_tests(sandbox):
     oldest = "--constraint ROOT/.venv-lowest/lowest.txt --editable .[course,onnx,test]"
     assert sandbox.installed() == [f"--no-deps torch==2.6+cpu {BUILDS}", oldest]
     pins = (sandbox.folder / ".venv-lowest" / "lowest.txt").read_text().splitlines()
-    assert pins == ["httpcore==1.0", "jupyterlab==4.3", "onnx==1.18", "torch==2.6", "uvloop==0.21"], "not pytest"
+    assert pins == [
+        "httpcore==1.0",
+        "jupyterlab==4.3",
+        "onnx==1.18",
+        "torch==2.6",
+        "uvloop==0.21",
+    ], "not pytest"
     assert "--nbval" not in sandbox.calls[-1] and "--ignore=tests/browser" in sandbox.calls[-1]
     sandbox.refused = ["torch==2.6+cpu"]
     (sandbox.folder / ".venv-lowest" / "flserving-install.json").unlink()
@@ -183,7 +204,9 @@ def test_lab_with_solutions_opens_the_teachers_notebooks(sandbox, monkeypatch):
         assert sandbox.jobs() == [opened("notebooks", "00_start_here.ipynb")]
 
 
-@pytest.mark.parametrize("named", ["03_caching.ipynb", "notebooks/03_caching.ipynb", "student/03_caching.ipynb"])
+@pytest.mark.parametrize(
+    "named", ["03_caching.ipynb", "notebooks/03_caching.ipynb", "student/03_caching.ipynb"]
+)
 def test_lab_opens_the_students_copy_of_a_notebook_of_the_course(sandbox, monkeypatch, named):
     monkeypatch.chdir(sandbox.folder)
     (sandbox.folder / "notebooks" / "03_caching.ipynb").write_text("{}")
@@ -210,27 +233,50 @@ def test_test_installs_the_test_extra_and_hands_arguments_and_exit_code_on(sandb
 def test_all_names_both_folders_and_fuzz_the_property_tests(sandbox):
     def asked(*arguments):
         assert sandbox.main(["test", *arguments]) == 0
-        return sandbox.calls[-1][sandbox.calls[-1].index(sandbox.globals["PYTEST_OPTIONS"][-1]) + 1 :]
+        return sandbox.calls[-1][
+            sandbox.calls[-1].index(sandbox.globals["PYTEST_OPTIONS"][-1]) + 1 :
+        ]
 
     assert asked("--all", "-x") == ["tests", "notebooks", "-x"]
-    assert asked("-x", "--fuzz") == ["--hypothesis-profile=fuzz", "--timeout=3600", "-m", "hypothesis", "-x"]
+    assert asked("-x", "--fuzz") == [
+        "--hypothesis-profile=fuzz",
+        "--timeout=3600",
+        "-m",
+        "hypothesis",
+        "-x",
+    ]
 
 
 def test_lock_writes_four_files_with_each_package_in_one_of_them(sandbox):
-    """torch and what its CUDA build needs apart: the CPU build must not pull gigabytes, nor be refused for its hash."""
+    """torch and what its CUDA build needs apart: the CPU build must not pull gigabytes, nor be
+    refused for its hash."""
     sandbox.venv(".venv-lock")
     made = "{0}==1.0 ; sys_platform == 'linux' \\\n    --hash=sha256:{0}\n"
     asked = []
 
     def answer(venv, command):
         if command[2] == "uv":
-            extras = [word for word, before in zip(command[1:], command[:-1], strict=True) if before == "--extra"]
+            extras = [
+                word
+                for word, before in zip(command[1:], command[:-1], strict=True)
+                if before == "--extra"
+            ]
             known = Path(command[command.index("--constraints") + 1]).read_text().count("--hash")
             asked.append((extras, known))
             of_extra = {"tritonclient": "test", "pandas": "course"}
-            names = ["numpy", "nvidia-cudnn-cu13", "pandas", "torch", "triton", "tritonclient", "cuda-toolkit"]
+            names = [
+                "numpy",
+                "nvidia-cudnn-cu13",
+                "pandas",
+                "torch",
+                "triton",
+                "tritonclient",
+                "cuda-toolkit",
+            ]
             kept = [name for name in names if name not in of_extra or of_extra[name] in extras]
-            text = "".join(made.format(name) for name in kept) + made.format("numpy").replace("1.0", "2.0")
+            text = "".join(made.format(name) for name in kept) + made.format("numpy").replace(
+                "1.0", "2.0"
+            )
             Path(command[-1]).write_text(text)
         return 0
 
@@ -241,7 +287,12 @@ def test_lock_writes_four_files_with_each_package_in_one_of_them(sandbox):
     assert files.keys() == {"server", "course", "test", "torch"}
     names = {stem: re.findall(r"^[a-z][\w-]+", text, re.MULTILINE) for stem, text in files.items()}
     cuda = ["cuda-toolkit", "nvidia-cudnn-cu13", "torch", "triton"]
-    assert names == {"server": ["numpy", "numpy"], "course": ["pandas"], "test": ["tritonclient"], "torch": cuda}
+    assert names == {
+        "server": ["numpy", "numpy"],
+        "course": ["pandas"],
+        "test": ["tritonclient"],
+        "torch": cuda,
+    }
     assert files["test"].endswith(made.format("tritonclient"))
     assert "python run.py lock" in files["course"]
     assert sandbox.main(["lock", "now"]) == 1
@@ -309,7 +360,9 @@ def test_an_environment_that_cannot_be_made_or_used_is_told(tmp_path, monkeypatc
     assert box.calls == []
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["lab", "--help"], 0), ([], 2), (["start"], 2)])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["lab", "--help"], 0), ([], 2), (["start"], 2)]
+)
 def test_help_and_wrong_command_lines(sandbox, capsys, arguments, code):
     assert sandbox.main(arguments) == code
     shown = capsys.readouterr()
@@ -323,22 +376,36 @@ def test_an_old_python_is_refused_in_one_sentence(monkeypatch, version):
     with pytest.raises(SystemExit) as refusal:
         exec(compile(SOURCE, "run.py", "exec"), {"__name__": "__main__"})
     message = refusal.value.code
-    assert message.startswith(f"flserving needs Python 3.11 or newer and this is Python {version[0]}.{version[1]}:")
+    assert message.startswith(
+        f"flserving needs Python 3.11 or newer and this is Python {version[0]}.{version[1]}:"
+    )
     assert message.count("\n") == 0
 
 
 def test_it_parses_on_old_pythons():
     """Grammar that came after Python 2.7 would end in a SyntaxError instead of the refusal."""
-    newer = (ast.JoinedStr, ast.NamedExpr, ast.AnnAssign, ast.AsyncFunctionDef, ast.Match, ast.Nonlocal, ast.YieldFrom)
+    newer = (
+        ast.JoinedStr,
+        ast.NamedExpr,
+        ast.AnnAssign,
+        ast.AsyncFunctionDef,
+        ast.Match,
+        ast.Nonlocal,
+        ast.YieldFrom,
+    )
     for node in ast.walk(ast.parse(SOURCE)):
         assert not isinstance(node, newer), f"line {node.lineno}: {type(node).__name__}"
         if isinstance(node, ast.FunctionDef):
             assert not node.args.kwonlyargs and not node.args.posonlyargs and node.returns is None
             assert all(argument.annotation is None for argument in node.args.args)
         if isinstance(node, ast.List | ast.Tuple):
-            assert not any(isinstance(element, ast.Starred) for element in node.elts), f"line {node.lineno}: [*x]"
+            assert not any(isinstance(element, ast.Starred) for element in node.elts), (
+                f"line {node.lineno}: [*x]"
+            )
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) != "print", "print(..., file=...) is a SyntaxError in Python 2"
+            assert ast.unparse(node.func) != "print", (
+                "print(..., file=...) is a SyntaxError in Python 2"
+            )
     assert SOURCE.isascii(), "Python 2 refuses other characters without a declaration"
 
 
@@ -367,6 +434,12 @@ def test_the_job_sees_the_environment_of_the_venv(sandbox):
     code = "import os; print(os.environ['JUPYTER_PREFER_ENV_PATH'], os.environ['PATH'].split(os.pathsep)[0])"
     command = f"import run, sys; venv = run.Venv('.venv'); sys.exit(venv.call([venv.python(), '-c', {code!r}]))"
     result = subprocess.run(
-        [sys.executable, "-c", command], cwd=sandbox.folder, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", command],
+        cwd=sandbox.folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert result.stdout.split() == ["1", str(sandbox.globals["Venv"](".venv").python().parent)], result.stderr
+    assert result.stdout.split() == ["1", str(sandbox.globals["Venv"](".venv").python().parent)], (
+        result.stderr
+    )

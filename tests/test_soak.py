@@ -1,6 +1,8 @@
-"""Long runs, by hand: chaos over two workers (marker soak), a hundred thousand requests during hot swaps (slow).
+"""Long runs, by hand: chaos over two workers (marker soak), a hundred thousand requests during hot
+swaps (slow).
 
-``FLSERVING_SOAK_S=600 python run.py test tests/test_soak.py -m soak`` takes ten minutes instead of one.
+``FLSERVING_SOAK_S=600 python run.py test tests/test_soak.py -m soak`` takes ten minutes instead of
+one.
 """
 
 import asyncio
@@ -21,7 +23,12 @@ from scipy.stats import beta
 import flserving
 from flserving import Registry, ServingConfig, models
 from flserving.api.client import AsyncClient
-from flserving.errors import DeadlineExceededError, FlservingError, OverloadedError, ServerClosedError
+from flserving.errors import (
+    DeadlineExceededError,
+    FlservingError,
+    OverloadedError,
+    ServerClosedError,
+)
 from flserving.serving.server import ModelServer
 from serving_models import Constant, row
 from serving_processes import X, running
@@ -67,12 +74,18 @@ def check(answer):
 
 
 def constants(root):
-    """A registry with versions 1 and 2 of "digits": whatever they are asked, they answer 1 and 2."""
+    """A registry with versions 1 and 2 of "digits": whatever they are asked, they answer 1 and
+    2."""
     with Registry(root) as registry:
         for label in (1, 2):
-            state = {name: torch.zeros_like(value) for name, value in models.build("digits_mlp").state_dict().items()}
+            state = {
+                name: torch.zeros_like(value)
+                for name, value in models.build("digits_mlp").state_dict().items()
+            }
             state["head.bias"][label] = 1.0
-            registry.publish("digits", state, architecture="digits_mlp", alias="default" if label == 1 else None)
+            registry.publish(
+                "digits", state, architecture="digits_mlp", alias="default" if label == 1 else None
+            )
     return root
 
 
@@ -113,7 +126,16 @@ class Storms:
 @pytest.mark.timeout(SOAK_S + 120)
 def test_chaos_costs_no_answer(tmp_path, capsys):
     root = constants(tmp_path / "registry")
-    options = ("--model", "digits", "--workers", 2, "--max-queue-rows", 64, "--max-request-rows", 64)
+    options = (
+        "--model",
+        "digits",
+        "--workers",
+        2,
+        "--max-queue-rows",
+        64,
+        "--max-request-rows",
+        64,
+    )
     with running(root, *options) as served, Registry(root) as registry:
         witness = served.workers()[0]  # never killed: its memory is looked at
         versions, kills, hostile, rss = itertools.cycle((2, 1)), [], [], []
@@ -146,7 +168,9 @@ def test_chaos_costs_no_answer(tmp_path, capsys):
         assert served.end() == 0 and served.stderr.count("ended by signal 9") == len(kills)
     early, late = np.median(rss[len(rss) // 4 : len(rss) // 2]), np.median(rss[-len(rss) // 4 :])
     with capsys.disabled():
-        print(f"\n{SOAK_S:.0f} s, {len(kills)} workers killed, {len(hostile)} malformed requests refused")
+        print(
+            f"\n{SOAK_S:.0f} s, {len(kills)} workers killed, {len(hostile)} malformed requests refused"
+        )
         for name, tally in (*steady.items(), ("bursts", burst)):
             asked, failed = len(tally.seconds) + len(tally.failed), len(tally.failed)
             bound = beta.ppf(0.95, failed + 1, asked - failed)
@@ -156,7 +180,10 @@ def test_chaos_costs_no_answer(tmp_path, capsys):
             )
         print("failures in bursts:", Counter(type(error).__name__ for error in burst.failed))
         print(f"RSS of a worker: {early:.0f} MB early, {late:.0f} MB late")
-    asked, failed = (sum(len(getattr(tally, what)) for tally in steady.values()) for what in ("seconds", "failed"))
+    asked, failed = (
+        sum(len(getattr(tally, what)) for tally in steady.values())
+        for what in ("seconds", "failed")
+    )
     assert failed <= 0.001 * (asked + failed), [tally.failed[:3] for tally in steady.values()]
     assert set(map(type, burst.failed)) <= {ServerClosedError, DeadlineExceededError}, burst.failed
     assert late - early < 20
@@ -183,7 +210,8 @@ async def _burst(served, tally):
 
 
 def _malformed(served):
-    """Everything that is wrong, once: each is refused, unless its worker is killed meanwhile. What they got."""
+    """Everything that is wrong, once: each is refused, unless its worker is killed meanwhile. What
+    they got."""
     headers = {"authorization": f"Bearer {served.token}"}
     for route, body in HOSTILE:
         with contextlib.suppress(httpx.TransportError):
@@ -201,7 +229,9 @@ def _malformed(served):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
-async def test_two_hundred_hot_swaps_fail_and_mix_none_of_a_hundred_thousand_requests(scheme, capsys):
+async def test_two_hundred_hot_swaps_fail_and_mix_none_of_a_hundred_thousand_requests(
+    scheme, capsys
+):
     requests, swaps, callers = 100_000, 200, 16
     with ModelServer(ServingConfig(warmup_samples=2)) as server:
         server.load_model("0", Constant(0), output_type="regression", num_features=2)
@@ -222,7 +252,9 @@ async def test_two_hundred_hot_swaps_fail_and_mix_none_of_a_hundred_thousand_req
                 return np.quantile(seconds, 0.99) * 1e3
 
             def swap(number):
-                server.load_model(str(number), Constant(number), output_type="regression", num_features=2)
+                server.load_model(
+                    str(number), Constant(number), output_type="regression", num_features=2
+                )
                 server.set_default(str(number))
 
             async def swap_all(asked):

@@ -1,4 +1,5 @@
-"""The tiers: who names nothing gets the quick one, who names something gets it; examples are the same each day."""
+"""The tiers: who names nothing gets the quick one, who names something gets it; examples are the
+same each day."""
 
 import json
 import os
@@ -16,10 +17,21 @@ import budget
 
 HERE = Path(__file__).parent
 PLUGINS = (
-    *("xdist.plugin", "pytest_timeout", "pytest_asyncio.plugin", "nbval.plugin", "_hypothesis_pytestplugin"),
+    *(
+        "xdist.plugin",
+        "pytest_timeout",
+        "pytest_asyncio.plugin",
+        "nbval.plugin",
+        "_hypothesis_pytestplugin",
+    ),
     "no:cacheprovider",
 )
-DRAWING_PLUGINS = ("pytest_timeout", "pytest_asyncio.plugin", "_hypothesis_pytestplugin", "no:cacheprovider")
+DRAWING_PLUGINS = (
+    "pytest_timeout",
+    "pytest_asyncio.plugin",
+    "_hypothesis_pytestplugin",
+    "no:cacheprovider",
+)
 MODULES = {
     "test_quick.py": "def test_quick(): pass\n",
     "test_full.py": "import pytest\npytestmark = pytest.mark.full\ndef test_full(): pass\n",
@@ -55,7 +67,9 @@ def project(tmp_path_factory):
 
 def pytest_of(plugins):
     """The environment and the options of a pytest with these plugins."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
+    }
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a second less
     options = [option for plugin in plugins for option in ("-p", plugin)]
     if any("nbval" in plugin for plugin in plugins):
@@ -66,14 +80,19 @@ def pytest_of(plugins):
 def pytest_in(project, *arguments, plugins=PLUGINS):
     environment, options = pytest_of(plugins)
     command = [sys.executable, "-m", "pytest", *options, *arguments]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 CHOICES = {
     "nothing": ([], {"quick", "drawn", "00_start_here"}),
-    "both folders": (["tests", "notebooks"], {"quick", "drawn", "full", "00_start_here", "05_rest_and_grpc"}),  # --all
+    "both folders": (
+        ["tests", "notebooks"],
+        {"quick", "drawn", "full", "00_start_here", "05_rest_and_grpc"},
+    ),  # --all
     "a path": (["tests/test_full.py"], {"full"}),
     "a word": (["-k", "test_full"], {"full"}),
     "a mark": (["-m", "slow"], {"slow"}),
@@ -82,7 +101,8 @@ CHOICES = {
 
 @pytest.fixture(scope="module")
 def collected(project):
-    """What each choice of arguments collects, by one interpreter: to start five would take five times as long."""
+    """What each choice of arguments collects, by one interpreter: to start five would take five
+    times as long."""
     program = """if True:
         import json, sys
         import pytest
@@ -93,7 +113,9 @@ def collected(project):
     environment, options = pytest_of(PLUGINS)
     choices = {name: [*options, *arguments] for name, (arguments, _) in CHOICES.items()}
     command = [sys.executable, "-c", program, json.dumps(choices)]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(part.split("\n", 1) for part in done.stdout.split("choice ")[1:])
 
@@ -109,8 +131,12 @@ def test_workers_run_the_same_tier(project):
     assert "test_quick" in passed and "test_full" not in passed and "05_rest" not in passed
 
 
-@pytest.mark.parametrize("on_ci", [False, True])  # Hypothesis has defaults of its own where CI is set
-def test_property_tests_draw_the_same_each_day_and_more_and_anew_in_the_fuzz_tier(project, monkeypatch, on_ci):
+@pytest.mark.parametrize(
+    "on_ci", [False, True]
+)  # Hypothesis has defaults of its own where CI is set
+def test_property_tests_draw_the_same_each_day_and_more_and_anew_in_the_fuzz_tier(
+    project, monkeypatch, on_ci
+):
     if on_ci:
         monkeypatch.setenv("CI", "true")
     else:
@@ -118,7 +144,10 @@ def test_property_tests_draw_the_same_each_day_and_more_and_anew_in_the_fuzz_tie
 
     def drawn(*options):
         shown = pytest_in(project, "-s", "tests/test_drawn.py", *options, plugins=DRAWING_PLUGINS)
-        few, many = (re.findall(r"drew (-?\d+)", part) for part in shown.split("test_drawn.py")[1].split(".", 2)[:2])
+        few, many = (
+            re.findall(r"drew (-?\d+)", part)
+            for part in shown.split("test_drawn.py")[1].split(".", 2)[:2]
+        )
         return few, many
 
     today, later = drawn(), drawn()

@@ -7,10 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from flserving import InferenceEngine, ModelServer, ServingConfig, create_serving_pipeline, demo_serving, models
+from flserving import (
+    InferenceEngine,
+    ModelServer,
+    ServingConfig,
+    create_serving_pipeline,
+    demo_serving,
+    models,
+)
 from flserving.errors import NotFoundError, ServerClosedError
 
-ANSWER = {"predictions", "confidences", "probabilities", "latency_ms", "model_version", "model_type"}
+ANSWER = {
+    "predictions",
+    "confidences",
+    "probabilities",
+    "latency_ms",
+    "model_version",
+    "model_type",
+}
 
 
 @pytest.fixture
@@ -28,7 +42,12 @@ def assert_answer(answer, rows, version="v1.0"):
     """The contract of an answer: exactly these keys, plain Python values, one entry a row."""
     assert answer.keys() == ANSWER
     assert json.loads(json.dumps(answer)) == answer, "plain lists and numbers"
-    assert len(answer["predictions"]) == len(answer["confidences"]) == len(answer["probabilities"]) == rows
+    assert (
+        len(answer["predictions"])
+        == len(answer["confidences"])
+        == len(answer["probabilities"])
+        == rows
+    )
     for label, confidence, probabilities in zip(
         answer["predictions"], answer["confidences"], answer["probabilities"], strict=True
     ):
@@ -47,12 +66,27 @@ def test_the_flow(model, x):
     health, stats = server.health_check(), server.get_all_stats()
     assert health["status"] == "healthy" and health["ready"] is True and health["problems"] == {}
     assert health["models"] == {"local": {"versions": ["v1.0"], "aliases": {"default": "v1.0"}}}
-    assert (health["default_model"], health["in_memory"]) == ("local", ["local/v1.0"]) and health["uptime_s"] > 0
-    assert stats["server"]["requests"] == stats["server"]["succeeded"] == 2 and stats["server"]["rows"] == 6
+    assert (health["default_model"], health["in_memory"]) == ("local", ["local/v1.0"]) and health[
+        "uptime_s"
+    ] > 0
+    assert (
+        stats["server"]["requests"] == stats["server"]["succeeded"] == 2
+        and stats["server"]["rows"] == 6
+    )
     assert stats["server"]["executions"] == 2, "the warm-up is not in the statistics"
     assert stats["engines"]["local/v1.0"]["rows"] == 6
-    assert stats.keys() == {"server", "queue", "model_cache", "prediction_cache", "engines", "fleet", "v1.0"}
-    for answer, rows in zip(server.engines["v1.0"].batch_predict([x[0], x[1:4]]), (1, 3), strict=True):
+    assert stats.keys() == {
+        "server",
+        "queue",
+        "model_cache",
+        "prediction_cache",
+        "engines",
+        "fleet",
+        "v1.0",
+    }
+    for answer, rows in zip(
+        server.engines["v1.0"].batch_predict([x[0], x[1:4]]), (1, 3), strict=True
+    ):
         assert_answer(answer, rows)
     json.dumps([health, stats])  # both can be shown and sent as they are
     server.close()
@@ -73,7 +107,10 @@ def test_the_callers_module_is_left_alone(model, x):
 
 def test_feature_statistics_are_applied(model, x):
     mean, std = x.mean(0) + 1, x.std(0) + 0.5
-    with create_serving_pipeline(model, {"mean": mean, "std": std}) as scaled, create_serving_pipeline(model) as plain:
+    with (
+        create_serving_pipeline(model, {"mean": mean, "std": std}) as scaled,
+        create_serving_pipeline(model) as plain,
+    ):
         wanted = plain.predict((x - mean) / std)["probabilities"]
         np.testing.assert_allclose(scaled.predict(x)["probabilities"], wanted, atol=1e-6)
 
@@ -82,7 +119,9 @@ def test_options_and_settings_reach_the_server(model, x):
     config = ServingConfig(max_batch_size=2)
     with create_serving_pipeline(model, config=config, threshold=0.99) as server:
         assert server.config is config
-        assert server.predict(x)["predictions"] == [-1] * 5, "nothing of random weights is that sure"
+        assert server.predict(x)["predictions"] == [-1] * 5, (
+            "nothing of random weights is that sure"
+        )
 
 
 def test_a_server_without_arguments(model, x):
@@ -136,10 +175,14 @@ def test_the_demonstration_serves_a_hundred_requests(capsys):
         said = capsys.readouterr().out
         assert "100 requests with version v1.0" in said and "healthy" in said
         mean_ms = float(re.search(r"mean latency: ([\d.]+) ms", said)[1])
-        assert mean_ms == pytest.approx(np.mean([answer["latency_ms"] for answer in results]), abs=1e-3)
+        assert mean_ms == pytest.approx(
+            np.mean([answer["latency_ms"] for answer in results]), abs=1e-3
+        )
     again, few = demo_serving(requests=4)
     again.close()
-    assert [answer["predictions"] for answer in few] == [answer["predictions"] for answer in results[:4]]
+    assert [answer["predictions"] for answer in few] == [
+        answer["predictions"] for answer in results[:4]
+    ]
     assert torch.equal(torch.random.get_rng_state(), state), "nobody's random numbers change"
 
 

@@ -1,6 +1,8 @@
-"""Every line that a reader of the tutorial types works, or is refused by a sentence that says what to type instead.
+"""Every line that a reader of the tutorial types works, or is refused by a sentence that says what
+to type instead.
 
-The names are the tutorial's interface (MISSION: "names that the user will look for"); the lines are ours.
+The names are the tutorial's interface (MISSION: "names that the user will look for"); the lines are
+ours.
 """
 
 import contextlib
@@ -191,14 +193,26 @@ def test_a_sequential_comes_back_as_it_was(tmp_path: Any) -> None:
         assert manifest.architecture == "sequential"
         with flserving.ModelServer(registry=registry) as server:
             np.testing.assert_allclose(server.predict(rows)["probabilities"], wanted, atol=1e-6)
-        for wrong in (nn.Linear(4, 2), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.Softmax(0))):
+        for wrong in (
+            nn.Linear(4, 2),
+            nn.Sequential(nn.ReLU()),
+            nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)),
+        ):
             with pytest.raises(InvalidModelError, match=r"not on the list|how it is built"):
                 registry.publish("plain", wrong)
         with pytest.raises(InvalidModelError, match="give architecture="):
             registry.publish("plain", module.state_dict())
-        for layers in ([{"layer": "LSTM"}], [{"layer": "Linear", "in_features": -1, "out_features": 2}], [], 3, [3]):
+        for layers in (
+            [{"layer": "LSTM"}],
+            [{"layer": "Linear", "in_features": -1, "out_features": 2}],
+            [],
+            3,
+            [3],
+        ):
             with pytest.raises(InvalidModelError):
-                registry.publish("plain", module, architecture="sequential", parameters={"layers": layers})
+                registry.publish(
+                    "plain", module, architecture="sequential", parameters={"layers": layers}
+                )
 
 
 def test_a_local_model_survives_a_restart_of_its_device(tmp_path: Any) -> None:
@@ -212,5 +226,11 @@ def test_a_local_model_survives_a_restart_of_its_device(tmp_path: Any) -> None:
             assert wanted["age_s"] is not None and wanted["path"] == "local"
         with flserving.EdgeModelServer(registry=registry) as edge:
             again = edge.predict(row)
-            assert (again["model_type"], again["probabilities"]) == ("personal", wanted["probabilities"])
-            assert edge.predict(row, use_personalized=False)["probabilities"] != wanted["probabilities"]
+            assert (again["model_type"], again["probabilities"]) == (
+                "personal",
+                wanted["probabilities"],
+            )
+            assert (
+                edge.predict(row, use_personalized=False)["probabilities"]
+                != wanted["probabilities"]
+            )

@@ -1,9 +1,10 @@
-"""The network: REST and gRPC by the Open Inference Protocol V2, clients, processes and the command line.
+"""The network: REST and gRPC by the Open Inference Protocol V2, clients, processes and the command
+line.
 
-``dataplane.py`` is what both protocols do once they have read the bytes, ``rest/`` and ``grpc/`` how they read them,
-``auth.py`` who may. ``endpoint.py`` serves from a thread of this process (notebook 05), ``processes.py`` from
-several processes, whose counts ``totals.py`` adds up. ``client/`` calls. ``cli.py`` is the command; ``doctor.py`` is
-its check.
+``dataplane.py`` is what both protocols do once they have read the bytes, ``rest/`` and ``grpc/``
+how they read them, ``auth.py`` who may. ``endpoint.py`` serves from a thread of this process
+(notebook 05), ``processes.py`` from several processes, whose counts ``totals.py`` adds up.
+``client/`` calls. ``cli.py`` is the command; ``doctor.py`` is its check.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def serve(server: "ModelServer", **options: Any) -> "Endpoint":
-    """Let other processes call ``server`` over REST and gRPC, from a thread and an event loop of their own.
+    """Let other processes call ``server`` over REST and gRPC, from a thread and an event loop of
+    their own.
 
     ::
 
@@ -23,7 +25,8 @@ def serve(server: "ModelServer", **options: Any) -> "Endpoint":
             print(endpoint.url, endpoint.headers)
 
     Args:
-        options: Of :class:`flserving.api.options.ApiOptions`: by default free ports on 127.0.0.1 and a random token.
+        options: Of :class:`flserving.api.options.ApiOptions`: by default free ports on 127.0.0.1
+            and a random token.
 
     Raises:
         ConfigError: An option is wrong. ConflictError: A port is in use.
@@ -34,7 +37,8 @@ def serve(server: "ModelServer", **options: Any) -> "Endpoint":
 
 
 def asgi(server: "ModelServer", **options: Any) -> "RestApp":
-    """The REST protocol of ``server`` as an ASGI application, for a web server or another application to run.
+    """The REST protocol of ``server`` as an ASGI application, for a web server or another
+    application to run.
 
     ::
 
@@ -42,12 +46,14 @@ def asgi(server: "ModelServer", **options: Any) -> "RestApp":
         app = Starlette(routes=[Mount("/models", models)])  # FastAPI: app.mount("/models", models)
         print(models.token)
 
-    Closing ``server`` is the caller's. Give ``tokens`` where several processes answer: a random one is each one's own.
+    Closing ``server`` is the caller's. Give ``tokens`` where several processes answer: a random one
+    is each one's own.
 
     Args:
-        options: Those of :func:`serve` that are not about a port: ``tokens``, ``admin``, ``artifacts``, ``origins``,
-            ``hosts`` (the names that callers use; addresses of this computer always may), ``max_body_bytes`` and
-            ``max_numbers``. Slow clients and the number of connections are for the web server to bound.
+        options: Those of :func:`serve` that are not about a port: ``tokens``, ``admin``,
+            ``artifacts``, ``origins``, ``hosts`` (the names that callers use; addresses of this
+            computer always may), ``max_body_bytes`` and ``max_numbers``. Slow clients and the
+            number of connections are for the web server to bound.
 
     Raises:
         ConfigError: An option is wrong, or one of a port.

@@ -1,7 +1,8 @@
-"""The Open Inference Protocol (V2) over numpy: what REST and gRPC both do, once they have read the bytes.
+"""The Open Inference Protocol (V2) over numpy: what REST and gRPC both do, once they have read the
+bytes.
 
-Nothing here knows a wire format. Names and meanings are the protocol's; where Triton's extensions fill it out
-(statistics, configuration, repository), they are Triton's.
+Nothing here knows a wire format. Names and meanings are the protocol's; where Triton's extensions
+fill it out (statistics, configuration, repository), they are Triton's.
 """
 
 import asyncio
@@ -14,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flserving.api.auth import Identity, Role
-from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, NotSupportedError
+from flserving.errors import (
+    FlservingError,
+    ForbiddenError,
+    InvalidInputError,
+    NotFoundError,
+    NotSupportedError,
+)
 from flserving.models.masking import OUTPUTS, OutputPolicy, by_role
 from flserving.monitoring.metrics import Sums, merged
 from flserving.monitoring.telemetry import OTHER
@@ -28,18 +35,24 @@ Arrays = dict[str, NDArray[Any]]
 INPUT = "features"
 Value = bool | int | float | str
 ANSWER_PARAMETERS = ("head", "path", "round", "age_s", "degraded", "arm", "receipt", "outputs")
-"""What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's answer."""
+"""What an answer may say of itself beside its tensors: parameters on the wire, keys of the client's
+answer."""
 Others = Callable[[], Sequence[Sums]]
 """Gives the totals of the other processes behind an address."""
-_STAGES = {"queue": "queue", "compute_input": "preprocess", "compute_infer": "infer", "compute_output": "postprocess"}
+_STAGES = {
+    "queue": "queue",
+    "compute_input": "preprocess",
+    "compute_infer": "infer",
+    "compute_output": "postprocess",
+}
 _Tensor = tuple[str, str, list[int]]  # name, datatype, dimensions
 _UNSUPPORTED = ("sequence_id", "sequence_start", "sequence_end", "classification")
 
 
 @dataclass(slots=True)
 class Call:
-    """One inference request, read from the wire. ``outputs`` None asks for all of them. ``who``: what its
-    credential stands for."""
+    """One inference request, read from the wire. ``outputs`` None asks for all of them. ``who``:
+    what its credential stands for."""
 
     model: str
     version: str | None
@@ -69,13 +82,16 @@ class V2:
     def __init__(self, server: ModelServer, admin: bool = False) -> None:
         self.server = server
         self.admin = admin
-        self.origins = set[str]()  # web pages that may call, beside those of the options; may grow while serving
+        self.origins = set[
+            str
+        ]()  # web pages that may call, beside those of the options; may grow while serving
         self.draining = False  # not ready any more, though what was let in is still answered
         self.others: Others = tuple
         self._policies = by_role(server.config.outputs)
 
     def policy(self, who: Identity) -> OutputPolicy:
-        """What answers to a credential show; to one that may only read, what those of the role to infer are shown."""
+        """What answers to a credential show; to one that may only read, what those of the role to
+        infer are shown."""
         return who.outputs or self._policies[max(who.role, Role.INFER).name.lower()]
 
     # Health
@@ -91,8 +107,18 @@ class V2:
     # What there is
 
     def server_metadata(self) -> Fields:
-        extensions = ["binary_tensor_data", "parameters", "statistics", "model_configuration", "model_repository"]
-        return {"name": "flserving", "version": installed_version("flserving"), "extensions": extensions}
+        extensions = [
+            "binary_tensor_data",
+            "parameters",
+            "statistics",
+            "model_configuration",
+            "model_repository",
+        ]
+        return {
+            "name": "flserving",
+            "version": installed_version("flserving"),
+            "extensions": extensions,
+        }
 
     def models(self) -> dict[str, list[str]]:
         """Names; the one that answers who names none comes first."""
@@ -140,7 +166,10 @@ class V2:
             "max_batch_size": config.max_batch_size,
             "input": _as_config(inputs),
             "output": _as_config(outputs),
-            "dynamic_batching": {"max_queue_delay_microseconds": int(held_ms * 1e3), "default_queue_policy": queue},
+            "dynamic_batching": {
+                "max_queue_delay_microseconds": int(held_ms * 1e3),
+                "default_queue_policy": queue,
+            },
             "model_transaction_policy": {"decoupled": False},
             "response_cache": {"enable": self.server.prediction_cache is not None},
             "parameters": {"outputs": {"string_value": policy.name}},
@@ -173,8 +202,8 @@ class V2:
     # The repository
 
     def index(self, ready: bool = False) -> list[dict[str, str]]:
-        """Every version of every model, with its state and, where it cannot answer, the reason. The model that answers
-        who names none comes first."""
+        """Every version of every model, with its state and, where it cannot answer, the reason. The
+        model that answers who names none comes first."""
         health = self.server.health_check()
         withdrawn = self.server.unloaded
         rows: list[dict[str, str]] = []
@@ -184,14 +213,18 @@ class V2:
                 reason = "unloaded" if model in withdrawn else problem
                 if not (ready and reason):
                     state = "UNAVAILABLE" if reason else "READY"
-                    rows.append({"name": model, "version": version, "state": state, "reason": reason})
+                    rows.append(
+                        {"name": model, "version": version, "state": state, "reason": reason}
+                    )
         return rows
 
     async def load(self, model: str) -> None:
-        """Read the model's registry again, load its default version, and put it (back) into service.
+        """Read the model's registry again, load its default version, and put it (back) into
+        service.
 
         Raises:
-            ForbiddenError: Not switched on. NotFoundError, CorruptArtifactError, OverloadedError: Nothing changed.
+            ForbiddenError: Not switched on. NotFoundError, CorruptArtifactError, OverloadedError:
+                Nothing changed.
         """
         self._check_admin()
         await asyncio.to_thread(self.server.reload, model)
@@ -203,16 +236,23 @@ class V2:
 
     def _check_admin(self) -> None:
         if not self.admin:
-            raise ForbiddenError("loading and unloading over the network is off: start the server with admin=True")
+            raise ForbiddenError(
+                "loading and unloading over the network is off: start the server with admin=True"
+            )
 
     # Inference
 
     async def infer(self, call: Call) -> Answer:
-        """Answer one request. Raises what :meth:`ModelServer.predict` raises, and InvalidInputError, NotSupportedError
-        or ForbiddenError for what the protocol lets a caller ask and this server does not answer."""
+        """Answer one request. Raises what :meth:`ModelServer.predict` raises, and
+        InvalidInputError, NotSupportedError or ForbiddenError for what the protocol lets a caller
+        ask and this server does not answer."""
         policy = self.policy(call.who)
-        request = Request(None, call.version, model=call.model, arrays=True, caller=call.who.caller, policy=policy)
-        request.identity = call.who.client  # whose arm it is, also where no personal answer is asked for
+        request = Request(
+            None, call.version, model=call.model, arrays=True, caller=call.who.caller, policy=policy
+        )
+        request.identity = (
+            call.who.client
+        )  # whose arm it is, also where no personal answer is asked for
         try:
             request.features = _features(call, policy)
             if call.parameters:
@@ -226,21 +266,35 @@ class V2:
             try:
                 outputs = {name: outputs[name] for name in call.outputs}
             except KeyError as error:
-                raise InvalidInputError(f"a regression has no output {error}: there are {', '.join(outputs)}") from None
-        parameters = {"model_type": answer["model_type"], "latency_us": round(answer["latency_ms"] * 1e3)}
+                raise InvalidInputError(
+                    f"a regression has no output {error}: there are {', '.join(outputs)}"
+                ) from None
+        parameters = {
+            "model_type": answer["model_type"],
+            "latency_us": round(answer["latency_ms"] * 1e3),
+        }
         extra = {name: answer[name] for name in ANSWER_PARAMETERS if answer.get(name) is not None}
-        parameters |= {name: round(value) if isinstance(value, float) else value for name, value in extra.items()}
+        parameters |= {
+            name: round(value) if isinstance(value, float) else value
+            for name, value in extra.items()
+        }
         if request.stages:
-            parameters |= {f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()}
+            parameters |= {
+                f"stage_{name}_us": round(ms * 1e3) for name, ms in answer["stages_ms"].items()
+            }
         return Answer(call.model, answer["model_version"], outputs, parameters)
 
-    async def feedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
-        """Reward the answer of an experiment. Raises as :meth:`Experiments.feedback`, which counts it."""
+    async def feedback(
+        self, model: str, receipt: str, reward: float | None, client: str | None
+    ) -> None:
+        """Reward the answer of an experiment. Raises as :meth:`Experiments.feedback`, which counts
+        it."""
         await self.server.experiments.afeedback(model, receipt, reward, client)
 
 
 def unnamed(error: FlservingError) -> FlservingError:
-    """``error`` for a caller without the role to read: of the same class, without a word on what there is here."""
+    """``error`` for a caller without the role to read: of the same class, without a word on what
+    there is here."""
     if isinstance(error, NotFoundError):
         return NotFoundError("no such model or version")
     return type(error)("the model cannot answer now")
@@ -252,11 +306,19 @@ def _default_first(health: Mapping[str, Any]) -> list[str]:
 
 def _features(call: Call, policy: OutputPolicy) -> NDArray[Any]:
     if INPUT not in call.inputs or len(call.inputs) != 1:
-        raise InvalidInputError(f"inputs are {', '.join(map(repr, call.inputs)) or 'none'}: send one, {INPUT!r}")
-    if call.outputs is not None and (unknown := [name for name in call.outputs if name not in OUTPUTS]):
+        raise InvalidInputError(
+            f"inputs are {', '.join(map(repr, call.inputs)) or 'none'}: send one, {INPUT!r}"
+        )
+    if call.outputs is not None and (
+        unknown := [name for name in call.outputs if name not in OUTPUTS]
+    ):
         raise InvalidInputError(f"no output {unknown[0][:64]!r}: there are {', '.join(OUTPUTS)}")
-    if call.outputs is not None and (hidden := [name for name in call.outputs if name not in policy.offered]):
-        raise ForbiddenError(f"output {hidden[0]!r} is not shown to this credential: ask for {OUTPUTS[0]}")
+    if call.outputs is not None and (
+        hidden := [name for name in call.outputs if name not in policy.offered]
+    ):
+        raise ForbiddenError(
+            f"output {hidden[0]!r} is not shown to this credential: ask for {OUTPUTS[0]}"
+        )
     return call.inputs[INPUT]
 
 
@@ -267,24 +329,36 @@ def _understand(call: Call, request: Request) -> None:
         if said.get(name):
             raise NotSupportedError(f"parameter {name!r} is not supported: leave it out")
     if said.get("priority"):
-        raise NotSupportedError(f"priority is {said['priority']!r:.64}: there are no priorities here, send 0 or none")
+        raise NotSupportedError(
+            f"priority is {said['priority']!r:.64}: there are no priorities here, send 0 or none"
+        )
     if "alias" in said:
         alias = said["alias"]
         if call.version is not None or not isinstance(alias, str):
-            raise InvalidInputError(f"alias is {alias!r:.64}: send a string, and no version in the path")
+            raise InvalidInputError(
+                f"alias is {alias!r:.64}: send a string, and no version in the path"
+            )
         request.version = alias
     timeout_us = said.get("timeout")
     if timeout_us:  # 0 is the protocol's "none"
         if type(timeout_us) is not int:
-            raise InvalidInputError(f"timeout is {timeout_us!r:.64}: send an integer of microseconds")
+            raise InvalidInputError(
+                f"timeout is {timeout_us!r:.64}: send an integer of microseconds"
+            )
         request.timeout_ms = timeout_us / 1e3
     request.stages = _flag(said, "stages")
     if _flag(said, "personal") or "client" in said:
         client = call.who.client
         if client is None:
-            raise ForbiddenError("personal answers need a credential of a client: ask for a token that names you")
-        if said.get("client", client) != client:  # the same words whether or not there is such a client
-            raise NotFoundError("no personal head here under that name: leave the parameter client out")
+            raise ForbiddenError(
+                "personal answers need a credential of a client: ask for a token that names you"
+            )
+        if (
+            said.get("client", client) != client
+        ):  # the same words whether or not there is such a client
+            raise NotFoundError(
+                "no personal head here under that name: leave the parameter client out"
+            )
         request.client = client
 
 
@@ -301,7 +375,11 @@ def _tensors(signature: Signature, policy: OutputPolicy) -> tuple[list[_Tensor],
     shape = list(signature.output_shape)
     if signature.output_type == "regression":
         return inputs, [("predictions", "FP32", [] if shape == [1] else shape)]
-    outputs = [("predictions", "INT64", []), ("confidences", "FP32", []), ("probabilities", "FP32", shape)]
+    outputs = [
+        ("predictions", "INT64", []),
+        ("confidences", "FP32", []),
+        ("probabilities", "FP32", shape),
+    ]
     return inputs, outputs[: len(policy.offered)]
 
 
@@ -310,7 +388,9 @@ def _as_metadata(tensors: Sequence[_Tensor]) -> list[Fields]:
 
 
 def _as_config(tensors: Sequence[_Tensor]) -> list[Fields]:
-    return [{"name": name, "data_type": f"TYPE_{kind}", "dims": dims} for name, kind, dims in tensors]
+    return [
+        {"name": name, "data_type": f"TYPE_{kind}", "dims": dims} for name, kind, dims in tensors
+    ]
 
 
 def _duration(count: float, seconds: float) -> dict[str, int]:
@@ -318,10 +398,12 @@ def _duration(count: float, seconds: float) -> dict[str, int]:
 
 
 def _model_statistics(name: str, totals: Sums) -> Fields:
-    """The entry of one version in Triton's statistics, ``name`` = "model/version", from :meth:`Telemetry.totals`.
+    """The entry of one version in Triton's statistics, ``name`` = "model/version", from
+    :meth:`Telemetry.totals`.
 
-    Per request: success, fail, queue and the three stages; cached answers count in none of the stages. Per execution:
-    ``batch_stats``, one entry for each number of rows that ran together. Durations are sums in nanoseconds.
+    Per request: success, fail, queue and the three stages; cached answers count in none of the
+    stages. Per execution: ``batch_stats``, one entry for each number of rows that ran together.
+    Durations are sums in nanoseconds.
     """
     model, _, version = name.partition("/")
     failed = totals["failures"].get(name, {}).values()

@@ -1,4 +1,5 @@
-"""``python -m flserving doctor``: is this installation able to run the course? Each line is ``ok`` or what to do."""
+"""``python -m flserving doctor``: is this installation able to run the course? Each line is ``ok``
+or what to do."""
 
 import importlib.metadata
 import importlib.util
@@ -26,7 +27,8 @@ CHROMIUM_PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report. ``needed`` is False for what only an optional part of the kit uses."""
+    """One line of the report. ``needed`` is False for what only an optional part of the kit
+    uses."""
 
     ok: bool
     text: str
@@ -37,7 +39,8 @@ class Check:
 
 
 def find_chromium() -> str | None:
-    """Path of a Chromium or Chrome: the environment variable FLSERVING_CHROMIUM, the PATH, then the usual places."""
+    """Path of a Chromium or Chrome: the environment variable FLSERVING_CHROMIUM, the PATH, then the
+    usual places."""
     named = os.environ.get("FLSERVING_CHROMIUM")
     candidates = [named] if named else [*CHROMIUM_NAMES, *CHROMIUM_PLACES]
     return next((found for name in candidates if (found := shutil.which(name))), None)
@@ -47,12 +50,16 @@ def check_python() -> Check:
     """Python itself."""
     version = f"python {platform.python_version()} ({sys.executable})"
     if sys.version_info < LOWEST_PYTHON:
-        return Check(False, f"{version}: flserving needs 3.11 or newer; make the environment again with a newer Python")
+        return Check(
+            False,
+            f"{version}: flserving needs 3.11 or newer; make the environment again with a newer Python",
+        )
     return Check(True, version)
 
 
 def _packages(extra: str) -> tuple[list[str], list[str]]:
-    """What is installed of an extra ("": of the server), and what is wrong with it, by pyproject.toml's bounds."""
+    """What is installed of an extra ("": of the server), and what is wrong with it, by
+    pyproject.toml's bounds."""
     from packaging.requirements import Requirement
 
     found = []
@@ -62,7 +69,9 @@ def _packages(extra: str) -> tuple[list[str], list[str]]:
         marker = requirement.marker
         if marker is None and extra:
             continue
-        if marker is not None and (not marker.evaluate({"extra": extra}) or (extra and marker.evaluate({"extra": ""}))):
+        if marker is not None and (
+            not marker.evaluate({"extra": extra}) or (extra and marker.evaluate({"extra": ""}))
+        ):
             continue
         try:
             version = importlib.metadata.version(requirement.name)
@@ -91,10 +100,16 @@ def has_course() -> bool:
 def check_course() -> Check:
     """The same for the packages of the course, where there is a course."""
     if not has_course():
-        return Check(False, 'course: not installed; its notebooks need `pip install "flserving[course]"`', needed=False)
+        return Check(
+            False,
+            'course: not installed; its notebooks need `pip install "flserving[course]"`',
+            needed=False,
+        )
     found, wrong = _packages("course")
     if wrong:
-        return Check(False, f"course: {'; '.join(wrong)}; in the project's folder run `python run.py lab`")
+        return Check(
+            False, f"course: {'; '.join(wrong)}; in the project's folder run `python run.py lab`"
+        )
     return Check(True, f"course: {', '.join(found)}")
 
 
@@ -109,19 +124,23 @@ def check_kernel() -> Check:
         program = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel:
         return Check(False, f"kernel python3 is not installed: {remedy}")
-    # a bare "python" stands for the Python that starts the kernel; python and python3.11 of one folder are the same
+    # a bare "python" stands for the Python that starts the kernel; python and python3.11 of one
+    # folder are the same
     if Path(program).is_absolute() and Path(program).parent != Path(sys.executable).parent:
         return Check(False, f"kernel python3 runs {program}, not this Python: {remedy}")
     return Check(True, "kernel python3 is this Python")
 
 
 def check_threads() -> Check:
-    """Cores, and what torch would use of them by itself; a server always runs one intra-op thread per worker."""
+    """Cores, and what torch would use of them by itself; a server always runs one intra-op thread
+    per worker."""
     import torch
 
     cuda = torch.version.cuda
     build = f"CUDA {cuda} build; the CPU build is enough" if cuda else "CPU build"
-    return Check(True, f"{os.cpu_count()} cores, torch would use {torch.get_num_threads()} of them ({build})")
+    return Check(
+        True, f"{os.cpu_count()} cores, torch would use {torch.get_num_threads()} of them ({build})"
+    )
 
 
 def check_prediction() -> Check:
@@ -138,8 +157,13 @@ def check_prediction() -> Check:
         server.close()
     total = sum(answer["probabilities"][0])
     if not abs(total - 1) < 1e-3:
-        return Check(False, f"prediction: the probabilities add up to {total}, not to 1: please report this as a bug")
-    return Check(True, f"prediction: {answer['model_version']} answered in {answer['latency_ms']:.2f} ms")
+        return Check(
+            False,
+            f"prediction: the probabilities add up to {total}, not to 1: please report this as a bug",
+        )
+    return Check(
+        True, f"prediction: {answer['model_version']} answered in {answer['latency_ms']:.2f} ms"
+    )
 
 
 def check_port() -> Check:
@@ -149,7 +173,10 @@ def check_port() -> Check:
             listener.bind(("127.0.0.1", 0))
             return Check(True, f"a free port on 127.0.0.1: {listener.getsockname()[1]}")
     except OSError as error:
-        return Check(False, f"no port on 127.0.0.1 can be opened ({error}): allow local connections in the firewall")
+        return Check(
+            False,
+            f"no port on 127.0.0.1 can be opened ({error}): allow local connections in the firewall",
+        )
 
 
 def check_disk() -> Check:
@@ -175,7 +202,9 @@ def check_chromium() -> Check:
     path = find_chromium()
     if path is None:
         remedy = "install Chromium, or set FLSERVING_CHROMIUM to its path"
-        return Check(False, f"chromium: none found; only the browser tests use it: {remedy}", needed=False)
+        return Check(
+            False, f"chromium: none found; only the browser tests use it: {remedy}", needed=False
+        )
     return Check(True, f"chromium: {path}", needed=False)
 
 
@@ -197,7 +226,7 @@ def checks() -> Iterator[Check]:
     for run in CHECKS:
         try:
             yield run()
-        except Exception as error:  # a doctor must not die of the illness, and the report is no place for a traceback
+        except Exception as error:  # a doctor must not die of the illness; a traceback is no report
             name = run.__name__.removeprefix("check_")
             yield Check(False, f"{name}: {type(error).__name__}: {error}; {REMEDY}")
 

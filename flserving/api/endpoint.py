@@ -1,4 +1,5 @@
-"""Where a server answers: REST and gRPC, opened and closed, in one event loop in a thread of their own."""
+"""Where a server answers: REST and gRPC, opened and closed, in one event loop in a thread of their
+own."""
 
 import asyncio
 import contextlib
@@ -28,21 +29,31 @@ DRAIN_S = 5.0
 
 
 class Endpoint:
-    """Where a server can be reached. Made by :func:`flserving.serve`; closing it leaves the server itself open.
+    """Where a server can be reached. Made by :func:`flserving.serve`; closing it leaves the server
+    itself open.
 
     Attributes:
-        url: Of REST. ``grpc_url`` is "host:port", None without gRPC. Clients of flserving take either.
+        url: Of REST. ``grpc_url`` is "host:port", None without gRPC. Clients of flserving take
+            either.
         token: The random one; None where the options brought their own credentials.
         v2: The operations behind both protocols.
 
-    Closed at the end of a ``with`` block, by :meth:`close`, when nobody holds it any more, and when Python ends.
+    Closed at the end of a ``with`` block, by :meth:`close`, when nobody holds it any more, and when
+    Python ends.
     """
 
     def __init__(
-        self, server: "ModelServer", options: ApiOptions, *, reuse_port: bool = False, others: Others = tuple
+        self,
+        server: "ModelServer",
+        options: ApiOptions,
+        *,
+        reuse_port: bool = False,
+        others: Others = tuple,
     ) -> None:
         options, self.token = _with_tokens(options)
-        options = replace(options, max_connections=min(options.max_connections, connections_at_most(options)))
+        options = replace(
+            options, max_connections=min(options.max_connections, connections_at_most(options))
+        )
         self.options = options
         self.v2 = V2(server, options.admin)
         self.v2.others = others  # before a port opens: the first scrape must see them
@@ -55,7 +66,8 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a request of the default role has to send; empty where the options brought their own credentials."""
+        """What a request of the default role has to send; empty where the options brought their own
+        credentials."""
         return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
 
     def allow_origin(self, origin: str) -> None:
@@ -67,8 +79,8 @@ class Endpoint:
 
         Args:
             drain_s: Longest wait for admitted requests; what is left then is cut off.
-            notice_s: How long before that to go on answering with readiness false, so that a load balancer
-                looks elsewhere.
+            notice_s: How long before that to go on answering with readiness false, so that a load
+                balancer looks elsewhere.
         """
         if self._finalize.detach() is not None:
             self._thread.close(drain_s, notice_s)
@@ -97,7 +109,9 @@ class Endpoint:
 class _ServerThread:
     """What runs in the thread. It knows nothing of the Endpoint, which can so be collected."""
 
-    def __init__(self, v2: V2, options: ApiOptions, listener: socket.socket, reuse_port: bool) -> None:
+    def __init__(
+        self, v2: V2, options: ApiOptions, listener: socket.socket, reuse_port: bool
+    ) -> None:
         self._v2 = v2
         self._options = options
         self._listener = listener
@@ -120,7 +134,8 @@ class _ServerThread:
             raise
 
     def close(self, drain_s: float, notice_s: float) -> None:
-        """Drain and join. Called again, or from the thread itself (by the garbage collector), it waits for nothing."""
+        """Drain and join. Called again, or from the thread itself (by the garbage collector), it
+        waits for nothing."""
         self._drain_s = drain_s
         self._notice_s = notice_s
         self._v2.draining = True
@@ -147,11 +162,15 @@ class _ServerThread:
         grpc = None
         try:
             if self._options.grpc_port is not None:
-                from flserving.api.grpc.server import start_grpc  # an endpoint without gRPC does not load grpcio
+                from flserving.api.grpc.server import (
+                    start_grpc,
+                )  # an endpoint without gRPC does not load grpcio
 
                 grpc = await start_grpc(self._v2, self._options, reuse_port=self._reuse_port)
             rest.open()
-            self._opened.set_result((self._listener.getsockname()[1], None if grpc is None else grpc.port))
+            self._opened.set_result(
+                (self._listener.getsockname()[1], None if grpc is None else grpc.port)
+            )
             while not self._stop.is_set():
                 self.beats += 1
                 rest.tick()
@@ -167,7 +186,8 @@ class _ServerThread:
 
 
 def connections_at_most(options: ApiOptions) -> int:
-    """How many connections of each kind leave ``SPARE`` files for models and databases, within the system's limit."""
+    """How many connections of each kind leave ``SPARE`` files for models and databases, within the
+    system's limit."""
     kinds = 1 if options.grpc_port is None else 2
     return max(1, (descriptors(kinds * options.max_connections + SPARE) - SPARE) // kinds)
 
@@ -197,7 +217,15 @@ def open_endpoint(server: "ModelServer", **options: Any) -> Endpoint:
     return Endpoint(server, ApiOptions(**options))
 
 
-OF_APPLICATIONS = ("tokens", "admin", "artifacts", "origins", "hosts", "max_body_bytes", "max_numbers")
+OF_APPLICATIONS = (
+    "tokens",
+    "admin",
+    "artifacts",
+    "origins",
+    "hosts",
+    "max_body_bytes",
+    "max_numbers",
+)
 """The options that are not about where and how a port listens."""
 
 

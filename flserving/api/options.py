@@ -1,4 +1,5 @@
-"""Settings of a network endpoint: frozen, checked when made, so that a wrong one is a message and not a hang."""
+"""Settings of a network endpoint: frozen, checked when made, so that a wrong one is a message and
+not a hang."""
 
 import os
 import ssl
@@ -15,7 +16,11 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "port": (0, 65_535, "0 takes a free one"),
     "grpc_port": (0, 65_535, "0 takes a free one, None leaves gRPC out"),
     "max_body_bytes": (1024, 1 << 30, "a body lives in memory"),
-    "max_numbers": (1024, 1 << 27, "to read a number takes up to 50 ns, in which nobody else is answered"),
+    "max_numbers": (
+        1024,
+        1 << 27,
+        "to read a number takes up to 50 ns, in which nobody else is answered",
+    ),
     "max_connections": (1, 65_536, "each connection is an open file"),
     "slow_client_s": (0.1, 3600, "a client that sends nothing must not hold a connection for ever"),
 }
@@ -31,19 +36,25 @@ class ApiOptions:
         grpc_port: Port of gRPC, 0 takes a free one; None leaves gRPC out.
         tokens: Credentials; None makes a random token, ``Tokens.open()`` asks for none.
         admin: Whether the routes that load and unload models exist for the role admin.
-        artifacts: Whether devices may download releases, manifests, weights, deltas and their own heads (role infer).
+        artifacts: Whether devices may download releases, manifests, weights, deltas and their own
+            heads (role infer).
         origins: Web pages that may call, as ``https://host[:port]``; none by default.
-        hosts: More names that a request's Host header may hold (behind a proxy); the address itself always may.
+        hosts: More names that a request's Host header may hold (behind a proxy); the address itself
+            always may.
         max_body_bytes: Largest body of a request, also after decompression.
-        max_numbers: Most numbers in a body that are not binary tensors (JSON; typed contents of gRPC); a list counts
-            as 16, a name as 7. To read them holds up everybody, up to 50 ns each. Binary tensors are read at once.
-        max_connections: Most connections at once, and most gRPC calls under way; each protocol counts its own.
+        max_numbers: Most numbers in a body that are not binary tensors (JSON; typed contents of
+            gRPC); a list counts as 16, a name as 7. To read them holds up everybody, up to 50 ns
+            each. Binary tensors are read at once.
+        max_connections: Most connections at once, and most gRPC calls under way; each protocol
+            counts its own.
         slow_client_s: Longest wait for the rest of a request that has begun.
-        certificate: PEM file with the certificate chain; given with ``key``, both protocols speak TLS.
+        certificate: PEM file with the certificate chain; given with ``key``, both protocols speak
+            TLS.
         key: PEM file with the private key of ``certificate``.
 
     Raises:
-        ConfigError: A value has the wrong type or lies outside its bounds, or the certificate cannot be used.
+        ConfigError: A value has the wrong type or lies outside its bounds, or the certificate
+            cannot be used.
     """
 
     host: str = "127.0.0.1"
@@ -68,11 +79,21 @@ class ApiOptions:
                 continue
             kinds = (int, float) if name == "slow_client_s" else (int,)
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                raise ConfigError(f"{name} is {value!r}: it must be a number in [{low}, {high}] ({why})")
+                raise ConfigError(
+                    f"{name} is {value!r}: it must be a number in [{low}, {high}] ({why})"
+                )
         if self.port and self.port == self.grpc_port:
-            raise ConfigError(f"port and grpc_port are both {self.port}: give each its own, or 0 for a free one")
-        if not isinstance(self.host, str) or not self.host or any(c.isspace() or c in "/[]" for c in self.host):
-            raise ConfigError(f"host is {self.host!r}: give an address or a name, for example 127.0.0.1")
+            raise ConfigError(
+                f"port and grpc_port are both {self.port}: give each its own, or 0 for a free one"
+            )
+        if (
+            not isinstance(self.host, str)
+            or not self.host
+            or any(c.isspace() or c in "/[]" for c in self.host)
+        ):
+            raise ConfigError(
+                f"host is {self.host!r}: give an address or a name, for example 127.0.0.1"
+            )
         for name in ("origins", "hosts"):
             values = getattr(self, name)
             if isinstance(values, str) or not all(isinstance(value, str) for value in values):
@@ -81,7 +102,9 @@ class ApiOptions:
         object.__setattr__(self, "origins", tuple(map(check_origin, self.origins)))
         for host in self.hosts:
             if not host or any(c.isspace() or c in "/@*" for c in host):
-                raise ConfigError(f"hosts holds {host!r}: give a name or name:port, for example models.example.org")
+                raise ConfigError(
+                    f"hosts holds {host!r}: give a name or name:port, for example models.example.org"
+                )
         if not isinstance(self.tokens, Tokens | None):
             raise ConfigError(f"tokens is a {type(self.tokens).__name__}: make a Tokens object")
         for name in ("certificate", "key"):
@@ -119,7 +142,9 @@ class ApiOptions:
                     pass
             except OSError as error:
                 reason = error.strerror or type(error).__name__
-                raise ConfigError(f"{name} {str(getattr(self, name))!r} cannot be read: {reason}") from error
+                raise ConfigError(
+                    f"{name} {str(getattr(self, name))!r} cannot be read: {reason}"
+                ) from error
         try:  # an encrypted key must not ask at the terminal: the empty password fails at once
             context.load_cert_chain(self.certificate, self.key, password="")
         except (ssl.SSLError, OSError, ValueError) as error:
@@ -137,7 +162,13 @@ def check_origin(origin: str) -> str:
         whole = f"{parts.scheme}://{parts.netloc}".lower() == origin.lower() and parts.port != 0
     except ValueError:
         whole = False
-    if not whole or parts.scheme not in {"http", "https"} or not parts.hostname or "@" in origin or "*" in origin:
+    if (
+        not whole
+        or parts.scheme not in {"http", "https"}
+        or not parts.hostname
+        or "@" in origin
+        or "*" in origin
+    ):
         raise ConfigError(
             f"origin {origin!r} cannot be used: name each one as scheme://host or scheme://host:port, without a path"
         )

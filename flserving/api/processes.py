@@ -1,11 +1,13 @@
-"""Several processes on one port, each with a server of its own: started, replaced when they die, stopped together.
+"""Several processes on one port, each with a server of its own: started, replaced when they die,
+stopped together.
 
-The kernel deals connections out to the processes (SO_REUSEPORT). On Linux workers are forked from a process that has
-loaded torch but run nothing: a replacement answers in a fraction of a second.
+The kernel deals connections out to the processes (SO_REUSEPORT). On Linux workers are forked from a
+process that has loaded torch but run nothing: a replacement answers in a fraction of a second.
 
-:class:`Supervisor` runs in the parent, :func:`work` in each worker. A worker writes to a pipe: first its addresses, or
-in words why it has none; then None about once a second, as long as its event loop runs. A second pipe shows a worker
-that the supervisor is gone: nobody writes to it, and it ends when the supervisor does.
+:class:`Supervisor` runs in the parent, :func:`work` in each worker. A worker writes to a pipe:
+first its addresses, or in words why it has none; then None about once a second, as long as its
+event loop runs. A second pipe shows a worker that the supervisor is gone: nobody writes to it, and
+it ends when the supervisor does.
 """
 
 import contextlib
@@ -44,7 +46,9 @@ HUNG_S = 15.0
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 BUSY_TIMEOUT_S = 5.0  # how long a worker waits for a locked registry
 _KILL_S = 2.0  # beyond the grace time, before a worker that does not end is killed
-_STABLE_S = 2.0  # a worker that answered for so long is replaced at once, others after a growing pause
+_STABLE_S = (
+    2.0  # a worker that answered for so long is replaced at once, others after a growing pause
+)
 _LONGEST_PAUSE_S = 30.0
 _FORKS = sys.platform == "linux"
 _CONTEXT: Any = multiprocessing.get_context("fork" if _FORKS else "spawn")
@@ -55,8 +59,8 @@ Addresses = tuple[str, str | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What every worker serves. ``model`` None: every model of the registry. ``imports``: modules that each worker runs
-    first, for their architectures."""
+    """What every worker serves. ``model`` None: every model of the registry. ``imports``: modules
+    that each worker runs first, for their architectures."""
 
     registry: str
     model: str | None = None
@@ -95,7 +99,8 @@ class Supervisor:
         say: Gets one line for each event that an operator should know of.
 
     Raises:
-        ConfigError, ConflictError: The options cannot be served by so many processes, or a port is in use.
+        ConfigError, ConflictError: The options cannot be served by so many processes, or a port is
+            in use.
     """
 
     def __init__(
@@ -113,7 +118,9 @@ class Supervisor:
             if not 0 <= seconds <= 3600:
                 raise ConfigError(f"{name} is {seconds}: it must lie in [0, 3600] seconds")
         if plan.options.admin and workers > 1:
-            raise ConfigError(f"admin with {workers} workers: a load would reach one of them only; take one worker")
+            raise ConfigError(
+                f"admin with {workers} workers: a load would reach one of them only; take one worker"
+            )
         if workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
             raise ConfigError(f"{workers} workers cannot share a port on this system: take one")
         self._say = say
@@ -130,21 +137,26 @@ class Supervisor:
         except BaseException:
             self._close()
             raise
-        self._plan = replace(plan, options=options, folder=folder, drain_s=drain_s, notice_s=notice_s)
+        self._plan = replace(
+            plan, options=options, folder=folder, drain_s=drain_s, notice_s=notice_s
+        )
 
     def run(self, announce: Callable[[str, str | None], object]) -> int:
-        """Serve until SIGTERM or SIGINT, then let admitted requests finish. ``announce`` gets the two addresses once
-        every worker answers.
+        """Serve until SIGTERM or SIGINT, then let admitted requests finish. ``announce`` gets the
+        two addresses once every worker answers.
 
         Returns:
             0, or 1 if a worker had to be killed at the end.
 
         Raises:
-            FlservingError: A worker of the first generation could not start; the message is its own.
+            FlservingError: A worker of the first generation could not start; the message is its
+                own.
         """
         try:
             with _signals() as signals:
-                if _FORKS and self._plan.config.engine == "torch":  # they share its memory, and need not wait for it
+                if (
+                    _FORKS and self._plan.config.engine == "torch"
+                ):  # they share its memory, and need not wait for it
                     import flserving.models.modules  # noqa: F401
                 try:
                     for slot in self._slots:
@@ -170,7 +182,9 @@ class Supervisor:
             if signals in found:
                 return None
             if not found:
-                raise FlservingError(f"{len(starting)} of {len(self._slots)} workers did not start in {START_S:.0f} s")
+                raise FlservingError(
+                    f"{len(starting)} of {len(self._slots)} workers did not start in {START_S:.0f} s"
+                )
             for slot in starting:
                 if slot.pipe in found:
                     addresses = self._receive(slot) or addresses
@@ -215,7 +229,9 @@ class Supervisor:
         slot.ready_s = None
         slot.heard_s = time.monotonic()
         slot.killed = False
-        with _signals_blocked():  # until a child has handlers of its own, its signals would be written to our socket
+        with (
+            _signals_blocked()
+        ):  # until a child has handlers of its own, its signals would be written to our socket
             slot.process.start()
         theirs.close()
 
@@ -246,7 +262,9 @@ class Supervisor:
         if slot.killed or time.monotonic() - slot.heard_s < patience_s:
             return
         problem = "did not start" if slot.ready_s is None else "has not answered"
-        self._say(f"worker {slot.number} (pid {slot.process.pid}) {problem} for {patience_s:g} s: it is killed")
+        self._say(
+            f"worker {slot.number} (pid {slot.process.pid}) {problem} for {patience_s:g} s: it is killed"
+        )
         slot.killed = True
         slot.process.kill()
 
@@ -262,13 +280,16 @@ class Supervisor:
             pause_s = min(_LONGEST_PAUSE_S, 0.25 * 2.0 ** min(slot.failures, 16))
         code = process.exitcode
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        self._say(f"worker {slot.number} (pid {process.pid}) ended {how}: starting another in {pause_s:.1f} s")
+        self._say(
+            f"worker {slot.number} (pid {process.pid}) ended {how}: starting another in {pause_s:.1f} s"
+        )
         process.close()
         slot.process = None
         slot.due_s = now_s + pause_s
 
     def _stop(self, signals: socket.socket) -> bool:
-        """Ask every worker to drain; kill those that do not end in time, or all at a second signal."""
+        """Ask every worker to drain; kill those that do not end in time, or all at a second
+        signal."""
         alive = [slot.process for slot in self._slots if slot.process is not None]
         for process in alive:
             process.terminate()
@@ -290,7 +311,8 @@ class Supervisor:
         return killed
 
     def _reserve(self, host: str, port: int) -> int:
-        """Bind a port for all workers. A probe that shares it with nobody finds out whether it is free."""
+        """Bind a port for all workers. A probe that shares it with nobody finds out whether it is
+        free."""
         if not hasattr(socket, "SO_REUSEPORT"):
             with listen(host, port) as probe:
                 return int(probe.getsockname()[1])
@@ -307,7 +329,8 @@ class Supervisor:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """SIGTERM and SIGINT wait until the end of the block; a child that starts in it lets them in itself."""
+    """SIGTERM and SIGINT wait until the end of the block; a child that starts in it lets them in
+    itself."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where a child is no copy of its parent
         yield
         return
@@ -320,7 +343,8 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals(numbers: Iterable[signal.Signals] = STOPPING) -> Iterator[socket.socket]:
-    """A socket that becomes readable at one of the signals, so that none interrupts anything half done."""
+    """A socket that becomes readable at one of the signals, so that none interrupts anything half
+    done."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
@@ -336,7 +360,13 @@ def _signals(numbers: Iterable[signal.Signals] = STOPPING) -> Iterator[socket.so
         theirs.close()
 
 
-def work(plan: Plan, place: int, pipe: Connection, lifeline: Connection, inherited: Connection | None = None) -> None:
+def work(
+    plan: Plan,
+    place: int,
+    pipe: Connection,
+    lifeline: Connection,
+    inherited: Connection | None = None,
+) -> None:
     """Run a worker until SIGTERM, or until its supervisor is gone.
 
     Args:
@@ -347,7 +377,9 @@ def work(plan: Plan, place: int, pipe: Connection, lifeline: Connection, inherit
     if inherited is not None:
         inherited.close()
     signal.set_wakeup_fd(-1)  # the supervisor's, if forked
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the supervisor decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group: the supervisor decides
     signal.signal(signal.SIGTERM, _leave)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # blocked since before the fork
@@ -366,17 +398,22 @@ def serving(plan: Plan) -> Iterator[ModelServer]:
     """The server of a plan, over its registry.
 
     Raises:
-        ConfigError: No registry there, an empty one, or modules that cannot be imported. NotFoundError: No such model.
+        ConfigError: No registry there, an empty one, or modules that cannot be imported.
+            NotFoundError: No such model.
     """
     import_modules(plan.imports)
     if not (Path(plan.registry).expanduser() / FILE_NAME).is_file():
-        raise ConfigError(f"no registry in {plan.registry!r}: name the folder that versions were published to")
+        raise ConfigError(
+            f"no registry in {plan.registry!r}: name the folder that versions were published to"
+        )
     with (
         Registry(plan.registry, busy_timeout_s=BUSY_TIMEOUT_S) as registry,
         ModelServer(plan.config, registry, plan.model) as server,
     ):
         if not registry.models():
-            raise ConfigError(f"the registry in {plan.registry!r} is empty: publish a version first")
+            raise ConfigError(
+                f"the registry in {plan.registry!r} is empty: publish a version first"
+            )
         yield server
 
 
@@ -384,20 +421,28 @@ def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> No
     with serving(plan) as server, _signals((signal.SIGTERM,)) as signals:
         totals = Totals(plan.folder, place, server)
         end_spans = plan.observability.observe(server)
-        endpoint = Endpoint(server, plan.options, reuse_port=hasattr(os, "fork"), others=totals.others)
+        endpoint = Endpoint(
+            server, plan.options, reuse_port=hasattr(os, "fork"), others=totals.others
+        )
         orphaned = False
         ready: list[object] = []
         try:
             gc.collect()
-            gc.freeze()  # what torch and the rest brought along stays: to look at it in each full collection took 90 ms
+            # what torch and the rest brought along stays: to look at it in each full collection
+            # took 90 ms
+            gc.freeze()
             pipe.send((endpoint.url, endpoint.grpc_url))
             beats = -1
             while not ready:
                 if beats != endpoint.beats:
                     beats = endpoint.beats
-                    with contextlib.suppress(OSError):  # the supervisor is gone, as the lifeline will show
+                    with contextlib.suppress(
+                        OSError
+                    ):  # the supervisor is gone, as the lifeline will show
                         pipe.send(None)
-                with contextlib.suppress(OSError):  # a full disk makes the others' sums older, and stops nobody
+                with contextlib.suppress(
+                    OSError
+                ):  # a full disk makes the others' sums older, and stops nobody
                     totals.write()
                 ready = list(wait([lifeline, signals], EXCHANGE_S))
             orphaned = lifeline in ready  # nobody else would stop us, nor remove the folder
@@ -411,7 +456,7 @@ def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> No
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End a worker that still loads: nothing waits for it. An exception may come where it is swallowed, as in the
-    callback of a weak reference.
+    """End a worker that still loads: nothing waits for it. An exception may come where it is
+    swallowed, as in the callback of a weak reference.
     """
     os._exit(0)

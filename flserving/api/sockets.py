@@ -1,4 +1,5 @@
-"""Listening sockets: opened with words for what is wrong, and closed without a reset for who has just connected."""
+"""Listening sockets: opened with words for what is wrong, and closed without a reset for who has
+just connected."""
 
 import asyncio
 import contextlib
@@ -25,14 +26,18 @@ _POLL_S = 0.005
 
 
 def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) -> socket.socket:
-    """A socket that listens on the port; with ``backlog`` 0 it only keeps the port for sockets with ``reuse_port``.
+    """A socket that listens on the port; with ``backlog`` 0 it only keeps the port for sockets with
+    ``reuse_port``.
 
     Raises:
-        ConflictError: The port is in use. ConfigError: There is no such address here, or the port needs more rights.
+        ConflictError: The port is in use. ConfigError: There is no such address here, or the port
+            needs more rights.
     """
     listener = None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         listener = socket.socket(family, kind, protocol)
         if os.name == "posix":  # on Windows it would let two servers share a port by accident
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -46,7 +51,9 @@ def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) 
         if listener is not None:
             listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConflictError(f"port {port} of {host} is in use: stop what listens there, or take port 0") from error
+            raise ConflictError(
+                f"port {port} of {host} is in use: stop what listens there, or take port 0"
+            ) from error
         raise ConfigError(
             f"cannot listen on {host} port {port} ({error.strerror}): take 127.0.0.1 or an address of this computer, "
             "and a port above 1023"
@@ -54,8 +61,8 @@ def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) 
 
 
 def descriptors(wanted: int) -> int:
-    """How many files this process may hold open, after raising the soft limit as far as ``wanted`` where it is lower
-    and the hard limit allows it."""
+    """How many files this process may hold open, after raising the soft limit as far as ``wanted``
+    where it is lower and the hard limit allows it."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -74,12 +81,12 @@ def descriptors(wanted: int) -> int:
 
 
 async def refuse(listener: socket.socket, end_s: float) -> None:
-    """Let nobody new connect, and the event loop accept all who have: those in the queue when a listener closes are
-    reset, though each may have sent a request already.
+    """Let nobody new connect, and the event loop accept all who have: those in the queue when a
+    listener closes are reset, though each may have sent a request already.
 
-    On Linux the kernel then drops a stranger's first packet, who tries again after a second and finds the port closed
-    or another process. Elsewhere, and where a kernel lets root alone attach a filter, there is no such means: the queue
-    is only seen to be empty a moment before.
+    On Linux the kernel then drops a stranger's first packet, who tries again after a second and
+    finds the port closed or another process. Elsewhere, and where a kernel lets root alone attach a
+    filter, there is no such means: the queue is only seen to be empty a moment before.
     """
     if sys.platform == "linux":
         steps = ctypes.create_string_buffer(_NO_SYN, len(_NO_SYN))
@@ -93,7 +100,8 @@ async def refuse(listener: socket.socket, end_s: float) -> None:
 
 
 def readable(peer: socket.socket) -> bool:
-    """Whether something came that nobody has taken yet: bytes, the end, or for a listener a connection."""
+    """Whether something came that nobody has taken yet: bytes, the end, or for a listener a
+    connection."""
     with selectors.DefaultSelector() as selector:
         selector.register(peer, selectors.EVENT_READ)
         return bool(selector.select(0))

@@ -1,7 +1,7 @@
 """The totals of all worker processes: each writes its own to a file, and reads those of the others.
 
-So ``/metrics`` of any worker shows the sum. What it shows of the others is at most ``EXCHANGE_S`` old; what has been
-shown never goes down, also when a worker is killed.
+So ``/metrics`` of any worker shows the sum. What it shows of the others is at most ``EXCHANGE_S``
+old; what has been shown never goes down, also when a worker is killed.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ EXCHANGE_S = 1.0
 
 
 class Totals:
-    """The totals of this worker, and of those that filled its place before it, in a file; and those of the others."""
+    """The totals of this worker, and of those that filled its place before it, in a file; and those
+    of the others."""
 
     def __init__(self, folder: str, place: int, server: ModelServer) -> None:
         self._path = Path(folder) / f"{place}.json"
@@ -37,8 +38,11 @@ class Totals:
         self._lock = threading.Lock()  # a scrape writes too: the newer sums must be written last
 
     def others(self) -> list[Sums]:
-        """All but this server's own. Writes first: what is shown now must not be lost when this worker is killed."""
-        with contextlib.suppress(OSError):  # a full disk must not hide the server from its operators
+        """All but this server's own. Writes first: what is shown now must not be lost when this
+        worker is killed."""
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk must not hide the server from its operators
             self.write()
         beside = self._beside()
         self._server.telemetry.elsewhere = _named(beside)
@@ -50,7 +54,9 @@ class Totals:
         if telemetry.retiring():  # else it needs no look at the others
             telemetry.elsewhere = _named(self._beside())
         with self._lock:
-            fresh.write_text(json.dumps(merged([self._before, totals(self._server)])), encoding="ascii")
+            fresh.write_text(
+                json.dumps(merged([self._before, totals(self._server)])), encoding="ascii"
+            )
             os.replace(fresh, self._path)
 
     def _beside(self) -> list[Sums]:
@@ -64,7 +70,8 @@ def _named(others: Iterable[Sums]) -> frozenset[str]:
 
 
 def _read(path: Path, gone: bool = False) -> Sums:
-    """One file; of a worker that is gone only what never falls, not what it held at that moment (``now``)."""
+    """One file; of a worker that is gone only what never falls, not what it held at that moment
+    (``now``)."""
     try:
         age_s = time.time() - path.stat().st_mtime
         found = dict(json.loads(path.read_bytes()))

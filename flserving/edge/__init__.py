@@ -1,8 +1,9 @@
 """Serving on the device: the second and the third architecture beside the central server.
 
-``device.py`` answers on the device, ``hybrid.py`` asks the device or the cloud as its policy decides;
-``calibration.py`` and ``breaker.py`` say when to ask and when to stop asking. Updates: ``sync.py`` follows the cloud,
-``release.py`` signs and checks what it offers, ``delta.py`` makes it small.
+``device.py`` answers on the device, ``hybrid.py`` asks the device or the cloud as its policy
+decides; ``calibration.py`` and ``breaker.py`` say when to ask and when to stop asking. Updates:
+``sync.py`` follows the cloud, ``release.py`` signs and checks what it offers, ``delta.py`` makes it
+small.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -15,19 +15,24 @@ State = Literal["closed", "open", "half_open"]
 
 
 class CircuitBreaker:
-    """Opens after ``failures`` failures in a row; then lets one call through every ``pause_s``; a success closes it.
+    """Opens after ``failures`` failures in a row; then lets one call through every ``pause_s``; a
+    success closes it.
 
-    Before a call ask :meth:`allow`; after it say how it went with :meth:`record`. A probe that nobody reports on is
-    followed by the next one a pause later, so that a cancelled caller cannot keep it open. Thread-safe.
+    Before a call ask :meth:`allow`; after it say how it went with :meth:`record`. A probe that
+    nobody reports on is followed by the next one a pause later, so that a cancelled caller cannot
+    keep it open. Thread-safe.
 
     Args:
         clock: Monotonic seconds.
 
     Raises:
-        ConfigError: ``failures`` is no integer of at least 1, or ``pause_s`` no number of at least 0.001.
+        ConfigError: ``failures`` is no integer of at least 1, or ``pause_s`` no number of at least
+            0.001.
     """
 
-    def __init__(self, failures: int = 5, pause_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, failures: int = 5, pause_s: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         check_number("failures", failures, 1, math.inf, whole=True)
         check_number("pause_s", pause_s, 1e-3, 86_400)
         self._most = failures
@@ -64,7 +69,8 @@ class CircuitBreaker:
                 self._probe_at_s = self._clock() + self._pause_s
 
     def stats(self) -> dict[str, Any]:
-        """``state``, ``failures_in_a_row``, and how often it ``opened`` and ``refused`` since the start."""
+        """``state``, ``failures_in_a_row``, and how often it ``opened`` and ``refused`` since the
+        start."""
         with self._lock:
             return {
                 "state": self.state,

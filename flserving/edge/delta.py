@@ -1,15 +1,17 @@
 """What changed between two sets of weights of one architecture, in few bytes.
 
-A delta is one zstd frame: length of a header, the header (JSON), then for each changed part the differences of the
-bit patterns, taken as integers modulo 2^n, zigzag-coded (small differences of either sign become small numbers) and
-split into byte planes, so that the high bytes, mostly zero, lie together (the byte shuffle of HDF5 and Blosc).
+A delta is one zstd frame: length of a header, the header (JSON), then for each changed part the
+differences of the bit patterns, taken as integers modulo 2^n, zigzag-coded (small differences of
+either sign become small numbers) and split into byte planes, so that the high bytes, mostly zero,
+lie together (the byte shuffle of HDF5 and Blosc).
 
-Neither shapes nor sizes come from the wire: the receiver knows them from the architecture of a signed manifest, so a
-hostile delta can only be of the wrong length, which is found before the memory for it is taken. What was made is then
-compared with a signed digest by the caller.
+Neither shapes nor sizes come from the wire: the receiver knows them from the architecture of a
+signed manifest, so a hostile delta can only be of the wrong length, which is found before the
+memory for it is taken. What was made is then compared with a signed digest by the caller.
 
-``exact`` gives the tensors bit for bit. ``int8`` gives :func:`quantised`, a pure function of the version: each row of
-a float32 matrix is 127 steps of its largest magnitude (symmetric, per row: Jacob et al., CVPR 2018, arXiv 1712.05877).
+``exact`` gives the tensors bit for bit. ``int8`` gives :func:`quantised`, a pure function of the
+version: each row of a float32 matrix is 127 steps of its largest magnitude (symmetric, per row:
+Jacob et al., CVPR 2018, arXiv 1712.05877).
 """
 
 from collections.abc import Mapping
@@ -20,12 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flserving.errors import ConflictError, CorruptArtifactError
-from flserving.models.weights import MAX_HEADER_NBYTES, AnyTensor, Array, Tensors, as_array, as_tensor, digest, kinds
+from flserving.models.weights import (
+    MAX_HEADER_NBYTES,
+    AnyTensor,
+    Array,
+    Tensors,
+    as_array,
+    as_tensor,
+    digest,
+    kinds,
+)
 
 Form: TypeAlias = Literal["exact", "int8"]
 FORMS: tuple[Form, ...] = ("exact", "int8")
 _LEVEL = 9  # of zstd: above it the differences of floats shrink by less than 1 %
-_MAX_WINDOW = 1 << 23  # bytes: what a hostile frame may make the receiver hold; level 9 asks for half of it
+_MAX_WINDOW = (
+    1 << 23
+)  # bytes: what a hostile frame may make the receiver hold; level 9 asks for half of it
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -35,15 +48,16 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def zeros(like: Tensors) -> dict[str, AnyTensor]:
-    """Arrays of the same names, shapes and dtypes, all zero: what a delta without a base starts from."""
+    """Arrays of the same names, shapes and dtypes, all zero: what a delta without a base starts
+    from."""
     return {name: np.zeros_like(as_array(it), order="C") for name, it in like.items()}
 
 
 def quantised(tensors: Tensors) -> dict[str, AnyTensor]:
     """The tensors as the form ``int8`` delivers them. Applied twice it changes nothing more.
 
-    A row w with largest magnitude m becomes round(127 w / m) m / 127, computed in float64: at most m / 254 off. What
-    is not a float32 tensor of two or more axes stays as it is.
+    A row w with largest magnitude m becomes round(127 w / m) m / 127, computed in float64: at most
+    m / 254 off. What is not a float32 tensor of two or more axes stays as it is.
     """
     return _joined(_parts(tensors, "int8"), tensors)
 
@@ -74,8 +88,11 @@ def encode(target: Tensors, base: Tensors | None, form: Form) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL).compress(body)
 
 
-def apply(data: bytes | memoryview, base: Tensors | None, like: Tensors, form: Form) -> dict[str, AnyTensor]:
-    """The tensors that a delta leads to. Compare their digest with a signed one before they are used.
+def apply(
+    data: bytes | memoryview, base: Tensors | None, like: Tensors, form: Form
+) -> dict[str, AnyTensor]:
+    """The tensors that a delta leads to. Compare their digest with a signed one before they are
+    used.
 
     Args:
         base: What the delta must start from; None: zeros.
@@ -126,7 +143,8 @@ def _exactly(reader: Any, nbytes: int) -> bytes:
 
 
 def _parts(tensors: Mapping[str, AnyTensor], form: Form) -> dict[str, NDArray[Any]]:
-    """Each tensor as integers, by its name: its bits, or its codes with the rows' magnitudes beside them."""
+    """Each tensor as integers, by its name: its bits, or its codes with the rows' magnitudes beside
+    them."""
     parts = dict[str, NDArray[Any]]()
     for name in sorted(tensors):
         array = as_array(tensors[name])
@@ -153,7 +171,9 @@ def _joined(parts: Mapping[str, Array], like: Tensors) -> dict[str, AnyTensor]:
             most = magnitudes.view(np.float32).astype(np.float64)
             values = (part * most[:, None] / 127).astype(np.float32)
         values = values.reshape(array.shape)
-        tensors[name] = values if tensor is array else as_tensor(values)  # torch's come back as torch's
+        tensors[name] = (
+            values if tensor is array else as_tensor(values)
+        )  # torch's come back as torch's
     return tensors
 
 

@@ -1,8 +1,9 @@
 """The edge: a device that answers by itself, with the global model or with its client's own head.
 
-It is a :class:`ModelServer` over a registry in the device's own folder. What it serves comes in updates; each one is a
-version with the weights and the one client's head, so both change as one, and rollback and crash safety are the
-registry's. Every answer says which round it came from and how old that is.
+It is a :class:`ModelServer` over a registry in the device's own folder. What it serves comes in
+updates; each one is a version with the weights and the one client's head, so both change as one,
+and rollback and crash safety are the registry's. Every answer says which round it came from and how
+old that is.
 """
 
 import contextlib
@@ -42,20 +43,25 @@ if TYPE_CHECKING:
 
 UPDATED_AT = "updated_at_s"  # in the lineage of a version that brought only a head
 _AGES = 16  # versions whose ages are kept
-_SLACK_S = 60.0  # a clock that was set back by less than this is taken as right: daemons that keep time do so
+# a clock that was set back by less than this is taken as right: daemons that keep time do so
+_SLACK_S = 60.0
 
 
 class Age:
-    """How long ago a model was known to be the current one, by two clocks of which neither is trusted alone.
+    """How long ago a model was known to be the current one, by two clocks of which neither is
+    trusted alone.
 
-    The wall clock may be set; the monotonic one stands still while a device sleeps and forgets at every start. So the
-    larger of the two spans counts: a jump backwards makes nothing look fresh, a jump forwards makes it look too old.
+    The wall clock may be set; the monotonic one stands still while a device sleeps and forgets at
+    every start. So the larger of the two spans counts: a jump backwards makes nothing look fresh, a
+    jump forwards makes it look too old.
 
     Args:
         since_s: Unix seconds of that moment. ``clock``: monotonic seconds. ``wall``: Unix seconds.
     """
 
-    def __init__(self, since_s: float, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+    def __init__(
+        self, since_s: float, clock: Callable[[], float], wall: Callable[[], float]
+    ) -> None:
         self._since_s = since_s
         self._clock = clock
         self._wall = wall
@@ -64,8 +70,8 @@ class Age:
         self._age_when_made_s = max(0.0, by_wall) if by_wall >= -_SLACK_S else None
 
     def age_s(self) -> float | None:
-        """Seconds; None (older than any limit) as long as the wall clock shows a time before that moment, and has
-        since this object was made."""
+        """Seconds; None (older than any limit) as long as the wall clock shows a time before that
+        moment, and has since this object was made."""
         by_wall = self._wall() - self._since_s
         if self._age_when_made_s is None:
             return by_wall if by_wall >= 0 else None
@@ -77,23 +83,27 @@ class EdgeModelServer(ModelServer):
     """Serves the global or the personalised model of one client on its device.
 
     Args:
-        global_model: What to serve from the start; more in :meth:`update_global`. None: what the registry holds.
-        local_model: A whole model of the client's own, served where ``use_personalized`` asks for it. It is a second
-            name in the device's registry (``<model>-local``). A client's *head* needs none of this.
+        global_model: What to serve from the start; more in :meth:`update_global`. None: what the
+            registry holds.
+        local_model: A whole model of the client's own, served where ``use_personalized`` asks for
+            it. It is a second name in the device's registry (``<model>-local``). A client's *head*
+            needs none of this.
         config: See :class:`ModelServer`.
-        registry: The device's own; a temporary one when not given. It stays open when the server closes.
+        registry: The device's own; a temporary one when not given. It stays open when the server
+            closes.
         model: The one name that is served.
         client: Whose device this is: its head is carried from update to update.
         fresh_s: Soft limit: an answer from an older model says ``degraded``. None: no limit.
         refuse_s: Hard limit: an older model answers no more.
         clock: Monotonic seconds. ``wall``: Unix seconds.
 
-    A model's age counts from its update, or from the last :meth:`confirm`. One that was loaded by :meth:`load_model`,
-    or whose age is unknown because the clock went backwards between two starts, is past both limits.
+    A model's age counts from its update, or from the last :meth:`confirm`. One that was loaded by
+    :meth:`load_model`, or whose age is unknown because the clock went backwards between two starts,
+    is past both limits.
 
     Raises:
-        ConfigError: A limit that is no positive number, or a soft one above the hard one. NotSupportedError: The
-        registry leads to a version that the engine ``numpy`` cannot run.
+        ConfigError: A limit that is no positive number, or a soft one above the hard one.
+        NotSupportedError: The registry leads to a version that the engine ``numpy`` cannot run.
     """
 
     def __init__(
@@ -111,10 +121,14 @@ class EdgeModelServer(ModelServer):
         wall: Callable[[], float] = time.time,
     ) -> None:
         if global_model is not None and not hasattr(global_model, "state_dict"):
-            raise ConfigError(f"global_model is a {type(global_model).__name__}: pass a module, or config= by its name")
+            raise ConfigError(
+                f"global_model is a {type(global_model).__name__}: pass a module, or config= by its name"
+            )
         _check_limits(fresh_s, refuse_s)
         if model == LOCAL or not client:
-            raise ConfigError(f"model is {model!r}, client is {client!r}: choose another name, and name a client")
+            raise ConfigError(
+                f"model is {model!r}, client is {client!r}: choose another name, and name a client"
+            )
         super().__init__(checked(config), clock=clock)
         self._remove_registry: Callable[[], object] | None = None  # where it is temporary
         if registry is None:
@@ -132,7 +146,9 @@ class EdgeModelServer(ModelServer):
         try:
             for name in (self.model, self.local_model):
                 now = current(self.registry, name)
-                if now is not None and self.config.engine == "numpy":  # a device must not start with what cannot answer
+                if (
+                    now is not None and self.config.engine == "numpy"
+                ):  # a device must not start with what cannot answer
                     models.blueprint("numpy", now.architecture, now.parameters)
                 if self.registry.version_numbers(name):
                     self.serve(self.registry, name)
@@ -148,19 +164,24 @@ class EdgeModelServer(ModelServer):
 
     @version_id_too
     def predict(  # type: ignore[override]
-        self, features: Any, use_personalized: bool = True, version: str | int | None = None, **options: Any
+        self,
+        features: Any,
+        use_personalized: bool = True,
+        version: str | int | None = None,
+        **options: Any,
     ) -> Answer:
         """Answer a row [D] or rows [N, D] on the device.
 
         Args:
-            use_personalized: With the client's own local model where it has one, else with its own head where there
-                is one that fits; False: with the global model.
-            version, options: Those of :meth:`ModelServer.predict`; the ``client`` is the device's when not given.
+            use_personalized: With the client's own local model where it has one, else with its own
+                head where there is one that fits; False: with the global model.
+            version, options: Those of :meth:`ModelServer.predict`; the ``client`` is the device's
+                when not given.
 
         Returns:
-            The answer of :meth:`ModelServer.predict`, with ``head`` unless the global model was asked for, and with
-            ``path`` ("local"), ``round`` (None where no update named one), ``age_s`` (None: unknown) and
-            ``degraded`` (older than ``fresh_s``).
+            The answer of :meth:`ModelServer.predict`, with ``head`` unless the global model was
+            asked for, and with ``path`` ("local"), ``round`` (None where no update named one),
+            ``age_s`` (None: unknown) and ``degraded`` (older than ``fresh_s``).
 
         Raises:
             StaleModelError: Older than ``refuse_s``. What :meth:`ModelServer.predict` raises.
@@ -168,12 +189,17 @@ class EdgeModelServer(ModelServer):
         return self.handle(device_request(features, use_personalized, version, **options))
 
     def _admit(self, request: Request) -> None:
-        """As :meth:`ModelServer._admit`, for the device's own client; a version that is too old answers nobody."""
+        """As :meth:`ModelServer._admit`, for the device's own client; a version that is too old
+        answers nobody."""
         if not request.personal:
             request.client = None
         elif request.client is None:
             request.client = self.client
-        own = request.client == self.client and request.version is None and request.model in (None, self.model)
+        own = (
+            request.client == self.client
+            and request.version is None
+            and request.model in (None, self.model)
+        )
         if own and self.local_model in self._sources:
             request.model = self.local_model
             request.client = None  # a whole model of its own has no head to choose
@@ -192,7 +218,9 @@ class EdgeModelServer(ModelServer):
 
     def _freshness(self, key: Key) -> Answer:
         """What an answer says of the version that gave it. Raises StaleModelError."""
-        number, age = self._age_of(key) if key[0] in (self.model, self.local_model) else (None, None)
+        number, age = (
+            self._age_of(key) if key[0] in (self.model, self.local_model) else (None, None)
+        )
         age_s = None if age is None else age.age_s()
         if self.refuse_s is not None and (age_s is None or age_s > self.refuse_s):
             raise StaleModelError(
@@ -209,8 +237,11 @@ class EdgeModelServer(ModelServer):
             known = self._keep_age(key, manifest.round, _updated_at(manifest))
         return known
 
-    def _keep_age(self, key: Key, number: int | None, since_s: float | None = None) -> tuple[int | None, Age]:
-        """The round and the age of a version, counted from ``since_s`` (Unix seconds; None: from now)."""
+    def _keep_age(
+        self, key: Key, number: int | None, since_s: float | None = None
+    ) -> tuple[int | None, Age]:
+        """The round and the age of a version, counted from ``since_s`` (Unix seconds; None: from
+        now)."""
         if since_s is None:
             since_s = self._wall()
         age = Age(since_s, self._clock, self._wall)
@@ -232,21 +263,25 @@ class EdgeModelServer(ModelServer):
     ) -> Manifest:
         """Serve other weights from now on; every request sees all of the update or nothing of it.
 
-        The new version is stored, loaded and warm before the alias ``default`` moves to it, in one transaction: killed
-        anywhere before that, the device starts again with the model that it had.
+        The new version is stored, loaded and warm before the alias ``default`` moves to it, in one
+        transaction: killed anywhere before that, the device starts again with the model that it
+        had.
 
         Args:
-            state: A module or its state dict. A plain ``nn.Sequential`` over feature rows needs no architecture.
+            state: A module or its state dict. A plain ``nn.Sequential`` over feature rows needs no
+                architecture.
             round: The federated round that made it.
-            head: The client's head for this model: ``{"head.weight": [C, F], "head.bias": [C]}``, or a
-                :class:`HeadSet` that holds it. When not given, the one it had is kept; it applies again where it was
-                trained on this very body, else answers say ``head``: "stale". One of another shape is dropped.
-            published: Arguments of :meth:`Registry.publish`. Architecture, parameters, preprocessing and output type
-                are those of the model before when not given.
+            head: The client's head for this model: ``{"head.weight": [C, F], "head.bias": [C]}``,
+                or a :class:`HeadSet` that holds it. When not given, the one it had is kept; it
+                applies again where it was trained on this very body, else answers say ``head``:
+                "stale". One of another shape is dropped.
+            published: Arguments of :meth:`Registry.publish`. Architecture, parameters,
+                preprocessing and output type are those of the model before when not given.
 
         Raises:
-            InvalidModelError: The first update names no architecture, or what :meth:`Registry.publish` raises; a
-            model that does not answer a row of zeros raises what it raised. The model before serves on.
+            InvalidModelError: The first update names no architecture, or what
+            :meth:`Registry.publish` raises; a model that does not answer a row of zeros raises what
+            it raised. The model before serves on.
         """
         with self._updating:
             now = current(self.registry, self.model)
@@ -258,7 +293,9 @@ class EdgeModelServer(ModelServer):
                     head = HeadSet.from_states({self.client: head})
                 return self._install(state, head, published)
             earlier = None
-            with contextlib.suppress(CorruptArtifactError):  # what is broken is replaced, its head with it
+            with contextlib.suppress(
+                CorruptArtifactError
+            ):  # what is broken is replaced, its head with it
                 if now is not None:
                     store = self.registry.read(self.model, now.version).heads
                     if store is not None:
@@ -268,47 +305,69 @@ class EdgeModelServer(ModelServer):
             except InvalidModelError:
                 if earlier is None:
                     raise
-                return self._install(state, None, published)  # a narrower body, or none: no head of before can fit it
+                return self._install(
+                    state, None, published
+                )  # a narrower body, or none: no head of before can fit it
 
     @version_id_too
     def update_local(
-        self, state: "nn.Module | Tensors", *, version: str | int | None = None, layout: Layout = "head"
+        self,
+        state: "nn.Module | Tensors",
+        *,
+        version: str | int | None = None,
+        layout: Layout = "head",
     ) -> Manifest:
-        """Serve another head of the client on the same weights, or another local model; seen whole or not at all, as
-        :meth:`update_global`.
+        """Serve another head of the client on the same weights, or another local model; seen whole
+        or not at all, as :meth:`update_global`.
 
         Args:
-            state: The head, ``{"head.weight": [C, F], "head.bias": [C]}``. Or a whole model of the client's own: a
-                module, or a state dict of the local model's (before there is one, of the global model's) architecture.
-            version: The version of this device on whose body it was trained; the current one when not given. A head
-                of another body is kept, but it never answers: ``head`` is "stale".
+            state: The head, ``{"head.weight": [C, F], "head.bias": [C]}``. Or a whole model of the
+                client's own: a module, or a state dict of the local model's (before there is one,
+                of the global model's) architecture.
+            version: The version of this device on whose body it was trained; the current one when
+                not given. A head of another body is kept, but it never answers: ``head`` is
+                "stale".
             layout: See :class:`HeadSet`.
 
         Raises:
-            NotFoundError: There is no global model yet. InvalidModelError: The head is of the wrong shape.
+            NotFoundError: There is no global model yet. InvalidModelError: The head is of the wrong
+                shape.
         """
         with self._updating:
-            if not isinstance(state, Mapping) or not all(name.startswith("head.") for name in state):
-                before = current(self.registry, self.local_model) or current(self.registry, self.model)
+            if not isinstance(state, Mapping) or not all(
+                name.startswith("head.") for name in state
+            ):
+                before = current(self.registry, self.local_model) or current(
+                    self.registry, self.model
+                )
                 return self._install(state, None, _as_before(before, state), model=self.local_model)
             artifact = self.registry.read(self.model, self.registry.resolve(self.model))
             now = artifact.manifest
             trained = self.registry.manifest(self.model, self.registry.resolve(self.model, version))
             digest = trained_on(layout, trained.digests)
             heads = HeadSet.from_states({self.client: state}, layout, digest)
-            lineage = now.lineage or Lineage()  # a new head makes the body no younger, not even after a restart
+            lineage = (
+                now.lineage or Lineage()
+            )  # a new head makes the body no younger, not even after a restart
             extra = {**lineage.extra, UPDATED_AT: _updated_at(now)}
             lineage = msgspec.structs.replace(lineage, extra=extra)
-            published = _as_before(now) | {"metrics": now.metrics, "note": now.note, "lineage": lineage}
+            published = _as_before(now) | {
+                "metrics": now.metrics,
+                "note": now.note,
+                "lineage": lineage,
+            }
             return self._install(artifact.arrays, heads, published, body=now)
 
     def forget(self, client: str) -> None:
-        """:meth:`Registry.forget` on this device, of whose heads it may have none. Its global and local models stay,
-        but for versions that cannot be read: they answer nobody, and may hold its head."""
+        """:meth:`Registry.forget` on this device, of whose heads it may have none. Its global and
+        local models stay, but for versions that cannot be read: they answer nobody, and may hold
+        its head."""
         with self._updating:  # an update carries the head of before along
             for folder in self.registry.unreadable():
                 storage.remove(f"{self.registry.root}/models/{folder}")
-            with contextlib.suppress(NotFoundError, CorruptArtifactError):  # of its head, nothing is here (any more)
+            with contextlib.suppress(
+                NotFoundError, CorruptArtifactError
+            ):  # of its head, nothing is here (any more)
                 self.registry.forget(client)
             self.refresh()
 
@@ -331,7 +390,9 @@ class EdgeModelServer(ModelServer):
         model: str | None = None,
     ) -> Manifest:
         name = model or self.model
-        manifest = self.registry.publish(name, state, heads=heads, engine=self.config.engine, **published)
+        manifest = self.registry.publish(
+            name, state, heads=heads, engine=self.config.engine, **published
+        )
         key = (name, str(manifest.version))
         if body is None:
             self._keep_age(key, manifest.round)
@@ -340,20 +401,25 @@ class EdgeModelServer(ModelServer):
         if name not in self._sources:
             self.serve(self.registry, name)
         self._preload(key)  # whatever does not answer raises here: no alias leads to it
-        self.registry.set_alias(name, "default", manifest.version, who="edge", why=f"update to version {key[1]}")
+        self.registry.set_alias(
+            name, "default", manifest.version, who="edge", why=f"update to version {key[1]}"
+        )
         self.refresh()
         return manifest
 
     def _build(self, key: Key) -> InferenceEngine:
         engine = super()._build(key)
-        if engine.personal is not None:  # a head's time runs out by the clock that tells the model's age
+        if (
+            engine.personal is not None
+        ):  # a head's time runs out by the clock that tells the model's age
             engine.personal.store.wall = self._wall
         return engine
 
     # What operators see
 
     def get_all_stats(self) -> dict[str, Any]:
-        """As :meth:`ModelServer.get_all_stats`; ``edge`` says what is served: version, round, age."""
+        """As :meth:`ModelServer.get_all_stats`; ``edge`` says what is served: version, round,
+        age."""
         served = None
         version = self._router.routes.of(self.model).aliases.get("default")
         if version is not None and not self._closed:
@@ -372,20 +438,29 @@ class EdgeModelServer(ModelServer):
 def _check_limits(fresh_s: float | None, refuse_s: float | None) -> None:
     for name, limit in (("fresh_s", fresh_s), ("refuse_s", refuse_s)):
         if limit is not None and (type(limit) not in (int, float) or not 0 < limit < inf):
-            raise ConfigError(f"{name} is {limit!r}: it must be a number of seconds above 0, or None")
+            raise ConfigError(
+                f"{name} is {limit!r}: it must be a number of seconds above 0, or None"
+            )
     if fresh_s is not None and refuse_s is not None and fresh_s > refuse_s:
-        raise ConfigError(f"fresh_s is {fresh_s}, refuse_s is {refuse_s}: flag an answer before refusing it")
+        raise ConfigError(
+            f"fresh_s is {fresh_s}, refuse_s is {refuse_s}: flag an answer before refusing it"
+        )
 
 
-def device_request(features: Any, use_personalized: bool, version: str | int | None, **options: Any) -> Request:
+def device_request(
+    features: Any, use_personalized: bool, version: str | int | None, **options: Any
+) -> Request:
     """The arguments of :meth:`EdgeModelServer.predict` as a request. Raises InvalidInputError."""
     if not isinstance(use_personalized, bool):
-        raise InvalidInputError(f"use_personalized is {use_personalized!r:.64}: True or False; version has a name")
+        raise InvalidInputError(
+            f"use_personalized is {use_personalized!r:.64}: True or False; version has a name"
+        )
     return Request(features, version, personal=use_personalized, **options)
 
 
 def current(registry: Registry, model: str) -> Manifest | None:
-    """What the alias ``default`` leads to now, also where another process moved it; None where that is broken."""
+    """What the alias ``default`` leads to now, also where another process moved it; None where that
+    is broken."""
     number = registry.aliases(model).get("default")
     if number is None:
         return None
@@ -398,7 +473,10 @@ def _as_before(now: Manifest | None, state: "nn.Module | Tensors | None" = None)
     """What a version is published with where nothing else is said: what the one before it was."""
     if now is None:
         return {}
-    before: dict[str, Any] = {"preprocessing": now.preprocessing, "output_type": now.signature.output_type}
+    before: dict[str, Any] = {
+        "preprocessing": now.preprocessing,
+        "output_type": now.signature.output_type,
+    }
     if state is None or isinstance(state, Mapping):
         before |= {"architecture": now.architecture, "parameters": now.parameters}
     return before
@@ -407,4 +485,8 @@ def _as_before(now: Manifest | None, state: "nn.Module | Tensors | None" = None)
 def _updated_at(manifest: Manifest) -> float:
     """When the weights of a version came to the device, Unix seconds."""
     noted_s = manifest.extra.get(UPDATED_AT)
-    return noted_s if isinstance(noted_s, float) else datetime.fromisoformat(manifest.created_at).timestamp()
+    return (
+        noted_s
+        if isinstance(noted_s, float)
+        else datetime.fromisoformat(manifest.created_at).timestamp()
+    )

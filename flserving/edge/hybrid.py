@@ -1,7 +1,9 @@
-"""Hybrid serving: the device answers what it can, the cloud the rest, and every answer says which of them it was.
+"""Hybrid serving: the device answers what it can, the cloud the rest, and every answer says which
+of them it was.
 
-A request takes one path as a whole, whatever its rows: ``path`` is "local", "cache" (an earlier answer
-of the cloud to the same rows), "cloud", or "degraded" (the device's answer, where the policy wanted the cloud's).
+A request takes one path as a whole, whatever its rows: ``path`` is "local", "cache" (an earlier
+answer of the cloud to the same rows), "cloud", or "degraded" (the device's answer, where the policy
+wanted the cloud's).
 """
 
 import hashlib
@@ -58,18 +60,20 @@ _NOTES = ("model_version", "model_type", "head", "round", "age_s", "degraded", "
 
 
 class Cloud(Protocol):
-    """What is asked of the cloud: :class:`flserving.api.client.Client`, or anything that answers alike."""
+    """What is asked of the cloud: :class:`flserving.api.client.Client`, or anything that answers
+    alike."""
 
     @property
     def predict(self) -> Callable[..., Answer]: ...
 
 
-# Policies: whether the device's answer stands. Where it does not, the cache is asked, then the cloud; where neither
-# answers, the device's answer is given after all, and flagged.
+# Policies: whether the device's answer stands. Where it does not, the cache is asked, then the
+# cloud; where neither answers, the device's answer is given after all, and flagged.
 
 
 def local_first(answer: Answer, threshold: float) -> bool:
-    """The device answers when it is sure of every row (a regression has no confidence: it is trusted), and fresh."""
+    """The device answers when it is sure of every row (a regression has no confidence: it is
+    trusted), and fresh."""
     confidences = answer.get("confidences", ())
     return not answer["degraded"] and (len(confidences) == 0 or min(confidences) >= threshold)
 
@@ -77,14 +81,17 @@ def local_first(answer: Answer, threshold: float) -> bool:
 def as_drawn(answer: Answer, threshold: float) -> bool:
     """The drawing: local head -> cache hit? -> else the cloud's model.
 
-    Where the client has a head of its own that fits the device's body, it answers, sure or not, up to the hard limit of
-    its age. Who has none is answered from the cache or by the cloud. The drawing does not show a cloud that is away:
-    then the device's global model answers, flagged.
+    Where the client has a head of its own that fits the device's body, it answers, sure or not, up
+    to the hard limit of its age. Who has none is answered from the cache or by the cloud. The
+    drawing does not show a cloud that is away: then the device's global model answers, flagged.
     """
     return bool(answer["model_type"] == "personal")
 
 
-POLICIES: dict[str, Callable[[Answer, float], bool]] = {"local_first": local_first, "as_drawn": as_drawn}
+POLICIES: dict[str, Callable[[Answer, float], bool]] = {
+    "local_first": local_first,
+    "as_drawn": as_drawn,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +99,15 @@ class HybridSettings:
     """How a hybrid asks its cloud, and how long it relies on an answer.
 
     Args:
-        cloud_share: Share of a request's time that the cloud may take; the rest comes first and is the device's.
-        personal: Ask for the answers of the client that the cloud's credential names, where the device's client asks.
+        cloud_share: Share of a request's time that the cloud may take; the rest comes first and is
+            the device's.
+        personal: Ask for the answers of the client that the cloud's credential names, where the
+            device's client asks.
         cloud_calls: Most calls at a time; each takes a thread.
-        cache_bytes, cache_ttl_s: Of the cloud's answers. They are private to the client. A local update changes their
-            key, and an answer of another version of the cloud drops them all: so after a promotion in the cloud of
-            which nothing was heard, an answer may be up to ``cache_ttl_s`` old, and ``age_s`` says how old.
+        cache_bytes, cache_ttl_s: Of the cloud's answers. They are private to the client. A local
+            update changes their key, and an answer of another version of the cloud drops them all:
+            so after a promotion in the cloud of which nothing was heard, an answer may be up to
+            ``cache_ttl_s`` old, and ``age_s`` says how old.
     """
 
     cloud_share: float = 0.8
@@ -115,13 +125,15 @@ class HybridServer:
         cloud: A :class:`flserving.api.client.Client`; it is called in threads.
         policy: ``local_first`` or ``as_drawn``: the functions of that name in this module.
         consent: Nothing leaves the device unless it is True; may be set at any time.
-        threshold: The lowest confidence that is trusted, see :func:`flserving.edge.calibration.calibrate`.
+        threshold: The lowest confidence that is trusted, see
+            :func:`flserving.edge.calibration.calibrate`.
         cloud_model: The model's name in the cloud; that of the edge when not given.
         breaker: By default it opens after 5 failures in a row, for 5 s.
         settings: See :class:`HybridSettings`.
 
-    A request that names a version, or another model than the edge's, is the device's alone. A cloud answer's ``age_s``
-    counts from when it was given, and ``round`` is None where the cloud does not say it.
+    A request that names a version, or another model than the edge's, is the device's alone. A cloud
+    answer's ``age_s`` counts from when it was given, and ``round`` is None where the cloud does not
+    say it.
 
     Raises:
         ConfigError: An unknown policy, or a number out of range.
@@ -183,19 +195,28 @@ class HybridServer:
 
     @version_id_too
     def predict(
-        self, features: Any, use_personalized: bool = True, version: str | int | None = None, **options: Any
+        self,
+        features: Any,
+        use_personalized: bool = True,
+        version: str | int | None = None,
+        **options: Any,
     ) -> Answer:
         """Answer a row [D] or rows [N, D]: see :meth:`EdgeModelServer.predict`."""
         return self.handle(device_request(features, use_personalized, version, **options))
 
     @version_id_too
-    async def apredict(self, features: Any, version: str | int | None = None, **options: Any) -> Answer:
+    async def apredict(
+        self, features: Any, version: str | int | None = None, **options: Any
+    ) -> Answer:
         """:meth:`predict` for coroutines."""
         return await self.ahandle(Request(features, version, **options))
 
     @version_id_too
-    def batch_predict(self, batch: Iterable[Any], version: str | int | None = None, **options: Any) -> list[Answer]:
-        """Answer several requests as one, see :meth:`ModelServer.batch_predict`: they take one path together."""
+    def batch_predict(
+        self, batch: Iterable[Any], version: str | int | None = None, **options: Any
+    ) -> list[Answer]:
+        """Answer several requests as one, see :meth:`ModelServer.batch_predict`: they take one path
+        together."""
         several = Several(batch)
         return dealt_out(self.predict(several, version=version, **options), several.lengths)
 
@@ -237,7 +258,8 @@ class HybridServer:
         return request.version is not None or request.model not in (None, self.edge.model)
 
     def _ask_cloud(self, exchange: "Exchange") -> Answer | None:
-        """The cloud's answer, an earlier one or a new one, in its part of the time; None where there is none.
+        """The cloud's answer, an earlier one or a new one, in its part of the time; None where
+        there is none.
 
         Raises:
             InvalidInputError: The features are not rows of finite numbers.
@@ -287,7 +309,8 @@ class HybridServer:
         return health
 
     def get_all_stats(self) -> dict[str, Any]:
-        """The edge's (answers by path are in them), and ``hybrid``: why the cloud gave none, its breaker, its cache."""
+        """The edge's (answers by path are in them), and ``hybrid``: why the cloud gave none, its
+        breaker, its cache."""
         with self._lock:
             refusals = dict(self._refusals)
         own = {
@@ -299,7 +322,8 @@ class HybridServer:
         return self.edge.get_all_stats() | {"hybrid": own}
 
     def close(self) -> None:
-        """Answer no more. Calls to the cloud that still wait end by their own deadlines. Idempotent."""
+        """Answer no more. Calls to the cloud that still wait end by their own deadlines.
+        Idempotent."""
         self._closed = True
         self._calls.shutdown(wait=False, cancel_futures=True)
 
@@ -313,9 +337,9 @@ class HybridServer:
 class Exchange:
     """One request between device and cloud: the time of each, and the call to the cloud.
 
-    As a context: :meth:`begin`, wait for ``awaited``, :meth:`end`. An error of the package ends the context and goes no
-    further: who follows this request's call hears of it, and it is counted. Nothing that an error's frames lead to
-    holds the error, so it is gone with its last user.
+    As a context: :meth:`begin`, wait for ``awaited``, :meth:`end`. An error of the package ends the
+    context and goes no further: who follows this request's call hears of it, and it is counted.
+    Nothing that an error's frames lead to holds the error, so it is gone with its last user.
     """
 
     def __init__(self, server: HybridServer, request: Request) -> None:
@@ -333,7 +357,8 @@ class Exchange:
         self._cached: CloudAnswer | None = None
 
     def for_device(self) -> Request:
-        """The same request, in the device's part of the time; nothing is masked before it is known who answers."""
+        """The same request, in the device's part of the time; nothing is masked before it is known
+        who answers."""
         request = copy(self.request)
         request.timeout_ms = self._device_s * 1e3
         request.nested = True
@@ -387,7 +412,9 @@ class Exchange:
             if not server.consent:
                 raise ForbiddenError(_NO_CONSENT)
             if not server.breaker.allow():
-                raise OverloadedError("the cloud failed several times in a row: it is left alone for a while")
+                raise OverloadedError(
+                    "the cloud failed several times in a row: it is left alone for a while"
+                )
             try:
                 self.awaited = server._calls.submit(self._ask)
             except RuntimeError as error:
@@ -405,7 +432,9 @@ class Exchange:
         elif self.awaited.done():
             answer = self.awaited.result()
         else:
-            raise DeadlineExceededError("an identical request to the cloud took too long: raise timeout_ms")
+            raise DeadlineExceededError(
+                "an identical request to the cloud took too long: raise timeout_ms"
+            )
         return answer.answer("cloud", self)
 
     def __exit__(self, _: object, error: BaseException | None, trace: object) -> bool:
@@ -427,7 +456,9 @@ class Exchange:
         try:
             if not self.awaited.done():
                 self.awaited.cancel()
-                raise DeadlineExceededError(f"no answer from the cloud in its {self._cloud_s * 1e3:.0f} ms")
+                raise DeadlineExceededError(
+                    f"no answer from the cloud in its {self._cloud_s * 1e3:.0f} ms"
+                )
             answer = CloudAnswer(self.awaited.result(), len(self._rows), server._clock())
         except Exception as error:  # whatever it is, the device goes on
             status = error.http_status if isinstance(error, FlservingError) else 500
@@ -444,31 +475,47 @@ class Exchange:
         return answer
 
     def _ask(self) -> Answer:
-        """Ask the cloud, in a thread that may have become free only now. The credential is that of the device's client:
-        for anybody else the cloud's global model answers."""
+        """Ask the cloud, in a thread that may have become free only now. The credential is that of
+        the device's client: for anybody else the cloud's global model answers."""
         server = self._server
         if not server.consent:  # withdrawn meanwhile
             raise ForbiddenError(_NO_CONSENT)
         options: dict[str, Any] = {}
-        if server.settings.personal and self.request.personal and self.request.client in (None, server.client):
+        if (
+            server.settings.personal
+            and self.request.personal
+            and self.request.client in (None, server.client)
+        ):
             options["personal"] = True
         left_ms = max(1e-3, (self._until_s - server._clock()) * 1e3)
         model = server.cloud_model or server.model
-        return server.cloud.predict(self._rows, model=model, arrays=True, timeout_ms=left_ms, **options)
+        return server.cloud.predict(
+            self._rows, model=model, arrays=True, timeout_ms=left_ms, **options
+        )
 
 
 class CloudAnswer:
     """What the cloud answered to some rows, in arrays that nobody may write to."""
 
     def __init__(self, answer: Mapping[str, Any], rows: int, at_s: float) -> None:
-        self.outputs = {name: np.array(answer[name]) for name in OUTPUTS if answer.get(name) is not None}
+        self.outputs = {
+            name: np.array(answer[name]) for name in OUTPUTS if answer.get(name) is not None
+        }
         self.notes = {name: answer[name] for name in _NOTES if name in answer}
         self._at_s = at_s
         self._age_s = float(answer.get("age_s") or 0.0)
-        whole = {len(output) for output in self.outputs.values()} == {rows} and "predictions" in self.outputs
+        whole = {len(output) for output in self.outputs.values()} == {
+            rows
+        } and "predictions" in self.outputs
         whole &= all(output.dtype.kind in "fiu" for output in self.outputs.values())
-        if not whole or not 0 <= self._age_s < inf or not isinstance(self.notes.get("model_version"), str):
-            raise FlservingError(f"the cloud's answer to {rows} rows is not one: is that a server of flserving?")
+        if (
+            not whole
+            or not 0 <= self._age_s < inf
+            or not isinstance(self.notes.get("model_version"), str)
+        ):
+            raise FlservingError(
+                f"the cloud's answer to {rows} rows is not one: is that a server of flserving?"
+            )
         for output in self.outputs.values():
             output.setflags(write=False)
         self.nbytes = sum(output.nbytes for output in self.outputs.values())
@@ -476,7 +523,13 @@ class CloudAnswer:
     def answer(self, path: str, exchange: Exchange) -> Answer:
         """The answer to a request that got it from the "cloud" or from the "cache"."""
         now_s = exchange._server._clock()
-        answer = {"model_type": "global", "round": None, "degraded": False, **self.notes, "path": path}
+        answer = {
+            "model_type": "global",
+            "round": None,
+            "degraded": False,
+            **self.notes,
+            "path": path,
+        }
         answer["age_s"] = self._age_s + (now_s - self._at_s if path == "cache" else 0.0)
         for name, output in self.outputs.items():
             answer[name] = output if exchange.request.arrays else output.tolist()

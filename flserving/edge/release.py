@@ -1,10 +1,12 @@
-"""Signed releases: what a cloud says about the version that devices should run, in a form that nobody else can write.
+"""Signed releases: what a cloud says about the version that devices should run, in a form that
+nobody else can write.
 
-A statement is canonical JSON, signed with Ed25519 (RFC 8032) under a label of its kind. The private key lies in the
-registry's folder, readable by its owner alone; devices pin the public one. The ``serial`` grows with every change of
-the registry, so an older statement is known by it; the ``nonce`` is the asker's, so a statement that carries it was
-made after the question, whatever the clocks say. A lower version than one that ran before is accepted only where
-``undone`` reaches that: the operator took it back with :meth:`Registry.rollback`. Rounds may start again at 1: a new
+A statement is canonical JSON, signed with Ed25519 (RFC 8032) under a label of its kind. The private
+key lies in the registry's folder, readable by its owner alone; devices pin the public one. The
+``serial`` grows with every change of the registry, so an older statement is known by it; the
+``nonce`` is the asker's, so a statement that carries it was made after the question, whatever the
+clocks say. A lower version than one that ran before is accepted only where ``undone`` reaches that:
+the operator took it back with :meth:`Registry.rollback`. Rounds may start again at 1: a new
 training makes new versions.
 """
 
@@ -36,14 +38,15 @@ VALID_S = 86_400  # how long a statement may be relied on
 class Statement(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """The version to run. Times are whole seconds since 1970, UTC.
 
-    ``round`` is the lineage's; a version without one counts by its version number. ``int8_sha256`` is the digest of
-    the version's tensors as :func:`delta.quantised` makes them. ``undone`` is the highest version that was ever taken
-    back, 0 where none above this one was: devices that run a later one, of which nobody said so, do not go lower.
-    ``rollback`` is the same in rounds. It is what devices of before ``undone`` go by, who read no statement with a
-    field that they do not know; to them ``undone`` is not said.
-    ``manifest_sha256`` is that of what :func:`device_manifest` gives. ``forgotten`` is the number of the last
-    forgetting of the client whose token asks, which ``client_sha256`` names: what its device has of its heads must go.
-    Both are said where it is asked for them.
+    ``round`` is the lineage's; a version without one counts by its version number. ``int8_sha256``
+    is the digest of the version's tensors as :func:`delta.quantised` makes them. ``undone`` is the
+    highest version that was ever taken back, 0 where none above this one was: devices that run a
+    later one, of which nobody said so, do not go lower. ``rollback`` is the same in rounds. It is
+    what devices of before ``undone`` go by, who read no statement with a field that they do not
+    know; to them ``undone`` is not said. ``manifest_sha256`` is that of what
+    :func:`device_manifest` gives. ``forgotten`` is the number of the last forgetting of the client
+    whose token asks, which ``client_sha256`` names: what its device has of its heads must go. Both
+    are said where it is asked for them.
     """
 
     model: str
@@ -62,7 +65,8 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
 
 class HeadStatement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One client's head of a version, see :class:`HeadSet`. ``sha256``: of its numbers, float32 of ``shape``."""
+    """One client's head of a version, see :class:`HeadSet`. ``sha256``: of its numbers, float32 of
+    ``shape``."""
 
     model: str
     manifest_sha256: Digest
@@ -93,13 +97,15 @@ _Any = TypeVar("_Any", bound=Struct)
 
 
 class Signer:
-    """Signs what a registry releases: the version that its alias ``default`` points at. Thread-safe.
+    """Signs what a registry releases: the version that its alias ``default`` points at.
+    Thread-safe.
 
     Args:
         now: Seconds since 1970.
 
     Raises:
-        CorruptArtifactError: The key file is not one. FlservingError: It can be neither read nor made.
+        CorruptArtifactError: The key file is not one. FlservingError: It can be neither read nor
+            made.
     """
 
     def __init__(self, registry: Registry, now: Callable[[], float] = time.time) -> None:
@@ -108,10 +114,15 @@ class Signer:
         self._key = _private_key(registry.root)
         self.public = self._key.public_key().public_bytes_raw().hex()
         self._known: dict[str, Statement] = {}
-        self._describing = threading.Lock()  # after a change all devices ask at once: one reads the weights
+        self._describing = (
+            threading.Lock()
+        )  # after a change all devices ask at once: one reads the weights
 
-    def release(self, model: str, nonce: str = "", by_version: bool = True, client: str | None = None) -> Release:
-        """The signed statement of ``model``. NotFoundError: no such model, or nothing is its default.
+    def release(
+        self, model: str, nonce: str = "", by_version: bool = True, client: str | None = None
+    ) -> Release:
+        """The signed statement of ``model``. NotFoundError: no such model, or nothing is its
+        default.
 
         Args:
             by_version: Say ``undone``. False for who may be a device that does not know it.
@@ -121,11 +132,15 @@ class Signer:
         """
         with self._describing:
             known = self._known.get(model)
-            while known is None or known.serial != self._serial():  # also where it changed meanwhile
+            while (
+                known is None or known.serial != self._serial()
+            ):  # also where it changed meanwhile
                 known = self._describe(model, self._serial())
                 self._known[model] = known
         issued = int(self._now())
-        statement = msgspec.structs.replace(known, issued_at=issued, expires_at=issued + VALID_S, nonce=nonce)
+        statement = msgspec.structs.replace(
+            known, issued_at=issued, expires_at=issued + VALID_S, nonce=nonce
+        )
         if not by_version:
             statement = msgspec.structs.replace(statement, undone=None)
         if client is not None:
@@ -135,8 +150,11 @@ class Signer:
         return self.sign(statement)
 
     def pseudonym(self, name: str) -> str:
-        """A device by another name, the same for every process of this registry; nobody else can tell whose it is."""
-        return hmac.digest(self._key.private_bytes_raw(), b"flserving device\n" + name.encode(), "sha256")[:12].hex()
+        """A device by another name, the same for every process of this registry; nobody else can
+        tell whose it is."""
+        return hmac.digest(
+            self._key.private_bytes_raw(), b"flserving device\n" + name.encode(), "sha256"
+        )[:12].hex()
 
     def head(self, model: str, version: int, head: HeadSet) -> Head:
         """The one head of ``head``, signed as part of a version."""
@@ -159,7 +177,8 @@ class Signer:
         return Release(text.decode(), signature.hex(), self.public)
 
     def _serial(self) -> int:
-        """One more than before manifests were made for devices: they take the new one of the same version for that."""
+        """One more than before manifests were made for devices: they take the new one of the same
+        version for that."""
         return self._registry.change_token() + 1
 
     def _describe(self, model: str, serial: int) -> Statement:
@@ -190,7 +209,8 @@ def client_sha256(client: str) -> str:
 
 
 def device_manifest(registry: Registry, model: str, version: int) -> bytes:
-    """What devices get of a version's manifest, byte for byte. Raises as :meth:`Registry.manifest`."""
+    """What devices get of a version's manifest, byte for byte. Raises as
+    :meth:`Registry.manifest`."""
     return for_devices(registry.manifest(model, version))
 
 
@@ -226,7 +246,9 @@ def verify(data: bytes, kind: type[_Kind], key: str | None) -> tuple[_Kind, str]
         public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(release.key))
         public.verify(bytes.fromhex(release.signature), _label(kind) + text)
     except (InvalidSignature, ValueError):
-        raise ForbiddenError("the release's signature is not that of its key: it was changed on its way") from None
+        raise ForbiddenError(
+            "the release's signature is not that of its key: it was changed on its way"
+        ) from None
     return statement, release.key
 
 
@@ -234,8 +256,8 @@ def open_head(data: bytes, key: str, model: str, manifest_sha256: str, client: s
     """The head of ``client`` that belongs to a version, verified. Raises as :func:`verify`.
 
     Raises:
-        ForbiddenError: It is another client's, or another version's. CorruptArtifactError: Its numbers are not those
-            that were signed. InvalidModelError: They make no head.
+        ForbiddenError: It is another client's, or another version's. CorruptArtifactError: Its
+            numbers are not those that were signed. InvalidModelError: They make no head.
     """
     head = _decoded(data, Head)
     signed, _ = verify(msgspec.json.encode(head.release), HeadStatement, key)
@@ -251,7 +273,8 @@ def open_head(data: bytes, key: str, model: str, manifest_sha256: str, client: s
 
 
 class Seen(Struct, frozen=True, kw_only=True):
-    """What a device has accepted: what comes later must not lie below it. ``version`` is the cloud's number."""
+    """What a device has accepted: what comes later must not lie below it. ``version`` is the
+    cloud's number."""
 
     serial: int = 0
     version: int = 0
@@ -262,32 +285,46 @@ class Seen(Struct, frozen=True, kw_only=True):
 def check(statement: Statement, model: str, nonce: str, seen: Seen, now_s: float) -> None:
     """Whether a device may follow a verified statement.
 
-    Clocks decide little: it is the nonce that tells a fresh answer from a recorded one. A device whose clock runs
-    ahead of the cloud's by more than the validity refuses what it gets; one whose clock was set back is fooled by
-    nothing.
+    Clocks decide little: it is the nonce that tells a fresh answer from a recorded one. A device
+    whose clock runs ahead of the cloud's by more than the validity refuses what it gets; one whose
+    clock was set back is fooled by nothing.
 
     Raises:
-        ForbiddenError: Another model's, an answer to another question, older than one seen before, expired, or a lower
-            version that nobody rolled back to (a lower round, where the cloud is of before ``Statement.undone``).
+        ForbiddenError: Another model's, an answer to another question, older than one seen before,
+            expired, or a lower version that nobody rolled back to (a lower round, where the cloud
+            is of before ``Statement.undone``).
     """
     if statement.model != model:
-        raise ForbiddenError(f"the release is of model {statement.model!r}, this device runs {model!r}")
+        raise ForbiddenError(
+            f"the release is of model {statement.model!r}, this device runs {model!r}"
+        )
     if statement.nonce != nonce:
-        raise ForbiddenError("the release answers another question: somebody replays what was signed before")
+        raise ForbiddenError(
+            "the release answers another question: somebody replays what was signed before"
+        )
     if statement.serial < seen.serial:
         raise ForbiddenError(
             f"the release has serial {statement.serial}, {seen.serial} was seen before: it is replayed, or the cloud's "
             "registry was restored from a backup"
         )
-    if statement.serial == seen.serial and seen.manifest_sha256 not in ("", statement.manifest_sha256):
-        raise ForbiddenError(f"two releases of serial {statement.serial} name different versions: ask the operator")
+    if statement.serial == seen.serial and seen.manifest_sha256 not in (
+        "",
+        statement.manifest_sha256,
+    ):
+        raise ForbiddenError(
+            f"two releases of serial {statement.serial} name different versions: ask the operator"
+        )
     late_s = max(now_s, statement.issued_at) - statement.expires_at
     if late_s >= 0:
-        raise ForbiddenError(f"the release expired {late_s:.0f} s ago: check the clocks of this device and the cloud")
+        raise ForbiddenError(
+            f"the release expired {late_s:.0f} s ago: check the clocks of this device and the cloud"
+        )
     if statement.undone is None or not seen.version:
         _check_no_way_back("round", statement.round, rolled_back=statement.rollback, ran=seen.round)
     else:
-        _check_no_way_back("version", statement.version, rolled_back=statement.undone, ran=seen.version)
+        _check_no_way_back(
+            "version", statement.version, rolled_back=statement.undone, ran=seen.version
+        )
 
 
 def _check_no_way_back(kind: str, offered: int, *, rolled_back: int, ran: int) -> None:
@@ -302,11 +339,15 @@ def _decoded(data: bytes, kind: type[_Any]) -> _Any:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptArtifactError(f"the release cannot be read ({error}): is this a cloud of flserving?") from None
+        raise CorruptArtifactError(
+            f"the release cannot be read ({error}): is this a cloud of flserving?"
+        ) from None
 
 
 def _label(kind: type[Struct]) -> bytes:
-    return b"flserving %s 1\n" % kind.__name__.encode()  # a signature of one kind is none of another
+    return (
+        b"flserving %s 1\n" % kind.__name__.encode()
+    )  # a signature of one kind is none of another
 
 
 def _private_key(root: str) -> Any:

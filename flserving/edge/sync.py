@@ -1,16 +1,21 @@
-"""How a device gets its model: what the cloud releases is downloaded, verified, and only then published locally.
+"""How a device gets its model: what the cloud releases is downloaded, verified, and only then
+published locally.
 
-The order of one pull: ask for the signed statement; check it; if it names another version than the one that runs, get
-its manifest (sha256 in the statement), then the weights (sha256 in the manifest) as a delta to what is here or whole,
-then the client's own head (signed); then publish all of it in the device's registry as one version. Killed anywhere,
-the device starts with the version before or with the new one, and a download goes on where it ended.
+The order of one pull: ask for the signed statement; check it; if it names another version than the
+one that runs, get its manifest (sha256 in the statement), then the weights (sha256 in the manifest)
+as a delta to what is here or whole, then the client's own head (signed); then publish all of it in
+the device's registry as one version. Killed anywhere, the device starts with the version before or
+with the new one, and a download goes on where it ended.
 
-The weights of earlier versions go, but for the newest two and what an alias or an experiment leads to: what is
-wanted again is downloaded again. What the device made itself (:meth:`EdgeModelServer.update_local`) stays.
+The weights of earlier versions go, but for the newest two and what an alias or an experiment leads
+to: what is wanted again is downloaded again. What the device made itself
+(:meth:`EdgeModelServer.update_local`) stays.
 
-Where the cloud has forgotten the client, the signed statement says so, and the device forgets it first.
+Where the cloud has forgotten the client, the signed statement says so, and the device forgets it
+first.
 
-What the cloud said stays in the version's lineage: ``extra`` has ``cloud_manifest``, ``cloud_version``, ``cloud_form``.
+What the cloud said stays in the version's lineage: ``extra`` has ``cloud_manifest``,
+``cloud_version``, ``cloud_form``.
 """
 
 import contextlib
@@ -75,14 +80,16 @@ class _Facts(Seen, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Memory:
-    """What a device must not forget: whom it trusts, what it accepted from there, the latest time it saw.
+    """What a device must not forget: whom it trusts, what it accepted from there, the latest time
+    it saw.
 
     Args:
         registry: The device's; the facts lie in a file in its folder.
         wall: Unix seconds.
 
     Raises:
-        CorruptArtifactError: The file is not what was written. (It is replaced in one step, so a crash is no cause.)
+        CorruptArtifactError: The file is not what was written. (It is replaced in one step, so a
+            crash is no cause.)
     """
 
     def __init__(self, registry: Registry, wall: Callable[[], float] = time.time) -> None:
@@ -96,14 +103,17 @@ class Memory:
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise ConfigError(f"{self.folder} cannot be used ({error.strerror}): choose another directory") from error
+            raise ConfigError(
+                f"{self.folder} cannot be used ({error.strerror}): choose another directory"
+            ) from error
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise CorruptArtifactError(
                 f"sync/state.json cannot be read ({error}): restore it, or remove it to trust the cloud anew"
             ) from None
 
     def wall(self) -> float:
-        """Unix seconds that never lie before the latest time that was noted, also after a restart: for ages."""
+        """Unix seconds that never lie before the latest time that was noted, also after a restart:
+        for ages."""
         return max(self._wall(), self.facts.seen_s)
 
     def note(self, **changed: Any) -> None:
@@ -119,7 +129,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What a pull did. ``version`` is the cloud's number, ``local`` the device's; ``nbytes``: received, by kind."""
+    """What a pull did. ``version`` is the cloud's number, ``local`` the device's; ``nbytes``:
+    received, by kind."""
 
     changed: bool
     round: int
@@ -135,7 +146,8 @@ class SyncSettings:
     Args:
         key: The cloud's public key, hex. None trusts the one of the first pull (and remembers it).
         ca: PEM of the authority to trust for https.
-        timeout_s: Longest wait for the next bytes. ``limit_s``: for a whole file; what came stays for the next pull.
+        timeout_s: Longest wait for the next bytes. ``limit_s``: for a whole file; what came stays
+            for the next pull.
         memory: See :class:`Memory`; None reads that of the device's registry.
         clock: Monotonic seconds. ``wall``: Unix seconds.
     """
@@ -154,14 +166,16 @@ class SyncAgent:
 
     Args:
         url: Of the cloud. ``token``: the device's credential there.
-        registry: The device's own. ``edge``: the server to update, whose registry it is; or a hybrid of it.
+        registry: The device's own. ``edge``: the server to update, whose registry it is; or a
+            hybrid of it.
         model: Its name; None takes the first that the cloud serves. Remembered.
         client: Whose head to bring along.
         form: ``exact``, or ``int8`` for a quarter of the bytes at some accuracy.
         settings: See :class:`SyncSettings`.
 
     Raises:
-        ConfigError: Another model or key than this directory has, or an authority that is no certificate.
+        ConfigError: Another model or key than this directory has, or an authority that is no
+            certificate.
     """
 
     def __init__(
@@ -181,7 +195,9 @@ class SyncAgent:
         known = self.memory.facts
         for name, given, here in (("model", model, known.model), ("key", settings.key, known.key)):
             if None not in (given, here) and given != here:
-                raise ConfigError(f"{name} is {given!r}, this directory holds {here!r}: use another one")
+                raise ConfigError(
+                    f"{name} is {given!r}, this directory holds {here!r}: use another one"
+                )
         self._registry = registry
         self._edge: EdgeModelServer = getattr(edge, "edge", edge)
         self._model = model
@@ -197,10 +213,13 @@ class SyncAgent:
         """Ask once, and bring the device up to date. Where it fails, the model before serves on.
 
         Raises:
-            ServerClosedError, DeadlineExceededError: The cloud does not answer, or stopped. Try again later.
-            UnauthorizedError, ForbiddenError: The cloud does not know this device; or a statement that must not be
-            followed, see :func:`release.check`. NotFoundError: The cloud has no such model, or no default of it.
-            CorruptArtifactError, TooLargeError, ModelTooLargeError: Something else came than what was signed.
+            ServerClosedError, DeadlineExceededError: The cloud does not answer, or stopped. Try
+                again later.
+            UnauthorizedError, ForbiddenError: The cloud does not know this device; or a statement
+            that must not be followed, see :func:`release.check`. NotFoundError: The cloud has no
+            such model, or no default of it.
+            CorruptArtifactError, TooLargeError, ModelTooLargeError: Something else came than what
+                was signed.
             FlservingError: The disk is full.
         """
         try:
@@ -208,9 +227,13 @@ class SyncAgent:
                 return self._pull()
         except httpx.TimeoutException as error:
             waited = f"{self._cloud.settings.timeout_s:g} s"
-            raise DeadlineExceededError(f"no answer from {self._cloud.url} within {waited}: try again later") from error
+            raise DeadlineExceededError(
+                f"no answer from {self._cloud.url} within {waited}: try again later"
+            ) from error
         except httpx.TransportError as error:
-            raise ServerClosedError(f"no answer from {self._cloud.url} ({type(error).__name__}: {error})") from error
+            raise ServerClosedError(
+                f"no answer from {self._cloud.url} ({type(error).__name__}: {error})"
+            ) from error
 
     def _pull(self) -> Pulled:
         self._cloud.nbytes = {}
@@ -225,17 +248,22 @@ class SyncAgent:
         elif changed:
             with self._edge.lease(held, model):  # it answers, or nothing moves
                 pass
-            self._registry.set_alias(model, "default", held, who="sync", why=f"release {statement.serial}")
+            self._registry.set_alias(
+                model, "default", held, who="sync", why=f"release {statement.serial}"
+            )
         self._edge.refresh()
         self._edge.confirm()
-        if (self.memory.facts.version, self.memory.facts.round) != (statement.version, statement.round):
+        if (self.memory.facts.version, self.memory.facts.round) != (
+            statement.version,
+            statement.round,
+        ):
             self.memory.note(version=statement.version, round=statement.round)
         self._prune(model)
         return Pulled(changed, statement.round, statement.version, held, self._cloud.nbytes)
 
     def _forget(self, statement: Statement) -> None:
-        """Where the cloud has forgotten the client since the last pull: so does the device, its own heads included. Of
-        another client, whose token it may hold, it has none."""
+        """Where the cloud has forgotten the client since the last pull: so does the device, its own
+        heads included. Of another client, whose token it may hold, it has none."""
         if self._client is None or statement.client_sha256 != client_sha256(self._client):
             return
         if statement.forgotten > self.memory.facts.forgotten:
@@ -262,15 +290,19 @@ class SyncAgent:
         else:
             ran = local.extra.get("cloud_version", 0)
             version = max(facts.version, ran if isinstance(ran, int) else 0)
-            seen = msgspec.structs.replace(facts, version=version, round=max(facts.round, round_of(local)))
+            seen = msgspec.structs.replace(
+                facts, version=version, round=max(facts.round, round_of(local))
+            )
         check(statement, model, nonce, seen, now_s)
-        # It was signed just now: so much later than that it is, or the clock is wrong and was so before.
+        # It was signed just now: so much later than that it is, or the clock is wrong and was so
+        # before.
         facts_now = {"serial": statement.serial, "manifest_sha256": statement.manifest_sha256}
         self.memory.note(model=model, key=key, seen_s=max(now_s, statement.issued_at), **facts_now)
         return statement, model
 
     def _report(self, local: Manifest | None) -> str:
-        """What runs here, for the cloud's picture of its fleet: its version, the round of that, how old it is."""
+        """What runs here, for the cloud's picture of its fleet: its version, the round of that, how
+        old it is."""
         if not self.memory.facts.device:
             self.memory.note(device=secrets.token_hex(8))
         report: dict[str, Any] = {"device": self.memory.facts.device}
@@ -287,7 +319,9 @@ class SyncAgent:
         try:
             name = msgspec.json.decode(answer, type=dict[str, list[str]])["models"][0]
         except (msgspec.MsgspecError, KeyError, IndexError, UnicodeDecodeError):
-            raise NotFoundError("the cloud names no model: publish one there, or say which to run") from None
+            raise NotFoundError(
+                "the cloud names no model: publish one there, or say which to run"
+            ) from None
         return manifest.check_name("model name", name)
 
     # What is here
@@ -305,9 +339,15 @@ class SyncAgent:
         return None
 
     def _prune(self, model: str) -> None:
-        """Remove the weights of what came from the cloud, is not among the newest two, and nothing leads to."""
-        needed = {*self._registry.version_numbers(model)[-2:], *self._registry.aliases(model).values()}
-        needed.update(*(experiment.versions for experiment in self._registry.experiments(model).values()))
+        """Remove the weights of what came from the cloud, is not among the newest two, and nothing
+        leads to."""
+        needed = {
+            *self._registry.version_numbers(model)[-2:],
+            *self._registry.aliases(model).values(),
+        }
+        needed.update(
+            *(experiment.versions for experiment in self._registry.experiments(model).values())
+        )
         for path in Path(self._registry.root, "models", model).glob(f"*/{WEIGHTS}"):
             number = int(path.parent.name) if path.parent.name.isdecimal() else 0
             with contextlib.suppress(CorruptArtifactError, NotFoundError, OSError):
@@ -321,10 +361,14 @@ class SyncAgent:
         path = f"/v2/repository/models/{model}/versions/{statement.version}"
         content = self._cloud.get(f"{path}/manifest", manifest.MAX_MANIFEST_NBYTES, "manifest")
         if sha256(content) != statement.manifest_sha256:
-            raise CorruptArtifactError("the manifest is not the one that was signed (sha256 differs): try again")
+            raise CorruptArtifactError(
+                "the manifest is not the one that was signed (sha256 differs): try again"
+            )
         new = manifest.decode(content, "the cloud's manifest")
         if (new.name, new.version, round_of(new)) != (model, statement.version, statement.round):
-            raise CorruptArtifactError("the manifest and the statement name different versions: ask the cloud's owner")
+            raise CorruptArtifactError(
+                "the manifest and the statement name different versions: ask the cloud's owner"
+            )
         if new.weights_nbytes > self._registry.max_artifact_bytes:
             raise ModelTooLargeError(
                 f"the weights have {new.weights_nbytes:,} bytes, this device takes "
@@ -348,15 +392,21 @@ class SyncAgent:
             metrics=new.metrics,
             note=new.note,
             output_type=new.signature.output_type,
-            lineage=msgspec.structs.replace(lineage, round=statement.round, parent_version=None, extra=extra),
+            lineage=msgspec.structs.replace(
+                lineage, round=statement.round, parent_version=None, extra=extra
+            ),
         )
         return published.version
 
-    def _tensors(self, path: str, new: Manifest, statement: Statement, local: Manifest | None) -> Tensors:
+    def _tensors(
+        self, path: str, new: Manifest, statement: Statement, local: Manifest | None
+    ) -> Tensors:
         """The weights, verified: by a delta from what is here, by one from nothing, or whole."""
         like = models.blueprint(self._edge.config.engine, new.architecture, new.parameters).like
         if sum(tensor.nbytes for tensor in like.values()) > new.weights_nbytes:
-            raise CorruptArtifactError("the architecture asks for more weights than the manifest has: ask its owner")
+            raise CorruptArtifactError(
+                "the architecture asks for more weights than the manifest has: ask its owner"
+            )
         bases: list[Manifest | None] = []
         if local is not None and local.extra.get("cloud_form") == self._form:
             bases.append(local)
@@ -365,18 +415,31 @@ class SyncAgent:
         for base in bases:
             try:
                 return self._by_delta(path, new, statement, base, like)
-            except (ServerClosedError, DeadlineExceededError, UnauthorizedError):  # the weights would not come either
+            except (
+                ServerClosedError,
+                DeadlineExceededError,
+                UnauthorizedError,
+            ):  # the weights would not come either
                 raise
             except FlservingError:
                 if base is None:  # nothing else would bring this form
                     raise
-        image = self._cloud.fetch(f"{path}/weights", statement.manifest_sha256[:32], new.weights_nbytes, "weights")
+        image = self._cloud.fetch(
+            f"{path}/weights", statement.manifest_sha256[:32], new.weights_nbytes, "weights"
+        )
         if sha256(image) != new.digests.weights:
-            raise CorruptArtifactError("the weights are not those that were signed (sha256 differs): try again")
+            raise CorruptArtifactError(
+                "the weights are not those that were signed (sha256 differs): try again"
+            )
         return weights.unpack(image, "the cloud's weights")
 
     def _by_delta(
-        self, path: str, new: Manifest, statement: Statement, base: Manifest | None, like: Mapping[str, Array]
+        self,
+        path: str,
+        new: Manifest,
+        statement: Statement,
+        base: Manifest | None,
+        like: Mapping[str, Array],
     ) -> Tensors:
         number = 0
         start = None
@@ -385,32 +448,42 @@ class SyncAgent:
             start = self._registry.read(base.name, base.version).arrays
         name = f"{statement.manifest_sha256[:32]}-{number}-{self._form}"
         most = new.weights_nbytes + _SLACK_NBYTES
-        image = self._cloud.fetch(f"{path}/delta?base={number}&form={self._form}", name, most, "delta")
+        image = self._cloud.fetch(
+            f"{path}/delta?base={number}&form={self._form}", name, most, "delta"
+        )
         tensors = delta.apply(image, start, like, self._form)
-        # What was signed are the tensors, not a file that holds them: its bytes depend on who wrote it.
+        # What was signed are the tensors, not a file that holds them: its bytes depend on who wrote
+        # it.
         if self._form == "exact":
             signed = weights.part_digests(tensors) == (new.digests.body, new.digests.head)
         else:
             signed = weights.digest(tensors) == statement.int8_sha256
         if not signed:
-            raise CorruptArtifactError("the delta does not lead to the version that was signed: try again")
+            raise CorruptArtifactError(
+                "the delta does not lead to the version that was signed: try again"
+            )
         return tensors
 
     def _head(self, path: str, new: Manifest, statement: Statement) -> HeadSet | None:
-        """The client's own head, unless the cloud has none, or none for this credential: then the global one answers.
+        """The client's own head, unless the cloud has none, or none for this credential: then the
+        global one answers.
 
         One that was trained on this version's exact form counts for its int8 form too.
         """
         if new.heads is None or self._client is None:
             return None
         try:
-            data = self._cloud.get(f"{path}/head", 2 * new.weights_nbytes + MAX_RELEASE_NBYTES, "head")
+            data = self._cloud.get(
+                f"{path}/head", 2 * new.weights_nbytes + MAX_RELEASE_NBYTES, "head"
+            )
         except (NotFoundError, ForbiddenError):
             return None
         key = self.memory.facts.key
         assert key is not None
         head = open_head(data, key, new.name, statement.manifest_sha256, self._client)
-        fits = head.trained_on is not None and head.trained_on[0] == trained_on(head.layout, new.digests)
+        fits = head.trained_on is not None and head.trained_on[0] == trained_on(
+            head.layout, new.digests
+        )
         trained = None if fits else head.trained_on
         return HeadSet(head.layout, head.clients, head.weights, trained, new.heads.expires_at)
 
@@ -422,8 +495,9 @@ class _Downloads:
     """One cloud, one folder for what is half here. ``nbytes`` counts what was received, by kind.
 
     Raises (``get`` and ``fetch``):
-        httpx.TransportError: No answer, or too slow. DeadlineExceededError: Over ``limit_s``. TooLargeError: More bytes
-        than there can be. FlservingError: The disk is full. Any other error: what the cloud answered.
+        httpx.TransportError: No answer, or too slow. DeadlineExceededError: Over ``limit_s``.
+        TooLargeError: More bytes than there can be. FlservingError: The disk is full. Any other
+        error: what the cloud answered.
     """
 
     def __init__(self, url: str, token: str | None, folder: Path, settings: SyncSettings) -> None:
@@ -432,9 +506,13 @@ class _Downloads:
         self.settings = settings
         self._folder = folder
         try:
-            trusted = ssl.create_default_context(cadata=None if settings.ca is None else settings.ca.decode())
+            trusted = ssl.create_default_context(
+                cadata=None if settings.ca is None else settings.ca.decode()
+            )
         except (ssl.SSLError, ValueError) as error:
-            raise ConfigError(f"the authority to trust is no PEM certificate ({error}): check the file") from error
+            raise ConfigError(
+                f"the authority to trust is no PEM certificate ({error}): check the file"
+            ) from error
         headers = {"accept-encoding": "identity"}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
@@ -458,14 +536,17 @@ class _Downloads:
             for chunk in self._chunks(response, kind, until_s):
                 data += chunk
                 if len(data) > most:
-                    raise TooLargeError(f"the cloud's {kind} has more than {most:,} bytes: it is not one")
+                    raise TooLargeError(
+                        f"the cloud's {kind} has more than {most:,} bytes: it is not one"
+                    )
         return bytes(data)
 
     def fetch(self, path: str, name: str, most: int, kind: str) -> bytes:
         """A long one, through a file ``name`` in the folder: uint8 [nbytes].
 
-        Goes on where an earlier try ended, as long as each try brings something; the end of the file proves nothing,
-        so compare a digest. Other parts in the folder are removed: they are of something older.
+        Goes on where an earlier try ended, as long as each try brings something; the end of the
+        file proves nothing, so compare a digest. Other parts in the folder are removed: they are of
+        something older.
         """
         target = self._folder / f"{name}.part"
         until_s = self.settings.clock() + self.settings.limit_s
@@ -487,13 +568,17 @@ class _Downloads:
             finally:
                 target.unlink()
 
-    def _go_on(self, path: str, target: Path, have: int, *, most: int, kind: str, until_s: float) -> bool:
+    def _go_on(
+        self, path: str, target: Path, have: int, *, most: int, kind: str, until_s: float
+    ) -> bool:
         """One try; whether it came to the end."""
         with self._stream(path, have) as response:
             if response.status_code == 416:  # what is here is not the beginning of what is there
                 target.unlink(missing_ok=True)
                 if not have:
-                    raise TooLargeError(f"the cloud has no such range of {kind}, though none was asked for")
+                    raise TooLargeError(
+                        f"the cloud has no such range of {kind}, though none was asked for"
+                    )
                 return False
             start = have if response.status_code == 206 else 0
             length = response.headers.get("content-length", "")
@@ -516,15 +601,20 @@ class _Downloads:
         headers = {"range": f"bytes={start}-"} if start else {}
         with self._http.stream("GET", self.url + path, headers=headers) as response:
             if response.status_code not in (200, 206, 416):
-                body = b"".join(islice(response.iter_raw(), 4))  # a message is short, whatever is sent
+                body = b"".join(
+                    islice(response.iter_raw(), 4)
+                )  # a message is short, whatever is sent
                 raise answered(response.status_code, body, response.headers.get(REASON, ""))
             yield response
 
     def _chunks(self, response: httpx.Response, kind: str, until_s: float) -> Iterator[bytes]:
-        """The body, counted. Raises DeadlineExceededError after ``until_s``; what came before stays."""
+        """The body, counted. Raises DeadlineExceededError after ``until_s``; what came before
+        stays."""
         for chunk in response.iter_raw():
             if self.settings.clock() > until_s:
-                raise DeadlineExceededError(f"the {kind} took longer than {self.settings.limit_s:g} s")
+                raise DeadlineExceededError(
+                    f"the {kind} took longer than {self.settings.limit_s:g} s"
+                )
             self.nbytes[kind] = self.nbytes.get(kind, 0) + len(chunk)
             yield chunk
 
@@ -544,4 +634,6 @@ def _disk(part: Path) -> Iterator[None]:
         raise
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise FlservingError(f"the device cannot store the update ({error.strerror}): free some space") from error
+        raise FlservingError(
+            f"the device cannot store the update ({error.strerror}): free some space"
+        ) from error

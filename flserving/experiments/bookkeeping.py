@@ -1,7 +1,8 @@
-"""Who keeps the books: one thread for what may block, and a bounded number of jobs that wait for it.
+"""Who keeps the books: one thread for what may block, and a bounded number of jobs that wait for
+it.
 
-A disk may be locked, full or gone; an answer must not wait for it. So whatever writes down what answers were given, and
-draws conclusions from it, is a job for a clerk.
+A disk may be locked, full or gone; an answer must not wait for it. So whatever writes down what
+answers were given, and draws conclusions from it, is a job for a clerk.
 """
 
 import threading
@@ -16,8 +17,8 @@ T = TypeVar("T")
 
 
 class Clerk:
-    """A thread that does one job after the other; it starts with the first. For any thread, event loops too: nothing
-    here waits, but :meth:`close`.
+    """A thread that does one job after the other; it starts with the first. For any thread, event
+    loops too: nothing here waits, but :meth:`close`.
 
     Args:
         capacity: Most jobs that wait or run; further ones are refused.
@@ -40,15 +41,19 @@ class Clerk:
             try:
                 future = self._pool.submit(job, *args)
             except RuntimeError:
-                # No thread could start, but the pool keeps the job. It has no thread, so it holds refused jobs only.
+                # No thread could start, but the pool keeps the job. It has no thread, so it holds
+                # refused jobs only.
                 self._pool = _pool()
                 self._places.release()
-                raise OverloadedError("no thread can start for the books of experiments: try again later") from None
+                raise OverloadedError(
+                    "no thread can start for the books of experiments: try again later"
+                ) from None
         future.add_done_callback(lambda _: self._places.release())
         return future
 
     def routine(self, job: Callable[..., object], *args: Any) -> None:
-        """Do ``job`` soon, unless the last one is not over yet: who calls this again and again piles nothing up."""
+        """Do ``job`` soon, unless the last one is not over yet: who calls this again and again
+        piles nothing up."""
         if self._routine is None or self._routine.done():
             with suppress(OverloadedError, ServerClosedError):  # the next call comes
                 self._routine = self.do(job, *args)

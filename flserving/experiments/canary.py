@@ -1,16 +1,19 @@
-"""What the evidence says of a canary: promote it, roll it back, or wait. Pure functions of rewards by client.
+"""What the evidence says of a canary: promote it, roll it back, or wait. Pure functions of rewards
+by client.
 
-Two mistakes have a price: to promote a version that harms, and to roll back one that does not. Each is bounded at every
-look, whenever one looks, by tests that stay valid under peeking (``statistics.py``):
+Two mistakes have a price: to promote a version that harms, and to roll back one that does not. Each
+is bounded at every look, whenever one looks, by tests that stay valid under peeking
+(``statistics.py``):
 
 * *Harm in the mean.* A confidence sequence around the difference of the two arms' means.
-* *Harm to one client*, which no mean shows. A canary is promoted only when each client that was checked is shown not to
-  be ruined. That is an intersection-union test (R. Berger, Technometrics 24, 1982): a canary that ruins somebody has to
-  pass the test of just that client, so each runs at the full level, however many there are. It is rolled back when
-  *any* client is shown to be below: there the clients share the level (a union bound).
+* *Harm to one client*, which no mean shows. A canary is promoted only when each client that was
+  checked is shown not to be ruined. That is an intersection-union test (R. Berger, Technometrics
+  24, 1982): a canary that ruins somebody has to pass the test of just that client, so each runs at
+  the full level, however many there are. It is rolled back when *any* client is shown to be below:
+  there the clients share the level (a union bound).
 
-Clients differ by themselves. So nobody is compared with the mean, but with the worst client of the control, and that
-one's mean is too low rather than too high while rewards are few.
+Clients differ by themselves. So nobody is compared with the mean, but with the worst client of the
+control, and that one's mean is too low rather than too high while rewards are few.
 """
 
 import math
@@ -32,7 +35,8 @@ class Verdict(NamedTuple):
 
 
 class Arms(NamedTuple):
-    """Rewards of many pairs of arms: how many, and their sum, each [pairs, clients of the arm]; no rewards is 0."""
+    """Rewards of many pairs of arms: how many, and their sum, each [pairs, clients of the arm]; no
+    rewards is 0."""
 
     control_n: Floats
     control_sum: Floats
@@ -98,7 +102,9 @@ def findings(policy: Policy, arms: Arms) -> Findings:
     checked = ~np.isnan(lowest) & (enough.sum(axis=1) >= wanted)
     spared = checked & (worst >= floor)
     ruined = lowest - max(policy.ruin, policy.worst_margin)
-    for one in np.flatnonzero(spared & proven & (ruined > 0)):  # evidence is weighed only where it decides
+    for one in np.flatnonzero(
+        spared & proven & (ruined > 0)
+    ):  # evidence is weighed only where it decides
         clients = enough[one]
         n = canary_n[one, clients]
         total = canary_sum[one, clients]
@@ -109,20 +115,28 @@ def findings(policy: Policy, arms: Arms) -> Findings:
 
 
 def judge(
-    policy: Policy, control: Rewards, canary: Rewards, requests: int = 0, failed: int = 0, age_s: float = 0.0
+    policy: Policy,
+    control: Rewards,
+    canary: Rewards,
+    requests: int = 0,
+    failed: int = 0,
+    age_s: float = 0.0,
 ) -> Verdict:
     """What the evidence says of a canary. It may be called after every reward.
 
-    It is rolled back once it is shown that its requests fail more often than ``max_failures``, that a client of it is
-    ``worst_margin`` below the control's worst one, or that it loses anything in the mean (each with ``alpha / 4``, the
-    clients sharing theirs); and when the stated sample is used up without a proof that it loses less than ``effect``
-    (``1 - power`` where it loses nothing). It is promoted once there is that proof (``alpha / 2``), enough of its
-    clients were checked, none of them is below, and each is shown not to be ruined (``alpha / 2``).
+    It is rolled back once it is shown that its requests fail more often than ``max_failures``, that
+    a client of it is ``worst_margin`` below the control's worst one, or that it loses anything in
+    the mean (each with ``alpha / 4``, the clients sharing theirs); and when the stated sample is
+    used up without a proof that it loses less than ``effect`` (``1 - power`` where it loses
+    nothing). It is promoted once there is that proof (``alpha / 2``), enough of its clients were
+    checked, none of them is below, and each is shown not to be ruined (``alpha / 2``).
 
     Args:
-        requests, failed: Of the canary: answered or failed in the model, and failed in the model; without the failures
-            of the client that has the most, whose input may be to blame: nobody decides alone.
-        age_s: Since the canary began; after the policy's ``most_s`` it is rolled back rather than waited for.
+        requests, failed: Of the canary: answered or failed in the model, and failed in the model;
+            without the failures of the client that has the most, whose input may be to blame:
+            nobody decides alone.
+        age_s: Since the canary began; after the policy's ``most_s`` it is rolled back rather than
+            waited for.
     """
     verdict = _judge(policy, control, canary, requests, failed)
     if verdict.decision == "wait" and age_s > policy.most_s:
@@ -130,7 +144,9 @@ def judge(
     return verdict
 
 
-def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, failed: int) -> Verdict:
+def _judge(
+    policy: Policy, control: Rewards, canary: Rewards, requests: int, failed: int
+) -> Verdict:
     if statistics.exceeds(requests, failed, policy.max_failures, policy.alpha / 4):
         return Verdict("rollback", f"{failed} of {requests} requests failed in the model")
     found = findings(policy, Arms(*_columns(control), *_columns(canary)))
@@ -140,9 +156,14 @@ def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, fai
         client = list(canary)[int(found.below[0].argmax())]
         n, total = canary[client]
         mean = total / n
-        return Verdict("rollback", f"client {client!r} gets {mean:.3f}, the control's worst {lowest:.3f}")
+        return Verdict(
+            "rollback", f"client {client!r} gets {mean:.3f}, the control's worst {lowest:.3f}"
+        )
     if found.few[0]:
-        return Verdict("wait", f"{len(canary)} and {len(control)} clients gave rewards: {policy.min_clients} decide")
+        return Verdict(
+            "wait",
+            f"{len(canary)} and {len(control)} clients gave rewards: {policy.min_clients} decide",
+        )
     old = float(found.old[0])
     new = float(found.new[0])
     means = f"mean reward {new:.4f} against {old:.4f}: {new - old:+z.4f} +- {found.half[0]:.4f}"
@@ -156,10 +177,15 @@ def _judge(policy: Policy, control: Rewards, canary: Rewards, requests: int, fai
         return Verdict("wait", means)
     if not found.checked[0]:
         enough = sum(n >= policy.client_rewards for n, _ in canary.values())
-        share = f"{policy.checked_share:.0%} of these and {policy.min_clients} of the control's decide"
+        share = (
+            f"{policy.checked_share:.0%} of these and {policy.min_clients} of the control's decide"
+        )
         given = f"{enough} of {len(canary)} clients gave {policy.client_rewards} rewards"
         return Verdict("wait", f"{means}; {given}: {share}")
-    return Verdict("wait", f"{means}; the worst client {worst:.3f}, the control's {lowest:.3f}: not shown to be spared")
+    return Verdict(
+        "wait",
+        f"{means}; the worst client {worst:.3f}, the control's {lowest:.3f}: not shown to be spared",
+    )
 
 
 def _columns(rewards: Rewards) -> tuple[Floats, Floats]:
@@ -169,8 +195,8 @@ def _columns(rewards: Rewards) -> tuple[Floats, Floats]:
 
 
 def _worst(policy: Policy, n: Floats, total: Floats, least: int) -> tuple[Floats, _Flags]:
-    """The worst mean of each arm's clients that have enough rewards, NaN where fewer than ``least`` have; and which
-    clients those are."""
+    """The worst mean of each arm's clients that have enough rewards, NaN where fewer than ``least``
+    have; and which clients those are."""
     enough = n >= policy.client_rewards
     means = np.where(enough, total / np.maximum(n, 1), np.inf)
     worst = means.min(axis=1, initial=np.inf)

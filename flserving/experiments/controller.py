@@ -1,7 +1,9 @@
-"""Experiments under way: who gets which arm, what is learned of it, and when a canary is promoted or rolled back.
+"""Experiments under way: who gets which arm, what is learned of it, and when a canary is promoted
+or rolled back.
 
-The configuration lives in the registry, rewards and failures of all processes in the store beside it (``feedback.py``):
-every process follows both, and a canary's end is one transaction, whichever process sees it first.
+The configuration lives in the registry, rewards and failures of all processes in the store beside
+it (``feedback.py``): every process follows both, and a canary's end is one transaction, whichever
+process sees it first.
 """
 
 import asyncio
@@ -38,7 +40,9 @@ from flserving.registry.experiment import Experiment, TrafficSplit
 OF_THE_MODEL = ("ModelExecution", "CorruptArtifact", "ModelTooLarge", "Internal")
 JUDGE_S = 1.0
 FEEDBACK_S = 3.0  # longest wait for a reward to be counted
-MOST_SEEN = 10_000  # arms and failing clients of a run that are counted while the store cannot take them
+MOST_SEEN = (
+    10_000  # arms and failing clients of a run that are counted while the store cannot take them
+)
 
 
 class Followed(Protocol):
@@ -66,18 +70,21 @@ class Chosen(NamedTuple):
 class Experiments:
     """What one server does with the experiments that its routes name.
 
-    An answer needs memory alone: the arm is computed, what a bandit knows was learned before, and a receipt needs a key
-    that was read when the routes were. What may block is done by a clerk, one for each registry: counting, learning,
-    judging, taking feedback. While a store cannot be used, answers carry no receipt, and ``problems`` says why.
+    An answer needs memory alone: the arm is computed, what a bandit knows was learned before, and a
+    receipt needs a key that was read when the routes were. What may block is done by a clerk, one
+    for each registry: counting, learning, judging, taking feedback. While a store cannot be used,
+    answers carry no receipt, and ``problems`` says why.
 
     Args:
-        lease: Pins a version: ``(version, model)``. ``personal``: where a client's rows run on an engine.
+        lease: Pins a version: ``(version, model)``. ``personal``: where a client's rows run on an
+            engine.
         busy: Whether callers wait.
 
     Attributes:
-        arm_of: The rule ``sticky``: ``(experiment, client)`` -> arm. Every server must be given the same one.
-        bandit: The rule ``bandit``: makes, of the arms' names, what has the methods ``learn`` and ``choose`` of
-            :class:`Thompson`. Set both before the first request.
+        arm_of: The rule ``sticky``: ``(experiment, client)`` -> arm. Every server must be given the
+            same one.
+        bandit: The rule ``bandit``: makes, of the arms' names, what has the methods ``learn`` and
+            ``choose`` of :class:`Thompson`. Set both before the first request.
     """
 
     def __init__(
@@ -93,14 +100,22 @@ class Experiments:
         self.shadow = Shadow(self._shadowed, busy)
         self.arm_of = Experiment.arm_of
         self.bandit: Callable[..., Any] = Thompson
-        self._lock = threading.Lock()  # of what an answer touches: held for a dictionary's change, never for a disk's
+        self._lock = (
+            threading.Lock()
+        )  # of what an answer touches: held for a dictionary's change, never for a disk's
         forks.fresh_locks_in_child(self, "_lock")
         self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
         self._clerks: dict[str, Clerk] = {}  # by the registry's folder
-        self._judged_s: dict[str, float] = {}  # by the registry's folder, when its experiments were judged last
+        self._judged_s: dict[
+            str, float
+        ] = {}  # by the registry's folder, when its experiments were judged last
         self._bandits: dict[str, Any] = {}  # by run, as the next one
-        self._seen: dict[str, Counter[tuple[str, str | None]]] = {}  # by run: arm and who got an error, not stored yet
-        self._dropped: Counter[str] = Counter()  # by run: what was not counted, because too much waited to be
+        self._seen: dict[
+            str, Counter[tuple[str, str | None]]
+        ] = {}  # by run: arm and who got an error, not stored yet
+        self._dropped: Counter[str] = (
+            Counter()
+        )  # by run: what was not counted, because too much waited to be
         router.on_look = self.wake
         router.on_experiments = self.prepare
 
@@ -109,23 +124,32 @@ class Experiments:
     def choose(
         self, split: TrafficSplit, client: str | Sequence[str] | None, identity: str | None
     ) -> tuple[Key, Chosen]:
-        """Which version answers ``client`` (None: the credential's ``identity``), by the configuration of ``split``."""
+        """Which version answers ``client`` (None: the credential's ``identity``), by the
+        configuration of ``split``."""
         who = identity if client is None else client
         experiment = split.experiment
         if not isinstance(who, str) or not experiment.arms:  # no client, or several in one request
             return split, Chosen(split, None, "", client)
-        arm = self.arm_of(experiment, who) if experiment.rule == "sticky" else self._bandit(experiment).choose()
+        arm = (
+            self.arm_of(experiment, who)
+            if experiment.rule == "sticky"
+            else self._bandit(experiment).choose()
+        )
         version = str(experiment.arms[arm].version)
         return (split[0], version), Chosen(split, arm, who, client)
 
-    def answered(self, chosen: Chosen, version: str, rows: Floats, prediction: Any) -> dict[str, str]:
-        """What the answer says of it: ``arm`` and, unless feedback cannot be taken now, ``receipt``. Sends a copy to
-        the shadow."""
+    def answered(
+        self, chosen: Chosen, version: str, rows: Floats, prediction: Any
+    ) -> dict[str, str]:
+        """What the answer says of it: ``arm`` and, unless feedback cannot be taken now,
+        ``receipt``. Sends a copy to the shadow."""
         model, _ = chosen.split
         experiment = chosen.split.experiment
         shadow = experiment.shadow
         if shadow is not None and str(shadow) != version:
-            self.shadow.offer((model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"])
+            self.shadow.offer(
+                (model, str(shadow)), rows, chosen.asked, prediction.arrays()["predictions"]
+            )
         if chosen.arm is None:
             return {}
         self._see(chosen, None)
@@ -160,10 +184,13 @@ class Experiments:
         """Count the reward in [0, 1] that ``client`` gives the answer whose receipt this is.
 
         Raises:
-            ForbiddenError: No client, a forged receipt, somebody else's, or this client has given too many.
-            ConflictError: Given already, too late, or the experiment is over. InvalidInputError: No such reward.
+            ForbiddenError: No client, a forged receipt, somebody else's, or this client has given
+                too many.
+            ConflictError: Given already, too late, or the experiment is over. InvalidInputError: No
+                such reward.
             NotFoundError: No such model. Nothing has changed then.
-            OverloadedError: Too much feedback waits, or the store keeps it waiting. CorruptArtifactError,
+            OverloadedError: Too much feedback waits, or the store keeps it waiting.
+                CorruptArtifactError,
             FlservingError: The store cannot be used.
         """
         job = self._give(model, receipt, reward, client)
@@ -173,7 +200,9 @@ class Experiments:
             job.cancel()
             raise _late() from None
 
-    async def afeedback(self, model: str, receipt: str, reward: float | None, client: str | None) -> None:
+    async def afeedback(
+        self, model: str, receipt: str, reward: float | None, client: str | None
+    ) -> None:
         """:meth:`feedback` for coroutines."""
         job = self._give(model, receipt, reward, client)
         try:
@@ -181,7 +210,9 @@ class Experiments:
         except TimeoutError:
             raise _late() from None
 
-    def _give(self, model: str, receipt: str, reward: float | None, client: str | None) -> Future[None]:
+    def _give(
+        self, model: str, receipt: str, reward: float | None, client: str | None
+    ) -> Future[None]:
         if not client:
             raise ForbiddenError("feedback needs a client: ask for a credential that names you")
         self._router.known(model)
@@ -192,20 +223,27 @@ class Experiments:
         """Under which name a client's rewards are kept, and told of in verdicts."""
         return self._store(self._registry(model)).pseudonym(client).hex()
 
-    def _count(self, registry: Any, model: str, receipt: str, reward: float | None, client: str) -> None:
+    def _count(
+        self, registry: Any, model: str, receipt: str, reward: float | None, client: str
+    ) -> None:
         store = self._store(registry)
         read = store.read(receipt, client)
         running = registry.experiments(model).values()
         if all(experiment.run != read.run for experiment in running):
-            raise ConflictError("the experiment of this answer is over: its feedback decides nothing any more")
+            raise ConflictError(
+                "the experiment of this answer is over: its feedback decides nothing any more"
+            )
         if read.at_s < registry.forgotten(client)[1]:
-            raise ConflictError("this client was forgotten after that answer: its receipt counts no more")
+            raise ConflictError(
+                "this client was forgotten after that answer: its receipt counts no more"
+            )
         store.add(read, reward)
 
     # What is learned
 
     def prepare(self, registry: Any) -> None:
-        """Called when routes with experiments of ``registry`` were read, before they are followed."""
+        """Called when routes with experiments of ``registry`` were read, before they are
+        followed."""
         with contextlib.suppress(FlservingError):  # the look that follows says why
             self._store(registry)
         self._clerk(registry).routine(self._look_at, registry)
@@ -216,7 +254,8 @@ class Experiments:
             self._clerk(registry).routine(self._look_at, registry)
 
     def look(self) -> None:
-        """Let bandits learn, and canaries be promoted or rolled back: what the clerks do. Waits for the stores."""
+        """Let bandits learn, and canaries be promoted or rolled back: what the clerks do. Waits for
+        the stores."""
         for registry in self._running():
             self._look_at(registry)
 
@@ -260,11 +299,14 @@ class Experiments:
                 self._router.problems[_verdict(model, alias)] = f"{type(error).__name__}: {error}"
 
     def decide(self, model: str, alias: str = "default") -> Verdict:
-        """Judge the canary on an alias now, and promote it or roll it back. NotFoundError: None runs there."""
+        """Judge the canary on an alias now, and promote it or roll it back. NotFoundError: None
+        runs there."""
         routes = self._router.routes
         experiment = routes.experiments.get((model, alias))
         if experiment is None or experiment.policy is None:
-            raise NotFoundError(f"alias {alias!r} of {model[:80]!r} has no canary with a policy: start one")
+            raise NotFoundError(
+                f"alias {alias!r} of {model[:80]!r} has no canary with a policy: start one"
+            )
         registry = self._registry(model)
         served = routes.of(model).aliases[alias]
         control = next(name for name, arm in experiment.arms.items() if str(arm.version) == served)
@@ -279,21 +321,26 @@ class Experiments:
             failed=failed - alone,
             age_s=registry.experiment_age_s(model, alias),
         )
-        end = functools.partial(registry.conclude_experiment, model, alias, who=experiment.id, run=experiment.run)
+        end = functools.partial(
+            registry.conclude_experiment, model, alias, who=experiment.id, run=experiment.run
+        )
         with contextlib.suppress(ConflictError, NotFoundError):  # another process was first
             if verdict.decision == "promote":
                 try:
                     end(experiment.arms[canary].version, why=f"promote: {verdict.why}")
-                except CorruptArtifactError as error:  # it answers from memory, and nowhere else any more
+                except (
+                    CorruptArtifactError
+                ) as error:  # it answers from memory, and nowhere else any more
                     verdict = Verdict("rollback", f"{verdict.why}, but {error}")
             if verdict.decision == "rollback":
                 end(why=f"rollback: {verdict.why}")
         return verdict
 
     def report(self, model: str, alias: str = "default") -> dict[str, Any]:
-        """The running experiment on an alias: ``id``, ``arms`` (each with its version, weight, answers, failures of the
-        model, rewards, mean, clients, worst client), ``shadow`` (its copies here), ``dropped`` (what was not counted
-        here, because the store could not take it). Empty where there is none."""
+        """The running experiment on an alias: ``id``, ``arms`` (each with its version, weight,
+        answers, failures of the model, rewards, mean, clients, worst client), ``shadow`` (its
+        copies here), ``dropped`` (what was not counted here, because the store could not take it).
+        Empty where there is none."""
         experiment = self._router.routes.experiments.get((model, alias))
         if experiment is None:
             return {}
@@ -321,7 +368,12 @@ class Experiments:
         shadow = None
         if experiment.shadow is not None:
             shadow = self.shadow.stats((model, str(experiment.shadow)))
-        return {"id": experiment.id, "arms": arms, "shadow": shadow, "dropped": self._dropped[experiment.run]}
+        return {
+            "id": experiment.id,
+            "arms": arms,
+            "shadow": shadow,
+            "dropped": self._dropped[experiment.run],
+        }
 
     def close(self) -> None:
         """Idempotent."""
@@ -379,7 +431,9 @@ class Experiments:
     def _registry(self, model: str) -> Any:
         registry = self._router.followed(model)
         if registry is None:
-            raise ConflictError(f"model {model[:80]!r} comes from no registry: it can be in no experiment")
+            raise ConflictError(
+                f"model {model[:80]!r} comes from no registry: it can be in no experiment"
+            )
         return registry
 
     def _store(self, registry: Any) -> FeedbackStore:

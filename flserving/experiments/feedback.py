@@ -1,12 +1,15 @@
-"""Rewards for answers: who may give one, that it is given once, and what each arm has got. SQLite, beside the registry.
+"""Rewards for answers: who may give one, that it is given once, and what each arm has got. SQLite,
+beside the registry.
 
-An answer of an experiment carries a *receipt*: the request's random id, the experiment's run, the arm, the client and
-the time, under an HMAC-SHA256 with a key that only the servers of this registry hold. A reward counts when its receipt
-is genuine, its client's own, not too old, and new. The store is shared by all processes; a reward that counts and the
-mark that its receipt was used are one transaction. How many requests each arm answered and failed is added up here too.
+An answer of an experiment carries a *receipt*: the request's random id, the experiment's run, the
+arm, the client and the time, under an HMAC-SHA256 with a key that only the servers of this registry
+hold. A reward counts when its receipt is genuine, its client's own, not too old, and new. The store
+is shared by all processes; a reward that counts and the mark that its receipt was used are one
+transaction. How many requests each arm answered and failed is added up here too.
 
-Clients are kept under pseudonyms, a keyed hash of their id: the file alone tells nobody who they are, not even by
-trying names. The key is a file of its own, so that a receipt needs no database: issuing one waits for nothing.
+Clients are kept under pseudonyms, a keyed hash of their id: the file alone tells nobody who they
+are, not even by trying names. The key is a file of its own, so that a receipt needs no database:
+issuing one waits for nothing.
 """
 
 import base64
@@ -64,18 +67,20 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
 class FeedbackStore:
     """The receipts and rewards of one registry. For threads and processes.
 
-    Only the key is read here: the database is opened by the first call that needs it, and again by the first one
-    after it failed or its file was replaced. ``problem`` says why it could not be used when it was last tried.
+    Only the key is read here: the database is opened by the first call that needs it, and again by
+    the first one after it failed or its file was replaced. ``problem`` says why it could not be
+    used when it was last tried.
 
     Args:
         root: The registry's folder. Key and database are readable by their owner only.
         receipt_s: How long after the answer a reward may come; so long its id is remembered.
-        most_per_client: A client's rewards in one run beyond this are refused: nobody decides alone.
+        most_per_client: A client's rewards in one run beyond this are refused: nobody decides
+            alone.
         clock: Seconds since 1970.
 
     Raises (all methods but ``receipt``, ``read`` and ``pseudonym``):
-        OverloadedError: Other writers kept the store for ``BUSY_S``. CorruptArtifactError: It is no store of feedback.
-        FlservingError: It cannot be written: a full disk, permissions.
+        OverloadedError: Other writers kept the store for ``BUSY_S``. CorruptArtifactError: It is no
+        store of feedback. FlservingError: It cannot be written: a full disk, permissions.
     """
 
     def __init__(
@@ -120,10 +125,14 @@ class FeedbackStore:
         genuine = hmac.compare_digest(sent[:32], hmac.digest(self._key, sent[32:], "sha256"))
         found = msgspec.msgpack.decode(sent[32:], type=Receipt) if genuine else None
         if found is None or found.client != self.pseudonym(client):  # the same words for both
-            raise ForbiddenError("this receipt was not issued to this client: send the one of your own answer")
+            raise ForbiddenError(
+                "this receipt was not issued to this client: send the one of your own answer"
+            )
         age_s = self._clock() - found.at_s
         if age_s > self.receipt_s:
-            raise ConflictError(f"the answer is {age_s:.0f} s old: feedback is taken for {self.receipt_s:.0f} s")
+            raise ConflictError(
+                f"the answer is {age_s:.0f} s old: feedback is taken for {self.receipt_s:.0f} s"
+            )
         return found
 
     # Rewards
@@ -132,21 +141,29 @@ class FeedbackStore:
         """Count a reward in [0, 1], once.
 
         Raises:
-            InvalidInputError: Not in [0, 1]. ConflictError: Given already. ForbiddenError: The client has given
-            ``most_per_client``. Nothing has changed then.
+            InvalidInputError: Not in [0, 1]. ConflictError: Given already. ForbiddenError: The
+            client has given ``most_per_client``. Nothing has changed then.
         """
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
             raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")
         with self._writing() as database:
             database.execute("DELETE FROM used WHERE until_s < ?", (self._clock() - 1,))
             marked = database.execute(
-                "INSERT OR IGNORE INTO used VALUES (?, ?)", (receipt.request, receipt.at_s + self.receipt_s)
+                "INSERT OR IGNORE INTO used VALUES (?, ?)",
+                (receipt.request, receipt.at_s + self.receipt_s),
             )
             if not marked.rowcount:
-                raise ConflictError("there is feedback for this answer already: one reward an answer")
+                raise ConflictError(
+                    "there is feedback for this answer already: one reward an answer"
+                )
             sql = "SELECT coalesce(sum(n), 0) FROM rewards WHERE run = ? AND client = ?"
-            if database.execute(sql, (receipt.run, receipt.client)).fetchone()[0] >= self.most_per_client:
-                raise ForbiddenError(f"this client has given its {self.most_per_client} rewards: others decide now")
+            if (
+                database.execute(sql, (receipt.run, receipt.client)).fetchone()[0]
+                >= self.most_per_client
+            ):
+                raise ForbiddenError(
+                    f"this client has given its {self.most_per_client} rewards: others decide now"
+                )
             database.execute(
                 "INSERT INTO rewards VALUES (?, ?, ?, 1, ?) "
                 "ON CONFLICT DO UPDATE SET n = n + 1, total = total + excluded.total",
@@ -156,18 +173,24 @@ class FeedbackStore:
     def rewards(self, run: str) -> dict[str, dict[str, tuple[int, float]]]:
         """arm -> pseudonym of a client, hex -> (how many rewards, their sum)."""
         found: dict[str, dict[str, tuple[int, float]]] = {}
-        for arm, client, n, total in self._query("SELECT arm, client, n, total FROM rewards WHERE run = ?", run):
+        for arm, client, n, total in self._query(
+            "SELECT arm, client, n, total FROM rewards WHERE run = ?", run
+        ):
             found.setdefault(arm, {})[client.hex()] = n, total
         return found
 
     def sums(self, run: str) -> Mapping[str, tuple[int, float]]:
         """arm -> (how many rewards, their sum)."""
-        rows = self._query("SELECT arm, sum(n), sum(total) FROM rewards WHERE run = ? GROUP BY arm", run)
+        rows = self._query(
+            "SELECT arm, sum(n), sum(total) FROM rewards WHERE run = ? GROUP BY arm", run
+        )
         return {arm: (n, total) for arm, n, total in rows}
 
     def count(self, run: str, seen: Mapping[tuple[str, str | None], int]) -> None:
         """Add how many requests each arm answered (None), or failed of which client."""
-        failed = [(arm, self.pseudonym(who), n) for (arm, who), n in seen.items() if who is not None]
+        failed = [
+            (arm, self.pseudonym(who), n) for (arm, who), n in seen.items() if who is not None
+        ]
         with self._writing() as database:
             sql = "INSERT INTO outcomes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
             sql += "requests = requests + excluded.requests"
@@ -176,7 +199,8 @@ class FeedbackStore:
             database.executemany(sql, [(run, *each) for each in failed])
 
     def outcomes(self, run: str) -> dict[str, tuple[int, int, int]]:
-        """arm -> (how many requests, how many of them failed in the model, how many of those are one client's)."""
+        """arm -> (how many requests, how many of them failed in the model, how many of those are
+        one client's)."""
         sql = "SELECT arm, requests, coalesce(sum(n), 0), coalesce(max(n), 0) FROM outcomes LEFT JOIN failures "
         rows = self._query(sql + "USING (run, arm) WHERE run = ? GROUP BY arm", run)
         return {arm: (requests, failed, most) for arm, requests, failed, most in rows}
@@ -196,7 +220,8 @@ class FeedbackStore:
 
     @contextmanager
     def _using(self, writes: bool = False) -> Iterator[sqlite3.Connection]:
-        """The database, for one thread at a time. What SQLite raises becomes typed, and ``problem``."""
+        """The database, for one thread at a time. What SQLite raises becomes typed, and
+        ``problem``."""
         with self._lock:
             try:
                 yield self._current()
@@ -211,8 +236,12 @@ class FeedbackStore:
 
     def _current(self) -> sqlite3.Connection:
         if self._closed:
-            raise ServerClosedError("the feedback store is closed: open another one on the same folder")
-        if self._database is not None and (self.problem is not None or _identity(self._path) != self._opened):
+            raise ServerClosedError(
+                "the feedback store is closed: open another one on the same folder"
+            )
+        if self._database is not None and (
+            self.problem is not None or _identity(self._path) != self._opened
+        ):
             self._database.close()  # it failed, or its file was removed or replaced
             self._database = None
         if self._database is None:
@@ -221,11 +250,16 @@ class FeedbackStore:
         return self._database
 
     def _connect(self) -> sqlite3.Connection:
-        with contextlib.suppress(FileExistsError):  # not opened again: closing it would drop this process's locks on it
+        with contextlib.suppress(
+            FileExistsError
+        ):  # not opened again: closing it would drop this process's locks on it
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        database = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        database = sqlite3.connect(
+            self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+        )
         try:
-            # NORMAL: a power cut may take the last rewards along with the marks of their receipts, never one alone
+            # NORMAL: a power cut may take the last rewards along with the marks of their receipts,
+            # never one alone
             for setting in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
                 database.execute(f"PRAGMA {setting}").fetchall()
             self._lay_out(database)
@@ -235,7 +269,8 @@ class FeedbackStore:
         return database
 
     def _lay_out(self, database: sqlite3.Connection) -> None:
-        """Make the tables; in a store of layout 0, put pseudonyms in place of ids, and forget the key that it held."""
+        """Make the tables; in a store of layout 0, put pseudonyms in place of ids, and forget the
+        key that it held."""
         if database.execute("PRAGMA user_version").fetchone()[0] >= _LAYOUT:
             return
         with database:
@@ -264,7 +299,8 @@ class FeedbackStore:
 
 
 def _identity(path: str) -> list[tuple[int, int]] | None:
-    """Which files lie there: the database and its log, which stays as long as the database is open; None: they do not.
+    """Which files lie there: the database and its log, which stays as long as the database is open;
+    None: they do not.
 
     SQLite does not notice when they go, and writes on into files that nobody else will ever see.
     """

@@ -1,7 +1,9 @@
-"""Shadow traffic: a copy of a request runs on another version, is compared with the answer given, and is thrown away.
+"""Shadow traffic: a copy of a request runs on another version, is compared with the answer given,
+and is thrown away.
 
-One thread, a bounded queue, at most about 1,000 copies a second. A copy that finds the queue full, or the server busy
-when it comes up, is dropped: callers' own requests go first. Nothing that happens here reaches an answer.
+One thread, a bounded queue, at most about 1,000 copies a second. A copy that finds the queue full,
+or the server busy when it comes up, is dropped: callers' own requests go first. Nothing that
+happens here reaches an answer.
 """
 
 import threading
@@ -21,11 +23,14 @@ Key = tuple[str, str]
 Run = Callable[[Key, NDArray[Any], Any], NDArray[Any]]
 """The predictions of a version for the rows of a client."""
 MOST_NBYTES = 1 << 20  # a larger request is not copied
-PAUSE_S = 1e-3  # between two copies: a thread that never rests keeps the interpreter lock from callers for up to 5 ms
+# between two copies: a thread that never rests keeps the interpreter lock from callers for up to 5
+# ms
+PAUSE_S = 1e-3
 
 
 class Shadow:
-    """Args: ``run`` runs a version, ``busy`` says that callers wait; ``capacity``: most copies that wait."""
+    """Args: ``run`` runs a version, ``busy`` says that callers wait; ``capacity``: most copies that
+    wait."""
 
     def __init__(self, run: Run, busy: Callable[[], bool], capacity: int = 64) -> None:
         self._run = run
@@ -41,7 +46,8 @@ class Shadow:
         self._lock = threading.Lock()
 
     def offer(self, key: Key, rows: NDArray[Any], client: Any, given: NDArray[Any]) -> None:
-        """Take a copy of a request and of the predictions that it was answered with. Never waits."""
+        """Take a copy of a request and of the predictions that it was answered with. Never
+        waits."""
         if rows.nbytes > MOST_NBYTES:
             self._count(key, dropped=1)
             return
@@ -53,8 +59,11 @@ class Shadow:
             return
 
     def stats(self, key: Key) -> dict[str, float]:
-        """``ran``, ``dropped``, ``failed``, ``rows``, ``agreeing`` rows, ``seconds`` of those that ran."""
-        stats: dict[str, float] = dict.fromkeys(("ran", "dropped", "failed", "rows", "agreeing", "seconds"), 0)
+        """``ran``, ``dropped``, ``failed``, ``rows``, ``agreeing`` rows, ``seconds`` of those that
+        ran."""
+        stats: dict[str, float] = dict.fromkeys(
+            ("ran", "dropped", "failed", "rows", "agreeing", "seconds"), 0
+        )
         with self._lock:
             return stats | self._counts.get(key, {})
 

@@ -1,8 +1,9 @@
-"""Tests that may be looked at after every reward: confidence sequences, their sample size, and what peeking costs.
+"""Tests that may be looked at after every reward: confidence sequences, their sample size, and what
+peeking costs.
 
-``Rewards`` of one arm are kept by client, because clients are what is assigned to arms: two answers to one client are
-not two independent trials. So an arm's mean has the variance of a ratio of client sums (the delta method; Cochran,
-Sampling Techniques, 1977, ch. 6), not that of its rewards.
+``Rewards`` of one arm are kept by client, because clients are what is assigned to arms: two answers
+to one client are not two independent trials. So an arm's mean has the variance of a ratio of client
+sums (the delta method; Cochran, Sampling Techniques, 1977, ch. 6), not that of its rewards.
 """
 
 import functools
@@ -25,7 +26,8 @@ _GRID = (np.arange(32) + 0.5) / 32
 
 
 def mean_of(rewards: Rewards) -> tuple[float, float]:
-    """The mean reward and the variance of that mean; NaN and infinity with fewer than two clients."""
+    """The mean reward and the variance of that mean; NaN and infinity with fewer than two
+    clients."""
     if len(rewards) < 2:
         return math.nan, math.inf
     pairs = np.array(list(rewards.values()), np.float64)
@@ -35,15 +37,17 @@ def mean_of(rewards: Rewards) -> tuple[float, float]:
 
 
 def ratio_of_sums(counts: Floats, totals: Floats) -> tuple[Floats, Floats]:
-    """:func:`mean_of` of many arms: rewards and their sums [arms, clients] -> means and their variances [arms]."""
+    """:func:`mean_of` of many arms: rewards and their sums [arms, clients] -> means and their
+    variances [arms]."""
     clients = (counts > 0).sum(axis=1)
     enough = clients >= 2
     rewards = np.maximum(counts.sum(axis=1), 1)
     mean = totals.sum(axis=1) / rewards
     residuals = totals - mean[:, None] * counts
     spread = (residuals**2).sum(axis=1)
-    # clients that all give the same leave no spread, which is no certainty: at least that of two successes and two
-    # failures that were not seen (Agresti and Coull, The American Statistician 52, 1998)
+    # clients that all give the same leave no spread, which is no certainty: at least that of two
+    # successes and two failures that were not seen (Agresti and Coull, The American Statistician
+    # 52, 1998)
     spread = np.maximum(spread, 2.0)
     variance = spread / rewards**2 * clients / np.maximum(clients - 1, 1)
     mean = np.where(enough, mean, np.nan)
@@ -52,12 +56,14 @@ def ratio_of_sums(counts: Floats, totals: Floats) -> tuple[Floats, Floats]:
 
 
 def half_width(variance: _Number, alpha: float, effect: float) -> _Number:
-    """Half of an interval around an estimated difference that holds the true one at *every* look, save with ``alpha``.
+    """Half of an interval around an estimated difference that holds the true one at *every* look,
+    save with ``alpha``.
 
-    The mixture sequential probability ratio test with a normal mixture of standard deviation ``effect``, inverted:
-    narrowest for differences of that size. Source: H. Robbins, Ann. Math. Stat. 41, 1970; Johari, Koomen, Pekelis and
-    Walsh, Always Valid Inference, Operations Research 70, 2022. Exact for normal means with independent increments of
-    information, otherwise asymptotic.
+    The mixture sequential probability ratio test with a normal mixture of standard deviation
+    ``effect``, inverted: narrowest for differences of that size. Source: H. Robbins, Ann. Math.
+    Stat. 41, 1970; Johari, Koomen, Pekelis and Walsh, Always Valid Inference, Operations Research
+    70, 2022. Exact for normal means with independent increments of information, otherwise
+    asymptotic.
     """
     spread = variance + (variance / effect) ** 2
     evidence = 2 * math.log(1 / alpha) + np.log1p(effect**2 / variance)
@@ -67,10 +73,12 @@ def half_width(variance: _Number, alpha: float, effect: float) -> _Number:
 
 @functools.cache
 def information(effect: float, alpha: float, power: float) -> float:
-    """1 / variance of the difference at which a true ``effect`` has been found with ``power``, or later never matters.
+    """1 / variance of the difference at which a true ``effect`` has been found with ``power``, or
+    later never matters.
 
-    That is the most the test may take: a look there alone has the power, and the looks before it only add to it. It
-    is about twice :func:`fixed_information`, the price of looking; where there is an effect it mostly ends before.
+    That is the most the test may take: a look there alone has the power, and the looks before it
+    only add to it. It is about twice :func:`fixed_information`, the price of looking; where there
+    is an effect it mostly ends before.
     """
     z = _Z.inv_cdf(power)
     below = 0.1
@@ -103,7 +111,8 @@ def sample_size(information: float, mean: float, share: float = 0.5) -> int:
 
 
 def p_value(difference: float, variance: float) -> float:
-    """Of the two-sided z-test. Valid for one look at a size fixed before; here to show what peeking does to it."""
+    """Of the two-sided z-test. Valid for one look at a size fixed before; here to show what peeking
+    does to it."""
     if math.isinf(variance):  # nothing is known yet
         return 1.0
     z = abs(difference) / math.sqrt(variance)
@@ -111,8 +120,8 @@ def p_value(difference: float, variance: float) -> float:
 
 
 def exceeds(n: int, total: float, limit: float, alpha: float) -> bool:
-    """Whether ``n`` trials in [0, 1] that add up to ``total`` show a mean above ``limit``: wrong with ``alpha`` at
-    most, however often it is asked."""
+    """Whether ``n`` trials in [0, 1] that add up to ``total`` show a mean above ``limit``: wrong
+    with ``alpha`` at most, however often it is asked."""
     if limit <= 0:
         return total > 0
     if limit >= 1:
@@ -123,12 +132,13 @@ def exceeds(n: int, total: float, limit: float, alpha: float) -> bool:
 
 
 def log_evidence(n: Floats, total: Floats, limit: Floats) -> Floats:
-    """The logarithm of the evidence that ``n`` trials in [0, 1] which add up to ``total`` have a mean above ``limit``,
-    in (0, 1): arrays [N]. It reaches log(1 / alpha), at any time, with probability ``alpha`` at most where they do not.
+    """The logarithm of the evidence that ``n`` trials in [0, 1] which add up to ``total`` have a
+    mean above ``limit``, in (0, 1): arrays [N]. It reaches log(1 / alpha), at any time, with
+    probability ``alpha`` at most where they do not.
 
-    A mixture of likelihood ratios against ``limit``, at 32 rates above it: a non-negative supermartingale for any
-    trials whose mean is at most ``limit``, so a test by betting. Source: J. Ville, 1939; Waudby-Smith and Ramdas, JRSS
-    B 86, 2024.
+    A mixture of likelihood ratios against ``limit``, at 32 rates above it: a non-negative
+    supermartingale for any trials whose mean is at most ``limit``, so a test by betting. Source: J.
+    Ville, 1939; Waudby-Smith and Ramdas, JRSS B 86, 2024.
     """
     limit = limit[:, None]
     rates = limit + (1 - limit) * _GRID

@@ -1,8 +1,9 @@
 """Where versions come from: clients' data, rounds of training, and the gate that a round must pass.
 
-``aggregation.py`` is federated averaging in ten lines; read it first. ``data.py`` deals out a data set to clients,
-``training.py`` plays the rounds, ``rounds.py`` publishes them, ``heads.py`` fits personal heads, ``gate.py`` decides on
-promotion. ``flower.py`` and ``flower_grid.py`` do the same with Flower's strategies.
+``aggregation.py`` is federated averaging in ten lines; read it first. ``data.py`` deals out a data
+set to clients, ``training.py`` plays the rounds, ``rounds.py`` publishes them, ``heads.py`` fits
+personal heads, ``gate.py`` decides on promotion. ``flower.py`` and ``flower_grid.py`` do the same
+with Flower's strategies.
 """
 
 from flserving.federated.aggregation import aggregate, fault

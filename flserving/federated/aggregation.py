@@ -1,4 +1,5 @@
-"""What a federated server does with the updates that arrive: it refuses the faulty ones and averages the others."""
+"""What a federated server does with the updates that arrive: it refuses the faulty ones and
+averages the others."""
 
 from collections.abc import Mapping, Sequence, Set
 from typing import TypeAlias
@@ -17,12 +18,14 @@ def aggregate(
     """Federated averaging: the weighted mean of every tensor.
 
     Args:
-        updates: One state of each client, at least one; all have the same names and shapes (see :func:`fault`).
-        weights: One number >= 0 of each client, usually its number of training samples; their sum is > 0.
+        updates: One state of each client, at least one; all have the same names and shapes (see
+            :func:`fault`).
+        weights: One number >= 0 of each client, usually its number of training samples; their sum
+            is > 0.
 
     Returns:
-        The mean state. Each tensor has the dtype of the first update; means of integers, such as the step counters of
-        a layer, are rounded.
+        The mean state. Each tensor has the dtype of the first update; means of integers, such as
+        the step counters of a layer, are rounded.
 
     Raises:
         ValueError: ``updates`` and ``weights`` differ in length.
@@ -56,8 +59,9 @@ def fault(
 ) -> str | None:
     """Say why an update cannot be averaged, or None if it can.
 
-    A sound update has the tensors of ``expected``: the same names, dtypes, shapes, layouts and devices. All its numbers
-    are finite. The reason is short whatever arrived, because it goes into the lineage of a version.
+    A sound update has the tensors of ``expected``: the same names, dtypes, shapes, layouts and
+    devices. All its numbers are finite. The reason is short whatever arrived, because it goes into
+    the lineage of a version.
 
     Example:
         >>> expected = {"weight": torch.zeros(2)}

@@ -1,7 +1,7 @@
 """Clients and their data: real digits, dealt out unevenly.
 
-Features stay as they were measured (digits: grey levels 0 to 16); training and serving standardise them with the
-statistics that the clients computed together.
+Features stay as they were measured (digits: grey levels 0 to 16); training and serving standardise
+them with the statistics that the clients computed together.
 """
 
 import math
@@ -26,14 +26,17 @@ MIN_SAMPLES = 10  # of a client, both splits together
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Client:
-    """One client and its own samples: features float32 [n, D], labels int64 [n]; the test split is held out.
+    """One client and its own samples: features float32 [n, D], labels int64 [n]; the test split is
+    held out.
 
     Args:
-        resolution: The smallest step that its features are measured in, if there is one: a spread below it means
-            nothing, and is not blown up to 1 by standardising. 1 for the digits: one grey level.
+        resolution: The smallest step that its features are measured in, if there is one: a spread
+            below it means nothing, and is not blown up to 1 by standardising. 1 for the digits: one
+            grey level.
 
     Raises:
-        InvalidInputError: An array with another shape or dtype, no samples, a negative label, NaN or infinity.
+        InvalidInputError: An array with another shape or dtype, no samples, a negative label, NaN
+            or infinity.
     """
 
     id: str
@@ -56,7 +59,9 @@ class Client:
                     f"{where}: features are {x.dtype} {x.shape}; use finite float32 [n, D] with n, D >= 1"
                 )
             if y.shape != x.shape[:1] or y.dtype != np.int64 or y.min() < 0:
-                raise InvalidInputError(f"{where}: labels are {y.dtype} {y.shape}; use int64 [{len(x)}], all >= 0")
+                raise InvalidInputError(
+                    f"{where}: labels are {y.dtype} {y.shape}; use int64 [{len(x)}], all >= 0"
+                )
         if self.train_x.shape[1] != self.test_x.shape[1]:
             raise InvalidInputError(
                 f"client {self.id!r} trains on {self.train_x.shape[1]} features and tests on {self.test_x.shape[1]}"
@@ -72,11 +77,13 @@ def check_clients(clients: Sequence[Client]) -> None:
 
 @lru_cache(maxsize=1)
 def digits() -> tuple[Features, Labels]:
-    """Handwritten digits, 8 x 8 pixels: grey levels 0 to 16, float32 [1797, 64], and labels 0 to 9. Read-only.
+    """Handwritten digits, 8 x 8 pixels: grey levels 0 to 16, float32 [1797, 64], and labels 0 to 9.
+    Read-only.
 
-    The same as scikit-learn's ``load_digits``; they lie in this package, so that nothing is downloaded. Source: E.
-    Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (test
-    part), https://doi.org/10.24432/C50P49, licence CC BY 4.0.
+    The same as scikit-learn's ``load_digits``; they lie in this package, so that nothing is
+    downloaded. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI
+    Machine Learning Repository, 1998 (test part), https://doi.org/10.24432/C50P49, licence CC BY
+    4.0.
     """
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
         features = stored["features"].astype(np.float32)
@@ -86,19 +93,25 @@ def digits() -> tuple[Features, Labels]:
     return features, labels
 
 
-def dirichlet_partition(labels: Labels, num_clients: int, alpha: float, rng: np.random.Generator) -> list[Indices]:
-    """Deal samples out to clients with label skew: each class is split in shares drawn from Dirichlet(alpha).
+def dirichlet_partition(
+    labels: Labels, num_clients: int, alpha: float, rng: np.random.Generator
+) -> list[Indices]:
+    """Deal samples out to clients with label skew: each class is split in shares drawn from
+    Dirichlet(alpha).
 
-    With alpha = 0.1 most clients hold few classes, with alpha = 100 all hold nearly the same mixture. A client that
-    got less than ``MIN_SAMPLES`` is given single samples of whoever then holds the most.
+    With alpha = 0.1 most clients hold few classes, with alpha = 100 all hold nearly the same
+    mixture. A client that got less than ``MIN_SAMPLES`` is given single samples of whoever then
+    holds the most.
 
     Returns:
         Indices into ``labels`` for each client, ascending; every index is in exactly one of them.
 
     Raises:
-        ConfigError: alpha outside [0.001, 1e6]; less than 1 client, or more than there are samples for.
+        ConfigError: alpha outside [0.001, 1e6]; less than 1 client, or more than there are samples
+            for.
 
-    Source: Yurochkin et al., ICML 2019 (arXiv 1905.12022), split by class; Hsu et al. 2019 (arXiv 1909.06335).
+    Source: Yurochkin et al., ICML 2019 (arXiv 1905.12022), split by class; Hsu et al. 2019 (arXiv
+    1909.06335).
     """
     check_number("num_clients", num_clients, 1, len(labels) // MIN_SAMPLES, whole=True)
     check_number("alpha", alpha, 1e-3, 1e6)
@@ -131,17 +144,20 @@ def make_clients(
     seed: int = 0,
     resolution: float | None = None,
 ) -> tuple[Client, ...]:
-    """Partition a data set by ``dirichlet_partition``; 30 % of each class that a client holds are held out.
+    """Partition a data set by ``dirichlet_partition``; 30 % of each class that a client holds are
+    held out.
 
     Args:
         features: float32 [N, D]. ``labels``: int64 [N], 0 to C - 1.
-        permute_labels: Every client names the classes in its own way: concept shift, under which no single model can
-            be right for all clients. Who holds which samples stays the same.
+        permute_labels: Every client names the classes in its own way: concept shift, under which no
+            single model can be right for all clients. Who holds which samples stays the same.
         seed: Same seed, same clients.
-        resolution: See :class:`Client`. When not given: one grey level for rows of :func:`digits`, else 0.
+        resolution: See :class:`Client`. When not given: one grey level for rows of :func:`digits`,
+            else 0.
 
     Raises:
-        ConfigError: A setting out of range. InvalidInputError: Features or labels that a client cannot hold.
+        ConfigError: A setting out of range. InvalidInputError: Features or labels that a client
+            cannot hold.
     """
     check_number("seed", seed, 0, math.inf, whole=True)
     if resolution is None:
@@ -149,7 +165,9 @@ def make_clients(
         resolution = 0.0
         if features is known or features.base is known:
             resolution = 1.0
-    rng, naming_rng = np.random.default_rng(seed).spawn(2)  # two, so that naming does not change who holds what
+    rng, naming_rng = np.random.default_rng(seed).spawn(
+        2
+    )  # two, so that naming does not change who holds what
     classes = int(labels.max()) + 1
     naming = _namings(classes, naming_rng)
     clients = []
@@ -170,8 +188,8 @@ def make_clients(
 
 
 def _hold_out(indices: Indices, labels: Labels) -> tuple[Indices, Indices]:
-    """Split one client's shuffled samples into train and test, class by class: a class that it holds once is trained
-    on, so that no small client is tested on what it could not learn."""
+    """Split one client's shuffled samples into train and test, class by class: a class that it
+    holds once is trained on, so that no small client is tested on what it could not learn."""
     position = np.empty(len(indices), dtype=np.int64)  # of a sample among those of its class
     held_out = np.empty(len(indices), dtype=np.int64)
     for label in np.unique(labels[indices]):
@@ -184,8 +202,9 @@ def _hold_out(indices: Indices, labels: Labels) -> tuple[Indices, Indices]:
 
 
 def _namings(classes: int, rng: np.random.Generator) -> Iterator[Labels]:
-    """Endless permutations of the labels, balanced: in each block of ``classes`` of them, every class gets every name
-    once (a random Latin square). With independent ones, how right one model is for all would be the luck of the draw.
+    """Endless permutations of the labels, balanced: in each block of ``classes`` of them, every
+    class gets every name once (a random Latin square). With independent ones, how right one model
+    is for all would be the luck of the draw.
     """
     while True:
         rows = rng.permutation(classes)
@@ -196,13 +215,15 @@ def _namings(classes: int, rng: np.random.Generator) -> Iterator[Labels]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """What a client sends of its features, and no sample: their number, their mean, and their distance from it.
+    """What a client sends of its features, and no sample: their number, their mean, and their
+    distance from it.
 
-    Sums of squares would be as short, but ``E[x^2] - E[x]^2`` cancels where the mean is large beside the spread.
-    These are exact up to rounding at any offset, and exactly 0 for a constant.
+    Sums of squares would be as short, but ``E[x^2] - E[x]^2`` cancels where the mean is large
+    beside the spread. These are exact up to rounding at any offset, and exactly 0 for a constant.
 
     Args:
-        count: Samples. ``mean``: float64 [D]. ``m2``: summed squared deviations from that mean, float64 [D].
+        count: Samples. ``mean``: float64 [D]. ``m2``: summed squared deviations from that mean,
+            float64 [D].
 
     Source: Chan, Golub and LeVeque, The American Statistician 37(3), 1983.
     """
@@ -237,7 +258,8 @@ class Moments:
 
     @property
     def constant(self) -> NDArray[np.bool_]:
-        """Which features do not vary, but for rounding, [D]: judged by their own size, so the unit does not matter.
+        """Which features do not vary, but for rounding, [D]: judged by their own size, so the unit
+        does not matter.
 
         Source: scikit-learn's StandardScaler (``_is_constant_feature``), after the same paper.
         """
@@ -248,22 +270,27 @@ class Moments:
         return (variance <= rounding) | tiny
 
 
-def federated_statistics(clients: Sequence[Client], min_std: float | None = None) -> dict[str, list[float]]:
-    """Mean and standard deviation of each feature over all training splits: ``{"mean": [D], "std": [D]}``.
+def federated_statistics(
+    clients: Sequence[Client], min_std: float | None = None
+) -> dict[str, list[float]]:
+    """Mean and standard deviation of each feature over all training splits: ``{"mean": [D], "std":
+    [D]}``.
 
-    A client sends its :class:`Moments` (2 D + 1 numbers) and no sample; the server merges them. What it gets equals the
-    statistics of the pooled data. The answer fits ``Registry.publish(preprocessing=...)`` and
-    ``create_serving_pipeline(feature_stats=...)``.
+    A client sends its :class:`Moments` (2 D + 1 numbers) and no sample; the server merges them.
+    What it gets equals the statistics of the pooled data. The answer fits
+    ``Registry.publish(preprocessing=...)`` and ``create_serving_pipeline(feature_stats=...)``.
 
-    Features may be in any unit. One that is the same everywhere gets 1: it is centred and left unscaled, as by
-    scikit-learn's StandardScaler. One that varies at a single client varies.
+    Features may be in any unit. One that is the same everywhere gets 1: it is centred and left
+    unscaled, as by scikit-learn's StandardScaler. One that varies at a single client varies.
 
     Args:
-        min_std: Floor of every standard deviation, in the features' unit; the clients' ``resolution`` when not given. A
-            pixel that is black but for one sample has a tiny one: divided by it, the next stray dot would be 100 sigma.
+        min_std: Floor of every standard deviation, in the features' unit; the clients'
+            ``resolution`` when not given. A pixel that is black but for one sample has a tiny one:
+            divided by it, the next stray dot would be 100 sigma.
 
     Raises:
-        ConfigError: min_std is not a number > 0. InvalidInputError: No clients, or clients with different features.
+        ConfigError: min_std is not a number > 0. InvalidInputError: No clients, or clients with
+            different features.
     """
     if min_std is not None:
         check_number("min_std", min_std, sys.float_info.min, sys.float_info.max)

@@ -1,10 +1,12 @@
 """Flower: the rounds of its strategies become versions, and a whole run fits into a notebook cell.
 
-Needs the extra ``flower``, in an environment of its own: flwr pins protobuf, starlette, uvicorn and others to releases
-of its choice. Import this before flwr: its telemetry is then off, unless FLWR_TELEMETRY_ENABLED says otherwise.
+Needs the extra ``flower``, in an environment of its own: flwr pins protobuf, starlette, uvicorn and
+others to releases of its choice. Import this before flwr: its telemetry is then off, unless
+FLWR_TELEMETRY_ENABLED says otherwise.
 
-A strategy is wrapped in :class:`Publishing`, and then makes the same ``Round`` that ``federated.train`` makes; what
-takes the one takes the other: ``publish_rounds``, ``gated``, or a function of your own.
+A strategy is wrapped in :class:`Publishing`, and then makes the same ``Round`` that
+``federated.train`` makes; what takes the one takes the other: ``publish_rounds``, ``gated``, or a
+function of your own.
 """
 
 import math
@@ -49,7 +51,8 @@ HEAD = "head"
 
 @dataclass(slots=True)
 class _Seen:
-    """What passed between strategy and clients in the round under way. Clients go by their node id."""
+    """What passed between strategy and clients in the round under way. Clients go by their node
+    id."""
 
     rejected: dict[str, str]
     samples: dict[str, int] = field(default_factory=dict)
@@ -59,7 +62,8 @@ class _Seen:
     not_finite: list[str] = field(default_factory=list)
 
     def note(self, kind: str, record: MetricRecord | None) -> None:
-        """Keep the numbers of a record, as ``kind.name``. NaN and infinities, which no manifest takes, by name only."""
+        """Keep the numbers of a record, as ``kind.name``. NaN and infinities, which no manifest
+        takes, by name only."""
         for name, value in ({} if record is None else record).items():
             if not isinstance(value, list):
                 if math.isfinite(value):
@@ -73,39 +77,44 @@ class Publishing(Strategy):
 
     ::
 
-        strategy = FedAdam(fraction_evaluate=1.0)
-        strategy = Publishing(strategy, on_round=publish_rounds(registry, "digits", alias="default"), ...)
-        strategy.start(grid=grid, initial_arrays=arrays, num_rounds=5)
+        strategy = FedAdam(fraction_evaluate=1.0) strategy = Publishing(strategy,
+        on_round=publish_rounds(registry, "digits", alias="default"), ...) strategy.start(grid=grid,
+        initial_arrays=arrays, num_rounds=5)
 
     Args:
-        strategy: Any of ``flwr.serverapp.strategy`` or of your own; it trains as it would by itself.
-        on_round: Called after each round, e.g. ``publish_rounds(registry, name)`` or ``gated(registry, name, gate)``.
-            What it raises ends the training.
+        strategy: Any of ``flwr.serverapp.strategy`` or of your own; it trains as it would by
+            itself.
+        on_round: Called after each round, e.g. ``publish_rounds(registry, name)`` or
+            ``gated(registry, name, gate)``. What it raises ends the training.
         architecture: What the arrays are the weights of, with ``parameters``: a registered one.
-        preprocessing: ``mean`` and ``std`` that the clients standardise with, so that the server does so too; zeros and
-            ones if they train on rows as they come.
-        data: The samples in words, for the lineage, which also gets the numbers and words of ``train_config``.
+        preprocessing: ``mean`` and ``std`` that the clients standardise with, so that the server
+            does so too; zeros and ones if they train on rows as they come.
+        data: The samples in words, for the lineage, which also gets the numbers and words of
+            ``train_config``.
         samples: The metric by which clients tell how many samples they trained on.
-        accuracy: Names under which clients, and ``evaluate_fn``, tell the accuracy. Those of the clients, each on its
-            own held-out samples, make ``mean_client_accuracy`` and ``worst_client_accuracy``; that of ``evaluate_fn``,
-            or else what the strategy made of the clients', is ``global_accuracy``. All numbers are kept, too, as
-            ``train.*`` and ``evaluate.*`` (aggregated from the clients) and ``server.*`` (from ``evaluate_fn``).
+        accuracy: Names under which clients, and ``evaluate_fn``, tell the accuracy. Those of the
+            clients, each on its own held-out samples, make ``mean_client_accuracy`` and
+            ``worst_client_accuracy``; that of ``evaluate_fn``, or else what the strategy made of
+            the clients', is ``global_accuracy``. All numbers are kept, too, as ``train.*`` and
+            ``evaluate.*`` (aggregated from the clients) and ``server.*`` (from ``evaluate_fn``).
 
-    A client's own head comes in with its reply, beside the arrays, as one more ``ArrayRecord``: ``content["head"] =
-    ArrayRecord(module.head.state_dict())``, in ``train`` or, fine-tuned on the new model, in ``evaluate``. The newest
-    of each client goes with every version, by the client's node id; the strategy does not see it. The architecture must
-    be a ``models.SplitModel``.
+    A client's own head comes in with its reply, beside the arrays, as one more ``ArrayRecord``:
+    ``content["head"] = ArrayRecord(module.head.state_dict())``, in ``train`` or, fine-tuned on the
+    new model, in ``evaluate``. The newest of each client goes with every version, by the client's
+    node id; the strategy does not see it. The architecture must be a ``models.SplitModel``.
 
-    A client counts as rejected whose reply is an error, does not come, holds NaN, infinite numbers or what is no array
-    of numbers (a pickle, which is not opened), or has another form than most of the others have, the number of samples
-    included; the strategy does not see it. Of a head that is so, or of an evaluation, only that is left out. A round
-    without any valid reply leaves the model as it was, and says so; if it is the first one, the client app is broken,
-    and the training ends.
+    A client counts as rejected whose reply is an error, does not come, holds NaN, infinite numbers
+    or what is no array of numbers (a pickle, which is not opened), or has another form than most of
+    the others have, the number of samples included; the strategy does not see it. Of a head that is
+    so, or of an evaluation, only that is left out. A round without any valid reply leaves the model
+    as it was, and says so; if it is the first one, the client app is broken, and the training ends.
 
     Raises:
-        ConfigError: Wrong arguments; clients that do not tell ``samples``. NotFoundError: No such architecture.
-        InvalidModelError: ``initial_arrays`` do not fit the architecture (before a round is played), or the arrays of a
-            round are not finite. ModelExecutionError: No valid reply in the first round.
+        ConfigError: Wrong arguments; clients that do not tell ``samples``. NotFoundError: No such
+            architecture.
+        InvalidModelError: ``initial_arrays`` do not fit the architecture (before a round is
+            played), or the arrays of a round are not finite. ModelExecutionError: No valid reply in
+            the first round.
     """
 
     def __init__(
@@ -126,7 +135,9 @@ class Publishing(Strategy):
                 "Flower's own"
             )
         if not callable(on_round):
-            raise ConfigError(f"on_round is {on_round!r}: give a function, as publish_rounds(registry, name) makes one")
+            raise ConfigError(
+                f"on_round is {on_round!r}: give a function, as publish_rounds(registry, name) makes one"
+            )
         if models.signature(architecture, parameters)[1] == (1,):
             raise InvalidModelError(f"{architecture!r} has outputs of shape [1]: {ONE_OUTPUT}")
         with torch.device("meta"):
@@ -172,9 +183,13 @@ class Publishing(Strategy):
             lineage={"extra": facts},
         )
         draft = validation.check(content, max_artifact_bytes=1 << 62)
-        encode(draft.manifest)  # what publishing would refuse after a round, is refused before the first
+        encode(
+            draft.manifest
+        )  # what publishing would refuse after a round, is refused before the first
 
-        def finish(number: int, arrays: ArrayRecord) -> MetricRecord | None:  # the last that Flower does in a round
+        def finish(
+            number: int, arrays: ArrayRecord
+        ) -> MetricRecord | None:  # the last that Flower does in a round
             measured = None
             if evaluate_fn is not None:
                 measured = evaluate_fn(number, arrays)
@@ -186,7 +201,9 @@ class Publishing(Strategy):
         self._trained = False
         self._personal: dict[str, State] = {}
         try:
-            return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, finish)
+            return super().start(
+                grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, finish
+            )
         finally:
             self._seen = None
 
@@ -195,7 +212,9 @@ class Publishing(Strategy):
     ) -> Iterable[Message]:
         """The strategy's own; who is asked, is remembered."""
         if self._seen is None:
-            raise ConfigError("start() of another object asks for a round: wrap that one in Publishing, outermost")
+            raise ConfigError(
+                "start() of another object asks for a round: wrap that one in Publishing, outermost"
+            )
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         nodes = sorted(message.metadata.dst_node_id for message in messages)
         self._seen = _Seen({str(node): "no reply" for node in nodes})
@@ -229,12 +248,15 @@ class Publishing(Strategy):
             for client, why in seen.rejected.items():
                 first = f"client {client}: {why}"
                 break
-            raise ModelExecutionError(f"round {server_round} has no valid reply ({first}): mend the client app")
+            raise ModelExecutionError(
+                f"round {server_round} has no valid reply ({first}): mend the client app"
+            )
         self._trained = True
         return arrays, metrics
 
     def _parted(self, replies: Iterable[Message]) -> tuple[list[Message], dict[str, ArrayRecord]]:
-        """The replies by client, and their heads taken out of them: strategies average the one record that is left."""
+        """The replies by client, and their heads taken out of them: strategies average the one
+        record that is left."""
         ordered = sorted(replies, key=lambda reply: int(reply.metadata.src_node_id))
         heads = {}
         for reply in ordered:
@@ -268,8 +290,8 @@ class Publishing(Strategy):
                 )
 
     def _faults(self, replies: Sequence[Message], *, trained: bool = True) -> dict[str, str]:
-        """Why replies are left out, by client. ConfigError: none of them tells on how many samples it ``trained``, so
-        the app is wrong."""
+        """Why replies are left out, by client. ConfigError: none of them tells on how many samples
+        it ``trained``, so the app is wrong."""
         faults = {}
         sound = []
         for reply in replies:
@@ -298,7 +320,9 @@ class Publishing(Strategy):
                 continue
             (usual, _), *_ = forms.most_common(1)
             if form != usual:
-                faults[client] = "its arrays or metrics have other names or shapes than those of the others"
+                faults[client] = (
+                    "its arrays or metrics have other names or shapes than those of the others"
+                )
                 continue
             try:
                 for record in reply.content.array_records.values():
@@ -312,10 +336,14 @@ class Publishing(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The strategy's own."""
-        messages: Iterable[Message] = self.strategy.configure_evaluate(server_round, arrays, config, grid)
+        messages: Iterable[Message] = self.strategy.configure_evaluate(
+            server_round, arrays, config, grid
+        )
         return messages
 
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
         """The strategy's own; the clients' accuracies are remembered."""
         seen = self._seen or _Seen({})
         ordered, heads = self._parted(replies)
@@ -337,7 +365,9 @@ class Publishing(Strategy):
         """The strategy's own."""
         self.strategy.summary()
 
-    def _round(self, number: int, arrays: ArrayRecord, measured: MetricRecord | None, facts: dict[str, Any]) -> Round:
+    def _round(
+        self, number: int, arrays: ArrayRecord, measured: MetricRecord | None, facts: dict[str, Any]
+    ) -> Round:
         seen = self._seen or _Seen({})
         seen.note("server", measured)
         self._personal |= seen.personal
@@ -383,7 +413,8 @@ class Publishing(Strategy):
     def _state(self, arrays: ArrayRecord) -> State:
         """The arrays as tensors of the types that the architecture has.
 
-        FedAdam and its like compute in float64 and hand that on; a client casts when it loads them, and so does this.
+        FedAdam and its like compute in float64 and hand that on; a client casts when it loads them,
+        and so does this.
         """
         try:
             state: State = dict(arrays.to_torch_state_dict())
@@ -420,13 +451,18 @@ def _form(reply: Message) -> tuple[Any, ...]:
 
 
 def _read(array: Array) -> NDArray[Any]:
-    """The array's numbers. Raises InvalidModelError: they are no numbers, others than it claims, or not finite."""
+    """The array's numbers. Raises InvalidModelError: they are no numbers, others than it claims, or
+    not finite."""
     try:
         values: NDArray[Any] = array.numpy()  # which opens no pickle
     except Exception as error:
-        raise InvalidModelError(f"cannot be read ({type(error).__name__}: {error!s:.200})") from error
+        raise InvalidModelError(
+            f"cannot be read ({type(error).__name__}: {error!s:.200})"
+        ) from error
     if (values.shape, str(values.dtype)) != (tuple(array.shape), array.dtype):
-        raise InvalidModelError(f"hold {values.dtype}{list(values.shape)} and claim {array.dtype}{list(array.shape)}")
+        raise InvalidModelError(
+            f"hold {values.dtype}{list(values.shape)} and claim {array.dtype}{list(array.shape)}"
+        )
     if values.dtype.kind not in "biufc" or not np.isfinite(values).all():
         raise InvalidModelError("hold NaN or infinite values")
     return values

@@ -1,7 +1,8 @@
-"""Flower without Ray: every client of a run in this process. Imported by ``flower``, which says what it needs.
+"""Flower without Ray: every client of a run in this process. Imported by ``flower``, which says
+what it needs.
 
-Two of Flower's own hands are borrowed, because no public one does it: the task's identity, without which no message can
-be made, and the message id, which else the transport gives.
+Two of Flower's own hands are borrowed, because no public one does it: the task's identity, without
+which no message can be made, and the message id, which else the transport gives.
 """
 
 import copy
@@ -23,11 +24,13 @@ _PATIENCE = 10  # times, a second apart, that a strategy may look for more clien
 
 
 class LocalGrid(Grid):
-    """Flower's grid with every client in this process, one after the other: no Ray, no network, no files.
+    """Flower's grid with every client in this process, one after the other: no Ray, no network, no
+    files.
 
-    ``strategy.start(grid=LocalGrid(client_app, 10), ...)`` is a whole run, also in a notebook. As in Flower's own
-    simulation, a client finds ``partition-id`` and ``num-partitions`` in its context, its ``state`` survives the rounds
-    (but for a call that failed), and what it raises becomes an error reply, its traceback in the log of flwr.
+    ``strategy.start(grid=LocalGrid(client_app, 10), ...)`` is a whole run, also in a notebook. As
+    in Flower's own simulation, a client finds ``partition-id`` and ``num-partitions`` in its
+    context, its ``state`` survives the rounds (but for a call that failed), and what it raises
+    becomes an error reply, its traceback in the log of flwr.
 
     Raises:
         ConfigError: Wrong arguments; a strategy that waits for more clients than there are.
@@ -40,7 +43,9 @@ class LocalGrid(Grid):
         run_config: Mapping[str, bool | int | float | str] | None = None,
     ) -> None:
         if not isinstance(client_app, ClientApp):
-            raise ConfigError(f"client_app is a {type(client_app).__name__}: give a flwr.clientapp.ClientApp")
+            raise ConfigError(
+                f"client_app is a {type(client_app).__name__}: give a flwr.clientapp.ClientApp"
+            )
         check_number("num_supernodes", num_supernodes, 1, 1_000_000, whole=True)
         self.client_app = client_app
         self._run = None
@@ -52,7 +57,9 @@ class LocalGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._idle = 0
         self._busy = False
-        if TaskIdentity._run_id is None:  # without it no message can be made; a real run has its own
+        if (
+            TaskIdentity._run_id is None
+        ):  # without it no message can be made; a real run has its own
             TaskIdentity.run_id = 1
             TaskIdentity.task_id = 1
             TaskIdentity.node_id = 1
@@ -74,7 +81,12 @@ class LocalGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """A message to a client."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -97,9 +109,15 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to these messages, each of them once."""
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+        return [
+            self._replies.pop(message_id)
+            for message_id in message_ids
+            if message_id in self._replies
+        ]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
         """Push and pull; nothing here ever comes too late."""
         return self.pull_messages(self.push_messages(messages))
 
@@ -130,7 +148,8 @@ def run(
     num_supernodes: int,
     run_config: Mapping[str, bool | int | float | str] | None = None,
 ) -> Context:
-    """A whole Flower app in this process: ``run_simulation`` without Ray. Returns the server's context, with its state.
+    """A whole Flower app in this process: ``run_simulation`` without Ray. Returns the server's
+    context, with its state.
 
     Args:
         num_supernodes: Clients. ``run_config``: what the apps find in ``context.run_config``.
@@ -139,7 +158,9 @@ def run(
         ConfigError: Wrong arguments. Whatever the server app raises.
     """
     if not isinstance(server_app, ServerApp):
-        raise ConfigError(f"server_app is a {type(server_app).__name__}: give a flwr.serverapp.ServerApp")
+        raise ConfigError(
+            f"server_app is a {type(server_app).__name__}: give a flwr.serverapp.ServerApp"
+        )
     grid = LocalGrid(client_app, num_supernodes, run_config)
     context = grid.server_context()
     server_app(grid, context)

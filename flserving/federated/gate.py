@@ -1,9 +1,11 @@
-"""The gate: what a version must show before an alias moves to it, and a callback that lets a training promote itself.
+"""The gate: what a version must show before an alias moves to it, and a callback that lets a
+training promote itself.
 
-It judges a version as it would be served, on held-out rows with known answers. It sees the mean that the server made of
-a round and not the clients' updates: single updates that are no numbers were left out before (``aggregation.fault``).
-It cannot see what these rows do not show: a backdoor answers them well until somebody shows it its trigger, and a small
-poisoning hides in the tolerance. Many rounds judged on the same rows also wear these out: renew them.
+It judges a version as it would be served, on held-out rows with known answers. It sees the mean
+that the server made of a round and not the clients' updates: single updates that are no numbers
+were left out before (``aggregation.fault``). It cannot see what these rows do not show: a backdoor
+answers them well until somebody shows it its trigger, and a small poisoning hides in the tolerance.
+Many rounds judged on the same rows also wear these out: renew them.
 """
 
 import math
@@ -41,7 +43,12 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS", "Check", "Gate", "Verdict", "gated", "golden_rows"]
 
 CHECKS = ("finite", "form", "clients", "norm", "accuracy", "worst client", "agreement", "golden")
-_COMPARED = ("norm", "accuracy", "worst client", "agreement")  # these need a version to compare with
+_COMPARED = (
+    "norm",
+    "accuracy",
+    "worst client",
+    "agreement",
+)  # these need a version to compare with
 _WINDOW = 10  # accepted updates that the next one is compared with
 _CONFIG = ServingConfig(warmup_samples=0, max_batch_size=512)
 _Right = NDArray[np.bool_]  # which rows are answered right
@@ -49,7 +56,8 @@ _Right = NDArray[np.bool_]  # which rows are answered right
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One row of a verdict: what was measured, against which limit (NaN: there is no number), and in words."""
+    """One row of a verdict: what was measured, against which limit (NaN: there is no number), and
+    in words."""
 
     name: str
     passed: bool
@@ -60,7 +68,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the gate says of a version, compared with ``against``: the version the alias pointed at (None: nowhere)."""
+    """What the gate says of a version, compared with ``against``: the version the alias pointed at
+    (None: nowhere)."""
 
     model: str
     version: int
@@ -77,14 +86,18 @@ class Verdict:
         return tuple(check.name for check in self.checks if not check.passed)
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"{check.name}: {check.words}" for check in self.checks if check.passed == self.passed)
+        reasons = "; ".join(
+            f"{check.name}: {check.words}" for check in self.checks if check.passed == self.passed
+        )
         outcome = "passed" if self.passed else "refused"
         return f"version {self.version} {outcome}: {reasons}"
 
     def to_frame(self) -> "pd.DataFrame":
         """One row a check: passed, value, limit, words."""
         frame: pd.DataFrame = need("pandas", "course").DataFrame(self.checks)
-        return frame.rename(columns={"name": "check"}).set_index("check")[["passed", "value", "limit", "words"]]
+        return frame.rename(columns={"name": "check"}).set_index("check")[
+            ["passed", "value", "limit", "words"]
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,20 +105,26 @@ class Gate:
     """The checks, and their limits.
 
     Args:
-        clients: Their test splits are the held-out rows. Whoever runs the gate needs them: from clients that give some
-            away, or public ones. Known clients are answered by their own heads where the version has them.
-        golden: Rows float32 [n, D] and the answers int64 [n] that any version must give: see :func:`golden_rows`.
-        tolerance: The most that accuracy may drop on all held-out rows together. A version has to *show* that it
-            stays within: the upper bound of its drop counts, of level ``alpha``, from the rows that only one of the
-            two versions answers right. Source: Agresti and Min, Statistics in Medicine 24, 2005.
-        client_tolerance: The most that it may drop for one client. A client's rows are few, so here the *drop* must
-            show: it counts if McNemar's exact test rejects at ``alpha`` over the number of clients (Bonferroni).
+        clients: Their test splits are the held-out rows. Whoever runs the gate needs them: from
+            clients that give some away, or public ones. Known clients are answered by their own
+            heads where the version has them.
+        golden: Rows float32 [n, D] and the answers int64 [n] that any version must give: see
+            :func:`golden_rows`.
+        tolerance: The most that accuracy may drop on all held-out rows together. A version has to
+            *show* that it stays within: the upper bound of its drop counts, of level ``alpha``,
+            from the rows that only one of the two versions answers right. Source: Agresti and Min,
+            Statistics in Medicine 24, 2005.
+        client_tolerance: The most that it may drop for one client. A client's rows are few, so here
+            the *drop* must show: it counts if McNemar's exact test rejects at ``alpha`` over the
+            number of clients (Bonferroni).
         agreement: Least share of the held-out rows that both versions answer alike.
-        jump: An update (weights minus those that serve now) may be this many times as long as the median of the last
-            10 that were accepted. Bounded norms: Sun et al. 2019 (arXiv 1911.07963); the median of lengths as their
-            measure, there among the clients of a round: FLAME, Nguyen et al. 2022 (arXiv 2101.02281). With fewer than
-            three to compare with, the limit is the length of the weights that serve now.
-        min_clients: Fewest accepted clients that its lineage must name; by default half of ``clients``, rounded up.
+        jump: An update (weights minus those that serve now) may be this many times as long as the
+            median of the last 10 that were accepted. Bounded norms: Sun et al. 2019 (arXiv
+            1911.07963); the median of lengths as their measure, there among the clients of a round:
+            FLAME, Nguyen et al. 2022 (arXiv 2101.02281). With fewer than three to compare with, the
+            limit is the length of the weights that serve now.
+        min_clients: Fewest accepted clients that its lineage must name; by default half of
+            ``clients``, rounded up.
 
     Raises:
         ConfigError: A limit out of range, or no clients.
@@ -130,22 +149,32 @@ class Gate:
         if self.min_clients is not None:
             check_number("min_clients", self.min_clients, 0, math.inf, whole=True)
         if self.golden is not None and len(self.golden[0]) != len(self.golden[1]):
-            raise ConfigError(f"golden has {len(self.golden[0])} rows and {len(self.golden[1])} answers: give as many")
+            raise ConfigError(
+                f"golden has {len(self.golden[0])} rows and {len(self.golden[1])} answers: give as many"
+            )
 
-    def check(self, registry: Registry, name: str, version: int, alias: str = DEFAULT_ALIAS) -> Verdict:
+    def check(
+        self, registry: Registry, name: str, version: int, alias: str = DEFAULT_ALIAS
+    ) -> Verdict:
         """Judge a version against the one that ``alias`` points at; moves nothing.
 
-        Where the alias points nowhere there is nothing to compare with: these checks pass, and say so.
+        Where the alias points nowhere there is nothing to compare with: these checks pass, and say
+        so.
 
         Raises:
-            NotFoundError: No such version. CorruptArtifactError: Its bytes are not what was published.
-            NotSupportedError: A regression. InvalidInputError: Held-out or golden rows of another width.
+            NotFoundError: No such version. CorruptArtifactError: Its bytes are not what was
+                published.
+            NotSupportedError: A regression. InvalidInputError: Held-out or golden rows of another
+                width.
 
-        Cost: loads both versions and answers the held-out rows with each; reads the last 11 accepted versions.
+        Cost: loads both versions and answers the held-out rows with each; reads the last 11
+        accepted versions.
         """
         new = registry.read(name, version)
         if new.manifest.signature.output_type != "classification":
-            raise NotSupportedError(f"{name!r} is a regression: the gate compares right and wrong answers")
+            raise NotSupportedError(
+                f"{name!r} is a regression: the gate compares right and wrong answers"
+            )
         old = None
         against = registry.aliases(name).get(alias)
         if against is not None:
@@ -167,12 +196,19 @@ class Gate:
         return Verdict(name, new.manifest.version, against, tuple(checks))
 
     def promote(
-        self, registry: Registry, name: str, version: int, alias: str = DEFAULT_ALIAS, *, who: str = "gate"
+        self,
+        registry: Registry,
+        name: str,
+        version: int,
+        alias: str = DEFAULT_ALIAS,
+        *,
+        who: str = "gate",
     ) -> Verdict:
         """Check, and move the alias if the version passed; the verdict is in the log as the reason.
 
         Raises:
-            ConflictError: The alias moved meanwhile, or is in an experiment. As :meth:`check`. Nothing has changed.
+            ConflictError: The alias moved meanwhile, or is in an experiment. As :meth:`check`.
+                Nothing has changed.
         """
         verdict = self.check(registry, name, version, alias)
         if verdict.passed:
@@ -189,11 +225,17 @@ class Gate:
         if lineage:
             found = lineage.num_clients
         if found is None:
-            return Check("clients", wanted == 0, f"no number of clients in its lineage, at least {wanted} wanted")
+            return Check(
+                "clients",
+                wanted == 0,
+                f"no number of clients in its lineage, at least {wanted} wanted",
+            )
         words = f"{found} clients in its lineage, at least {wanted} wanted"
         return Check("clients", found >= wanted, words, found, wanted)
 
-    def _judged(self, registry: Registry, alias: str, new: Artifact, old: Artifact | None) -> list[Check]:
+    def _judged(
+        self, registry: Registry, alias: str, new: Artifact, old: Artifact | None
+    ) -> list[Check]:
         """The checks that need answers, or a version to compare with."""
         given, golden = self._answers(registry, new.manifest)
         right = self._right(given)
@@ -216,9 +258,13 @@ class Gate:
             last,
         ]
 
-    def _answers(self, registry: Registry, manifest: Manifest) -> tuple[list[Labels], Labels | None]:
+    def _answers(
+        self, registry: Registry, manifest: Manifest
+    ) -> tuple[list[Labels], Labels | None]:
         """What a version answers to the held-out rows of each client, and to the golden rows."""
-        engine = load_engine(RegistrySource(registry, manifest.name), str(manifest.version), _CONFIG)
+        engine = load_engine(
+            RegistrySource(registry, manifest.name), str(manifest.version), _CONFIG
+        )
         validate = engine.preprocessor.validate
         rows = [validate(client.test_x) for client in self.clients]
         personal = engine.personal
@@ -239,13 +285,17 @@ class Gate:
 
     def _right(self, given: Sequence[Labels]) -> list[_Right]:
         """Which held-out rows of each client were answered right."""
-        return [answers == client.test_y for answers, client in zip(given, self.clients, strict=True)]
+        return [
+            answers == client.test_y for answers, client in zip(given, self.clients, strict=True)
+        ]
 
     def _golden(self, answers: Labels | None) -> Check:
         if self.golden is None or answers is None:
             return Check("golden", True, "no golden rows were given", 0, 0)
         wrong = int((answers != self.golden[1]).sum())
-        return Check("golden", wrong == 0, f"{wrong} of {len(answers)} answered differently", wrong, 0)
+        return Check(
+            "golden", wrong == 0, f"{wrong} of {len(answers)} answered differently", wrong, 0
+        )
 
     def _norm(self, registry: Registry, alias: str, new: Artifact, old: Artifact) -> Check:
         length = _distance(new.tensors, old.tensors)
@@ -260,7 +310,8 @@ class Gate:
         return Check("norm", length <= limit, words, length, limit)
 
     def _accuracy(self, before: _Right, now: _Right) -> Check:
-        """Source: Agresti and Min 2005: 0.5 is added to each of the four cells, so 2 to the number of rows."""
+        """Source: Agresti and Min 2005: 0.5 is added to each of the four cells, so 2 to the number
+        of rows."""
         lost, won = _changed(before, now)
         n = len(now) + 2
         drop = (lost - won) / n
@@ -269,12 +320,14 @@ class Gate:
         z = NormalDist().inv_cdf(1 - self.alpha)
         bound = drop + z * error
         words = (
-            f"{now.mean():.3f} after {before.mean():.3f}, {lost} rows lost, {won} won: a drop of at most {bound:.3f}"
+            f"{now.mean():.3f} after {before.mean():.3f}, {lost} rows lost, {won} won: "
+            f"a drop of at most {bound:.3f}"
         )
         return Check("accuracy", bound <= self.tolerance, words, bound, self.tolerance)
 
     def _worst(self, before: Sequence[_Right], now: Sequence[_Right]) -> Check:
-        """McNemar's exact test of each client: as many lost among those that changed, if a fair coin decided."""
+        """McNemar's exact test of each client: as many lost among those that changed, if a fair
+        coin decided."""
         worst = 0.0
         who = ""
         for client, old, new in zip(self.clients, before, now, strict=True):
@@ -289,13 +342,20 @@ class Gate:
         least_now = min(part.mean() for part in now)
         least_before = min(part.mean() for part in before)
         words = f"{least_now:.3f} after {least_before:.3f}{who}"
-        return Check("worst client", worst <= self.client_tolerance, words, worst, self.client_tolerance)
+        return Check(
+            "worst client", worst <= self.client_tolerance, words, worst, self.client_tolerance
+        )
 
 
 def golden_rows(
-    registry: Registry, name: str, clients: Sequence[Client], version: int | str = DEFAULT_ALIAS, per_class: int = 2
+    registry: Registry,
+    name: str,
+    clients: Sequence[Client],
+    version: int | str = DEFAULT_ALIAS,
+    per_class: int = 2,
 ) -> tuple[Features, Labels]:
-    """Rows that any sound version answers right: of each class those of which ``version`` is surest, and right.
+    """Rows that any sound version answers right: of each class those of which ``version`` is
+    surest, and right.
 
     Keep them (``np.savez``): what is golden must not follow the versions that it is to judge.
     """
@@ -322,10 +382,12 @@ def gated(
     who: str = "gate",
     on_verdict: Callable[[Verdict], object] | None = None,
 ) -> Callable[[Round], Verdict]:
-    """A callback for ``federated.train(on_round=...)``: publish every round, promote those that pass.
+    """A callback for ``federated.train(on_round=...)``: publish every round, promote those that
+    pass.
 
-    A refused round stays published, and the training goes on from it: the gate protects those who are answered, not
-    the training. An alias that cannot move now (an experiment runs) is a refusal by the check "alias".
+    A refused round stays published, and the training goes on from it: the gate protects those who
+    are answered, not the training. An alias that cannot move now (an experiment runs) is a refusal
+    by the check "alias".
     """
     publish = publish_rounds(registry, name)
 
@@ -379,7 +441,8 @@ def _distance(a: State, b: State | None = None) -> float:
 
 
 def _accepted(registry: Registry, name: str, alias: str) -> list[float]:
-    """Lengths of the last updates that ``alias`` followed, without those that were rolled back, oldest first."""
+    """Lengths of the last updates that ``alias`` followed, without those that were rolled back,
+    oldest first."""
     moves = registry.history(name, alias)
     moves = moves[(moves["action"] == "set") & moves["from"].notna()]
     undone = moves["to"].isin(registry.rolled_back(name, alias))

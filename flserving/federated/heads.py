@@ -1,4 +1,5 @@
-"""Personal heads for a finished training: fitted on the frozen global model, each with its client's own samples."""
+"""Personal heads for a finished training: fitted on the frozen global model, each with its client's
+own samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from flserving.registry.heads import HeadSet, Layout, neutral_head, trained_on_s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """Heads, and what they are worth: held-out accuracy by client id, with its own head and with the global one."""
+    """Heads, and what they are worth: held-out accuracy by client id, with its own head and with
+    the global one."""
 
     heads: HeadSet
     accuracy: Mapping[str, float]
@@ -27,9 +29,13 @@ class Fitted:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """``mean_client_accuracy`` and ``worst_client_accuracy`` with the heads, for ``Registry.publish``."""
+        """``mean_client_accuracy`` and ``worst_client_accuracy`` with the heads, for
+        ``Registry.publish``."""
         values = list(self.accuracy.values())
-        return {"mean_client_accuracy": sum(values) / len(values), "worst_client_accuracy": min(values)}
+        return {
+            "mean_client_accuracy": sum(values) / len(values),
+            "worst_client_accuracy": min(values),
+        }
 
 
 def fit_heads(
@@ -43,23 +49,26 @@ def fit_heads(
 ) -> Fitted:
     """Fit one head per client; the global model stays as it is.
 
-    ``head`` starts at the global head (fine-tuning: the base line of Collins et al., ICML 2021). ``additive`` starts at
-    zero and is added to the generic logits (the personal part of FedROD, Chen and Chao, ICLR 2022, fitted afterwards
-    instead of along with the body). ``adapter`` is an affine map of the generic logits that starts at the identity
-    (matrix scaling, Guo et al., ICML 2017). So with 0 epochs every layout answers as the global model does,
-    and at any time ``additive`` as ``head`` does: it holds the difference.
+    ``head`` starts at the global head (fine-tuning: the base line of Collins et al., ICML 2021).
+    ``additive`` starts at zero and is added to the generic logits (the personal part of FedROD,
+    Chen and Chao, ICLR 2022, fitted afterwards instead of along with the body). ``adapter`` is an
+    affine map of the generic logits that starts at the identity (matrix scaling, Guo et al., ICML
+    2017). So with 0 epochs every layout answers as the global model does, and at any time
+    ``additive`` as ``head`` does: it holds the difference.
 
     Args:
         trained: A run (its last round), or a round; then ``clients`` must be given.
         clients: Those who get a head; they may have taken no part in the training.
-        learning_rate, seed: The training's own where not given, as is the batch size; another framework's round has
-            none of them, and gets the defaults of ``Recipe``.
+        learning_rate, seed: The training's own where not given, as is the batch size; another
+            framework's round has none of them, and gets the defaults of ``Recipe``.
 
     Raises:
-        ConfigError: No clients, the same one twice, or a setting out of range. InvalidModelError: The model has no body
+        ConfigError: No clients, the same one twice, or a setting out of range. InvalidModelError:
+            The model has no body
         and linear head. InvalidInputError: Samples that the model does not take.
 
-    Cost: mini-batch SGD on a linear layer over features that are computed once: about 3 ms a client on digits.
+    Cost: mini-batch SGD on a linear layer over features that are computed once: about 3 ms a client
+    on digits.
     """
     if isinstance(trained, Run):
         clients = trained.clients if clients is None else clients
@@ -97,7 +106,9 @@ def fit_heads(
             for _ in range(epochs):
                 shuffled = torch.randperm(len(train_y), generator=order)
                 for batch in torch.split(shuffled, recipe.batch_size):
-                    _descend(head, inputs[batch], offset[batch], train_y[batch], recipe.learning_rate)
+                    _descend(
+                        head, inputs[batch], offset[batch], train_y[batch], recipe.learning_rate
+                    )
             heads.append(head.numpy())
             inputs, offset, logits = _views(model, layout, standardise(client.test_x))
             own[client.id] = _accuracy(inputs @ head + offset, test_y)
@@ -108,7 +119,8 @@ def fit_heads(
 
 
 def _views(model: SplitModel, layout: Layout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a head multiplies (with a one for the bias), what is added to that, and the generic logits."""
+    """What a head multiplies (with a one for the bias), what is added to that, and the generic
+    logits."""
     features = model.body(rows)
     logits = model.head(features)
     inputs = features
@@ -122,7 +134,8 @@ def _views(model: SplitModel, layout: Layout, rows: Tensor) -> tuple[Tensor, Ten
 
 
 def _descend(head: Tensor, x: Tensor, offset: Tensor, y: Tensor, rate: float) -> None:
-    """A step on the cross entropy of ``x W + offset``, in place: its gradient is x' (softmax - one-hot) / n."""
+    """A step on the cross entropy of ``x W + offset``, in place: its gradient is x' (softmax -
+    one-hot) / n."""
     error = torch.softmax(x @ head + offset, dim=1)
     error[torch.arange(len(y)), y] -= 1
     head.addmm_(x.T, error, alpha=-rate / len(y))

@@ -1,4 +1,5 @@
-"""What goes into a federated training and what comes out: strategies, a checked recipe, rounds, and their publisher.
+"""What goes into a federated training and what comes out: strategies, a checked recipe, rounds, and
+their publisher.
 
 The training itself is in ``training.py``.
 """
@@ -32,11 +33,12 @@ class Strategy:
     """What sets one strategy apart from the others.
 
     Args:
-        keeps: Tensors whose names start so stay with the client, which trains on from them in the next round; it takes
-            the others from the server. None: it keeps nothing; "": everything.
-        head_first: Train the head with the body frozen, then the body with the head frozen; else both together.
-        fine_tunes: After the aggregation each client trains the head of the new global model on its own samples. That
-            head serves it, and is gone in the next round.
+        keeps: Tensors whose names start so stay with the client, which trains on from them in the
+            next round; it takes the others from the server. None: it keeps nothing; "": everything.
+        head_first: Train the head with the body frozen, then the body with the head frozen; else
+            both together.
+        fine_tunes: After the aggregation each client trains the head of the new global model on its
+            own samples. That head serves it, and is gone in the next round.
     """
 
     keeps: str | None = None
@@ -56,9 +58,13 @@ class Strategy:
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
         "fedavg": Strategy(),  # McMahan et al., AISTATS 2017 (arXiv 1602.05629)
-        "fedavg_ft": Strategy(fine_tunes=True),  # the same, with fine-tuned heads: the base line of Collins et al.
+        "fedavg_ft": Strategy(
+            fine_tunes=True
+        ),  # the same, with fine-tuned heads: the base line of Collins et al.
         "fedper": Strategy(keeps="head."),  # Arivazhagan et al. 2019 (arXiv 1912.00818)
-        "fedrep": Strategy(keeps="head.", head_first=True),  # Collins et al., ICML 2021 (arXiv 2102.07078)
+        "fedrep": Strategy(
+            keeps="head.", head_first=True
+        ),  # Collins et al., ICML 2021 (arXiv 2102.07078)
         "local": Strategy(keeps=""),  # nobody takes anything: what a federation has to beat
     }
 )
@@ -66,7 +72,8 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Settings of a training, as they go into the lineage of its versions. ``data`` describes the samples in words.
+    """Settings of a training, as they go into the lineage of its versions. ``data`` describes the
+    samples in words.
 
     Raises:
         ConfigError: A value has the wrong type or lies outside its bounds.
@@ -84,7 +91,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise ConfigError(f"strategy is {self.strategy!r}: choose one of {', '.join(STRATEGIES)}")
+            raise ConfigError(
+                f"strategy is {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"
+            )
         check_number("rounds", self.rounds, 1, 10_000, whole=True)
         check_number("local_epochs", self.local_epochs, 1, 1_000, whole=True)
         check_number("batch_size", self.batch_size, 1, 1_000_000, whole=True)
@@ -100,7 +109,8 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What stands in a recipe's place where another framework trained: what its versions say of it."""
+    """What stands in a recipe's place where another framework trained: what its versions say of
+    it."""
 
     strategy: str
     architecture: str
@@ -114,14 +124,17 @@ class Round:
 
     Args:
         number: 1 for the first.
-        state: The global model: the mean of the accepted updates, weighted by training samples. Where clients keep
-            their heads, its head is the mean of theirs, for clients who have none.
+        state: The global model: the mean of the accepted updates, weighted by training samples.
+            Where clients keep their heads, its head is the mean of theirs, for clients who have
+            none.
         personal: Client id -> the tensors in which the model that serves it differs from ``state``.
-        metrics: ``global_accuracy``: the global model on all held-out samples together; ``mean_client_accuracy``,
-            ``worst_client_accuracy``: over clients, each with its own model on its own held-out samples.
-        client_accuracy: The latter by client id. ``sample_counts``: training samples of the accepted clients.
-        rejected: Client id -> why its update was left out: its training raised, or it was faulty. If all were,
-            ``state`` is that of the round before.
+        metrics: ``global_accuracy``: the global model on all held-out samples together;
+            ``mean_client_accuracy``, ``worst_client_accuracy``: over clients, each with its own
+            model on its own held-out samples.
+        client_accuracy: The latter by client id. ``sample_counts``: training samples of the
+            accepted clients.
+        rejected: Client id -> why its update was left out: its training raised, or it was faulty.
+            If all were, ``state`` is that of the round before.
         preprocessing: ``mean`` and ``std`` that the features were standardised with.
     """
 
@@ -136,8 +149,11 @@ class Round:
     rejected: dict[str, str]
 
     def model(self, client_id: str | None = None) -> nn.Module:
-        """A new module, to be fed standardised features: the one that serves this client, or the global one."""
-        with torch.random.fork_rng(devices=[]):  # a model that is overwritten at once must not cost random numbers
+        """A new module, to be fed standardised features: the one that serves this client, or the
+        global one."""
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a model that is overwritten at once must not cost random numbers
             module = models.build(self.recipe.architecture, self.recipe.parameters)
         module.load_state_dict(self.state | self.personal.get(client_id or "", {}))
         return module.eval()
@@ -167,12 +183,16 @@ class Run:
         return frame
 
 
-def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -> Callable[[Round], Manifest]:
-    """A callback for ``federated.train(on_round=...)``: every round becomes the next version of ``name``.
+def publish_rounds(
+    registry: Registry, name: str, *, alias: str | None = None
+) -> Callable[[Round], Manifest]:
+    """A callback for ``federated.train(on_round=...)``: every round becomes the next version of
+    ``name``.
 
-    Each version names the one before as its parent, and carries metrics, statistics and settings. ``alias`` is pointed
-    at each new version as it appears; without it nothing moves until somebody promotes a version. Where clients have
-    heads of their own (and the rest in common), those go with the version.
+    Each version names the one before as its parent, and carries metrics, statistics and settings.
+    ``alias`` is pointed at each new version as it appears; without it nothing moves until somebody
+    promotes a version. Where clients have heads of their own (and the rest in common), those go
+    with the version.
     """
     parent: int | None = None
 
@@ -197,7 +217,9 @@ def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -
             lineage=lineage,
             metrics=result.metrics,
             heads=_heads(result),
-            note="; ".join(f"{client} rejected: {why}" for client, why in result.rejected.items())[:2000],
+            note="; ".join(f"{client} rejected: {why}" for client, why in result.rejected.items())[
+                :2000
+            ],
             alias=alias,
         )
         parent = manifest.version
@@ -208,5 +230,9 @@ def publish_rounds(registry: Registry, name: str, *, alias: str | None = None) -
 
 def _heads(result: Round) -> HeadSet | None:
     """The clients' heads, where these are all that sets their models apart from the global one."""
-    own = {client: state for client, state in result.personal.items() if state.keys() <= {"head.weight", "head.bias"}}
+    own = {
+        client: state
+        for client, state in result.personal.items()
+        if state.keys() <= {"head.weight", "head.bias"}
+    }
     return HeadSet.from_states(own) if own else None

@@ -1,7 +1,8 @@
 """Federated rounds in plain torch: short, seeded, and good enough to make models worth serving.
 
-In one round every client trains the model on its own samples; the server checks what arrives and averages it. The
-``STRATEGIES`` differ only in what a client keeps for itself and in what order it trains.
+In one round every client trains the model on its own samples; the server checks what arrives and
+averages it. The ``STRATEGIES`` differ only in what a client keeps for itself and in what order it
+trains.
 """
 
 import math
@@ -31,7 +32,8 @@ _PARTITION = {"num_clients": 20, "alpha": 0.1, "permute_labels": False}
 
 
 class Options(TypedDict, total=False):
-    """Settings of :func:`train`: those of :class:`Recipe`, and how ``make_clients`` parts the digits."""
+    """Settings of :func:`train`: those of :class:`Recipe`, and how ``make_clients`` parts the
+    digits."""
 
     rounds: int
     local_epochs: int
@@ -56,31 +58,38 @@ def train(
     progress: bool = True,
     **options: Unpack[Options],
 ) -> Run:
-    """Train a model over clients, by default on handwritten digits; every client takes part in every round.
+    """Train a model over clients, by default on handwritten digits; every client takes part in
+    every round.
 
     Args:
         strategy: One of ``STRATEGIES``. Clients run SGD without momentum on the cross entropy.
         clients: Clients of your own; leave the partition's options (below) as they are then.
-        preprocessing: ``{"mean": [D], "std": [D]}`` to standardise with; by default what the clients' sums give.
-        corrupt: Stands between client and server: ``(client_id, round, update) -> update``. Change the update to play
-            a faulty or hostile client, return None to play a silent one. What it raises ends the training.
-        on_round: Called after each round, e.g. ``publish_rounds(registry, name)``. What it raises ends the training.
-        average: ``(updates, numbers of samples) -> state``: how the server makes one model of the accepted updates.
+        preprocessing: ``{"mean": [D], "std": [D]}`` to standardise with; by default what the
+            clients' sums give.
+        corrupt: Stands between client and server: ``(client_id, round, update) -> update``. Change
+            the update to play a faulty or hostile client, return None to play a silent one. What it
+            raises ends the training.
+        on_round: Called after each round, e.g. ``publish_rounds(registry, name)``. What it raises
+            ends the training.
+        average: ``(updates, numbers of samples) -> state``: how the server makes one model of the
+            accepted updates.
         progress: Show a progress bar.
-        rounds: 10 by default. ``local_epochs`` (5), ``batch_size`` (16), ``learning_rate`` (0.1): of each client's SGD.
+        rounds: 10 by default. ``local_epochs`` (5), ``batch_size`` (16), ``learning_rate`` (0.1):
+            of each client's SGD.
         architecture: "digits_mlp" by default, with its ``parameters``.
-        seed: Same seed (0), same result. The caller's random state and thread count stay as they are.
-        num_clients: 20 by default; with ``alpha`` (0.1), ``permute_labels`` (False) and ``seed`` the partition of the
-            digits, see ``data.make_clients``.
+        seed: Same seed (0), same result. The caller's random state and thread count stay as they
+            are.
+        num_clients: 20 by default; with ``alpha`` (0.1), ``permute_labels`` (False) and ``seed``
+            the partition of the digits, see ``data.make_clients``.
 
-    A client whose training raises is left out of the round, and named in ``Round.rejected``; as is one whose update
-    cannot be averaged.
+    A client whose training raises is left out of the round, and named in ``Round.rejected``; as is
+    one whose update cannot be averaged.
 
     Raises:
         ModelExecutionError: The training of every client raised.
         ConfigError: A setting out of range. NotFoundError: No such architecture.
-        InvalidModelError: An architecture that does not take these features and labels, or lacks the head that the
-            strategy needs.
+        InvalidModelError: An architecture that does not take these features and labels, or lacks
+            the head that the strategy needs.
 
     Example: ``train("fedper", rounds=5, alpha=0.3, on_round=publish_rounds(registry, "digits"))``
 
@@ -95,7 +104,9 @@ def train(
         if partition["permute_labels"]:
             settings["data"] += ", labels permuted per client"
     elif partition != _PARTITION:
-        raise ConfigError("clients are given: leave num_clients, alpha and permute_labels out, they would do nothing")
+        raise ConfigError(
+            "clients are given: leave num_clients, alpha and permute_labels out, they would do nothing"
+        )
     recipe = Recipe(strategy=strategy, **settings)
     if clients is None:
         clients = data.make_clients(*data.digits(), **partition, seed=recipe.seed)
@@ -127,7 +138,8 @@ def _progress_bar(recipe: Recipe, wanted: bool) -> Any:
 
 
 class _Federation:
-    """A training under way: the global model, what the clients keep, and one module that all of them compute with."""
+    """A training under way: the global model, what the clients keep, and one module that all of
+    them compute with."""
 
     def __init__(
         self,
@@ -142,8 +154,12 @@ class _Federation:
         self.corrupt = corrupt
         self.average = average
         if preprocessing.keys() != {"mean", "std"}:
-            raise ConfigError(f"preprocessing has the keys {sorted(preprocessing)}: give mean and std, nothing else")
-        self.preprocessing = {name: [float(value) for value in preprocessing[name]] for name in ("mean", "std")}
+            raise ConfigError(
+                f"preprocessing has the keys {sorted(preprocessing)}: give mean and std, nothing else"
+            )
+        self.preprocessing = {
+            name: [float(value) for value in preprocessing[name]] for name in ("mean", "std")
+        }
         with isolated():
             _seed(recipe.seed)
             self.module = models.build(recipe.architecture, recipe.parameters)
@@ -151,7 +167,9 @@ class _Federation:
         _check_fit(recipe, self.module, clients)
         mean = self.preprocessing["mean"]
         input_shape = None
-        if math.prod(shape) == len(mean):  # else the rows do not fit either, and that error says more
+        if math.prod(shape) == len(
+            mean
+        ):  # else the rows do not fit either, and that error says more
             input_shape = shape
         standardise = Preprocessor(  # as the server does
             mean=mean,
@@ -191,10 +209,14 @@ class _Federation:
         updates: dict[str, State] = {}
         raised = 0
         for index, client in enumerate(self.train):
-            _seed(self.recipe.seed, number, index)  # so that no client's fault changes another's shuffling
+            _seed(
+                self.recipe.seed, number, index
+            )  # so that no client's fault changes another's shuffling
             try:
                 update: Any = self._local_update(client)
-            except Exception as error:  # of its data, its memory, its part of the model: the others train on
+            except (
+                Exception
+            ) as error:  # of its data, its memory, its part of the model: the others train on
                 raised += 1
                 rejected[client] = _reason(error)
                 continue
@@ -214,7 +236,8 @@ class _Federation:
         return updates
 
     def _local_update(self, client: str) -> State:
-        """What the client does with the global model and its own samples; returns all its tensors."""
+        """What the client does with the global model and its own samples; returns all its
+        tensors."""
         self.module.load_state_dict(self.state | self.kept.get(client, {}))
         if self.strategy.head_first:
             self._fit("head", client)
@@ -243,9 +266,9 @@ class _Federation:
                         weight.sub_(gradient, alpha=self.recipe.learning_rate)
 
     def _batches(self, rows: int) -> list[Tensor]:
-        """All rows in a new order. Batch statistics of one row are none: where the model takes some, a last batch of
-        one row goes into the one before. (To drop it, as ``DataLoader(drop_last=True)`` does, would cost a small client
-        a part of what it has.)"""
+        """All rows in a new order. Batch statistics of one row are none: where the model takes
+        some, a last batch of one row goes into the one before. (To drop it, as
+        ``DataLoader(drop_last=True)`` does, would cost a small client a part of what it has.)"""
         shuffled = torch.randperm(rows)
         batches = list(torch.split(shuffled, self.recipe.batch_size))
         takes_statistics = any(isinstance(part, _BatchNorm) for part in self.module.modules())
@@ -255,7 +278,11 @@ class _Federation:
         return batches
 
     def _measured(
-        self, number: int, personal: dict[str, State], counts: dict[str, int], rejected: dict[str, str]
+        self,
+        number: int,
+        personal: dict[str, State],
+        counts: dict[str, int],
+        rejected: dict[str, str],
     ) -> Round:
         accuracy = {}
         hits = 0
@@ -291,7 +318,8 @@ class _Federation:
 
 
 def _check_fit(recipe: Recipe, module: nn.Module, clients: Sequence[Client]) -> None:
-    """Raise InvalidModelError unless the model takes these samples and has the parts that the strategy trains."""
+    """Raise InvalidModelError unless the model takes these samples and has the parts that the
+    strategy trains."""
     inputs, outputs = models.signature(recipe.architecture, recipe.parameters)
     width = clients[0].train_x.shape[1]
     highest = max(max(client.train_y.max(), client.test_y.max()) for client in clients)
@@ -311,7 +339,8 @@ def _check_fit(recipe: Recipe, module: nn.Module, clients: Sequence[Client]) -> 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Random state of our own, gradients on, one thread; the caller's settings come back afterwards.
+    """Random state of our own, gradients on, one thread; the caller's settings come back
+    afterwards.
 
     One thread, because a step on 16 rows is too short to be shared out.
     """

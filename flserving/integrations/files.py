@@ -1,4 +1,5 @@
-"""Model files of other tools -> named tensors. Which format a file has is read off its first bytes, not off its name.
+"""Model files of other tools -> named tensors. Which format a file has is read off its first bytes,
+not off its name.
 
 Every size that a file claims is compared with what the file can hold before memory is taken for it.
 """
@@ -28,7 +29,9 @@ MOST_NBYTES = 2 << 30  # of a file, and of what it unfolds to: as of a version (
 _RATIO = 32  # weights do not compress much; deflate reaches 1,000 on zeros
 _MOST_MEMBERS = 10_000  # of an archive
 _STATE = "where it was made, save its numbers alone: torch.save(model.state_dict(), 'model.pt')"
-_ROUND = re.compile(r"round[-_ ]?(\d{1,9})(?!\d)", re.IGNORECASE)  # Flower's examples: round-3-weights.npz
+_ROUND = re.compile(
+    r"round[-_ ]?(\d{1,9})(?!\d)", re.IGNORECASE
+)  # Flower's examples: round-3-weights.npz
 _NUMBERED = re.compile(r"arr_(\d+)")  # what np.savez calls arrays that it was given without names
 
 
@@ -60,7 +63,8 @@ def read_file(path: str | os.PathLike[str], most_nbytes: int = MOST_NBYTES) -> M
         most_nbytes: Of the file, and of its tensors together.
 
     Raises:
-        InvalidModelError: Not such a file, a truncated or an overlarge one, or one that holds more than numbers.
+        InvalidModelError: Not such a file, a truncated or an overlarge one, or one that holds more
+            than numbers.
         NotSupportedError: onnx is not installed.
 
     Cost: one read and one sha256 of the file, and a copy of what it holds.
@@ -92,23 +96,32 @@ def _bytes(path: str | os.PathLike[str], name: str, most_nbytes: int) -> bytes:
     except OSError as error:
         raise InvalidModelError(f"{name} cannot be read: {error.strerror}") from error
     if len(data) > most_nbytes:
-        raise InvalidModelError(f"{name} has more than {most_nbytes:,} bytes, the most that a version may have")
+        raise InvalidModelError(
+            f"{name} has more than {most_nbytes:,} bytes, the most that a version may have"
+        )
     return data
 
 
 def _reader(data: bytes) -> Callable[[bytes, int], ModelFile]:
-    """By the format's first bytes. ONNX has none of its own: protobuf's field 1, the version, opens it."""
+    """By the format's first bytes. ONNX has none of its own: protobuf's field 1, the version, opens
+    it."""
     if data.startswith(b"PK"):
         return _archive
     if data.startswith(b"\x93NUMPY"):
         return lambda data, most_nbytes: _arrays({"arr_0": data})
     if data.startswith(b"\x80"):
-        raise InvalidModelError(f"it is a pickle, which may run code when it is opened, and was not opened; {_STATE}")
+        raise InvalidModelError(
+            f"it is a pickle, which may run code when it is opened, and was not opened; {_STATE}"
+        )
     if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data):
-        return lambda data, most_nbytes: ModelFile(tensors=safetensors.torch.load(data), format="safetensors")
+        return lambda data, most_nbytes: ModelFile(
+            tensors=safetensors.torch.load(data), format="safetensors"
+        )
     if data.startswith(b"\x08"):
         return _graph
-    raise InvalidModelError("it is none of .npz, PyTorch's .pt, safetensors and ONNX, or it is cut off")
+    raise InvalidModelError(
+        "it is none of .npz, PyTorch's .pt, safetensors and ONNX, or it is cut off"
+    )
 
 
 def _archive(data: bytes, most_nbytes: int) -> ModelFile:
@@ -170,9 +183,13 @@ def _state(content: object, most_nbytes: int) -> ModelFile:
             )
         nbytes += tensor.numel() * tensor.element_size()
     if nbytes > most_nbytes:  # views of few numbers, spread over many
-        raise InvalidModelError(f"its tensors unfold to {nbytes:,} bytes, the most is {most_nbytes:,}")
+        raise InvalidModelError(
+            f"its tensors unfold to {nbytes:,} bytes, the most is {most_nbytes:,}"
+        )
     round = number if type(number) is int and number >= 0 else None
-    return ModelFile(tensors=dict(content), format="PyTorch state dict", named=named, tool=tool, round=round)
+    return ModelFile(
+        tensors=dict(content), format="PyTorch state dict", named=named, tool=tool, round=round
+    )
 
 
 def _placed(values: Iterable[Any]) -> dict[str, Any]:
@@ -180,13 +197,16 @@ def _placed(values: Iterable[Any]) -> dict[str, Any]:
 
 
 def _arrays(members: Mapping[str, bytes]) -> ModelFile:
-    """NumPy's arrays, by their names; those that ``np.savez(file, *arrays)`` has numbered, by their places."""
+    """NumPy's arrays, by their names; those that ``np.savez(file, *arrays)`` has numbered, by their
+    places."""
     tensors = {name: _tensor(name, member) for name, member in members.items()}
     numbers = [_NUMBERED.fullmatch(name) for name in tensors]
     if not all(numbers):
         return ModelFile(tensors=tensors, format="NumPy arrays")
     ordered = sorted(tensors, key=lambda name: int(name[4:]))
-    return ModelFile(tensors=_placed(tensors[name] for name in ordered), format="NumPy arrays", named=False)
+    return ModelFile(
+        tensors=_placed(tensors[name] for name in ordered), format="NumPy arrays", named=False
+    )
 
 
 def _tensor(name: str, member: bytes) -> Tensor:
@@ -203,9 +223,13 @@ def _tensor(name: str, member: bytes) -> Tensor:
             "by itself: np.savez(file, *arrays)"
         )
     if math.prod(shape) * dtype.itemsize != len(member) - stream.tell():
-        raise InvalidModelError(f"{name} claims shape {shape} of {dtype} and has other bytes than that: save it again")
+        raise InvalidModelError(
+            f"{name} claims shape {shape} of {dtype} and has other bytes than that: save it again"
+        )
     if dtype.kind not in "fiu" or dtype.itemsize > 8:
-        raise InvalidModelError(f"{name} is an array of {dtype}: weights are real numbers of at most 64 bits")
+        raise InvalidModelError(
+            f"{name} is an array of {dtype}: weights are real numbers of at most 64 bits"
+        )
     array = np.lib.format.read_array(io.BytesIO(member), allow_pickle=False)
     return torch.from_numpy(array.astype(dtype.newbyteorder("="), order="C"))
 

@@ -1,4 +1,5 @@
-"""A file of another tool as a version: which architecture it fits, the casts that it needs, and where it came from."""
+"""A file of another tool as a version: which architecture it fits, the casts that it needs, and
+where it came from."""
 
 import dataclasses
 import os
@@ -18,7 +19,10 @@ from flserving.models import weights
 from flserving.registry import Registry, validation
 from flserving.registry.manifest import Manifest
 
-_SELF_DESCRIBED = {"onnx", "sequential"}  # their parameters tell all there is: never found by shapes
+_SELF_DESCRIBED = {
+    "onnx",
+    "sequential",
+}  # their parameters tell all there is: never found by shapes
 Tensors = Mapping[str, Tensor]
 Found = tuple[str, models.Parameters]
 
@@ -28,7 +32,8 @@ class ImportedModel:
     """A model that was read from a file and checked as ``Registry.publish`` checks it.
 
     Args:
-        content: What :meth:`publish` hands on. ``notes``: what was found out and changed, for people.
+        content: What :meth:`publish` hands on. ``notes``: what was found out and changed, for
+            people.
     """
 
     content: validation.Content
@@ -58,14 +63,17 @@ def read_model(
     Args:
         path: A file: see :func:`flserving.integrations.files.read_file`.
         answers: An alias is to lead to it, so a row of zeros must get an answer.
-        options: As of ``Registry.publish``. Without ``architecture`` the one registered architecture is taken that has
-            tensors of these names and shapes (of these shapes, in this order, where the file has no names). ``lineage``
-            gets what the file tells: its name, its sha256, its format, its tool and its round.
+        options: As of ``Registry.publish``. Without ``architecture`` the one registered
+            architecture is taken that has tensors of these names and shapes (of these shapes, in
+            this order, where the file has no names). ``lineage`` gets what the file tells: its
+            name, its sha256, its format, its tool and its round.
 
     Raises:
-        InvalidModelError: What ``read_file`` and ``Registry.publish`` raise; none or several architectures fit.
+        InvalidModelError: What ``read_file`` and ``Registry.publish`` raise; none or several
+            architectures fit.
 
-    Numbers are cast to the types that the architecture has, float64 to float32 say; ``notes`` tells it.
+    Numbers are cast to the types that the architecture has, float64 to float32 say; ``notes`` tells
+    it.
     """
     file = read_file(path, most_nbytes)
     notes = []
@@ -82,7 +90,9 @@ def read_model(
             raise InvalidModelError("parameters belong to an architecture: name that, too")
         architecture, parameters = _fitting(file)
         what = "names and shapes" if file.named else "shapes, in their order,"
-        notes.append(f"found by the {what} of its {len(file.tensors)} tensors; no file tells its activations")
+        notes.append(
+            f"found by the {what} of its {len(file.tensors)} tensors; no file tells its activations"
+        )
     wanted = _wanted(architecture, parameters)
     tensors = file.tensors
     if not file.named:
@@ -103,7 +113,12 @@ def read_model(
         notes.append(note.replace("torch.", ""))
     given = options.get("lineage") or {}
     lineage = dict(given) if isinstance(given, Mapping) else msgspec.structs.asdict(given)
-    facts = {"tool": file.tool, "file": file.name, "file_sha256": file.sha256, "format": file.format}
+    facts = {
+        "tool": file.tool,
+        "file": file.name,
+        "file_sha256": file.sha256,
+        "format": file.format,
+    }
     known = {key: value for key, value in facts.items() if value}
     lineage["extra"] = known | dict(lineage.get("extra", {}))
     if lineage.get("round") is None:
@@ -120,10 +135,13 @@ def _wanted(architecture: str, parameters: models.Parameters) -> dict[str, Tenso
 
 
 def _fitting(file: ModelFile) -> Found:
-    """The one registered architecture with these tensors: one without parameters, or else an mlp of these sizes."""
+    """The one registered architecture with these tensors: one without parameters, or else an mlp of
+    these sizes."""
     candidates: list[Found] = [(name, {}) for name in models.names() if name not in _SELF_DESCRIBED]
     fitting = [found for found in candidates if _fits(file, found)]
-    names = sorted(file.tensors, key=_natural)  # body.2 before body.10 before head; safetensors tells no order
+    names = sorted(
+        file.tensors, key=_natural
+    )  # body.2 before body.10 before head; safetensors tells no order
     layers = [file.tensors[name].shape for name in names if file.tensors[name].dim() == 2]
     if not fitting and layers:
         outputs = [shape[0] for shape in layers]

@@ -2,21 +2,24 @@
 
     python -m flserving.integrations.ray --registry models --model digits --max-replicas 2
 
-Needs the extra ``ray``, best in an environment of its own: it brings some fifty packages along. Every replica is a
-process with a :class:`ModelServer` of its own over the same registry, which every machine must be able to read. It
-follows promotions by itself, as ``flserving serve`` does, and answers with the same ASGI application: credentials,
-roles, clients, outputs. What Ray's proxy does not have: gRPC, and our HTTP server's limits on slow connections.
+Needs the extra ``ray``, best in an environment of its own: it brings some fifty packages along.
+Every replica is a process with a :class:`ModelServer` of its own over the same registry, which
+every machine must be able to read. It follows promotions by itself, as ``flserving serve`` does,
+and answers with the same ASGI application: credentials, roles, clients, outputs. What Ray's proxy
+does not have: gRPC, and our HTTP server's limits on slow connections.
 
-**Which replica answers whom.** Ray's ConsistentHashRouter (a ring of hashes: Karger et al., STOC 1997), by the header
-Authorization: a credential is a client, and its requests reach the replica that read its head, and that computed what
-it asks again. Ray's multiplexing mixin would do the same by asking every replica which heads it holds: it needs a
-header of Ray's own in each request, and the list of all heads, of which there may be a million, in every proxy. A ring
-needs neither, and of N + 1 replicas a new one takes over 1 in N + 1 clients. Who sends no credential is dealt out.
+**Which replica answers whom.** Ray's ConsistentHashRouter (a ring of hashes: Karger et al., STOC
+1997), by the header Authorization: a credential is a client, and its requests reach the replica
+that read its head, and that computed what it asks again. Ray's multiplexing mixin would do the same
+by asking every replica which heads it holds: it needs a header of Ray's own in each request, and
+the list of all heads, of which there may be a million, in every proxy. A ring needs neither, and of
+N + 1 replicas a new one takes over 1 in N + 1 clients. Who sends no credential is dealt out.
 
-**Starting on a busy machine.** Ray's raylet waits 15 s for two Python agents that it starts, which no setting changes
-(ray-project/ray#65983), and Ray waits 30 s for the raylet, also where ``RAY_raylet_start_wait_time_s`` says more. So
-little else starts beside them (no dashboard, one worker a core in advance, an object store of 80 MB), and a start that
-failed is made again: its files are in the page cache then.
+**Starting on a busy machine.** Ray's raylet waits 15 s for two Python agents that it starts, which
+no setting changes (ray-project/ray#65983), and Ray waits 30 s for the raylet, also where
+``RAY_raylet_start_wait_time_s`` says more. So little else starts beside them (no dashboard, one
+worker a core in advance, an object store of 80 MB), and a start that failed is made again: its
+files are in the page cache then.
 """
 
 import contextlib
@@ -52,7 +55,8 @@ REPLICA_BYTES = 512 << 20
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes; requests do not go through it
 _ENVIRONMENT = {  # of Ray's processes, replicas included
     "RAY_SERVE_SESSION_ID_HEADER_KEY": "authorization",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # "no cluster", on Linux too: Ray's own ports on the loopback only
+    # "no cluster", on Linux too: Ray's own ports on the loopback only
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
 }
@@ -66,7 +70,8 @@ class Scale:
     Args:
         min_replicas: So many are always there.
         max_replicas: And so many where the load asks for it; each takes a core and 512 MiB.
-        ongoing: Requests under way at a replica, on average, above which there should be another one.
+        ongoing: Requests under way at a replica, on average, above which there should be another
+            one.
         affinity: Whether a credential's requests go to one replica.
 
     Raises:
@@ -114,7 +119,9 @@ class Replica:
 
     def _write(self) -> None:
         while not self._closing.wait(EXCHANGE_S):
-            with contextlib.suppress(OSError):  # a full disk makes the others' sums older, and stops nobody
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk makes the others' sums older, and stops nobody
                 self._totals.write()
 
     def __del__(self) -> None:
@@ -130,15 +137,19 @@ def running(plan: Plan, scale: Scale, address: str | None = None) -> Iterator[st
     """Replicas of ``plan`` on Ray, until the block ends; gives the URL at which they answer.
 
     Args:
-        address: Of a cluster that runs already, or "auto"; by default Ray is started on this machine and stopped.
+        address: Of a cluster that runs already, or "auto"; by default Ray is started on this
+            machine and stopped.
 
     Raises:
-        NotSupportedError: Ray is not installed. ConfigError: Too few cores, or too little memory, for
-        ``max_replicas``; no cluster at ``address``; ``admin``. ConflictError: The port is in use.
+        NotSupportedError: Ray is not installed. ConfigError: Too few cores, or too little memory,
+        for ``max_replicas``; no cluster at ``address``; ``admin``. ConflictError: The port is in
+        use.
     """
     options = plan.options
     if options.admin:
-        raise ConfigError("admin with several replicas: a load would reach one of them only; use flserving serve")
+        raise ConfigError(
+            "admin with several replicas: a load would reach one of them only; use flserving serve"
+        )
     if address is None:
         os.environ |= _ENVIRONMENT  # before the import, which reads them
     with of_extra("ray"):
@@ -146,17 +157,23 @@ def running(plan: Plan, scale: Scale, address: str | None = None) -> Iterator[st
         from ray import serve
     with listen(options.host, options.port) as probe:
         options = replace(options, grpc_port=None, port=probe.getsockname()[1])
-    with serving(plan):  # here and not only in a replica: what is wrong with it is then said at once, and in words
+    with serving(
+        plan
+    ):  # here and not only in a replica: what is wrong with it is then said at once, and in words
         pass
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flserving-ray-", ignore_cleanup_errors=True))
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="flserving-ray-", ignore_cleanup_errors=True)
+        )
         if address is None:
             _start_ray(folder)
         else:
             try:
                 ray.init(address, log_to_driver=False, configure_logging=False)
             except ConnectionError as error:
-                raise ConfigError(f"no Ray cluster answers at {address!r}: see ray start --head ({error})") from error
+                raise ConfigError(
+                    f"no Ray cluster answers at {address!r}: see ray start --head ({error})"
+                ) from error
         stack.callback(ray.shutdown)
         check_room(ray.cluster_resources(), scale)
         http = {"host": options.host, "port": options.port}
@@ -172,7 +189,9 @@ def running(plan: Plan, scale: Scale, address: str | None = None) -> Iterator[st
             "max_replicas": scale.max_replicas,
             "target_ongoing_requests": scale.ongoing,
         }
-        router = {"request_router_config": {"request_router_class": _ROUTER}} if scale.affinity else {}
+        router = (
+            {"request_router_config": {"request_router_class": _ROUTER}} if scale.affinity else {}
+        )
         deployment = serve.deployment(
             serve.ingress()(Replica),
             name="flserving",
@@ -183,8 +202,12 @@ def running(plan: Plan, scale: Scale, address: str | None = None) -> Iterator[st
             logging_config=quiet,
             **router,
         )
-        registry = os.path.abspath(os.path.expanduser(plan.registry))  # replicas run in other folders
-        plan = replace(plan, registry=registry, options=options, folder=os.path.join(folder, "totals"))
+        registry = os.path.abspath(
+            os.path.expanduser(plan.registry)
+        )  # replicas run in other folders
+        plan = replace(
+            plan, registry=registry, options=options, folder=os.path.join(folder, "totals")
+        )
         try:
             serve.run(deployment.bind(plan), name="flserving")
         except RuntimeError as error:
@@ -231,19 +254,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve a registry on Ray until SIGTERM or Ctrl-C."""
     parser = Parser(prog="python -m flserving.integrations.ray", description=main.__doc__)
     expanded = os.path.expanduser
-    parser.add_argument("--registry", required=True, metavar="DIR", type=expanded, help="every machine must see it")
-    parser.add_argument("--model", metavar="NAME", help="the one model to serve; by default all of the registry")
+    parser.add_argument(
+        "--registry", required=True, metavar="DIR", type=expanded, help="every machine must see it"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the one model to serve; by default all of the registry"
+    )
     import_option(parser)
-    for name, text in (("min", "always there"), ("max", "where the load asks for it; each takes a core")):
+    for name, text in (
+        ("min", "always there"),
+        ("max", "where the load asks for it; each takes a core"),
+    ):
         default = Scale.__dataclass_fields__[f"{name}_replicas"].default
         parser.add_argument(f"--{name}-replicas", type=int, default=default, help=text)
-    parser.add_argument("--address", help="of a Ray cluster, or auto; by default Ray is started here and stopped")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other computers in")
+    parser.add_argument(
+        "--address", help="of a Ray cluster, or auto; by default Ray is started here and stopped"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other computers in"
+    )
     parser.add_argument("--port", type=int, default=8000, help="port of REST; 0 takes a free one")
-    parser.add_argument("--allow-host", action="append", default=[], help="one more name for the Host header")
-    parser.add_argument("--token-file", metavar="FILE", type=expanded, help="as that of flserving serve")
-    parser.add_argument("--no-token", action="store_true", help="let everybody in who can reach the port")
-    parser.add_argument("--outputs", default="full", help="what answers show: see flserving serve --help")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], help="one more name for the Host header"
+    )
+    parser.add_argument(
+        "--token-file", metavar="FILE", type=expanded, help="as that of flserving serve"
+    )
+    parser.add_argument(
+        "--no-token", action="store_true", help="let everybody in who can reach the port"
+    )
+    parser.add_argument(
+        "--outputs", default="full", help="what answers show: see flserving serve --help"
+    )
     parser.set_defaults(admin=False)
     given = parser.parse_args(argv)
     try:
@@ -264,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         scale = Scale(min_replicas=given.min_replicas, max_replicas=given.max_replicas)
         with running(plan, scale, given.address) as url:
             stop = threading.Event()
-            for number in STOPPING:  # only now: Ray puts handlers of its own in place when it starts
+            for (
+                number
+            ) in STOPPING:  # only now: Ray puts handlers of its own in place when it starts
                 signal.signal(number, lambda *_: stop.set())
             print(f"REST   {url}\ntoken  {token}", flush=True)
             stop.wait()
@@ -275,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from flserving.integrations import ray as module  # so that replicas find its classes by this name
+    from flserving.integrations import (
+        ray as module,
+    )  # so that replicas find its classes by this name
 
     sys.exit(module.main())

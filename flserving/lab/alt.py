@@ -1,4 +1,5 @@
-"""What a figure shows, in words: the text alternative that a screen reader reads. It follows from the figure itself."""
+"""What a figure shows, in words: the text alternative that a screen reader reads. It follows from
+the figure itself."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -14,7 +15,8 @@ _MOST_VALUES = 10  # that are read out one by one
 
 
 def described(fig: Figure) -> str:
-    """Each panel with its title and axes, and what is drawn in it under a name; at most ``MAX_CHARS``."""
+    """Each panel with its title and axes, and what is drawn in it under a name; at most
+    ``MAX_CHARS``."""
     panels = [ax for ax in fig.axes if ax.get_visible()]
     several = len(panels) > 1
     sentences = [fig.get_suptitle()]
@@ -73,7 +75,9 @@ def _axis(ax: Axes, name: str) -> str:
 
 def _lines(ax: Axes) -> Iterator[str]:
     which = 0 if _ticks(ax, "y") else 1  # where the places on y have names, the numbers are on x
-    errors = {group.lines[0]: group for group in ax.containers if isinstance(group, ErrorbarContainer)}
+    errors = {
+        group.lines[0]: group for group in ax.containers if isinstance(group, ErrorbarContainer)
+    }
     for line in ax.lines:
         values = np.asarray(line.get_data(orig=False)[which], float)
         values = values[np.isfinite(values)]

@@ -1,9 +1,10 @@
 """Exercises in notebooks: nbgrader's cell format, its validation, and the copies that students get.
 
-A source notebook holds the solutions, between ``### BEGIN SOLUTION`` and ``### END SOLUTION``, and passes its checks.
-``python -m flserving.lab.exercises --out student`` writes the copies without them, and ``python run.py lab`` opens such
-a copy. The format is nbgrader's (schema 3), so that ``nbgrader generate_assignment`` and ``autograde`` read the same
-notebooks; nbgrader itself is not needed here.
+A source notebook holds the solutions, between ``### BEGIN SOLUTION`` and ``### END SOLUTION``, and
+passes its checks. ``python -m flserving.lab.exercises --out student`` writes the copies without
+them, and ``python run.py lab`` opens such a copy. The format is nbgrader's (schema 3), so that
+``nbgrader generate_assignment`` and ``autograde`` read the same notebooks; nbgrader itself is not
+needed here.
 """
 
 import argparse
@@ -26,16 +27,20 @@ from flserving.lab.workbook.answers import replace_file
 BEGIN = "### BEGIN SOLUTION"
 END = "### END SOLUTION"
 NEEDS_SOLUTION = "needs-solution"
-"""The tag of a cell that plugs a student's part into the stack: with a stub it says so, and no other cell needs it."""
+"""The tag of a cell that plugs a student's part into the stack: with a stub it says so, and no
+other cell needs it."""
 _REGION = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.DOTALL | re.MULTILINE)
 
 _KEEPS = re.compile(r"\bkeep\(")
-_PARTS = re.compile(r"^(\d+) of (\d+) parts are right", re.MULTILINE)  # as checks.parts.judge tells them
+_PARTS = re.compile(
+    r"^(\d+) of (\d+) parts are right", re.MULTILINE
+)  # as checks.parts.judge tells them
 
 
 @dataclass(frozen=True, slots=True)
 class Exercise:
-    """One exercise: where its solution and its check stand (cell numbers from 0), and what it is worth."""
+    """One exercise: where its solution and its check stand (cell numbers from 0), and what it is
+    worth."""
 
     grade_id: str
     solution: int
@@ -49,17 +54,20 @@ def solution_cell(grade_id: str, source: str) -> NotebookNode:
 
 
 def check_cell(grade_id: str, source: str, points: float) -> NotebookNode:
-    """The check of exercise ``grade_id``: visible, locked, worth ``points``. It must fail on the stub."""
-    return _code_cell(source, grade_id=f"{grade_id}-check", solution=False, grade=True, locked=True, points=points)
+    """The check of exercise ``grade_id``: visible, locked, worth ``points``. It must fail on the
+    stub."""
+    return _code_cell(
+        source, grade_id=f"{grade_id}-check", solution=False, grade=True, locked=True, points=points
+    )
 
 
 def find_exercises(notebook: NotebookNode) -> list[Exercise]:
     """The exercises of a notebook, in order, once everything about them is right.
 
     Raises:
-        ConfigError: A grade_id is missing or used twice, markers are unbalanced or outside a solution cell, a region is
-            empty or not inside a function, points are not positive, or a solution has no check after it (or a check no
-            solution before it).
+        ConfigError: A grade_id is missing or used twice, markers are unbalanced or outside a
+            solution cell, a region is empty or not inside a function, points are not positive, or a
+            solution has no check after it (or a check no solution before it).
     """
     exercises: list[Exercise] = []
     seen: set[str] = set()
@@ -69,18 +77,23 @@ def find_exercises(notebook: NotebookNode) -> list[Exercise]:
         if not grading.get("solution"):
             leaks = BEGIN in cell.source or END in cell.source
             _require(
-                not leaks, f"cell {number} holds a solution that students would get: make it with solution_cell(...)"
+                not leaks,
+                f"cell {number} holds a solution that students would get: make it with solution_cell(...)",
             )
         if not (grading.get("solution") or grading.get("grade")):
             continue
         grade_id = str(grading.get("grade_id") or "")
         _require(grade_id, f"cell {number} has no grade_id: give it one")
         _require(grade_id not in seen, f"grade_id {grade_id!r} is used twice: each needs its own")
-        _require(cell.cell_type == "code", f"exercise cell {grade_id!r} is {cell.cell_type}: only code can be checked")
+        _require(
+            cell.cell_type == "code",
+            f"exercise cell {grade_id!r} is {cell.cell_type}: only code can be checked",
+        )
         seen.add(grade_id)
         if grading.get("solution"):
             _require(
-                open_solution is None, f"{grade_id!r} comes before the check of {open_solution}: add check_cell(...)"
+                open_solution is None,
+                f"{grade_id!r} comes before the check of {open_solution}: add check_cell(...)",
             )
             _stub(cell.source, grade_id)
             open_solution = (grade_id, number)
@@ -93,16 +106,20 @@ def find_exercises(notebook: NotebookNode) -> list[Exercise]:
         _require(points > 0, f"check {grade_id!r} is worth {points!r} points: give it more than 0")
         exercises.append(Exercise(open_solution[0], open_solution[1], number, points))
         open_solution = None
-    _require(open_solution is None, f"solution {open_solution} has no check after it: add check_cell(...)")
+    _require(
+        open_solution is None,
+        f"solution {open_solution} has no check after it: add check_cell(...)",
+    )
     return exercises
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
-    """The notebook as students get it: stubs for solutions, no cell numbers, and the outputs that they too will see.
+    """The notebook as students get it: stubs for solutions, no cell numbers, and the outputs that
+    they too will see.
 
-    So a figure can be looked at before anything has run, as HTML too (see :class:`flserving.lab.style.LabFigure`). The
-    outputs of exercises, of their checks and of cells that use a solution or keep it go: they would speak of code that
-    is not there yet.
+    So a figure can be looked at before anything has run, as HTML too (see
+    :class:`flserving.lab.style.LabFigure`). The outputs of exercises, of their checks and of cells
+    that use a solution or keep it go: they would speak of code that is not there yet.
     """
     exercises = find_exercises(notebook)
     student = copy.deepcopy(notebook)
@@ -129,10 +146,12 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
 
 
 def part_marks(notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
-    """A step of nbgrader's autograde: a check that fails in one part of four gives three quarters of its points.
+    """A step of nbgrader's autograde: a check that fails in one part of four gives three quarters
+    of its points.
 
-    nbgrader gives 0 points for an error, unless a number stands before it: that it takes for the points. For it to run,
-    nbgrader_config.py says ``c.Autograde.autograde_preprocessors.insert(1, "flserving.lab.exercises.part_marks")``.
+    nbgrader gives 0 points for an error, unless a number stands before it: that it takes for the
+    points. For it to run, nbgrader_config.py says ``c.Autograde.autograde_preprocessors.insert(1,
+    "flserving.lab.exercises.part_marks")``.
     """
     for cell in notebook.cells:
         grading = cell.metadata.get("nbgrader", {})
@@ -149,22 +168,30 @@ def part_marks(notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, An
     return notebook, resources
 
 
-def write_student_copies(notebooks: Path, out: Path, *, force: bool = False) -> dict[Path, list[Exercise]]:
-    """Write the student copy of every notebook in a folder; all are checked before the first is written.
+def write_student_copies(
+    notebooks: Path, out: Path, *, force: bool = False
+) -> dict[Path, list[Exercise]]:
+    """Write the student copy of every notebook in a folder; all are checked before the first is
+    written.
 
     Raises:
-        ConfigError: No notebooks there, ``out`` is the same folder, a copy exists (somebody may have worked in it) and
-            ``force`` is off, or an exercise is malformed; the message names the notebook.
+        ConfigError: No notebooks there, ``out`` is the same folder, a copy exists (somebody may
+            have worked in it) and ``force`` is off, or an exercise is malformed; the message names
+            the notebook.
     """
     sources = _sources(notebooks, out)
     for source in sources:
         target = out / source.name
-        _require(force or not target.exists(), f"{target} exists and may hold somebody's work: move it, or use --force")
+        _require(
+            force or not target.exists(),
+            f"{target} exists and may hold somebody's work: move it, or use --force",
+        )
     return _write(sources, out)
 
 
 def add_missing_copies(notebooks: Path, out: Path) -> dict[Path, list[Exercise]]:
-    """Write the student copies that are not there yet, and the files beside the notebooks; what is there stays."""
+    """Write the student copies that are not there yet, and the files beside the notebooks; what is
+    there stays."""
     missing = [source for source in _sources(notebooks, out) if not (out / source.name).exists()]
     written = _write(missing, out)
     for beside in notebooks.iterdir():  # pictures and texts that the notebooks refer to
@@ -180,7 +207,8 @@ def _sources(notebooks: Path, out: Path) -> list[Path]:
     sources = sorted(notebooks.glob("*.ipynb"))
     _require(sources, f"no notebooks in {notebooks}: give the folder with --notebooks")
     _require(
-        notebooks.resolve() != out.resolve(), f"{out} holds the sources: write the student copies to another folder"
+        notebooks.resolve() != out.resolve(),
+        f"{out} holds the sources: write the student copies to another folder",
     )
     return sources
 
@@ -201,13 +229,27 @@ def _write(sources: Sequence[Path], out: Path) -> dict[Path, list[Exercise]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m flserving.lab.exercises``: 0 when the copies are written, 1 with the reason when not."""
-    parser = argparse.ArgumentParser("python -m flserving.lab.exercises", description="Write the students' notebooks.")
-    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder with the sources (notebooks)")
-    parser.add_argument("--out", type=Path, default=Path("student"), help="folder for the copies (student)")
+    """``python -m flserving.lab.exercises``: 0 when the copies are written, 1 with the reason when
+    not."""
+    parser = argparse.ArgumentParser(
+        "python -m flserving.lab.exercises", description="Write the students' notebooks."
+    )
+    parser.add_argument(
+        "--notebooks",
+        type=Path,
+        default=Path("notebooks"),
+        help="folder with the sources (notebooks)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("student"), help="folder for the copies (student)"
+    )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--force", action="store_true", help="overwrite copies that exist")
-    choice.add_argument("--missing", action="store_true", help="leave copies that exist as they are, write the others")
+    choice.add_argument(
+        "--missing",
+        action="store_true",
+        help="leave copies that exist as they are, write the others",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.missing:
@@ -218,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for target, exercises in written.items():
-        told = ", ".join(f"{exercise.grade_id} ({exercise.points:g} points)" for exercise in exercises)
+        told = ", ".join(
+            f"{exercise.grade_id} ({exercise.points:g} points)" for exercise in exercises
+        )
         print(f"{target}: {told or 'no exercise'}")
     return 0
 
@@ -230,22 +274,30 @@ def _code_cell(source: str, **grading: Any) -> NotebookNode:
 
 
 def _stub(source: str, grade_id: str) -> str:
-    """The source with each solution region replaced by a line that raises when it is called, not when it is defined."""
+    """The source with each solution region replaced by a line that raises when it is called, not
+    when it is defined."""
     regions = _REGION.findall(source)
     paired = source.count(BEGIN) == source.count(END) == len(regions)
-    _require(regions and paired, f"solution {grade_id!r} needs pairs of the lines '{BEGIN}' and '{END}'")
+    _require(
+        regions and paired, f"solution {grade_id!r} needs pairs of the lines '{BEGIN}' and '{END}'"
+    )
     _require(all(body.strip() for _, body in regions), f"solution {grade_id!r} has an empty region")
     line = f'raise NotImplementedError("{grade_id}: replace this line with your code")'
     stub = _REGION.sub(lambda region: region[1] + line, source)
     try:
         tree = ast.parse(stub)
     except SyntaxError as error:
-        raise ConfigError(f"the stub of {grade_id!r} is no Python ({error}): mark whole statements") from None
-    inside = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        raise ConfigError(
+            f"the stub of {grade_id!r} is no Python ({error}): mark whole statements"
+        ) from None
+    inside = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
     for number, text in enumerate(stub.splitlines(), start=1):
         held_back = any(node.lineno < number <= (node.end_lineno or 0) for node in inside)
         _require(
-            text.strip() != line or held_back, f"{grade_id!r} has a region outside a function: a stub there raises"
+            text.strip() != line or held_back,
+            f"{grade_id!r} has a region outside a function: a stub there raises",
         )
     return stub
 

@@ -1,6 +1,8 @@
-"""``flserving lab``: a copy of the course to work in, opened in JupyterLab. ``python run.py lab`` ends here, too.
+"""``flserving lab``: a copy of the course to work in, opened in JupyterLab. ``python run.py lab``
+ends here, too.
 
-The notebooks come from the clone that this package is run from, else from where the wheel has put them.
+The notebooks come from the clone that this package is run from, else from where the wheel has put
+them.
 """
 
 import os
@@ -22,16 +24,20 @@ def course() -> Path:
     Raises:
         ConfigError: This installation has none.
     """
-    installed = [Path(str(file.locate())) for file in files("flserving") or [] if file.name == FIRST]
+    installed = [
+        Path(str(file.locate())) for file in files("flserving") or [] if file.name == FIRST
+    ]
     for first in (Path(__file__).parents[2] / "notebooks" / FIRST, *installed):
         if first.exists():
             return first.parent
-    raise ConfigError("this installation holds no notebooks: install flserving's wheel, or run this in a clone of it")
+    raise ConfigError(
+        "this installation holds no notebooks: install flserving's wheel, or run this in a clone of it"
+    )
 
 
 def prepare(place: Path) -> Path:
-    """The notebook to open: ``place``, or the first one of the folder ``place``. A folder gets the copies that it
-    lacks, unless it holds a notebook of somebody's own, or the course itself.
+    """The notebook to open: ``place``, or the first one of the folder ``place``. A folder gets the
+    copies that it lacks, unless it holds a notebook of somebody's own, or the course itself.
 
     Raises:
         ConfigError: There is no such notebook, neither here nor in the course.
@@ -43,7 +49,9 @@ def prepare(place: Path) -> Path:
         if not notebook.exists() or (folder / FIRST).exists():
             _copy_what_is_missing(stored, folder)
     elif not notebook.exists():
-        raise ConfigError(f"there is no notebook {notebook}: name one of the course, or a folder for your copies")
+        raise ConfigError(
+            f"there is no notebook {notebook}: name one of the course, or a folder for your copies"
+        )
     return notebook
 
 
@@ -63,14 +71,20 @@ def main(arguments: Sequence[str]) -> int:
     except (FlservingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    address = f"/lab/tree/{quote(notebook.name)}"  # what the browser opens, and what the terminal shows
+    address = (
+        f"/lab/tree/{quote(notebook.name)}"  # what the browser opens, and what the terminal shows
+    )
     options = [f"--ServerApp.root_dir={notebook.parent}", f"--LabApp.default_url={address}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in arguments:
-        options.append("--allow-root")  # containers and cloud notebooks are root; JupyterLab refuses that by default
+        options.append(
+            "--allow-root"
+        )  # containers and cloud notebooks are root; JupyterLab refuses that by default
     command = [sys.executable, "-m", "jupyterlab", *options, *arguments[own:]]
     if os.name == "nt":
         return subprocess.call(command)
-    os.execv(command[0], command)  # in this process's place: signals reach JupyterLab, and torch leaves the memory
+    os.execv(
+        command[0], command
+    )  # in this process's place: signals reach JupyterLab, and torch leaves the memory
 
 
 if __name__ == "__main__":

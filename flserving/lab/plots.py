@@ -1,7 +1,8 @@
-"""A small vocabulary for figures: each word draws one thing on an axes. Text beside marks, units, targets, legends.
+"""A small vocabulary for figures: each word draws one thing on an axes. Text beside marks, units,
+targets, legends.
 
-Names of things stand on y, from the top down; what is written stands beside its mark, so that no colour is needed to
-read it.
+Names of things stand on y, from the top down; what is written stands beside its mark, so that no
+colour is needed to read it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,7 @@ _SIZES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 _DAY_S = 86_400
 
 
-# --------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def number_text(value: float) -> str:
@@ -78,7 +79,8 @@ def _with_unit(value: float, units: Mapping[str, float]) -> str:
 
 
 def ticks(axis: Axis, text: Text = number_text, at: Sequence[float] = ()) -> None:
-    """The axis says its values with ``text``: at ``at``, or else where there is room. Call it when all is drawn."""
+    """The axis says its values with ``text``: at ``at``, or else where there is room. Call it when
+    all is drawn."""
     low, high = sorted(axis.get_view_interval())
     if at:
         axis.set_major_locator(FixedLocator([value for value in at if low <= value <= high]))
@@ -97,7 +99,7 @@ def _log_locator(decades: float) -> LogLocator:
     return LogLocator(base=1000 if decades > 7 else 10, subs=steps, numticks=12)
 
 
-# ------------------------------------------------------------------------------------------------- text and guides
+# ---------------------------------------------------------------------------------- text and guides
 
 
 def note(
@@ -110,7 +112,8 @@ def note(
     dy: float = 0,
     **style: Any,
 ) -> None:
-    """A word beside a point of the data: ``dx`` and ``dy`` points away, 6 to the right where nothing is said."""
+    """A word beside a point of the data: ``dx`` and ``dy`` points away, 6 to the right where
+    nothing is said."""
     usual = Style(
         fontsize=SMALL,
         va="center",
@@ -142,7 +145,8 @@ def target(
 
 
 def legend(fig: Figure, *axes: Axes, **style: Any) -> None:
-    """One legend below the figure, of ``axes`` or of all; what has the same name in several stands there once."""
+    """One legend below the figure, of ``axes`` or of all; what has the same name in several stands
+    there once."""
     known: dict[str, Any] = {}
     for ax in axes or fig.axes:
         handles, names = ax.get_legend_handles_labels()
@@ -156,7 +160,7 @@ def legend(fig: Figure, *axes: Axes, **style: Any) -> None:
     fig.legend(known.values(), known, **usual | style)
 
 
-# ---------------------------------------------------------------------------------------------------------- marks
+# -------------------------------------------------------------------------------------------- marks
 
 
 def lines(ax: Axes, x: ArrayLike, curves: Mapping[str, ArrayLike], **style: Any) -> list[Line2D]:
@@ -237,7 +241,8 @@ def heat(
     text: Text = "{:.0%}".format,
     color: str = COLOURS[0],
 ) -> None:
-    """A table in colour: the larger a share, the stronger; 0 and what is missing are paper, without a number."""
+    """A table in colour: the larger a share, the stronger; 0 and what is missing are paper, without
+    a number."""
     rows(ax, list(shares.index))
     for (row, column), share in np.ndenumerate(shares.to_numpy(float)):
         strength = float(np.clip(np.nan_to_num(share), 0, 1))
@@ -263,7 +268,7 @@ def digit(ax: Axes, image: ArrayLike, title: str = "") -> None:
     ax.grid(visible=False)
 
 
-# ------------------------------------------------------------------------------------------------------- diagrams
+# ----------------------------------------------------------------------------------------- diagrams
 
 
 def box(
@@ -273,7 +278,8 @@ def box(
     text: str,
     **style: Any,
 ) -> None:
-    """A rounded box with its lower left ``corner``; the first line of ``text`` is its name, in bold."""
+    """A rounded box with its lower left ``corner``; the first line of ``text`` is its name, in
+    bold."""
     width, height = size
     usual = Style(
         boxstyle="round,pad=0,rounding_size=1",

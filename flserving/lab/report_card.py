@@ -1,8 +1,9 @@
-"""The report to hand in: what a student guessed, answered and solved in the course, as one HTML file.
+"""The report to hand in: what a student guessed, answered and solved in the course, as one HTML
+file.
 
-``python -m flserving.lab.report_card --name Ada`` writes it. It tells what ``my_stack/answers`` holds, and shows the
-figures that the student's own parts drew. These files are the student's: whoever gives marks that count runs the checks
-again, with nbgrader.
+``python -m flserving.lab.report_card --name Ada`` writes it. It tells what ``my_stack/answers``
+holds, and shows the figures that the student's own parts drew. These files are the student's:
+whoever gives marks that count runs the checks again, with nbgrader.
 """
 
 import argparse
@@ -80,14 +81,18 @@ class Chapter:
 
 
 def chapters(folder: Path) -> list[Chapter]:
-    """What was done in the notebooks of a folder, and in notebooks of other names whose answers are there."""
+    """What was done in the notebooks of a folder, and in notebooks of other names whose answers are
+    there."""
     names = {path.stem for path in folder.glob("*.ipynb")}
     answered = {path.stem for path in (folder / FOLDER / "answers").glob("*.json")}
-    return [_chapter(folder, name) for name in sorted(names | answered) if not name.endswith(".damaged")]
+    return [
+        _chapter(folder, name) for name in sorted(names | answered) if not name.endswith(".damaged")
+    ]
 
 
 def report_card(name: str = "", folder: str | Path = ".") -> Text:
-    """Write ``my_stack/report.html`` in the folder of the notebooks, and say how many points it tells of.
+    """Write ``my_stack/report.html`` in the folder of the notebooks, and say how many points it
+    tells of.
 
     OSError: The folder cannot be written.
     """
@@ -103,7 +108,12 @@ def as_html(done: Sequence[Chapter], name: str = "") -> str:
     """The report as a page that needs nothing but itself."""
     title = f"Report of {name}" if name else "Report"
     rows = [
-        (chapter.name, len(chapter.guesses), _of(chapter.correct, len(chapter.quizzes)), _points(chapter))
+        (
+            chapter.name,
+            len(chapter.guesses),
+            _of(chapter.correct, len(chapter.quizzes)),
+            _points(chapter),
+        )
         for chapter in done
     ]
     head = ("notebook", "guesses", "right at once, of the questions answered", "points")
@@ -118,15 +128,24 @@ def as_html(done: Sequence[Chapter], name: str = "") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m flserving.lab.report_card``: 0 when the report is written, 1 with the reason when not."""
-    parser = argparse.ArgumentParser("python -m flserving.lab.report_card", description="Write the report to hand in.")
+    """``python -m flserving.lab.report_card``: 0 when the report is written, 1 with the reason when
+    not."""
+    parser = argparse.ArgumentParser(
+        "python -m flserving.lab.report_card", description="Write the report to hand in."
+    )
     parser.add_argument(
-        "--folder", type=Path, default=Path("student"), help="folder of the student's notebooks (student)"
+        "--folder",
+        type=Path,
+        default=Path("student"),
+        help="folder of the student's notebooks (student)",
     )
     parser.add_argument("--name", default="", help="whose report it is")
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
-        print(f"error: there is no folder {options.folder}: name the student's with --folder", file=sys.stderr)
+        print(
+            f"error: there is no folder {options.folder}: name the student's with --folder",
+            file=sys.stderr,
+        )
         return 1
     try:
         print(report_card(options.name, options.folder))
@@ -169,7 +188,9 @@ def _entries(answers: Any, kind: str) -> dict[str, Mapping[str, Any]]:
     return {str(name): entry for name, entry in found.items() if isinstance(entry, Mapping)}
 
 
-def _exercises(notebook: NotebookNode, checks: Mapping[str, Mapping[str, Any]]) -> Iterator[Exercise]:
+def _exercises(
+    notebook: NotebookNode, checks: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Exercise]:
     for cell in notebook.cells:
         grading = cell.metadata.get("nbgrader", {})
         if grading.get("grade"):
@@ -191,10 +212,16 @@ def _figures(notebook: NotebookNode) -> Iterator[str]:
 
 def _section(chapter: Chapter) -> str:
     guesses = [
-        (name, entry.get("guess", ""), entry.get("measured", "not yet")) for name, entry in chapter.guesses.items()
+        (name, entry.get("guess", ""), entry.get("measured", "not yet"))
+        for name, entry in chapter.guesses.items()
     ]
     quizzes = [
-        (text, entry.get("first", ""), "yes" if entry.get("correct") else "no", entry.get("last", ""))
+        (
+            text,
+            entry.get("first", ""),
+            "yes" if entry.get("correct") else "no",
+            entry.get("last", ""),
+        )
         for text, entry in chapter.quizzes.items()
     ]
     exercises = [
@@ -226,7 +253,9 @@ def _section(chapter: Chapter) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     if not rows:
         return ""
-    lines = [f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>\n" for row in rows]
+    lines = [
+        f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>\n" for row in rows
+    ]
     return f"<table>\n<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>\n{''.join(lines)}</table>\n"
 
 

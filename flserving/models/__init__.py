@@ -1,10 +1,12 @@
-"""What may be served: architectures, weights, what happens to numbers before and after the model, and the checks.
+"""What may be served: architectures, weights, what happens to numbers before and after the model,
+and the checks.
 
-``architectures.py`` is the allow-list that a manifest names; read it first. ``modules.py`` is what torch makes of an
-architecture; ``plain.py`` what NumPy does, for devices without torch: nothing imports torch before it is needed.
-``weights.py`` turns a state dict into bytes and back. ``processing.py`` holds the preprocessor and the postprocessor:
-here and not in ``serving``, because a version is published with them, and the registry refuses statistics that do not
-fit and a model that no server could answer with. ``probing.py`` asks whether each row is answered by itself. For
+``architectures.py`` is the allow-list that a manifest names; read it first. ``modules.py`` is what
+torch makes of an architecture; ``plain.py`` what NumPy does, for devices without torch: nothing
+imports torch before it is needed. ``weights.py`` turns a state dict into bytes and back.
+``processing.py`` holds the preprocessor and the postprocessor: here and not in ``serving``, because
+a version is published with them, and the registry refuses statistics that do not fit and a model
+that no server could answer with. ``probing.py`` asks whether each row is answered by itself. For
 notebook 09: ``onnx.py``. For commands that register architectures of your own: ``own_code.py``.
 """
 
@@ -75,7 +77,8 @@ def blueprint(engine: EngineName, architecture: str, parameters: Parameters) -> 
     """How ``engine`` builds an architecture.
 
     Raises:
-        NotFoundError: The architecture is not registered. InvalidModelError: The parameters do not fit it.
+        NotFoundError: The architecture is not registered. InvalidModelError: The parameters do not
+            fit it.
         NotSupportedError: The engine cannot run it; the message says which it can.
     """
     if engine == "numpy":

@@ -1,8 +1,9 @@
 """Architectures: code by name, never code from data.
 
-A published version names its architecture and parameters in a manifest (plain JSON); only what was registered
-here, in code, can be built from it. Every built-in takes float32 [N, D] and returns logits float32 [N, C], and is
-split into ``body`` (shared by all clients) and ``head`` (the last linear layer, which a client may own).
+A published version names its architecture and parameters in a manifest (plain JSON); only what was
+registered here, in code, can be built from it. Every built-in takes float32 [N, D] and returns
+logits float32 [N, C], and is split into ``body`` (shared by all clients) and ``head`` (the last
+linear layer, which a client may own).
 """
 
 import json
@@ -28,7 +29,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MAX_PARAMETERS_CHARS = 65_536  # of JSON: a manifest is a page, not a book
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # eq=False: two definitions of one name stay two keys of a cache
+@dataclass(
+    frozen=True, slots=True, eq=False
+)  # eq=False: two definitions of one name stay two keys of a cache
 class Architecture:
     """A registered architecture: how to build it, and the shapes of one row in and out."""
 
@@ -49,7 +52,8 @@ def register(
     output_shape: Shapes,
     max_values: int = 1 << 28,
 ) -> Callable[[Factory], Factory]:
-    """Decorator: put an architecture of your own on the allow-list, so that the registry can store and rebuild it.
+    """Decorator: put an architecture of your own on the allow-list, so that the registry can store
+    and rebuild it.
 
     ::
 
@@ -58,18 +62,22 @@ def register(
             def __init__(self, width: int = 256): ...
 
     Args:
-        name: Lower-case letters, digits, ``. _ -``; at most 64 characters. Running the same definition again (a
-            notebook cell) replaces it; a different function or class under a taken name is refused.
-        input_shape: Shape of one row without the batch, e.g. ``(64,)``; or a function of the parameters.
+        name: Lower-case letters, digits, ``. _ -``; at most 64 characters. Running the same
+            definition again (a notebook cell) replaces it; a different function or class under a
+            taken name is refused.
+        input_shape: Shape of one row without the batch, e.g. ``(64,)``; or a function of the
+            parameters.
         output_shape: The same for one row of the output.
-        max_values: Most numbers (weights and buffers) in a built module, so that a hostile manifest cannot fill the
-            memory. The default, 2**28, is 1 GiB of float32.
+        max_values: Most numbers (weights and buffers) in a built module, so that a hostile manifest
+            cannot fill the memory. The default, 2**28, is 1 GiB of float32.
 
-    Registering is running code, so every process that serves it does so: import the module in a notebook, and name it
-    to the commands: ``flserving serve --import mynet`` and ``flserving edge --import mynet``.
+    Registering is running code, so every process that serves it does so: import the module in a
+    notebook, and name it to the commands: ``flserving serve --import mynet`` and ``flserving edge
+    --import mynet``.
 
-    The decorated factory gets the manifest's parameters as keyword arguments. It must make its tensors through
-    torch, and must not read its tensors' values, because sizes are checked on torch's "meta" device first.
+    The decorated factory gets the manifest's parameters as keyword arguments. It must make its
+    tensors through torch, and must not read its tensors' values, because sizes are checked on
+    torch's "meta" device first.
 
     Raises:
         InvalidModelError: A name outside the alphabet.
@@ -84,7 +92,9 @@ def register(
     def add(factory: Factory) -> Factory:
         taken = _known.get(name)
         if taken is not None and _home(taken.factory) != _home(factory):
-            raise ConflictError(f"architecture {name!r} is taken by {_home(taken.factory)}: choose another name")
+            raise ConflictError(
+                f"architecture {name!r} is taken by {_home(taken.factory)}: choose another name"
+            )
         _known[name] = Architecture(name, factory, input_shape, output_shape, max_values)
         return factory
 
@@ -97,17 +107,21 @@ def names() -> list[str]:
 
 
 def build(architecture: str, parameters: Parameters | None = None) -> nn.Module:
-    """Build a freshly initialised module. Cheap under ``torch.device("meta")``, where no memory is taken.
+    """Build a freshly initialised module. Cheap under ``torch.device("meta")``, where no memory is
+    taken.
 
     Args:
         architecture: A registered name.
-        parameters: Keyword arguments of the factory, plain JSON. E.g. ``{"sizes": [784, 512, 512, 10]}`` for ``mlp``.
+        parameters: Keyword arguments of the factory, plain JSON. E.g. ``{"sizes": [784, 512, 512,
+            10]}`` for ``mlp``.
 
     Raises:
         NotFoundError: The name is not registered; the message lists those that are.
-        InvalidModelError: The parameters are not JSON, do not fit the factory, or ask for too large a module.
+        InvalidModelError: The parameters are not JSON, do not fit the factory, or ask for too large
+            a module.
 
-    Cost: a first dry run on the meta device per (architecture, parameters), remembered; then the build itself.
+    Cost: a first dry run on the meta device per (architecture, parameters), remembered; then the
+    build itself.
     """
     entry = _find(architecture)
     text = _canonical(architecture, parameters)
@@ -115,9 +129,11 @@ def build(architecture: str, parameters: Parameters | None = None) -> nn.Module:
     return _call(entry, entry.factory, text)
 
 
-def restore(architecture: str, parameters: Parameters, tensors: Mapping[str, Tensor], *, nbytes: int) -> nn.Module:
-    """The module that holds these very tensors. ``nbytes``: their size; a large module is built without memory first,
-    where initialising it would cost more.
+def restore(
+    architecture: str, parameters: Parameters, tensors: Mapping[str, Tensor], *, nbytes: int
+) -> nn.Module:
+    """The module that holds these very tensors. ``nbytes``: their size; a large module is built
+    without memory first, where initialising it would cost more.
 
     Raises:
         RuntimeError: They do not fit. What :func:`build` raises.
@@ -140,12 +156,14 @@ def _has_tensor(part: nn.Module) -> bool:
 
 
 def definition(architecture: str) -> object:
-    """What stands for the code of an architecture: another object as soon as the name is registered anew."""
+    """What stands for the code of an architecture: another object as soon as the name is registered
+    anew."""
     return _find(architecture)
 
 
 def signature(architecture: str, parameters: Parameters | None = None) -> tuple[Shape, Shape]:
-    """Shapes of one row in and one row out, without the batch: ``((64,), (10,))``. Raises as ``build``."""
+    """Shapes of one row in and one row out, without the batch: ``((64,), (10,))``. Raises as
+    ``build``."""
     inputs, outputs, _ = _dry_run(_find(architecture), _canonical(architecture, parameters))
     return inputs, outputs
 
@@ -173,7 +191,9 @@ def _canonical(architecture: str, parameters: Parameters | None) -> str:
     try:
         text = json.dumps(dict(parameters or {}), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidModelError(f"parameters of {architecture!r} must be plain JSON: {error}") from error
+        raise InvalidModelError(
+            f"parameters of {architecture!r} must be plain JSON: {error}"
+        ) from error
     if len(text) > _MAX_PARAMETERS_CHARS:
         raise InvalidModelError(
             f"parameters of {architecture!r} are {len(text)} characters of JSON: the most is {_MAX_PARAMETERS_CHARS}"
@@ -199,24 +219,33 @@ def _call(entry: Architecture, function: Callable[..., T], text: str) -> T:
 
 @lru_cache(maxsize=1024)
 def _dry_run(entry: Architecture, text: str) -> tuple[Shape, Shape, int]:
-    """Dry run without memory: does it build, is it small enough, what shapes does it declare, how many bytes has it?"""
+    """Dry run without memory: does it build, is it small enough, what shapes does it declare, how
+    many bytes has it?"""
     with torch.device("meta"):
         module = _call(entry, entry.factory, text)
     if not isinstance(module, nn.Module):
-        raise InvalidModelError(f"architecture {entry.name!r} built a {type(module).__name__}: it must be an nn.Module")
+        raise InvalidModelError(
+            f"architecture {entry.name!r} built a {type(module).__name__}: it must be an nn.Module"
+        )
     values = sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
     if values > entry.max_values:
         raise InvalidModelError(
             f"architecture {entry.name!r} with {text[:200]} has {values:,} values: the most is {entry.max_values:,} "
             "(register(..., max_values=) raises it)"
         )
-    return _shape(entry, entry.input_shape, text), _shape(entry, entry.output_shape, text), nbytes_of(module)
+    return (
+        _shape(entry, entry.input_shape, text),
+        _shape(entry, entry.output_shape, text),
+        nbytes_of(module),
+    )
 
 
 def _shape(entry: Architecture, declared: Shapes, text: str) -> Shape:
     shape = _call(entry, declared, text) if callable(declared) else declared
     if not isinstance(shape, tuple) or not all(type(size) is int and size > 0 for size in shape):
-        raise InvalidModelError(f"architecture {entry.name!r} declares the shape {shape!r}: use a tuple of ints > 0")
+        raise InvalidModelError(
+            f"architecture {entry.name!r} declares the shape {shape!r}: use a tuple of ints > 0"
+        )
     return shape
 
 
@@ -234,12 +263,17 @@ class SplitModel(nn.Module):
 
 
 def as_split(module: nn.Module) -> SplitModel:
-    """``module``, where ``head(body(x))`` is all that it computes: a personal head then stands in for ``head``.
+    """``module``, where ``head(body(x))`` is all that it computes: a personal head then stands in
+    for ``head``.
 
     Raises:
         InvalidModelError: It is something else, or a subclass with a forward of its own.
     """
-    if isinstance(module, SplitModel) and type(module).forward is SplitModel.forward and type(module.head) is nn.Linear:
+    if (
+        isinstance(module, SplitModel)
+        and type(module).forward is SplitModel.forward
+        and type(module.head) is nn.Linear
+    ):
         return module
     raise InvalidModelError(
         f"a {type(module).__name__} is not a models.SplitModel as it stands (its forward, a linear head): personal "
@@ -249,11 +283,14 @@ def as_split(module: nn.Module) -> SplitModel:
 
 @register("mlp", input_shape=lambda sizes: (sizes[0],), output_shape=lambda sizes: (sizes[-1],))
 def mlp(sizes: Sequence[int]) -> SplitModel:
-    """Linear layers with ReLU between: ``sizes = [D, hidden..., C]``; with two sizes the body is empty."""
+    """Linear layers with ReLU between: ``sizes = [D, hidden..., C]``; with two sizes the body is
+    empty."""
     check_sizes(sizes)
     body = nn.Sequential()
     for inputs, outputs in pairwise(sizes[:-1]):
-        body.extend((nn.Linear(inputs, outputs), nn.ReLU(inplace=True)))  # in place: one allocation less per layer
+        body.extend(
+            (nn.Linear(inputs, outputs), nn.ReLU(inplace=True))
+        )  # in place: one allocation less per layer
     return SplitModel(body, nn.Linear(sizes[-2], sizes[-1]))
 
 
@@ -271,7 +308,8 @@ def digits_mlp() -> SplitModel:
 
 @register("digits_cnn", input_shape=(64,), output_shape=(10,))
 def digits_cnn() -> SplitModel:
-    """A small CNN for 8x8 digits: takes them flattened, [N, 64], and gives them their shape back inside."""
+    """A small CNN for 8x8 digits: takes them flattened, [N, 64], and gives them their shape back
+    inside."""
     body = nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 16, kernel_size=3, padding=1),
@@ -312,20 +350,26 @@ def _features(layers: Sequence[Parameters], which: int, name: str) -> Shape:
     output_shape=lambda layers: _features(layers, -1, "out_features"),
 )
 def sequential(layers: Sequence[Parameters]) -> nn.Sequential:
-    """A plain ``nn.Sequential`` over feature rows: ``[{"layer": "Linear", ...}, ...]``, see :func:`describe`."""
+    """A plain ``nn.Sequential`` over feature rows: ``[{"layer": "Linear", ...}, ...]``, see
+    :func:`describe`."""
     if not isinstance(layers, (list, tuple)) or not 1 <= len(layers) <= MAX_LAYERS:
-        raise InvalidModelError(f"layers of a sequential are {str(layers)[:80]}: give 1 to {MAX_LAYERS} of them")
+        raise InvalidModelError(
+            f"layers of a sequential are {str(layers)[:80]}: give 1 to {MAX_LAYERS} of them"
+        )
     modules = []
     for arguments in map(dict, layers):
         kind = arguments.pop("layer", None)
         if kind not in _LAYERS:
-            raise InvalidModelError(f"layer {str(kind)[:40]!r} is not on the list: {', '.join(_LAYERS)}")
+            raise InvalidModelError(
+                f"layer {str(kind)[:40]!r} is not on the list: {', '.join(_LAYERS)}"
+            )
         modules.append(getattr(nn, str(kind))(**arguments))
     return nn.Sequential(*modules)
 
 
 def describe(module: nn.Module) -> tuple[str, dict[str, JSON]]:
-    """The architecture and the parameters that build ``module`` anew, where it is a plain ``nn.Sequential``.
+    """The architecture and the parameters that build ``module`` anew, where it is a plain
+    ``nn.Sequential``.
 
     Raises:
         InvalidModelError: It is something else, or holds a layer that is not on the list.
@@ -339,7 +383,9 @@ def describe(module: nn.Module) -> tuple[str, dict[str, JSON]]:
     for layer in module:
         kind = type(layer).__name__
         if type(layer) is not getattr(nn, kind, None) or kind not in _LAYERS:
-            raise InvalidModelError(f"a {kind} is not on the list of a plain nn.Sequential: {', '.join(_LAYERS)}")
+            raise InvalidModelError(
+                f"a {kind} is not on the list of a plain nn.Sequential: {', '.join(_LAYERS)}"
+            )
         values = {name: getattr(layer, name) for name in _LAYERS[kind]}
         if "bias" in values:
             values["bias"] = values["bias"] is not None

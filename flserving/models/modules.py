@@ -1,4 +1,5 @@
-"""What torch runs: any registered architecture as a module, and a module as the steps of its forward."""
+"""What torch runs: any registered architecture as a module, and a module as the steps of its
+forward."""
 
 import copy
 from functools import cached_property
@@ -45,7 +46,9 @@ class Blueprint:
     def like(self) -> dict[str, Array]:
         """Names, shapes and dtypes of its tensors, in arrays that take no memory."""
         return {
-            name: np.broadcast_to(weights.as_array(torch.zeros((), dtype=it.dtype, device="cpu")), it.shape)
+            name: np.broadcast_to(
+                weights.as_array(torch.zeros((), dtype=it.dtype, device="cpu")), it.shape
+            )
             for name, it in self.skeleton.state_dict().items()
         }
 
@@ -65,8 +68,9 @@ class Blueprint:
         return architectures.restore(*self._named, weights.as_tensors(tensors), nbytes=nbytes)
 
     def check(self, tensors: Tensors, postprocessor: Postprocessor | None) -> None:
-        """Raise InvalidModelError or ModelExecutionError where a model of these tensors may not serve: see ``probing``.
-        With a ``postprocessor``, the answer to a row of zeros must be one. A forward may change a buffer: give copies.
+        """Raise InvalidModelError or ModelExecutionError where a model of these tensors may not
+        serve: see ``probing``. With a ``postprocessor``, the answer to a row of zeros must be one.
+        A forward may change a buffer: give copies.
         """
         skeleton = self.skeleton
         if isinstance(skeleton, onnx.OnnxModel):
@@ -105,22 +109,28 @@ class Runner:
     @staticmethod
     def empty(shape: Shape) -> Floats:
         """Memory for heads."""
-        memory: Floats = torch.empty(shape).numpy()  # aligned: a product of aligned rows is the same in any batch
+        memory: Floats = torch.empty(
+            shape
+        ).numpy()  # aligned: a product of aligned rows is the same in any batch
         return memory
 
     @staticmethod
     def apply_heads(inputs: Tensor, heads: Floats, generic: Tensor | None) -> Tensor:
-        """Row by row, inputs [N, F] times heads [N, F + 1, C], whose last rows are biases; added to ``generic``."""
+        """Row by row, inputs [N, F] times heads [N, F + 1, C], whose last rows are biases; added to
+        ``generic``."""
         matrices = torch.from_numpy(heads)
         ones = inputs.new_ones(len(inputs), 1)
-        rows = torch.cat([inputs, ones], dim=1)[:, None]  # one product with the bias inside: an eighth less than two
+        rows = torch.cat([inputs, ones], dim=1)[
+            :, None
+        ]  # one product with the bias inside: an eighth less than two
         if generic is None:
             return torch.bmm(rows, matrices)[:, 0]
         return torch.baddbmm(generic[:, None], rows, matrices)[:, 0]
 
 
 def copy_of(module: nn.Module, tensors: dict[int, Tensor] | None = None) -> nn.Module:
-    """A deep copy in evaluation mode, without gradients; ``tensors`` says by ``id`` what to put in place of which.
+    """A deep copy in evaluation mode, without gradients; ``tensors`` says by ``id`` what to put in
+    place of which.
 
     Raises:
         InvalidModelError: It cannot be copied.
@@ -128,24 +138,34 @@ def copy_of(module: nn.Module, tensors: dict[int, Tensor] | None = None) -> nn.M
     memo: dict[int, Any] = dict(tensors or {})
     for part in module.modules():
         for value in vars(part).values():
-            if torch.is_tensor(value) and not value.is_leaf:  # pruning and weight_norm: torch does not copy these
+            if (
+                torch.is_tensor(value) and not value.is_leaf
+            ):  # pruning and weight_norm: torch does not copy these
                 memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(module, memo).eval().requires_grad_(False)
     except Exception as error:
-        raise InvalidModelError(f"cannot copy the {type(module).__name__}: {type(error).__name__}: {error}") from error
+        raise InvalidModelError(
+            f"cannot copy the {type(module).__name__}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def lean(module: nn.Module) -> Steps:
-    """The steps of ``module``'s forward: a chain of linear layers and ReLUs as plain calls, anything else as one call.
+    """The steps of ``module``'s forward: a chain of linear layers and ReLUs as plain calls,
+    anything else as one call.
 
-    For small models the Python around the arithmetic is the cost; unrolling the tutorial's model takes its forward from
-    15 to 8 us. Only exact types without hooks are unrolled, so the numbers are the module's own, bit for bit.
+    For small models the Python around the arithmetic is the cost; unrolling the tutorial's model
+    takes its forward from 15 to 8 us. Only exact types without hooks are unrolled, so the numbers
+    are the module's own, bit for bit.
     """
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):  # changed on this very object
+    if (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    ):  # changed on this very object
         return [(module, ())]
     if type(module) is nn.Sequential:
-        return [step for child in module for step in lean(child)]  # not children(): it names a shared layer once
+        return [
+            step for child in module for step in lean(child)
+        ]  # not children(): it names a shared layer once
     if type(module) is SplitModel:
         return lean(module.body) + lean(module.head)
     if type(module) is nn.Linear:

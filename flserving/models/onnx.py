@@ -1,14 +1,17 @@
 """The second backend: ONNX Runtime, behind the same engine.
 
-A version runs on it when its manifest names the architecture ``onnx``. Its one tensor is the graph, uint8 [nbytes], in
-the same weights file as any other tensor. So all that holds for weights holds for graphs: digests, deltas, signed
-releases, caches, servers and devices take them as they are, and no second file has to be kept in step.
+A version runs on it when its manifest names the architecture ``onnx``. Its one tensor is the graph,
+uint8 [nbytes], in the same weights file as any other tensor. So all that holds for weights holds
+for graphs: digests, deltas, signed releases, caches, servers and devices take them as they are, and
+no second file has to be kept in step.
 
-A graph is code, so what may run is listed: no file beside it, no loop, no function, sizes that are known beforehand and
-proportional to the rows. Left out of the list are operators that draw random numbers, and those that quantise a batch
-by what is in it: there, a row's answer would depend on whose rows are beside it. Normalisations are listed where they
-take their statistics from a row alone (InstanceNormalization is what exporters make of GroupNorm). A graph can still
-put listed operators together so that rows meet: ``probing.check_rows`` looks for that at every publish and load.
+A graph is code, so what may run is listed: no file beside it, no loop, no function, sizes that are
+known beforehand and proportional to the rows. Left out of the list are operators that draw random
+numbers, and those that quantise a batch by what is in it: there, a row's answer would depend on
+whose rows are beside it. Normalisations are listed where they take their statistics from a row
+alone (InstanceNormalization is what exporters make of GroupNorm). A graph can still put listed
+operators together so that rows meet: ``probing.check_rows`` looks for that at every publish and
+load.
 """
 
 import math
@@ -36,15 +39,24 @@ _OPERATORS = (
     "Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze"
 )
 _FLOATS = {1, 10, 11}  # data types: float32, float16, float64
-_PLAIN = {1, 2, 3, 6, 7, 8}  # types of attributes: numbers, text and lists of them; no tensors, no graphs
+_PLAIN = {
+    1,
+    2,
+    3,
+    6,
+    7,
+    8,
+}  # types of attributes: numbers, text and lists of them; no tensors, no graphs
 
 
 def check(graph: bytes, inputs: Shape, outputs: int) -> None:
-    """Refuse what is not a harmless graph from float32 [N, *inputs] to float32 [N, outputs], without running it.
+    """Refuse what is not a harmless graph from float32 [N, *inputs] to float32 [N, outputs],
+    without running it.
 
     Raises:
-        InvalidModelError: Not ONNX, an operator that is not listed, weights in another file, or a tensor that is too
-            large or not proportional to the rows. NotSupportedError: onnx is not installed.
+        InvalidModelError: Not ONNX, an operator that is not listed, weights in another file, or a
+            tensor that is too large or not proportional to the rows. NotSupportedError: onnx is not
+            installed.
 
     Cost: two shape inferences, about 1 ms, and two copies of the graph.
     """
@@ -71,7 +83,9 @@ def check(graph: bytes, inputs: Shape, outputs: int) -> None:
     found = [_ends(model.graph.input), _ends(model.graph.output)]
     if found != [[(1, list(inputs))], [(1, [outputs])]]:  # 1: float32
         wanted = ", ".join(map(str, ("N", *inputs)))
-        raise InvalidModelError(f"the ONNX graph maps {found}: it must map float32 [{wanted}] to [N, {outputs}]")
+        raise InvalidModelError(
+            f"the ONNX graph maps {found}: it must map float32 [{wanted}] to [N, {outputs}]"
+        )
 
 
 def _ends(values: Any) -> list[tuple[int, list[int]]]:
@@ -86,12 +100,20 @@ def _ends(values: Any) -> list[tuple[int, list[int]]]:
 
 def _oddity(onnx: Any, model: Any) -> str | None:
     graph = model.graph
-    if model.functions or model.training_info or graph.sparse_initializer or len(graph.node) > _MOST_NODES:
+    if (
+        model.functions
+        or model.training_info
+        or graph.sparse_initializer
+        or len(graph.node) > _MOST_NODES
+    ):
         return "has functions, training steps, sparse weights or too many nodes"
     if any(onnx.external_data_helper.uses_external_data(tensor) for tensor in graph.initializer):
         return "keeps weights in another file"
     for tensor in graph.initializer:
-        if tensor.data_type in _FLOATS and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
+        if (
+            tensor.data_type in _FLOATS
+            and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all()
+        ):
             return f"has weights {tensor.name!r} that are not finite"
     for node in graph.node:
         microsoft = node.op_type == "MatMulNBits"
@@ -103,7 +125,8 @@ def _oddity(onnx: Any, model: Any) -> str | None:
 
 
 def _shapes(onnx: Any, model: Any, rows: int) -> dict[str, int]:
-    """Number of values of every tensor in the graph for so many rows, by name; what is unknown counts 0."""
+    """Number of values of every tensor in the graph for so many rows, by name; what is unknown
+    counts 0."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     graph = probe.graph
@@ -113,12 +136,20 @@ def _shapes(onnx: Any, model: Any, rows: int) -> dict[str, int]:
     for it in graph.output:
         it.type.tensor_type.shape.dim[0].dim_value = rows
     for number, node in enumerate(graph.node):
-        if node.op_type == "MatMulNBits":  # ONNX does not know it: a product with float32 [K, N], it says itself
+        if (
+            node.op_type == "MatMulNBits"
+        ):  # ONNX does not know it: a product with float32 [K, N], it says itself
             size = {it.name: it.i for it in node.attribute}
-            weight = helper.make_tensor_value_info(f"{node.name} {number}", 1, [size["K"], size["N"]])
+            weight = helper.make_tensor_value_info(
+                f"{node.name} {number}", 1, [size["K"], size["N"]]
+            )
             graph.input.append(weight)
-            node.CopyFrom(helper.make_node("MatMul", [node.input[0], weight.name], node.output, node.name))
-    known = onnx.shape_inference.infer_shapes(probe, check_type=True, strict_mode=True, data_prop=True).graph
+            node.CopyFrom(
+                helper.make_node("MatMul", [node.input[0], weight.name], node.output, node.name)
+            )
+    known = onnx.shape_inference.infer_shapes(
+        probe, check_type=True, strict_mode=True, data_prop=True
+    ).graph
     counts = {}
     for value in (*known.value_info, *known.output):
         shape = value.type.tensor_type.shape
@@ -138,17 +169,22 @@ def _shape(inputs: int | Sequence[int]) -> Shape:
     output_shape=lambda inputs, outputs, nbytes: (outputs,),
 )
 class OnnxModel(nn.Module):
-    """float32 [N, *inputs] -> float32 [N, outputs] by ONNX Runtime, on as many threads as torch has when it is loaded.
+    """float32 [N, *inputs] -> float32 [N, outputs] by ONNX Runtime, on as many threads as torch has
+    when it is loaded.
 
-    ``graph`` is the ONNX file's bytes. Loading them checks them and makes the session; a graph that is refused fails
-    the load like any weights that do not fit. Raises NotSupportedError: onnx or onnxruntime is not installed.
+    ``graph`` is the ONNX file's bytes. Loading them checks them and makes the session; a graph that
+    is refused fails the load like any weights that do not fit. Raises NotSupportedError: onnx or
+    onnxruntime is not installed.
     """
 
     graph: Tensor
 
     def __init__(self, inputs: int | Sequence[int], outputs: int, nbytes: int) -> None:
         super().__init__()
-        for package in ("onnx", "onnxruntime"):  # who cannot run it learns that before it downloads anything
+        for package in (
+            "onnx",
+            "onnxruntime",
+        ):  # who cannot run it learns that before it downloads anything
             need(package, "onnx")
         self.inputs = _shape(inputs)
         self.outputs = outputs
@@ -189,12 +225,17 @@ class OnnxModel(nn.Module):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are the server's
-        # Without VNNI an int8 product adds pairs in 16 bits and saturates: other answers than the graph defines, and
-        # than the same graph gives on a newer processor. This takes the exact, slower way there, and only there.
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # the cores are the server's
+        # Without VNNI an int8 product adds pairs in 16 bits and saturates: other answers than the
+        # graph defines, and than the same graph gives on a newer processor. This takes the exact,
+        # slower way there, and only there.
         options.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+            session = runtime.InferenceSession(
+                data, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # as many classes as ONNX Runtime has status codes
             raise InvalidModelError(f"ONNX Runtime refuses the graph: {str(error)[:300]}") from None
         self._input = session.get_inputs()[0].name

@@ -1,7 +1,8 @@
 """What NumPy runs without torch, for a device that has no room for it: linear layers and ReLU.
 
-An architecture is read as a list of layers, so that nothing but numbers comes from a manifest. Each layer answers a row
-by itself: rows cannot see each other, so nothing has to look for that as ``probing`` does.
+An architecture is read as a list of layers, so that nothing but numbers comes from a manifest. Each
+layer answers a row by itself: rows cannot see each other, so nothing has to look for that as
+``probing`` does.
 """
 
 import math
@@ -32,14 +33,19 @@ _MAX_WIDTH = 1 << 20
 def check_sizes(sizes: Any) -> None:
     """Raise InvalidModelError where they are no sizes of an mlp: [D, hidden..., C]."""
     whole = isinstance(sizes, (list, tuple)) and all(type(size) is int for size in sizes)
-    if not whole or not 2 <= len(sizes) <= MAX_LAYERS or not all(1 <= size <= _MAX_WIDTH for size in sizes):
+    if (
+        not whole
+        or not 2 <= len(sizes) <= MAX_LAYERS
+        or not all(1 <= size <= _MAX_WIDTH for size in sizes)
+    ):
         raise InvalidModelError(
             f"sizes of an mlp are {str(sizes)[:80]}: use 2 to {MAX_LAYERS} integers in [1, {_MAX_WIDTH}], "
             "e.g. [784, 512, 512, 10]"
         )
 
 
-# The layers. Arguments, names and shapes of tensors, and the numbers in evaluation are those of torch.nn.
+# The layers. Arguments, names and shapes of tensors, and the numbers in evaluation are those of
+# torch.nn.
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class BatchNorm1d:
-    """(x - mean) / sqrt(var + eps) * weight + bias, by the statistics of the training: a factor and a shift."""
+    """(x - mean) / sqrt(var + eps) * weight + bias, by the statistics of the training: a factor and
+    a shift."""
 
     num_features: int
     eps: float = 1e-5
@@ -87,7 +94,9 @@ class BatchNorm1d:
     def shapes(self) -> dict[str, Shape]:
         math.sqrt(self.eps)  # raises for what is no such number
         if self.track_running_stats is not True:
-            raise InvalidModelError("a BatchNorm1d without running statistics lets rows see each other: track them")
+            raise InvalidModelError(
+                "a BatchNorm1d without running statistics lets rows see each other: track them"
+            )
         names = ["running_mean", "running_var"]
         if self.affine:
             names = ["weight", "bias", *names]
@@ -103,7 +112,8 @@ class BatchNorm1d:
         weight: float | Floats = 1.0,
         bias: float | Floats = 0.0,
     ) -> Steps:
-        # Rounded where torch rounds, which multiplies and adds in one step: where means are large, it shows.
+        # Rounded where torch rounds, which multiplies and adds in one step: where means are large,
+        # it shows.
         std = np.sqrt(running_var + np.float32(self.eps))
         factor = (np.float32(1) / std * np.float32(weight)).astype(np.float64)
         shift = np.float32(bias - running_mean * factor).astype(np.float64)
@@ -179,8 +189,8 @@ class Blueprint:
     """An architecture as NumPy runs it: see :class:`flserving.models.modules.Blueprint`.
 
     Raises:
-        NotSupportedError: Only torch can run it; the message names what NumPy can. InvalidModelError: The parameters do
-        not fit the architecture.
+        NotSupportedError: Only torch can run it; the message names what NumPy can.
+        InvalidModelError: The parameters do not fit the architecture.
     """
 
     code = None
@@ -188,7 +198,9 @@ class Blueprint:
 
     def __init__(self, architecture: str, parameters: Parameters) -> None:
         if architecture not in _ARCHITECTURES:
-            raise NotSupportedError(f"the architecture {str(architecture)[:80]!r} needs torch. {_RUNS}")
+            raise NotSupportedError(
+                f"the architecture {str(architecture)[:80]!r} needs torch. {_RUNS}"
+            )
         self.architecture = architecture
         self.like: dict[str, Array] = {}
         widths = list[int]()
@@ -202,11 +214,15 @@ class Blueprint:
         except (InvalidModelError, NotSupportedError):
             raise
         except Exception as error:
-            raise self._odd(f"does not accept the parameters {str(parameters)[:200]}: {error}") from error
+            raise self._odd(
+                f"does not accept the parameters {str(parameters)[:200]}: {error}"
+            ) from error
         whole = all(type(width) is int and 1 <= width <= _MAX_WIDTH for width in widths)
         fit = widths[1:-1:2] == widths[2::2]
         if not widths or not whole or not fit or len(self.layers) > MAX_LAYERS:
-            raise self._odd(f"has layers of widths {str(widths)[:200]}: each takes what the one before it gives")
+            raise self._odd(
+                f"has layers of widths {str(widths)[:200]}: each takes what the one before it gives"
+            )
         self.shapes: tuple[Shape, Shape] = (widths[0],), (widths[-1],)
 
     @property
@@ -278,6 +294,7 @@ class NumpyModel:
 
     @staticmethod
     def apply_heads(inputs: Floats, heads: Floats, generic: Floats | None) -> Floats:
-        """Row by row, inputs [N, F] times heads [N, F + 1, C], whose last rows are biases; added to ``generic``."""
+        """Row by row, inputs [N, F] times heads [N, F + 1, C], whose last rows are biases; added to
+        ``generic``."""
         outputs: Floats = (inputs[:, None] @ heads[:, :-1])[:, 0] + heads[:, -1]
         return outputs if generic is None else generic + outputs

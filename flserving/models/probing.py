@@ -1,4 +1,5 @@
-"""What a model shows before it may serve: it answers rows, each by itself, as its signature says."""
+"""What a model shows before it may serve: it answers rows, each by itself, as its signature
+says."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,24 +13,28 @@ from flserving.models.processing import Postprocessor
 Shape = tuple[int, ...]
 Forward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-3
-"""Largest difference between a row's outputs alone and in a batch, as a share of the row's largest output. Products of
-other shapes sum in another order: 1e-6 is usual in float32, and what rows tell of each other is seldom under 1e-1."""
+"""Largest difference between a row's outputs alone and in a batch, as a share of the row's largest
+output. Products of other shapes sum in another order: 1e-6 is usual in float32, and what rows tell
+of each other is seldom under 1e-1."""
 QUANTISED_TOLERANCE = 0.1
-"""The same where numbers of few bits are computed with: rounding differently once moves them by a whole step."""
-_FLOOR = 0.1  # of the tolerance, as a share of the batch's largest output: a row's own outputs may be all but zero
+"""The same where numbers of few bits are computed with: rounding differently once moves them by a
+whole step."""
+# of the tolerance, as a share of the batch's largest output: a row's own outputs may be all but
+# zero
+_FLOOR = 0.1
 
 _OVERFLOWS = 1e30
-"""Sums of such sizes end at infinity, at no number or still below both, as the order of their terms has it: two answers
-that are all of this kind say nothing of each other."""
+"""Sums of such sizes end at infinity, at no number or still below both, as the order of their terms
+has it: two answers that are all of this kind say nothing of each other."""
 _FAST = ((2,), (7,), (5,), (4, 0), (6, 3, 1))
-"""Which rows go together, beside all eight at once: one, two and three, each in another company and at another place
-than among the eight; small ones alone, usual ones alone, a large one alone."""
+"""Which rows go together, beside all eight at once: one, two and three, each in another company and
+at another place than among the eight; small ones alone, usual ones alone, a large one alone."""
 
 
 @lru_cache(maxsize=32)
 def probe_rows(shape: Shape) -> Tensor:
-    """Eight rows, float32 [8, *shape], always the same: normal ones (0, 4, 7), zeros (1), small and large ones (5, 2),
-    zeros and ones (3), fractions (6)."""
+    """Eight rows, float32 [8, *shape], always the same: normal ones (0, 4, 7), zeros (1), small and
+    large ones (5, 2), zeros and ones (3), fractions (6)."""
     source = torch.Generator().manual_seed(20_250_101)
     rows = torch.randn(8, *shape, generator=source)
     rows[1] = 0
@@ -41,21 +46,25 @@ def probe_rows(shape: Shape) -> Tensor:
 
 
 def check_rows(module: Forward, shape: Shape, tolerance: float = TOLERANCE) -> None:
-    """Refuse a module in which rows see each other: one caller's answer would depend on, and tell of, another's rows.
+    """Refuse a module in which rows see each other: one caller's answer would depend on, and tell
+    of, another's rows.
 
     Eight rows of several scales are answered together, and again one, two and three at a time.
 
-    A probe sees what these rows show. It cannot see what only other values, or batches of more than eight rows, would
-    bring about, what is smaller than the tolerance, or what is done on purpose to look harmless here.
+    A probe sees what these rows show. It cannot see what only other values, or batches of more than
+    eight rows, would bring about, what is smaller than the tolerance, or what is done on purpose to
+    look harmless here.
 
     Args:
         module: Maps standardised rows float32 [N, *shape] to outputs [N, ...].
 
     Raises:
-        InvalidModelError: A row is answered otherwise in other company; or it is answered otherwise each time; or some
-            rows are answered, but not together. ModelExecutionError: None of the rows is answered.
+        InvalidModelError: A row is answered otherwise in other company; or it is answered otherwise
+            each time; or some rows are answered, but not together. ModelExecutionError: None of the
+            rows is answered.
 
-    Cost: six forwards of 16 rows in all; eight more where a row is refused (word numbers, say, are no fractions).
+    Cost: six forwards of 16 rows in all; eight more where a row is refused (word numbers, say, are
+    no fractions).
     """
     rows = probe_rows(shape)
     try:
@@ -63,10 +72,14 @@ def check_rows(module: Forward, shape: Shape, tolerance: float = TOLERANCE) -> N
     except (InvalidModelError, ModelExecutionError):
         raise
     except Exception:
-        answered = [place for place in range(len(rows)) if _answers(module, rows[place : place + 1])]
+        answered = [
+            place for place in range(len(rows)) if _answers(module, rows[place : place + 1])
+        ]
         if not answered:
             _answer(module, rows[1:2])  # raises, and tells why
-            raise ModelExecutionError("it answers now what it refused before: it must keep no state") from None
+            raise ModelExecutionError(
+                "it answers now what it refused before: it must keep no state"
+            ) from None
         alone = tuple((place,) for place in range(len(answered)))
         try:
             _compare(module, rows[answered], alone, tolerance)
@@ -79,9 +92,11 @@ def check_rows(module: Forward, shape: Shape, tolerance: float = TOLERANCE) -> N
             ) from error
 
 
-def check_answer(module: nn.Module, shape: Shape, outputs: Shape, postprocessor: Postprocessor | None) -> None:
-    """Answer a row of zeros as a server would. ``outputs``: the declared shape of a row's outputs. Without a
-    ``postprocessor`` the numbers do not matter, only their shape.
+def check_answer(
+    module: nn.Module, shape: Shape, outputs: Shape, postprocessor: Postprocessor | None
+) -> None:
+    """Answer a row of zeros as a server would. ``outputs``: the declared shape of a row's outputs.
+    Without a ``postprocessor`` the numbers do not matter, only their shape.
 
     Raises:
         InvalidModelError: It fails, is not finite, or answers another shape than it declares.
@@ -95,7 +110,9 @@ def check_answer(module: nn.Module, shape: Shape, outputs: Shape, postprocessor:
         ) from error
     found = tuple(values.shape[1:])
     if found != outputs and {found, outputs} != {(), (1,)}:
-        raise InvalidModelError(f"it declares outputs of shape {list(outputs)} a row and answers {list(found)}")
+        raise InvalidModelError(
+            f"it declares outputs of shape {list(outputs)} a row and answers {list(found)}"
+        )
     try:
         if postprocessor is not None:
             postprocessor(values)
@@ -104,7 +121,8 @@ def check_answer(module: nn.Module, shape: Shape, outputs: Shape, postprocessor:
 
 
 def tolerance_of(module: nn.Module) -> float:
-    """How much a module's arithmetic may round: see ``TOLERANCE``. A module may say it itself, as ``rounds_by``."""
+    """How much a module's arithmetic may round: see ``TOLERANCE``. A module may say it itself, as
+    ``rounds_by``."""
     said = getattr(module, "rounds_by", None)
     if isinstance(said, float):
         return said
@@ -139,14 +157,18 @@ def _answer(module: Forward, rows: Tensor) -> Tensor:
     return values
 
 
-def _compare(module: Forward, rows: Tensor, groups: tuple[tuple[int, ...], ...], tolerance: float) -> None:
+def _compare(
+    module: Forward, rows: Tensor, groups: tuple[tuple[int, ...], ...], tolerance: float
+) -> None:
     together = _answer(module, rows)
     places = [place for group in groups for place in group]
     found = [_answer(module, rows[list(group)]) for group in groups]
     answers = (together, *found)
     if len({values.shape[1:] for values in answers}) > 1:
         shapes = sorted({tuple(values.shape) for values in answers})
-        raise InvalidModelError(f"the shape of a row's outputs depends on the other rows: batches answer {shapes}")
+        raise InvalidModelError(
+            f"the shape of a row's outputs depends on the other rows: batches answer {shapes}"
+        )
     gap = _gap(torch.cat(found), together[places], together)
     if gap <= tolerance:
         return
@@ -162,8 +184,11 @@ def _compare(module: Forward, rows: Tensor, groups: tuple[tuple[int, ...], ...],
 
 
 def _gap(found: Tensor, wanted: Tensor, batch: Tensor) -> float:
-    """The largest difference of two answers to the same rows, as a share of the size of each row's outputs."""
-    found, wanted, batch = (values.detach().double().reshape(len(values), -1) for values in (found, wanted, batch))
+    """The largest difference of two answers to the same rows, as a share of the size of each row's
+    outputs."""
+    found, wanted, batch = (
+        values.detach().double().reshape(len(values), -1) for values in (found, wanted, batch)
+    )
     if torch.equal(found, wanted):
         return 0.0
     overflown = [~values.isfinite() | (values.abs() > _OVERFLOWS) for values in (found, wanted)]
@@ -173,4 +198,6 @@ def _gap(found: Tensor, wanted: Tensor, batch: Tensor) -> float:
     sizes = wanted.nan_to_num(0.0, 0.0, 0.0).abs().amax(1, keepdim=True)
     sizes += _FLOOR * largest
     share = (gap / sizes).nan_to_num(torch.inf)
-    return float(share.masked_fill(gap == 0, 0.0).max())  # 0 / 0: all of a row's outputs are zero, or none is a number
+    return float(
+        share.masked_fill(gap == 0, 0.0).max()
+    )  # 0 / 0: all of a row's outputs are zero, or none is a number

@@ -1,4 +1,5 @@
-"""What happens to numbers before and after the model: validation and normalisation, softmax and abstention.
+"""What happens to numbers before and after the model: validation and normalisation, softmax and
+abstention.
 
 Both sides work on a whole batch at once. :class:`Several` is for requests that are sent together.
 """
@@ -26,12 +27,13 @@ ONE_OUTPUT = (
 )
 _REAL = "biuf"  # numpy's kinds of dtype: bool, integers, floats
 ABSTAIN = -1
-"""The prediction of a row whose confidence is under the threshold (scikit-learn's label for "unlabelled")."""
+"""The prediction of a row whose confidence is under the threshold (scikit-learn's label for
+"unlabelled")."""
 
 
 def _is_finite(x: NDArray[Any]) -> bool:
-    """Whether every element is finite. The dot product with itself shows it in one pass for the usual small row (vdot:
-    dot warns when it overflows); only an overflow needs a second look."""
+    """Whether every element is finite. The dot product with itself shows it in one pass for the
+    usual small row (vdot: dot warns when it overflows); only an overflow needs a second look."""
     if x.size <= 4096 and math.isfinite(np.vdot(x, x)):
         return True
     return bool(np.isfinite(x).all())
@@ -54,16 +56,20 @@ class Preprocessor:
         tensor([[1., 0.]])
 
     Args:
-        normalize: Apply ``(x - mean) / std`` where statistics are given; False shows what training-serving skew does.
-        mean: Per-feature mean, [D]. ``std``: per-feature standard deviation, [D], >= 0. Give both or neither.
-            One number stands for all features. A constant feature (std 0) is centred and left unscaled, as in
-            scikit-learn's StandardScaler. With an ``input_shape`` also what broadcasts to it: [3, 1, 1] holds one
-            number per channel.
-        num_features: Expected D; taken from the statistics where they are given. None accepts any width.
-        input_shape: Shape of one row as the model takes it, e.g. (3, 32, 32); D is then its product. None: (D,).
+        normalize: Apply ``(x - mean) / std`` where statistics are given; False shows what
+            training-serving skew does.
+        mean: Per-feature mean, [D]. ``std``: per-feature standard deviation, [D], >= 0. Give both
+            or neither. One number stands for all features. A constant feature (std 0) is centred
+            and left unscaled, as in scikit-learn's StandardScaler. With an ``input_shape`` also
+            what broadcasts to it: [3, 1, 1] holds one number per channel.
+        num_features: Expected D; taken from the statistics where they are given. None accepts any
+            width.
+        input_shape: Shape of one row as the model takes it, e.g. (3, 32, 32); D is then its
+            product. None: (D,).
 
     Raises:
-        ConfigError: One statistic without the other, different lengths, negative or non-finite values, an absurd D.
+        ConfigError: One statistic without the other, different lengths, negative or non-finite
+            values, an absurd D.
     """
 
     def __init__(
@@ -86,25 +92,32 @@ class Preprocessor:
         if mean is not None and std is not None:
             self._set_statistics(self._statistic("mean", mean), self._statistic("std", std))
         elif mean is not None or std is not None:
-            raise ConfigError(f"{'std' if std is None else 'mean'} is missing: give mean and std, or neither")
+            raise ConfigError(
+                f"{'std' if std is None else 'mean'} is missing: give mean and std, or neither"
+            )
 
     def _set_statistics(self, mean: Floats, std: Floats) -> None:
         """Each of them [D], or [] where one number stands for all features."""
         widths = {statistic.size for statistic in (mean, std) if statistic.ndim}
         if len(widths) == 2:
-            raise ConfigError(f"mean has {mean.size} features, std has {std.size}: one of them is wrong")
+            raise ConfigError(
+                f"mean has {mean.size} features, std has {std.size}: one of them is wrong"
+            )
         if (std < 0).any():
             raise ConfigError(f"std holds {std.min():g}: a standard deviation is not negative")
         for width in widths:
             if self.num_features not in (None, width):
-                raise ConfigError(f"statistics have {width} features, the model takes {self.num_features}")
+                raise ConfigError(
+                    f"statistics have {width} features, the model takes {self.num_features}"
+                )
             self.num_features = width
         if self.num_features is not None:
             mean = np.resize(mean, self.num_features)
             std = np.resize(std, self.num_features)
         self.mean = mean
         self.std = std
-        # A constant feature is only centred; so is one with a subnormal std, whose inverse may overflow float32.
+        # A constant feature is only centred; so is one with a subnormal std, whose inverse may
+        # overflow float32.
         divisor = np.where(std >= np.finfo(np.float32).tiny, std, np.float32(1))
         with np.errstate(under="ignore"):
             self._arrays = mean, np.reciprocal(divisor)
@@ -120,10 +133,14 @@ class Preprocessor:
         if isinstance(input_shape, Sequence):
             shape = tuple(input_shape)
         if not all(type(size) is int and size > 0 for size in shape):
-            raise ConfigError(f"input_shape is {input_shape!r}: give the sizes of one row, e.g. (3, 32, 32)")
+            raise ConfigError(
+                f"input_shape is {input_shape!r}: give the sizes of one row, e.g. (3, 32, 32)"
+            )
         size = math.prod(shape)
         if num_features not in (None, size):
-            raise ConfigError(f"input_shape {list(shape)} has {size} numbers, num_features is {num_features!r}")
+            raise ConfigError(
+                f"input_shape {list(shape)} has {size} numbers, num_features is {num_features!r}"
+            )
         if len(shape) != 1:
             self.input_shape = shape
         return size
@@ -137,12 +154,16 @@ class Preprocessor:
         except Exception as error:
             raise ConfigError(f"{name} is not a list of numbers: {error}") from error
         if array.ndim > 1 or not array.size or array.dtype.kind not in _REAL:
-            raise ConfigError(f"{name} has shape {array.shape} and dtype {array.dtype}: give one number per feature")
+            raise ConfigError(
+                f"{name} has shape {array.shape} and dtype {array.dtype}: give one number per feature"
+            )
         with np.errstate(all="ignore"):  # beyond float32 becomes infinite
             numbers = array.astype(np.float32)
         if not _is_finite(numbers):
             worst = int(np.isfinite(numbers).argmin())
-            raise ConfigError(f"{name} of feature {worst} is {array.flat[worst]}: it must be finite in float32")
+            raise ConfigError(
+                f"{name} of feature {worst} is {array.flat[worst]}: it must be finite in float32"
+            )
         return numbers
 
     @property
@@ -158,13 +179,16 @@ class Preprocessor:
         return hashlib.sha256(b"standardise" + self.mean.tobytes() + self.std.tobytes()).hexdigest()
 
     def validate(self, features: Any, max_rows: int | None = None) -> Floats:
-        """Check one request: a row [D] or rows [N, D] of real numbers (array, tensor, nested lists) -> float32 [N, D].
+        """Check one request: a row [D] or rows [N, D] of real numbers (array, tensor, nested lists)
+        -> float32 [N, D].
 
-        Where the model takes rows of another shape than [D], a row or rows of that shape, too: no request can be read
-        in two ways. No copy where the input is a float32 array already. Cost: about 1 us for one small row.
+        Where the model takes rows of another shape than [D], a row or rows of that shape, too: no
+        request can be read in two ways. No copy where the input is a float32 array already. Cost:
+        about 1 us for one small row.
 
         Raises:
-            InvalidInputError: Ragged, empty, of the wrong width or dtype, too many rows, NaN or infinite.
+            InvalidInputError: Ragged, empty, of the wrong width or dtype, too many rows, NaN or
+                infinite.
         """
         if type(features) is not np.ndarray:
             features = self._to_array(features)
@@ -180,7 +204,9 @@ class Preprocessor:
                 f"features have shape {features.shape}: send one row [{row}] or rows [N, {row}], not empty"
             )
         if self.num_features is not None and features.shape[1] != self.num_features:
-            raise InvalidInputError(f"rows have {features.shape[1]} features, the model takes {self.num_features}")
+            raise InvalidInputError(
+                f"rows have {features.shape[1]} features, the model takes {self.num_features}"
+            )
         if max_rows is not None and len(features) > max_rows:
             raise InvalidInputError(
                 f"request has {len(features)} rows, the limit is {max_rows}: split it, or raise max_request_rows"
@@ -192,12 +218,15 @@ class Preprocessor:
             )
         return features  # type: ignore[no-any-return]
 
-    def standardise(self, rows: Floats, in_place: bool = False, tensor: Callable[[Floats], Any] | None = None) -> Any:
-        """Validated rows [N, D] -> float32 [N, *input_shape], standardised where there are statistics: torch's tensor,
-        or what an engine's ``tensor`` makes of an array.
+    def standardise(
+        self, rows: Floats, in_place: bool = False, tensor: Callable[[Floats], Any] | None = None
+    ) -> Any:
+        """Validated rows [N, D] -> float32 [N, *input_shape], standardised where there are
+        statistics: torch's tensor, or what an engine's ``tensor`` makes of an array.
 
-        A copy, unless ``in_place``: the model may work in place, and the caller's array is not ours. A value too large
-        for the statistics becomes infinite, which :class:`Postprocessor` refuses.
+        A copy, unless ``in_place``: the model may work in place, and the caller's array is not
+        ours. A value too large for the statistics becomes infinite, which :class:`Postprocessor`
+        refuses.
         """
         if not in_place:
             rows = rows.copy()
@@ -217,8 +246,8 @@ class Preprocessor:
 
     @classmethod
     def rows_of_any_shape(cls, features: Any) -> Floats:
-        """Numbers float32, checked as :meth:`validate` does, of at least two dimensions: for who sends them to where
-        the shape is known."""
+        """Numbers float32, checked as :meth:`validate` does, of at least two dimensions: for who
+        sends them to where the shape is known."""
         preprocess = cls()
         array = preprocess._to_array(features)
         if array.ndim <= 2:
@@ -244,7 +273,9 @@ class Preprocessor:
     def _to_float32(self, features: NDArray[Any]) -> Floats:
         if features.dtype.kind not in _REAL:
             raise InvalidInputError(f"features have dtype {features.dtype}: send real numbers")
-        with np.errstate(all="ignore"):  # what is too large for float32 becomes infinite, which is refused later
+        with np.errstate(
+            all="ignore"
+        ):  # what is too large for float32 becomes infinite, which is refused later
             return features.astype(np.float32)
 
     def _flat(self, features: Floats) -> Floats:
@@ -257,18 +288,22 @@ class Preprocessor:
 
 
 class Outputs(Mapping[str, list[Any]]):
-    """What a model said about N rows: arrays for the whole batch, and their lists, made at most once.
+    """What a model said about N rows: arrays for the whole batch, and their lists, made at most
+    once.
 
     As a mapping it holds the lists by the names of the answer's keys: ``outputs["predictions"]``.
 
-    ``predictions`` int64 [N] (classification) or float32 [N] or [N, K] (regression); ``confidences`` float32 [N] and
-    ``probabilities`` float32 [N, C] for classification, else None.
+    ``predictions`` int64 [N] (classification) or float32 [N] or [N, K] (regression);
+    ``confidences`` float32 [N] and ``probabilities`` float32 [N, C] for classification, else None.
     """
 
     __slots__ = ("_lists", "confidences", "predictions", "probabilities")
 
     def __init__(
-        self, predictions: NDArray[Any], confidences: Floats | None = None, probabilities: Floats | None = None
+        self,
+        predictions: NDArray[Any],
+        confidences: Floats | None = None,
+        probabilities: Floats | None = None,
     ) -> None:
         self.predictions = predictions
         self.confidences = confidences
@@ -291,14 +326,18 @@ class Outputs(Mapping[str, list[Any]]):
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The outputs that exist, by the names of the answer's keys."""
-        named = {"predictions": self.predictions, "confidences": self.confidences, "probabilities": self.probabilities}
+        named = {
+            "predictions": self.predictions,
+            "confidences": self.confidences,
+            "probabilities": self.probabilities,
+        }
         return {name: array for name, array in named.items() if array is not None}
 
     def lists(self) -> dict[str, list[Any]]:
         """:meth:`arrays` as plain Python lists: one conversion a batch, not one a request.
 
-        A cached answer (:meth:`copy_rows`) is converted each time: it goes to many callers, and to whom a list is given
-        may write to it.
+        A cached answer (:meth:`copy_rows`) is converted each time: it goes to many callers, and to
+        whom a list is given may write to it.
         """
         if self._lists is not None:
             return self._lists
@@ -330,7 +369,9 @@ def _float32(values: Any) -> Any:
         values = np.asarray(values)
         if values.dtype.kind in _REAL:
             return values.astype(np.float32, copy=False)
-    raise ModelExecutionError(f"the model's outputs are {values.dtype}: it must answer real numbers")
+    raise ModelExecutionError(
+        f"the model's outputs are {values.dtype}: it must answer real numbers"
+    )
 
 
 def _softmax(logits: Any) -> tuple[Floats, Floats, NDArray[np.int64]]:
@@ -355,10 +396,10 @@ class Postprocessor:
         [-1]
 
     Args:
-        output_type: ``classification`` (softmax over logits [N, C]) or ``regression`` (values [N] or [N, K] as they
-            are).
-        threshold: Classification only: a row whose highest probability is below it abstains (prediction ``ABSTAIN``,
-            -1).
+        output_type: ``classification`` (softmax over logits [N, C]) or ``regression`` (values [N]
+            or [N, K] as they are).
+        threshold: Classification only: a row whose highest probability is below it abstains
+            (prediction ``ABSTAIN``, -1).
 
     Raises:
         ConfigError: An unknown output type, or a threshold outside [0, 1], or one for regression.
@@ -366,10 +407,14 @@ class Postprocessor:
 
     def __init__(self, output_type: OutputType = "classification", threshold: float = 0.0) -> None:
         if not isinstance(output_type, str) or output_type not in get_args(OutputType):
-            raise ConfigError(f"output_type is {output_type!r}: choose one of {', '.join(get_args(OutputType))}")
+            raise ConfigError(
+                f"output_type is {output_type!r}: choose one of {', '.join(get_args(OutputType))}"
+            )
         check_number("threshold", threshold, 0, 1)
         if threshold and output_type == "regression":
-            raise ConfigError(f"threshold is {threshold}: a regression has no confidence to compare it with")
+            raise ConfigError(
+                f"threshold is {threshold}: a regression has no confidence to compare it with"
+            )
         self.output_type = output_type
         self.threshold = threshold
 
@@ -382,8 +427,9 @@ class Postprocessor:
         """Logits [N, C], or values [N] or [N, K], of any real dtype -> :class:`Outputs` of N rows.
 
         Raises:
-            ModelExecutionError: Another shape, a classifier's single logit, or something in the outputs is not finite
-                (for logits: after the softmax, so a logit of minus infinity is a class that cannot be).
+            ModelExecutionError: Another shape, a classifier's single logit, or something in the
+                outputs is not finite (for logits: after the softmax, so a logit of minus infinity
+                is a class that cannot be).
         """
         values = _float32(values)
         if self.output_type == "regression":
@@ -394,7 +440,9 @@ class Postprocessor:
             raise ModelExecutionError(ONE_OUTPUT)
         probabilities, confidences, predictions = _softmax(values)
         if not _is_finite(confidences):  # NaN if any logit of the row was NaN or +inf
-            raise ModelExecutionError("the model's logits are not finite: check its weights and the input's scale")
+            raise ModelExecutionError(
+                "the model's logits are not finite: check its weights and the input's scale"
+            )
         if self.threshold:
             predictions[confidences < self.threshold] = ABSTAIN
         return Outputs(predictions, confidences, probabilities)
@@ -404,7 +452,9 @@ class Postprocessor:
             raise self._misshapen(values, "values [N] or [N, K]")
         array = np.asarray(values)
         if not _is_finite(array):
-            raise ModelExecutionError("the model's output is not finite: check its weights and the input's scale")
+            raise ModelExecutionError(
+                "the model's output is not finite: check its weights and the input's scale"
+            )
         if array.ndim == 2 and array.shape[1] == 1:
             array = array[:, 0]
         return Outputs(array)
@@ -416,8 +466,8 @@ class Postprocessor:
 
 
 class Several:
-    """Several requests, each a row or rows, that are answered as one. They are checked where the model's shape is
-    known; then ``lengths`` holds the number of rows of each."""
+    """Several requests, each a row or rows, that are answered as one. They are checked where the
+    model's shape is known; then ``lengths`` holds the number of rows of each."""
 
     def __init__(self, batch: Any) -> None:
         self.requests: Any = list(batch) if isinstance(batch, Iterable) else batch
@@ -426,7 +476,9 @@ class Several:
     def rows(self, validate: Callable[[Any], Floats]) -> Floats:
         """All rows, float32 [N, D]. Raises InvalidInputError."""
         if not isinstance(self.requests, list):
-            raise InvalidInputError(f"batch is a {type(self.requests).__name__}: send a list of requests")
+            raise InvalidInputError(
+                f"batch is a {type(self.requests).__name__}: send a list of requests"
+            )
         if not self.requests:
             raise InvalidInputError("the batch is empty: send at least one request")
         parts = []
@@ -437,13 +489,16 @@ class Several:
                 raise InvalidInputError(f"request {number} of the batch: {error}") from error
         widths = {part.shape[1] for part in parts}
         if len(widths) > 1:
-            raise InvalidInputError(f"rows have {sorted(widths)} features: every request needs the model's number")
+            raise InvalidInputError(
+                f"rows have {sorted(widths)} features: every request needs the model's number"
+            )
         self.lengths = [len(part) for part in parts]
         return np.concatenate(parts)
 
 
 def ids_of(client: str | Sequence[str], rows: int) -> str | tuple[str, ...]:
-    """One id, or a copy of one for each row: what was looked up is what is cached, whatever becomes of the caller's."""
+    """One id, or a copy of one for each row: what was looked up is what is cached, whatever becomes
+    of the caller's."""
     if isinstance(client, str):
         return client
     ids = tuple(client) if isinstance(client, Sequence) else ()

@@ -1,10 +1,13 @@
-"""Weights as bytes: named tensors <-> one safetensors image in memory, and digests of the tensors themselves.
+"""Weights as bytes: named tensors <-> one safetensors image in memory, and digests of the tensors
+themselves.
 
-A tensor is torch's or a NumPy array, with the same bytes and digest. What is made here are arrays; :func:`as_tensors`
-gives their memory to torch, which is not imported before it or one of its tensors is met.
+A tensor is torch's or a NumPy array, with the same bytes and digest. What is made here are arrays;
+:func:`as_tensors` gives their memory to torch, which is not imported before it or one of its
+tensors is met.
 
-The format is safetensors, written and read by its own library. What is checked here beside it: that every tensor is
-one that a model may have, that the header is short, and that values begin where torch would put them.
+The format is safetensors, written and read by its own library. What is checked here beside it: that
+every tensor is one that a model may have, that the header is short, and that values begin where
+torch would put them.
 """
 
 import hashlib
@@ -19,7 +22,8 @@ from safetensors.numpy import save
 
 from flserving.errors import ConfigError, CorruptArtifactError, InvalidModelError
 
-ALIGNMENT = 64  # bytes: what torch's own allocator gives. BLAS adds up in another order where rows begin elsewhere.
+# bytes: what torch's own allocator gives. BLAS adds up in another order where rows begin elsewhere.
+ALIGNMENT = 64
 MAX_HEADER_NBYTES = 1 << 20
 HEAD_PREFIX = "head."
 
@@ -97,7 +101,9 @@ def frozen(tensors: Tensors) -> dict[str, Array]:
         InvalidModelError: There are none, or one has a name or a kind that the format cannot hold.
     """
     if not tensors:
-        raise InvalidModelError("there are no weights: give a module or a state dict with at least one tensor")
+        raise InvalidModelError(
+            "there are no weights: give a module or a state dict with at least one tensor"
+        )
     return {name: _checked(name, tensor) for name, tensor in tensors.items()}
 
 
@@ -118,7 +124,9 @@ def pack(tensors: Tensors) -> bytes:
         image = save(arrays)
     nbytes = _header_nbytes(image)
     if nbytes > MAX_HEADER_NBYTES:
-        raise InvalidModelError(f"the tensors' names take {nbytes:,} bytes, the most is {MAX_HEADER_NBYTES:,}")
+        raise InvalidModelError(
+            f"the tensors' names take {nbytes:,} bytes, the most is {MAX_HEADER_NBYTES:,}"
+        )
     return image
 
 
@@ -126,7 +134,9 @@ def _checked(name: object, tensor: Any) -> Array:
     if not isinstance(name, str) or name == "__metadata__":  # safetensors keeps that key for itself
         raise InvalidModelError(f"a tensor is named {name!r}: rename it")
     if not isinstance(tensor, np.ndarray) and not hasattr(tensor, "is_meta"):
-        raise InvalidModelError(f"{name} is a {type(tensor).__name__}: weights must be torch tensors or NumPy arrays")
+        raise InvalidModelError(
+            f"{name} is a {type(tensor).__name__}: weights must be torch tensors or NumPy arrays"
+        )
     layout = str(getattr(tensor, "layout", "torch.strided"))
     plain = str(tensor.dtype).removeprefix("torch.") in PLAIN and 0 not in tensor.shape
     if layout != "torch.strided" or str(tensor.device) == "meta" or not plain:
@@ -176,8 +186,8 @@ def _aligned(array: Array) -> Array:
 
 
 def cast(tensors: "Mapping[str, Tensor]", wanted: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """``tensors`` in the types that ``wanted`` has under the same names. Whole numbers are rounded to; what has none
-    (NaN, complex numbers) stays as it is."""
+    """``tensors`` in the types that ``wanted`` has under the same names. Whole numbers are rounded
+    to; what has none (NaN, complex numbers) stays as it is."""
     found = dict(tensors)
     for name in found.keys() & wanted.keys():
         tensor = found[name]
@@ -196,7 +206,9 @@ def _header_nbytes(image: bytes) -> int:
 
 
 def _corrupt(source: str, why: str) -> CorruptArtifactError:
-    return CorruptArtifactError(f"{source} cannot be read, {why}: restore it from a backup, or publish again")
+    return CorruptArtifactError(
+        f"{source} cannot be read, {why}: restore it from a backup, or publish again"
+    )
 
 
 def split(tensors: Tensors) -> tuple[Tensors, Tensors]:
@@ -216,9 +228,11 @@ def part_digests(tensors: Tensors) -> tuple[str, str | None]:
 
 
 def digest(tensors: Tensors) -> str:
-    """sha256 of a set of tensors, independent of their order: names, dtypes, shapes and values, each framed.
+    """sha256 of a set of tensors, independent of their order: names, dtypes, shapes and values,
+    each framed.
 
-    The name goes with its length, and the shape tells the length of the values, so no two sets share one encoding.
+    The name goes with its length, and the shape tells the length of the values, so no two sets
+    share one encoding.
 
     Cost: about 0.6 ms per MB with SHA-NI; releases the GIL.
     """
@@ -233,12 +247,15 @@ def digest(tensors: Tensors) -> str:
 
 
 def nbytes_of(value: Any) -> int:
-    """Bytes that ``value`` holds: its own ``nbytes``, or the sum over a torch module's parameters and buffers."""
+    """Bytes that ``value`` holds: its own ``nbytes``, or the sum over a torch module's parameters
+    and buffers."""
     if hasattr(value, "nbytes"):
         return int(value.nbytes)
     if hasattr(value, "parameters") and hasattr(value, "buffers"):
         return sum(tensor.nbytes for tensor in (*value.parameters(), *value.buffers()))
-    raise ConfigError(f"cannot tell the size of a {type(value).__name__}: give it an nbytes attribute")
+    raise ConfigError(
+        f"cannot tell the size of a {type(value).__name__}: give it an nbytes attribute"
+    )
 
 
 def kind(tensor: AnyTensor) -> str:
@@ -261,8 +278,8 @@ def described(array: Array) -> str:
 def first_non_finite(tensors: Tensors) -> str | None:
     """Name of the first tensor that holds NaN or an infinity; None if all is finite.
 
-    Cost: a product with itself (15 us per MB of float32). A NaN or infinity always shows in it; only a finite overflow
-    needs a second look.
+    Cost: a product with itself (15 us per MB of float32). A NaN or infinity always shows in it;
+    only a finite overflow needs a second look.
     """
     for name, tensor in tensors.items():
         array = as_array(tensor)

@@ -1,8 +1,9 @@
 """What is counted and timed, and how it is shown.
 
-``telemetry.py`` takes what happens to requests, ``metrics.py`` adds it up; ``fleet.py`` knows what devices reported.
-``prometheus.py`` shows all of it at ``/metrics``, ``tracing.py`` as spans. For those who operate a server: the rules in
-``alerts.yml``, ``prometheus.yml``, and a Grafana ``dashboard.json``.
+``telemetry.py`` takes what happens to requests, ``metrics.py`` adds it up; ``fleet.py`` knows what
+devices reported. ``prometheus.py`` shows all of it at ``/metrics``, ``tracing.py`` as spans. For
+those who operate a server: the rules in ``alerts.yml``, ``prometheus.yml``, and a Grafana
+``dashboard.json``.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
-"""What the devices of a fleet run: the last report of each, shown as how many run which round, and how old that is.
+"""What the devices of a fleet run: the last report of each, shown as how many run which round, and
+how old that is.
 
-A device reports as it asks for its release. One that is cut off stays in the picture
-for a week, and its model's age grows; so the skew of a fleet is seen where its devices cannot be reached.
+A device reports as it asks for its release. One that is cut off stays in the picture for a week,
+and its model's age grows; so the skew of a fleet is seen where its devices cannot be reached.
 """
 
 import math
@@ -24,8 +25,8 @@ _MOST = 2**53
 
 
 class Report(NamedTuple):
-    """What one device said. Times are seconds since 1970; ``since_s`` is when its model was known to be current, None
-    where it cannot tell. A device without a model has version 0."""
+    """What one device said. Times are seconds since 1970; ``since_s`` is when its model was known
+    to be current, None where it cannot tell. A device without a model has version 0."""
 
     at_s: float
     model: str
@@ -61,12 +62,15 @@ class Fleet:
         self._own: OrderedDict[str, Report] = OrderedDict()  # oldest first
         self._shared: OrderedDict[str, Report] = OrderedDict()
 
-    def report(self, device: str, shared: bool, model: str, version: int, round: int, age_s: float | None) -> None:
+    def report(
+        self, device: str, shared: bool, model: str, version: int, round: int, age_s: float | None
+    ) -> None:
         """Keep what a device says.
 
         Args:
             device: A pseudonym. ``shared``: its credential is not its own.
-            version: What runs there, the cloud's number; 0: nothing. ``round``: that of the version.
+            version: What runs there, the cloud's number; 0: nothing. ``round``: that of the
+                version.
             age_s: How long ago it was known to be current.
         """
         now_s = self._wall()
@@ -89,11 +93,16 @@ class Fleet:
                 reports.popitem(last=False)
 
     def lines(self) -> dict[str, str]:
-        """The reports by device, for ``metrics.merged``: of several processes' the latest is kept."""
+        """The reports by device, for ``metrics.merged``: of several processes' the latest is
+        kept."""
         now_s = self._wall()
         with self._lock:
             reports = [*self._own.items(), *self._shared.items()]
-        return {f"last_{device}": report.line() for device, report in reports if now_s - report.at_s < EXPIRES_S}
+        return {
+            f"last_{device}": report.line()
+            for device, report in reports
+            if now_s - report.at_s < EXPIRES_S
+        }
 
     def skew(self, lines: Mapping[str, str] | None = None) -> "dict[str, Skew]":
         """By model, what is reported; ``lines``: of all processes, this one's when not given."""
@@ -122,8 +131,10 @@ class Skew(NamedTuple):
     """How far the devices of one model are apart.
 
     Args:
-        devices: How many are known. ``rounds``: how many run which; "none" and "other" beside the numbers.
-        ages: How many models are at most as old as each of ``AGES_S``, but older than the one before; then the rest.
+        devices: How many are known. ``rounds``: how many run which; "none" and "other" beside the
+            numbers.
+        ages: How many models are at most as old as each of ``AGES_S``, but older than the one
+            before; then the rest.
         oldest_s: The age of the oldest; infinite where a device cannot tell it.
         total_s: All finite ages together.
     """

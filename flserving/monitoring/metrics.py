@@ -1,4 +1,5 @@
-"""What telemetry keeps: histograms of durations, an account of each version, and what batches usually cost.
+"""What telemetry keeps: histograms of durations, an account of each version, and what batches
+usually cost.
 
 Nothing here is locked: the owner locks.
 """
@@ -15,29 +16,36 @@ Floats = NDArray[np.float64]
 Sums = dict[str, Any]
 """Plain numbers by name, some of them nested: sums that several processes can add up."""
 STAGES = ("validate", "cache", "queue", "preprocess", "infer", "postprocess", "respond")
-"""What a request passes, in order. ``validate`` includes the route and the pin on the model (a cold start shows here),
-``queue`` the hand-over to a worker, ``respond`` everything from the end of the execution to the answer object."""
+"""What a request passes, in order. ``validate`` includes the route and the pin on the model (a cold
+start shows here), ``queue`` the hand-over to a worker, ``respond`` everything from the end of the
+execution to the answer object."""
 
 BOUNDS_S = (
     1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
     0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 )  # fmt: skip
-"""Upper bounds of the exact buckets. 0.05 is the course's target for the 99th percentile: the share of requests within
-it is then a quotient of two counters, not an estimate."""
+"""Upper bounds of the exact buckets. 0.05 is the course's target for the 99th percentile: the share
+of requests within it is then a quotient of two counters, not an estimate."""
 
 _FINE = [1e-6 * 1.05**step for step in range(426)]  # 1 us to 1,000 s
 EDGES = np.array(sorted({*BOUNDS_S, *_FINE}))
-_AT_MOST = [0, *np.searchsorted(EDGES, BOUNDS_S) + 1]  # where in the fine buckets the exact ones begin
+_AT_MOST = [
+    0,
+    *np.searchsorted(EDGES, BOUNDS_S) + 1,
+]  # where in the fine buckets the exact ones begin
 
 
 class Histogram:
-    """Durations in log-spaced buckets: a percentile is right to 2.5 % from 1 us to 1,000 s, however many the samples.
+    """Durations in log-spaced buckets: a percentile is right to 2.5 % from 1 us to 1,000 s, however
+    many the samples.
 
     Memory is constant (about 450 counters). Source: the idea of HdrHistogram (Gil Tene).
     """
 
     def __init__(self) -> None:
-        self.counts = np.zeros(len(EDGES) + 1, np.int64)  # at most each edge, but more than the one before; the rest
+        self.counts = np.zeros(
+            len(EDGES) + 1, np.int64
+        )  # at most each edge, but more than the one before; the rest
         self.count = 0
         self.total_s = 0.0
         self.highest_s = 0.0
@@ -52,12 +60,14 @@ class Histogram:
 
     @property
     def at_most(self) -> list[int]:
-        """How many took at most each of ``BOUNDS_S`` but more than the one before, then the rest. Exact."""
+        """How many took at most each of ``BOUNDS_S`` but more than the one before, then the rest.
+        Exact."""
         counts: list[int] = np.add.reduceat(self.counts, _AT_MOST).tolist()
         return counts
 
     def percentile_s(self, q: float) -> float:
-        """Seconds that a share ``q`` of [0, 1] of the samples does not exceed (nearest rank); NaN if empty."""
+        """Seconds that a share ``q`` of [0, 1] of the samples does not exceed (nearest rank); NaN
+        if empty."""
         if not self.count:
             return math.nan
         rank = max(1, math.ceil(q * self.count))
@@ -68,8 +78,8 @@ class Histogram:
         return min(middle, self.highest_s)
 
     def summary_ms(self) -> dict[str, float | None]:
-        """``count``, ``mean_ms``, ``p50_ms``, ``p95_ms``, ``p99_ms`` and ``max_ms``. None, which JSON can say, where
-        nothing was recorded."""
+        """``count``, ``mean_ms``, ``p50_ms``, ``p95_ms``, ``p99_ms`` and ``max_ms``. None, which
+        JSON can say, where nothing was recorded."""
         summary: dict[str, float | None] = {"count": self.count}
         summary |= dict.fromkeys(("mean_ms", "p50_ms", "p95_ms", "p99_ms"))
         if self.count:
@@ -89,12 +99,13 @@ class Usual(NamedTuple):
 
 
 class Costs:
-    """What batches usually take, by what they run on and by their size: the figures that admission goes by.
+    """What batches usually take, by what they run on and by their size: the figures that admission
+    goes by.
 
-    One running mean for each power of two of rows, and a straight line from one to the next. It falls faster than it
-    rises, and one hiccup counts as twice the usual at most: who is refused by a wrong figure is a loss, who is let in
-    by one can still be dropped. A figure that nothing confirmed for a while is none, so that an old one refuses nobody
-    for ever. The owner locks.
+    One running mean for each power of two of rows, and a straight line from one to the next. It
+    falls faster than it rises, and one hiccup counts as twice the usual at most: who is refused by
+    a wrong figure is a loss, who is let in by one can still be dropped. A figure that nothing
+    confirmed for a while is none, so that an old one refuses nobody for ever. The owner locks.
     """
 
     FRESH_S = 1.0
@@ -125,9 +136,11 @@ class Costs:
         )
 
     def usual_s(self, key: Any, rows: int, now_s: float = -math.inf) -> float:
-        """Seconds of a usual batch of ``rows`` rows; 0 while unknown at ``now_s`` (not given: however old).
+        """Seconds of a usual batch of ``rows`` rows; 0 while unknown at ``now_s`` (not given:
+        however old).
 
-        A size never seen takes as long as the next smaller one, or its part of the next larger one: the least it can.
+        A size never seen takes as long as the next smaller one, or its part of the next larger one:
+        the least it can.
         """
         if not self._learned:
             return 0.0
@@ -177,7 +190,8 @@ class Account:
         failed += 1, seconds
 
     def add_requests(self, rows: int, spent: Floats, last_ms: int) -> None:
-        """Answered requests: seconds in each stage and in all [n, stages + 1]; the time of day of the last one."""
+        """Answered requests: seconds in each stage and in all [n, stages + 1]; the time of day of
+        the last one."""
         self.latency.add(spent[:, -1])
         self.rows += rows
         self.last_ms = max(self.last_ms, last_ms)
@@ -192,8 +206,8 @@ class Account:
             self.cache[1] += hits.sum(), misses.sum()
 
     def add_runs(self, rows: int, largest: int, runs: int, seconds: Floats) -> None:
-        """Runs of the model over ``rows`` rows each; more than ``largest`` ran in chunks, which share the ``seconds``
-        [3] of all runs by their rows."""
+        """Runs of the model over ``rows`` rows each; more than ``largest`` ran in chunks, which
+        share the ``seconds`` [3] of all runs by their rows."""
         whole, rest = divmod(rows, largest)
         for size, chunks in ((largest, whole), (rest, 1)):
             if size and chunks:

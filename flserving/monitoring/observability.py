@@ -31,10 +31,11 @@ class Observability:
     Args:
         log_level: Least level of what is logged to stderr.
         log_format: Text, or one JSON object a line.
-        access_log: Log each call: protocol, method, route, status and duration; nothing that its caller has sent. A
-            call of gRPC that goes on, a watch or a reflection, is not logged.
-        otel: URL of an OpenTelemetry collector, such as http://localhost:4318, that gets spans by OTLP over HTTP; where
-            it is not given, the variable OTEL_EXPORTER_OTLP_ENDPOINT names one.
+        access_log: Log each call: protocol, method, route, status and duration; nothing that its
+            caller has sent. A call of gRPC that goes on, a watch or a reflection, is not logged.
+        otel: URL of an OpenTelemetry collector, such as http://localhost:4318, that gets spans by
+            OTLP over HTTP; where it is not given, the variable OTEL_EXPORTER_OTLP_ENDPOINT names
+            one.
 
     Raises:
         ConfigError: An unknown level or format, or a URL that is none.
@@ -46,11 +47,16 @@ class Observability:
     otel: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (("log_level", self.log_level, LEVELS), ("log_format", self.log_format, FORMATS)):
+        for name, value, known in (
+            ("log_level", self.log_level, LEVELS),
+            ("log_format", self.log_format, FORMATS),
+        ):
             if value not in known:
                 raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(known)}")
         if self.otel is not None and not self.otel.startswith(("http://", "https://")):
-            raise ConfigError(f"otel is {self.otel!r}: give the collector's URL, such as http://localhost:4318")
+            raise ConfigError(
+                f"otel is {self.otel!r}: give the collector's URL, such as http://localhost:4318"
+            )
 
     def configure(self) -> None:
         """Log as these settings say, in this process. Replaces what an earlier call has set."""
@@ -58,7 +64,9 @@ class Observability:
         for handler in [handler for handler in root.handlers if isinstance(handler, _Stderr)]:
             root.removeHandler(handler)
         handler = _Stderr()
-        handler.setFormatter(_Json() if self.log_format == "json" else logging.Formatter("flserving: %(message)s"))
+        handler.setFormatter(
+            _Json() if self.log_format == "json" else logging.Formatter("flserving: %(message)s")
+        )
         root.addHandler(handler)
         _log.setLevel(self.log_level.upper())
 
@@ -66,8 +74,8 @@ class Observability:
         """Log and trace the calls of a server from now on; returns what sends the last spans.
 
         Raises:
-            NotSupportedError: ``otel`` is given and its extra is not installed. Where only a variable names a
-            collector, as it may for every program of a machine, that is logged.
+            NotSupportedError: ``otel`` is given and its extra is not installed. Where only a
+            variable names a collector, as it may for every program of a machine, that is logged.
         """
         if self.access_log:
             server.telemetry.watchers["access"] = _logged

@@ -1,8 +1,10 @@
-"""What ``/metrics`` shows: the server's totals as Prometheus reads them, base units, labels only from closed sets.
+"""What ``/metrics`` shows: the server's totals as Prometheus reads them, base units, labels only
+from closed sets.
 
-Models come from the router, versions are those that are held (in memory, or led to) and ``other`` for the rest, reasons
-are error classes, stages and protocols are fixed: no caller can add series without bound. Nothing is counted here;
-every scrape reads :meth:`Telemetry.totals` and the caches' own counters.
+Models come from the router, versions are those that are held (in memory, or led to) and ``other``
+for the rest, reasons are error classes, stages and protocols are fixed: no caller can add series
+without bound. Nothing is counted here; every scrape reads :meth:`Telemetry.totals` and the caches'
+own counters.
 """
 
 import math
@@ -67,8 +69,9 @@ _GAUGES = {
 
 
 def totals(server: Observed) -> Sums:
-    """Everything that processes add up to show as one: :meth:`Telemetry.totals`, the caches' counters, and under
-    ``now`` what may also fall: leave that out of what a process that ended has left behind."""
+    """Everything that processes add up to show as one: :meth:`Telemetry.totals`, the caches'
+    counters, and under ``now`` what may also fall: leave that out of what a process that ended has
+    left behind."""
     stats = server.get_all_stats()
     health = server.health_check()
     now: Sums = {
@@ -99,12 +102,14 @@ def totals(server: Observed) -> Sums:
     return whole | {"caches": counters, "process": process, "now": now}
 
 
-def exposition(server: Observed, accept: str = "", others: Sequence[Sums] = ()) -> tuple[bytes, str]:
+def exposition(
+    server: Observed, accept: str = "", others: Sequence[Sums] = ()
+) -> tuple[bytes, str]:
     """What ``/metrics`` answers, and its content type: OpenMetrics where ``accept`` asks for it.
 
     Args:
-        others: :func:`totals` of the other processes behind the same address. Sums are shown, of ``process_...`` too;
-            only the time of the start stays this one's.
+        others: :func:`totals` of the other processes behind the same address. Sums are shown, of
+            ``process_...`` too; only the time of the start stays this one's.
 
     Thread-safe. Cost: about 1 ms, and 30 us for each version that is held.
     """
@@ -115,7 +120,8 @@ def exposition(server: Observed, accept: str = "", others: Sequence[Sums] = ()) 
 
 
 class ServerCollector(Collector):
-    """A server for prometheus-client's registries: ``registry.register(ServerCollector(server))``."""
+    """A server for prometheus-client's registries:
+    ``registry.register(ServerCollector(server))``."""
 
     def __init__(self, server: Observed, others: Sequence[Sums] = ()) -> None:
         self._server = server
@@ -123,7 +129,10 @@ class ServerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         whole = merged([totals(self._server), *self._others])
-        for counts in ("versions", "failures"):  # what is not held any more is hidden before it is forgotten
+        for counts in (
+            "versions",
+            "failures",
+        ):  # what is not held any more is hidden before it is forgotten
             for name in whole[counts].keys() - whole["named"]:
                 del whole[counts][name]
         for name, text in _GAUGES.items():
@@ -157,7 +166,9 @@ class ServerCollector(Collector):
         software = {"flserving": version_of("flserving"), "torch": version_of("torch")}
         software["python"] = platform.python_version()
         present = {tuple(software.values()): 1}
-        yield _metric(GaugeMetricFamily, "build_info", "Versions of the software.", tuple(software), present)
+        yield _metric(
+            GaugeMetricFamily, "build_info", "Versions of the software.", tuple(software), present
+        )
         served: _Numbers = {}
         accuracies: _Numbers = {}
         for model, known in self._server.health_check()["models"].items():
@@ -169,7 +180,9 @@ class ServerCollector(Collector):
                 if alias:
                     accuracies |= self._accuracies(model, version)
         text = "Versions in memory or led to, each also once for every alias that leads to it."
-        yield _metric(GaugeMetricFamily, "model_version_info", text, (*_OF_VERSION, "alias"), served)
+        yield _metric(
+            GaugeMetricFamily, "model_version_info", text, (*_OF_VERSION, "alias"), served
+        )
         text = "Accuracy on held-out data as published, of every version that an alias leads to."
         yield _metric(GaugeMetricFamily, "model_accuracy", text, (*_OF_VERSION, "of"), accuracies)
 
@@ -209,12 +222,16 @@ def _device(edge: Sums | None) -> Iterator[Metric]:
     text = "Seconds since this device's model was known to be the current one; infinite: it cannot tell."
     yield GaugeMetricFamily("flserving_edge_age_seconds", text, value=age_s)
     if edge["round"] is not None:
-        yield GaugeMetricFamily("flserving_edge_round", "Federated round of this device's model.", value=edge["round"])
+        yield GaugeMetricFamily(
+            "flserving_edge_round", "Federated round of this device's model.", value=edge["round"]
+        )
 
 
 def _requests(whole: Sums) -> Iterator[Metric]:
     versions = {_split(name): account for name, account in whole["versions"].items()}
-    requests: Counter[Any] = Counter({key: account["requests"] for key, account in versions.items()})
+    requests: Counter[Any] = Counter(
+        {key: account["requests"] for key, account in versions.items()}
+    )
     outcomes: Counter[Any] = Counter(dict.fromkeys(OUTCOMES, 0))
     outcomes["ok"] += whole["answered"]
     for reason, count in whole["failed"].items():
@@ -232,7 +249,9 @@ def _requests(whole: Sums) -> Iterator[Metric]:
     text = "Requests, answered or failed."
     yield _metric(CounterMetricFamily, "requests", text, _OF_VERSION, requests)
     text = "Requests that got an error, by its class and HTTP status."
-    yield _metric(CounterMetricFamily, "request_failures", text, (*_OF_VERSION, "reason", "code"), failed)
+    yield _metric(
+        CounterMetricFamily, "request_failures", text, (*_OF_VERSION, "reason", "code"), failed
+    )
     text = "Calls that a protocol refused, so that no request came of them."
     yield _metric(CounterMetricFamily, "refusals", text, ("protocol", "reason", "code"), refused)
     text = "Requests and refusals by who must act: nobody, the client, capacity, the server."
@@ -243,7 +262,9 @@ def _requests(whole: Sums) -> Iterator[Metric]:
     text = "Duration of the answered requests."
     yield _metric(HistogramMetricFamily, "request_seconds", text, _OF_VERSION, _durations(versions))
     text = "Duration of the stages that answered requests entered."
-    yield _metric(HistogramMetricFamily, "stage_seconds", text, ("stage",), _durations(whole["stages"]))
+    yield _metric(
+        HistogramMetricFamily, "stage_seconds", text, ("stage",), _durations(whole["stages"])
+    )
 
 
 def _durations(sums: Mapping[Any, Sums]) -> dict[Any, Any]:
@@ -287,8 +308,11 @@ def _codec(whole: Sums) -> Iterator[Metric]:
     yield _metric(CounterMetricFamily, "door_seconds", text, ("protocol", "part"), spent)
 
 
-def _metric(kind: type[Metric], name: str, text: str, labels: Sequence[str], values: Mapping[Any, Any]) -> Metric:
-    """Series by the values of their ``labels``: each a number, or the buckets and the sum of a histogram."""
+def _metric(
+    kind: type[Metric], name: str, text: str, labels: Sequence[str], values: Mapping[Any, Any]
+) -> Metric:
+    """Series by the values of their ``labels``: each a number, or the buckets and the sum of a
+    histogram."""
     family: Any = kind(f"flserving_{name}", text, labels=labels)  # type: ignore[call-arg]
     for key, value in values.items():
         label_values = (key,) if isinstance(key, str) else key

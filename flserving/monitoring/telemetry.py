@@ -1,10 +1,11 @@
-"""What a server counts and times: histograms with percentiles, requests by outcome, seconds by stage.
+"""What a server counts and times: histograms with percentiles, requests by outcome, seconds by
+stage.
 
 A request is timed by *marks* of one monotonic clock, one mark between two stages,
 so the stages of a request add up to its latency exactly, by construction.
 
-Recording appends to a list, which needs no lock; numpy sorts hundreds of records into buckets at once, when the list is
-full or somebody reads.
+Recording appends to a list, which needs no lock; numpy sorts hundreds of records into buckets at
+once, when the list is full or somebody reads.
 """
 
 import threading
@@ -23,7 +24,8 @@ from flserving.monitoring.metrics import STAGES, Account, Histogram, Sums, merge
 Protocol = Literal["rest", "grpc"]
 
 Observer = Callable[[str, int, tuple[float, ...], str], None]
-"""Called for every request on its own thread or task: version, rows, marks (of a failed one start and end), reason."""
+"""Called for every request on its own thread or task: version, rows, marks (of a failed one start
+and end), reason."""
 
 
 @dataclass(slots=True)
@@ -34,7 +36,8 @@ class Exchange:
         method: POST; of gRPC ``package.Service/Method``.
         headers: Pairs of bytes or text. They hold the caller's token: nobody keeps them.
         path: As it was sent, without the query; ``scheme`` and it are of REST only.
-        route: The path as the document of REST has it, ``/v2/models/{model}/infer``; "": none was found.
+        route: The path as the document of REST has it, ``/v2/models/{model}/infer``; "": none was
+            found.
         status: 200, or of gRPC OK; "" where the caller left before.
         trace_id: Of its trace, where somebody traces.
     """
@@ -58,8 +61,9 @@ K = TypeVar("K", bound=Hashable)
 _PENDING = 512  # records folded at once: about 0.5 us each instead of 5
 _FRESH = 64  # versions with counts that nobody was shown yet
 KEEP_S = 10.0
-"""How long the counts of a version are kept after it was last held. Several processes add theirs up under one name: all
-of them have to see that nobody holds it before the first one forgets what it counted."""
+"""How long the counts of a version are kept after it was last held. Several processes add theirs up
+under one name: all of them have to see that nobody holds it before the first one forgets what it
+counted."""
 OTHER = "other"
 """What versions that are not held are called together, in place of their ids."""
 
@@ -82,7 +86,8 @@ class Executions:
 
     def summary(self) -> dict[str, Any]:
         """``request_count``, ``rows``, ``executions``, and ``execution``: their durations
-        (:meth:`Histogram.summary_ms`), of which ``avg_latency_ms`` is the mean (0 before the first)."""
+        (:meth:`Histogram.summary_ms`), of which ``avg_latency_ms`` is the mean (0 before the
+        first)."""
         self._fold()
         with self._lock:
             return {
@@ -105,17 +110,19 @@ class Executions:
 class Telemetry:
     """Counters and stage times of one server.
 
-    Holds by construction: ``succeeded + sum(failed.values()) == requests``; the latency histogram's count equals
-    ``succeeded``; the stages' seconds add up to the latency's.
+    Holds by construction: ``succeeded + sum(failed.values()) == requests``; the latency histogram's
+    count equals ``succeeded``; the stages' seconds add up to the latency's.
 
-    However many versions are called, memory stays flat: only those that are *held* (in memory, or led to) have accounts
-    of their own. Calls of others are counted as the version ``other`` of their model. Counts never move from one
-    account to another, which a rate would count twice: what was shown under a version's name goes with the name, and a
-    version that comes back starts at zero, which monitoring takes as a restart.
+    However many versions are called, memory stays flat: only those that are *held* (in memory, or
+    led to) have accounts of their own. Calls of others are counted as the version ``other`` of
+    their model. Counts never move from one account to another, which a rate would count twice: what
+    was shown under a version's name goes with the name, and a version that comes back starts at
+    zero, which monitoring takes as a restart.
 
     Args:
         clock: The clock of the marks. ``largest_batch``: most rows in one forward of a model.
-        held: Gives the versions ("model/version") that have accounts of their own; all, when not given.
+        held: Gives the versions ("model/version") that have accounts of their own; all, when not
+            given.
     """
 
     def __init__(
@@ -132,13 +139,21 @@ class Telemetry:
         self._lock = threading.Lock()
         forks.fresh_locks_in_child(self, "_lock")
         self._fresh: dict[str, Account] = {}  # by version: since the last look
-        self._totals: dict[str, Sums] = {}  # totals by what is shown: a held version, all others of a model
+        self._totals: dict[
+            str, Sums
+        ] = {}  # totals by what is shown: a held version, all others of a model
         self._seen_s: dict[str, float] = {}  # when each of those was held last
         self._failed: Counter[str] = Counter()
         self.elsewhere: Set[str] = frozenset()  # held by other processes behind the same address
         self._refused: Counter[tuple[str, str]] = Counter()  # (protocol, reason)
-        self._counts: dict[str, Counter[str]] = {"head": Counter(), "path": Counter(), "delta": Counter()}
-        self._codec_sums: dict[str, list[float]] = {}  # protocol -> how many, parse seconds, serialise seconds
+        self._counts: dict[str, Counter[str]] = {
+            "head": Counter(),
+            "path": Counter(),
+            "delta": Counter(),
+        }
+        self._codec_sums: dict[
+            str, list[float]
+        ] = {}  # protocol -> how many, parse seconds, serialise seconds
         self._latency = Histogram()
         self._stages = [Histogram() for _ in STAGES]
         self._runs = 0
@@ -148,7 +163,8 @@ class Telemetry:
         self._pending_runs: list[tuple[str, int, tuple[float, float, float, float]]] = []
 
     def success(self, version: str, rows: int, marks_s: tuple[float, ...]) -> None:
-        """Count one answered request. ``marks_s`` are the ``len(STAGES) + 1`` ascending times between its stages."""
+        """Count one answered request. ``marks_s`` are the ``len(STAGES) + 1`` ascending times
+        between its stages."""
         self._pending.append((version, rows, marks_s))
         if self.observer is not None:
             self.observer(version, rows, marks_s, "")
@@ -159,8 +175,8 @@ class Telemetry:
     def failure(self, reason: str, version: str = "", seconds: float = 0.0) -> None:
         """Count one request that got an error after ``seconds``.
 
-        ``reason`` is an error class, ``version`` one that the router knows, or "" where the request named none of them:
-        so the sets of labels are closed.
+        ``reason`` is an error class, ``version`` one that the router knows, or "" where the request
+        named none of them: so the sets of labels are closed.
         """
         with self._lock:
             self._of(version).add_failure(reason, seconds)
@@ -170,14 +186,16 @@ class Telemetry:
             self.observer(version, 0, (now_s - seconds, now_s), reason)
 
     def execution(self, engine: Any, rows: int, predictions: Sequence[Any]) -> None:
-        """Count one run of an :class:`~flserving.serving.engine.InferenceEngine`, which gave these predictions."""
+        """Count one run of an :class:`~flserving.serving.engine.InferenceEngine`, which gave these
+        predictions."""
         self._pending_runs.append((engine.served_as, rows, predictions[0].execution.marks_s))
         if len(self._pending_runs) >= _PENDING:
             with self._lock:
                 self._fold_runs()
 
     def refusal(self, protocol: Protocol, reason: str) -> None:
-        """Count a call that a protocol refused itself: no request came of it. ``reason`` as in :meth:`failure`."""
+        """Count a call that a protocol refused itself: no request came of it. ``reason`` as in
+        :meth:`failure`."""
         with self._lock:
             self._refused[protocol, reason] += 1
 
@@ -190,13 +208,14 @@ class Telemetry:
             yield
 
     def count(self, what: Literal["head", "path", "delta"], values: Iterable[str]) -> None:
-        """Count what answers said of themselves: the ``head`` of each row, the ``path`` of each answer; and what became
-        of each ``delta`` that was wanted. Closed sets."""
+        """Count what answers said of themselves: the ``head`` of each row, the ``path`` of each
+        answer; and what became of each ``delta`` that was wanted. Closed sets."""
         with self._lock:
             self._counts[what].update(values)
 
     def codec(self, protocol: Protocol, parse_s: float, serialise_s: float) -> None:
-        """Time what a protocol did around one answered request: bytes to arrays, and arrays to bytes."""
+        """Time what a protocol did around one answered request: bytes to arrays, and arrays to
+        bytes."""
         with self._lock:
             sums = self._codec_sums.setdefault(protocol, [0, 0.0, 0.0])
             sums[0] += 1
@@ -220,9 +239,13 @@ class Telemetry:
                 "rows": self._rows,
                 "executions": self._runs,
                 "mean_batch_rows": self._run_rows / max(1, self._runs),
-                "requests_by_version": {name: requests for name, requests in by_version.items() if requests},
+                "requests_by_version": {
+                    name: requests for name, requests in by_version.items() if requests
+                },
                 "latency": self._latency.summary_ms(),
-                "stages": {name: h.summary_ms() for name, h in zip(STAGES, self._stages, strict=True)},
+                "stages": {
+                    name: h.summary_ms() for name, h in zip(STAGES, self._stages, strict=True)
+                },
                 "rows_by_head": dict(self._counts["head"]),
                 "answers_by_path": dict(self._counts["path"]),
                 "stages_total_ms": sum(h.total_s for h in self._stages) * 1e3,
@@ -239,16 +262,17 @@ class Telemetry:
         """One consistent copy of the sums behind every statistic: plain numbers that only grow.
 
         Those of several processes are added by :func:`~flserving.monitoring.metrics.merged`.
-        ``named``: the keys of ``versions`` to be shown: versions that are held, and "model/other" for all others of
-        a model. Those that only other processes hold (``elsewhere``) are in ``versions`` too, as a part of the sum.
-        ``answered`` and ``failed`` (by reason): of all versions that ever were.
-        ``versions`` by "model/version": answered ``requests``, their ``rows`` and ``seconds``; ``at_most``: how many
-        took at most each of ``BOUNDS_S`` but more than the one before, then the rest; ``stages`` and ``cache``: [how
-        many, seconds]; ``batches`` by rows: [executions, preprocess, infer, postprocess seconds];
-        ``last_inference_ms``: the time of day.
-        ``failures`` by version ("": none that is known), then reason: [how many, seconds]. ``stages``:
-        ``seconds`` and ``at_most``. ``codec`` by protocol: [answers, parse seconds, serialise seconds]. ``refusals`` by
-        protocol, then reason. ``counts``: :meth:`count`.
+        ``named``: the keys of ``versions`` to be shown: versions that are held, and "model/other"
+        for all others of a model. Those that only other processes hold (``elsewhere``) are in
+        ``versions`` too, as a part of the sum. ``answered`` and ``failed`` (by reason): of all
+        versions that ever were. ``versions`` by "model/version": answered ``requests``, their
+        ``rows`` and ``seconds``; ``at_most``: how many took at most each of ``BOUNDS_S`` but more
+        than the one before, then the rest; ``stages`` and ``cache``: [how many, seconds];
+        ``batches`` by rows: [executions, preprocess, infer, postprocess seconds];
+        ``last_inference_ms``: the time of day. ``failures`` by version ("": none that is known),
+        then reason: [how many, seconds]. ``stages``: ``seconds`` and ``at_most``. ``codec`` by
+        protocol: [answers, parse seconds, serialise seconds]. ``refusals`` by protocol, then
+        reason. ``counts``: :meth:`count`.
         """
         failures: dict[str, Any] = {}
         refusals: dict[str, Any] = {}
@@ -297,7 +321,8 @@ class Telemetry:
         return self._held()
 
     def _settle(self) -> Set[str]:
-        """Give what is fresh its names, forget versions that nobody has held for a while; the versions held."""
+        """Give what is fresh its names, forget versions that nobody has held for a while; the
+        versions held."""
         held = self._names()
         now_s = self._clock()
         for version, account in self._fresh.items():
@@ -349,7 +374,8 @@ class Telemetry:
 
 
 class Refusals:
-    """Counts, under ``protocol``, the error that ends a ``with`` block: no request came of it, or its answer was lost.
+    """Counts, under ``protocol``, the error that ends a ``with`` block: no request came of it, or
+    its answer was lost.
 
     It holds no state, so one serves all requests.
     """
@@ -361,7 +387,9 @@ class Refusals:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ConnectionResetError):  # that caller just left
+        if isinstance(error, Exception) and not isinstance(
+            error, ConnectionResetError
+        ):  # that caller just left
             self._telemetry.refusal(self._protocol, getattr(error, "reason", "Internal"))
 
 

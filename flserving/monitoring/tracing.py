@@ -1,11 +1,12 @@
-"""OpenTelemetry spans: one a call, in it one a request, and in it one for each stage. Needs the extra ``otel``; costs
-nothing until used.
+"""OpenTelemetry spans: one a call, in it one a request, and in it one for each stage. Needs the
+extra ``otel``; costs nothing until used.
 
-The spans of requests and stages are made of the marks that time a request anyway, after its end, so tracing cannot
-change what it measures. A call continues the trace that its W3C ``traceparent`` header names. Where an instrumentation
-of the web server (``opentelemetry-instrumentation-asgi``, ``-grpc``) has made a span already, that is the call's. Names
-and attributes of calls are OpenTelemetry's semantic conventions for HTTP and RPC servers. No span holds features,
-answers, tokens or the names of clients.
+The spans of requests and stages are made of the marks that time a request anyway, after its end, so
+tracing cannot change what it measures. A call continues the trace that its W3C ``traceparent``
+header names. Where an instrumentation of the web server (``opentelemetry-instrumentation-asgi``,
+``-grpc``) has made a span already, that is the call's. Names and attributes of calls are
+OpenTelemetry's semantic conventions for HTTP and RPC servers. No span holds features, answers,
+tokens or the names of clients.
 """
 
 import os
@@ -33,16 +34,34 @@ from flserving.monitoring import Observed
 from flserving.monitoring.metrics import STAGES
 from flserving.monitoring.telemetry import Exchange
 
-_METHODS = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}  # others are _OTHER
-_SERVER_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+_METHODS = {
+    "CONNECT",
+    "DELETE",
+    "GET",
+    "HEAD",
+    "OPTIONS",
+    "PATCH",
+    "POST",
+    "PUT",
+    "TRACE",
+}  # others are _OTHER
+_SERVER_FAULTS = {
+    "UNKNOWN",
+    "DEADLINE_EXCEEDED",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+}
 _FLUSH_S = 1.0  # a collector that is silent must not hold up the end
 
 
 def trace(server: Observed, tracer_provider: TracerProvider | None = None) -> None:
-    """Make spans of every call from now on, with the global provider when none is given. Replaces an earlier one.
+    """Make spans of every call from now on, with the global provider when none is given. Replaces
+    an earlier one.
 
-    Attributes of a request: ``flserving.model``, ``flserving.version`` (both absent where no served one was named),
-    ``flserving.rows``, and ``error.type`` of a failed one.
+    Attributes of a request: ``flserving.model``, ``flserving.version`` (both absent where no served
+    one was named), ``flserving.rows``, and ``error.type`` of a failed one.
     """
     tracer = get_tracer("flserving", tracer_provider=tracer_provider)
 
@@ -74,7 +93,8 @@ def trace(server: Observed, tracer_provider: TracerProvider | None = None) -> No
         name, attributes = _opening(exchange)
         with tracer.start_as_current_span(
             name, caller, kind=SpanKind.SERVER, attributes=attributes,
-            record_exception=False, set_status_on_exception=False,  # its message may hold what the caller sent
+            # its message may hold what the caller sent
+            record_exception=False, set_status_on_exception=False,
         ) as span:  # fmt: skip
             exchange.trace_id = f"{span.get_span_context().trace_id:032x}"
             try:
@@ -91,11 +111,16 @@ def trace(server: Observed, tracer_provider: TracerProvider | None = None) -> No
 
 
 def _opening(exchange: Exchange) -> tuple[str, dict[str, Any]]:
-    """What is known of a call when it comes: the name of its span, and attributes, by which samplers may choose."""
+    """What is known of a call when it comes: the name of its span, and attributes, by which
+    samplers may choose."""
     if exchange.protocol == "grpc":
         return exchange.method, {"rpc.system.name": "grpc", "rpc.method": exchange.method}
     method = exchange.method if exchange.method in _METHODS else "_OTHER"
-    attributes = {"http.request.method": method, "url.scheme": exchange.scheme, "url.path": exchange.path}
+    attributes = {
+        "http.request.method": method,
+        "url.scheme": exchange.scheme,
+        "url.path": exchange.path,
+    }
     return method if method in _METHODS else "HTTP", attributes
 
 
@@ -122,11 +147,13 @@ def _text(part: str | bytes) -> str:
 
 
 def export(server: Observed, url: str | None = None) -> Callable[[], None]:
-    """Send the spans of a server to an OpenTelemetry collector, by OTLP over HTTP, from a thread of this process.
+    """Send the spans of a server to an OpenTelemetry collector, by OTLP over HTTP, from a thread of
+    this process.
 
     Args:
-        url: Of the collector; None: what the variables of OpenTelemetry say. They also set the sampler, the headers
-            and the attributes of the resource; its ``service.name`` is ``flserving`` unless they name another.
+        url: Of the collector; None: what the variables of OpenTelemetry say. They also set the
+            sampler, the headers and the attributes of the resource; its ``service.name`` is
+            ``flserving`` unless they name another.
 
     Returns:
         What sends the last spans and ends the thread.

@@ -1,5 +1,5 @@
-"""Smaller and faster versions of a version: ``methods.py`` has them all, ``export.py`` writes ONNX graphs, and
-``distil.py`` trains a student from a teacher."""
+"""Smaller and faster versions of a version: ``methods.py`` has them all, ``export.py`` writes ONNX
+graphs, and ``distil.py`` trains a student from a teacher."""
 
 from flserving.optimize.methods import METHODS, TOLERANCES, distil, prune, quantise, to_onnx
 

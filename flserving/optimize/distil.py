@@ -16,12 +16,15 @@ from flserving.federated.data import Client
 from flserving.federated.training import copied, isolated
 from flserving.models.processing import Preprocessor
 
-Data: TypeAlias = Sequence[Client] | NDArray[Any]  # of clients the training rows; or rows [n, D] as callers send them
+Data: TypeAlias = (
+    Sequence[Client] | NDArray[Any]
+)  # of clients the training rows; or rows [n, D] as callers send them
 _BATCH = 32
 
 
 def rows_of(data: Data, preprocessor: Preprocessor) -> list[Tensor]:
-    """Standardised rows, one tensor for each client. Raises InvalidInputError: there are none, or of another width."""
+    """Standardised rows, one tensor for each client. Raises InvalidInputError: there are none, or
+    of another width."""
     parts = [data] if isinstance(data, np.ndarray) else [client.train_x for client in data]
     if not parts or not all(len(part) for part in parts):
         raise InvalidInputError("data holds no rows: give rows [n, D], or clients with samples")
@@ -44,7 +47,11 @@ class Lesson:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        sound = 0 < self.temperature <= 1e3 and 0 <= self.label_share <= 1 and 0 < self.learning_rate <= 1
+        sound = (
+            0 < self.temperature <= 1e3
+            and 0 <= self.label_share <= 1
+            and 0 < self.learning_rate <= 1
+        )
         for count in (self.rounds, self.epochs):
             sound &= type(count) is int and 1 <= count <= 10_000
         if not sound:
@@ -63,7 +70,8 @@ def taught(
     lesson: Lesson,
     masks: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """``student`` after it learnt from ``teacher`` on each client's rows, averaged by samples after every round.
+    """``student`` after it learnt from ``teacher`` on each client's rows, averaged by samples after
+    every round.
 
     ``masks``: weights by name that are multiplied by zeros and ones after every step.
 
@@ -71,7 +79,9 @@ def taught(
         ConfigError: Labels wanted of bare rows.
     """
     if lesson.label_share and isinstance(data, np.ndarray):
-        raise ConfigError(f"label_share is {lesson.label_share}, but bare rows have no labels: give clients, or 0")
+        raise ConfigError(
+            f"label_share is {lesson.label_share}, but bare rows have no labels: give clients, or 0"
+        )
     rows = rows_of(data, preprocessor)
     labels: list[Tensor | None] = [None] * len(rows)
     if not isinstance(data, np.ndarray):
@@ -95,11 +105,18 @@ def taught(
 
 
 def _learn(
-    student: nn.Module, x: Tensor, soft: Tensor, labels: Tensor | None, lesson: Lesson, masks: Mapping[str, Tensor]
+    student: nn.Module,
+    x: Tensor,
+    soft: Tensor,
+    labels: Tensor | None,
+    lesson: Lesson,
+    masks: Mapping[str, Tensor],
 ) -> None:
-    """Adam on mini-batches. T^2 keeps the soft term's gradients as large as the hard one's (Hinton et al., section 2).
+    """Adam on mini-batches. T^2 keeps the soft term's gradients as large as the hard one's (Hinton
+    et al., section 2).
 
-    The cross entropy to soft targets differs from their Kullback-Leibler divergence by what no weight can change.
+    The cross entropy to soft targets differs from their Kullback-Leibler divergence by what no
+    weight can change.
     """
     temperature = lesson.temperature
     share = lesson.label_share

@@ -1,4 +1,5 @@
-"""A module as an ONNX graph, and graphs with weights of few bits: PyTorch's exporter and ONNX Runtime's tools, tamed.
+"""A module as an ONNX graph, and graphs with weights of few bits: PyTorch's exporter and ONNX
+Runtime's tools, tamed.
 
 Their packages are imported inside the functions.
 """
@@ -19,13 +20,18 @@ from flserving.extras import need
 from flserving.models import Shape
 from flserving.models.onnx import OnnxModel
 
-TOLERANCE = 1e-5  # largest difference of an export from torch, as a share of the largest output (at least of 1)
-_NOISY = ("torch.onnx._internal.exporter._registration", "onnxruntime.quantization.matmul_nbits_quantizer")
+# largest difference of an export from torch, as a share of the largest output (at least of 1)
+TOLERANCE = 1e-5
+_NOISY = (
+    "torch.onnx._internal.exporter._registration",
+    "onnxruntime.quantization.matmul_nbits_quantizer",
+)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporter and quantisers log about what is not installed, warn of torch's own code, and set up the root logger."""
+    """Exporter and quantisers log about what is not installed, warn of torch's own code, and set up
+    the root logger."""
     root = logging.getLogger()
     handlers = list(root.handlers)
     level = root.level
@@ -41,8 +47,8 @@ def _quiet() -> Iterator[None]:
 
 
 def sealed(graph: Any, inputs: Shape, outputs: int) -> OnnxModel:
-    """The graph without what tools noted in it (paths of this machine among it), ready to run: same weights, same
-    bytes. Raises InvalidModelError: see :func:`flserving.models.onnx.check`."""
+    """The graph without what tools noted in it (paths of this machine among it), ready to run: same
+    weights, same bytes. Raises InvalidModelError: see :func:`flserving.models.onnx.check`."""
     inside = graph.graph
     for it in (graph, inside, *inside.node, *inside.input, *inside.output, *inside.initializer):
         it.ClearField("metadata_props")
@@ -53,10 +59,12 @@ def sealed(graph: Any, inputs: Shape, outputs: int) -> OnnxModel:
 
 
 def graph_of(module: nn.Module, inputs: Shape, outputs: int) -> Any:
-    """An ``onnx.ModelProto`` that answers as the module does: its own, or an export that was compared with torch.
+    """An ``onnx.ModelProto`` that answers as the module does: its own, or an export that was
+    compared with torch.
 
     Raises:
-        InvalidModelError: It cannot be exported, or the export answers otherwise than the module by over ``TOLERANCE``.
+        InvalidModelError: It cannot be exported, or the export answers otherwise than the module by
+            over ``TOLERANCE``.
     """
     onnx = need("onnx", "onnx")
     if isinstance(module, OnnxModel):
@@ -88,12 +96,15 @@ def graph_of(module: nn.Module, inputs: Shape, outputs: int) -> Any:
     worst = errors.abs().max().item()
     largest = wanted.abs().max().item()
     if not worst <= TOLERANCE * max(1.0, largest):
-        raise InvalidModelError(f"the export of the {kind} answers otherwise, by {worst:.1e}: keep it on torch")
+        raise InvalidModelError(
+            f"the export of the {kind} answers otherwise, by {worst:.1e}: keep it on torch"
+        )
     return graph
 
 
 def block_quantised(graph: Any, bits: int) -> Any:
-    """Weights of linear layers in 8 or 4 bits with a scale for every 32; with 8, activations likewise in each row.
+    """Weights of linear layers in 8 or 4 bits with a scale for every 32; with 8, activations
+    likewise in each row.
 
     Raises:
         InvalidModelError: There is no such layer.
@@ -109,7 +120,9 @@ def block_quantised(graph: Any, bits: int) -> Any:
         before = _products(work.model.model)
         work.process()
     if _products(work.model.model) <= before:
-        raise InvalidModelError("no linear layer with float32 weights: there is nothing to quantise in this version")
+        raise InvalidModelError(
+            "no linear layer with float32 weights: there is nothing to quantise in this version"
+        )
     return work.model.model
 
 
@@ -143,9 +156,9 @@ def calibrated(graph: Any, rows: Tensor) -> Any:
 
 
 def _unshared(graph: Any) -> Any:
-    """The graph with a copy of each constant for each node that reads it. (Exporters keep equal ones once: the scales
-    of two norms, say. ONNX Runtime, where it keeps products exact, rewrites int8 constants node by node, and refuses
-    the graph at the second that reads the same one.)"""
+    """The graph with a copy of each constant for each node that reads it. (Exporters keep equal
+    ones once: the scales of two norms, say. ONNX Runtime, where it keeps products exact, rewrites
+    int8 constants node by node, and refuses the graph at the second that reads the same one.)"""
     constants = {constant.name: constant for constant in graph.graph.initializer}
     read = set[str]()
     for node in graph.graph.node:

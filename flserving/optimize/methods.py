@@ -1,16 +1,19 @@
-"""Smaller and faster versions: quantised, pruned, distilled, or exported to ONNX. Each is a version like any other.
+"""Smaller and faster versions: quantised, pruned, distilled, or exported to ONNX. Each is a version
+like any other.
 
-What is made goes into the registry under the same name: its parent is the version it was made from, and its lineage
-says how (``extra["optimisation"]`` and what follows it). Servers and devices load it as they load any version; none of
-its caches is shared with its parent, for the digests differ. Before it is published it answers sample rows beside its
-parent, and what answers too differently is refused: see ``TOLERANCES``. What it is worth, is measured with
-``flserving.lab.measuring.optimization.report``. Metrics are not inherited. Personal heads belong to the body that they
-were trained on: a version that has some is refused, unless ``heads=None`` says that its clients shall go without.
+What is made goes into the registry under the same name: its parent is the version it was made from,
+and its lineage says how (``extra["optimisation"]`` and what follows it). Servers and devices load
+it as they load any version; none of its caches is shared with its parent, for the digests differ.
+Before it is published it answers sample rows beside its parent, and what answers too differently is
+refused: see ``TOLERANCES``. What it is worth, is measured with
+``flserving.lab.measuring.optimization.report``. Metrics are not inherited. Personal heads belong to
+the body that they were trained on: a version that has some is refused, unless ``heads=None`` says
+that its clients shall go without.
 
-``torch.export`` makes the ONNX versions; its own archive (.pt2) is not taken, for loading one unpickles.
-``torch.compile`` makes no version: what it compiles is machine code for one process, after seconds of compiling at
-every load, and on these networks it is slower than what it was made from. ``flserving.lab.measuring.sweep`` measures
-that.
+``torch.export`` makes the ONNX versions; its own archive (.pt2) is not taken, for loading one
+unpickles. ``torch.compile`` makes no version: what it compiles is machine code for one process,
+after seconds of compiling at every load, and on these networks it is slower than what it was made
+from. ``flserving.lab.measuring.sweep`` measures that.
 """
 
 import math
@@ -43,28 +46,32 @@ TOLERANCES: Mapping[str, float] = {
     "pruned": 0.25,
     "distilled": 0.25,
 }
-"""How far a version's answers may be from its parent's, by technique. For a classifier it is the mean total variation
-between their probabilities (half the sum of the differences; 1 where both are sure, of two classes), which is at least
-the share of answers that turn from one sure class to another. For a regression it is the root of the mean squared
-difference, as a share of the standard deviation of the parent's answers."""
+"""How far a version's answers may be from its parent's, by technique. For a classifier it is the
+mean total variation between their probabilities (half the sum of the differences; 1 where both are
+sure, of two classes), which is at least the share of answers that turn from one sure class to
+another. For a regression it is the root of the mean squared difference, as a share of the standard
+deviation of the parent's answers."""
 _SAMPLES = 512  # rows that are compared where no data are given
 _MOST_SAMPLES = 4096
 
 
-def to_onnx(registry: Registry, name: str, version: int | str = "default", **published: Any) -> Manifest:
-    """The same model for ONNX Runtime, exported by ``torch.export``, and compared with torch before it is published.
+def to_onnx(
+    registry: Registry, name: str, version: int | str = "default", **published: Any
+) -> Manifest:
+    """The same model for ONNX Runtime, exported by ``torch.export``, and compared with torch before
+    it is published.
 
     Args:
         version: A version or an alias.
-        published: ``metrics``, ``alias``, ``who``, ``why``, ``note`` of :meth:`Registry.publish`, or ``heads=None``;
-            ``tolerance``, in place of that in ``TOLERANCES``; ``samples``, the data to compare with the parent on (by
-            default the method's own data; without any, normal rows where the model expects standardised ones). So
-            everywhere here.
+        published: ``metrics``, ``alias``, ``who``, ``why``, ``note`` of :meth:`Registry.publish`,
+            or ``heads=None``; ``tolerance``, in place of that in ``TOLERANCES``; ``samples``, the
+            data to compare with the parent on (by default the method's own data; without any,
+            normal rows where the model expects standardised ones). So everywhere here.
 
     Raises:
-        InvalidModelError: It cannot be exported (its forward depends on values, say), an operator is not listed in
-            ``backends``, or the new version's answers are too far from its parent's. NotSupportedError: onnx is not
-            installed.
+        InvalidModelError: It cannot be exported (its forward depends on values, say), an operator
+            is not listed in ``backends``, or the new version's answers are too far from its
+            parent's. NotSupportedError: onnx is not installed.
 
     Cost: 1 to 3 s, and 5 s more the first time.
     """
@@ -84,17 +91,18 @@ def quantise(
 ) -> Manifest:
     """Weights of few bits, by ONNX Runtime's tools.
 
-    ``dynamic``: int8 weights and int8 activations, scaled as they come, in each row for every 32 inputs. (Scaled over
-    the whole batch, as is usual, a row's answer would depend on whose rows are beside it.) ``int4``: 4 bits a weight
-    with a scale for every 32, computed in float32. Both are of linear layers; others stay float32. ``static``: int8
-    everywhere, one scale a tensor (weights: a channel), activations as ``data`` has shown them (Jacob et al., CVPR
-    2018, arXiv 1712.05877). Of the data, the ranges of activations go into the graph and nothing else. The products are
-    exact on every processor, so the answers are the same on each; where there are no instructions for it (VNNI), that
-    takes more time.
+    ``dynamic``: int8 weights and int8 activations, scaled as they come, in each row for every 32
+    inputs. (Scaled over the whole batch, as is usual, a row's answer would depend on whose rows are
+    beside it.) ``int4``: 4 bits a weight with a scale for every 32, computed in float32. Both are
+    of linear layers; others stay float32. ``static``: int8 everywhere, one scale a tensor (weights:
+    a channel), activations as ``data`` has shown them (Jacob et al., CVPR 2018, arXiv 1712.05877).
+    Of the data, the ranges of activations go into the graph and nothing else. The products are
+    exact on every processor, so the answers are the same on each; where there are no instructions
+    for it (VNNI), that takes more time.
 
     Raises:
-        ConfigError: No such method, or no data for ``static``. InvalidModelError: No layer of the kind, or as
-        :func:`to_onnx`.
+        ConfigError: No such method, or no data for ``static``. InvalidModelError: No layer of the
+        kind, or as :func:`to_onnx`.
     """
     if method not in METHODS or (data is None) == (method == "static"):
         raise ConfigError(
@@ -126,10 +134,11 @@ def prune(
 ) -> Manifest:
     """Take a ``share`` of the weights away, or, ``structured``, of the hidden neurons.
 
-    Unstructured: the smallest magnitudes of all linear and convolutional layers together become zero (Han et al., NIPS
-    2015, arXiv 1506.02626). The file keeps its size and a dense product its time: what shrinks is the compressed size.
-    Structured: in each hidden layer of an ``mlp`` the neurons go whose incoming and outgoing weights have the smallest
-    product of norms (after Li et al., ICLR 2017, arXiv 1608.08710). What is left is a plain smaller ``mlp``.
+    Unstructured: the smallest magnitudes of all linear and convolutional layers together become
+    zero (Han et al., NIPS 2015, arXiv 1506.02626). The file keeps its size and a dense product its
+    time: what shrinks is the compressed size. Structured: in each hidden layer of an ``mlp`` the
+    neurons go whose incoming and outgoing weights have the smallest product of norms (after Li et
+    al., ICLR 2017, arXiv 1608.08710). What is left is a plain smaller ``mlp``.
 
     Args:
         data: Where given, what is left learns on it to answer as the parent does.
@@ -173,17 +182,18 @@ def distil(
 ) -> Manifest:
     """Teach a smaller architecture to answer as the parent does.
 
-    The loss is T^2 times the cross entropy to the parent's softmax(logits / T), and ``label_share`` of the plain one to
-    the labels: Hinton et al. 2015 (arXiv 1503.02531). Rows need no labels. Clients learn apart, each on its own rows,
-    and their students are averaged by samples after each of ``rounds`` rounds, as federated averaging does.
+    The loss is T^2 times the cross entropy to the parent's softmax(logits / T), and ``label_share``
+    of the plain one to the labels: Hinton et al. 2015 (arXiv 1503.02531). Rows need no labels.
+    Clients learn apart, each on its own rows, and their students are averaged by samples after each
+    of ``rounds`` rounds, as federated averaging does.
 
     Args:
         architecture: With ``parameters``: of the student.
         options: Fields of :class:`Lesson`, and those of :func:`to_onnx`.
 
     Raises:
-        ConfigError: A setting out of range, or labels wanted of bare rows. InvalidModelError: The architecture takes or
-        gives other shapes than the parent, or the parent is no classifier.
+        ConfigError: A setting out of range, or labels wanted of bare rows. InvalidModelError: The
+        architecture takes or gives other shapes than the parent, or the parent is no classifier.
 
     Cost: ``rounds`` x ``epochs`` passes of Adam, about 0.1 s each on digits with 20 clients.
     """
@@ -192,7 +202,9 @@ def distil(
     signature = parent.manifest.signature
     shapes = models.signature(architecture, parameters)
     if shapes != (signature.input_shape, signature.output_shape):
-        raise InvalidModelError(f"{architecture!r} maps {shapes[0]} to {shapes[1]}: the parent does not")
+        raise InvalidModelError(
+            f"{architecture!r} maps {shapes[0]} to {shapes[1]}: the parent does not"
+        )
     with isolated():
         torch.manual_seed(lesson.seed)
         student = models.build(architecture, parameters)
@@ -211,7 +223,8 @@ class _Parent:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A version in the making: the technique, what the lineage tells of it, and the data that it was made with."""
+    """A version in the making: the technique, what the lineage tells of it, and the data that it
+    was made with."""
 
     model: nn.Module
     technique: str
@@ -229,7 +242,9 @@ def _lesson(options: dict[str, Any], **defaults: Any) -> Lesson:
     return Lesson(**defaults)
 
 
-def _parent(registry: Registry, name: str, version: int | str, published: Mapping[str, Any]) -> _Parent:
+def _parent(
+    registry: Registry, name: str, version: int | str, published: Mapping[str, Any]
+) -> _Parent:
     parent = registry.manifest(name, registry.resolve(name, version))
     if parent.heads is not None and "heads" not in published:
         raise InvalidModelError(
@@ -243,14 +258,18 @@ def _shapes(parent: Manifest) -> tuple[models.Shape, int]:
     inputs = parent.signature.input_shape
     outputs = parent.signature.output_shape
     if len(outputs) != 1:
-        raise InvalidModelError(f"{parent.architecture!r} maps {inputs} to {outputs}: only flat outputs are exported")
+        raise InvalidModelError(
+            f"{parent.architecture!r} maps {inputs} to {outputs}: only flat outputs are exported"
+        )
     return inputs, outputs[0]
 
 
 def _teacher(parent: _Parent) -> nn.Module:
     manifest = parent.manifest
     if manifest.signature.output_type != "classification":
-        raise InvalidModelError(f"{manifest.name!r} version {manifest.version} is no classifier: it cannot teach")
+        raise InvalidModelError(
+            f"{manifest.name!r} version {manifest.version} is no classifier: it cannot teach"
+        )
     module: nn.Module = parent.parts.module
     return module
 
@@ -287,7 +306,9 @@ def _publish(
         )
     facts = {**made.facts, "distance": round(distance, 6)}
     before = manifest.lineage or Lineage()
-    extra = {key: value for key, value in before.extra.items() if not key.startswith(_PREFIX)}  # the parent's own
+    extra = {
+        key: value for key, value in before.extra.items() if not key.startswith(_PREFIX)
+    }  # the parent's own
     extra[_PREFIX] = made.technique
     for key, value in facts.items():
         extra[f"{_PREFIX}_{key}"] = value
@@ -362,7 +383,9 @@ def without_neurons(module: nn.Module, share: float) -> nn.Module:
     kept = torch.arange(layers[0].in_features)
     sizes = [layers[0].in_features]
     for number, (layer, after) in enumerate(pairwise(layers)):
-        score = torch.cat([layer.weight, layer.bias[:, None]], dim=1).norm(dim=1) * after.weight.norm(dim=0)
+        score = torch.cat([layer.weight, layer.bias[:, None]], dim=1).norm(
+            dim=1
+        ) * after.weight.norm(dim=0)
         stays = score.topk(max(1, round(len(score) * (1 - share)))).indices.sort().values
         state[f"body.{2 * number}.weight"] = layer.weight[stays][:, kept]
         state[f"body.{2 * number}.bias"] = layer.bias[stays]
@@ -378,9 +401,13 @@ def _without_weights(module: nn.Module, share: float) -> tuple[nn.Module, dict[s
     """The module, and what to multiply its weights by so that they stay away."""
     from torch.nn.utils import prune
 
-    layers = {name: it for name, it in module.named_modules() if isinstance(it, nn.Linear | nn.Conv2d)}
+    layers = {
+        name: it for name, it in module.named_modules() if isinstance(it, nn.Linear | nn.Conv2d)
+    }
     if not layers:
-        raise InvalidModelError(f"{type(module).__name__} has no linear or convolutional layer: nothing to prune")
+        raise InvalidModelError(
+            f"{type(module).__name__} has no linear or convolutional layer: nothing to prune"
+        )
     targets = [(layer, "weight") for layer in layers.values()]
     prune.global_unstructured(targets, pruning_method=prune.L1Unstructured, amount=share)
     masks = {}

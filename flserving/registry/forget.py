@@ -1,6 +1,7 @@
-"""What it takes to forget a client, apart from its heads: under which name it is remembered, where a document names it,
-and that nothing stays in the free pages of a database. :meth:`Registry.forget` puts the steps in order. Also, what the
-databases of a registry have in common: how they are opened, and what their errors mean.
+"""What it takes to forget a client, apart from its heads: under which name it is remembered, where
+a document names it, and that nothing stays in the free pages of a database. :meth:`Registry.forget`
+puts the steps in order. Also, what the databases of a registry have in common: how they are opened,
+and what their errors mean.
 """
 
 import hashlib
@@ -28,23 +29,38 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _REWARDS = ("rewards", "failures")  # tables of the feedback store with a row for each client
 _ENDS = r"(?![^\W_])"  # here a word does
-_COMMON = {"global", "mean", "worst", "client", "clients", "accuracy", "loss", "round", "rounds", "server", "seed"}
+_COMMON = {
+    "global",
+    "mean",
+    "worst",
+    "client",
+    "clients",
+    "accuracy",
+    "loss",
+    "round",
+    "rounds",
+    "server",
+    "seed",
+}
 """Words that documents use themselves, as "mean_client_accuracy" does."""
 
 
 class Forgotten(msgspec.Struct, frozen=True, kw_only=True):
-    """What :meth:`Registry.forget` removed, and what it cannot. The log keeps it, but for ``left`` and ``unread``.
+    """What :meth:`Registry.forget` removed, and what it cannot. The log keeps it, but for ``left``
+    and ``unread``.
 
     Attributes:
         heads: Model -> the versions that had a head of the client.
         documents: How many manifests and entries of the logs named it.
         rewards: How many sums of its rewards and failures were kept.
-        learned: Model -> the rounds that it is known to have taken part in. The shared weights of these rounds, and of
-            all that were trained from them, have learned from its data and still do: only a training without it
-            changes that.
+        learned: Model -> the rounds that it is known to have taken part in. The shared weights of
+            these rounds, and of all that were trained from them, have learned from its data and
+            still do: only a training without it changes that.
         unknown: Model -> the rounds of which nobody noted who took part.
-        left: Where its name still stands, because it belongs to something else: a model's name, an alias.
-        unread: Versions that cannot be read, and why: nobody knows whose heads they have. They were left alone.
+        left: Where its name still stands, because it belongs to something else: a model's name, an
+            alias.
+        unread: Versions that cannot be read, and why: nobody knows whose heads they have. They were
+            left alone.
     """
 
     heads: dict[str, list[int]]
@@ -67,12 +83,17 @@ class Forgotten(msgspec.Struct, frozen=True, kw_only=True):
         if self.left:
             lines.append(f"its name is still part of: {', '.join(self.left)}")
         if self.unread:
-            lines.append(f"nobody knows whose heads these have: {'; '.join(self.unread)}; then forget the client again")
+            lines.append(
+                f"nobody knows whose heads these have: {'; '.join(self.unread)}; then forget the client again"
+            )
         return "\n".join(lines)
 
 
 def _listed(numbers: dict[str, list[int]]) -> str:
-    return "; ".join(f"{name} {', '.join(map(str, those))}" for name, those in numbers.items()) or "none"
+    return (
+        "; ".join(f"{name} {', '.join(map(str, those))}" for name, those in numbers.items())
+        or "none"
+    )
 
 
 # Under which name a client is remembered
@@ -88,10 +109,11 @@ def pseudonym(key: bytes, client: str, person: bytes = b"fls-client") -> bytes:
 
 
 def naming(*names: str, others: Iterable[str] = ()) -> re.Pattern[str]:
-    """What finds one of these names as a word, but for where it is a part of the name of one of the ``others``.
+    """What finds one of these names as a word, but for where it is a part of the name of one of the
+    ``others``.
 
-    A bare number, or a word that documents use themselves, is a client's only where the text says that it is one:
-    rounds and classes have numbers too.
+    A bare number, or a word that documents use themselves, is a client's only where the text says
+    that it is one: rounds and classes have numbers too.
     """
     words = []
     for plain in names:
@@ -101,10 +123,14 @@ def naming(*names: str, others: Iterable[str] = ()) -> re.Pattern[str]:
             for other in sorted({*others} - {plain}):
                 for found in re.finditer(name, other):
                     start = found.start()
-                    longer += rf"(?!(?<={re.escape(other[:start])}){re.escape(other[start:])}{_ENDS})"
+                    longer += (
+                        rf"(?!(?<={re.escape(other[:start])}){re.escape(other[start:])}{_ENDS})"
+                    )
             words.append(rf"(?<![^\W_]){longer}{name}{_ENDS}")
         else:
-            joined = "[ -]" if plain.lower() in _COMMON else "[ _-]"  # a metric is the mean_client_accuracy
+            joined = (
+                "[ -]" if plain.lower() in _COMMON else "[ _-]"
+            )  # a metric is the mean_client_accuracy
             words.append(rf"(?<=client{joined}){name}{_ENDS}|(?<![\w.-]){name}(?= rejected:)")
     return re.compile("|".join(words))
 
@@ -114,15 +140,17 @@ def without_names(value: Any, names: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return names.sub(GAP, value)
     if isinstance(value, dict):
-        return {key: without_names(each, names) for key, each in value.items() if not names.search(key)}
+        return {
+            key: without_names(each, names) for key, each in value.items() if not names.search(key)
+        }
     return value
 
 
 def without(manifest: Manifest, client: str, names: re.Pattern[str], took_part: bool) -> Manifest:
     """A manifest that does not tell of a client; its heads are the caller's business.
 
-    The number of clients stays, as the number of the forgotten does. Where ``took_part`` is known, but not which of
-    the sample counts is the client's, all of them go.
+    The number of clients stays, as the number of the forgotten does. Where ``took_part`` is known,
+    but not which of the sample counts is the client's, all of them go.
     """
     lineage = manifest.lineage
     if lineage is not None:
@@ -141,15 +169,17 @@ def without(manifest: Manifest, client: str, names: re.Pattern[str], took_part: 
             document["sample_counts"] = None
         lineage = msgspec.convert(document, Lineage)
     metrics = without_names(manifest.metrics, names)
-    return msgspec.structs.replace(manifest, lineage=lineage, metrics=metrics, note=names.sub(GAP, manifest.note))
+    return msgspec.structs.replace(
+        manifest, lineage=lineage, metrics=metrics, note=names.sub(GAP, manifest.note)
+    )
 
 
 # Databases
 
 
 def connected(connect: Callable[[], T], timeout_s: float) -> T:
-    """``connect()``, tried again while others are busy: the change to WAL answers so at once, whatever SQLite's own
-    timeout is, where several processes open a new file."""
+    """``connect()``, tried again while others are busy: the change to WAL answers so at once,
+    whatever SQLite's own timeout is, where several processes open a new file."""
     until_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -161,11 +191,14 @@ def connected(connect: Callable[[], T], timeout_s: float) -> T:
 
 
 def typed(error: Exception, file: str, advice: str) -> FlservingError:
-    """What an error around the database in ``file`` means; ``advice``: what to do where that is damaged."""
+    """What an error around the database in ``file`` means; ``advice``: what to do where that is
+    damaged."""
     code = _code(error)
     if code in _BUSY:
         return OverloadedError(f"other processes keep {file} busy ({error}): try again")
-    if code in _DAMAGED or isinstance(error, UnicodeDecodeError):  # damage may reach the text of SQLite's own messages
+    if code in _DAMAGED or isinstance(
+        error, UnicodeDecodeError
+    ):  # damage may reach the text of SQLite's own messages
         return CorruptArtifactError(f"{file} is damaged ({error}): {advice}")
     reason = error.strerror if isinstance(error, OSError) else error
     return FlservingError(f"{file} cannot be used ({reason}): check free space and permissions")
@@ -200,8 +233,16 @@ def feedback_of(root: str, client: str, who: bytes, remove: bool) -> int:
         return found
     try:
         with closing(sqlite3.connect(path, isolation_level=None)) as database:
-            names = (who, client.encode(errors="surrogatepass"))  # a store of layout 0 holds the id itself
-            known = {name for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+            names = (
+                who,
+                client.encode(errors="surrogatepass"),
+            )  # a store of layout 0 holds the id itself
+            known = {
+                name
+                for (name,) in database.execute(
+                    "SELECT name FROM sqlite_schema WHERE type = 'table'"
+                )
+            }
             for table in known & {*_REWARDS}:
                 which = f"FROM {table} WHERE CAST(client AS BLOB) IN (?, ?)"
                 found += database.execute(f"SELECT count(*) {which}", names).fetchone()[0]

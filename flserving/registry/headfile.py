@@ -2,18 +2,20 @@
 
 ::
 
-    header      64 bytes: what it is, layout, shape, number of heads
-    records     one a head, in order of the index, each on a 64-byte boundary: float32 [inputs + 1, outputs], bias last
-    index       128-bit hash of the client id (two columns, sorted), checksum of the record, number of its digest
-    digests     sha256 of what the heads were trained on: usually one for all
+    header      64 bytes: what it is, layout, shape, number of heads records     one a head, in
+    order of the index, each on a 64-byte boundary: float32 [inputs + 1, outputs], bias last index
+    128-bit hash of the client id (two columns, sorted), checksum of the record, number of its
+    digest digests     sha256 of what the heads were trained on: usually one for all
 
-sha256 of header, index and digests is in the manifest and is verified at the opening; a record is read when its client
-comes, and verified by its checksum then. So a file of gigabytes opens in the time that its index takes, and a changed
-byte is found before it answers. The checksum finds damage; who may write to the folder is the folder's business.
+sha256 of header, index and digests is in the manifest and is verified at the opening; a record is
+read when its client comes, and verified by its checksum then. So a file of gigabytes opens in the
+time that its index takes, and a changed byte is found before it answers. The checksum finds damage;
+who may write to the folder is the folder's business.
 
-Records are read with ``pread`` and not mapped. Pages of a map count as this process's memory once they are touched, and
-to give them back costs more than it saves (2.1 us a record, ``pread`` 1.2); and a file that is truncated, or a disk
-that fails, under a map ends the process with SIGBUS instead of an error.
+Records are read with ``pread`` and not mapped. Pages of a map count as this process's memory once
+they are touched, and to give them back costs more than it saves (2.1 us a record, ``pread`` 1.2);
+and a file that is truncated, or a disk that fails, under a map ends the process with SIGBUS instead
+of an error.
 """
 
 import hashlib
@@ -65,10 +67,11 @@ def stride(entry: HeadsEntry) -> int:
 
 
 def checksums(records: NDArray[np.float32]) -> _Words:
-    """One number a record [N, W]: a multilinear hash modulo 2**64 (Carter and Wegman 1979; Lemire and Kaser 2014).
+    """One number a record [N, W]: a multilinear hash modulo 2**64 (Carter and Wegman 1979; Lemire
+    and Kaser 2014).
 
-    The high half of each word is folded into its low half first: times an odd number modulo 2**64, two flips of a
-    word's highest bit (the sign of a float) would cancel.
+    The high half of each word is folded into its low half first: times an odd number modulo 2**64,
+    two flips of a word's highest bit (the sign of a float) would cancel.
     """
     words = records.view(np.uint64)
     words = words ^ (words >> np.uint64(32))
@@ -129,7 +132,8 @@ class HeadFile:
         self.nbytes = len(index) + self.fits.nbytes
 
     def find(self, client: str) -> int:
-        """The number of a client's record, whatever it was trained on; -1 where there is none. A binary search."""
+        """The number of a client's record, whatever it was trained on; -1 where there is none. A
+        binary search."""
         if len(client) > MAX_CLIENT_CHARS:
             return -1
         high, low = struct.unpack(">QQ", key_of(client))
@@ -201,4 +205,6 @@ class HeadFile:
         return data
 
     def _corrupt(self, why: str) -> CorruptArtifactError:
-        return CorruptArtifactError(f"{self._relative} {why}: restore it from a backup, or publish again")
+        return CorruptArtifactError(
+            f"{self._relative} {why}: restore it from a backup, or publish again"
+        )

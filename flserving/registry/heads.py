@@ -1,6 +1,8 @@
-"""Personal heads: what a version may carry beside its weights, and the store of a loaded version's heads.
+"""Personal heads: what a version may carry beside its weights, and the store of a loaded version's
+heads.
 
-On disk they are one file (``headfile.py``); in memory is its index, and the heads that were used if all of them may be.
+On disk they are one file (``headfile.py``); in memory is its index, and the heads that were used if
+all of them may be.
 """
 
 import hashlib
@@ -33,19 +35,30 @@ from flserving.registry.headfile import (
 )
 from flserving.registry.manifest import Digests, HeadsEntry, is_digest, sha256
 
-__all__ = ["EXPIRED", "FILE_NAME", "STALE", "UNKNOWN", "HeadSet", "HeadStore", "Layout", "neutral_head", "trained_on"]
+__all__ = [
+    "EXPIRED",
+    "FILE_NAME",
+    "STALE",
+    "UNKNOWN",
+    "HeadSet",
+    "HeadStore",
+    "Layout",
+    "neutral_head",
+    "trained_on",
+]
 
 UNKNOWN = -1
 STALE = -2
 EXPIRED = -3
-"""Slots that mean: the global head answers, because there is no head, one that was trained on something else, or one
-whose time is over."""
+"""Slots that mean: the global head answers, because there is no head, one that was trained on
+something else, or one whose time is over."""
 
 _CHUNK = 4096  # heads written at a time
 
 
 def trained_on(layout: str, digests: Digests) -> str:
-    """Digest of what a head of this layout depends on: the body; the generic head too where it works on the logits."""
+    """Digest of what a head of this layout depends on: the body; the generic head too where it
+    works on the logits."""
     if layout == "head":
         return digests.body
     return sha256(f"{digests.body} {digests.head}".encode())
@@ -57,7 +70,8 @@ def trained_on_state(layout: str, tensors: Tensors) -> str:
 
 
 def neutral_head(layout: str, tensors: Tensors) -> Floats:
-    """The head that gives the global model's answer: float32 [inputs + 1, outputs]. ``tensors``: the version's."""
+    """The head that gives the global model's answer: float32 [inputs + 1, outputs]. ``tensors``:
+    the version's."""
     generic = _as_matrix(tensors)
     if layout == "adapter":
         outputs = generic.shape[1]
@@ -71,19 +85,21 @@ class HeadSet:
     """Heads to be published with a version.
 
     Args:
-        layout: ``head``: logits = x W + b on the body's features x. ``additive``: generic logits + x W + b (FedROD,
-            Chen and Chao, ICLR 2022). ``adapter``: z W + b on the generic logits z.
+        layout: ``head``: logits = x W + b on the body's features x. ``additive``: generic logits +
+            x W + b (FedROD, Chen and Chao, ICLR 2022). ``adapter``: z W + b on the generic logits
+            z.
         clients: Ids, all different, of 1 to 256 characters.
-        weights: float32 [K, inputs + 1, outputs]; the last row is the bias. May be an ``np.memmap``: publishing reads
-            it once, in chunks.
-        trained_on: Digest of what each head was trained on (see :func:`trained_on`), or one for all; None is the
-            version that they are published with.
-        expires_at: From then on they answer no more: a datetime with a time zone, or ISO 8601 text of one; None: never.
-            It is kept in the manifest, in UTC, and goes with a head to its device.
+        weights: float32 [K, inputs + 1, outputs]; the last row is the bias. May be an
+            ``np.memmap``: publishing reads it once, in chunks.
+        trained_on: Digest of what each head was trained on (see :func:`trained_on`), or one for
+            all; None is the version that they are published with.
+        expires_at: From then on they answer no more: a datetime with a time zone, or ISO 8601 text
+            of one; None: never. It is kept in the manifest, in UTC, and goes with a head to its
+            device.
 
     Raises:
-        InvalidModelError: Another shape or dtype, ids twice, too long or not text, no such time. (Values are checked
-        at publish.)
+        InvalidModelError: Another shape or dtype, ids twice, too long or not text, no such time.
+        (Values are checked at publish.)
     """
 
     def __init__(
@@ -102,18 +118,26 @@ class HeadSet:
                 f"heads are {weights.dtype} {weights.shape}: give float32 [clients, inputs + 1, outputs]"
             )
         if layout == "adapter" and weights.shape[1] != weights.shape[2] + 1:
-            raise InvalidModelError(f"adapters are {weights.shape}: give [clients, outputs + 1, outputs]")
+            raise InvalidModelError(
+                f"adapters are {weights.shape}: give [clients, outputs + 1, outputs]"
+            )
         if len(clients) != len(weights):
-            raise InvalidModelError(f"{len(clients):,} clients, {len(weights):,} heads: give one head each")
+            raise InvalidModelError(
+                f"{len(clients):,} clients, {len(weights):,} heads: give one head each"
+            )
         for client in clients:
             if not isinstance(client, str) or not 0 < len(client) <= MAX_CLIENT_CHARS:
-                raise InvalidModelError(f"client {repr(client)[:80]}: use text of 1 to {MAX_CLIENT_CHARS} characters")
+                raise InvalidModelError(
+                    f"client {repr(client)[:80]}: use text of 1 to {MAX_CLIENT_CHARS} characters"
+                )
         if isinstance(trained_on, str):
             trained_on = [trained_on]
         if trained_on is not None:
             count = len(trained_on)
             if count not in (1, len(clients)) or not all(map(is_digest, trained_on)):
-                raise InvalidModelError(f"trained_on has {count} entries: give a sha256 for all heads, or one each")
+                raise InvalidModelError(
+                    f"trained_on has {count} entries: give a sha256 for all heads, or one each"
+                )
         self.layout = layout
         self.clients = clients
         self.weights = weights
@@ -136,23 +160,28 @@ class HeadSet:
         trained_on: str | Sequence[str] | None = None,
         expires_at: datetime | str | None = None,
     ) -> "HeadSet":
-        """From state dicts: client id -> {"head.weight": [out, in], "head.bias": [out]} (a missing bias is zero)."""
+        """From state dicts: client id -> {"head.weight": [out, in], "head.bias": [out]} (a missing
+        bias is zero)."""
         try:
             heads = [_as_matrix(state) for state in personal.values()]
             return cls(layout, list(personal), np.stack(heads), trained_on, expires_at)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, InvalidModelError):
                 raise
-            raise InvalidModelError(f"the heads do not fit together ({error}): give weights of one shape") from error
+            raise InvalidModelError(
+                f"the heads do not fit together ({error}): give weights of one shape"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.clients)
 
     def write(self, path: str, digest: str) -> HeadsEntry:
-        """Write the file, wait until the disk has it, and say what was written. ``digest``: what "this version" is.
+        """Write the file, wait until the disk has it, and say what was written. ``digest``: what
+        "this version" is.
 
         Raises:
-            InvalidModelError: A head holds NaN or infinities. OSError: As :func:`storage.write_parts`.
+            InvalidModelError: A head holds NaN or infinities. OSError: As
+                :func:`storage.write_parts`.
 
         Cost: one pass over the weights, about 1 s per GB beside the disk.
         """
@@ -176,7 +205,9 @@ class HeadSet:
                 finite = np.isfinite(records).all(axis=1)
                 if not finite.all():
                     client = self.clients[int(order[finite.argmin()])]
-                    raise InvalidModelError(f"the head of {client!r} holds NaN or infinite values: train it again")
+                    raise InvalidModelError(
+                        f"the head of {client!r} holds NaN or infinite values: train it again"
+                    )
                 checks[start : start + _CHUNK] = checksums(records)
                 yield records.data.cast("B")
             for data in (*(column.tobytes() for column in columns), digests):
@@ -184,7 +215,9 @@ class HeadSet:
                 yield data
 
         nbytes = storage.write_parts(path, parts(), storage.PRIVATE)
-        return msgspec.structs.replace(entry, nbytes=nbytes, index_sha256=sha.hexdigest(), expires_at=self.expires_at)
+        return msgspec.structs.replace(
+            entry, nbytes=nbytes, index_sha256=sha.hexdigest(), expires_at=self.expires_at
+        )
 
 
 def _in_utc(at: datetime | str | None) -> str | None:
@@ -210,12 +243,13 @@ def _as_matrix(state: Tensors) -> Floats:
 
 
 class HeadStore:
-    """An opened file of heads: the index in memory; the heads too if they fit the budget, else each is read when its
-    client comes. Thread-safe.
+    """An opened file of heads: the index in memory; the heads too if they fit the budget, else each
+    is read when its client comes. Thread-safe.
 
     Args:
         root, relative: The file; messages name the latter only.
-        entry: What the manifest says of it. ``digest``: what its heads must be trained on not to be stale.
+        entry: What the manifest says of it. ``digest``: what its heads must be trained on not to be
+            stale.
         neutral: float32 [inputs + 1, outputs]: what stands in where no head answers.
         wall: Seconds since 1970: decides when heads are expired.
 
@@ -252,12 +286,14 @@ class HeadStore:
         self.resize(256 << 20)
 
     def resize(self, budget_nbytes: int) -> None:
-        """Keep heads in memory if all of them fit into so many bytes; call it before the first use."""
+        """Keep heads in memory if all of them fit into so many bytes; call it before the first
+        use."""
         self._rows = None
         self.nbytes = self._file.nbytes
         nbytes = _rows_nbytes(self.num_heads, self._file.stride)
         if nbytes <= budget_nbytes:
-            # Virtual memory until it is written. The last three rows are the slots EXPIRED, STALE and UNKNOWN.
+            # Virtual memory until it is written. The last three rows are the slots EXPIRED, STALE
+            # and UNKNOWN.
             self._rows = np.empty((self.num_heads + 3, self._file.stride // 4), np.float32)
             self._rows[-3:] = self._neutral
             self._here = np.zeros(self.num_heads + 3, bool)
@@ -266,7 +302,8 @@ class HeadStore:
 
     @staticmethod
     def nbytes_of(entry: HeadsEntry, budget_nbytes: int) -> int:
-        """What ``nbytes`` of a store will be after :meth:`resize`, from its manifest entry alone."""
+        """What ``nbytes`` of a store will be after :meth:`resize`, from its manifest entry
+        alone."""
         fits = entry.num_heads
         nbytes = entry.nbytes - ALIGNMENT - entry.num_heads * stride(entry) + fits
         rows = _rows_nbytes(entry.num_heads, stride(entry))
@@ -275,7 +312,8 @@ class HeadStore:
         return nbytes
 
     def find(self, client: str) -> int:
-        """The slot of a client's head; UNKNOWN, STALE or EXPIRED where the global head answers. A binary search."""
+        """The slot of a client's head; UNKNOWN, STALE or EXPIRED where the global head answers. A
+        binary search."""
         slot = self._file.find(client)
         if slot < 0:
             return slot
@@ -291,7 +329,8 @@ class HeadStore:
         return self._expires_s != math.inf and self.wall() >= self._expires_s
 
     def take(self, client: str) -> HeadSet | None:
-        """One client's head alone, with what it was trained on, also a stale one: to publish it again, or to send it.
+        """One client's head alone, with what it was trained on, also a stale one: to publish it
+        again, or to send it.
 
         Raises:
             CorruptArtifactError: The record is not what was published.
@@ -308,7 +347,8 @@ class HeadStore:
         slots: NDArray[np.int64],
         empty: Callable[[tuple[int, ...]], Floats] = NumpyModel.empty,
     ) -> Floats:
-        """Heads by slot: float32 [N, inputs + 1, outputs], in memory of their own. Negative slots give the neutral.
+        """Heads by slot: float32 [N, inputs + 1, outputs], in memory of their own. Negative slots
+        give the neutral.
 
         Args:
             empty: Makes the memory, of a given shape.
@@ -333,4 +373,6 @@ class HeadStore:
 
 
 def _rows_nbytes(num_heads: int, stride: int) -> int:
-    return (num_heads + 3) * (stride + 1)  # a row and a flag each; the last three are the neutral head
+    return (num_heads + 3) * (
+        stride + 1
+    )  # a row and a flag each; the last three are the neutral head

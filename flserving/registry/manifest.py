@@ -1,7 +1,8 @@
-"""The manifest of a version: what a set of weights is, where it came from, and what its bytes must hash to.
+"""The manifest of a version: what a set of weights is, where it came from, and what its bytes must
+hash to.
 
-A manifest is one strict JSON document, written last and never changed. Unknown fields, wrong types, NaN and
-infinities are refused, in both directions.
+A manifest is one strict JSON document, written last and never changed. Unknown fields, wrong types,
+NaN and infinities are refused, in both directions.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ Time = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00
 
 
 class Signature(Struct, frozen=True, forbid_unknown_fields=True):
-    """Shapes of one row, without the batch: float32 ``input_shape`` in, float32 ``output_shape`` out."""
+    """Shapes of one row, without the batch: float32 ``input_shape`` in, float32 ``output_shape``
+    out."""
 
     input_shape: Shape
     output_shape: Shape
@@ -41,7 +43,8 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Preprocessing(Struct, frozen=True, forbid_unknown_fields=True):
-    """Statistics of the training data, one number per feature: a row is served as ``(x - mean) / std``."""
+    """Statistics of the training data, one number per feature: a row is served as ``(x - mean) /
+    std``."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -50,9 +53,10 @@ class Preprocessing(Struct, frozen=True, forbid_unknown_fields=True):
 class Lineage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The federated round that made a version.
 
-    ``sample_counts`` holds the training samples of each of the ``num_clients`` clients, ``clients`` their ids in the
-    same order, without those of the ``forgotten`` ones. ``parent_version`` is the version (of the same name) that the
-    round started from. ``extra`` takes further facts: seed, alpha, data set.
+    ``sample_counts`` holds the training samples of each of the ``num_clients`` clients, ``clients``
+    their ids in the same order, without those of the ``forgotten`` ones. ``parent_version`` is the
+    version (of the same name) that the round started from. ``extra`` takes further facts: seed,
+    alpha, data set.
     """
 
     round: Count | None = None
@@ -75,10 +79,12 @@ class Lineage(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Digests(Struct, frozen=True, forbid_unknown_fields=True):
-    """sha256, lower-case hex: of the weights file, of the body's and the head's tensors, of the preprocessing.
+    """sha256, lower-case hex: of the weights file, of the body's and the head's tensors, of the
+    preprocessing.
 
-    ``body`` covers every tensor outside the head; two versions with equal bodies can share their heads. ``head`` is
-    None for a model without a head. ``preprocessing`` equals ``Preprocessor.digest``.
+    ``body`` covers every tensor outside the head; two versions with equal bodies can share their
+    heads. ``head`` is None for a model without a head. ``preprocessing`` equals
+    ``Preprocessor.digest``.
     """
 
     weights: Digest
@@ -88,10 +94,12 @@ class Digests(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HeadsEntry(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The personal heads beside the weights (see ``heads.py``): ``num_heads`` of float32 [inputs + 1, outputs].
+    """The personal heads beside the weights (see ``heads.py``): ``num_heads`` of float32 [inputs +
+    1, outputs].
 
-    ``index_sha256`` covers the file's header and index, and through the records' checksums the rest. From
-    ``expires_at`` on the heads answer no more; where they never expire it is not written, as it never was before.
+    ``index_sha256`` covers the file's header and index, and through the records' checksums the
+    rest. From ``expires_at`` on the heads answer no more; where they never expire it is not
+    written, as it never was before.
     """
 
     layout: Literal["head", "additive", "adapter"]
@@ -141,17 +149,27 @@ def is_digest(value: object) -> bool:
 
 
 def is_name(value: object) -> TypeGuard[str]:
-    """Whether ``value`` may name a model or an alias: it becomes part of a path, so the alphabet is strict.
+    """Whether ``value`` may name a model or an alias: it becomes part of a path, so the alphabet is
+    strict.
 
-    ``..`` and a final ``.`` are refused as well (Windows drops the latter, so that two names would share a folder).
+    ``..`` and a final ``.`` are refused as well (Windows drops the latter, so that two names would
+    share a folder).
     """
-    return isinstance(value, str) and bool(_NAME.fullmatch(value)) and ".." not in value and not value.endswith(".")
+    return (
+        isinstance(value, str)
+        and bool(_NAME.fullmatch(value))
+        and ".." not in value
+        and not value.endswith(".")
+    )
 
 
 def check_name(kind: str, value: object) -> str:
-    """Return ``value`` if :func:`is_name`, else raise InvalidModelError; ``kind`` opens the message."""
+    """Return ``value`` if :func:`is_name`, else raise InvalidModelError; ``kind`` opens the
+    message."""
     if not is_name(value):
-        raise InvalidModelError(f"{kind} {str(value)[:80]!r}: use {_ALPHABET}, without '..' and not ending in '.'")
+        raise InvalidModelError(
+            f"{kind} {str(value)[:80]!r}: use {_ALPHABET}, without '..' and not ending in '.'"
+        )
     return value
 
 
@@ -159,16 +177,22 @@ def encode(manifest: Manifest) -> bytes:
     """Manifest -> indented JSON, UTF-8.
 
     Raises:
-        InvalidModelError: It would not come back as it is: a value out of range or not finite, or a document over
-            ``MAX_MANIFEST_NBYTES``.
+        InvalidModelError: It would not come back as it is: a value out of range or not finite, or a
+            document over ``MAX_MANIFEST_NBYTES``.
     """
     try:
         data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-        same = _decoder.decode(data) == manifest  # msgspec writes NaN as null: what does not come back, was not valid
+        same = (
+            _decoder.decode(data) == manifest
+        )  # msgspec writes NaN as null: what does not come back, was not valid
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InvalidModelError(f"the manifest of {manifest.name!r} is not valid: {error}") from error
+        raise InvalidModelError(
+            f"the manifest of {manifest.name!r} is not valid: {error}"
+        ) from error
     if not same:
-        raise InvalidModelError(f"the manifest of {manifest.name!r} does not survive JSON: use plain, finite values")
+        raise InvalidModelError(
+            f"the manifest of {manifest.name!r} does not survive JSON: use plain, finite values"
+        )
     if len(data) > MAX_MANIFEST_NBYTES:
         raise InvalidModelError(
             f"the manifest of {manifest.name!r} has {len(data):,} bytes, the most is {MAX_MANIFEST_NBYTES:,}: "
@@ -178,15 +202,19 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def for_devices(manifest: Manifest) -> bytes:
-    """What devices may know of a version: a manifest without anything about single clients, as JSON.
+    """What devices may know of a version: a manifest without anything about single clients, as
+    JSON.
 
-    Who took part, who was rejected and why, samples of each, notes, further facts and metrics other than the course's
-    stay where they are; of the heads, only their kind goes out. So what devices get of a version stays the same when a
-    client of it is forgotten. The fields are those of before ``Lineage.clients``: older devices read no other.
+    Who took part, who was rejected and why, samples of each, notes, further facts and metrics other
+    than the course's stay where they are; of the heads, only their kind goes out. So what devices
+    get of a version stays the same when a client of it is forgotten. The fields are those of before
+    ``Lineage.clients``: older devices read no other.
     """
     document = msgspec.to_builtins(manifest)
     document["note"] = ""
-    document["metrics"] = {name: document["metrics"][name] for name in _OF_ALL_CLIENTS & manifest.metrics.keys()}
+    document["metrics"] = {
+        name: document["metrics"][name] for name in _OF_ALL_CLIENTS & manifest.metrics.keys()
+    }
     if manifest.lineage is not None:
         shared = ("round", "parent_version", "num_clients", "strategy")
         document["lineage"] = {field: document["lineage"][field] for field in shared}
@@ -211,5 +239,6 @@ def decode(data: bytes, source: str) -> Manifest:
 
 
 def sha256(data: bytes | memoryview) -> str:
-    """Lower-case hex sha256; releases the GIL for all but tiny inputs. Cost: about 0.6 ms per MB with SHA-NI."""
+    """Lower-case hex sha256; releases the GIL for all but tiny inputs. Cost: about 0.6 ms per MB
+    with SHA-NI."""
     return hashlib.sha256(data).hexdigest()

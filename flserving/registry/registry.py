@@ -1,13 +1,13 @@
 """The Model Registry: publish weights as an immutable version, read them back verified.
 
-A version is a folder, ``models/<name>/<version>``: ``manifest.json``, ``weights.safetensors``, and ``heads.bin`` where
-clients have personal heads. It is made in ``staging`` and waited for until the disk has it; then, in one transaction,
-it gets the next number, moves to its place and gets its row. Killed anywhere before the commit, it leaves no version
-and no gap, only leftovers that the next publisher removes. Reading verifies every byte against the manifest, and that
-against the index.
+A version is a folder, ``models/<name>/<version>``: ``manifest.json``, ``weights.safetensors``, and
+``heads.bin`` where clients have personal heads. It is made in ``staging`` and waited for until the
+disk has it; then, in one transaction, it gets the next number, moves to its place and gets its row.
+Killed anywhere before the commit, it leaves no version and no gap, only leftovers that the next
+publisher removes. Reading verifies every byte against the manifest, and that against the index.
 
-Versions and the log of moves never change, but where :meth:`Registry.forget` takes a client out of them. The alphabet
-of names keeps every path inside ``root``. Names, aliases and experiments are in
+Versions and the log of moves never change, but where :meth:`Registry.forget` takes a client out of
+them. The alphabet of names keeps every path inside ``root``. Names, aliases and experiments are in
 :class:`flserving.registry.index.Index`, from which Registry has those verbs.
 """
 
@@ -41,7 +41,14 @@ from flserving.registry.forget import Forgotten, feedback_of, kept_key, naming, 
 from flserving.registry.headfile import MAX_CLIENT_CHARS, HeadFile
 from flserving.registry.heads import FILE_NAME as HEADS
 from flserving.registry.heads import HeadSet, HeadStore, neutral_head, trained_on
-from flserving.registry.index import DEFAULT_ALIAS, FILE_NAME, Entry, Index, check_move, checked_version
+from flserving.registry.index import (
+    DEFAULT_ALIAS,
+    FILE_NAME,
+    Entry,
+    Index,
+    check_move,
+    checked_version,
+)
 from flserving.registry.manifest import (
     MAX_MANIFEST_NBYTES,
     Digests,
@@ -62,14 +69,16 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 MANIFEST = "manifest.json"
 NOT_FOR_MODELS = frozenset({"stats"})
-"""Names that a route of REST has where others have the model's; older registries may hold such models."""
+"""Names that a route of REST has where others have the model's; older registries may hold such
+models."""
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
     """A verified version: its manifest, and its tensors by name; nobody else holds them.
 
-    ``arrays`` is how NumPy sees them; bfloat16, which it does not know, as two bytes each (dtype V2).
+    ``arrays`` is how NumPy sees them; bfloat16, which it does not know, as two bytes each (dtype
+    V2).
     """
 
     manifest: Manifest
@@ -87,28 +96,32 @@ def _utc_now() -> datetime:
 
 
 class Registry(Index):
-    """Versions of models in a folder. For several threads and several processes; not to be carried over a fork.
+    """Versions of models in a folder. For several threads and several processes; not to be carried
+    over a fork.
 
-    A copy, and what pickle makes of one in another process, is a new Registry of the same folder and settings: send it
-    through a queue, or to a process that is spawned.
+    A copy, and what pickle makes of one in another process, is a new Registry of the same folder
+    and settings: send it through a queue, or to a process that is spawned.
 
     Example::
 
         with Registry("~/models") as registry:
-            manifest = registry.publish("digits", module, architecture="digits_mlp", alias="default")
-            artifact = registry.read("digits", manifest.version)
+            manifest = registry.publish("digits", module, architecture="digits_mlp",
+            alias="default") artifact = registry.read("digits", manifest.version)
 
     Args:
-        root: The folder; made if it is missing, for its owner alone; ``~`` is your home. Use a local disk: SQLite's WAL
-            needs shared memory. One that cannot be written is read, and followed while others write to it.
+        root: The folder; made if it is missing, for its owner alone; ``~`` is your home. Use a
+            local disk: SQLite's WAL needs shared memory. One that cannot be written is read, and
+            followed while others write to it.
         max_artifact_bytes: Largest weights file that is written or read.
         busy_timeout_s: How long a change waits for other writers.
         now: UTC clock of the log, and of when personal heads expire.
 
     Attributes:
-        read_only: Why nothing can be written: its file system is read-only, or its folder another user's. None: it can.
+        read_only: Why nothing can be written: its file system is read-only, or its folder another
+            user's. None: it can.
 
-    Close it, or use it as a context manager. After :meth:`close` every call raises ServerClosedError.
+    Close it, or use it as a context manager. After :meth:`close` every call raises
+    ServerClosedError.
 
     Raises (all methods):
         InvalidModelError: A model name or alias outside the alphabet.
@@ -133,22 +146,32 @@ class Registry(Index):
             self._models = f"{folder}/models"
             self._staging = f"{folder}/staging"
             read_only = self._make_folders(folder)
-            orphaned = bool(os.listdir(self._models)) and not os.path.lexists(f"{folder}/{FILE_NAME}")
+            orphaned = bool(os.listdir(self._models)) and not os.path.lexists(
+                f"{folder}/{FILE_NAME}"
+            )
         except (OSError, TypeError, ValueError) as error:  # ValueError: a NUL inside
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"{root!r} cannot hold a registry ({reason}): choose a folder") from error
+            raise ConfigError(
+                f"{root!r} cannot hold a registry ({reason}): choose a folder"
+            ) from error
         if orphaned:  # with a new index, the next publish would take their numbers
-            raise CorruptArtifactError(f"{FILE_NAME} is missing beside published versions: restore it from a backup")
+            raise CorruptArtifactError(
+                f"{FILE_NAME} is missing beside published versions: restore it from a backup"
+            )
         super().__init__(folder, busy_timeout_s, now, read_only)
 
     def __reduce__(self) -> tuple[Any, ...]:
         again = partial(
-            type(self), max_artifact_bytes=self.max_artifact_bytes, busy_timeout_s=self._timeout_s, now=self._now
+            type(self),
+            max_artifact_bytes=self.max_artifact_bytes,
+            busy_timeout_s=self._timeout_s,
+            now=self._now,
         )
         return again, (self.root,)
 
     def _make_folders(self, root: str) -> str | None:
-        """Make what is missing. Returns why nothing can be written to a registry that is there, None where it can."""
+        """Make what is missing. Returns why nothing can be written to a registry that is there,
+        None where it can."""
         if os.path.isfile(f"{root}/{FILE_NAME}") and os.path.isdir(self._models):
             reason = storage.why_unwritable(root)
             if reason is not None:
@@ -170,34 +193,43 @@ class Registry(Index):
         why: str = "",
         **options: Unpack[validation.Options],
     ) -> Manifest:
-        """Store weights as the next version of ``name``; returns its manifest. On return it is on the disk.
+        """Store weights as the next version of ``name``; returns its manifest. On return it is on
+        the disk.
 
         Args:
             model: A module or its state dict; read once, into a copy, so it may go on training.
-            alias: Also pointed at the new version, in the same transaction; ``who`` and ``why`` go to the log.
-            architecture: A registered one, which with ``parameters`` must build a module of exactly these tensors. A
-                plain ``nn.Sequential`` over feature rows needs none: it is stored as ``sequential``.
+            alias: Also pointed at the new version, in the same transaction; ``who`` and ``why`` go
+                to the log.
+            architecture: A registered one, which with ``parameters`` must build a module of exactly
+                these tensors. A plain ``nn.Sequential`` over feature rows needs none: it is stored
+                as ``sequential``.
             preprocessing: ``mean`` and ``std`` of the training data, one number per feature.
             lineage: The federated round; a ``parent_version`` must exist.
-            metrics: Finite numbers; the course's are global_accuracy, mean_client_accuracy, worst_client_accuracy. Only
-                these go to devices.
+            metrics: Finite numbers; the course's are global_accuracy, mean_client_accuracy,
+                worst_client_accuracy. Only these go to devices.
             output_type: "classification" (the default) or "regression".
             note: A line for people.
             heads: Personal heads of its clients; they and the weights are one version.
-            engine: "numpy": checked without torch, for a device that has none; only what NumPy runs passes.
+            engine: "numpy": checked without torch, for a device that has none; only what NumPy runs
+                passes.
 
         Raises:
-            InvalidModelError: Weights that do not fit, are not finite, or are too large; an invalid manifest entry; a
-                model that does not run, whose rows see each other, or, with an alias, that does not answer a row of
-                zeros. Nothing is stored then, and the alias stays where it was.
+            InvalidModelError: Weights that do not fit, are not finite, or are too large; an invalid
+                manifest entry; a model that does not run, whose rows see each other, or, with an
+                alias, that does not answer a row of zeros. Nothing is stored then, and the alias
+                stays where it was.
             ConfigError: Invalid preprocessing statistics. NotFoundError: An unknown architecture.
 
-        Example: ``registry.publish("digits", module, architecture="digits_mlp", lineage={"round": 3})``
+        Example: ``registry.publish("digits", module, architecture="digits_mlp", lineage={"round":
+        3})``
 
-        Cost: one copy and two hashes of the weights beside one write to the disk, and four waits for small writes.
+        Cost: one copy and two hashes of the weights beside one write to the disk, and four waits
+        for small writes.
         """
         if check_name("model name", name) in NOT_FOR_MODELS:
-            raise InvalidModelError(f"model name {name!r} is a route of REST, /v2/models/{name}: choose another")
+            raise InvalidModelError(
+                f"model name {name!r} is a route of REST, /v2/models/{name}: choose another"
+            )
         if alias is not None:
             check_move(alias, who, why or "published")
         self._writable()
@@ -208,19 +240,26 @@ class Registry(Index):
                 manifest = _write(folder, draft, content.heads)
                 return self._commit(manifest, folder, alias, who, why)
         except OSError as error:
-            advice = "permissions" if error.errno in storage.READ_ONLY else "free space and permissions"
+            advice = (
+                "permissions" if error.errno in storage.READ_ONLY else "free space and permissions"
+            )
             raise FlservingError(
                 f"{name!r} was not published ({error.strerror}): check the registry's {advice}"
             ) from error
 
-    def _commit(self, manifest: Manifest, folder: str, alias: str | None, who: str, why: str) -> Manifest:
-        """Take the next number and make it visible: the only part of a publish that other writers wait for."""
+    def _commit(
+        self, manifest: Manifest, folder: str, alias: str | None, who: str, why: str
+    ) -> Manifest:
+        """Take the next number and make it visible: the only part of a publish that other writers
+        wait for."""
         name = manifest.name
         with self._transaction() as at:
             version = self._free(name)
             if manifest.lineage is not None and (manifest.lineage.parent_version or 0) >= version:
                 parent = manifest.lineage.parent_version
-                raise InvalidModelError(f"lineage names parent version {parent}: {name!r} has only {version - 1}")
+                raise InvalidModelError(
+                    f"lineage names parent version {parent}: {name!r} has only {version - 1}"
+                )
             manifest = msgspec.structs.replace(manifest, version=version, created_at=at)
             data = encode(manifest)
             storage.write_file(f"{folder}/{MANIFEST}", data)
@@ -228,13 +267,18 @@ class Registry(Index):
             storage.install(folder, f"{self._models}/{name}/{version}")
             self._add_version(name, version, sha256(data))
             if alias is not None:
-                self._point(Entry(name, alias, who, why or f"published version {version}", at), version)
+                self._point(
+                    Entry(name, alias, who, why or f"published version {version}", at), version
+                )
         return manifest
 
     def _free(self, name: str) -> int:
-        """The next version of ``name``, inside a transaction: what lies in its place is a dead publisher's."""
+        """The next version of ``name``, inside a transaction: what lies in its place is a dead
+        publisher's."""
         version = self._next_version(name)
-        if os.path.lexists(f"{self._models}/{name}/{version + 1}"):  # a dead publisher leaves one, not two
+        if os.path.lexists(
+            f"{self._models}/{name}/{version + 1}"
+        ):  # a dead publisher leaves one, not two
             raise CorruptArtifactError(
                 f"{FILE_NAME} ends {name!r} at version {version - 1}, the folder goes on: restore the latest index"
             )
@@ -244,7 +288,8 @@ class Registry(Index):
         self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
         run: str | None = None,
     ) -> Experiment | None:  # fmt: skip
-        """:meth:`Index.conclude_experiment`, of a version that can be read. CorruptArtifactError: It is gone."""
+        """:meth:`Index.conclude_experiment`, of a version that can be read. CorruptArtifactError:
+        It is gone."""
         if version is not None:
             self.read(name, version)
         return super().conclude_experiment(name, alias, version, who=who, why=why, run=run)
@@ -252,10 +297,12 @@ class Registry(Index):
     # Read
 
     def manifest(self, name: str, version: int) -> Manifest:
-        """The manifest of a version, read from disk and verified against the index. Cost: about 40 us.
+        """The manifest of a version, read from disk and verified against the index. Cost: about 40
+        us.
 
         Raises:
-            NotFoundError: No such version. CorruptArtifactError: The file is not what was published.
+            NotFoundError: No such version. CorruptArtifactError: The file is not what was
+                published.
 
         Example: ``registry.manifest("digits", 3).metrics["worst_client_accuracy"]``
         """
@@ -277,9 +324,11 @@ class Registry(Index):
         return self.manifest(name, number)  # a client of it was forgotten meanwhile
 
     def read(self, name: str, version: int) -> Artifact:
-        """A whole version, read once and verified before it is parsed. The caller may keep and change the tensors.
+        """A whole version, read once and verified before it is parsed. The caller may keep and
+        change the tensors.
 
-        Personal heads stay on the disk: their index is verified here, each of them when its client comes.
+        Personal heads stay on the disk: their index is verified here, each of them when its client
+        comes.
 
         Raises:
             NotFoundError: No such version. CorruptArtifactError: A file is not what was published.
@@ -306,14 +355,18 @@ class Registry(Index):
         if manifest.heads is not None:
             try:
                 index = manifest.heads.index_sha256
-                heads = storage.replaced(f"{folder}/{HEADS}", index, lambda place: self._heads(place, manifest, arrays))
+                heads = storage.replaced(
+                    f"{folder}/{HEADS}", index, lambda place: self._heads(place, manifest, arrays)
+                )
             except CorruptArtifactError:
                 if self.manifest(name, number) == manifest:
                     raise
                 return self.read(name, number)  # a client of it was forgotten meanwhile
         return Artifact(manifest, arrays, heads)
 
-    def _heads(self, path: str, manifest: Manifest, arrays: Mapping[str, weights.Array]) -> HeadStore:
+    def _heads(
+        self, path: str, manifest: Manifest, arrays: Mapping[str, weights.Array]
+    ) -> HeadStore:
         entry = manifest.heads
         assert entry is not None
         now = self._now  # the store must not hold the registry
@@ -324,7 +377,8 @@ class Registry(Index):
     # Look
 
     def versions(self, name: str) -> "pd.DataFrame":
-        """One row per version: see :func:`flserving.registry.tables.versions`. NotFoundError: no such name."""
+        """One row per version: see :func:`flserving.registry.tables.versions`. NotFoundError: no
+        such name."""
         with of_extra("course"):
             from flserving.registry import tables
 
@@ -340,7 +394,8 @@ class Registry(Index):
         return tables.versions(entries, self.aliases(name))
 
     def compare(self, name: str, a: int | str, b: int | str) -> "pd.DataFrame":
-        """Two versions (numbers or aliases) side by side: see ``tables.compare``. Reads both whole."""
+        """Two versions (numbers or aliases) side by side: see ``tables.compare``. Reads both
+        whole."""
         with of_extra("course"):
             from flserving.registry import tables
 
@@ -351,50 +406,65 @@ class Registry(Index):
     # Forget
 
     def forget(self, client: str) -> Forgotten:
-        """Remove a client's heads from every version, and its name from all that is written here; see
-        :class:`Forgotten` for what stays.
+        """Remove a client's heads from every version, and its name from all that is written here;
+        see :class:`Forgotten` for what stays.
 
-        Versions keep their numbers and weights. Their manifests and heads are written anew, beside the old ones, and
-        become valid in one transaction: whoever reads gets a whole version, of before or of after it. Killed anywhere,
-        nothing or all of it has happened, and to forget the same client again removes what then lies there. Servers
-        follow within a second, the client's device with its next pull. The log keeps a keyed pseudonym.
+        Versions keep their numbers and weights. Their manifests and heads are written anew, beside
+        the old ones, and become valid in one transaction: whoever reads gets a whole version, of
+        before or of after it. Killed anywhere, nothing or all of it has happened, and to forget the
+        same client again removes what then lies there. Servers follow within a second, the client's
+        device with its next pull. The log keeps a keyed pseudonym.
 
-        The client is unknown from then on, and may take part in later trainings. Not reached: backups, publishes that
-        are under way, blocks of the disk that its file system has given back, names inside of longer words.
+        The client is unknown from then on, and may take part in later trainings. Not reached:
+        backups, publishes that are under way, blocks of the disk that its file system has given
+        back, names inside of longer words.
 
         Raises:
             NotFoundError: Nothing here is of this client, nor was. InvalidInputError: It is no id.
-            CorruptArtifactError: Nothing that can be read is of this client, and a version cannot be read. After an
-            error nothing has changed, unless its message says so.
+            CorruptArtifactError: Nothing that can be read is of this client, and a version cannot
+            be read. After an error nothing has changed, unless its message says so.
 
         Example: ``print(registry.forget("client-07"))``
 
-        Cost: one write of the heads of each version that has one of the client; other writers wait meanwhile.
+        Cost: one write of the heads of each version that has one of the client; other writers wait
+        meanwhile.
         """
         if not isinstance(client, str) or not 0 < len(client) <= MAX_CLIENT_CHARS:
-            raise InvalidInputError(f"client {repr(client)[:80]}: give an id of 1 to {MAX_CLIENT_CHARS} characters")
+            raise InvalidInputError(
+                f"client {repr(client)[:80]}: give an id of 1 to {MAX_CLIENT_CHARS} characters"
+            )
         self._writable()
         who = pseudonym(kept_key(self.root), client)
         try:
             with self._transaction() as at:
                 self._settle()
                 found = self._without(client, who.hex())
-                found = msgspec.structs.replace(found, rewards=feedback_of(self.root, client, who, remove=False))
+                found = msgspec.structs.replace(
+                    found, rewards=feedback_of(self.root, client, who, remove=False)
+                )
                 if found.documents or found.rewards:
-                    self._log_forgotten(client, msgspec.structs.replace(found, left=[], unread=[]), at)
+                    self._log_forgotten(
+                        client, msgspec.structs.replace(found, left=[], unread=[]), at
+                    )
                 else:  # by who did not come to the end, or long ago
                     before = self.forgotten(client)[2]
                     if before is None:
                         if found.unread:
-                            raise CorruptArtifactError(f"nobody knows whose heads it has: {found.unread[0]}")
-                        raise NotFoundError(f"nothing here is of client {client[:80]!r}: check its id")
+                            raise CorruptArtifactError(
+                                f"nobody knows whose heads it has: {found.unread[0]}"
+                            )
+                        raise NotFoundError(
+                            f"nothing here is of client {client[:80]!r}: check its id"
+                        )
                     found = msgspec.structs.replace(before, left=found.left, unread=found.unread)
         except BaseException as error:
             with suppress(Exception), self._transaction():
                 self._settle()
             if isinstance(error, OSError) and not isinstance(error, FlservingError):
                 advice = "check the registry's free space and permissions"
-                raise FlservingError(f"nothing was forgotten ({error.strerror}): {advice}") from error
+                raise FlservingError(
+                    f"nothing was forgotten ({error.strerror}): {advice}"
+                ) from error
             raise
         try:
             with self._transaction():
@@ -402,11 +472,14 @@ class Registry(Index):
             feedback_of(self.root, client, who, remove=True)
             self._scrub()
         except (OSError, FlservingError) as error:
-            raise FlservingError(f"forgotten, but not all has left the disk yet ({error}): forget again") from error
+            raise FlservingError(
+                f"forgotten, but not all has left the disk yet ({error}): forget again"
+            ) from error
         return found
 
     def unreadable(self) -> dict[str, str]:
-        """The folders of versions whose manifest or heads cannot be read -> why; so nobody knows whose heads these are.
+        """The folders of versions whose manifest or heads cannot be read -> why; so nobody knows
+        whose heads these are.
 
         Cost: a read of all manifests and of the index of all heads.
         """
@@ -428,13 +501,21 @@ class Registry(Index):
         return manifests, unreadable
 
     def _without(self, client: str, pseudonym: str) -> Forgotten:
-        """Write whatever tells of a client anew: files beside what is there, which are valid with the transaction."""
+        """Write whatever tells of a client anew: files beside what is there, which are valid with
+        the transaction."""
         manifests, unreadable = self._survey()
-        others = {one for manifest in manifests if manifest.lineage for one in manifest.lineage.clients or ()}
+        others = {
+            one
+            for manifest in manifests
+            if manifest.lineage
+            for one in manifest.lineage.clients or ()
+        }
         names = naming(client, pseudonym, others=others)
         documents, left = self._without_names(names)
         left += [f"model {name}" for name in self.models() if names.search(name)]
-        found = Forgotten(heads={}, documents=0, rewards=0, learned={}, unknown={}, unread=[*unreadable.values()])
+        found = Forgotten(
+            heads={}, documents=0, rewards=0, learned={}, unknown={}, unread=[*unreadable.values()]
+        )
         for manifest in manifests:
             name = manifest.name
             number = manifest.version
@@ -452,7 +533,11 @@ class Registry(Index):
             new = without(manifest, client, names, took_part=slot >= 0)
             if entry is not None and slot >= 0:
                 found.heads.setdefault(name, []).append(number)
-                entry = file.without(slot, entry, f"{self._models}/{folder}") if entry.num_heads > 1 else None
+                entry = (
+                    file.without(slot, entry, f"{self._models}/{folder}")
+                    if entry.num_heads > 1
+                    else None
+                )
                 new = msgspec.structs.replace(new, heads=entry)
             data = encode(new)
             if new != manifest:
@@ -465,11 +550,13 @@ class Registry(Index):
         return msgspec.structs.replace(found, documents=documents, left=left)
 
     def _open_heads(self, path: str, entry: HeadsEntry) -> HeadFile:
-        return storage.replaced(path, entry.index_sha256, lambda place: HeadFile(self._models, place, entry, ""))
+        return storage.replaced(
+            path, entry.index_sha256, lambda place: HeadFile(self._models, place, entry, "")
+        )
 
     def _settle(self) -> None:
-        """Put in place what a forgetting has made valid, and remove what any writer left who died: inside a
-        transaction."""
+        """Put in place what a forgetting has made valid, and remove what any writer left who died:
+        inside a transaction."""
         storage.sweep(self._staging)
         for path in self._left():
             storage.remove(path)
@@ -479,7 +566,10 @@ class Registry(Index):
 
     def _left(self) -> list[str]:
         """The paths in ``models`` that belong to no version: inside a transaction."""
-        taken = [f"{self._models}/{name}/{self._free(name)}" for name in filter(is_name, os.listdir(self._models))]
+        taken = [
+            f"{self._models}/{name}/{self._free(name)}"
+            for name in filter(is_name, os.listdir(self._models))
+        ]
         left = [path for path in taken if os.path.lexists(path)]
         for folder, files in self._replaceable():
             gone = () if HEADS in files.values() else (HEADS,)
@@ -487,8 +577,8 @@ class Registry(Index):
         return left
 
     def _replaceable(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """The folders of versions, and which of their files a forgetting may write anew: digest -> name. What lies in
-        that of a version whose manifest cannot be read is nobody's to judge."""
+        """The folders of versions, and which of their files a forgetting may write anew: digest ->
+        name. What lies in that of a version whose manifest cannot be read is nobody's to judge."""
         for name, number in self._numbers():
             try:
                 heads = self.manifest(name, number).heads
@@ -500,8 +590,9 @@ class Registry(Index):
             yield f"{self._models}/{name}/{number}", files
 
     def gc(self, *, dry_run: bool = False) -> dict[str, int]:
-        """Remove what writers left here who died: publishes that never became versions, files that a forgetting has
-        replaced. Versions stay. Returns path below ``root`` -> bytes of what went, or with ``dry_run`` would go.
+        """Remove what writers left here who died: publishes that never became versions, files that
+        a forgetting has replaced. Versions stay. Returns path below ``root`` -> bytes of what went,
+        or with ``dry_run`` would go.
         """
         self._writable()
         with self._transaction():
@@ -516,7 +607,8 @@ class Registry(Index):
 
 
 def _write(folder: str, draft: validation.Draft, heads: HeadSet | None) -> Manifest:
-    """Write weights and heads, and hash them while the disk is waited for; returns the manifest with their digests."""
+    """Write weights and heads, and hash them while the disk is waited for; returns the manifest
+    with their digests."""
     with ThreadPoolExecutor(2) as beside:
         file = beside.submit(sha256, draft.image)
         parts = beside.submit(weights.part_digests, draft.tensors)

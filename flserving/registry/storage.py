@@ -1,4 +1,5 @@
-"""Files that survive a crash: durable writes, staging that outlives nobody, reads that trust nothing.
+"""Files that survive a crash: durable writes, staging that outlives nobody, reads that trust
+nothing.
 
 Relative paths in messages: where a registry lies on the disk is nobody's business.
 """
@@ -46,7 +47,8 @@ else:
 
 
 def user_path(path: str | os.PathLike[str]) -> str:
-    """A path as its user means it: ``~`` is the home folder. (Shells leave it alone in ``--registry=~/models``.)"""
+    """A path as its user means it: ``~`` is the home folder. (Shells leave it alone in
+    ``--registry=~/models``.)"""
     return os.path.expanduser(os.fspath(path))
 
 
@@ -65,8 +67,9 @@ def why_unwritable(folder: str) -> str | None:
 
 
 def own_folder(owner: object, prefix: str) -> tuple[str, "weakref.finalize[..., object]"]:
-    """A temporary folder, and what removes it: when called, when ``owner`` is forgotten, and at exit. Only the process
-    that made it removes it: a forked child that ends must not take its parent's files along."""
+    """A temporary folder, and what removes it: when called, when ``owner`` is forgotten, and at
+    exit. Only the process that made it removes it: a forked child that ends must not take its
+    parent's files along."""
     folder = tempfile.mkdtemp(prefix=prefix)
     return folder, weakref.finalize(owner, _remove, folder, os.getpid())
 
@@ -77,12 +80,14 @@ def _remove(folder: str, maker: int) -> None:
 
 
 def write_file(path: str, data: bytes | memoryview, mode: int = 0o644) -> None:
-    """Create ``path``, write it whole and wait until the disk has it. OSError if it exists, or on a full disk."""
+    """Create ``path``, write it whole and wait until the disk has it. OSError if it exists, or on a
+    full disk."""
     write_parts(path, [data], mode)
 
 
 def write_parts(path: str, parts: Iterable[bytes | memoryview], mode: int = 0o644) -> int:
-    """:func:`write_file` part by part, for what does not fit into memory at once. Returns the number of bytes."""
+    """:func:`write_file` part by part, for what does not fit into memory at once. Returns the
+    number of bytes."""
     nbytes = 0
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NOFOLLOW | _BINARY, mode)
     try:
@@ -98,11 +103,12 @@ def write_parts(path: str, parts: Iterable[bytes | memoryview], mode: int = 0o64
 
 
 def kept_secret(root: str, name: str) -> bytes:
-    """32 random bytes that only this folder's owner knows, made by the first call of any process: a file of hex digits.
+    """32 random bytes that only this folder's owner knows, made by the first call of any process: a
+    file of hex digits.
 
     Raises:
-        ForbiddenError: Other users can read it. CorruptArtifactError: It is no such secret. FlservingError: It cannot
-        be read, or not be made.
+        ForbiddenError: Other users can read it. CorruptArtifactError: It is no such secret.
+        FlservingError: It cannot be read, or not be made.
     """
     path = f"{root}/{name}"
     try:
@@ -111,25 +117,32 @@ def kept_secret(root: str, name: str) -> bytes:
             try:
                 write_file(fresh, secrets.token_hex(32).encode(), PRIVATE)
                 with suppress(FileExistsError):
-                    os.link(fresh, path)  # unlike a rename it never replaces the secret of another process
+                    os.link(
+                        fresh, path
+                    )  # unlike a rename it never replaces the secret of another process
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(fresh)
         if os.name == "posix" and os.stat(path).st_mode & 0o077:
-            raise ForbiddenError(f"{name} can be read by other users: chmod 600, and think about a new key")
+            raise ForbiddenError(
+                f"{name} can be read by other users: chmod 600, and think about a new key"
+            )
         with open(path, "rb") as opened:
             secret = bytes.fromhex(opened.read(65).decode())
     except ValueError:
         secret = b""
     except OSError as error:
-        raise FlservingError(f"{name} cannot be used ({error.strerror}): check the folder") from error
+        raise FlservingError(
+            f"{name} cannot be used ({error.strerror}): check the folder"
+        ) from error
     if len(secret) != 32:
         raise CorruptArtifactError(f"{name} is not a key: restore it from a backup")
     return secret
 
 
 def sync_directory(path: str) -> None:
-    """Wait until the disk has the names in a directory. Windows has no such call, and journals its names itself."""
+    """Wait until the disk has the names in a directory. Windows has no such call, and journals its
+    names itself."""
     if sys.platform == "win32":
         return
     fd = os.open(path, os.O_RDONLY)
@@ -151,7 +164,11 @@ def open_file(root: str, relative: str) -> tuple[int, int]:
     try:
         fd = os.open(f"{root}/{relative}", os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _BINARY)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES):  # the file may be as sound as ever
+        if error.errno in (
+            errno.EMFILE,
+            errno.ENFILE,
+            errno.EACCES,
+        ):  # the file may be as sound as ever
             raise FlservingError(
                 f"{relative} cannot be opened ({error.strerror}): check limits and permissions"
             ) from None
@@ -167,8 +184,8 @@ def read_file(root: str, relative: str, max_nbytes: int) -> bytes:
     """Read a file of a registry once, whole. Memory is taken only after the size was checked.
 
     Raises:
-        CorruptArtifactError: As :func:`open_file`, or it is empty or larger than ``max_nbytes``. FlservingError: As
-        :func:`open_file`.
+        CorruptArtifactError: As :func:`open_file`, or it is empty or larger than ``max_nbytes``.
+        FlservingError: As :func:`open_file`.
     """
     fd, size = open_file(root, relative)
     with open(fd, "rb") as file:
@@ -181,19 +198,23 @@ def read_file(root: str, relative: str, max_nbytes: int) -> bytes:
 
 
 def replaced(path: str, digest: str, read: Callable[[str], T]) -> T:
-    """``read`` of a file that may be about to be replaced by the one that lies beside it, named by its digest."""
+    """``read`` of a file that may be about to be replaced by the one that lies beside it, named by
+    its digest."""
     try:
         return read(path)
     except CorruptArtifactError:
-        for place in (f"{os.path.dirname(path)}/{digest}", path):  # the second: it was put in place meanwhile
+        for place in (
+            f"{os.path.dirname(path)}/{digest}",
+            path,
+        ):  # the second: it was put in place meanwhile
             with suppress(CorruptArtifactError):
                 return read(place)
         raise
 
 
 def settle(folder: str, files: Mapping[str, str]) -> None:
-    """Put files in place that lie in a folder named by their digests: digest -> name. Call this under the lock under
-    which such files are made."""
+    """Put files in place that lie in a folder named by their digests: digest -> name. Call this
+    under the lock under which such files are made."""
     found = files.keys() & os.listdir(folder)
     for name in found:
         os.replace(f"{folder}/{name}", f"{folder}/{files[name]}")
@@ -202,8 +223,13 @@ def settle(folder: str, files: Mapping[str, str]) -> None:
 
 
 def unsettled(folder: str, files: Mapping[str, str], gone: Iterable[str] = ()) -> list[str]:
-    """The paths of others named by a digest, which somebody left who died, and of those in ``gone``."""
-    found = [name for name in os.listdir(folder) if name in gone or (_DIGEST.fullmatch(name) and name not in files)]
+    """The paths of others named by a digest, which somebody left who died, and of those in
+    ``gone``."""
+    found = [
+        name
+        for name in os.listdir(folder)
+        if name in gone or (_DIGEST.fullmatch(name) and name not in files)
+    ]
     return [f"{folder}/{name}" for name in found]
 
 
@@ -214,8 +240,8 @@ def _corrupt(relative: str, why: str) -> CorruptArtifactError:
 def install(staged: str, target: str) -> None:
     """Move a staged directory to its final place, durably and in one step.
 
-    Whatever is at ``target`` is the leftover of a publisher that died before it was visible, and goes first. So call
-    this only under the lock that gives out ``target``.
+    Whatever is at ``target`` is the leftover of a publisher that died before it was visible, and
+    goes first. So call this only under the lock that gives out ``target``.
     """
     parent = os.path.dirname(target)
     if not os.path.isdir(parent):
@@ -260,8 +286,8 @@ def sweep(folder: str) -> None:
 
 @contextmanager
 def staging(folder: str) -> Iterator[str]:
-    """A private directory for one publish, gone afterwards, whatever happens; so is what publishers left there who
-    died more than ``LEFT_AFTER_S`` ago."""
+    """A private directory for one publish, gone afterwards, whatever happens; so is what publishers
+    left there who died more than ``LEFT_AFTER_S`` ago."""
     sweep(folder)
     path = f"{folder}/{secrets.token_hex(8)}"
     try:

@@ -1,4 +1,5 @@
-"""Tables of a registry's content: pandas DataFrames for people. Pure functions of what the registry read."""
+"""Tables of a registry's content: pandas DataFrames for people. Pure functions of what the registry
+read."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -19,9 +20,10 @@ _COUNTS = ["round", "parent_version", "num_clients", "num_heads", "weights_nbyte
 def versions(entries: Mapping[int, Manifest | str], aliases: Mapping[str, int]) -> pd.DataFrame:
     """One row per version, oldest first.
 
-    Columns: created_at, aliases, round, parent_version, num_clients, strategy, one per metric (missing: NaN),
-    weights_nbytes, note; num_heads where any version has personal heads. A version whose manifest cannot be read (a
-    message instead of a manifest) keeps its row, and a column ``problem`` appears.
+    Columns: created_at, aliases, round, parent_version, num_clients, strategy, one per metric
+    (missing: NaN), weights_nbytes, note; num_heads where any version has personal heads. A version
+    whose manifest cannot be read (a message instead of a manifest) keeps its row, and a column
+    ``problem`` appears.
     """
     rows = []
     for version, entry in entries.items():
@@ -54,17 +56,23 @@ def _columns(manifest: Manifest) -> dict[str, Any]:
 
 
 def history(moves: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
-    """One row per move, oldest first. ``from`` and ``to`` are missing (<NA>) where an alias pointed nowhere."""
+    """One row per move, oldest first. ``from`` and ``to`` are missing (<NA>) where an alias pointed
+    nowhere."""
     frame = pd.DataFrame(list(moves), columns=_HISTORY)
-    frame["when"] = pd.to_datetime(frame["when"], utc=True, format="ISO8601", errors="coerce")  # damaged: NaT
+    frame["when"] = pd.to_datetime(
+        frame["when"], utc=True, format="ISO8601", errors="coerce"
+    )  # damaged: NaT
     return frame.astype({"from": "Int64", "to": "Int64"})
 
 
-def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping[str, Tensor]]) -> pd.DataFrame:
+def compare(
+    a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping[str, Tensor]]
+) -> pd.DataFrame:
     """Two versions side by side: rows (kind, item); columns a, b, equal, difference.
 
-    ``metric``: difference is b - a. ``digest``: whether weights, body, head and preprocessing are the same. ``tensor``:
-    a and b are the L2 norms, difference is the norm of b - a (NaN if the shapes differ).
+    ``metric``: difference is b - a. ``digest``: whether weights, body, head and preprocessing are
+    the same. ``tensor``: a and b are the L2 norms, difference is the norm of b - a (NaN if the
+    shapes differ).
     """
     one, tensors = a
     other, others = b
@@ -84,7 +92,9 @@ def compare(a: tuple[Manifest, Mapping[str, Tensor]], b: tuple[Manifest, Mapping
     return frame.set_index(["kind", "item"])
 
 
-def _pairs(a: Mapping[str, Any], b: Mapping[str, Any], missing: Any = NAN) -> Iterator[tuple[str, Any, Any]]:
+def _pairs(
+    a: Mapping[str, Any], b: Mapping[str, Any], missing: Any = NAN
+) -> Iterator[tuple[str, Any, Any]]:
     """Each name, and what both have under it."""
     for name in {**a, **b}:
         yield name, a.get(name, missing), b.get(name, missing)

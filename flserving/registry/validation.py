@@ -1,4 +1,5 @@
-"""A version before it is published: everything about it that can be checked before the disk is touched."""
+"""A version before it is published: everything about it that can be checked before the disk is
+touched."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -57,8 +58,8 @@ class Content:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draft:
-    """Checked content of a version. ``image`` is its weights file; ``manifest`` still lacks the version number, the
-    time, and the digests of weights and heads."""
+    """Checked content of a version. ``image`` is its weights file; ``manifest`` still lacks the
+    version number, the time, and the digests of weights and heads."""
 
     manifest: Manifest
     image: bytes
@@ -72,8 +73,8 @@ def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> D
         max_artifact_bytes: Largest weights file.
         answers: An alias is to lead to it, so a row of zeros must get an answer.
 
-    Cost: two copies of the weights, one pass for finiteness, building the architecture, and a few forwards of a few
-    rows (see :func:`flserving.models.probing.check_rows`).
+    Cost: two copies of the weights, one pass for finiteness, building the architecture, and a few
+    forwards of a few rows (see :func:`flserving.models.probing.check_rows`).
     """
     name = content.name
     architecture, parameters = _architecture(content)
@@ -88,13 +89,19 @@ def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> D
     _check_fit(architecture, plan.like, tensors)
     bad = weights.first_non_finite(tensors)
     if bad is not None:
-        raise InvalidModelError(f"{bad} holds NaN or infinite values: publish a model that trained without overflow")
+        raise InvalidModelError(
+            f"{bad} holds NaN or infinite values: publish a model that trained without overflow"
+        )
     if content.heads is not None:
         _check_heads(plan, content.heads)
     statistics, digest = _statistics(content.preprocessing, shapes[0])
     if content.output_type == "classification" and shapes[1] == (1,):
         raise InvalidModelError(f"{architecture!r} has outputs of shape [1]: {ONE_OUTPUT}")
-    signature = {"input_shape": shapes[0], "output_shape": shapes[1], "output_type": content.output_type}
+    signature = {
+        "input_shape": shapes[0],
+        "output_shape": shapes[1],
+        "output_type": content.output_type,
+    }
     try:
         manifest = Manifest(
             name=name,
@@ -110,7 +117,12 @@ def check(content: Content, max_artifact_bytes: int, answers: bool = False) -> D
             created_at=_UNKNOWN_TIME,
             note=content.note,
         )
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # msgspec's are ValueErrors
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # msgspec's are ValueErrors
         raise InvalidModelError(f"lineage or metrics of {name!r} are not valid: {error}") from error
     postprocessor = Postprocessor(content.output_type) if answers else None
     _check_service(architecture, plan, tensors, postprocessor)
@@ -123,7 +135,9 @@ def _architecture(content: Content) -> tuple[str, models.Parameters]:
     if content.architecture is not None:
         return content.architecture, parameters
     if isinstance(content.model, Mapping) or parameters:
-        raise InvalidModelError("a state dict does not say how its module is built: give architecture=")
+        raise InvalidModelError(
+            "a state dict does not say how its module is built: give architecture="
+        )
     return models.describe(content.model)
 
 
@@ -131,7 +145,9 @@ def _state(model: Any) -> Tensors:
     if isinstance(model, Mapping):
         return model
     if not hasattr(model, "state_dict"):
-        raise InvalidModelError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a state dict")
+        raise InvalidModelError(
+            f"model is a {type(model).__name__}: pass a torch.nn.Module or a state dict"
+        )
     state: Tensors = model.state_dict()
     return state
 
@@ -147,7 +163,9 @@ def _plain(value: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=lambda number: number.tolist())
 
 
-def _check_fit(architecture: str, wanted: Mapping[str, weights.Array], tensors: Mapping[str, weights.Array]) -> None:
+def _check_fit(
+    architecture: str, wanted: Mapping[str, weights.Array], tensors: Mapping[str, weights.Array]
+) -> None:
     """The architecture asks for exactly these tensors: names, shapes, dtypes."""
     wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
     wrong += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
@@ -158,7 +176,9 @@ def _check_fit(architecture: str, wanted: Mapping[str, weights.Array], tensors: 
             wrong.append(f"{name} is {found}, not {asked}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InvalidModelError(f"the weights do not fit {architecture!r}: {'; '.join(sorted(wrong)[:5])}{more}")
+        raise InvalidModelError(
+            f"the weights do not fit {architecture!r}: {'; '.join(sorted(wrong)[:5])}{more}"
+        )
 
 
 def _check_service(
@@ -174,7 +194,9 @@ def _check_service(
 def _check_heads(plan: models.Blueprint, heads: HeadSet) -> None:
     """Heads go on the input of the last linear layer, adapters on its output."""
     if not isinstance(heads, HeadSet):
-        raise InvalidModelError(f"heads are a {type(heads).__name__}: give a HeadSet, as HeadSet.from_states makes")
+        raise InvalidModelError(
+            f"heads are a {type(heads).__name__}: give a HeadSet, as HeadSet.from_states makes"
+        )
     inputs, outputs = plan.head()
     if heads.layout == "adapter":
         inputs = outputs
@@ -191,7 +213,9 @@ def _statistics(given: Statistics | None, inputs: models.Shape) -> tuple[Preproc
         return None, Preprocessor().digest
     entries = msgspec.structs.asdict(given) if isinstance(given, Preprocessing) else dict(given)
     if entries.keys() != {"mean", "std"}:
-        raise InvalidModelError(f"preprocessing has {sorted(map(str, entries))}: give 'mean' and 'std'")
+        raise InvalidModelError(
+            f"preprocessing has {sorted(map(str, entries))}: give 'mean' and 'std'"
+        )
     digest = Preprocessor(mean=entries["mean"], std=entries["std"], input_shape=inputs).digest
     flat = []
     for name in ("mean", "std"):

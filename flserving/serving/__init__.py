@@ -1,9 +1,11 @@
-"""A request becomes a prediction: loader, model cache, preprocessor, inference engine, postprocessor, model server.
+"""A request becomes a prediction: loader, model cache, preprocessor, inference engine,
+postprocessor, model server.
 
-Read ``loader.py``, ``cache.py``, ``engine.py``, ``batching/policy.py`` and ``server.py``, in that order: each is one
-box of the picture in README. The preprocessor and the postprocessor belong to a version: see ``models/processing.py``.
-``request.py`` is what goes through the steps of ``server.py``, ``router.py`` leads names to versions, ``repository.py``
-holds what is loaded. ``personalized.py`` is for notebook 08; ``synonyms.py`` lets ``version_id`` stand for ``version``.
+Read ``loader.py``, ``cache.py``, ``engine.py``, ``batching/policy.py`` and ``server.py``, in that
+order: each is one box of the picture in README. The preprocessor and the postprocessor belong to a
+version: see ``models/processing.py``. ``request.py`` is what goes through the steps of
+``server.py``, ``router.py`` leads names to versions, ``repository.py`` holds what is loaded.
+``personalized.py`` is for notebook 08; ``synonyms.py`` lets ``version_id`` stand for ``version``.
 """
 
 from flserving.models.processing import Postprocessor, Preprocessor

@@ -10,7 +10,12 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from flserving import forks
-from flserving.errors import DeadlineExceededError, ModelTooLargeError, OverloadedError, check_number
+from flserving.errors import (
+    DeadlineExceededError,
+    ModelTooLargeError,
+    OverloadedError,
+    check_number,
+)
 from flserving.models.weights import nbytes_of
 
 Clock = Callable[[], float]
@@ -31,10 +36,11 @@ class Lease:
 class ModelCache:
     """Least-recently-used models, bounded by count and by bytes, never above either.
 
-    A model in use is *pinned* (:meth:`lease`) and stays in memory; of the others the coldest goes. Who needs room while
-    everything is pinned waits for it, until the deadline. Concurrent misses of one key load once. A load has its room
-    before it reads a byte, so loads under way count like models that are here, and what can never fit is refused
-    unread. A load that fails gives its room back and is not remembered.
+    A model in use is *pinned* (:meth:`lease`) and stays in memory; of the others the coldest goes.
+    Who needs room while everything is pinned waits for it, until the deadline. Concurrent misses of
+    one key load once. A load has its room before it reads a byte, so loads under way count like
+    models that are here, and what can never fit is refused unread. A load that fails gives its room
+    back and is not remembered.
 
     Args:
         max_size: Most models held. ``max_bytes``: most bytes held; None means no byte budget.
@@ -48,7 +54,9 @@ class ModelCache:
             engine.predict(rows)
     """
 
-    def __init__(self, max_size: int = 5, max_bytes: int | None = None, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, max_size: int = 5, max_bytes: int | None = None, clock: Clock = time.monotonic
+    ) -> None:
         check_number("max_size", max_size, 1, math.inf, whole=True)
         if max_bytes is not None:
             check_number("max_bytes", max_bytes, 1, math.inf, whole=True)
@@ -82,23 +90,30 @@ class ModelCache:
             return entry and entry.value
 
     def put(self, key: Hashable, value: Any, timeout_s: float = 0) -> None:
-        """Hold ``value``, evicting the coldest until it fits; waits ``timeout_s`` for room. Raises as :meth:`load`."""
+        """Hold ``value``, evicting the coldest until it fits; waits ``timeout_s`` for room. Raises
+        as :meth:`load`."""
         with self._lock:
             place = Lease(None, 0)
             self._reserve(key, place, nbytes_of(value), self._clock() + timeout_s)
             self._arrive(key, place, value)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> None:
-        """Drop the models under ``keys``, all of them when not given; one in use goes when it is released."""
+        """Drop the models under ``keys``, all of them when not given; one in use goes when it is
+        released."""
         with self._lock:
             for key in self._entries.keys() & (self._entries if keys is None else keys):
                 self._drop(key)
 
     @contextmanager
     def lease(
-        self, key: Hashable, load: Callable[[], Any], timeout_s: float = 60, size: Callable[[], int] | None = None
+        self,
+        key: Hashable,
+        load: Callable[[], Any],
+        timeout_s: float = 60,
+        size: Callable[[], int] | None = None,
     ) -> Iterator[Any]:
-        """Pin the model under ``key`` for the ``with`` block, loading it on a miss (see :meth:`load`)."""
+        """Pin the model under ``key`` for the ``with`` block, loading it on a miss (see
+        :meth:`load`)."""
         entry = self.acquire(key) or self.load(key, load, timeout_s, size)
         try:
             yield entry.value
@@ -106,7 +121,8 @@ class ModelCache:
             self.release(entry)
 
     def acquire(self, key: Hashable) -> Lease | None:
-        """Pin and return the entry under ``key``; None on a miss. Every entry must go back to :meth:`release`."""
+        """Pin and return the entry under ``key``; None on a miss. Every entry must go back to
+        :meth:`release`."""
         with self._lock:
             entry = self._hit(key)
             if entry is not None:
@@ -124,17 +140,24 @@ class ModelCache:
                 self._released.notify_all()
 
     def load(
-        self, key: Hashable, load: Callable[[], Any], timeout_s: float = 60, size: Callable[[], int] | None = None
+        self,
+        key: Hashable,
+        load: Callable[[], Any],
+        timeout_s: float = 60,
+        size: Callable[[], int] | None = None,
     ) -> Lease:
-        """After a miss: run ``load`` once however many callers wait for ``key``; return its entry, pinned.
+        """After a miss: run ``load`` once however many callers wait for ``key``; return its entry,
+        pinned.
 
         Args:
-            size: Tells the model's bytes before they are read, so that the room for them is free by then. None: a
-                place is reserved, and the bytes are counted once they are here.
+            size: Tells the model's bytes before they are read, so that the room for them is free by
+                then. None: a place is reserved, and the bytes are counted once they are here.
 
         Raises:
-            DeadlineExceededError: Another caller's load took longer than ``timeout_s``. OverloadedError: No room in
-            time. ModelTooLargeError: It exceeds the byte budget. What ``load`` raises: to everyone who waited for it.
+            DeadlineExceededError: Another caller's load took longer than ``timeout_s``.
+                OverloadedError: No room in
+            time. ModelTooLargeError: It exceeds the byte budget. What ``load`` raises: to everyone
+                who waited for it.
         """
         deadline = self._clock() + timeout_s
         entry = self._join(key, timeout_s, deadline)
@@ -167,7 +190,8 @@ class ModelCache:
             del mine  # as in _join
 
     def _join(self, key: Hashable, timeout_s: float, deadline: float) -> Lease | None:
-        """Pin the entry that another caller has loaded or is loading; None where nobody does: the load is ours now."""
+        """Pin the entry that another caller has loaded or is loading; None where nobody does: the
+        load is ours now."""
         while True:
             with self._lock:
                 entry = self._entries.get(key)
@@ -181,24 +205,32 @@ class ModelCache:
             try:
                 flight.result(max(0.0, deadline - self._clock()))
             except TimeoutError as error:
-                if flight.done():  # the load itself ran into a deadline: it is the leader's, not ours
+                if (
+                    flight.done()
+                ):  # the load itself ran into a deadline: it is the leader's, not ours
                     continue
                 raise DeadlineExceededError(
                     f"loading {key!r} took longer than {timeout_s * 1e3:.0f} ms: try again, or raise timeout_ms"
                 ) from error
             finally:
-                del flight  # an error's frames must not hold what holds the error: that circle would keep models alive
+                # an error's frames must not hold what holds the error: that circle would keep
+                # models alive
+                del flight
 
     def stats(self) -> dict[str, int]:
         with self._lock:
             names = ("max_size", "hits", "misses", "evictions", "loads", "failed_loads", "nbytes")
-            return {"size": len(self), "max_bytes": self.max_bytes or 0} | {name: getattr(self, name) for name in names}
+            return {"size": len(self), "max_bytes": self.max_bytes or 0} | {
+                name: getattr(self, name) for name in names
+            }
 
     def _begin_anew(self) -> None:
         """In a forked child: keep the models; nobody uses them, and nobody loads any."""
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
-        self._entries = OrderedDict((key, Lease(entry.value, entry.nbytes)) for key, entry in self._entries.items())
+        self._entries = OrderedDict(
+            (key, Lease(entry.value, entry.nbytes)) for key, entry in self._entries.items()
+        )
         self._leaving = set()
         self._arriving = set()
         self._loading = {}
@@ -217,12 +249,16 @@ class ModelCache:
     def _reserve(self, key: Hashable, place: Lease, nbytes: int, deadline: float) -> None:
         """Give ``place`` so many bytes, as soon as they are free; a new one gets itself, too."""
         if self.max_bytes is not None and nbytes > self.max_bytes:
-            raise ModelTooLargeError(f"{key!r} needs {nbytes:,} B of {self.max_bytes:,} B in all: raise cache_bytes")
+            raise ModelTooLargeError(
+                f"{key!r} needs {nbytes:,} B of {self.max_bytes:,} B in all: raise cache_bytes"
+            )
         while not self._make_room(key, place, nbytes):
             left_s = deadline - self._clock()
             if left_s <= 0:
                 used = f"{self.nbytes:,} B in memory, too many of them in use"
-                raise OverloadedError(f"no room for {key!r}: {used}: raise cache_size or cache_bytes")
+                raise OverloadedError(
+                    f"no room for {key!r}: {used}: raise cache_size or cache_bytes"
+                )
             self._released.wait(left_s)
         self._arriving.add(place)
         self.nbytes += nbytes - place.nbytes
@@ -245,11 +281,14 @@ class ModelCache:
             self._released.notify_all()
 
     def _make_room(self, key: Hashable, place: Lease, nbytes: int) -> bool:
-        """Drop what ``key`` holds now, and the coldest until ``nbytes`` fit; if they cannot, drop nothing."""
+        """Drop what ``key`` holds now, and the coldest until ``nbytes`` fit; if they cannot, drop
+        nothing."""
         size = len(self._entries) + len(self._leaving) + len(self._arriving | {place})
         held = self.nbytes + nbytes - place.nbytes
         leave = set[Hashable]()
-        for candidate in sorted(self._entries, key=lambda k: k != key):  # a stable sort: then coldest first
+        for candidate in sorted(
+            self._entries, key=lambda k: k != key
+        ):  # a stable sort: then coldest first
             if self._fits(size, held):
                 break
             entry = self._entries[candidate]
@@ -287,24 +326,31 @@ class _Shelf:
 
 
 class PredictionCache(Generic[V]):
-    """Predictions by what determines them, least recently used first out, bounded in bytes, with an age limit.
+    """Predictions by what determines them, least recently used first out, bounded in bytes, with an
+    age limit.
 
-    Correct by construction: the *key* holds everything that the answer depends on (model, preprocessing, head, output
-    policy, client scope, and a 256-bit digest of the input bytes), so a promotion changes the key and needs no
-    invalidation. Only the input is hashed; the rest is compared in clear.
+    Correct by construction: the *key* holds everything that the answer depends on (model,
+    preprocessing, head, output policy, client scope, and a 256-bit digest of the input bytes), so a
+    promotion changes the key and needs no invalidation. Only the input is hashed; the rest is
+    compared in clear.
 
-    Concurrent misses of one key are computed once: :meth:`begin` makes one caller the *leader*, who must call
-    :meth:`finish`; the others wait on its future. Source: single flight (Go's x/sync; Clipper, NSDI 2017, section 4.2).
+    Concurrent misses of one key are computed once: :meth:`begin` makes one caller the *leader*, who
+    must call :meth:`finish`; the others wait on its future. Source: single flight (Go's x/sync;
+    Clipper, NSDI 2017, section 4.2).
 
-    What must go is the coldest entry of an *owner* with more than its share: the budget through the number of owners.
-    So one caller's thousand inputs push out its own, and nobody else's; where there is one owner, it is least recently
-    used. Source: the shares of fair queueing (see ``batching``), on memory.
+    What must go is the coldest entry of an *owner* with more than its share: the budget through the
+    number of owners. So one caller's thousand inputs push out its own, and nobody else's; where
+    there is one owner, it is least recently used. Source: the shares of fair queueing (see
+    ``batching``), on memory.
 
     Args:
-        max_bytes: Byte budget, overhead included. ``ttl_s``: age at which an entry is forgotten; 0 means never.
+        max_bytes: Byte budget, overhead included. ``ttl_s``: age at which an entry is forgotten; 0
+            means never.
     """
 
-    OVERHEAD = 1024  # key, digest, node and objects around one entry: 750 to 900 measured with tracemalloc
+    OVERHEAD = (
+        1024  # key, digest, node and objects around one entry: 750 to 900 measured with tracemalloc
+    )
 
     def __init__(self, max_bytes: int, ttl_s: float = 0, clock: Clock = time.monotonic) -> None:
         check_number("max_bytes", max_bytes, 1, math.inf, whole=True)
@@ -313,7 +359,9 @@ class PredictionCache(Generic[V]):
         self.ttl_s = ttl_s
         self._clock = clock
         self._entries: dict[Hashable, tuple[V, float, int, _Shelf]] = {}
-        self._shelves: OrderedDict[Hashable, _Shelf] = OrderedDict()  # by owner, in the order in which they are asked
+        self._shelves: OrderedDict[Hashable, _Shelf] = (
+            OrderedDict()
+        )  # by owner, in the order in which they are asked
         self._flights: dict[Hashable, Future[V]] = {}
         self._lock = threading.Lock()
         forks.in_child(self, PredictionCache._begin_anew)
@@ -323,7 +371,8 @@ class PredictionCache(Generic[V]):
         return len(self._entries)
 
     def begin(self, key: Hashable) -> tuple[V | None, Future[V] | None, bool]:
-        """(value, None, False) on a hit; (None, future, leads) on a miss: who leads computes, and calls `finish`."""
+        """(value, None, False) on a hit; (None, future, leads) on a miss: who leads computes, and
+        calls `finish`."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
@@ -350,8 +399,8 @@ class PredictionCache(Generic[V]):
         error: Exception | None = None,
         owner: Hashable = None,
     ) -> None:
-        """The leader's duty: keep ``value`` (if it fits the budget) as ``owner``'s, or pass on ``error``, and wake who
-        waits."""
+        """The leader's duty: keep ``value`` (if it fits the budget) as ``owner``'s, or pass on
+        ``error``, and wake who waits."""
         with self._lock:
             self._flights.pop(key, None)
             if value is not None and (nbytes := value.nbytes + self.OVERHEAD) <= self.max_bytes:
@@ -383,8 +432,8 @@ class PredictionCache(Generic[V]):
             self.nbytes = 0
 
     def _evict(self, mine: _Shelf, nbytes: int) -> bool:
-        """Forget the coldest of ``mine``, to which so many bytes come, or of another one with more than its share.
-        False where nobody has: what comes is more than a share itself."""
+        """Forget the coldest of ``mine``, to which so many bytes come, or of another one with more
+        than its share. False where nobody has: what comes is more than a share itself."""
         share = self.max_bytes / (len(self._shelves) + (mine.owner not in self._shelves))
         shelf = mine
         if not mine.keys or mine.nbytes + nbytes <= share:

@@ -1,4 +1,5 @@
-"""The inference engine: one loaded model version with its pre- and postprocessing. Usable alone in a notebook.
+"""The inference engine: one loaded model version with its pre- and postprocessing. Usable alone in
+a notebook.
 
 :class:`PersonalEngine` runs the same version with one head per client.
 """
@@ -15,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flserving import models
-from flserving.errors import FlservingError, InvalidInputError, InvalidModelError, ModelExecutionError
+from flserving.errors import (
+    FlservingError,
+    InvalidInputError,
+    InvalidModelError,
+    ModelExecutionError,
+)
 from flserving.models.plain import NumpyModel
 from flserving.models.processing import Floats, Outputs, Postprocessor, Preprocessor
 from flserving.models.weights import nbytes_of
@@ -29,12 +35,14 @@ if TYPE_CHECKING:
 Clock = Callable[[], float]
 Slots = NDArray[np.int64]
 Answer = dict[str, Any]
-"""What a caller gets: predictions, confidences and probabilities, and what is said of them, by name."""
+"""What a caller gets: predictions, confidences and probabilities, and what is said of them, by
+name."""
 _FOUND = {UNKNOWN: "unknown", STALE: "stale", EXPIRED: "expired"}
 
 
 class Execution(NamedTuple):
-    """What one run of the model gave, and when: ``marks_s`` are start, preprocessed, inferred, postprocessed."""
+    """What one run of the model gave, and when: ``marks_s`` are start, preprocessed, inferred,
+    postprocessed."""
 
     outputs: Outputs
     marks_s: tuple[float, float, float, float]
@@ -57,11 +65,15 @@ class Prediction(NamedTuple):
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The same as views of the batch's arrays: read them, do not write to them."""
-        return {name: values[self.start : self.stop] for name, values in self.execution.outputs.arrays().items()}
+        return {
+            name: values[self.start : self.stop]
+            for name, values in self.execution.outputs.arrays().items()
+        }
 
 
 class Engine:
-    """What runs validated rows as batches, in chunks of ``max_batch_size``, and counts how long that took."""
+    """What runs validated rows as batches, in chunks of ``max_batch_size``, and counts how long
+    that took."""
 
     def __init__(
         self,
@@ -84,8 +96,11 @@ class Engine:
         self._executions = Executions()
         self._clock = clock
 
-    def run(self, rows: Floats, lengths: Sequence[int], forward: Callable[[int, int], Execution]) -> list[Prediction]:
-        """``forward(start, stop)`` of every chunk of ``rows``, dealt out to requests of these lengths."""
+    def run(
+        self, rows: Floats, lengths: Sequence[int], forward: Callable[[int, int], Execution]
+    ) -> list[Prediction]:
+        """``forward(start, stop)`` of every chunk of ``rows``, dealt out to requests of these
+        lengths."""
         total = len(rows)
         size = self.max_batch_size
         if total <= size:
@@ -99,19 +114,25 @@ class Engine:
         self._executions.add(total, seconds, len(lengths))
         seconds /= chunks  # of one forward
         typical_s = self.typical_s
-        if typical_s != math.inf:  # moves slowly: one hiccup must not send a fast model to the worker threads
+        if (
+            typical_s != math.inf
+        ):  # moves slowly: one hiccup must not send a fast model to the worker threads
             seconds = 0.9 * typical_s + 0.1 * seconds
         self.typical_s = seconds
         if len(lengths) == 1:
             return [Prediction(execution, 0, total)]
         stops = accumulate(lengths)
-        return [Prediction(execution, stop - length, stop) for length, stop in zip(lengths, stops, strict=True)]
+        return [
+            Prediction(execution, stop - length, stop)
+            for length, stop in zip(lengths, stops, strict=True)
+        ]
 
     def forward(self, rows: Floats, in_place: bool, infer: Callable[[Any], Any]) -> Execution:
         """Preprocess, ``infer`` (standardised rows [N, D] -> outputs), postprocess.
 
         Raises:
-            ModelExecutionError: The model raised, or its output is not finite or not one row per input row.
+            ModelExecutionError: The model raised, or its output is not finite or not one row per
+                input row.
         """
         started = self._clock()
         try:
@@ -136,21 +157,24 @@ class Engine:
 
 
 class InferenceEngine(Engine):
-    """A model that is ready to answer. It works on a frozen copy: the caller's module is never changed.
+    """A model that is ready to answer. It works on a frozen copy: the caller's module is never
+    changed.
 
     Args:
-        model: Maps float32 [N, D] to logits [N, C] (or values [N] or [N, K] for regression): torch's, or a
-            :class:`flserving.models.plain.NumpyModel`.
+        model: Maps float32 [N, D] to logits [N, C] (or values [N] or [N, K] for regression):
+            torch's, or a :class:`flserving.models.plain.NumpyModel`.
         preprocessor, postprocessor: Default to no statistics and to classification.
-        config: Of its settings, an engine heeds ``max_batch_size`` (most rows in one forward; larger input runs in
-            chunks) and ``warmup_samples`` (single-row forwards of :meth:`warmup`; 0: it does nothing).
+        config: Of its settings, an engine heeds ``max_batch_size`` (most rows in one forward;
+            larger input runs in chunks) and ``warmup_samples`` (single-row forwards of
+            :meth:`warmup`; 0: it does nothing).
         version: What the answers name as ``model_version``.
-        digest: Names the weights and the code that runs them (equal digests, equal answers: caches rely on it);
-            unique to this engine when not given.
+        digest: Names the weights and the code that runs them (equal digests, equal answers: caches
+            rely on it); unique to this engine when not given.
         owned: The module is the engine's own already (the loader's): skip the copy.
 
     Raises:
-        InvalidModelError: Not a module, or one that cannot be copied. ConfigError: ``config`` is something else.
+        InvalidModelError: Not a module, or one that cannot be copied. ConfigError: ``config`` is
+            something else.
 
     Example:
         >>> engine = InferenceEngine(torch.nn.Linear(2, 3), version="v1.0")
@@ -182,7 +206,9 @@ class InferenceEngine(Engine):
         self.config = checked(config)
         preprocessor = preprocessor or Preprocessor()
         postprocessor = postprocessor or Postprocessor()
-        super().__init__(version, runner, preprocessor, postprocessor, self.config.max_batch_size, clock)
+        super().__init__(
+            version, runner, preprocessor, postprocessor, self.config.max_batch_size, clock
+        )
         self.model: Any = runner.model
         self.nbytes = nbytes_of(self.model)
         self.digest = digest or uuid.uuid4().hex
@@ -198,19 +224,21 @@ class InferenceEngine(Engine):
         """Answer one request: a row [D] or rows [N, D].
 
         Returns:
-            ``predictions``, ``confidences`` and ``probabilities`` (classification only) as lists, ``latency_ms``,
-            ``model_version``, ``model_type``.
+            ``predictions``, ``confidences`` and ``probabilities`` (classification only) as lists,
+            ``latency_ms``, ``model_version``, ``model_type``.
 
         Raises:
-            InvalidInputError: See :meth:`Preprocessor.validate`. ModelExecutionError: The model failed.
+            InvalidInputError: See :meth:`Preprocessor.validate`. ModelExecutionError: The model
+                failed.
         """
         return self.batch_predict([features])[0]
 
     def batch_predict(self, batch: Iterable[Any]) -> list[Answer]:
-        """Answer several requests, each a row or rows, in as few forwards as ``max_batch_size`` allows.
+        """Answer several requests, each a row or rows, in as few forwards as ``max_batch_size``
+        allows.
 
-        Each answer equals that of :meth:`predict` to float32 rounding (about 1e-6: a matrix product may sum in another
-        order than a matrix-vector product).
+        Each answer equals that of :meth:`predict` to float32 rounding (about 1e-6: a matrix product
+        may sum in another order than a matrix-vector product).
         """
         started_s = self._clock()
         if not isinstance(batch, Iterable):
@@ -218,17 +246,24 @@ class InferenceEngine(Engine):
         payloads = [self.preprocessor.validate(features) for features in batch]
         widths = {payload.shape[1] for payload in payloads}
         if len(widths) != 1:
-            raise InvalidInputError(f"the batch has rows of {sorted(widths)} features: send requests of one width")
+            raise InvalidInputError(
+                f"the batch has rows of {sorted(widths)} features: send requests of one width"
+            )
         predictions = self.execute(payloads)
         latency_ms = (self._clock() - started_s) * 1e3
         return [self.answer(prediction, latency_ms) for prediction in predictions]
 
     def answer(self, prediction: Prediction, latency_ms: float) -> Answer:
         """The answer of one request, with the contract's keys."""
-        return prediction.lists() | {"latency_ms": latency_ms, "model_version": self.version, "model_type": "global"}
+        return prediction.lists() | {
+            "latency_ms": latency_ms,
+            "model_version": self.version,
+            "model_type": "global",
+        }
 
     def warmup(self, sample: Any = None) -> float:
-        """Run ``warmup_samples`` single-row forwards and one of ``max_batch_size`` rows, outside the statistics.
+        """Run ``warmup_samples`` single-row forwards and one of ``max_batch_size`` rows, outside
+        the statistics.
 
         Args:
             sample: Typical features; zeros where the width is known and nothing is given.
@@ -240,7 +275,9 @@ class InferenceEngine(Engine):
             return 0.0
         if sample is None:
             if self.preprocessor.num_features is None:
-                raise InvalidModelError("the model's number of features is not known: warm up with a sample")
+                raise InvalidModelError(
+                    "the model's number of features is not known: warm up with a sample"
+                )
             sample = np.zeros(self.preprocessor.num_features, np.float32)
         row = self.preprocessor.validate(sample)[:1]
         for _ in range(self.config.warmup_samples):
@@ -252,8 +289,8 @@ class InferenceEngine(Engine):
         return self.typical_s
 
     def get_stats(self) -> dict[str, Any]:
-        """Requests, rows and executions so far, durations of the executions in ms, size in bytes; warm-ups are
-        counted apart."""
+        """Requests, rows and executions so far, durations of the executions in ms, size in bytes;
+        warm-ups are counted apart."""
         return {
             "model_version": self.version,
             "warmup_executions": self._warmups,
@@ -264,17 +301,25 @@ class InferenceEngine(Engine):
     # What the batcher uses
 
     def execute(self, payloads: Sequence[Floats]) -> list[Prediction]:
-        """Run validated requests, each float32 [n, D], as one batch; one :class:`Prediction` each, in their order.
+        """Run validated requests, each float32 [n, D], as one batch; one :class:`Prediction` each,
+        in their order.
 
         Raises:
-            ModelExecutionError: The model raised, or its output is not finite or not one row per input row.
+            ModelExecutionError: The model raised, or its output is not finite or not one row per
+                input row.
         """
         if len(payloads) == 1:
             rows = payloads[0]
-            return self.run(rows, (len(rows),), lambda start, stop: self.forward(rows[start:stop], False, self._infer))
+            return self.run(
+                rows,
+                (len(rows),),
+                lambda start, stop: self.forward(rows[start:stop], False, self._infer),
+            )
         rows = np.concatenate(payloads)  # nobody else sees this array: the model may work in place
         lengths = [len(part) for part in payloads]
-        return self.run(rows, lengths, lambda start, stop: self.forward(rows[start:stop], True, self._infer))
+        return self.run(
+            rows, lengths, lambda start, stop: self.forward(rows[start:stop], True, self._infer)
+        )
 
     def _infer(self, values: Any) -> Any:
         for step, arguments in self._steps:
@@ -285,20 +330,22 @@ class InferenceEngine(Engine):
 class PersonalEngine(Engine):
     """The heads of a loaded version on its body: what a batch of several clients runs on.
 
-    The body runs once for a whole batch, then every row's own head, gathered and applied together. Source: a batch over
-    one shared base with one adapter per row, as in Punica (Chen et al., MLSys 2024, arXiv 2310.18547) and S-LoRA (Sheng
-    et al., MLSys 2024, arXiv 2311.03285); here with whole heads, on a CPU.
+    The body runs once for a whole batch, then every row's own head, gathered and applied together.
+    Source: a batch over one shared base with one adapter per row, as in Punica (Chen et al., MLSys
+    2024, arXiv 2310.18547) and S-LoRA (Sheng et al., MLSys 2024, arXiv 2311.03285); here with whole
+    heads, on a CPU.
 
     Args:
         engine: The version's own engine, whose module, preprocessing and limits are shared.
         store: Its heads.
 
-    ``identity`` names all that an answer depends on beside the slot and the row. Its executions are counted with the
-    engine's.
+    ``identity`` names all that an answer depends on beside the slot and the row. Its executions are
+    counted with the engine's.
     """
 
     def __init__(self, engine: InferenceEngine, store: HeadStore) -> None:
-        # holds parts of the engine, not the engine: in a circle, neither would go before the next garbage collection
+        # holds parts of the engine, not the engine: in a circle, neither would go before the next
+        # garbage collection
         super().__init__(
             engine.version,
             engine.runner,
@@ -314,9 +361,11 @@ class PersonalEngine(Engine):
         self._head = engine.runner.head
 
     def choose(self, clients: str | Sequence[str], rows: int) -> tuple[Slots, str | list[str]]:
-        """Slots [rows] of these clients' heads, and what was found: "own", "unknown", "stale" or "expired".
+        """Slots [rows] of these clients' heads, and what was found: "own", "unknown", "stale" or
+        "expired".
 
-        One client has all rows; of several there is one a row (the server sees to that), and one word a row comes back.
+        One client has all rows; of several there is one a row (the server sees to that), and one
+        word a row comes back.
         """
         if isinstance(clients, str):
             slot = self.store.find(clients)
@@ -325,10 +374,12 @@ class PersonalEngine(Engine):
         return np.array(slots), [_FOUND.get(slot, "own") for slot in slots]
 
     def execute(self, payloads: Sequence[tuple[Floats, Slots]]) -> list[Prediction]:
-        """Run requests, each rows float32 [n, D] and their slots [n], as one batch; one prediction each, in order.
+        """Run requests, each rows float32 [n, D] and their slots [n], as one batch; one prediction
+        each, in order.
 
         Raises:
-            ModelExecutionError: As :meth:`InferenceEngine.execute`. CorruptArtifactError: A head's bytes have changed.
+            ModelExecutionError: As :meth:`InferenceEngine.execute`. CorruptArtifactError: A head's
+                bytes have changed.
         """
         rows = np.concatenate([rows for rows, _ in payloads])
         slots = np.concatenate([slots for _, slots in payloads])
@@ -363,7 +414,8 @@ def each(found: str | list[str]) -> list[str]:
 
 
 def _join(executions: Sequence[Execution]) -> Execution:
-    """Chunks of one large request as one execution. Its stages' times are sums; gaps count as preprocessing."""
+    """Chunks of one large request as one execution. Its stages' times are sums; gaps count as
+    preprocessing."""
     parts = [execution.outputs.arrays() for execution in executions]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     marks_s = np.array([execution.marks_s for execution in executions])

@@ -1,7 +1,9 @@
-"""From a stored version to an engine that is ready: read, verify, build, load strictly, check, freeze, warm up.
+"""From a stored version to an engine that is ready: read, verify, build, load strictly, check,
+freeze, warm up.
 
-Two sources, one way to load: :class:`RegistrySource` (durable versions of a registry) and :class:`ModuleStore` (any
-module that a notebook hands to a server: a copy is kept, so that it too can be evicted and come back).
+Two sources, one way to load: :class:`RegistrySource` (durable versions of a registry) and
+:class:`ModuleStore` (any module that a notebook hands to a server: a copy is kept, so that it too
+can be evicted and come back).
 """
 
 import hashlib
@@ -41,10 +43,11 @@ _VERSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """What a source knows of one version: a model of its own, the tensors that must be finite, its transforms.
+    """What a source knows of one version: a model of its own, the tensors that must be finite, its
+    transforms.
 
-    ``module`` is torch's, or a :class:`flserving.models.plain.NumpyModel`. ``digest`` names the weights and the code
-    that runs them: equal digests, equal answers.
+    ``module`` is torch's, or a :class:`flserving.models.plain.NumpyModel`. ``digest`` names the
+    weights and the code that runs them: equal digests, equal answers.
     """
 
     module: Any
@@ -62,17 +65,18 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
     """Make ``version`` ready to serve: nothing of it answers before all of it is right.
 
     Raises:
-        NotFoundError: No such version. CorruptArtifactError: Its bytes or its weights are not whole.
-        ModelExecutionError: It does not answer a row of its own input shape, or its rows see each other (see
-        :func:`flserving.models.probing.check_rows`).
+        NotFoundError: No such version. CorruptArtifactError: Its bytes or its weights are not
+            whole.
+        ModelExecutionError: It does not answer a row of its own input shape, or its rows see each
+        other (see :func:`flserving.models.probing.check_rows`).
 
     Example::
 
         engine = load_engine(RegistrySource(registry, "digits"), "3", ServingConfig())
         engine.predict(rows)["predictions"]
 
-    Cost: one pass over the weights for the digest and one for finiteness, then ``warmup_samples`` + 1 forwards; six
-    more when a process loads it for the first time.
+    Cost: one pass over the weights for the digest and one for finiteness, then ``warmup_samples`` +
+    1 forwards; six more when a process loads it for the first time.
     """
     return ready_engine(source.parts(version), version, config)
 
@@ -81,7 +85,9 @@ def ready_engine(parts: Parts, version: str, config: ServingConfig) -> Inference
     """What :func:`load_engine` does with the parts of a version."""
     odd = first_non_finite(parts.tensors)
     if odd is not None:
-        raise CorruptArtifactError(f"version {version!r}: weights {odd!r} are not finite: publish a sound version")
+        raise CorruptArtifactError(
+            f"version {version!r}: weights {odd!r} are not finite: publish a sound version"
+        )
     engine = InferenceEngine(
         parts.module,
         parts.preprocessor,
@@ -102,7 +108,8 @@ def ready_engine(parts: Parts, version: str, config: ServingConfig) -> Inference
 
 
 _probed: set[tuple[object, str]] = set()
-"""What was found sound in this process: the same code over the same weights need not be probed at every load."""
+"""What was found sound in this process: the same code over the same weights need not be probed at
+every load."""
 _MOST_PROBED = 4096
 
 
@@ -123,12 +130,17 @@ def _probe(parts: Parts, engine: InferenceEngine) -> None:
 
 
 class RegistrySource:
-    """The versions of one name in a registry. ``parts`` reads and verifies one; ``signature``, ``metrics`` and
-    ``nbytes`` tell of it without loading it: all raise NotFoundError, CorruptArtifactError.
+    """The versions of one name in a registry. ``parts`` reads and verifies one; ``signature``,
+    ``metrics`` and ``nbytes`` tell of it without loading it: all raise NotFoundError,
+    CorruptArtifactError.
     """
 
     def __init__(
-        self, registry: "Registry", name: str, threshold: float = 0.0, engine: models.EngineName = "torch"
+        self,
+        registry: "Registry",
+        name: str,
+        threshold: float = 0.0,
+        engine: models.EngineName = "torch",
     ) -> None:
         self.engine: models.EngineName = engine
         self.registry = registry
@@ -169,11 +181,16 @@ class RegistrySource:
         )
 
     def nbytes(self, version: str, head_cache_bytes: int) -> int:
-        """Bytes that the loaded version will hold, from its manifest alone. Raises as :meth:`signature`."""
+        """Bytes that the loaded version will hold, from its manifest alone. Raises as
+        :meth:`signature`."""
         manifest = self.registry.manifest(self.name, int(version))
         try:
-            nbytes = models.blueprint(self.engine, manifest.architecture, manifest.parameters).nbytes
-        except Exception:  # one that cannot be built without memory; whatever else is wrong, the load tells
+            nbytes = models.blueprint(
+                self.engine, manifest.architecture, manifest.parameters
+            ).nbytes
+        except (
+            Exception
+        ):  # one that cannot be built without memory; whatever else is wrong, the load tells
             nbytes = manifest.weights_nbytes
         if manifest.heads is not None:
             nbytes += HeadStore.nbytes_of(manifest.heads, head_cache_bytes)
@@ -210,9 +227,11 @@ class _Stored:
 
 
 class ModuleStore:
-    """Versions of any ``nn.Module``, without a registry: a copy of each, from which engines are made.
+    """Versions of any ``nn.Module``, without a registry: a copy of each, from which engines are
+    made.
 
-    Its content lives as long as the store; a durable version needs an allow-listed architecture and a registry.
+    Its content lives as long as the store; a durable version needs an allow-listed architecture and
+    a registry.
     """
 
     def __init__(self) -> None:
@@ -223,13 +242,20 @@ class ModuleStore:
     def versions(self) -> list[str]:
         return list(self._stored)
 
-    def add(self, version: str, module: "nn.Module", preprocessor: Preprocessor, postprocessor: Postprocessor) -> None:
+    def add(
+        self,
+        version: str,
+        module: "nn.Module",
+        preprocessor: Preprocessor,
+        postprocessor: Postprocessor,
+    ) -> None:
         """Store a copy of a module under a new version id. The module is read, never changed.
 
         Raises:
-            InvalidModelError: Not a module, an id outside ``[A-Za-z0-9._-]`` or "default", an unknown input width, it
-                fails on one row, or its rows see each other.
-            ConflictError: The id is taken by another model (a version never changes); the same again is fine.
+            InvalidModelError: Not a module, an id outside ``[A-Za-z0-9._-]`` or "default", an
+                unknown input width, it fails on one row, or its rows see each other.
+            ConflictError: The id is taken by another model (a version never changes); the same
+                again is fine.
 
         Example: ``store.add("v1", nn.Linear(8, 3), Preprocessor(num_features=8), Postprocessor())``
         """
@@ -246,9 +272,13 @@ class ModuleStore:
             if held is not None:
                 if held.content == stored.content:
                     return
-                raise ConflictError(f"version {version!r} exists and versions do not change: choose another id")
+                raise ConflictError(
+                    f"version {version!r} exists and versions do not change: choose another id"
+                )
             try:  # one row through a copy: a wrong width fails here and not at the first request
-                engine = ready_engine(stored.parts(), version, ServingConfig(warmup_samples=1, max_batch_size=1))
+                engine = ready_engine(
+                    stored.parts(), version, ServingConfig(warmup_samples=1, max_batch_size=1)
+                )
                 signature = _signature_of(engine)
             except Exception as error:
                 raise _unfit(module, preprocessor, error) from error
@@ -273,7 +303,9 @@ class ModuleStore:
     def _find(self, version: str) -> _Stored:
         stored = self._stored.get(version)
         if stored is None:
-            raise NotFoundError(f"no version {version!r}: loaded are {', '.join(self._stored) or 'none'}")
+            raise NotFoundError(
+                f"no version {version!r}: loaded are {', '.join(self._stored) or 'none'}"
+            )
         return stored
 
 
@@ -283,14 +315,22 @@ def _check_id(version: object) -> None:
             f"version id {version!r}: use up to 64 letters, digits and . _ -, starting with a letter or digit"
         )
     if version == DEFAULT:
-        raise InvalidModelError(f"version id {version!r} is the alias of the version that answers: choose another")
+        raise InvalidModelError(
+            f"version id {version!r} is the alias of the version that answers: choose another"
+        )
 
 
 def _stored(module: "nn.Module", before: Preprocessor, after: Postprocessor) -> _Stored:
     from flserving.models.modules import copy_of
 
     try:
-        content = (_weights_digest(module), _code(module), before.digest, before.row_shape, after.policy)
+        content = (
+            _weights_digest(module),
+            _code(module),
+            before.digest,
+            before.row_shape,
+            after.policy,
+        )
         copy = copy_of(module)
     except Exception as error:
         raise InvalidModelError(f"cannot store the {type(module).__name__}: {error}") from error
@@ -319,7 +359,9 @@ def _signature_of(engine: InferenceEngine) -> Signature:
     row = np.zeros((1, engine.preprocessor.num_features or 0), np.float32)
     outputs = engine.execute([row])[0].arrays()
     seen = outputs.get("probabilities", outputs["predictions"])
-    return Signature(engine.preprocessor.row_shape, seen.shape[1:], output_type=engine.postprocessor.output_type)
+    return Signature(
+        engine.preprocessor.row_shape, seen.shape[1:], output_type=engine.postprocessor.output_type
+    )
 
 
 def input_width(module: "nn.Module") -> int:
@@ -352,10 +394,14 @@ def _weights_digest(module: "nn.Module") -> str:
 
 
 def _code(module: "nn.Module") -> list[Any]:
-    """What runs the weights, to be compared: the class of every part (a class defined anew is another), its attributes
-    and hooks."""
+    """What runs the weights, to be compared: the class of every part (a class defined anew is
+    another), its attributes and hooks."""
     tensors = ("_parameters", "_buffers", "_modules", "training")
     return [
-        (name, type(part), {key: repr(value) for key, value in vars(part).items() if key not in tensors})
+        (
+            name,
+            type(part),
+            {key: repr(value) for key, value in vars(part).items() if key not in tensors},
+        )
         for name, part in module.named_modules()
     ]

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class PersonalizedServer(ModelServer):
-    """A :class:`ModelServer` whose callers say who they are: each row is answered by its client's own head.
+    """A :class:`ModelServer` whose callers say who they are: each row is answered by its client's
+    own head.
 
-    The heads are part of a version (``registry.publish(..., heads=)``), trained and never random. Who has none, or one
-    that was trained on another body, is answered by the global head, and the answer's ``head`` says so; with
-    ``ServingConfig(unknown_client="refuse")`` an unknown client is refused.
+    The heads are part of a version (``registry.publish(..., heads=)``), trained and never random.
+    Who has none, or one that was trained on another body, is answered by the global head, and the
+    answer's ``head`` says so; with ``ServingConfig(unknown_client="refuse")`` an unknown client is
+    refused.
     """
 
     def __init__(
@@ -47,7 +49,11 @@ class PersonalizedServer(ModelServer):
 
     @version_id_too
     def predict(  # type: ignore[override]
-        self, client_id: str | Sequence[str], features: Any, version: str | int | None = None, **options: Any
+        self,
+        client_id: str | Sequence[str],
+        features: Any,
+        version: str | int | None = None,
+        **options: Any,
     ) -> Answer:
         """Answer a client: a row [D] or rows [N, D], by its own head.
 
@@ -59,17 +65,20 @@ class PersonalizedServer(ModelServer):
             The answer of :meth:`ModelServer.predict`, with ``head``.
 
         Raises:
-            NotFoundError: No such version, or an unknown client where the configuration refuses it. InvalidInputError:
-            Also ids that are not strings, or not one for each row.
+            NotFoundError: No such version, or an unknown client where the configuration refuses it.
+            InvalidInputError: Also ids that are not strings, or not one for each row.
         """
-        client: Sequence[str] = () if client_id is None else client_id  # the server takes None for "not asked"
+        client: Sequence[str] = (
+            () if client_id is None else client_id
+        )  # the server takes None for "not asked"
         return super().predict(features, version, client=client, **options)
 
     @version_id_too
     def batch_predict(
         self, batch: Iterable[tuple[str, Any]], version: str | int | None = None, **options: Any
     ) -> list[Answer]:
-        """Answer requests of many clients, each ``(client_id, row [D])``, as one batch: the body runs once.
+        """Answer requests of many clients, each ``(client_id, row [D])``, as one batch: the body
+        runs once.
 
         Returns:
             One answer per request, in their order; their ``latency_ms`` is that of the whole.
@@ -81,7 +90,9 @@ class PersonalizedServer(ModelServer):
             clients, rows = zip(*batch, strict=True)
             table = Several(rows)
         except (TypeError, ValueError) as error:
-            refusal = InvalidInputError(f"the batch is not a list of (client_id, row [D]), at least one: {error}")
+            refusal = InvalidInputError(
+                f"the batch is not a list of (client_id, row [D]), at least one: {error}"
+            )
             self.telemetry.failure(refusal.reason)
             raise refusal from error
         answer = self.predict(clients, table, version, **options)
@@ -92,27 +103,33 @@ class PersonalizedServer(ModelServer):
         return answers
 
     def accuracy(
-        self, clients: Sequence[Any], versions: Sequence[str | int] | None = None, model: str | None = None
+        self,
+        clients: Sequence[Any],
+        versions: Sequence[str | int] | None = None,
+        model: str | None = None,
     ) -> "pd.DataFrame":
         """How right each version is on the clients' held-out samples, measured by asking it.
 
         Args:
-            clients: Each with an ``id``, and its held-out samples ``test_x`` [N, D] with labels ``test_y`` [N].
+            clients: Each with an ``id``, and its held-out samples ``test_x`` [N, D] with labels
+                ``test_y`` [N].
 
         Returns:
             One row per version: ``global_accuracy`` (the global model, all samples together),
-            ``mean_client_accuracy`` and ``worst_client_accuracy`` (over clients, each by its own head),
-            ``worst_client`` (its id), ``own_heads`` (how many clients have one that fits).
+            ``mean_client_accuracy`` and ``worst_client_accuracy`` (over clients, each by its own
+            head), ``worst_client`` (its id), ``own_heads`` (how many clients have one that fits).
 
         Raises:
-            InvalidInputError: No clients. NotFoundError: No such version, or a client without a head where the
-            configuration refuses it.
+            InvalidInputError: No clients. NotFoundError: No such version, or a client without a
+            head where the configuration refuses it.
         """
         with of_extra("course"):
             import pandas as pd
 
         if not clients:
-            raise InvalidInputError("there are no clients: give at least one, with held-out samples")
+            raise InvalidInputError(
+                "there are no clients: give at least one, with held-out samples"
+            )
 
         if versions is None:
             name = self._router.routes.model if model is None else model

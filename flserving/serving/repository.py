@@ -1,4 +1,5 @@
-"""Which models a server has, and how they get into memory: sources, routes, the model cache, and who loads.
+"""Which models a server has, and how they get into memory: sources, routes, the model cache, and
+who loads.
 
 ``ModelServer`` (``server.py``) adds the way of a request.
 """
@@ -66,8 +67,12 @@ class ModelHost:
         self._sources: dict[str, Source] = {}
         self._registries: dict[Registry, None] = {}  # in the order in which they were given
         self._router = Router(self._preload)
-        self._load_problems: dict[str, str] = {}  # why a version could not be loaded when it was last tried
-        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")  # starts no thread until used
+        self._load_problems: dict[
+            str, str
+        ] = {}  # why a version could not be loaded when it was last tried
+        self._loaders = ThreadPoolExecutor(
+            2, thread_name_prefix="flserving-loader"
+        )  # starts no thread until used
         self._load_costs = Costs()  # by source
         self._costs_lock = threading.Lock()
         self._closed = False
@@ -88,21 +93,24 @@ class ModelHost:
         num_features: int | None = None,
         input_shape: Sequence[int] | None = None,
     ) -> InferenceEngine:
-        """Serve any module under the id ``version``, without a registry; the first one becomes the default.
+        """Serve any module under the id ``version``, without a registry; the first one becomes the
+        default.
 
         It is copied to the server's temporary store, so it can be evicted and come back.
 
         Args:
-            preprocessor: What happens to the features first; or the ``feature_stats`` from which it is made:
-                ``{"mean": [D], "std": [D]}`` of the training data.
-            postprocessor: What happens to the outputs; made from ``output_type`` and ``threshold`` when not given.
+            preprocessor: What happens to the features first; or the ``feature_stats`` from which it
+                is made: ``{"mean": [D], "std": [D]}`` of the training data.
+            postprocessor: What happens to the outputs; made from ``output_type`` and ``threshold``
+                when not given.
             num_features: D, where it cannot be told from the first layer.
             input_shape: Shape of a row, where it is not [D]: e.g. (3, 32, 32).
 
         Raises:
-            InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and ``transforms``. ConfigError:
-                Also a part that is given twice, as an object and by its settings. ConflictError: Also where a
-                registry's model has the name "local". NotSupportedError: The configuration's engine is not torch.
+            InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and
+                ``transforms``. ConfigError: Also a part that is given twice, as an object and by
+                its settings. ConflictError: Also where a registry's model has the name "local".
+                NotSupportedError: The configuration's engine is not torch.
         """
         self._check_open()
         if self.config.engine != "torch":
@@ -110,14 +118,22 @@ class ModelHost:
                 f"load_model takes modules of torch, the engine is {self.config.engine!r}: publish to a registry"
             )
         if self._sources.setdefault(LOCAL, self._store) is not self._store:
-            raise ConflictError(f"model {LOCAL!r} comes from a registry here: use another server for load_model")
+            raise ConflictError(
+                f"model {LOCAL!r} comes from a registry here: use another server for load_model"
+            )
         before = _preprocessor(preprocessor, feature_stats, num_features, input_shape)
         if postprocessor is None:
-            postprocessor = Postprocessor(output_type or "classification", 0.0 if threshold is None else threshold)
+            postprocessor = Postprocessor(
+                output_type or "classification", 0.0 if threshold is None else threshold
+            )
         elif not isinstance(postprocessor, Postprocessor):
-            raise ConfigError(f"postprocessor is a {type(postprocessor).__name__}: pass a Postprocessor")
+            raise ConfigError(
+                f"postprocessor is a {type(postprocessor).__name__}: pass a Postprocessor"
+            )
         elif output_type is not None or threshold is not None:
-            raise ConfigError("output_type and threshold are the postprocessor's own: give them or it, not both")
+            raise ConfigError(
+                "output_type and threshold are the postprocessor's own: give them or it, not both"
+            )
         self._store.add(version, model, before, postprocessor)
         self._router.add((LOCAL, version))
         if "default" not in self._router.routes.of(LOCAL).aliases:
@@ -126,17 +142,24 @@ class ModelHost:
             return engine
 
     def serve(self, registry: "Registry", name: str, threshold: float = 0.0) -> None:
-        """Serve every version of ``name`` in ``registry`` and follow its aliases, also those that other
-        processes move.
+        """Serve every version of ``name`` in ``registry`` and follow its aliases, also those that
+        other processes move.
 
         Raises:
-            NotFoundError: It has no version. ConflictError: The name is taken by another registry or ``load_model``.
+            NotFoundError: It has no version. ConflictError: The name is taken by another registry
+                or ``load_model``.
         """
         self._check_open()
         source = RegistrySource(registry, name, threshold, self.config.engine)
         held = self._sources.setdefault(name, source)
-        if not (isinstance(held, RegistrySource) and held.registry is registry and held.threshold == threshold):
-            raise ConflictError(f"model {name!r} is served already: use another server for another registry")
+        if not (
+            isinstance(held, RegistrySource)
+            and held.registry is registry
+            and held.threshold == threshold
+        ):
+            raise ConflictError(
+                f"model {name!r} is served already: use another server for another registry"
+            )
         try:
             self._router.follow(registry, name)
         except BaseException:
@@ -146,17 +169,20 @@ class ModelHost:
         self._registries[registry] = None
 
     def serve_all(self, registry: "Registry") -> None:
-        """Serve every model of ``registry``, also those that are published later (up to ``routing.MOST_MODELS``)."""
+        """Serve every model of ``registry``, also those that are published later (up to
+        ``routing.MOST_MODELS``)."""
         self._check_open()
         self._registries[registry] = None
         self._router.follow_all(registry, functools.partial(self.serve, registry))
 
     @version_id_too
     def set_default(self, version: str | int, model: str | None = None) -> None:
-        """Let ``version`` answer who names no version. It is loaded and warm before the route moves.
+        """Let ``version`` answer who names no version. It is loaded and warm before the route
+        moves.
 
         Raises:
-            NotFoundError: No such version. ConflictError: The model's aliases belong to its registry.
+            NotFoundError: No such version. ConflictError: The model's aliases belong to its
+                registry.
         """
         self._check_open()
         if model is None:
@@ -164,12 +190,14 @@ class ModelHost:
         self._router.set_alias((model, str(version)))
 
     def resolve(self, version: str | int | None = None, model: str | None = None) -> Key:
-        """The (model, version) that a version id or alias leads to now. Raises NotFoundError, ModelUnloadedError."""
+        """The (model, version) that a version id or alias leads to now. Raises NotFoundError,
+        ModelUnloadedError."""
         self._check_open()
         return self._router.require(version, model)
 
     def signature(self, key: Key) -> Signature:
-        """What a version takes and gives, without loading it. Raises NotFoundError, CorruptArtifactError."""
+        """What a version takes and gives, without loading it. Raises NotFoundError,
+        CorruptArtifactError."""
         self._check_open()
         return self._sources[key[0]].signature(key[1])
 
@@ -181,17 +209,20 @@ class ModelHost:
     @property
     def unloaded(self) -> frozenset[str]:
         """Models that :meth:`unload` took out of service."""
-        return frozenset(name for name, served in self._router.routes.models.items() if served.withdrawn)
+        return frozenset(
+            name for name, served in self._router.routes.models.items() if served.withdrawn
+        )
 
     def unload(self, model: str) -> None:
-        """Take a model out of service and out of memory: who asks it gets ModelUnloadedError, requests that run
-        finish. Raises NotFoundError."""
+        """Take a model out of service and out of memory: who asks it gets ModelUnloadedError,
+        requests that run finish. Raises NotFoundError."""
         self._check_open()
         self._router.withdraw(model)
         self.model_cache.clear([key for key, _ in self.model_cache.items() if key[0] == model])
 
     def reload(self, model: str) -> None:
-        """Read its registry again, load its default version, and put a model (back) into service; a new one, too.
+        """Read its registry again, load its default version, and put a model (back) into service; a
+        new one, too.
 
         Raises:
             NotFoundError, CorruptArtifactError, OverloadedError: It stays as it was.
@@ -205,7 +236,8 @@ class ModelHost:
         self._router.restore(model)
 
     def refresh(self) -> None:
-        """See now what other processes changed in the registries (the watcher does so four times a second)."""
+        """See now what other processes changed in the registries (the watcher does so four times a
+        second)."""
         self._check_open()
         self._router.refresh(retry=True)
 
@@ -221,7 +253,9 @@ class ModelHost:
 
     @contextmanager
     def _pinned(self, key: Key) -> Iterator[InferenceEngine]:
-        lease = self.model_cache.acquire(key) or self._load_lease(key, self._clock() + self.config.timeout_ms / 1e3)
+        lease = self.model_cache.acquire(key) or self._load_lease(
+            key, self._clock() + self.config.timeout_ms / 1e3
+        )
         try:
             yield lease.value
         finally:
@@ -229,13 +263,18 @@ class ModelHost:
 
     @property
     def engines(self) -> dict[str, InferenceEngine]:
-        """The versions of the default model that are in memory, by id; looking up another one loads it."""
+        """The versions of the default model that are in memory, by id; looking up another one loads
+        it."""
         self._check_open()
         model = self._router.routes.model
-        return _Engines(self.lease, {key[1]: engine for key, engine in self.model_cache.items() if key[0] == model})
+        return _Engines(
+            self.lease,
+            {key[1]: engine for key, engine in self.model_cache.items() if key[0] == model},
+        )
 
     def _held(self) -> set[str]:
-        """The versions ("model/version") that are in memory, or that an alias or an experiment leads to."""
+        """The versions ("model/version") that are in memory, or that an alias or an experiment
+        leads to."""
         keys = {key for key, _ in self.model_cache.items()}
         for name, served in self._router.routes.models.items():
             keys.update((name, version) for version in served.aliases.values())
@@ -261,9 +300,10 @@ class ModelHost:
         return not self._closed and (routes.model, "default") in routes.targets
 
     def health_check(self) -> dict[str, Any]:
-        """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look; "unavailable"), ``ready`` (the
-        default model can answer), models with their versions and aliases, the versions in memory, the uptime. Of the
-        default model alone: ``default_version``, and ``loaded_models``, its versions in memory."""
+        """``status`` ("healthy"; "degraded": it answers, but ``problems`` need a look;
+        "unavailable"), ``ready`` (the default model can answer), models with their versions and
+        aliases, the versions in memory, the uptime. Of the default model alone:
+        ``default_version``, and ``loaded_models``, its versions in memory."""
         routes = self._router.routes
         problems = {**self._load_problems, **self._router.problems}
         models = {}
@@ -303,11 +343,16 @@ class ModelHost:
         self._check_open()
         try:
             lease = self.model_cache.load(
-                key, lambda: self._build(key), deadline_s - self._clock(), size=lambda: self._size(key)
+                key,
+                lambda: self._build(key),
+                deadline_s - self._clock(),
+                size=lambda: self._size(key),
             )
         except FlservingError as error:
             self._check_open()  # its files went while it loaded
-            if not isinstance(error, OverloadedError | DeadlineExceededError):  # those say nothing of the version
+            if not isinstance(
+                error, OverloadedError | DeadlineExceededError
+            ):  # those say nothing of the version
                 self._load_problems[problem] = str(error)
                 for oldest in list(self._load_problems)[:-_PROBLEMS]:
                     self._load_problems.pop(oldest, None)
@@ -316,8 +361,9 @@ class ModelHost:
         return lease
 
     def _load_in_time(self, key: Key, came_s: float, deadline_s: float) -> Lease:
-        """Load a version, but not for a caller who has waited for a loader until it cannot end in time any more: under
-        more loads than can be done each would come too late. (The rule of :meth:`BatchQueue.take`, for loads.)"""
+        """Load a version, but not for a caller who has waited for a loader until it cannot end in
+        time any more: under more loads than can be done each would come too late. (The rule of
+        :meth:`BatchQueue.take`, for loads.)"""
         source = self._sources.get(key[0])
         start_s = self._clock()
         with self._costs_lock:
@@ -335,8 +381,11 @@ class ModelHost:
                 self._load_costs.add(source, 1, end_s - start_s, end_s)
         return lease
 
-    async def _on_loader(self, deadline_s: float, undo: Callable[[T], object], call: Callable[..., T], *args: Any) -> T:
-        """``call(*args)`` on a loader thread. Where its caller is cancelled or late, ``undo`` gets what it returns."""
+    async def _on_loader(
+        self, deadline_s: float, undo: Callable[[T], object], call: Callable[..., T], *args: Any
+    ) -> T:
+        """``call(*args)`` on a loader thread. Where its caller is cancelled or late, ``undo`` gets
+        what it returns."""
         try:
             job = self._loaders.submit(call, *args)
         except RuntimeError:  # shut down since the request was let in
@@ -345,7 +394,9 @@ class ModelHost:
         waited = False
         try:
             if not await finished(job, deadline_s - self._clock()):
-                raise DeadlineExceededError("a load took longer than timeout_ms: try again, or raise it")
+                raise DeadlineExceededError(
+                    "a load took longer than timeout_ms: try again, or raise it"
+                )
             waited = True
         finally:
             if not waited and not job.cancel():
@@ -353,7 +404,9 @@ class ModelHost:
         try:
             return job.result()
         finally:
-            del job  # an error's frames must not hold what holds the error: it would keep models alive
+            del (
+                job
+            )  # an error's frames must not hold what holds the error: it would keep models alive
 
     def _size(self, key: Key) -> int:
         return self._sources[key[0]].nbytes(key[1], self.config.head_cache_bytes)
@@ -369,8 +422,12 @@ class ModelHost:
             pass
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Its threads and loaded models cannot be copied, nor sent to another process. Raises NotSupportedError."""
-        registries = " or ".join(f"Registry({registry.root!r})" for registry in self._registries) or "the same models"
+        """Its threads and loaded models cannot be copied, nor sent to another process. Raises
+        NotSupportedError."""
+        registries = (
+            " or ".join(f"Registry({registry.root!r})" for registry in self._registries)
+            or "the same models"
+        )
         raise NotSupportedError(
             f"a {type(self).__name__} cannot leave its process: make one in the other process, of its config and "
             f"{registries}; both of these can be sent there"
@@ -403,11 +460,18 @@ def _preprocessor(
     if statistics is None:
         statistics = {}
     if not isinstance(statistics, Mapping):
-        raise ConfigError(f"preprocessor is a {type(statistics).__name__}: pass a Preprocessor, or its mean and std")
+        raise ConfigError(
+            f"preprocessor is a {type(statistics).__name__}: pass a Preprocessor, or its mean and std"
+        )
     if unknown := set(statistics) - {"mean", "std"}:
-        raise ConfigError(f"feature_stats has {', '.join(sorted(map(str, unknown)))}: it takes mean and std")
+        raise ConfigError(
+            f"feature_stats has {', '.join(sorted(map(str, unknown)))}: it takes mean and std"
+        )
     return Preprocessor(
-        mean=statistics.get("mean"), std=statistics.get("std"), num_features=num_features, input_shape=input_shape
+        mean=statistics.get("mean"),
+        std=statistics.get("std"),
+        num_features=num_features,
+        input_shape=input_shape,
     )
 
 
@@ -415,7 +479,9 @@ class _Engines(dict[str, InferenceEngine]):
     """Nobody holds one for long: it is made for each look at :attr:`ModelHost.engines`."""
 
     def __init__(
-        self, lease: Callable[[str], AbstractContextManager[InferenceEngine]], loaded: Mapping[str, InferenceEngine]
+        self,
+        lease: Callable[[str], AbstractContextManager[InferenceEngine]],
+        loaded: Mapping[str, InferenceEngine],
     ) -> None:
         super().__init__(loaded)
         self._lease = lease

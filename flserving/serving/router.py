@@ -1,9 +1,12 @@
-"""Which version answers whom: aliases to versions, swapped as one reference, followed from registries.
+"""Which version answers whom: aliases to versions, swapped as one reference, followed from
+registries.
 
-Readers take no lock: they read one immutable :class:`Routes`. A version takes over only after it has been loaded and
-is warm (availability-preserving, as TensorFlow Serving calls it: Olston et al. 2017).
+Readers take no lock: they read one immutable :class:`Routes`. A version takes over only after it
+has been loaded and is warm (availability-preserving, as TensorFlow Serving calls it: Olston et al.
+2017).
 
-Within one model a name means one thing: no version id equals an alias, and "default" is always the alias.
+Within one model a name means one thing: no version id equals an alias, and "default" is always the
+alias.
 """
 
 import itertools
@@ -26,7 +29,8 @@ Key = tuple[str, str]
 DEFAULT = "default"
 """The alias that answers who names no version."""
 MOST_MODELS = 1000
-"""Models that are followed without being named; each costs a place in the table and a look at every change."""
+"""Models that are followed without being named; each costs a place in the table and a look at every
+change."""
 _NEW_MODELS_PER_LOOK = 16  # others wait for a change of routes while these are loaded
 
 
@@ -44,11 +48,15 @@ class Served:
         """Where each version id and alias leads."""
         if self.withdrawn:
             return {}
-        targets: dict[tuple[str, str], Key] = {(name, version): (name, version) for version in self.versions}
+        targets: dict[tuple[str, str], Key] = {
+            (name, version): (name, version) for version in self.versions
+        }
         for alias, version in self.aliases.items():
             key = (name, version)
             experiment = self.experiments.get(alias)
-            targets[name, alias] = key if experiment is None else TrafficSplit.at(key, alias, experiment)
+            targets[name, alias] = (
+                key if experiment is None else TrafficSplit.at(key, alias, experiment)
+            )
         return targets
 
 
@@ -57,8 +65,12 @@ class Routes:
     """One state of the table; never changed, only replaced."""
 
     models: Mapping[str, Served] = field(default_factory=dict)
-    targets: Mapping[tuple[str, str], Key] = field(default_factory=dict)  # (model, version or alias) -> key
-    model: str | None = None  # answers who names none: the first that was promoted, whatever the alphabet says
+    targets: Mapping[tuple[str, str], Key] = field(
+        default_factory=dict
+    )  # (model, version or alias) -> key
+    model: str | None = (
+        None  # answers who names none: the first that was promoted, whatever the alphabet says
+    )
 
     def of(self, name: str | None) -> Served:
         """What is known of a model; nothing of an unknown one."""
@@ -75,17 +87,21 @@ class Routes:
 
 
 class Router:
-    """The table of routes and its changes. ``preload`` loads a version before a default route moves to it, and every
-    version of an experiment before that begins. ``on_look`` is called whenever the registries were looked at,
-    ``on_experiments`` before routes with experiments of a registry are followed; neither may wait. ``on_read`` is
-    called when a model's registry has changed, before its routes follow.
+    """The table of routes and its changes. ``preload`` loads a version before a default route moves
+    to it, and every version of an experiment before that begins. ``on_look`` is called whenever the
+    registries were looked at, ``on_experiments`` before routes with experiments of a registry are
+    followed; neither may wait. ``on_read`` is called when a model's registry has changed, before
+    its routes follow.
 
-    A version that cannot be loaded does not take over: what answered before goes on, ``problems`` says why, and the
-    load is tried again now and then. A registry that cannot be read leaves its routes as they are.
+    A version that cannot be loaded does not take over: what answered before goes on, ``problems``
+    says why, and the load is tried again now and then. A registry that cannot be read leaves its
+    routes as they are.
     """
 
     WATCH_S = 0.25  # how soon changes by other processes are seen
-    RETRY_LOOKS = 20  # a version that could not be loaded is tried again at every such look of the watcher
+    RETRY_LOOKS = (
+        20  # a version that could not be loaded is tried again at every such look of the watcher
+    )
 
     def __init__(self, preload: Callable[[Key], object]) -> None:
         self.routes = Routes()
@@ -104,10 +120,12 @@ class Router:
     # Readers
 
     def find(self, version: str | int | None, model: str | None) -> Key | None:
-        """The key that a version id or an alias leads to (``default`` when None); None when :meth:`refresh`
-        might know more."""
+        """The key that a version id or an alias leads to (``default`` when None); None when
+        :meth:`refresh` might know more."""
         name = (self.routes.model or "") if model is None else str(model)
-        followed = self._followed.get(name)  # before the routes: those may be newer than this, never older
+        followed = self._followed.get(
+            name
+        )  # before the routes: those may be newer than this, never older
         if followed is not None and followed.registry.local_changes != followed.local_changes:
             return None  # this process moved an alias just now: do not wait for the watcher
         return self.routes.targets.get((name, DEFAULT if version is None else str(version)))
@@ -129,7 +147,9 @@ class Router:
         known = f"versions {', '.join(served.versions[-10:]) or 'none'}, aliases {', '.join(served.aliases) or 'none'}"
         problem = self.problems.get(f"{name}/{ref}")
         why = "" if problem is None else f" ({problem})"
-        raise NotFoundError(f"model {name!r} has no version or alias {ref[:80]!r}{why}: it has {known}")
+        raise NotFoundError(
+            f"model {name!r} has no version or alias {ref[:80]!r}{why}: it has {known}"
+        )
 
     def followed(self, name: str) -> "Index | None":
         """The registry of a model; None for one without."""
@@ -144,7 +164,9 @@ class Router:
             name, version = key
             known = self.routes.of(name)
             if version == DEFAULT or version in known.aliases:
-                raise ConflictError(f"{version!r} is an alias of {name!r}: give the version another id")
+                raise ConflictError(
+                    f"{version!r} is an alias of {name!r}: give the version another id"
+                )
             if version not in known.versions:
                 self._replace(name, versions=(*known.versions, version))
 
@@ -152,8 +174,8 @@ class Router:
         """Load a version, then let ``alias`` lead to it.
 
         Raises:
-            NotFoundError: No such version. ConflictError: The model's aliases belong to its registry, or ``alias`` is
-            the id of a version. Whatever the load raises.
+            NotFoundError: No such version. ConflictError: The model's aliases belong to its
+            registry, or ``alias`` is the id of a version. Whatever the load raises.
         """
         with self._admin:
             name, version = key
@@ -163,7 +185,9 @@ class Router:
                     f"{alias!r}, {version!r}, ...)"
                 )
             if alias in self.routes.of(name).versions:
-                raise ConflictError(f"{alias!r} is a version of {name!r}: give the alias another name")
+                raise ConflictError(
+                    f"{alias!r} is a version of {name!r}: give the alias another name"
+                )
             version = self.require(version, name)[1]
             self._preload((name, version))
             known = self.routes.of(name)
@@ -177,8 +201,8 @@ class Router:
             self._replace(name, withdrawn=True)
 
     def restore(self, name: str) -> None:
-        """Read the registry again, load the default version, then answer. Raises NotFoundError, or what the load
-        raises: then ``name`` stays as it was."""
+        """Read the registry again, load the default version, then answer. Raises NotFoundError, or
+        what the load raises: then ``name`` stays as it was."""
         with self._admin:
             self.known(name)
             self.refresh(retry=True)
@@ -188,7 +212,8 @@ class Router:
             self._replace(name, withdrawn=False)
 
     def follow(self, registry: "Index", name: str) -> None:
-        """Serve every version of ``name`` and follow its aliases, also those that other processes move."""
+        """Serve every version of ``name`` and follow its aliases, also those that other processes
+        move."""
         with self._admin:
             if not registry.version_numbers(name):
                 raise NotFoundError(f"the registry has no version of {name!r}: publish one first")
@@ -198,7 +223,8 @@ class Router:
             self._start_watcher()
 
     def follow_all(self, registry: "Index", serve: Callable[[str], object]) -> None:
-        """Let every model of ``registry`` be served, also those that are published later, up to ``MOST_MODELS``.
+        """Let every model of ``registry`` be served, also those that are published later, up to
+        ``MOST_MODELS``.
 
         ``serve`` is called with each new name: its part is to call :meth:`follow`.
         """
@@ -215,7 +241,9 @@ class Router:
         new = [name for name in names if name not in self._followed and name not in whole.failed]
         room = max(0, MOST_MODELS - len(self._followed))
         if len(new) > room:
-            self.problems[_WHOLE] = f"{len(new) - room} models are not served, the most is {MOST_MODELS}: load them"
+            self.problems[_WHOLE] = (
+                f"{len(new) - room} models are not served, the most is {MOST_MODELS}: load them"
+            )
         else:
             self.problems.pop(_WHOLE, None)
         return new[:room]
@@ -230,7 +258,9 @@ class Router:
         for name in new[:_NEW_MODELS_PER_LOOK]:
             try:
                 whole.serve(name)
-            except Exception as error:  # one that cannot be served must not stop the others, nor the watch
+            except (
+                Exception
+            ) as error:  # one that cannot be served must not stop the others, nor the watch
                 self.problems[f"{name}/registry"] = _described(error)
                 whole.failed.add(name)
         if len(new) <= _NEW_MODELS_PER_LOOK:
@@ -239,7 +269,10 @@ class Router:
     def _start_watcher(self) -> None:
         if self._watcher is None:
             self._watcher = threading.Thread(
-                target=_watch, args=(weakref.ref(self), self._closing), name="flserving-watcher", daemon=True
+                target=_watch,
+                args=(weakref.ref(self), self._closing),
+                name="flserving-watcher",
+                daemon=True,
             )
             self._watcher.start()
 
@@ -254,7 +287,9 @@ class Router:
             DeadlineExceededError: The change under way took longer than ``wait_s``.
         """
         if not self._admin.acquire(timeout=wait_s):
-            raise DeadlineExceededError("a change of routes took longer than timeout_ms: try again, or raise it")
+            raise DeadlineExceededError(
+                "a change of routes took longer than timeout_ms: try again, or raise it"
+            )
         try:
             state_of = cache(_Followed.now)  # one question for all models of a registry
             for whole in self._whole:
@@ -268,7 +303,9 @@ class Router:
                     state = state_of(followed.registry)
                     if state.token != followed.token or (retry and self._troubled(name)):
                         self._read(name, followed.registry)
-                except Exception as error:  # one that cannot be read now must not stop the others, nor the watch
+                except (
+                    Exception
+                ) as error:  # one that cannot be read now must not stop the others, nor the watch
                     self.problems[unread] = _described(error)
                 else:
                     self.problems.pop(unread, None)
@@ -277,7 +314,8 @@ class Router:
             self._admin.release()
 
     def _begin_anew(self) -> None:
-        """In a forked child: the routes stay as they are, for registries are not to be carried over a fork."""
+        """In a forked child: the routes stay as they are, for registries are not to be carried over
+        a fork."""
         self._admin = threading.RLock()
         self._closing = threading.Event()
         self._watcher = None
@@ -293,7 +331,8 @@ class Router:
             self._watcher.join()
 
     def _read(self, name: str, registry: "Index") -> None:
-        while True:  # an alias and its experiment change in one transaction: see both before it, or both after
+        # an alias and its experiment change in one transaction: see both before it, or both after
+        while True:
             token = registry.change_token()
             versions = tuple(map(str, registry.version_numbers(name)))
             aliases = {alias: str(number) for alias, number in registry.aliases(name).items()}
@@ -310,13 +349,21 @@ class Router:
             del aliases[DEFAULT]
             if DEFAULT in before.aliases:
                 aliases[DEFAULT] = before.aliases[DEFAULT]
-        for old in [old for old in self.problems if old.startswith(f"{name}/") and old.endswith(" experiment")]:
+        for old in [
+            old
+            for old in self.problems
+            if old.startswith(f"{name}/") and old.endswith(" experiment")
+        ]:
             del self.problems[old]
         for alias, why in unread.items():
-            self.problems[f"{name}/{alias} experiment"] = f"{alias!r} is in an experiment {why}: conclude it, or update"
+            self.problems[f"{name}/{alias} experiment"] = (
+                f"{alias!r} is in an experiment {why}: conclude it, or update"
+            )
         for alias, experiment in list(experiments.items()):
             numbers = map(str, experiment.versions)
-            if not self._loads(name, numbers, f"{alias} experiment", f"{experiment.id} does not run"):
+            if not self._loads(
+                name, numbers, f"{alias} experiment", f"{experiment.id} does not run"
+            ):
                 del experiments[alias]
                 if alias in before.experiments:
                     experiments[alias] = before.experiments[alias]
@@ -341,10 +388,13 @@ class Router:
     def known(self, name: str) -> None:
         """Raise NotFoundError unless there is such a model."""
         if name not in self.routes.models:
-            raise NotFoundError(f"no model {name[:80]!r}: served are {', '.join(self.routes.models) or 'none'}")
+            raise NotFoundError(
+                f"no model {name[:80]!r}: served are {', '.join(self.routes.models) or 'none'}"
+            )
 
     def _replace(self, name: str, **changes: Any) -> None:
-        """Change what is known of one model, by swapping the reference: readers see the old table or the new one."""
+        """Change what is known of one model, by swapping the reference: readers see the old table
+        or the new one."""
         old = self.routes
         served = replace(old.of(name), **changes)
         if name in old.models and served == old.of(name):
@@ -366,7 +416,8 @@ class _Followed:
 
     @classmethod
     def now(cls, registry: "Index") -> Self:
-        """The state before a reading. The count comes first: a change between the two is looked at again."""
+        """The state before a reading. The count comes first: a change between the two is looked at
+        again."""
         local_changes = registry.local_changes
         return cls(registry, local_changes, registry.change_token())
 
@@ -390,7 +441,8 @@ def _described(error: Exception) -> str:
 
 
 def _watch(router: "weakref.ref[Router]", closing: threading.Event) -> None:
-    """Poll the registries. Holds no reference between looks, so that a forgotten server can be collected."""
+    """Poll the registries. Holds no reference between looks, so that a forgotten server can be
+    collected."""
     for look in itertools.count(1):
         if closing.wait(Router.WATCH_S) or (alive := router()) is None:
             return

@@ -1,12 +1,14 @@
-"""The model server: the one place that answers a request. REST, gRPC, notebooks and edge devices all come through it.
+"""The model server: the one place that answers a request. REST, gRPC, notebooks and edge devices
+all come through it.
 
-A request's way: deadline -> route (alias -> version) -> pin the model (loading it on a miss) -> validate ->
-prediction cache -> queue and batch -> preprocess -> infer -> postprocess -> respond -> count. One
-:class:`~flserving.serving.request.Request` goes through the steps of :meth:`ModelServer.handle` and keeps what
-each of them found; :meth:`ModelServer.ahandle` awaits where ``handle`` blocks.
+A request's way: deadline -> route (alias -> version) -> pin the model (loading it on a miss) ->
+validate -> prediction cache -> queue and batch -> preprocess -> infer -> postprocess -> respond ->
+count. One :class:`~flserving.serving.request.Request` goes through the steps of
+:meth:`ModelServer.handle` and keeps what each of them found; :meth:`ModelServer.ahandle` awaits
+where ``handle`` blocks.
 
-The route comes before the cache because the cache's key holds the model's digest: an alias that moved
-asks under another key, so nothing stale can be found.
+The route comes before the cache because the cache's key holds the model's digest: an alias that
+moved asks under another key, so nothing stale can be found.
 """
 
 import asyncio
@@ -35,7 +37,14 @@ from flserving.registry.experiment import TrafficSplit
 from flserving.serving.batching.workers import Batcher
 from flserving.serving.cache import ModelCache, PredictionCache
 from flserving.serving.config import ServingConfig, deadline_s
-from flserving.serving.engine import Answer, Execution, InferenceEngine, PersonalEngine, Prediction, each
+from flserving.serving.engine import (
+    Answer,
+    Execution,
+    InferenceEngine,
+    PersonalEngine,
+    Prediction,
+    each,
+)
 from flserving.serving.repository import ModelHost
 from flserving.serving.request import Request, finished
 from flserving.serving.router import Key
@@ -49,17 +58,19 @@ if TYPE_CHECKING:
 
 
 class ModelServer(ModelHost):
-    """Serves several models, several versions of each at once, from one cache of loaded models and one pool of workers.
+    """Serves several models, several versions of each at once, from one cache of loaded models and
+    one pool of workers.
 
     Args:
         config: Settings; the defaults of :class:`ServingConfig` when not given.
-        registry: Where durable versions come from; ``model`` is the one name to serve; when not given all of them, also
-            those that are published later.
+        registry: Where durable versions come from; ``model`` is the one name to serve; when not
+            given all of them, also those that are published later.
         clock: Monotonic seconds.
-        model_cache: Where loaded models are kept; one of ``cache_size`` and ``cache_bytes`` when not given.
+        model_cache: Where loaded models are kept; one of ``cache_size`` and ``cache_bytes`` when
+            not given.
 
-    Sets torch to one intra-op thread for the whole process: faster for small models, and workers never
-    oversubscribe the cores. Use as a context manager, or call :meth:`close`. Thread-safe.
+    Sets torch to one intra-op thread for the whole process: faster for small models, and workers
+    never oversubscribe the cores. Use as a context manager, or call :meth:`close`. Thread-safe.
     """
 
     def __init__(
@@ -80,8 +91,12 @@ class ModelServer(ModelHost):
             torch.set_num_threads(1)
         self.prediction_cache: PredictionCache[Outputs] | None = None
         if config.prediction_cache_bytes:
-            self.prediction_cache = PredictionCache(config.prediction_cache_bytes, config.prediction_cache_ttl_s, clock)
-        held = weakref.WeakMethod(self._held)  # threads know the telemetry: they must not keep a forgotten server
+            self.prediction_cache = PredictionCache(
+                config.prediction_cache_bytes, config.prediction_cache_ttl_s, clock
+            )
+        held = weakref.WeakMethod(
+            self._held
+        )  # threads know the telemetry: they must not keep a forgotten server
 
         def held_versions() -> set[str]:
             alive = held()
@@ -89,10 +104,14 @@ class ModelServer(ModelHost):
 
         self.telemetry = Telemetry(clock, largest_batch=config.max_batch_size, held=held_versions)
         self.fleet = Fleet()
-        self._forgets: dict[str, int] = {}  # by model: how often clients had been forgotten when it was looked
+        self._forgets: dict[
+            str, int
+        ] = {}  # by model: how often clients had been forgotten when it was looked
         self._router.on_read = self._follow_forgets
         self._batcher = Batcher(config, self.telemetry.execution, clock)
-        self.experiments = Experiments(self._router, self.lease, self._personal, self._batcher.loaded)
+        self.experiments = Experiments(
+            self._router, self.lease, self._personal, self._batcher.loaded
+        )
         if registry is None:
             return
         if model is None:
@@ -116,41 +135,50 @@ class ModelServer(ModelHost):
         caller: str | None = None,
         outputs: str | None = None,
     ) -> Answer:
-        """Answer one request: a row [D] or rows [N, D]; or of the shape that the model takes, as [N, 3, 32, 32].
+        """Answer one request: a row [D] or rows [N, D]; or of the shape that the model takes, as
+        [N, 3, 32, 32].
 
         Example::
 
             server = create_serving_pipeline(models.build("tutorial_mlp"))
-            server.predict(np.zeros(32))  # {"predictions": [7], "confidences": [0.12], ..., "model_version": "v1.0"}
+            server.predict(np.zeros(32))  # {"predictions": [7], "confidences": [0.12], ...,
+            "model_version": "v1.0"}
 
         Args:
-            version: A version id or an alias; the alias ``default`` when not given. Also by the name ``version_id``.
+            version: A version id or an alias; the alias ``default`` when not given. Also by the
+                name ``version_id``.
             model: Name of the model; the first one served when not given.
-            timeout_ms: Deadline, from now to the answer; the config's ``timeout_ms`` when not given.
+            timeout_ms: Deadline, from now to the answer; the config's ``timeout_ms`` when not
+                given.
             stages: Add ``stages_ms``, where the time of this request went.
-            arrays: Give numpy arrays, views of the whole batch's and only to be read, in place of lists.
-            client: Who asks, by its credential: it gets its personal head where the version has one, and its cached
-                predictions are its own. One id a row lets rows of many clients share a batch.
-            caller: Whose share of the queue and of the prediction cache this uses; the one ``client``'s when not given.
-                Callers without a name share one.
-            outputs: Show less than the config's ``outputs`` allow: "label", "top-3", "rounded-2" (see
-                :class:`~flserving.models.masking.OutputPolicy`).
+            arrays: Give numpy arrays, views of the whole batch's and only to be read, in place of
+                lists.
+            client: Who asks, by its credential: it gets its personal head where the version has
+                one, and its cached predictions are its own. One id a row lets rows of many clients
+                share a batch.
+            caller: Whose share of the queue and of the prediction cache this uses; the one
+                ``client``'s when not given. Callers without a name share one.
+            outputs: Show less than the config's ``outputs`` allow: "label", "top-3", "rounded-2"
+                (see :class:`~flserving.models.masking.OutputPolicy`).
 
         Returns:
-            ``predictions`` [N], ``confidences`` [N] and ``probabilities`` [N][C] (classification only) as lists,
-            ``latency_ms``, ``model_version``, ``model_type`` ("global"; "personal" where every row got its client's
-            head; "mixed"). Where outputs are masked, ``outputs`` names the policy. Where a client was given, ``head``:
-            "own", or why the global head answered: "unknown" (no head of this client), "stale" (its head was trained on
-            another body), "expired" (the time that it was published for is over), "none" (the version has no heads); a
-            list of them for one id a row. Where its lineage tells it, the federated ``round`` of the version. Where the
-            alias is in an experiment and one client asks: ``arm``, and the ``receipt`` with which that client may
-            give feedback (``experiments.feedback``).
+            ``predictions`` [N], ``confidences`` [N] and ``probabilities`` [N][C] (classification
+            only) as lists, ``latency_ms``, ``model_version``, ``model_type`` ("global"; "personal"
+            where every row got its client's head; "mixed"). Where outputs are masked, ``outputs``
+            names the policy. Where a client was given, ``head``: "own", or why the global head
+            answered: "unknown" (no head of this client), "stale" (its head was trained on another
+            body), "expired" (the time that it was published for is over), "none" (the version has
+            no heads); a list of them for one id a row. Where its lineage tells it, the federated
+            ``round`` of the version. Where the
+            alias is in an experiment and one client asks: ``arm``, and the ``receipt`` with which
+            that client may give feedback (``experiments.feedback``).
 
         Raises:
-            InvalidInputError, NotFoundError (also an unknown client, where ``unknown_client`` is "refuse"),
-            ForbiddenError (``outputs`` that show more than the config allows),
+            InvalidInputError, NotFoundError (also an unknown client, where ``unknown_client`` is
+            "refuse"), ForbiddenError (``outputs`` that show more than the config allows),
             OverloadedError, DeadlineExceededError, ModelExecutionError,
-            CorruptArtifactError, ServerClosedError: Each counted under its reason in the statistics.
+            CorruptArtifactError, ServerClosedError: Each counted under its reason in the
+                statistics.
         """
         request = Request(
             features,
@@ -166,7 +194,9 @@ class ModelServer(ModelHost):
         return self.handle(request)
 
     @version_id_too
-    async def apredict(self, features: Any, version: str | int | None = None, **options: Any) -> Answer:
+    async def apredict(
+        self, features: Any, version: str | int | None = None, **options: Any
+    ) -> Answer:
         """:meth:`predict` for coroutines: callers of one turn of the event loop share a batch."""
         return await self.ahandle(Request(features, version, **options))
 
@@ -179,7 +209,8 @@ class ModelServer(ModelHost):
         model: str | None = None,
         timeout_ms: float | None = None,
     ) -> list[Answer]:
-        """Answer several requests, each a row or rows, as one: they are admitted, run and fail together.
+        """Answer several requests, each a row or rows, as one: they are admitted, run and fail
+        together.
 
         Returns:
             One answer per request, in their order; their ``latency_ms`` is that of the whole.
@@ -191,7 +222,8 @@ class ModelServer(ModelHost):
     # The way of a request, blocking and awaiting
 
     def handle(self, request: Request) -> Answer:
-        """Answer one request, on the caller's thread. Returns and raises what :meth:`predict` does."""
+        """Answer one request, on the caller's thread. Returns and raises what :meth:`predict`
+        does."""
         request.started_s = self._clock()
         try:
             self._admit(request)
@@ -211,7 +243,8 @@ class ModelServer(ModelHost):
                 self._release(request)
 
     async def ahandle(self, request: Request) -> Answer:
-        """:meth:`handle` for coroutines: the same steps, and the event loop stays free while one of them waits."""
+        """:meth:`handle` for coroutines: the same steps, and the event loop stays free while one of
+        them waits."""
         request.started_s = self._clock()
         try:
             self._admit(request)
@@ -251,7 +284,8 @@ class ModelServer(ModelHost):
         request.lease = self.model_cache.acquire(key)
 
     def _load(self, request: Request) -> None:
-        """Ask the registries for a version that is not known yet, then load what is not in memory."""
+        """Ask the registries for a version that is not known yet, then load what is not in
+        memory."""
         if request.key is None:
             self._refresh(request.deadline_s)
             self._follow_route(request, self._router.require(request.version, request.model))
@@ -289,15 +323,20 @@ class ModelServer(ModelHost):
     def _personal(
         self, engine: InferenceEngine, client: str | tuple[str, ...], rows: int
     ) -> tuple[InferenceEngine | PersonalEngine, NDArray[np.int64] | None, str | list[str]]:
-        """What a client's rows run on, the slots of their heads (None: on the global model), and what was found."""
+        """What a client's rows run on, the slots of their heads (None: on the global model), and
+        what was found."""
         slots = None
         found: str | list[str] = "none"
         if engine.personal is not None:
             slots, found = engine.personal.choose(client, rows)
         elif not isinstance(client, str):
             found = ["none"] * rows
-        if self.config.unknown_client == "refuse" and any(one in ("unknown", "expired", "none") for one in each(found)):
-            raise NotFoundError("no personal head here for this client: train one, or let the global head answer")
+        if self.config.unknown_client == "refuse" and any(
+            one in ("unknown", "expired", "none") for one in each(found)
+        ):
+            raise NotFoundError(
+                "no personal head here for this client: train one, or let the global head answer"
+            )
         if engine.personal is None or slots is None or (slots < 0).all():
             return engine, None, found
         return engine.personal, slots, found
@@ -351,10 +390,14 @@ class ModelServer(ModelHost):
         if request.head is not None:
             self._say_head(request, answer)
         if request.chosen is not None:
-            answer |= self.experiments.answered(request.chosen, engine.version, request.rows, prediction)
+            answer |= self.experiments.answered(
+                request.chosen, engine.version, request.rows, prediction
+            )
         if request.stages:
             spent = zip(STAGES, pairwise(marks_s), strict=True)
-            answer["stages_ms"] = {name: (end_s - start_s) * 1e3 for name, (start_s, end_s) in spent}
+            answer["stages_ms"] = {
+                name: (end_s - start_s) * 1e3 for name, (start_s, end_s) in spent
+            }
         return answer
 
     def _say_head(self, request: Request, answer: Answer) -> None:
@@ -369,7 +412,8 @@ class ModelServer(ModelHost):
         self.telemetry.count("head", heads)
 
     def _release(self, request: Request) -> None:
-        """Unpin the model. The request forgets it first: an evicted one must be gone when its room is given away."""
+        """Unpin the model. The request forgets it first: an evicted one must be gone when its room
+        is given away."""
         lease = request.lease
         request.lease = None
         request.engine = None
@@ -383,24 +427,34 @@ class ModelServer(ModelHost):
             reason = "Cancelled"
         else:
             reason = "Internal"
-        self.telemetry.failure(reason, "/".join(request.key or ()), self._clock() - request.started_s)
+        self.telemetry.failure(
+            reason, "/".join(request.key or ()), self._clock() - request.started_s
+        )
         if request.chosen is not None:
             self.experiments.failed(request.chosen, reason)
 
     def _follow_forgets(self, model: str, registry: "Index") -> None:
-        """Where a client was forgotten, nothing in memory may know it: heads are loaded anew, predictions go."""
+        """Where a client was forgotten, nothing in memory may know it: heads are loaded anew,
+        predictions go."""
         forgets = registry.forgets()
         if self._forgets.setdefault(model, forgets) != forgets:
-            keys = [key for key, engine in self.model_cache.items() if key[0] == model and engine.personal is not None]
+            keys = [
+                key
+                for key, engine in self.model_cache.items()
+                if key[0] == model and engine.personal is not None
+            ]
             self.model_cache.clear(keys)
             if self.prediction_cache is not None:
                 self.prediction_cache.clear()
             for key in keys:
-                with contextlib.suppress(FlservingError):  # the next request tries again, and says why
+                with contextlib.suppress(
+                    FlservingError
+                ):  # the next request tries again, and says why
                     self._preload(key)
             self._forgets[model] = forgets
 
-    # The prediction cache: what was computed before is found, and what is asked twice at once is computed once
+    # The prediction cache: what was computed before is found, and what is asked twice at once is
+    # computed once
 
     def _find_or_compute(self, request: Request, cache: PredictionCache[Outputs]) -> None:
         self._set_key(request)
@@ -425,15 +479,19 @@ class ModelServer(ModelHost):
                 return
 
     def _set_key(self, request: Request) -> None:
-        request.rows = request.rows.copy()  # what is hashed is what runs, whatever becomes of the caller's array
+        request.rows = (
+            request.rows.copy()
+        )  # what is hashed is what runs, whatever becomes of the caller's array
         request.cache_key = self.cache_key(request)
 
     def cache_key(self, request: Request) -> Hashable:
-        """What determines the prediction, and who may find it again: the client of a personal answer; and the caller,
-        but where the setting says that all share (no name: all without one). Override it to try another key.
+        """What determines the prediction, and who may find it again: the client of a personal
+        answer; and the caller, but where the setting says that all share (no name: all without
+        one). Override it to try another key.
 
-        What is kept is never masked, and every answer is masked on its own. The policy is in the key for the time that
-        a hit saves: who may see less must not learn that way what was asked by those who may see more.
+        What is kept is never masked, and every answer is masked on its own. The policy is in the
+        key for the time that a hit saves: who may see less must not learn that way what was asked
+        by those who may see more.
         """
         scope: object = None
         if self.config.prediction_cache_scope == "caller":
@@ -442,11 +500,14 @@ class ModelServer(ModelHost):
             scope = request.client
         content = hashlib.blake2b(request.rows.data, digest_size=32)
         scope = (scope, request.policy)
-        content.update(repr(scope).encode())  # in the hash: the key's size does not count in the cache's budget
+        content.update(
+            repr(scope).encode()
+        )  # in the hash: the key's size does not count in the cache's budget
         return request.runner.identity, request.rows.shape, content.digest()
 
     def _look_up(self, request: Request, cache: PredictionCache[Outputs]) -> bool:
-        """Whether the prediction is there. Else the request leads a flight, or follows another one's."""
+        """Whether the prediction is there. Else the request leads a flight, or follows another
+        one's."""
         outputs, request.flight, request.leads = cache.begin(request.cache_key)
         request.looked_up_s = self._clock()
         if outputs is not None:
@@ -466,7 +527,9 @@ class ModelServer(ModelHost):
             prediction = request.prediction
             outputs = prediction.execution.outputs.copy_rows(prediction.start, prediction.stop)
             owner = None
-            if request.caller is not None:  # as a digest: its length does not count in the cache's budget either
+            if (
+                request.caller is not None
+            ):  # as a digest: its length does not count in the cache's budget either
                 owner = hashlib.blake2b(repr(request.caller).encode(), digest_size=16).digest()
             cache.finish(request.cache_key, flight, outputs, owner=owner)
         except Exception as error:
@@ -481,13 +544,15 @@ class ModelServer(ModelHost):
             flight = None  # an error's frames must not hold what holds the error
 
     def _take_from_flight(self, request: Request) -> bool:
-        """Whether the leader's prediction is there; False where its deadline or its place in the queue was its own bad
-        luck, and somebody else has to lead."""
+        """Whether the leader's prediction is there; False where its deadline or its place in the
+        queue was its own bad luck, and somebody else has to lead."""
         flight = request.flight
         request.flight = None
         try:
             if not flight.done():
-                raise DeadlineExceededError("an identical request took longer than timeout_ms: raise it")
+                raise DeadlineExceededError(
+                    "an identical request took longer than timeout_ms: raise it"
+                )
             if isinstance(flight.exception(), OverloadedError | DeadlineExceededError):
                 return False
             self._found(request, flight.result())
@@ -503,11 +568,12 @@ class ModelServer(ModelHost):
     # What operators see
 
     def get_all_stats(self) -> dict[str, Any]:
-        """Counters and durations of the server, its queue, its caches, the engines in memory, and, by model, what the
-        devices of its ``fleet`` run.
+        """Counters and durations of the server, its queue, its caches, the engines in memory, and,
+        by model, what the devices of its ``fleet`` run.
 
-        An engine of the default model is also found by its version alone: ``stats["v1.0"]["request_count"]``. It
-        counts what it ran; what a cache answered or a check refused is in ``server``.
+        An engine of the default model is also found by its version alone:
+        ``stats["v1.0"]["request_count"]``. It counts what it ran; what a cache answered or a check
+        refused is in ``server``.
         """
         model = self._router.routes.model
         engines = {}
@@ -535,7 +601,8 @@ class ModelServer(ModelHost):
         }
 
     def close(self, drain_s: float = 5.0) -> None:
-        """Refuse new requests, finish the admitted ones, end threads, delete the temporary store. Idempotent."""
+        """Refuse new requests, finish the admitted ones, end threads, delete the temporary store.
+        Idempotent."""
         self._closed = True
         self._batcher.close(drain_s)
         super().close()
@@ -583,7 +650,8 @@ def create_serving_pipeline(
 
 
 def demo_serving(requests: int = 100) -> tuple[ModelServer, list[Answer]]:
-    """Serve the tutorial's 32-64-10 model (random weights) and send it ``requests`` random rows, one at a time.
+    """Serve the tutorial's 32-64-10 model (random weights) and send it ``requests`` random rows,
+    one at a time.
 
     Prints how many were answered, the server's health and statistics, and the mean latency.
 

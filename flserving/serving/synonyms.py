@@ -21,7 +21,9 @@ def version_id_too(method: Callable[P, R]) -> Callable[P, R]:
     def named(*args: Any, **options: Any) -> R:
         if "version_id" in options:
             if "version" in options:
-                raise InvalidInputError("version and version_id are two names of one thing: give one of them")
+                raise InvalidInputError(
+                    "version and version_id are two names of one thing: give one of them"
+                )
             options["version"] = options.pop("version_id")
         return method(*args, **options)
 

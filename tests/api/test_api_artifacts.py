@@ -43,7 +43,11 @@ def get(endpoint, path, token="infer", **headers):
 
 
 def test_the_routes_are_all_of_the_repository():
-    assert {o.name for o in OPERATIONS if o.path.startswith("/v2/repository/models") and o.method == "GET"} == {*ROUTES}
+    assert {
+        o.name
+        for o in OPERATIONS
+        if o.path.startswith("/v2/repository/models") and o.method == "GET"
+    } == {*ROUTES}
 
 
 @pytest.mark.parametrize("token", [None, "unknown", "read", "infer", "admin", *CLIENTS], ids=str)
@@ -89,15 +93,25 @@ def test_what_comes_is_what_was_published(served):
         manifest = registry.manifest("m", version)
         assert content == for_devices(manifest)
         whole = get(endpoint, f"{REPOSITORY}/versions/{version}/weights")
-        assert len(whole.content) == manifest.weights_nbytes and sha256(whole.content) == manifest.digests.weights
+        assert (
+            len(whole.content) == manifest.weights_nbytes
+            and sha256(whole.content) == manifest.digests.weights
+        )
         assert whole.headers["accept-ranges"] == "bytes" and whole.status_code == 200
     for form in delta.FORMS:
         for base, start in ((0, None), (1, state(1))):
-            content = get(endpoint, f"{REPOSITORY}/versions/3/delta?base={base}&form={form}").content
+            content = get(
+                endpoint, f"{REPOSITORY}/versions/3/delta?base={base}&form={form}"
+            ).content
             start = delta.quantised(start) if form == "int8" and start else start
             got = delta.apply(content, start, state(3), form)
-            assert weights.digest(got) == weights.digest(delta.quantised(state(3)) if form == "int8" else state(3))
-    assert sha256(get(endpoint, f"{REPOSITORY}/versions/3/manifest").content) == statement.manifest_sha256
+            assert weights.digest(got) == weights.digest(
+                delta.quantised(state(3)) if form == "int8" else state(3)
+            )
+    assert (
+        sha256(get(endpoint, f"{REPOSITORY}/versions/3/manifest").content)
+        == statement.manifest_sha256
+    )
     for place, client in enumerate(CLIENTS):
         answer = get(endpoint, ROUTES["head"], client)
         head = open_head(answer.content, key, "m", statement.manifest_sha256, client)
@@ -113,7 +127,9 @@ def test_from_any_byte_on(served, route):
         assert answer.headers["content-range"] == f"bytes {start}-{len(whole) - 1}/{len(whole)}"
     for start in (len(whole), 10**14):
         answer = get(served[1], ROUTES[route], Range=f"bytes={start}-")
-        assert answer.status_code == 416 and answer.headers["content-range"] == f"bytes */{len(whole)}"
+        assert (
+            answer.status_code == 416 and answer.headers["content-range"] == f"bytes */{len(whole)}"
+        )
         assert answer.json()["error"]
 
 
@@ -121,7 +137,10 @@ def test_from_any_byte_on(served, route):
                                   "bytes=0-0," * 500], ids=range(7))  # fmt: skip
 def test_other_ranges_are_answered_whole(served, text):
     answer = get(served[1], ROUTES["weights"], Range=text)
-    assert answer.status_code == 200 and len(answer.content) == served[0].manifest("m", 2).weights_nbytes
+    assert (
+        answer.status_code == 200
+        and len(answer.content) == served[0].manifest("m", 2).weights_nbytes
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,28 +178,42 @@ def test_versions_of_other_shapes_have_no_delta(tmp_path):
 def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
     made = []
     encode = delta.encode
-    monkeypatch.setattr("flserving.api.rest.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
+    monkeypatch.setattr(
+        "flserving.api.rest.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1]
+    )
     with cloud(tmp_path, 1, 2) as (registry, endpoint):
         path = f"{REPOSITORY}/versions/2/delta?base=1"
         contents = []
-        threads = [threading.Thread(target=lambda: contents.append(get(endpoint, path).content)) for _ in range(6)]
+        threads = [
+            threading.Thread(target=lambda: contents.append(get(endpoint, path).content))
+            for _ in range(6)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert len(made) == 1 and len(contents) == 6 and len(set(contents)) == 1
         looked, stored = [], artifacts._stored
-        monkeypatch.setattr(artifacts, "_stored", lambda *given: stored(*given) if looked else looked.append(given))
-        assert get(endpoint, path).content == contents[0] and len(made) == 1, "it came just after this caller looked"
+        monkeypatch.setattr(
+            artifacts, "_stored", lambda *given: stored(*given) if looked else looked.append(given)
+        )
+        assert get(endpoint, path).content == contents[0] and len(made) == 1, (
+            "it came just after this caller looked"
+        )
         most = 2 * len(contents[0])
         monkeypatch.setattr("flserving.api.rest.artifacts._DELTAS_NBYTES", most)
         for base, form in ((0, "exact"), (0, "int8"), (1, "int8"), (1, "exact")):
-            assert get(endpoint, f"{REPOSITORY}/versions/2/delta?base={base}&form={form}").status_code == 200
+            assert (
+                get(endpoint, f"{REPOSITORY}/versions/2/delta?base={base}&form={form}").status_code
+                == 200
+            )
             assert sum(file.stat().st_size for file in (tmp_path / "deltas").iterdir()) <= most
         monkeypatch.setattr("flserving.api.rest.artifacts._DELTAS_NBYTES", 1)
         publish(registry, 3)
         assert get(endpoint, f"{REPOSITORY}/versions/3/delta?form=exact").status_code == 200
-        assert os.listdir(tmp_path / "deltas") == ["m-3-0-exact"], "one larger than that is kept until the next"
+        assert os.listdir(tmp_path / "deltas") == ["m-3-0-exact"], (
+            "one larger than that is kept until the next"
+        )
         refused = get(endpoint, path)
         assert refused.status_code == 404 and "not the released one" in refused.json()["error"]
         registry.rollback("m", who="test", why="worse")
@@ -188,7 +221,8 @@ def test_a_delta_is_made_once_and_old_ones_go(tmp_path, monkeypatch):
 
 
 def test_who_waits_for_a_delta_keeps_no_thread_from_others(tmp_path, monkeypatch):
-    """40 devices want deltas while the first is made: threads for a fraction of them are there, and stay free."""
+    """40 devices want deltas while the first is made: threads for a fraction of them are there, and
+    stay free."""
     made, arrived, encode, answer = threading.Event(), [], delta.encode, Artifacts.delta
 
     async def counted(self, request):
@@ -196,7 +230,10 @@ def test_who_waits_for_a_delta_keeps_no_thread_from_others(tmp_path, monkeypatch
         return await answer(self, request)
 
     monkeypatch.setattr(Artifacts, "delta", counted)
-    monkeypatch.setattr("flserving.api.rest.artifacts.encode", lambda *given: made.wait(PATIENCE_S) and encode(*given))
+    monkeypatch.setattr(
+        "flserving.api.rest.artifacts.encode",
+        lambda *given: made.wait(PATIENCE_S) and encode(*given),
+    )
     with cloud(tmp_path, 1, 2) as (_, endpoint):
         statuses = []
 
@@ -233,12 +270,20 @@ def spoil(folder, how, monkeypatch):
 
 @pytest.mark.parametrize("how", ["a file in its place", "a loop in its place", "a full disk"])
 @pytest.mark.parametrize("form", delta.FORMS)
-def test_a_cloud_that_can_keep_no_delta_updates_its_devices_all_the_same(tmp_path, monkeypatch, how, form):
-    """Deltas save bytes, the weights are what matters; health and metrics say that something is wrong."""
+def test_a_cloud_that_can_keep_no_delta_updates_its_devices_all_the_same(
+    tmp_path, monkeypatch, how, form
+):
+    """Deltas save bytes, the weights are what matters; health and metrics say that something is
+    wrong."""
     made = []
     encode = delta.encode
-    monkeypatch.setattr("flserving.api.rest.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1])
-    with cloud(tmp_path / "cloud", 1) as (released, endpoint), Registry(tmp_path / "edge") as registry:
+    monkeypatch.setattr(
+        "flserving.api.rest.artifacts.encode", lambda *given: (made.append(1), encode(*given))[1]
+    )
+    with (
+        cloud(tmp_path / "cloud", 1) as (released, endpoint),
+        Registry(tmp_path / "edge") as registry,
+    ):
         with EdgeModelServer(registry=registry) as edge:
             agent = SyncAgent(endpoint.url, "infer", registry, edge=edge, form=form)
             with contextlib.closing(agent):
@@ -249,7 +294,9 @@ def test_a_cloud_that_can_keep_no_delta_updates_its_devices_all_the_same(tmp_pat
                     pulled = agent.pull()
                     assert pulled.changed and pulled.round == number
                     assert ("weights" in pulled.nbytes) == (form == "exact")
-        assert len(made) == (1 if form == "exact" else 3), "an exact one is not made again only to be thrown away"
+        assert len(made) == (1 if form == "exact" else 3), (
+            "an exact one is not made again only to be thrown away"
+        )
         server = endpoint.v2.server
         assert "deltas cannot be kept" in server.health_check()["problems"]["m/deltas"]
         assert server.health_check()["ready"]
@@ -269,7 +316,8 @@ def test_deltas_are_tried_again_after_a_while(tmp_path, monkeypatch):
 
 
 def test_one_device_that_wants_many_deltas_delays_nobodys_head(tmp_path, monkeypatch):
-    """It has one made at a time, is told so at once for the others, and heads wait for none of them."""
+    """It has one made at a time, is told so at once for the others, and heads wait for none of
+    them."""
     begun, go_on, encode = threading.Event(), threading.Event(), delta.encode
 
     def slow(*given):
@@ -283,7 +331,9 @@ def test_one_device_that_wants_many_deltas_delays_nobodys_head(tmp_path, monkeyp
         statuses = []
 
         def ask(base, token="c-1"):
-            answer = httpx.get(f"{url}/delta?base={base}", headers=bearer(token), timeout=PATIENCE_S)
+            answer = httpx.get(
+                f"{url}/delta?base={base}", headers=bearer(token), timeout=PATIENCE_S
+            )
             statuses.append((token, answer.status_code))
 
         greedy = [threading.Thread(target=ask, args=(base,)) for base in range(12)]
@@ -323,13 +373,18 @@ def test_heads_of_old_versions_delay_no_head_of_the_released_one(tmp_path, monke
         answers = []
 
         def ask():
-            answers.append(httpx.get(f"{url}/1/head", headers=bearer("c-1"), timeout=PATIENCE_S).status_code)
+            answers.append(
+                httpx.get(f"{url}/1/head", headers=bearer("c-1"), timeout=PATIENCE_S).status_code
+            )
 
         waiting = threading.Thread(target=ask)
         waiting.start()
         try:
             assert begun.wait(PATIENCE_S)
-            assert httpx.get(f"{url}/2/head", headers=bearer("c-2"), timeout=PATIENCE_S).status_code == 200
+            assert (
+                httpx.get(f"{url}/2/head", headers=bearer("c-2"), timeout=PATIENCE_S).status_code
+                == 200
+            )
             assert answers == []
         finally:
             go_on.set()
@@ -362,7 +417,11 @@ def test_a_link_in_the_place_of_weights_is_not_followed(tmp_path):
 def test_a_caller_that_leaves_leaves_no_open_file(tmp_path):
     def opened():
         paths = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
-        return [path for path in paths if os.path.islink(path) and os.readlink(path).endswith("weights.safetensors")]
+        return [
+            path
+            for path in paths
+            if os.path.islink(path) and os.readlink(path).endswith("weights.safetensors")
+        ]
 
     with cloud(tmp_path) as (registry, endpoint):
         publish(registry, 1, sizes=[2048, 2048, 3])  # 16 MB: more than sockets buffer

@@ -1,4 +1,5 @@
-"""``flserving.asgi``: REST inside another application, below a prefix, with the rules that ``serve`` has."""
+"""``flserving.asgi``: REST inside another application, below a prefix, with the rules that
+``serve`` has."""
 
 import re
 import socket
@@ -45,7 +46,9 @@ def mounted(server, prefix, **options):
 
 def calling(app, role="infer", **transport):
     headers = {} if role is None else bearer(role)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, **transport), base_url=HOST, headers=headers)
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app, **transport), base_url=HOST, headers=headers
+    )
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -58,15 +61,29 @@ async def test_every_kind_of_route_answers_below_a_prefix(server, prefix):
         assert outputs_of(answer)[1]["predictions"].tolist() == expected["predictions"]
         sent = binary(x)
         answer = await client.post(f"{prefix}/v2/models/local/versions/v1/infer", **sent)
-        np.testing.assert_allclose(outputs_of(answer)[1]["probabilities"], expected["probabilities"], atol=1e-6)
+        np.testing.assert_allclose(
+            outputs_of(answer)[1]["probabilities"], expected["probabilities"], atol=1e-6
+        )
         metadata = (await client.get(f"{prefix}/v2/models/local/versions/v2")).json()
         assert (metadata["name"], metadata["versions"]) == ("local", ["v2"])
-        assert (await client.get(f"{prefix}/v2/health/ready")).json() == {"live": True, "ready": True}
+        assert (await client.get(f"{prefix}/v2/health/ready")).json() == {
+            "live": True,
+            "ready": True,
+        }
         assert (await client.post(f"{prefix}/v2/repository/index")).json()[0]["name"] == "local"
         assert "flserving_" in (await client.get(f"{prefix}/metrics")).text
-        for wrong in ("/v2/nothing", "/v2/models/lo%63al", "/v2/models%2Flocal", "/v2%2Fmodels/local", "/", ""):
+        for wrong in (
+            "/v2/nothing",
+            "/v2/models/lo%63al",
+            "/v2/models%2Flocal",
+            "/v2%2Fmodels/local",
+            "/",
+            "",
+        ):
             refused = await client.get(prefix + wrong)
-            assert refused.status_code in (307, 404) and (not prefix or wrong == "" or "error" in refused.json())
+            assert refused.status_code in (307, 404) and (
+                not prefix or wrong == "" or "error" in refused.json()
+            )
         assert (await client.get(prefix + INFER)).status_code == 405
         if prefix:
             assert (await client.get("/hello")).text == "hello"
@@ -75,14 +92,20 @@ async def test_every_kind_of_route_answers_below_a_prefix(server, prefix):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 async def test_the_document_and_the_page_say_the_prefix(server, prefix):
-    """Whoever follows ``servers`` and a path of the document, or the curl line of the page, arrives."""
+    """Whoever follows ``servers`` and a path of the document, or the curl line of the page,
+    arrives."""
     async with calling(mounted(server, prefix), role=None) as client:
         document = (await client.get(f"{prefix}/openapi.json")).json()
         (at,) = document["servers"]
-        assert (await client.get(at["url"].rstrip("/") + "/v2/health/live")).json() == {"live": True}
+        assert (await client.get(at["url"].rstrip("/") + "/v2/health/live")).json() == {
+            "live": True
+        }
         assert document["paths"].keys() == {operation.path for operation in OPERATIONS}
         page = await client.get(f"{prefix}/docs")
-        assert page.headers["content-type"].startswith("text/html") and 'href="openapi.json"' in page.text
+        assert (
+            page.headers["content-type"].startswith("text/html")
+            and 'href="openapi.json"' in page.text
+        )
         curl = re.search(r"\$URL(\S*)/v2/models/MODEL/infer", page.text)
         assert curl and (await client.get(f"{curl[1]}/v2/health/live")).json() == {"live": True}
 
@@ -90,18 +113,26 @@ async def test_the_document_and_the_page_say_the_prefix(server, prefix):
 async def test_a_prefix_that_callers_choose_stays_text(server):
     """A parameter of the outer route is no argument of ours, and no HTML."""
     app = Starlette(
-        routes=[Mount("/{model}", flserving.asgi(server, tokens=known_tokens(), hosts=("models.example.org",)))]
+        routes=[
+            Mount(
+                "/{model}",
+                flserving.asgi(server, tokens=known_tokens(), hosts=("models.example.org",)),
+            )
+        ]
     )
     async with calling(app) as client:
         assert (await client.get("/other/v2/models/local")).json()["name"] == "local"
-        page = (await client.get("/<script>alert('x')</docs")).text + (await client.get('/"<b>/docs')).text
+        page = (await client.get("/<script>alert('x')</docs")).text + (
+            await client.get('/"<b>/docs')
+        ).text
         assert "<script" not in page and "<b>/" not in page
         quoted = (await client.get('/"}],"x/openapi.json')).json()
         assert quoted["servers"] == [{"url": "/%22%7D%5D%2C%22x/"}]
 
 
 async def test_a_web_servers_own_root_path_is_a_prefix_too(server):
-    """Uvicorn's ``--root-path`` stands before the path, as ASGI says; behind a proxy that cuts it off, it does not."""
+    """Uvicorn's ``--root-path`` stands before the path, as ASGI says; behind a proxy that cuts it
+    off, it does not."""
     async with calling(mounted(server, ""), root_path="/behind") as client:
         for path in ("/behind/v2/models/local", "/v2/models/local"):
             assert (await client.get(path)).json()["name"] == "local"
@@ -137,9 +168,13 @@ async def test_the_surroundings_scope_is_left_as_it_was(server):
         ({"max_body_bytes": 1024, "max_numbers": 1024}, "infer", {}, 413),
         ({"max_numbers": 1024}, "infer", {}, 413),
     ],
-    ids=lambda value: re.sub(" object at 0x\\w+", "", str(value)),  # the same in every worker of xdist
+    ids=lambda value: re.sub(
+        " object at 0x\\w+", "", str(value)
+    ),  # the same in every worker of xdist
 )
-async def test_credentials_names_and_sizes_are_checked_as_serve_checks_them(server, options, role, headers, status):
+async def test_credentials_names_and_sizes_are_checked_as_serve_checks_them(
+    server, options, role, headers, status
+):
     body = text(rows(2000 if status == 413 else 1))
     async with calling(mounted(server, "/fl", **options), role=role) as client:
         answer = await client.post(f"/fl{INFER}", content=body, headers=headers)
@@ -161,7 +196,9 @@ async def test_without_tokens_there_is_a_random_one(server):
     "name", ["host", "port", "grpc_port", "certificate", "max_connections", "slow_client_s", "prot"]
 )
 def test_an_option_of_a_port_is_refused_by_name(server, name):
-    with pytest.raises(ConfigError, match=rf"asgi has no option {name}: it takes tokens, .* at the web server"):
+    with pytest.raises(
+        ConfigError, match=rf"asgi has no option {name}: it takes tokens, .* at the web server"
+    ):
         flserving.asgi(server, **{name: 1})
 
 

@@ -21,12 +21,15 @@ def test_a_role_includes_those_below_it_and_no_other(has, needs):
     if has >= needs:
         assert tokens.check("Bearer secret", needs) == Identity(has, "c-1")
     else:
-        with pytest.raises(ForbiddenError, match=f"role is {has.name.lower()}.*needs {needs.name.lower()}"):
+        with pytest.raises(
+            ForbiddenError, match=f"role is {has.name.lower()}.*needs {needs.name.lower()}"
+        ):
             tokens.check("Bearer secret", needs)
 
 
 @pytest.mark.parametrize(
-    "header", [b"Bearer secret", "Bearer secret", "bearer secret", "BEARER   secret ", b"bearer secret"]
+    "header",
+    [b"Bearer secret", "Bearer secret", "bearer secret", "BEARER   secret ", b"bearer secret"],
 )
 def test_accepts_the_scheme_in_any_case_as_text_or_bytes(header):
     tokens = Tokens()
@@ -34,7 +37,15 @@ def test_accepts_the_scheme_in_any_case_as_text_or_bytes(header):
     assert tokens.check(header, Role.INFER) == Identity(Role.INFER)
 
 
-UNKNOWN = ["secret", "Basic secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secrett", "Bearer Secret"]
+UNKNOWN = [
+    "secret",
+    "Basic secret",
+    "Bearer",
+    "Bearer ",
+    "Bearer secre",
+    "Bearer secrett",
+    "Bearer Secret",
+]
 UNKNOWN += ["Bearer secret x", "Bearer s\u00e9cret", "Bearer \udc80", b"\xff"]
 
 
@@ -69,7 +80,11 @@ def test_random_tokens_are_strong_and_differ():
 
 def test_open_serves_everybody_but_administers_nothing():
     tokens = Tokens.open()
-    assert tokens.check(None, Role.INFER) == tokens.check("Bearer anything", Role.READ) == Identity(Role.INFER)
+    assert (
+        tokens.check(None, Role.INFER)
+        == tokens.check("Bearer anything", Role.READ)
+        == Identity(Role.INFER)
+    )
     with pytest.raises(ForbiddenError):
         tokens.check("Bearer anything", Role.ADMIN)
 
@@ -152,7 +167,11 @@ def test_a_file_that_everybody_reads_may_hold_hashes_only(tmp_path):
 ], ids=[f"case{n}" for n in range(16)])  # fmt: skip
 def test_a_malformed_file_is_refused_with_a_reason_and_without_the_token(tmp_path, content, words):
     path = tmp_path / "tokens.json"
-    path.write_bytes((content if isinstance(content, str) else json.dumps(content)).encode(errors="surrogateescape"))
+    path.write_bytes(
+        (content if isinstance(content, str) else json.dumps(content)).encode(
+            errors="surrogateescape"
+        )
+    )
     path.chmod(0o600)
     with pytest.raises(ConfigError, match=words) as error:
         Tokens.read(path)
@@ -166,10 +185,17 @@ def test_a_missing_file_is_a_config_error(tmp_path):
 
 def test_a_caller_is_its_client_else_its_token_else_nobody():
     tokens = Tokens()
-    for token, client in [("one", "c-1"), ("two", "c-1"), ("three", None), ("four", None), ("five", "c-2")]:
+    for token, client in [
+        ("one", "c-1"),
+        ("two", "c-1"),
+        ("three", None),
+        ("four", None),
+        ("five", "c-2"),
+    ]:
         tokens.add(token, client=client)
     one, two, three, four, five = (
-        tokens.check(f"Bearer {token}", Role.INFER).caller for token in ("one", "two", "three", "four", "five")
+        tokens.check(f"Bearer {token}", Role.INFER).caller
+        for token in ("one", "two", "three", "four", "five")
     )
     assert one == two and len({one, three, four, five}) == 4
     assert "three" not in three, "it is not the token itself"

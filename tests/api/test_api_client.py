@@ -1,4 +1,5 @@
-"""The client: the server's own answers and errors over both protocols, and retries only where they are safe."""
+"""The client: the server's own answers and errors over both protocols, and retries only where they
+are safe."""
 
 import asyncio
 import http.server
@@ -82,7 +83,9 @@ def test_the_answer_is_the_servers_own(served, client):
 def test_arrays_and_stages(served, client):
     answer = client.predict(X, arrays=True, stages=True)
     direct = served[0].predict(X, arrays=True, stages=True)
-    assert answer.keys() == direct.keys() and answer["stages_ms"].keys() == direct["stages_ms"].keys()
+    assert (
+        answer.keys() == direct.keys() and answer["stages_ms"].keys() == direct["stages_ms"].keys()
+    )
     for name in ("predictions", "confidences", "probabilities"):
         np.testing.assert_array_equal(answer[name], direct[name], strict=True)
 
@@ -91,7 +94,9 @@ def test_what_else_can_be_asked(served, client):
     client.predict(X)
     assert client.ready() and client.ready("local") and client.ready("local", "v1.0")
     assert client.metadata()["name"] == "flserving"
-    assert client.metadata("local")["inputs"] == [{"name": "features", "datatype": "FP32", "shape": [-1, 32]}]
+    assert client.metadata("local")["inputs"] == [
+        {"name": "features", "datatype": "FP32", "shape": [-1, 32]}
+    ]
     assert client.models() == [{"name": "local", "version": "v1.0", "state": "READY", "reason": ""}]
     (row,) = client.statistics("local")
     assert row["inference_stats"]["success"]["count"] >= 1 and row["inference_count"] >= 3
@@ -140,7 +145,19 @@ async def test_a_deadline_that_passes_while_idle_connections_are_closed_leaves_n
         ({"features": X, "timeout_ms": 0}, InvalidInputError, "timeout_ms is 0"),
         ({"features": X, "timeout_ms": "5"}, InvalidInputError, "timeout_ms is '5'"),
     ],
-    ids=["width", "rows", "nan", "text", "alias", "version", "model", "path", "personal", "timeout", "timeout-text"],
+    ids=[
+        "width",
+        "rows",
+        "nan",
+        "text",
+        "alias",
+        "version",
+        "model",
+        "path",
+        "personal",
+        "timeout",
+        "timeout-text",
+    ],
 )
 def test_errors_are_the_servers_own(client, arguments, kind, says):
     with pytest.raises(FlservingError, match=says) as caught:
@@ -160,7 +177,9 @@ def test_an_answer_without_end_is_given_up(served, url, way, monkeypatch):
     with Client(url, served[1].token) as client:
         asked = client.predict if way == "blocking" else lambda rows: asyncio.run(ask(rows))
         assert len(asked(X[:1])["predictions"]) == 1
-        with pytest.raises(TooLargeError, match=r"more than 2,000 bytes|larger than max \(\d+ vs\. 2000\)"):
+        with pytest.raises(
+            TooLargeError, match=r"more than 2,000 bytes|larger than max \(\d+ vs\. 2000\)"
+        ):
             asked(np.resize(X, (64, X.shape[1])))
         assert len(asked(X[:1])["predictions"]) == 1
 
@@ -239,17 +258,31 @@ def test_nobody_there_is_tried_again_until_the_attempts_end(scheme):
         return high
 
     retries = Retries(attempts=4, base_s=0.05, draw=highest)
-    client = Client(f"{scheme}://127.0.0.1:1", "t", retries=retries, timeout_ms=5000, clock=clock, sleep=clock.sleep)
+    client = Client(
+        f"{scheme}://127.0.0.1:1",
+        "t",
+        retries=retries,
+        timeout_ms=5000,
+        clock=clock,
+        sleep=clock.sleep,
+    )
     with client, pytest.raises(ServerClosedError, match="127"):
         client.predict(X, model="m")
-    assert draws == [(0, 0.05), (0, 0.1), (0, 0.2)] and clock.slept == [0.05, 0.1, 0.2], "full jitter"
+    assert draws == [(0, 0.05), (0, 0.1), (0, 0.2)] and clock.slept == [0.05, 0.1, 0.2], (
+        "full jitter"
+    )
     with Client(f"{scheme}://127.0.0.1:1", retries=retries) as client:
         assert not client.ready()
 
 
 def test_no_attempt_after_the_deadline_and_the_server_is_told_what_is_left():
-    clock, retries = Clock(), Retries(attempts=100, base_s=1, longest_s=1, budget=1000, draw=lambda low, high: high)
-    with Client("http://127.0.0.1:1", retries=retries, timeout_ms=3500, clock=clock, sleep=clock.sleep) as client:
+    clock, retries = (
+        Clock(),
+        Retries(attempts=100, base_s=1, longest_s=1, budget=1000, draw=lambda low, high: high),
+    )
+    with Client(
+        "http://127.0.0.1:1", retries=retries, timeout_ms=3500, clock=clock, sleep=clock.sleep
+    ) as client:
         told = []
         real = client._codec.infer
         client._codec.infer = lambda *call: told.append(call[-1]["timeout"]) or real(*call)
@@ -311,7 +344,10 @@ def test_what_is_tried_again_over_rest(status, headers, attempts, kind):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         retries, clock = Retries(attempts=3), Clock()
         url = f"http://127.0.0.1:{server.server_port}"
-        with Client(url, retries=retries, clock=clock, sleep=clock.sleep) as client, pytest.raises(kind) as caught:
+        with (
+            Client(url, retries=retries, clock=clock, sleep=clock.sleep) as client,
+            pytest.raises(kind) as caught,
+        ):
             client.predict(X, model="m")
         server.shutdown()
     assert type(caught.value) is kind and len(asked) == attempts
@@ -320,8 +356,12 @@ def test_what_is_tried_again_over_rest(status, headers, attempts, kind):
 
 
 def test_the_printed_grpc_address_is_an_address():
-    """What an endpoint shows as its gRPC address is one that our own client takes; so does gRPC write addresses."""
-    with flserving.create_serving_pipeline(models.build("tutorial_mlp")) as server, flserving.serve(server) as endpoint:
+    """What an endpoint shows as its gRPC address is one that our own client takes; so does gRPC
+    write addresses."""
+    with (
+        flserving.create_serving_pipeline(models.build("tutorial_mlp")) as server,
+        flserving.serve(server) as endpoint,
+    ):
         with Client(endpoint.grpc_url, endpoint.token) as client:
             assert client.url == f"grpc://{endpoint.grpc_url}"
             assert client.predict(X)["model_version"] == "v1.0"
@@ -333,14 +373,20 @@ def test_the_printed_grpc_address_is_an_address():
         assert asyncio.run(ask())["model_version"] == "v1.0"
         rest = endpoint.url.removeprefix("http://")
         once = Retries(attempts=1)
-        with Client(rest, endpoint.token, retries=once) as client, pytest.raises(ServerClosedError, match=rest):
+        with (
+            Client(rest, endpoint.token, retries=once) as client,
+            pytest.raises(ServerClosedError, match=rest),
+        ):
             client.predict(X)  # gRPC's own words say that this is no port of its kind
     for address in ("localhost:8001", "10.0.0.1:8001", "[::1]:8001", "models.example.org:8001"):
         assert Client(address).url == f"grpc://{address}"
 
 
 def test_a_slow_server_ends_at_the_deadline():
-    with flserving.create_serving_pipeline(models.build("tutorial_mlp")) as server, flserving.serve(server) as endpoint:
+    with (
+        flserving.create_serving_pipeline(models.build("tutorial_mlp")) as server,
+        flserving.serve(server) as endpoint,
+    ):
         for url in (endpoint.url, f"grpc://{endpoint.grpc_url}"):
             with Client(url, endpoint.token) as client, pytest.raises(DeadlineExceededError):
                 client.predict(X, timeout_ms=0.001)

@@ -1,4 +1,5 @@
-"""An endpoint opens, answers, drains, closes, and leaves nothing behind: no thread, port or file handle."""
+"""An endpoint opens, answers, drains, closes, and leaves nothing behind: no thread, port or file
+handle."""
 
 import asyncio
 import gc
@@ -22,7 +23,13 @@ from flserving.api.client import AsyncClient, Client
 from flserving.api.client.retries import Retries
 from flserving.api.options import ApiOptions
 from flserving.api.sockets import listen
-from flserving.errors import ConfigError, ConflictError, ForbiddenError, ServerClosedError, UnauthorizedError
+from flserving.errors import (
+    ConfigError,
+    ConflictError,
+    ForbiddenError,
+    ServerClosedError,
+    UnauthorizedError,
+)
 from serving_models import PATIENCE_S, Gated, Probe, Tagged, serving, wait_until
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -30,7 +37,9 @@ X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
 @pytest.fixture
 def server():
-    with flserving.create_serving_pipeline(Tagged(), output_type="regression", num_features=4) as server:
+    with flserving.create_serving_pipeline(
+        Tagged(), output_type="regression", num_features=4
+    ) as server:
         yield server
 
 
@@ -49,7 +58,9 @@ def test_serves_both_doors_and_only_with_the_token(server):
 def test_the_notebook_sees_the_addresses_and_not_the_token(server):
     with flserving.serve(server) as endpoint:
         assert endpoint.url in repr(endpoint) and str(endpoint.grpc_url) in repr(endpoint)
-        assert endpoint.token not in repr(endpoint) and endpoint.token not in repr(vars(endpoint)["options"])
+        assert endpoint.token not in repr(endpoint) and endpoint.token not in repr(
+            vars(endpoint)["options"]
+        )
     assert "closed" in repr(endpoint) and endpoint.closed
 
 
@@ -101,7 +112,9 @@ def test_python_ends_while_an_endpoint_is_open(tmp_path):
         "endpoint = flserving.serve(server)\n"
         "print(endpoint.url)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("http://")
 
 
@@ -110,7 +123,9 @@ async def test_inside_a_running_loop(server):
     with flserving.serve(server) as endpoint:
         for url in (endpoint.url, f"grpc://{endpoint.grpc_url}"):
             async with AsyncClient(url, endpoint.token) as client:
-                answers = await asyncio.gather(*(client.predict(X + i, arrays=True) for i in range(20)))
+                answers = await asyncio.gather(
+                    *(client.predict(X + i, arrays=True) for i in range(20))
+                )
                 for i, answer in enumerate(answers):
                     np.testing.assert_array_equal(answer["predictions"], X + i)
 
@@ -130,7 +145,9 @@ def test_closing_finishes_what_was_admitted_and_takes_nothing_new(scheme):
             wait_until(lambda: not _listens(endpoint.url))
             assert not closing.done()
             probe.release()
-            assert [future.result()["predictions"] for future in asked] == [(X + i).tolist() for i in range(8)]
+            assert [future.result()["predictions"] for future in asked] == [
+                (X + i).tolist() for i in range(8)
+            ]
             closing.result()
 
 
@@ -142,8 +159,16 @@ def test_readiness_is_false_first_and_each_answer_then_closes_its_connection(ser
         wait_until(lambda: not endpoint.v2.ready())
         answer = client.get(f"{endpoint.url}/v2/health/ready")
         assert answer.status_code == 503 and answer.json()["ready"] is False
-        wait_until(lambda: client.get(f"{endpoint.url}/v2/health/live").headers.get("connection") == "close")
-        body = {"inputs": [{"name": "features", "shape": [2, 4], "datatype": "FP32", "data": X.tolist()}]}
+        wait_until(
+            lambda: (
+                client.get(f"{endpoint.url}/v2/health/live").headers.get("connection") == "close"
+            )
+        )
+        body = {
+            "inputs": [
+                {"name": "features", "shape": [2, 4], "datatype": "FP32", "data": X.tolist()}
+            ]
+        }
         assert client.post(f"{endpoint.url}/v2/models/local/infer", json=body).status_code == 200
         closing.join()
 
@@ -154,7 +179,10 @@ def test_the_grace_time_ends(caplog):
         endpoint = flserving.serve(server, grpc_port=None)
         probe.shut()
         never = Retries(attempts=1)
-        with Client(endpoint.url, endpoint.token, retries=never) as client, ThreadPoolExecutor(1) as pool:
+        with (
+            Client(endpoint.url, endpoint.token, retries=never) as client,
+            ThreadPoolExecutor(1) as pool,
+        ):
             asked = pool.submit(client.predict, X)
             probe.wait_inside(1)
             started_s = time.monotonic()
@@ -167,7 +195,10 @@ def test_the_grace_time_ends(caplog):
 
 
 def test_a_port_in_use_is_said_at_once(server):
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConflictError, match="in use"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ConflictError, match="in use"),
+    ):
         flserving.serve(server, port=taken.getsockname()[1])
     with flserving.serve(server) as first:
         rest, grpc = (int(url.rpartition(":")[2]) for url in (first.url, first.grpc_url))
@@ -229,10 +260,14 @@ def test_origins_are_kept_as_browsers_send_them(server):
     own_ports = ApiOptions(origins=["https://a.org:443", "http://a.org:80", "http://a.org:443"])
     assert own_ports.origins == ("https://a.org", "http://a.org", "http://a.org:443")
     with flserving.serve(server) as endpoint:
-        answer = httpx.get(f"{endpoint.url}/v2/health/live", headers={"origin": "http://Localhost:8888".lower()})
+        answer = httpx.get(
+            f"{endpoint.url}/v2/health/live", headers={"origin": "http://Localhost:8888".lower()}
+        )
         assert answer.status_code == 403
         endpoint.allow_origin("http://Localhost:8888")
-        answer = httpx.get(f"{endpoint.url}/v2/health/live", headers={"origin": "http://localhost:8888"})
+        answer = httpx.get(
+            f"{endpoint.url}/v2/health/live", headers={"origin": "http://localhost:8888"}
+        )
         assert answer.headers["access-control-allow-origin"] == "http://localhost:8888"
         with pytest.raises(ConfigError, match="without a path"):
             endpoint.allow_origin("http://localhost:8888/lab")
@@ -241,7 +276,10 @@ def test_origins_are_kept_as_browsers_send_them(server):
 def test_own_tokens_and_the_admin_role(server):
     tokens = Tokens()
     tokens.add("t-read", Role.READ)
-    with flserving.serve(server, tokens=tokens) as endpoint, Client(endpoint.url, "t-read") as client:
+    with (
+        flserving.serve(server, tokens=tokens) as endpoint,
+        Client(endpoint.url, "t-read") as client,
+    ):
         assert endpoint.token is None and endpoint.headers == {}
         assert client.models()
         with pytest.raises(ForbiddenError):
@@ -254,27 +292,36 @@ def test_own_tokens_and_the_admin_role(server):
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
 def test_tls_on_both_doors(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    certificate, key = ("~/" + Path(path).relative_to(tmp_path).as_posix() for path in self_signed(tmp_path))
+    certificate, key = (
+        "~/" + Path(path).relative_to(tmp_path).as_posix() for path in self_signed(tmp_path)
+    )
     with flserving.serve(server, certificate=certificate, key=key) as endpoint:
         assert endpoint.url.startswith("https://")
         for url in (endpoint.url, f"grpcs://{endpoint.grpc_url}", endpoint.grpc_url):
             with Client(url, endpoint.token, ca=certificate) as client:
                 assert client.predict(X)["predictions"] == X.tolist()
         once = Retries(attempts=1)
-        with Client(endpoint.url, endpoint.token, retries=once) as doubting, pytest.raises(ServerClosedError):
+        with (
+            Client(endpoint.url, endpoint.token, retries=once) as doubting,
+            pytest.raises(ServerClosedError),
+        ):
             doubting.predict(X)  # nobody told it to trust this certificate
 
 
 def test_a_socket_keeps_a_port_without_listening():
     with listen("127.0.0.1", 0, reuse_port=True, backlog=0) as kept:
         port = kept.getsockname()[1]
-        with listen("127.0.0.1", port, reuse_port=True) as one, listen("127.0.0.1", port, reuse_port=True) as two:
+        with (
+            listen("127.0.0.1", port, reuse_port=True) as one,
+            listen("127.0.0.1", port, reuse_port=True) as two,
+        ):
             assert one.getsockname() == two.getsockname()
         assert not _listens(f"http://127.0.0.1:{port}")
 
 
 def gated(probe):
-    """A server whose model waits in worker threads: one that is known as quick would hold up the event loop instead."""
+    """A server whose model waits in worker threads: one that is known as quick would hold up the
+    event loop instead."""
     return serving(Gated(probe), num_features=4, batching="hold_until_full", max_wait_time_ms=1)
 
 

@@ -1,4 +1,5 @@
-"""Feedback over the network: the answer names its arm, and one genuine, own, timely reward an answer counts."""
+"""Feedback over the network: the answer names its arm, and one genuine, own, timely reward an
+answer counts."""
 
 import base64
 import json
@@ -76,9 +77,20 @@ def test_a_reward_counts_once_and_for_the_arm_of_its_answer(store):
 def test_no_changed_byte_no_other_client_and_no_other_key_is_believed(store, tmp_path_factory):
     receipt = store.receipt("run", "a", "c-1")
     raw = base64.urlsafe_b64decode(receipt)
-    forged = [base64.urlsafe_b64encode(raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :]).decode() for i in range(len(raw))]
+    forged = [
+        base64.urlsafe_b64encode(raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :]).decode()
+        for i in range(len(raw))
+    ]
     with_other_key = FeedbackStore(str(tmp_path_factory.mktemp("other")))
-    forged += [with_other_key.receipt("run", "a", "c-1"), "", "x", "é", "A" * 100_000, receipt[:-4], receipt + "AAAA"]
+    forged += [
+        with_other_key.receipt("run", "a", "c-1"),
+        "",
+        "x",
+        "é",
+        "A" * 100_000,
+        receipt[:-4],
+        receipt + "AAAA",
+    ]
     with_other_key.close()
     texts = set()
     for one in forged:
@@ -99,14 +111,20 @@ def test_late_feedback_is_refused_and_its_mark_is_kept_exactly_as_long_as_needed
         store.add(store.read(receipt, "c-1"), 1)
     clock.now_s += 2
     for one in (receipt, late):
-        with pytest.raises(ConflictError, match="the answer is 62 s old: feedback is taken for 60 s"):
+        with pytest.raises(
+            ConflictError, match="the answer is 62 s old: feedback is taken for 60 s"
+        ):
             store.read(one, "c-1")
     store.add(store.read(store.receipt("run", "a", "c-2"), "c-2"), 1)
-    assert store._query("SELECT count(*) FROM used") == [(1,)], "marks of what is late anyway are removed"
+    assert store._query("SELECT count(*) FROM used") == [(1,)], (
+        "marks of what is late anyway are removed"
+    )
     assert store.sums("run") == {"a": (2, 2.0)}
 
 
-@pytest.mark.parametrize("reward", [-0.1, 1.1, float("nan"), float("inf"), True, "1", None], ids=repr)
+@pytest.mark.parametrize(
+    "reward", [-0.1, 1.1, float("nan"), float("inf"), True, "1", None], ids=repr
+)
 def test_what_is_no_reward_is_refused_and_may_be_given_again(store, reward):
     receipt = store.read(store.receipt("run", "a", "c-1"), "c-1")
     with pytest.raises(InvalidInputError, match="reward is"):
@@ -134,7 +152,9 @@ def test_of_many_that_replay_one_receipt_at_once_in_two_stores_one_counts(store,
     for place in range(8):
         threads.start(give, (store, other)[place % 2])
     outcomes = threads.outcomes()
-    assert outcomes.count(None) == 1 and sum(isinstance(one, ConflictError) for one in outcomes) == 7
+    assert (
+        outcomes.count(None) == 1 and sum(isinstance(one, ConflictError) for one in outcomes) == 7
+    )
     assert other.sums("run") == {"a": (1, 1.0)}
     other.close()
     if os.name == "posix":
@@ -187,12 +207,18 @@ def given(server):
 def test_the_answer_names_its_arm_and_its_client_may_reward_it_once(door, server, running):
     for i in range(8):
         with Client(door, f"token-{i}") as caller:
-            answers = [caller.predict(ROW), caller.predict(ROW, personal=True), caller.predict(ROW, arrays=True)]
+            answers = [
+                caller.predict(ROW),
+                caller.predict(ROW, personal=True),
+                caller.predict(ROW, arrays=True),
+            ]
             arm = running.arm_of(f"c-{i}")
             for answer in answers:
                 assert answer["arm"] == arm == {"1": "a", "2": "b"}[answer["model_version"]]
                 assert np.array_equal(answer["predictions"], [int(answer["model_version"])])
-            assert "arm" not in caller.predict(ROW, version=1), "who names a version is in no experiment"
+            assert "arm" not in caller.predict(ROW, version=1), (
+                "who names a version is in no experiment"
+            )
             before = given(server)
             caller.feedback(answers[0]["receipt"], 1)
             with pytest.raises(ConflictError, match="feedback for this answer already"):
@@ -203,9 +229,16 @@ def test_the_answer_names_its_arm_and_its_client_may_reward_it_once(door, server
         assert answer["model_version"] == "1" and not {"arm", "receipt"} & answer.keys()
 
 
-def test_feedback_whose_answer_is_lost_is_tried_again_and_counts_once(door, server, running, monkeypatch):
+def test_feedback_whose_answer_is_lost_is_tried_again_and_counts_once(
+    door, server, running, monkeypatch
+):
     with Client(door, "token-5", sleep=lambda _: None) as caller:
-        receipt, before, send, tries = caller.predict(ROW)["receipt"], given(server), caller._transport.send, []
+        receipt, before, send, tries = (
+            caller.predict(ROW)["receipt"],
+            given(server),
+            caller._transport.send,
+            [],
+        )
 
         def lossy(*call):
             tries.append(send(*call))
@@ -226,7 +259,9 @@ async def test_the_awaiting_client_gives_feedback_too(door, server, running):
     assert sum(given(server).values()) == sum(before.values()) + 1
 
 
-def test_what_is_refused_over_the_network_changes_nothing(door, server, running, registry, monkeypatch):
+def test_what_is_refused_over_the_network_changes_nothing(
+    door, server, running, registry, monkeypatch
+):
     with Client(door, "token-1") as caller:
         receipt = caller.predict(ROW)["receipt"]
     before, protocol = given(server), "rest" if door.startswith("http") else "grpc"
@@ -236,7 +271,12 @@ def test_what_is_refused_over_the_network_changes_nothing(door, server, running,
         ("nobody", ForbiddenError, "feedback needs a client", {}),
         ("reader", ForbiddenError, "role", {}),
         ("unknown", UnauthorizedError, "credential|token", {}),
-        ("token-1", ForbiddenError, "not issued to this client", {"receipt": receipt[:-4] + "AAAA"}),
+        (
+            "token-1",
+            ForbiddenError,
+            "not issued to this client",
+            {"receipt": receipt[:-4] + "AAAA"},
+        ),
         ("token-1", ForbiddenError, "not issued to this client", {"receipt": ""}),
         ("token-1", InvalidInputError, "reward is 2", {"reward": 2}),
         ("token-1", InvalidInputError, "reward is nan", {"reward": math.nan}),
@@ -262,16 +302,33 @@ def test_what_the_client_never_sends_is_refused_by_the_doors(endpoint, server, r
     with Client(endpoint.url, "token-1") as caller:
         receipt = caller.predict(ROW)["receipt"]
     before, headers = given(server), {"authorization": "Bearer token-1"}
-    for body in (b"", b"{}", b"no", *({"receipt": receipt, "reward": r} for r in (2, "1", None, True)), {"reward": 1}):
+    for body in (
+        b"",
+        b"{}",
+        b"no",
+        *({"receipt": receipt, "reward": r} for r in (2, "1", None, True)),
+        {"reward": 1},
+    ):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         reply = httpx.post(f"{endpoint.url}/v2/models/m/feedback", content=body, headers=headers)
-        assert (reply.status_code, reply.headers["flserving-error"]) == (400, "InvalidInput"), (body, reply.text)
+        assert (reply.status_code, reply.headers["flserving-error"]) == (400, "InvalidInput"), (
+            body,
+            reply.text,
+        )
     kind = message("flserving.FeedbackRequest")
     with Caller(endpoint.grpc_url, "token-1") as caller:
-        for body in (kind(model_name="m", receipt=receipt), kind(model_name="m", receipt=receipt, reward=2), b"no"):
+        for body in (
+            kind(model_name="m", receipt=receipt),
+            kind(model_name="m", receipt=receipt, reward=2),
+            b"no",
+        ):
             assert caller.refused("/flserving.Experiments/Feedback", body)[0] == "INVALID_ARGUMENT"
-        too_long = kind(model_name="m", receipt="A" * (endpoint.options.max_body_bytes + 1), reward=1)
-        assert caller.refused("/flserving.Experiments/Feedback", too_long)[0] == "RESOURCE_EXHAUSTED"
+        too_long = kind(
+            model_name="m", receipt="A" * (endpoint.options.max_body_bytes + 1), reward=1
+        )
+        assert (
+            caller.refused("/flserving.Experiments/Feedback", too_long)[0] == "RESOURCE_EXHAUSTED"
+        )
     assert given(server) == before
 
 
@@ -302,6 +359,9 @@ def test_feedback_for_an_experiment_that_is_over_decides_nothing(door, registry,
     registry.conclude_experiment("m", **LOG)
     store = server.experiments._store(registry)
     name = store.pseudonym("c-3").hex()
-    assert name not in store.rewards(running.run).get(running.arm_of("c-3"), {}) and store.rewards(again.run) == {}
+    assert (
+        name not in store.rewards(running.run).get(running.arm_of("c-3"), {})
+        and store.rewards(again.run) == {}
+    )
     with pytest.raises(NotFoundError):
         server.experiments.feedback("nothing", receipt, 1, "c-3")

@@ -69,20 +69,33 @@ def same(server, result, x, version="v1"):
 
 def test_tritonclient_gets_what_predict_gives(server, target):
     with triton.InferenceServerClient(target) as client:
-        assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("local", "v2")
+        assert (
+            client.is_server_live()
+            and client.is_server_ready()
+            and client.is_model_ready("local", "v2")
+        )
         result = client.infer("local", triton_input(X), headers=HEADERS, request_id="42")
         same(server, result, X)
         answer = result.get_response()
         assert (answer.id, answer.model_name, answer.model_version) == ("42", "local", "v1")
         assert {value.WhichOneof("parameter_choice") for value in answer.parameters.values()} <= {
             "bool_param", "int64_param", "string_param"}  # fmt: skip
-        same(server, client.infer("local", triton_input(X), model_version="v2", headers=HEADERS), X, "v2")
+        same(
+            server,
+            client.infer("local", triton_input(X), model_version="v2", headers=HEADERS),
+            X,
+            "v2",
+        )
         wanted = [triton.InferRequestedOutput("confidences")]
         result = client.infer("local", triton_input(X), outputs=wanted, headers=HEADERS)
         assert [output.name for output in result.get_response().outputs] == ["confidences"]
-        staged = client.infer("local", triton_input(X), headers=HEADERS, parameters={"stages": True}).get_response()
+        staged = client.infer(
+            "local", triton_input(X), headers=HEADERS, parameters={"stages": True}
+        ).get_response()
         assert "stage_infer_us" in staged.parameters
-        packed = client.infer("local", triton_input(X), headers=HEADERS, compression_algorithm="gzip")
+        packed = client.infer(
+            "local", triton_input(X), headers=HEADERS, compression_algorithm="gzip"
+        )
         same(server, packed, X)
         with pytest.raises(InferenceServerException, match=r"NOT_FOUND.*nope"):
             client.infer("nope", triton_input(X), headers=HEADERS)
@@ -92,10 +105,19 @@ def test_tritonclient_reads_metadata_configuration_statistics_and_the_repository
     with triton.InferenceServerClient(target) as client:
         assert client.get_server_metadata(headers=HEADERS).name == "flserving"
         about = client.get_model_metadata("local", headers=HEADERS)
-        assert [(t.name, t.datatype, list(t.shape)) for t in about.inputs] == [("features", "FP32", [-1, WIDTH])]
-        assert list(about.outputs[2].shape) == [-1, CLASSES] and list(about.versions) == ["v1", "v2"]
+        assert [(t.name, t.datatype, list(t.shape)) for t in about.inputs] == [
+            ("features", "FP32", [-1, WIDTH])
+        ]
+        assert list(about.outputs[2].shape) == [-1, CLASSES] and list(about.versions) == [
+            "v1",
+            "v2",
+        ]
         config = client.get_model_config("local", headers=HEADERS).config
-        assert config.max_batch_size == 32 and config.input[0].data_type == 11 and config.output[2].dims == [CLASSES]
+        assert (
+            config.max_batch_size == 32
+            and config.input[0].data_type == 11
+            and config.output[2].dims == [CLASSES]
+        )
         before = client.get_inference_statistics("local", "v1", headers=HEADERS).model_stats[0]
         client.infer("local", triton_input(X), headers=HEADERS)
         after = client.get_inference_statistics("local", "v1", headers=HEADERS).model_stats[0]
@@ -103,7 +125,10 @@ def test_tritonclient_reads_metadata_configuration_statistics_and_the_repository
         assert after.inference_stats.success.count - before.inference_stats.success.count == 1
         assert after.inference_stats.compute_infer.ns > before.inference_stats.compute_infer.ns
         index = client.get_model_repository_index(headers=HEADERS).models
-        assert [(m.name, m.version, m.state) for m in index] == [("local", "v1", "READY"), ("local", "v2", "READY")]
+        assert [(m.name, m.version, m.state) for m in index] == [
+            ("local", "v1", "READY"),
+            ("local", "v2", "READY"),
+        ]
 
 
 async def test_async_clients_share_batches_and_get_their_own_rows(server, target):
@@ -125,7 +150,9 @@ def test_typed_contents_give_the_same_as_raw(caller):
     assert raw.keys() == typed.keys() == {"predictions", "confidences", "probabilities"}
     for name in raw:
         np.testing.assert_array_equal(raw[name], typed[name])
-    same_values = caller.infer(X, parameters={"alias": {"string_param": "default"}, "mine": {"double_param": 0.5}})
+    same_values = caller.infer(
+        X, parameters={"alias": {"string_param": "default"}, "mine": {"double_param": 0.5}}
+    )
     np.testing.assert_array_equal(same_values["probabilities"], raw["probabilities"])
 
 
@@ -157,7 +184,10 @@ def test_health_needs_no_credential_and_follows_the_drain(door):
         v2.draining = True
         try:
             assert status(next(watch)) == "NOT_SERVING" and status(health(channel)) == "NOT_SERVING"
-            live, ready = (channel.unary_unary(f"/{codec.SERVICE}/Server{kind}")(b"") for kind in ("Live", "Ready"))
+            live, ready = (
+                channel.unary_unary(f"/{codec.SERVICE}/Server{kind}")(b"")
+                for kind in ("Live", "Ready")
+            )
             assert (live, ready) == (b"\x08\x01", b"")
         finally:
             v2.draining = False
@@ -219,7 +249,10 @@ def test_calls_are_timed_and_refusals_counted(server, target, caller):
 
 def test_a_port_in_use_is_said(server, target):
     port = int(target.rpartition(":")[2])
-    with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"), open_door(server, grpc_port=port):
+    with (
+        pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"),
+        open_door(server, grpc_port=port),
+    ):
         pass
 
 
@@ -227,7 +260,15 @@ def test_a_port_in_use_is_said(server, target):
 def test_tls(server, tmp_path):
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=test -addext"
-    command = ["openssl", *made.split(), "subjectAltName=IP:127.0.0.1", "-out", cert, "-keyout", key]
+    command = [
+        "openssl",
+        *made.split(),
+        "subjectAltName=IP:127.0.0.1",
+        "-out",
+        cert,
+        "-keyout",
+        key,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     options = {"certificate": cert, "key": key}
     with open_door(server, **options) as (_, target, _, _):

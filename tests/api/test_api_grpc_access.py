@@ -1,4 +1,5 @@
-"""Every method of the gRPC door with every role, the client behind a credential, and no tokens at all."""
+"""Every method of the gRPC door with every role, the client behind a credential, and no tokens at
+all."""
 
 import grpc
 import numpy as np
@@ -34,7 +35,9 @@ LEAST = {
 }  # fmt: skip
 BODIES = {
     "ModelInfer": request(X).SerializeToString(),
-    **dict.fromkeys(("ModelReady", "ModelMetadata", "ModelConfig", "RepositoryModelLoad"), b"\n\x05local"),
+    **dict.fromkeys(
+        ("ModelReady", "ModelMetadata", "ModelConfig", "RepositoryModelLoad"), b"\n\x05local"
+    ),
     "RepositoryModelUnload": b"\n\x04nope",  # 404 once it is let in: the others go on
 }
 ORDER = [None, "read", "infer", "admin"]
@@ -64,18 +67,27 @@ def test_personal_answers_take_the_client_of_the_credential(target):
         assert arrays(caller.call(INFER, personal, token="c-1"))["predictions"].shape == (3,)
 
 
-@pytest.mark.parametrize("value", ["bearer infer", " Bearer infer", "Bearer  infer ", "  BEARER infer"])
+@pytest.mark.parametrize(
+    "value", ["bearer infer", " Bearer infer", "Bearer  infer ", "  BEARER infer"]
+)
 def test_the_credential_is_read_as_http_reads_it(target, value):
-    """Perf_analyzer sends what stands behind the colon of its ``-H "Authorization: Bearer ..."``, the blank as well."""
+    """Perf_analyzer sends what stands behind the colon of its ``-H "Authorization: Bearer ..."``,
+    the blank as well."""
     with grpc.insecure_channel(target) as channel:
-        answer = channel.unary_unary(INFER)(BODIES["ModelInfer"], metadata=(("authorization", value),))
+        answer = channel.unary_unary(INFER)(
+            BODIES["ModelInfer"], metadata=(("authorization", value),)
+        )
     assert arrays(answer)["predictions"].shape == (3,)
 
 
-@pytest.mark.parametrize("value", [" ", "Bearer", " Bearer ", "Bearerinfer", "infer", "Basic infer", "Bearer inf er"])
+@pytest.mark.parametrize(
+    "value", [" ", "Bearer", " Bearer ", "Bearerinfer", "infer", "Basic infer", "Bearer inf er"]
+)
 def test_what_is_no_credential_stays_none(target, value):
     with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as error:
-        channel.unary_unary(INFER)(BODIES["ModelInfer"], metadata=(("authorization", value),), timeout=PATIENCE_S)
+        channel.unary_unary(INFER)(
+            BODIES["ModelInfer"], metadata=(("authorization", value),), timeout=PATIENCE_S
+        )
     assert error.value.code().name == "UNAUTHENTICATED"
 
 

@@ -1,4 +1,5 @@
-"""The gRPC door in time: deadlines, cancellation, the end of a server, a limit on calls, a hot swap under load."""
+"""The gRPC door in time: deadlines, cancellation, the end of a server, a limit on calls, a hot swap
+under load."""
 
 import asyncio
 import contextlib
@@ -16,7 +17,10 @@ from serving_models import PATIENCE_S, Constant, Gated, Probe, Threads, serving,
 @contextlib.contextmanager
 def held(probe):
     """A server of one worker that is busy until the probe releases it: calls wait in the queue."""
-    with serving(Gated(probe), num_workers=1) as server, open_door(server) as (_, target, door, run):
+    with (
+        serving(Gated(probe), num_workers=1) as server,
+        open_door(server) as (_, target, door, run),
+    ):
         probe.shut()
         threads = Threads()
         threads.start(server.predict, np.zeros((1, 2), np.float32))
@@ -28,7 +32,9 @@ def held(probe):
 
 
 def waiting(server, rows):
-    wait_until(lambda: server.get_all_stats()["queue"]["waiting_rows"] == rows, f"{rows} rows in the queue")
+    wait_until(
+        lambda: server.get_all_stats()["queue"]["waiting_rows"] == rows, f"{rows} rows in the queue"
+    )
 
 
 def failed(server):
@@ -38,7 +44,9 @@ def failed(server):
 ONE = np.full((1, 2), 7, np.float32)
 
 
-@pytest.mark.parametrize(("timeout_us", "deadline_s"), [(20_000, PATIENCE_S), (int(PATIENCE_S * 1e6), 0.05)])
+@pytest.mark.parametrize(
+    ("timeout_us", "deadline_s"), [(20_000, PATIENCE_S), (int(PATIENCE_S * 1e6), 0.05)]
+)
 def test_the_smaller_of_timeout_and_deadline_wins(timeout_us, deadline_s):
     probe = Probe()
     with held(probe) as (server, caller, _):
@@ -87,12 +95,17 @@ def test_calls_beyond_the_limit_are_turned_away_and_health_is_not():
         probe.wait_inside(1)
         with open_door(server, max_connections=2) as (_, target, _, _), Caller(target) as caller:
             body = request(ONE).SerializeToString()
-            calls = [caller.channel.unary_unary(INFER).future(body, metadata=metadata("infer")) for _ in range(2)]
+            calls = [
+                caller.channel.unary_unary(INFER).future(body, metadata=metadata("infer"))
+                for _ in range(2)
+            ]
             waiting(server, 2)
             assert caller.refused(INFER, body)[0] == "RESOURCE_EXHAUSTED"
             assert status(health(caller.channel)) == "SERVING" and caller.ask("ServerReady").ready
             probe.release()
-            assert [arrays(call.result(PATIENCE_S))["predictions"].tolist() for call in calls] == [[[7.0, 7.0]]] * 2
+            assert [arrays(call.result(PATIENCE_S))["predictions"].tolist() for call in calls] == [
+                [[7.0, 7.0]]
+            ] * 2
             threads.results()
 
 
@@ -102,10 +115,15 @@ def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing():
         seen, failures, stop = [], [], threading.Event()
 
         async def ask(channel):
-            call, body = channel.unary_unary(INFER), request(np.zeros((4, 2), np.float32)).SerializeToString()
+            call, body = (
+                channel.unary_unary(INFER),
+                request(np.zeros((4, 2), np.float32)).SerializeToString(),
+            )
             while not stop.is_set():
                 try:
-                    answer = codec.InferResponse.FromString(await call(body, metadata=metadata("infer")))
+                    answer = codec.InferResponse.FromString(
+                        await call(body, metadata=metadata("infer"))
+                    )
                 except grpc.RpcError as error:
                     failures.append(error)
                     return
@@ -120,7 +138,10 @@ def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing():
         for turn in range(20):
             count, version = len(seen), ("v2", "v1")[turn % 2]
             server.set_default(version)
-            wait_until(lambda n=count, v=version: failures or any(a[0] == v for a in seen[n:]), f"{version} in answers")
+            wait_until(
+                lambda n=count, v=version: failures or any(a[0] == v for a in seen[n:]),
+                f"{version} in answers",
+            )
         stop.set()
         thread.join(PATIENCE_S)
         assert not failures
@@ -128,7 +149,10 @@ def test_a_hot_swap_under_load_fails_nobody_and_mixes_nothing():
 
 
 def test_two_doors_share_a_port_and_one_may_leave():
-    with serving(Constant(1)) as server, open_door(server, reuse_port=True) as (_, target, door, run):
+    with (
+        serving(Constant(1)) as server,
+        open_door(server, reuse_port=True) as (_, target, door, run),
+    ):
         port = int(target.rpartition(":")[2])
         with open_door(server, reuse_port=True, grpc_port=port) as (_, other, _, _):
             assert other == target

@@ -1,4 +1,5 @@
-"""gRPC messages: descriptors are those of the .proto files, tensors keep every number, wrong ones are refused."""
+"""gRPC messages: descriptors are those of the .proto files, tensors keep every number, wrong ones
+are refused."""
 
 import subprocess
 import sys
@@ -21,7 +22,11 @@ TYPED = [name for name in DTYPES if name != "FP16"]
 def test_the_descriptor_set_is_the_one_of_the_proto_files(tmp_path):
     pytest.importorskip("grpc_tools")
     command = ["-m", "grpc_tools.protoc", "-I.", f"--descriptor_set_out={tmp_path / 'made'}"]
-    subprocess.run([sys.executable, *command, *(path.name for path in API.glob("*.proto"))], cwd=API, check=True)
+    subprocess.run(
+        [sys.executable, *command, *(path.name for path in API.glob("*.proto"))],
+        cwd=API,
+        check=True,
+    )
     hint = f"in flserving/api/grpc: python {' '.join(command[:3])} --descriptor_set_out=descriptors.binpb *.proto"
     made, kept = (m.descriptor_pb2.FileDescriptorSet.FromString(p.read_bytes())
                   for p in (tmp_path / "made", API / "descriptors.binpb"))  # fmt: skip
@@ -29,7 +34,8 @@ def test_the_descriptor_set_is_the_one_of_the_proto_files(tmp_path):
 
 
 def test_field_numbers_and_types_are_those_of_another_implementation():
-    """Every message that tritonclient has too: our fields are a subset of its, under the same numbers and types."""
+    """Every message that tritonclient has too: our fields are a subset of its, under the same
+    numbers and types."""
     service = pytest.importorskip("tritonclient.grpc").service_pb2
     config = pytest.importorskip("tritonclient.grpc").model_config_pb2
     theirs = {**service.DESCRIPTOR.message_types_by_name, **config.DESCRIPTOR.message_types_by_name}
@@ -44,7 +50,11 @@ def test_field_numbers_and_types_are_those_of_another_implementation():
                                            ("RepositoryModelUnloadResponse", "model_name")}:  # fmt: skip
                 continue
             same = other.fields_by_name[field.name]
-            assert (same.number, same.type, same.is_repeated) == (field.number, field.type, field.is_repeated), field
+            assert (same.number, same.type, same.is_repeated) == (
+                field.number,
+                field.type,
+                field.is_repeated,
+            ), field
             compared += 1
         for inner in ours.nested_types:
             compare(inner, other.nested_types_by_name[inner.name])
@@ -72,15 +82,25 @@ def sent(datatype, shape, raw=None, contents=None, name="features"):
 
 @given(st.sampled_from(sorted(DTYPES)), st.data())
 def test_raw_tensors_keep_every_bit(datatype, data):
-    x = data.draw(hnp.arrays(DTYPES[datatype], hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)))
+    x = data.draw(
+        hnp.arrays(
+            DTYPES[datatype], hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+        )
+    )
     got = m.inputs(sent(datatype, x.shape, raw=x.tobytes()))["features"]
     assert got.dtype == x.dtype and got.shape == x.shape and got.tobytes() == x.tobytes()
 
 
 @given(st.sampled_from(TYPED), st.data())
 def test_typed_tensors_keep_every_number(datatype, data):
-    x = data.draw(hnp.arrays(DTYPES[datatype], hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)))
-    got = m.inputs(sent(datatype, x.shape, contents=(m._CONTENTS[datatype], x.ravel().tolist())))["features"]
+    x = data.draw(
+        hnp.arrays(
+            DTYPES[datatype], hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
+        )
+    )
+    got = m.inputs(sent(datatype, x.shape, contents=(m._CONTENTS[datatype], x.ravel().tolist())))[
+        "features"
+    ]
     assert got.dtype == x.dtype and got.shape == x.shape
     np.testing.assert_array_equal(got, x)
 
@@ -92,16 +112,29 @@ def test_bf16_is_the_upper_half_of_a_float32(x):
     assert got.view(np.uint32).tolist() == (x.view(np.uint32) & 0xFFFF0000).tolist()
 
 
-@given(hnp.arrays(np.float32, (3, 2), elements=st.floats(width=32)), hnp.arrays(np.int64, 3), st.text(max_size=20))
+@given(
+    hnp.arrays(np.float32, (3, 2), elements=st.floats(width=32)),
+    hnp.arrays(np.int64, 3),
+    st.text(max_size=20),
+)
 def test_responses_are_read_back_as_they_were(probabilities, predictions, request_id):
-    outputs = {"predictions": predictions, "probabilities": probabilities[::-1]}  # a view that is not contiguous
+    outputs = {
+        "predictions": predictions,
+        "probabilities": probabilities[::-1],
+    }  # a view that is not contiguous
     values = {"flag": True, "latency_us": 2**40, "model_type": "global"}
     answer = m.InferResponse.FromString(m.response("m", "v1", request_id, outputs, values))
     assert (answer.model_name, answer.model_version, answer.id) == ("m", "v1", request_id)
     assert m.parameters(answer.parameters) == values
     assert [type(v) for v in m.parameters(answer.parameters).values()].count(bool) == 1
-    for tensor, raw, (name, array) in zip(answer.outputs, answer.raw_output_contents, outputs.items(), strict=True):
-        assert tensor.name == name and list(tensor.shape) == list(array.shape) and raw == array.tobytes()
+    for tensor, raw, (name, array) in zip(
+        answer.outputs, answer.raw_output_contents, outputs.items(), strict=True
+    ):
+        assert (
+            tensor.name == name
+            and list(tensor.shape) == list(array.shape)
+            and raw == array.tobytes()
+        )
         assert not tensor.HasField("contents")
 
 
@@ -180,6 +213,9 @@ def test_parameters_outputs_and_bytes_that_mean_nothing_are_refused():
 
 def test_our_classes_are_not_those_of_another_library_in_the_same_process():
     theirs = pytest.importorskip("tritonclient.grpc").service_pb2.ModelInferRequest
-    assert theirs.DESCRIPTOR.full_name == m.InferRequest.DESCRIPTOR.full_name and theirs is not m.InferRequest
+    assert (
+        theirs.DESCRIPTOR.full_name == m.InferRequest.DESCRIPTOR.full_name
+        and theirs is not m.InferRequest
+    )
     ours = m.InferRequest(model_name="m", inputs=[{"name": "x", "shape": [2]}])
     assert theirs.FromString(ours.SerializeToString()).inputs[0].shape == [2]

@@ -1,4 +1,5 @@
-"""Names over the network: who is told them, what a new one needs to be served, and that none means two things."""
+"""Names over the network: who is told them, what a new one needs to be served, and that none means
+two things."""
 
 import re
 
@@ -49,7 +50,8 @@ def server(registry):
         yield server
 
 
-# What there is, in every combination of right and wrong names; the numbers of versions are names too
+# What there is, in every combination of right and wrong names; the numbers of versions are names
+# too
 MODELS, VERSIONS = ["zzz", "hospital", "study-7", "local", "%20"], ["99", "1", "default", "zzz"]
 
 
@@ -57,7 +59,9 @@ def told(text, *asked):
     """Names, or lists of versions, in ``text`` that the caller did not send itself."""
     for name in asked:
         text = text.replace(name, "")
-    return [name for name in (*SECRET, "default") if name in text] + re.findall(r"\d+, \d+|1 to 1\d", text)
+    return [name for name in (*SECRET, "default") if name in text] + re.findall(
+        r"\d+, \d+|1 to 1\d", text
+    )
 
 
 @pytest.mark.parametrize("token", NONE, ids=str)
@@ -65,7 +69,10 @@ def told(text, *asked):
 def test_no_route_tells_names_to_a_caller_without_the_role_to_read(server, operation, token):
     if operation.name in ("document", "page"):
         return  # the same for every server
-    with door(server, artifacts=True) as endpoint, httpx.Client(base_url=endpoint.url, headers=bearer(token)) as client:
+    with (
+        door(server, artifacts=True) as endpoint,
+        httpx.Client(base_url=endpoint.url, headers=bearer(token)) as client,
+    ):
         for model in MODELS:
             for version in VERSIONS:
                 path = operation.path.format(model=model, version=version)
@@ -83,11 +90,22 @@ def test_no_method_tells_names_to_a_caller_without_the_role_to_read(server, toke
             fields = {field.name for field in kind.DESCRIPTOR.fields}
             for model in MODELS:
                 for version in VERSIONS:
-                    values = {"name": model, "model_name": model, "version": version, "model_version": version}
+                    values = {
+                        "name": model,
+                        "model_name": model,
+                        "version": version,
+                        "model_version": version,
+                    }
                     body = kind(**{name: value for name, value in values.items() if name in fields})
                     call = channel.unary_unary(f"/{codec.SERVICE}/{method}")
                     try:
-                        said = str(call(body.SerializeToString(), metadata=metadata(token), timeout=PATIENCE_S))
+                        said = str(
+                            call(
+                                body.SerializeToString(),
+                                metadata=metadata(token),
+                                timeout=PATIENCE_S,
+                            )
+                        )
                     except grpc.RpcError as error:
                         said = f"{error.details()} {error.trailing_metadata()}"
                     assert not told(said, model, version), f"{method}: {said}"
@@ -97,12 +115,18 @@ def test_who_may_read_is_told_what_there_is(server):
     with door(server) as endpoint:
         path = f"{endpoint.url}/v2/models/zzz/ready"
         assert httpx.get(path).json() == {"error": "no such model or version"}
-        assert "served are hospital, study-7" in httpx.get(path, headers=bearer("read")).json()["error"]
+        assert (
+            "served are hospital, study-7"
+            in httpx.get(path, headers=bearer("read")).json()["error"]
+        )
         path = f"{endpoint.url}/v2/models/hospital/versions/99/ready"
         assert httpx.get(path).json() == {"error": "no such model or version"}
         assert "aliases canary, default" in httpx.get(path, headers=bearer("read")).json()["error"]
     with door(server, tokens=Tokens.open()) as endpoint:  # an explicit choice: everybody may read
-        assert "served are hospital" in httpx.get(f"{endpoint.url}/v2/models/zzz/ready").json()["error"]
+        assert (
+            "served are hospital"
+            in httpx.get(f"{endpoint.url}/v2/models/zzz/ready").json()["error"]
+        )
 
 
 def test_a_loaded_name_is_served_over_rest_and_grpc(tmp_path, monkeypatch):
@@ -121,7 +145,9 @@ def test_a_loaded_name_is_served_over_rest_and_grpc(tmp_path, monkeypatch):
                 assert httpx.get(ready).status_code == 404, "identity before data"
                 assert httpx.post(load, headers=bearer("admin")).status_code == 200
                 assert httpx.get(ready).status_code == 200
-                nobody = httpx.post(f"{endpoint.url}/v2/repository/models/nobody/load", headers=bearer("admin"))
+                nobody = httpx.post(
+                    f"{endpoint.url}/v2/repository/models/nobody/load", headers=bearer("admin")
+                )
                 assert nobody.status_code == 404
             with open_door(server) as (_, target, _, _), Caller(target, "admin") as caller:
                 assert caller.ask("RepositoryModelLoad", model_name="over-grpc").isLoaded
@@ -155,10 +181,13 @@ def test_a_client_that_names_no_model_gets_the_servers_default(tmp_path):
 
 @pytest.mark.full
 def test_no_model_can_have_the_name_of_a_route(tmp_path):
-    """Where a route has a word in the place of a model's name, no new model gets that word; all others answer."""
+    """Where a route has a word in the place of a model's name, no new model gets that word; all
+    others answer."""
     places = [o.path.split("/") for o in OPERATIONS]
     shape = ["", "v2", "models", "{model}"]
-    words = {parts[3] for parts in places if parts[:3] == shape[:3] and len(parts) == 4} - {"{model}"}
+    words = {parts[3] for parts in places if parts[:3] == shape[:3] and len(parts) == 4} - {
+        "{model}"
+    }
     assert words == NOT_FOR_MODELS
     with Registry(tmp_path) as registry:
         for name in NOT_FOR_MODELS:
@@ -172,4 +201,6 @@ def test_no_model_can_have_the_name_of_a_route(tmp_path):
                 for path in (name, f"{name}/versions/1", f"{name}/versions/default"):
                     answer = httpx.get(f"{endpoint.url}/v2/models/{path}", headers=bearer("read"))
                     assert answer.json()["name"] == name
-                    assert httpx.get(f"{endpoint.url}/v2/models/{path}/ready").json()["name"] == name
+                    assert (
+                        httpx.get(f"{endpoint.url}/v2/models/{path}/ready").json()["name"] == name
+                    )

@@ -48,7 +48,9 @@ def test_every_route_does_what_the_document_says(described, o):
     @given(case=described[o.path][o.method].as_strategy(), exists=st.booleans())
     def conforms(case, exists):
         if exists and "{model}" in o.path:
-            case.path_parameters |= {"model": "local"} | ({"version": "v1.0"} if "{version}" in o.path else {})
+            case.path_parameters |= {"model": "local"} | (
+                {"version": "v1.0"} if "{version}" in o.path else {}
+            )
         case.call_and_validate(checks=CHECKS, headers={"Authorization": "Bearer secret"})
 
     conforms()
@@ -57,21 +59,28 @@ def test_every_route_does_what_the_document_says(described, o):
 def test_the_file_is_what_the_routes_and_messages_make_of_it():
     remade = openapi_document.text()
     same = document().decode() == remade
-    assert same, "routes or messages changed: run python tests/support/openapi_document.py and commit what it writes"
+    assert same, (
+        "routes or messages changed: run python tests/support/openapi_document.py and commit what it writes"
+    )
 
 
 def parts(node):
     """Every object inside a JSON value."""
     if isinstance(node, dict):
         yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
         yield from parts(child)
 
 
 def test_every_schema_is_one_and_its_default_fits_it():
-    """What makers of clients stumble over; tests/test_peers_clients.py has a whole validator and a maker of clients."""
+    """What makers of clients stumble over; tests/test_peers_clients.py has a whole validator and a
+    maker of clients."""
     doc = json.loads(document())
-    registry = referencing.Registry().with_resource("", referencing.jsonschema.DRAFT202012.create_resource(doc))
+    registry = referencing.Registry().with_resource(
+        "", referencing.jsonschema.DRAFT202012.create_resource(doc)
+    )
     checked = 0
     for part in parts(doc):
         if "$ref" in part:
@@ -83,7 +92,10 @@ def test_every_schema_is_one_and_its_default_fits_it():
                 jsonschema.Draft202012Validator(part, registry=registry).validate(part["default"])
             checked += 1
     assert checked > 100
-    assert doc["components"]["schemas"]["InputTensor"]["properties"]["datatype"]["enum"] == [*DTYPES, "BF16"]
+    assert doc["components"]["schemas"]["InputTensor"]["properties"]["datatype"]["enum"] == [
+        *DTYPES,
+        "BF16",
+    ]
 
 
 def test_every_route_and_status_is_in_the_document():

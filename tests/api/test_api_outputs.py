@@ -1,4 +1,5 @@
-"""Who may see what: one policy for a role or a credential, the same by every way that an answer can take."""
+"""Who may see what: one policy for a role or a credential, the same by every way that an answer can
+take."""
 
 import asyncio
 import contextlib
@@ -22,7 +23,14 @@ from rest_door import bearer, binary, outputs_of, text
 from serving_models import PATIENCE_S
 
 pytestmark = pytest.mark.timeout(120)
-SEEN = {"infer": "label", "c-1": "label", "admin": "full", "auditor": "full", "c-2": "top-2", "c-3": "rounded-2"}
+SEEN = {
+    "infer": "label",
+    "c-1": "label",
+    "admin": "full",
+    "auditor": "full",
+    "c-2": "top-2",
+    "c-3": "rounded-2",
+}
 """Token -> what it is shown, where the server says that the role infer sees labels."""
 INFER = "/v2/models/m/infer"
 MLP = {"architecture": "mlp", "parameters": {"sizes": SIZES}}
@@ -42,9 +50,14 @@ def tokens():
 
 @contextlib.contextmanager
 def served(root, *, split=False, **settings):
-    """(server, endpoint) of a classifier of three classes, of which the role infer sees labels; ``split``: two versions
-    share its callers."""
-    settings = {"warmup_samples": 1, "timeout_ms": PATIENCE_S * 1e3, "outputs": "infer=label", **settings}
+    """(server, endpoint) of a classifier of three classes, of which the role infer sees labels;
+    ``split``: two versions share its callers."""
+    settings = {
+        "warmup_samples": 1,
+        "timeout_ms": PATIENCE_S * 1e3,
+        "outputs": "infer=label",
+        **settings,
+    }
     with Registry(root) as registry:
         publish(registry, 1)
         if split:
@@ -70,7 +83,9 @@ def by_json(endpoint, token):
 
 def by_bytes(endpoint, token):
     sent = binary(X, parameters={"binary_data_output": True})
-    answer = httpx.post(endpoint.url + INFER, content=sent["content"], headers=sent["headers"] | bearer(token))
+    answer = httpx.post(
+        endpoint.url + INFER, content=sent["content"], headers=sent["headers"] | bearer(token)
+    )
     return outputs_of(answer)[1]
 
 
@@ -82,7 +97,9 @@ def by_grpc(endpoint, token):
 def by_client(endpoint, token):
     with Client(endpoint.url, token) as client:
         answer = client.predict(X, model="m", arrays=True)
-    assert answer.get("outputs") == (None if SEEN[token] == "full" else SEEN[token]), "a masked answer says so"
+    assert answer.get("outputs") == (None if SEEN[token] == "full" else SEEN[token]), (
+        "a masked answer says so"
+    )
     return {name: answer[name] for name in OUTPUTS if name in answer}
 
 
@@ -107,7 +124,9 @@ def test_the_arms_of_an_experiment_are_masked_too(tmp_path, token):
     with served(tmp_path, split=True) as (_, endpoint), Client(endpoint.url, token) as client:
         answer = client.predict(X, model="m")
         assert ("arm" in answer and "receipt" in answer) == token.startswith("c-")
-        assert [name for name in OUTPUTS if name in answer] == [*OutputPolicy.parse(SEEN[token]).offered]
+        assert [name for name in OUTPUTS if name in answer] == [
+            *OutputPolicy.parse(SEEN[token]).offered
+        ]
         assert answer.get("outputs", "full") == SEEN[token]
 
 
@@ -128,12 +147,23 @@ def test_an_output_that_is_hidden_is_refused_by_every_way(world, hidden):
 
 def test_what_is_offered_can_be_narrowed_and_what_does_not_exist_is_another_error(world):
     endpoint = world[1]
-    for token, wanted in (("infer", ["predictions"]), ("c-2", ["confidences"]), ("admin", ["probabilities"])):
+    for token, wanted in (
+        ("infer", ["predictions"]),
+        ("c-2", ["confidences"]),
+        ("admin", ["probabilities"]),
+    ):
         named = [{"name": name} for name in wanted]
-        answer = httpx.post(endpoint.url + INFER, content=text(X, outputs=named), headers=bearer(token))
+        answer = httpx.post(
+            endpoint.url + INFER, content=text(X, outputs=named), headers=bearer(token)
+        )
         assert list(outputs_of(answer)[1]) == wanted
-    answer = httpx.post(endpoint.url + INFER, content=text(X, outputs=[{"name": "x"}]), headers=bearer("infer"))
-    assert (answer.status_code, answer.headers["flserving-error"]) == (400, InvalidInputError("").reason)
+    answer = httpx.post(
+        endpoint.url + INFER, content=text(X, outputs=[{"name": "x"}]), headers=bearer("infer")
+    )
+    assert (answer.status_code, answer.headers["flserving-error"]) == (
+        400,
+        InvalidInputError("").reason,
+    )
 
 
 def test_a_parameter_cannot_widen_what_is_shown(world):
@@ -147,11 +177,16 @@ def test_a_parameter_cannot_widen_what_is_shown(world):
 def test_in_this_process_an_answer_can_be_narrowed_and_not_widened(tmp_path):
     with served(tmp_path, outputs="top-2") as (server, _):
         own = server.predict(X)
-        assert own["outputs"] == "top-2" and (np.count_nonzero(own["probabilities"], axis=1) == 2).all()
+        assert (
+            own["outputs"] == "top-2"
+            and (np.count_nonzero(own["probabilities"], axis=1) == 2).all()
+        )
         assert asyncio.run(server.apredict(X, outputs="label")).keys().isdisjoint(OUTPUTS[1:])
         assert server.batch_predict([X, X[0]])[1]["outputs"] == "top-2"
         for wider in ("full", "top-3", "rounded-1"):
-            with pytest.raises(ForbiddenError, match="'top-2', the most here: ask for that or less"):
+            with pytest.raises(
+                ForbiddenError, match="'top-2', the most here: ask for that or less"
+            ):
                 server.predict(X, outputs=wider)
         with pytest.raises(ConfigError, match="no policy 'all'"):
             server.predict(X, outputs="all")
@@ -166,11 +201,16 @@ def test_the_metadata_name_the_policy_and_the_outputs_of_who_asks(world, token, 
     endpoint = world[1]
     offered = [*OutputPolicy.parse(policy).offered]
     about, config = (
-        httpx.get(f"{endpoint.url}/v2/models/m{path}", headers=bearer(token)).json() for path in ("", "/config")
+        httpx.get(f"{endpoint.url}/v2/models/m{path}", headers=bearer(token)).json()
+        for path in ("", "/config")
     )
     assert about["parameters"] == {"outputs": policy}
     assert config["parameters"] == {"outputs": {"string_value": policy}}
-    assert [one["name"] for one in about["outputs"]] == [one["name"] for one in config["output"]] == offered
+    assert (
+        [one["name"] for one in about["outputs"]]
+        == [one["name"] for one in config["output"]]
+        == offered
+    )
     with Caller(endpoint.grpc_url, token) as caller:
         assert [one.name for one in caller.ask("ModelMetadata", name="m").outputs] == offered
         config = caller.ask("ModelConfig", name="m").config
@@ -194,13 +234,17 @@ def test_what_is_cached_for_one_role_neither_shows_nor_hides_anything_to_another
         assert hits == ([0, 0, 1, 2, 3, 4] if scope == "shared" else [0, 0, 0, 1, 1, 2])
 
 
-@pytest.mark.parametrize("path", ["release", "versions/1/manifest", "versions/1/weights", "versions/1/delta?base=0"])
+@pytest.mark.parametrize(
+    "path", ["release", "versions/1/manifest", "versions/1/weights", "versions/1/delta?base=0"]
+)
 def test_who_is_shown_less_than_all_cannot_download_what_tells_all(world, path):
     for token, policy in SEEN.items():
         answer = httpx.get(f"{world[1].url}/v2/repository/models/m/{path}", headers=bearer(token))
         assert answer.status_code == (200 if policy == "full" else 403), answer.text
         if policy != "full":
-            assert policy in answer.json()["error"] and '"outputs": "full"' in answer.json()["error"]
+            assert (
+                policy in answer.json()["error"] and '"outputs": "full"' in answer.json()["error"]
+            )
 
 
 @pytest.mark.parametrize("policy", ["full", "top-1", "label"])
@@ -209,7 +253,9 @@ def test_a_device_masks_what_it_answers(policy):
         edge.update_global(state(1), **MLP)
         answer = edge.predict(X)
         assert [name for name in OUTPUTS if name in answer] == [*OutputPolicy.parse(policy).offered]
-        assert answer["path"] == "local" and edge.predict(X, outputs="label").keys().isdisjoint(OUTPUTS[1:])
+        assert answer["path"] == "local" and edge.predict(X, outputs="label").keys().isdisjoint(
+            OUTPUTS[1:]
+        )
         if policy == "top-1":
             assert (np.count_nonzero(answer["probabilities"], axis=1) == 1).all()
 
@@ -225,7 +271,8 @@ class Cloud:
 
 @pytest.mark.parametrize("arrays", [False, True])
 def test_a_hybrid_decides_by_what_it_hides(arrays):
-    """Its policy needs the confidence that no caller is shown: an unsure device still asks the cloud."""
+    """Its policy needs the confidence that no caller is shown: an unsure device still asks the
+    cloud."""
     with EdgeModelServer(config=ServingConfig(warmup_samples=1, outputs="label")) as edge:
         edge.update_global(state(1), **MLP)
         for threshold, path in ((0.0, "local"), (1.0, "cloud"), (1.0, "cache")):

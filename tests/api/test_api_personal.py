@@ -1,4 +1,5 @@
-"""Personal answers over the network: a client reaches its own head and nobody else's, and learns nothing of others."""
+"""Personal answers over the network: a client reaches its own head and nobody else's, and learns
+nothing of others."""
 
 import asyncio
 
@@ -44,7 +45,9 @@ def test_of_100_clients_none_reaches_anothers_head_and_none_can_tell_who_exists(
 
     async def ask(client, said):
         try:
-            answer = await v2.infer(Call("m", None, {"features": ROW}, None, said, Identity(Role.INFER, client)))
+            answer = await v2.infer(
+                Call("m", None, {"features": ROW}, None, said, Identity(Role.INFER, client))
+            )
             return answer.outputs["predictions"].tolist(), answer.parameters["head"]
         except NotFoundError as error:
             return str(error)
@@ -83,12 +86,25 @@ def test_over_the_wire_the_credential_decides_and_the_answer_says_which_head(end
     for number, client in enumerate(CLIENTS[:3]):
         with Client(url, f"token-of-{client}") as caller:
             answer = caller.predict(ROW, personal=True)
-            assert (answer["predictions"], answer["head"], answer["model_type"]) == ([number], "own", "personal")
-            assert caller.predict(ROW)["predictions"] == [-1.0] and "head" not in caller.predict(ROW)
+            assert (answer["predictions"], answer["head"], answer["model_type"]) == (
+                [number],
+                "own",
+                "personal",
+            )
+            assert caller.predict(ROW)["predictions"] == [-1.0] and "head" not in caller.predict(
+                ROW
+            )
     with Client(url, f"token-of-{HEADLESS}") as caller:
         answer = caller.predict(ROW, personal=True)
-        assert (answer["predictions"], answer["head"], answer["model_type"]) == ([-1.0], "unknown", "global")
-    with Client(url, "nobody") as caller, pytest.raises(ForbiddenError, match="credential of a client"):
+        assert (answer["predictions"], answer["head"], answer["model_type"]) == (
+            [-1.0],
+            "unknown",
+            "global",
+        )
+    with (
+        Client(url, "nobody") as caller,
+        pytest.raises(ForbiddenError, match="credential of a client"),
+    ):
         caller.predict(ROW, personal=True)
 
 
@@ -97,7 +113,9 @@ def test_to_name_somebody_else_is_answered_like_a_name_that_nobody_has(endpoint)
 
     def ask(client):
         body = {
-            "inputs": [{"name": "features", "shape": [1, 4], "datatype": "FP32", "data": [0, 0, 0, 0]}],
+            "inputs": [
+                {"name": "features", "shape": [1, 4], "datatype": "FP32", "data": [0, 0, 0, 0]}
+            ],
             "parameters": {"client": client},
         }
         headers = {"authorization": "Bearer token-of-c-0"}

@@ -12,7 +12,9 @@ from hypothesis.extra import numpy as arrays
 from flserving.api.rest.codec import DTYPES, from_raw, read_infer, write_infer
 from flserving.errors import InvalidInputError
 
-ASKED = read_infer(b'{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}], "id": "7"}')
+ASKED = read_infer(
+    b'{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}], "id": "7"}'
+)
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4)
 
 
@@ -28,7 +30,11 @@ def some(name, data):
 def test_bytes_come_back_as_the_array_that_they_were(name, data):
     array = some(name, data)
     read = from_raw("x", name, list(array.shape), array.tobytes())
-    assert read.dtype == array.dtype and read.shape == array.shape and read.tobytes() == array.tobytes()
+    assert (
+        read.dtype == array.dtype
+        and read.shape == array.shape
+        and read.tobytes() == array.tobytes()
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in DTYPES if name != "FP16"])
@@ -44,7 +50,11 @@ def test_numbers_in_json_come_back_as_they_were(name, nested, data):
 
 
 @given(
-    arrays.arrays(np.float32, SHAPES, elements=arrays.from_dtype(np.dtype("f4"), allow_nan=False, allow_infinity=False))
+    arrays.arrays(
+        np.float32,
+        SHAPES,
+        elements=arrays.from_dtype(np.dtype("f4"), allow_nan=False, allow_infinity=False),
+    )
 )
 def test_an_answer_in_json_holds_every_float32_exactly(array):
     for view in (array, array[::2]):  # also one that is not contiguous

@@ -1,4 +1,5 @@
-"""Server reflection: a caller that knows no .proto file learns every method and message, with a credential, in time."""
+"""Server reflection: a caller that knows no .proto file learns every method and message, with a
+credential, in time."""
 
 import threading
 
@@ -51,10 +52,14 @@ def test_from_the_answers_alone_every_method_and_message_is_known(server, target
     found = ask(target, *(question(file_containing_symbol=name) for name in names), service=service)
     pool = descriptor_pool.DescriptorPool()
     for answer in found:
-        assert answer.valid_host == "here" and answer.original_request.file_containing_symbol in names
+        assert (
+            answer.valid_host == "here" and answer.original_request.file_containing_symbol in names
+        )
         for file in answer.file_descriptor_response.file_descriptor_proto:
             pool.AddSerializedFile(file)
-            assert not descriptor_pb2.FileDescriptorProto.FromString(file).dependency, "each file is whole"
+            assert not descriptor_pb2.FileDescriptorProto.FromString(file).dependency, (
+                "each file is whole"
+            )
     handlers = Service(V2(server), ApiOptions()).methods()
     assert handlers.keys() == {*names, OLD}
     for name in names:
@@ -72,13 +77,18 @@ def test_from_the_answers_alone_every_method_and_message_is_known(server, target
 def test_a_file_is_found_by_its_name_and_by_every_name_in_it(target):
     asked = [
         {"file_by_filename": "inference.proto"},
-        *({"file_containing_symbol": f"inference.{name}"} for name in ("ModelConfig", "DataType", "ModelInferRequest")),
+        *(
+            {"file_containing_symbol": f"inference.{name}"}
+            for name in ("ModelConfig", "DataType", "ModelInferRequest")
+        ),
         {"file_containing_symbol": "inference.ModelInferRequest.InferInputTensor"},
         {"file_containing_symbol": "inference.GRPCInferenceService.ModelInfer"},
     ]
     answers = ask(target, *(question(**field) for field in asked))
     files = {tuple(answer.file_descriptor_response.file_descriptor_proto) for answer in answers}
-    assert len(answers) == len(asked) and files == {(codec.POOL.FindFileByName("inference.proto").serialized_pb,)}
+    assert len(answers) == len(asked) and files == {
+        (codec.POOL.FindFileByName("inference.proto").serialized_pb,)
+    }
 
 
 @pytest.mark.parametrize(
@@ -88,7 +98,12 @@ def test_a_file_is_found_by_its_name_and_by_every_name_in_it(target):
         {"file_containing_symbol": "inference.Nothing"},
         {"file_containing_symbol": "inference.GRPCInferenceService.Nothing"},
         {"file_containing_symbol": "\0"},
-        {"file_containing_extension": {"containing_type": "inference.ModelConfig", "extension_number": 100}},
+        {
+            "file_containing_extension": {
+                "containing_type": "inference.ModelConfig",
+                "extension_number": 100,
+            }
+        },
         {"all_extension_numbers_of_type": "inference.ModelConfig"},
         {},
     ],
@@ -100,7 +115,9 @@ def test_what_is_not_there_is_an_answer_and_the_next_question_is_answered(target
     assert len(listed.list_services_response.service) == len(LISTED)
 
 
-@pytest.mark.parametrize(("token", "code"), [(None, "UNAUTHENTICATED"), ("unknown", "UNAUTHENTICATED")])
+@pytest.mark.parametrize(
+    ("token", "code"), [(None, "UNAUTHENTICATED"), ("unknown", "UNAUTHENTICATED")]
+)
 @pytest.mark.parametrize("service", [NEW, OLD])
 def test_without_a_credential_nothing_is_said(target, service, token, code):
     with pytest.raises(grpc.RpcError) as error:
@@ -112,12 +129,16 @@ def test_bytes_that_are_no_question_end_the_call(target):
     with pytest.raises(grpc.RpcError) as error:
         ask(target, b"\xff\xff\xff")
     assert (
-        error.value.code().name == "INVALID_ARGUMENT" and "3 bytes are not a grpc.reflection" in error.value.details()
+        error.value.code().name == "INVALID_ARGUMENT"
+        and "3 bytes are not a grpc.reflection" in error.value.details()
     )
 
 
 def test_a_caller_that_asks_nothing_more_is_sent_away_in_time(server):
-    with open_door(server, slow_client_s=1) as (_, target, _, _), grpc.insecure_channel(target) as channel:
+    with (
+        open_door(server, slow_client_s=1) as (_, target, _, _),
+        grpc.insecure_channel(target) as channel,
+    ):
         asked = iter([question(list_services="*")])
 
         def and_then_silence():
@@ -131,4 +152,7 @@ def test_a_caller_that_asks_nothing_more_is_sent_away_in_time(server):
         with pytest.raises(grpc.RpcError) as error:
             next(answers)
         ended.set()
-        assert error.value.code().name == "DEADLINE_EXCEEDED" and "did not come in time" in error.value.details()
+        assert (
+            error.value.code().name == "DEADLINE_EXCEEDED"
+            and "did not come in time" in error.value.details()
+        )

@@ -12,7 +12,18 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 
 from flserving.monitoring.telemetry import STAGES
-from rest_door import CLASSES, WIDTH, bearer, binary, door, outputs_of, rows, tensor, text, two_versions
+from rest_door import (
+    CLASSES,
+    WIDTH,
+    bearer,
+    binary,
+    door,
+    outputs_of,
+    rows,
+    tensor,
+    text,
+    two_versions,
+)
 
 INFER = "/v2/models/local/infer"
 
@@ -50,7 +61,9 @@ def test_every_form_of_a_request_gets_the_answer_of_the_server_itself(server, ht
     x = rows(n, seed=n)
     if form == "raw":
         x = x[:1]
-        response = http.post(INFER, content=x.tobytes(), headers={"Inference-Header-Content-Length": "0"})
+        response = http.post(
+            INFER, content=x.tobytes(), headers={"Inference-Header-Content-Length": "0"}
+        )
         assert b'"data"' not in response.content
     elif form == "binary":
         response = http.post(INFER, **binary(x))
@@ -59,15 +72,22 @@ def test_every_form_of_a_request_gets_the_answer_of_the_server_itself(server, ht
     elif form == "int":
         x = np.round(x * 10)
         data = x.astype(int).tolist()
-        response = http.post(INFER, json={"inputs": [{**tensor(x), "datatype": "INT16", "data": data}]})
+        response = http.post(
+            INFER, json={"inputs": [{**tensor(x), "datatype": "INT16", "data": data}]}
+        )
     else:
         data = x.tolist() if form == "nested" else x.ravel().tolist()
         response = http.post(INFER, json={"inputs": [{**tensor(x), "data": data}], "id": "a-7"})
-        assert response.json()["id"] == "a-7" and response.headers["content-type"] == "application/json"
+        assert (
+            response.json()["id"] == "a-7"
+            and response.headers["content-type"] == "application/json"
+        )
     message, outputs = outputs_of(response)
     assert response.status_code == 200, message
     assert (message["model_name"], message["model_version"]) == ("local", "v1")
-    assert message["parameters"]["model_type"] == "global" and message["parameters"]["latency_us"] > 0
+    assert (
+        message["parameters"]["model_type"] == "global" and message["parameters"]["latency_us"] > 0
+    )
     same(outputs, server.predict(x))
     assert outputs["probabilities"].shape == (len(x), CLASSES)
 
@@ -76,12 +96,19 @@ def test_every_form_of_a_request_gets_the_answer_of_the_server_itself(server, ht
                                                  ("INT8", "i1"), ("UINT64", "<u8"), ("INT64", "<i8")])  # fmt: skip
 def test_every_datatype_arrives_as_its_number(server, http, datatype, dtype):
     x = np.array([[0, 1, 1, 0, 1, 0]], np.float32)
-    raw = (x.view("<u4") >> 16).astype("<u2").tobytes() if dtype is None else x.astype(dtype).tobytes()
+    raw = (
+        (x.view("<u4") >> 16).astype("<u2").tobytes()
+        if dtype is None
+        else x.astype(dtype).tobytes()
+    )
     same(outputs_of(http.post(INFER, **binary(x, datatype, raw)))[1], server.predict(x))
 
 
 def test_each_output_goes_back_in_the_form_that_it_was_asked_for(server, http):
-    wanted = [{"name": "probabilities", "parameters": {"binary_data": True}}, {"name": "predictions"}]
+    wanted = [
+        {"name": "probabilities", "parameters": {"binary_data": True}},
+        {"name": "predictions"},
+    ]
     response = http.post(INFER, content=text(rows(3), outputs=wanted))
     message, outputs = outputs_of(response)
     assert response.headers["content-type"] == "application/octet-stream"
@@ -89,10 +116,17 @@ def test_each_output_goes_back_in_the_form_that_it_was_asked_for(server, http):
         (False, "probabilities"),
         (True, "predictions"),
     ]
-    np.testing.assert_array_equal(outputs["probabilities"], np.array(server.predict(rows(3))["probabilities"], "f4"))
+    np.testing.assert_array_equal(
+        outputs["probabilities"], np.array(server.predict(rows(3))["probabilities"], "f4")
+    )
     parameters = {"binary_data_output": True}
-    wanted = [{"name": "predictions", "parameters": {"binary_data": False}}, {"name": "confidences"}]
-    message, _ = outputs_of(http.post(INFER, content=text(rows(3), outputs=wanted, parameters=parameters)))
+    wanted = [
+        {"name": "predictions", "parameters": {"binary_data": False}},
+        {"name": "confidences"},
+    ]
+    message, _ = outputs_of(
+        http.post(INFER, content=text(rows(3), outputs=wanted, parameters=parameters))
+    )
     assert [("data" in one, one["name"]) for one in message["outputs"]] == [
         (True, "predictions"),
         (False, "confidences"),
@@ -110,14 +144,18 @@ def test_bodies_are_read_and_written_compressed(server, http, coding):
     same(outputs_of(response)[1], server.predict(rows(200)))
     small = http.post(INFER, content=text(), headers={"Accept-Encoding": coding})
     assert "content-encoding" not in small.headers and small.status_code == 200
-    refused = http.post(INFER, content=text(rows(200)), headers={"Accept-Encoding": f"{coding};q=0, identity"})
+    refused = http.post(
+        INFER, content=text(rows(200)), headers={"Accept-Encoding": f"{coding};q=0, identity"}
+    )
     assert "content-encoding" not in refused.headers and refused.status_code == 200
 
 
 @pytest.mark.parametrize("kind", [None, "application/json", "application/json; charset=utf-8", "Application/JSON",
                                   "application/octet-stream", "application/x-www-form-urlencoded"])  # fmt: skip
 def test_json_is_read_however_an_honest_client_labels_it(http, kind):
-    response = http.post(INFER, content=text(), headers={} if kind is None else {"Content-Type": kind})
+    response = http.post(
+        INFER, content=text(), headers={} if kind is None else {"Content-Type": kind}
+    )
     assert response.status_code == 200
 
 
@@ -153,23 +191,37 @@ def test_tritonclient_http_finds_everything_that_it_knows(endpoint, server):
     headers = bearer("admin")
     client = triton.InferenceServerClient(endpoint.url.removeprefix("http://"))
     assert client.is_server_live(headers) and client.is_server_ready(headers)
-    assert client.is_model_ready("local", headers=headers) and not client.is_model_ready("none", headers=headers)
+    assert client.is_model_ready("local", headers=headers) and not client.is_model_ready(
+        "none", headers=headers
+    )
     assert "binary_tensor_data" in client.get_server_metadata(headers)["extensions"]
     metadata = client.get_model_metadata("local", headers=headers)
     assert metadata["inputs"] == [{"name": "features", "datatype": "FP32", "shape": [-1, WIDTH]}]
     assert client.get_model_config("local", headers=headers)["max_batch_size"] > 0
-    assert {(row["name"], row["state"]) for row in client.get_model_repository_index(headers)} == {("local", "READY")}
+    assert {(row["name"], row["state"]) for row in client.get_model_repository_index(headers)} == {
+        ("local", "READY")
+    }
     x = rows(5)
     for as_bytes, compress in product([True, False], [None, "gzip", "deflate"]):
         one = triton.InferInput("features", x.shape, "FP32")
         one.set_data_from_numpy(x, binary_data=as_bytes)
         names = ("predictions", "confidences", "probabilities")
-        for wanted in (None, [triton.InferRequestedOutput(name, binary_data=as_bytes) for name in names]):
-            coding = {"request_compression_algorithm": compress, "response_compression_algorithm": compress}
-            result = client.infer("local", [one], outputs=wanted, headers=dict(headers), request_id="7", **coding)
+        for wanted in (
+            None,
+            [triton.InferRequestedOutput(name, binary_data=as_bytes) for name in names],
+        ):
+            coding = {
+                "request_compression_algorithm": compress,
+                "response_compression_algorithm": compress,
+            }
+            result = client.infer(
+                "local", [one], outputs=wanted, headers=dict(headers), request_id="7", **coding
+            )
             same({name: result.as_numpy(name) for name in names}, server.predict(x))
     statistics = client.get_inference_statistics("local", headers=headers)["model_stats"]
-    assert {"success", "fail", "queue", "cache_hit", "cache_miss"} <= statistics[0]["inference_stats"].keys()
+    assert {"success", "fail", "queue", "cache_hit", "cache_miss"} <= statistics[0][
+        "inference_stats"
+    ].keys()
     with pytest.raises(triton.InferenceServerException, match="none"):
         client.infer("none", [one], headers=headers)
     client.unload_model("local", headers)
@@ -180,14 +232,20 @@ def test_tritonclient_http_finds_everything_that_it_knows(endpoint, server):
         client.load_model("local", headers)
     assert client.infer("local", [one], headers=headers).as_numpy("predictions").shape == (5,)
     client.close()
-    client.close = lambda: None  # its __del__ closes again, in whichever thread collects it: gevent refuses that
+    client.close = lambda: (
+        None
+    )  # its __del__ closes again, in whichever thread collects it: gevent refuses that
 
 
 async def test_tritonclient_http_aio_infers(endpoint, server):
     x = rows(4)
     async with triton_aio.InferenceServerClient(endpoint.url.removeprefix("http://")) as client:
         one = triton.InferInput("features", x.shape, "FP32").set_data_from_numpy(x)
-        results = await asyncio.gather(*(client.infer("local", [one], headers=bearer("infer")) for _ in range(20)))
+        results = await asyncio.gather(
+            *(client.infer("local", [one], headers=bearer("infer")) for _ in range(20))
+        )
         assert await client.is_server_ready()
     for result in results:
-        np.testing.assert_allclose(result.as_numpy("probabilities"), server.predict(x)["probabilities"], atol=1e-6)
+        np.testing.assert_allclose(
+            result.as_numpy("probabilities"), server.predict(x)["probabilities"], atol=1e-6
+        )

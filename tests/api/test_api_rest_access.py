@@ -24,12 +24,23 @@ def endpoint(server):
 # Who may
 
 
-ABSENT = {"unload", "release", "manifest", "weights", "delta", "head"}  # a registry has them: test_api_artifacts.py
-ROUTES = [(o.method, o.path.format(model="local", version="v1"), o.role, o.name) for o in OPERATIONS]
+ABSENT = {
+    "unload",
+    "release",
+    "manifest",
+    "weights",
+    "delta",
+    "head",
+}  # a registry has them: test_api_artifacts.py
+ROUTES = [
+    (o.method, o.path.format(model="local", version="v1"), o.role, o.name) for o in OPERATIONS
+]
 
 
 @pytest.mark.parametrize("token", [None, "unknown", *TOKENS], ids=str)
-@pytest.mark.parametrize(("method", "path", "role", "name"), ROUTES, ids=[f"{m} {p}" for m, p, _, _ in ROUTES])
+@pytest.mark.parametrize(
+    ("method", "path", "role", "name"), ROUTES, ids=[f"{m} {p}" for m, p, _, _ in ROUTES]
+)
 def test_role_matrix(endpoint, method, path, role, name, token):
     if name == "feedback":
         return  # needs an answer's receipt: test_api_feedback.py
@@ -50,7 +61,9 @@ def test_role_matrix(endpoint, method, path, role, name, token):
 def test_admin_is_off_unless_switched_on(server):
     with door(server, admin=False) as endpoint:
         for verb in ("load", "unload"):
-            response = httpx.post(f"{endpoint.url}/v2/repository/models/local/{verb}", headers=bearer("admin"))
+            response = httpx.post(
+                f"{endpoint.url}/v2/repository/models/local/{verb}", headers=bearer("admin")
+            )
             assert response.status_code == 403 and "admin=True" in response.json()["error"]
 
 
@@ -65,7 +78,14 @@ GOOD_HOSTS = [
     "models.example",
     "m.example:1",
 ]
-BAD_HOSTS = ["evil.example", "127.0.0.1", "127.0.0.1:1", "localhost", "127.0.0.1:{port}.evil.example", "m.example:2"]
+BAD_HOSTS = [
+    "evil.example",
+    "127.0.0.1",
+    "127.0.0.1:1",
+    "localhost",
+    "127.0.0.1:{port}.evil.example",
+    "m.example:2",
+]
 BAD_HOSTS += [
     "127.0.0.2:{port}",
     "localhost.evil.example:{port}",
@@ -84,8 +104,12 @@ def guarded(server):
         yield endpoint
 
 
-@pytest.mark.parametrize(("host", "ours"), [*((h, True) for h in GOOD_HOSTS), *((h, False) for h in BAD_HOSTS)])
-@pytest.mark.parametrize("path", ["/v2/health/live", INFER, "/nothing", "/v2/repository/models/none/load"])
+@pytest.mark.parametrize(
+    ("host", "ours"), [*((h, True) for h in GOOD_HOSTS), *((h, False) for h in BAD_HOSTS)]
+)
+@pytest.mark.parametrize(
+    "path", ["/v2/health/live", INFER, "/nothing", "/v2/repository/models/none/load"]
+)
 def test_only_our_own_names_are_answered(guarded, host, ours, path):
     port = guarded.url.rsplit(":", 1)[1]
     headers = bearer("admin") | {"Host": host.format(port=port).encode("latin-1")}
@@ -101,7 +125,10 @@ def test_only_our_own_names_are_answered(guarded, host, ours, path):
                                     "http://127.0.0.1", "https://lab.example.evil", "\u00e9", ""])  # fmt: skip
 def test_a_page_that_nobody_named_is_refused_whatever_it_does(guarded, method, origin):
     for path in ("/v2/health/live", INFER):
-        headers = bearer("admin") | {"Origin": origin.encode("latin-1"), "Access-Control-Request-Method": "POST"}
+        headers = bearer("admin") | {
+            "Origin": origin.encode("latin-1"),
+            "Access-Control-Request-Method": "POST",
+        }
         response = httpx.request(method, guarded.url + path, headers=headers)
         assert response.status_code == 403
         assert not any(name.startswith("access-control") for name in response.headers)
@@ -109,15 +136,29 @@ def test_a_page_that_nobody_named_is_refused_whatever_it_does(guarded, method, o
 
 def test_a_named_page_may_ask_and_read(guarded):
     page = {"Origin": "https://lab.example"}
-    asked = page | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    preflight = httpx.options(guarded.url + INFER, headers=asked)  # a browser sends no credential with it
-    assert preflight.status_code == 204 and preflight.headers["access-control-allow-origin"] == page["Origin"]
+    asked = page | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    preflight = httpx.options(
+        guarded.url + INFER, headers=asked
+    )  # a browser sends no credential with it
+    assert (
+        preflight.status_code == 204
+        and preflight.headers["access-control-allow-origin"] == page["Origin"]
+    )
     assert "authorization" in preflight.headers["access-control-allow-headers"]
     assert "content-length" not in preflight.headers, "a 204 has none (RFC 9110, 8.6)"
     for token, status in (("infer", 200), (None, 401)):
         answer = httpx.post(guarded.url + INFER, headers=page | bearer(token), content=text())
-        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, page["Origin"])
-        assert answer.headers["vary"] == "origin" and "access-control-allow-credentials" not in answer.headers
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (
+            status,
+            page["Origin"],
+        )
+        assert (
+            answer.headers["vary"] == "origin"
+            and "access-control-allow-credentials" not in answer.headers
+        )
     form = page | bearer("infer") | {"Content-Type": "application/x-www-form-urlencoded"}
     assert httpx.post(guarded.url + INFER, headers=form, content=text()).status_code == 415
 
@@ -125,9 +166,15 @@ def test_a_named_page_may_ask_and_read(guarded):
 def test_an_ipv4_address_is_a_name_of_a_socket_of_both_families(server):
     with door(server, host="::") as endpoint:
         port = endpoint.url.rpartition(":")[2]
-        for host, status in (("127.0.0.2", 200), ("evil.example", 403)):  # 127.0.0.2 is no name that we know beforehand
+        for host, status in (
+            ("127.0.0.2", 200),
+            ("evil.example", 403),
+        ):  # 127.0.0.2 is no name that we know beforehand
             headers = {"Host": f"{host}:{port}"}
-            assert httpx.get(f"http://127.0.0.2:{port}/v2/health/live", headers=headers).status_code == status
+            assert (
+                httpx.get(f"http://127.0.0.2:{port}/v2/health/live", headers=headers).status_code
+                == status
+            )
 
 
 def test_our_own_page_may_call_and_a_page_can_be_named_while_serving(server):

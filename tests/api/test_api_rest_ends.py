@@ -1,4 +1,5 @@
-"""Connections that end early, requests that wait in line, and what comes after a head: said on bare sockets."""
+"""Connections that end early, requests that wait in line, and what comes after a head: said on bare
+sockets."""
 
 import functools
 import socket
@@ -25,7 +26,8 @@ def endpoint():
 
 @pytest.fixture
 def gated():
-    """A door to a model that waits, on a worker and not on the event loop, until its probe lets it go."""
+    """A door to a model that waits, on a worker and not on the event loop, until its probe lets it
+    go."""
     probe = Probe()
     with serving(Gated(probe), max_batch_size=1, num_workers=1) as server, door(server) as endpoint:
         server.engines["v1.0"].typical_s = 1e9
@@ -54,7 +56,10 @@ def test_a_client_that_is_gone_takes_all_its_requests_along_and_nobody_logs_it(g
     with Wire(endpoint) as wire:
         wire.say((wire.head(WHOLE) + ONE) * 2)
         probe.wait_inside(1)
-    wait_until(lambda: server.get_all_stats()["server"]["failed_by_reason"] == {"Cancelled": 1}, "the cancellation")
+    wait_until(
+        lambda: server.get_all_stats()["server"]["failed_by_reason"] == {"Cancelled": 1},
+        "the cancellation",
+    )
     probe.release()
     httpx.get(f"{endpoint.url}/v2/health/live")
     assert probe.calls == 1 and not caplog.records
@@ -63,7 +68,9 @@ def test_a_client_that_is_gone_takes_all_its_requests_along_and_nobody_logs_it(g
 def test_a_broken_request_does_not_cost_those_before_it_their_answers(monkeypatch):
     good = b"GET /v2/health/live HTTP/1.1\r\nHost: {host}\r\n\r\n"
     patient = functools.partial(uvicorn.Config, timeout_keep_alive=10 * PATIENCE_S)
-    monkeypatch.setattr(uvicorn, "Config", patient)  # no timer of idle connections closes them, and all() would end
+    monkeypatch.setattr(
+        uvicorn, "Config", patient
+    )  # no timer of idle connections closes them, and all() would end
     with two_versions() as server, door(server) as endpoint:
         for broken in (b"garbage\r\n\r\n", POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
             with Wire(endpoint) as wire:
@@ -96,7 +103,11 @@ def test_trailers_are_no_headers_and_are_not_kept(endpoint):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_an_offer_to_upgrade_is_passed_over(endpoint, split, caplog):
-    upgrade = b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__"
+    upgrade = (
+        b"Connection: Upgrade, HTTP2-Settings",
+        b"Upgrade: h2c",
+        b"HTTP2-Settings: AAMAAABkAAQAAP__",
+    )
     head, body = b"Content-Length: %d" % len(text()), text()
     with Wire(endpoint) as wire:
         wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -118,7 +129,9 @@ def test_a_refusal_is_counted_once():
 
 
 def test_a_connection_of_nothing_but_offers_to_upgrade_is_ended(endpoint, caplog):
-    offer = b"GET /v2/health/live HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nHost: %s\r\n\r\n"
+    offer = (
+        b"GET /v2/health/live HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nHost: %s\r\n\r\n"
+    )
     with Wire(endpoint) as wire:
         wire.say(offer % wire.host * 2000)
         assert 0 < wire.all().count(b"HTTP/1.1 200") <= _MOST_PIPELINED + 1

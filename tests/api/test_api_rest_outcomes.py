@@ -1,4 +1,5 @@
-"""What the REST door answers when a request does not end well, what it counts, and what it does under load."""
+"""What the REST door answers when a request does not end well, what it counts, and what it does
+under load."""
 
 import logging
 import threading
@@ -43,7 +44,9 @@ def http(endpoint):
 
 
 def in_process(app, **options):
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, **options), base_url="http://127.0.0.1")
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app, **options), base_url="http://127.0.0.1"
+    )
 
 
 def every(kind):
@@ -51,7 +54,9 @@ def every(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [*every(errors.FlservingError), RuntimeError, MemoryError], ids=lambda kind: kind.__name__
+    "kind",
+    [*every(errors.FlservingError), RuntimeError, MemoryError],
+    ids=lambda kind: kind.__name__,
 )
 async def test_every_error_has_its_status_and_the_one_shape(kind, caplog):
     words = "canary \udcff words"
@@ -103,7 +108,11 @@ async def test_a_draining_server_is_alive_but_not_ready():
             v2.draining = True
             for path in ("/v2/health/ready", "/v2/models/local/ready"):
                 response = await http.get(path)
-                assert response.status_code == 503 and response.json()["ready"] is False and response.json()["error"]
+                assert (
+                    response.status_code == 503
+                    and response.json()["ready"] is False
+                    and response.json()["error"]
+                )
                 assert response.headers["retry-after"] == "1"
             assert (await http.get("/v2/health/live")).json() == {"live": True}
             assert (
@@ -117,7 +126,9 @@ async def test_a_draining_server_is_alive_but_not_ready():
 def test_a_client_that_hangs_up_takes_its_request_out_of_the_queue():
     probe = Probe()
     with serving(Gated(probe), max_batch_size=1, num_workers=1) as server, door(server) as endpoint:
-        server.engines["v1.0"].typical_s = 1e9  # a slow model runs on a worker, not on the event loop
+        server.engines[
+            "v1.0"
+        ].typical_s = 1e9  # a slow model runs on a worker, not on the event loop
         probe.shut()
         threads, url = Threads(), endpoint.url + INFER
         first = text(np.full((1, 2), 1, "f4"))
@@ -126,9 +137,12 @@ def test_a_client_that_hangs_up_takes_its_request_out_of_the_queue():
         with Wire(endpoint) as wire:
             second = text(np.full((1, 2), 2, "f4"))
             wire.say(wire.head(b"Content-Length: %d" % len(second)) + second)
-            wait_until(lambda: server.get_all_stats()["queue"]["waiting_rows"] == 1, "the second request")
+            wait_until(
+                lambda: server.get_all_stats()["queue"]["waiting_rows"] == 1, "the second request"
+            )
         wait_until(
-            lambda: server.get_all_stats()["server"]["failed_by_reason"].get("Cancelled") == 1, "the cancellation"
+            lambda: server.get_all_stats()["server"]["failed_by_reason"].get("Cancelled") == 1,
+            "the cancellation",
         )
         probe.release()
         assert threads.results()[0].status_code == 200
@@ -137,7 +151,10 @@ def test_a_client_that_hangs_up_takes_its_request_out_of_the_queue():
 
 def test_a_full_queue_and_a_deadline_have_their_statuses():
     probe = Probe()
-    with serving(Gated(probe), max_batch_size=1, num_workers=1, max_queue_rows=1) as server, door(server) as endpoint:
+    with (
+        serving(Gated(probe), max_batch_size=1, num_workers=1, max_queue_rows=1) as server,
+        door(server) as endpoint,
+    ):
         server.engines["v1.0"].typical_s = 1e9
         probe.shut()
         threads, url, body = Threads(), endpoint.url + INFER, text(np.ones((1, 2), "f4"))
@@ -147,7 +164,9 @@ def test_a_full_queue_and_a_deadline_have_their_statuses():
         late = httpx.post(url, content=timed, headers=bearer("infer"), timeout=30)
         assert late.status_code == 504 and "50" in late.json()["error"]
         threads.start(httpx.post, url, content=body, headers=bearer("infer"), timeout=30)
-        wait_until(lambda: server.get_all_stats()["queue"]["waiting_rows"] == 1, "the second request")
+        wait_until(
+            lambda: server.get_all_stats()["queue"]["waiting_rows"] == 1, "the second request"
+        )
         full = httpx.post(url, content=body, headers=bearer("infer"))
         assert full.status_code == 429 and full.headers["retry-after"] == "1"
         probe.release()
@@ -157,17 +176,29 @@ def test_a_full_queue_and_a_deadline_have_their_statuses():
 def test_refusals_and_times_of_the_door_are_counted():
     with two_versions() as server, door(server) as endpoint:
         url = endpoint.url + INFER
-        for token, body in ((None, text()), ("read", text()), ("infer", b"{"), ("infer", text()), ("infer", text())):
+        for token, body in (
+            (None, text()),
+            ("read", text()),
+            ("infer", b"{"),
+            ("infer", text()),
+            ("infer", text()),
+        ):
             httpx.post(url, content=body, headers=bearer(token))
         totals = server.telemetry.totals()
         assert totals["refusals"]["rest"] == {"Unauthorized": 1, "Forbidden": 1, "InvalidInput": 1}
         answers, parse_s, serialise_s = totals["codec"]["rest"]
         assert answers == 2 and 0 < parse_s < 1 and 0 < serialise_s < 1
         httpx.post(url, content=text(), headers=bearer("infer") | {"Host": "evil.example"})
-        httpx.post(url, content=text(), headers=bearer("infer") | {"Origin": "https://evil.example"})
+        httpx.post(
+            url, content=text(), headers=bearer("infer") | {"Origin": "https://evil.example"}
+        )
         httpx.get(f"{endpoint.url}/metrics")
         httpx.get(f"{endpoint.url}/nothing")  # no route is no refusal
-        assert server.telemetry.totals()["refusals"]["rest"] == {"Unauthorized": 2, "Forbidden": 3, "InvalidInput": 1}
+        assert server.telemetry.totals()["refusals"]["rest"] == {
+            "Unauthorized": 2,
+            "Forbidden": 3,
+            "InvalidInput": 1,
+        }
 
 
 @pytest.mark.parametrize("part", ["read_infer", "write_infer"])
@@ -176,7 +207,11 @@ def test_a_bug_of_the_door_itself_is_a_server_error_in_the_metrics(http, server,
         raise TypeError("a bug")
 
     def counted():
-        found = [line for line in exposition(server)[0].decode().splitlines() if line.startswith("flserving_outcomes")]
+        found = [
+            line
+            for line in exposition(server)[0].decode().splitlines()
+            if line.startswith("flserving_outcomes")
+        ]
         return next(float(line.split()[1]) for line in found if "server_error" in line)
 
     before = counted()
@@ -193,7 +228,9 @@ def test_no_log_holds_features_or_tokens(server, caplog, capfd):
             for body in (text(np.full((1, WIDTH), 424242)), b'{"inputs": [424242'):
                 httpx.post(endpoint.url + path, content=body, headers=bearer("swordfish-token"))
     logged = caplog.text.replace(endpoint.url, "") + "".join(capfd.readouterr())
-    ours = "\n".join(line for line in logged.splitlines() if "httpx" not in line and "httpcore" not in line)
+    ours = "\n".join(
+        line for line in logged.splitlines() if "httpx" not in line and "httpcore" not in line
+    )
     assert "424242" not in ours and "swordfish" not in ours
 
 
@@ -201,7 +238,8 @@ def test_no_log_holds_features_or_tokens(server, caplog, capfd):
 
 
 def test_hot_swap_under_load_fails_and_mixes_nothing():
-    """16 callers while the default moves to and fro: every answer is wholly of the version that it names."""
+    """16 callers while the default moves to and fro: every answer is wholly of the version that it
+    names."""
     with serving(Constant(1), "v1") as server:
         server.load_model("v2", Constant(2), output_type="regression", num_features=2)
         with door(server) as endpoint:
@@ -211,7 +249,9 @@ def test_hot_swap_under_load_fails_and_mixes_nothing():
                 seen = []
                 with httpx.Client(base_url=endpoint.url, headers=bearer("infer")) as http:
                     while not done.is_set():
-                        answer = orjson.loads(http.post(INFER, content=body).raise_for_status().content)
+                        answer = orjson.loads(
+                            http.post(INFER, content=body).raise_for_status().content
+                        )
                         seen.append((answer["model_version"], *answer["outputs"][0]["data"]))
                 return seen
 
@@ -220,7 +260,10 @@ def test_hot_swap_under_load_fails_and_mixes_nothing():
             for swap in range(40):
                 server.set_default(f"v{swap % 2 + 1}")
                 before = server.get_all_stats()["server"]["requests"]
-                wait_until(lambda b=before: server.get_all_stats()["server"]["requests"] >= b + 20, "more requests")
+                wait_until(
+                    lambda b=before: server.get_all_stats()["server"]["requests"] >= b + 20,
+                    "more requests",
+                )
             done.set()
             answers = [answer for seen in threads.results() for answer in seen]
     assert len(answers) >= 800
@@ -228,7 +271,8 @@ def test_hot_swap_under_load_fails_and_mixes_nothing():
 
 
 def test_each_credential_has_its_own_scope_of_the_prediction_cache():
-    """The token of a client, two of no client, and again: a hit is for who asked before, whatever the door."""
+    """The token of a client, two of no client, and again: a hit is for who asked before, whatever
+    the door."""
     asked = [("infer", 0), ("client", 0), ("admin", 0), ("infer", 1), ("client", 1), ("admin", 1)]
     with two_versions(prediction_cache_bytes=1 << 20) as server, door(server) as endpoint:
         for token, hit in asked:

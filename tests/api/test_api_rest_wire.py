@@ -70,7 +70,8 @@ def test_what_is_no_http_gets_a_400_and_the_connection_is_of_no_more_use(endpoin
     ],
 )
 def test_a_transfer_coding_that_is_not_undone_here_is_refused(endpoint, version, codings, status):
-    """RFC 9112, 6.1: what was coded is never read as if it were the body, and a doubtful end closes the connection."""
+    """RFC 9112, 6.1: what was coded is never read as if it were the body, and a doubtful end closes
+    the connection."""
     body = gzip.compress(text()) if b"gzip" in b"".join(codings) else text()
     with Wire(endpoint) as wire:
         head = wire.head(*(b"Transfer-Encoding: " + coding for coding in codings)).replace(
@@ -120,7 +121,11 @@ def test_one_byte_at_a_time_in_many_chunks_and_pipelined_requests_are_all_answer
         for byte in wire.head(whole) + body:
             wire.say(bytes([byte]))
         assert wire.answer()[0] == 200
-        wire.say(wire.head(b"Transfer-Encoding: chunked") + b"".join(b"1\r\n%c\r\n" % b for b in body) + b"0\r\n\r\n")
+        wire.say(
+            wire.head(b"Transfer-Encoding: chunked")
+            + b"".join(b"1\r\n%c\r\n" % b for b in body)
+            + b"0\r\n\r\n"
+        )
         assert wire.answer()[0] == 200
     with Wire(endpoint) as wire:
         wire.say((wire.head(whole) + body) * 5 + wire.head(b"Connection: close", whole) + body)
@@ -132,7 +137,12 @@ def test_one_byte_at_a_time_in_many_chunks_and_pipelined_requests_are_all_answer
 
 def test_who_is_slow_is_told_and_who_is_silent_is_closed():
     with two_versions() as server, door(server, slow_client_s=0.4) as endpoint:
-        with Wire(endpoint) as silent, Wire(endpoint) as head, Wire(endpoint) as body, Wire(endpoint) as newline:
+        with (
+            Wire(endpoint) as silent,
+            Wire(endpoint) as head,
+            Wire(endpoint) as body,
+            Wire(endpoint) as newline,
+        ):
             head.say(head.head()[:-10])
             body.say(body.head(b"Content-Length: 50") + b"{")
             newline.say(b"\r\n")
@@ -146,22 +156,33 @@ def test_who_is_slow_is_told_and_who_is_silent_is_closed():
 
 
 def test_who_does_not_take_its_answer_is_cut_off():
-    with two_versions(max_queue_rows=100_000) as server, door(server, slow_client_s=0.4) as endpoint:
+    with (
+        two_versions(max_queue_rows=100_000) as server,
+        door(server, slow_client_s=0.4) as endpoint,
+    ):
         body = text(rows(4000))
         with Wire(endpoint) as wire:
             wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             threads = Threads()
             threads.start(wire.say, (wire.head(b"Content-Length: %d" % len(body)) + body) * 40)
             threads.outcomes()  # the server stopped reading, then closed
-            wait_until(lambda: not server.get_all_stats()["queue"]["waiting_rows"], "the end of its requests")
-        assert httpx.post(endpoint.url + INFER, content=text(), headers=bearer("infer")).status_code == 200
+            wait_until(
+                lambda: not server.get_all_stats()["queue"]["waiting_rows"],
+                "the end of its requests",
+            )
+        assert (
+            httpx.post(endpoint.url + INFER, content=text(), headers=bearer("infer")).status_code
+            == 200
+        )
 
 
 def test_a_connection_too_many_is_told_so_and_the_others_go_on():
     with two_versions() as server, door(server, max_connections=3) as endpoint:
         http = httpx.Client(base_url=endpoint.url, headers=bearer("infer"))
         with http, Wire(endpoint), Wire(endpoint):
-            wait_until(lambda: http.post(INFER, content=text()).status_code == 200, "the first connection")
+            wait_until(
+                lambda: http.post(INFER, content=text()).status_code == 200, "the first connection"
+            )
             with Wire(endpoint) as extra:
                 extra.say(extra.head(b"Content-Length: 0"))
                 status, body = extra.answer()
@@ -176,5 +197,9 @@ def test_clients_that_vanish_in_the_midst_leave_nothing_behind(endpoint):
         with Wire(endpoint) as wire:
             assert len(wire.head(whole) + body) < 400
             wire.say((wire.head(whole) + body)[:cut])
-            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
-    assert httpx.post(endpoint.url + INFER, content=body, headers=bearer("infer")).status_code == 200
+            wire.socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )  # close by a reset
+    assert (
+        httpx.post(endpoint.url + INFER, content=body, headers=bearer("infer")).status_code == 200
+    )

@@ -27,13 +27,17 @@ def registry(tmp_path_factory):
     with Registry(tmp_path_factory.mktemp("registry")) as registry:
         for seed, alias in ((0, "default"), (1, "canary")):
             torch.manual_seed(seed)
-            registry.publish("digits", models.build("digits_mlp"), architecture="digits_mlp", alias=alias)
+            registry.publish(
+                "digits", models.build("digits_mlp"), architecture="digits_mlp", alias=alias
+            )
         yield registry
 
 
 @pytest.fixture
 def v2(registry):
-    with ModelServer(ServingConfig(warmup_samples=1, prediction_cache_bytes=1 << 16), registry) as server:
+    with ModelServer(
+        ServingConfig(warmup_samples=1, prediction_cache_bytes=1 << 16), registry
+    ) as server:
         yield V2(server, admin=True)
 
 
@@ -52,7 +56,9 @@ def test_an_answer_is_the_servers_own(v2):
     assert {name: array.tolist() for name, array in answer.outputs.items()} == {
         name: direct[name] for name in ("predictions", "confidences", "probabilities")
     }
-    assert answer.parameters["model_type"] == "global" and type(answer.parameters["latency_us"]) is int
+    assert (
+        answer.parameters["model_type"] == "global" and type(answer.parameters["latency_us"]) is int
+    )
 
 
 def test_what_an_answer_holds_is_what_the_metadata_say(v2):
@@ -74,7 +80,9 @@ def test_what_an_answer_holds_is_what_the_metadata_say(v2):
 def test_parameters_that_are_understood(v2):
     assert infer(v2, {"alias": "canary"}).version == "2"
     assert infer(v2, version="2", outputs=["predictions"]).outputs.keys() == {"predictions"}
-    stages = infer(v2, {"stages": True, "timeout": 5_000_000, "unknown": "kept to yourself", "priority": 0}).parameters
+    stages = infer(
+        v2, {"stages": True, "timeout": 5_000_000, "unknown": "kept to yourself", "priority": 0}
+    ).parameters
     assert {"stage_queue_us", "stage_infer_us", "stage_respond_us"} < stages.keys()
     assert {type(value) for value in stages.values()} == {str, int}
 
@@ -87,7 +95,11 @@ def test_parameters_that_are_understood(v2):
         ({"inputs": {"features": X, "more": X}}, InvalidInputError, "'features', 'more'"),
         ({"outputs": ["logits"]}, InvalidInputError, "no output 'logits': there are predictions"),
         ({"parameters": {"alias": "nobody"}}, NotFoundError, "nobody"),
-        ({"parameters": {"alias": "canary"}, "version": "1"}, InvalidInputError, "no version in the path"),
+        (
+            {"parameters": {"alias": "canary"}, "version": "1"},
+            InvalidInputError,
+            "no version in the path",
+        ),
         ({"parameters": {"alias": 3}}, InvalidInputError, "alias is 3"),
         ({"parameters": {"timeout": 1.5}}, InvalidInputError, "timeout is 1.5"),
         ({"parameters": {"timeout": True}}, InvalidInputError, "timeout is True"),
@@ -108,7 +120,12 @@ def test_what_cannot_be_answered_is_told_by_its_type(v2, options, error, message
 
 def test_every_request_is_counted_once_whatever_stops_it(v2):
     infer(v2)
-    for options in ({"inputs": {"x": X}}, {"outputs": ["logits"]}, {"parameters": {"timeout": 1.5}}, {"version": "9"}):
+    for options in (
+        {"inputs": {"x": X}},
+        {"outputs": ["logits"]},
+        {"parameters": {"timeout": 1.5}},
+        {"version": "9"},
+    ):
         with pytest.raises(FlservingError):
             infer(v2, **options)
     seen = v2.server.get_all_stats()["server"]
@@ -155,8 +172,13 @@ def test_statistics_count_what_was_sent(v2):
         infer(v2, inputs={"features": X[:, :5]}, version="2")
     served, failed = v2.statistics("digits")["model_stats"]
     assert (served["version"], served["inference_stats"]["success"]["count"]) == ("1", 3)
-    assert served["inference_count"] == 3 and served["execution_count"] == 1  # the others were cached
-    assert (served["inference_stats"]["cache_miss"]["count"], served["inference_stats"]["cache_hit"]["count"]) == (1, 2)
+    assert (
+        served["inference_count"] == 3 and served["execution_count"] == 1
+    )  # the others were cached
+    assert (
+        served["inference_stats"]["cache_miss"]["count"],
+        served["inference_stats"]["cache_hit"]["count"],
+    ) == (1, 2)
     assert [batch["batch_size"] for batch in served["batch_stats"]] == [3]
     assert failed["version"] == "2" and failed["inference_stats"]["fail"]["count"] == 1
     assert failed["inference_stats"]["fail"]["ns"] > 0
@@ -198,7 +220,9 @@ def test_loading_over_the_network_is_off_unless_asked_for(v2, act):
 def test_a_version_that_cannot_be_loaded_is_not_ready_and_says_why(tmp_path):
     with Registry(tmp_path) as registry:
         for alias in ("default", "next"):
-            registry.publish("m", models.build("digits_mlp"), architecture="digits_mlp", alias=alias)
+            registry.publish(
+                "m", models.build("digits_mlp"), architecture="digits_mlp", alias=alias
+            )
         weights = tmp_path / "models" / "m" / "2" / "weights.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1])
         with ModelServer(registry=registry) as server:
@@ -206,5 +230,7 @@ def test_a_version_that_cannot_be_loaded_is_not_ready_and_says_why(tmp_path):
             with pytest.raises(FlservingError):
                 infer(v2, model="m", version="2")
             assert v2.model_ready("m", "1") and not v2.model_ready("m", "2")
-            assert [row["state"] for row in v2.index()] == ["READY", "UNAVAILABLE"] and v2.index()[1]["reason"]
+            assert [row["state"] for row in v2.index()] == ["READY", "UNAVAILABLE"] and v2.index()[
+                1
+            ]["reason"]
             assert [row["version"] for row in v2.index(ready=True)] == ["1"]

@@ -1,4 +1,5 @@
-"""One rule for every option: the command line, else the variable, else the default; a wrong variable is named."""
+"""One rule for every option: the command line, else the variable, else the default; a wrong
+variable is named."""
 
 import pytest
 
@@ -41,7 +42,13 @@ def parsed(parser, monkeypatch):
 
 
 DEFAULTS = {"max_rows": 32, "size": "small", "quiet": False, "origin": [], "folder": "here"}
-ENVIRONMENT = {"MAX_ROWS": "64", "SIZE": "large", "QUIET": "1", "ORIGIN": "http://a, http://b", "FOLDER": "there"}
+ENVIRONMENT = {
+    "MAX_ROWS": "64",
+    "SIZE": "large",
+    "QUIET": "1",
+    "ORIGIN": "http://a, http://b",
+    "FOLDER": "there",
+}
 
 
 def test_the_environment_goes_before_the_defaults(parsed):
@@ -78,7 +85,10 @@ def test_a_value_out_of_its_bounds_names_the_variable_too(monkeypatch, tmp_path,
     monkeypatch.setenv("FLSERVING_MAX_BATCH_SIZE", "0")
     assert cli.main(["serve", "--registry", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith("(from FLSERVING_MAX_BATCH_SIZE)\n")
-    assert cli.main(["serve", "--registry", str(tmp_path), "--max-batch-size", "8", "--workers", "0"]) == 1
+    assert (
+        cli.main(["serve", "--registry", str(tmp_path), "--max-batch-size", "8", "--workers", "0"])
+        == 1
+    )
     assert "FLSERVING" not in capsys.readouterr().err, "the command line has gone before it"
 
 
@@ -98,10 +108,14 @@ def test_a_wrong_value_of_the_command_line_names_no_variable(monkeypatch, tmp_pa
 def test_every_option_says_what_it_is_for_and_has_a_variable_of_its_own(command):
     options = options_of(command)
     for action in options:
-        assert len(action.help.split()) >= 2 and action.help != f"default {action.default}", action.option_strings
+        assert len(action.help.split()) >= 2 and action.help != f"default {action.default}", (
+            action.option_strings
+        )
     names = [variable(action) for action in options]
     assert len(set(names)) == len(names), "a variable sets one option"
-    assert not {"FLSERVING_TOKEN", "FLSERVING_CLOUD_TOKEN"} & {*names}, "tokens are no options: every user sees those"
+    assert not {"FLSERVING_TOKEN", "FLSERVING_CLOUD_TOKEN"} & {*names}, (
+        "tokens are no options: every user sees those"
+    )
 
 
 def test_the_help_shows_a_default_of_zero_and_percent_signs_as_they_are(monkeypatch):
@@ -111,7 +125,8 @@ def test_the_help_shows_a_default_of_zero_and_percent_signs_as_they_are(monkeypa
         """Settings.
 
         Args:
-            rate: Share of 5 % of :class:`~flserving.registry.Registry`, e.g. ``0.5``. A second sentence.
+            rate: Share of 5 % of :class:`~flserving.registry.Registry`, e.g. ``0.5``. A second
+                sentence.
             pem: PEM file,
                 as a path.
         """

@@ -1,4 +1,5 @@
-"""``flserving serve`` and ``flserving demo`` as an operator runs them: real processes, signals, messages."""
+"""``flserving serve`` and ``flserving demo`` as an operator runs them: real processes, signals,
+messages."""
 
 import argparse
 import json
@@ -53,15 +54,25 @@ def test_workers_end_when_their_supervisor_is_killed(registry_root):
 
 
 def test_sigterm_while_a_worker_is_forked_lets_the_others_finish(registry_root):
-    """A replacement that has no handlers of its own yet must not pass the order on as if the supervisor got a second
-    one: the healthy worker answers what it admitted, and nobody has to be killed."""
+    """A replacement that has no handlers of its own yet must not pass the order on as if the
+    supervisor got a second one: the healthy worker answers what it admitted, and nobody has to be
+    killed."""
     options = ["--workers", 2, "--num-workers", 8, "--max-batch-size", 1]
-    with running(registry_root, *options, program="late_worker.py", LATE_S="2", SLOW_S="2") as served:
+    with running(
+        registry_root, *options, program="late_worker.py", LATE_S="2", SLOW_S="2"
+    ) as served:
         victim, _ = served.workers()
         victim.kill()
-        assert served.process.stdout.readline() == "forked\n"  # from now on it sleeps: all calls reach the other one
-        with Load(lambda n: served.client(0, retries=Retries(attempts=1)), threads=8, calls=1) as load:
-            metrics = {"url": f"{served.url}/metrics", "headers": {"authorization": f"Bearer {served.token}"}}
+        assert (
+            served.process.stdout.readline() == "forked\n"
+        )  # from now on it sleeps: all calls reach the other one
+        with Load(
+            lambda n: served.client(0, retries=Retries(attempts=1)), threads=8, calls=1
+        ) as load:
+            metrics = {
+                "url": f"{served.url}/metrics",
+                "headers": {"authorization": f"Bearer {served.token}"},
+            }
             wait_until(lambda: "flserving_executions_running 8.0" in httpx.get(**metrics).text)
             assert served.end(signal.SIGTERM) == 0, served.stderr
     assert load.errors == [] and len(load.answers) == 8
@@ -111,7 +122,17 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_sigterm_while_torch_is_loaded_is_an_order_to_stop(registry_root, tmp_path):
-    command = [sys.executable, "-c", EARLY, "serve", "--registry", str(registry_root), "--port", "0", "--no-grpc"]
+    command = [
+        sys.executable,
+        "-c",
+        EARLY,
+        "serve",
+        "--registry",
+        str(registry_root),
+        "--port",
+        "0",
+        "--no-grpc",
+    ]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "it never answered"
@@ -132,10 +153,14 @@ if multiprocessing.parent_process() is not None:
 
 
 def test_a_worker_that_is_told_to_stop_where_errors_are_swallowed_stops(registry_root, tmp_path):
-    """Python swallows what is raised in the callback of a weak reference, and torch's import runs many of them."""
+    """Python swallows what is raised in the callback of a weak reference, and torch's import runs
+    many of them."""
     (tmp_path / "own.py").write_text(STOPPED_IN_A_CALLBACK)
     options = ["--registry", str(registry_root), "--import", "own", "--port", "0", "--no-grpc"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "flserving", "serve", *options],
         env=environment, capture_output=True, text=True, timeout=300,
@@ -166,13 +191,29 @@ def test_a_second_signal_kills_at_once(registry_root):
         (["--outputs", "infer=labels"], "no policy 'labels': choose full, label, top-K"),
         (["--outputs", "guest=label"], "no role 'guest'"),
     ],
-    ids=lambda value: "-".join(value).replace("{", "").replace("}", "") if isinstance(value, list) else "",
+    ids=lambda value: (
+        "-".join(value).replace("{", "").replace("}", "") if isinstance(value, list) else ""
+    ),
 )
 def test_what_cannot_be_served_says_why(registry_root, tmp_path, capsys, options, says):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         places = {"missing": tmp_path / "none", "taken": taken.getsockname()[1]}
         filled = [option.format(**places) for option in options]
-        assert cli.main(["serve", "--registry", str(registry_root), "--port", "0", "--grpc-port", "0", *filled]) == 1
+        assert (
+            cli.main(
+                [
+                    "serve",
+                    "--registry",
+                    str(registry_root),
+                    "--port",
+                    "0",
+                    "--grpc-port",
+                    "0",
+                    *filled,
+                ]
+            )
+            == 1
+        )
     shown = capsys.readouterr()
     assert shown.out == "" and re.fullmatch(r"flserving: [^\n]*\n", shown.err) and says in shown.err
 
@@ -186,7 +227,9 @@ def test_a_worker_that_cannot_start_says_why(tmp_path):
     assert not (tmp_path / "none").exists(), "a wrong folder is not made into a registry"
 
 
-def test_a_worker_refuses_an_empty_registry_and_a_model_that_nobody_published(registry_root, tmp_path):
+def test_a_worker_refuses_an_empty_registry_and_a_model_that_nobody_published(
+    registry_root, tmp_path
+):
     Registry(tmp_path / "empty").close()
     told, tell = multiprocessing.Pipe(duplex=False)
     with told, tell:
@@ -208,7 +251,8 @@ def test_every_setting_of_the_server_is_an_option(capsys):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_path_on_the_command_line_may_begin_at_home(command, monkeypatch, tmp_path):
-    """Shells leave ``~`` alone in ``--registry=~/models``: a folder called ``~`` is what nobody means."""
+    """Shells leave ``~`` alone in ``--registry=~/models``: a folder called ``~`` is what nobody
+    means."""
     monkeypatch.setenv("HOME", str(tmp_path))
     cli.COMMANDS[command].options(parser := argparse.ArgumentParser())
     if command == "registry":
@@ -219,12 +263,16 @@ def test_every_path_on_the_command_line_may_begin_at_home(command, monkeypatch, 
         assert action.type("~/a") == str(tmp_path / "a"), f"{command} {action.option_strings}"
 
 
-def test_a_plan_and_the_options_of_an_endpoint_may_begin_at_home(registry_root, monkeypatch, tmp_path):
+def test_a_plan_and_the_options_of_an_endpoint_may_begin_at_home(
+    registry_root, monkeypatch, tmp_path
+):
     monkeypatch.setenv("HOME", str(registry_root.parent))
     told, tell = multiprocessing.Pipe(duplex=False)
     with told, tell, pytest.raises(NotFoundError, match="no version of 'nothing'"):
         _serve(Plan(registry=f"~/{registry_root.name}", model="nothing"), 0, tell, told)
-    with pytest.raises(ConfigError, match=f"certificate '{registry_root.parent}/none.pem' cannot be read"):
+    with pytest.raises(
+        ConfigError, match=f"certificate '{registry_root.parent}/none.pem' cannot be read"
+    ):
         ApiOptions(certificate="~/none.pem", key="~/none.pem")
 
 
@@ -243,7 +291,9 @@ def test_the_lines_of_the_demo_work_as_printed(tmp_path):
         curls = [line for line in lines if line.startswith("curl")]
         assert len(curls) == 4
         ready, metadata, answer, metrics = (
-            subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+            subprocess.run(
+                curl, shell=True, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+            ).stdout
             for curl in curls
         )
         assert json.loads(ready)["ready"] and json.loads(metadata)["name"] == "digits"

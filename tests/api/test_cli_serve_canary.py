@@ -1,4 +1,5 @@
-"""Experiments in ``flserving serve --workers 2``: one arm in every process, one verdict on what all saw."""
+"""Experiments in ``flserving serve --workers 2``: one arm in every process, one verdict on what all
+saw."""
 
 import json
 import time
@@ -30,7 +31,10 @@ def root(tmp_path):
 
 
 def connections(worker, port):
-    return sum(c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in worker.net_connections("inet"))
+    return sum(
+        c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED
+        for c in worker.net_connections("inet")
+    )
 
 
 @pytest.fixture
@@ -50,7 +54,9 @@ def test_workers_agree_on_arms_and_roll_a_failing_canary_back_together(root, cli
 
         def client(place):
             return Client(
-                (served.url, f"grpc://{served.grpc_url}")[place % 2], NAMES[place], retries=Retries(attempts=1)
+                (served.url, f"grpc://{served.grpc_url}")[place % 2],
+                NAMES[place],
+                retries=Retries(attempts=1),
             )
 
         clients += [client(place) for place in range(len(NAMES))]
@@ -59,10 +65,15 @@ def test_workers_agree_on_arms_and_roll_a_failing_canary_back_together(root, cli
         def asked():
             return [one.predict(LOUD) for one in clients]
 
-        ab = registry.start_experiment("m", Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)}), **LOG)
+        ab = registry.start_experiment(
+            "m", Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)}), **LOG
+        )
         wanted = [ab.arm_of(name) for name in NAMES]
         for _ in range(20):
-            wait_until(lambda: all("arm" in answer for answer in asked()), "the experiment in the workers that answer")
+            wait_until(
+                lambda: all("arm" in answer for answer in asked()),
+                "the experiment in the workers that answer",
+            )
             assert [answer["arm"] for answer in asked()] == wanted and set(wanted) == {"a", "b"}
             if all(connections(worker, port) for worker in served.workers()):
                 break
@@ -72,7 +83,9 @@ def test_workers_agree_on_arms_and_roll_a_failing_canary_back_together(root, cli
         assert all(connections(worker, port) for worker in served.workers()), "both have answered"
         registry.conclude_experiment("m", **LOG)
 
-        canary = registry.start_experiment("m", Experiment.canary("round-4", 1, 4, share=0.5), **LOG)
+        canary = registry.start_experiment(
+            "m", Experiment.canary("round-4", 1, 4, share=0.5), **LOG
+        )
         arms, failed = [canary.arm_of(name) for name in NAMES], 0
         until_s = time.monotonic() + PATIENCE_S
         while registry.experiments("m") and time.monotonic() < until_s:

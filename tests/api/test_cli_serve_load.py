@@ -1,4 +1,5 @@
-"""``flserving serve`` under load: promotions, killed workers and SIGTERM, over REST and gRPC at once."""
+"""``flserving serve`` under load: promotions, killed workers and SIGTERM, over REST and gRPC at
+once."""
 
 import re
 import sys
@@ -30,14 +31,18 @@ def served(registry_root):
     with running(registry_root, "--model", "digits", "--workers", 2) as served:
         yield served
         assert served.end() == 0
-        assert all("ended by signal 9: starting another" in line for line in served.stderr.splitlines())
+        assert all(
+            "ended by signal 9: starting another" in line for line in served.stderr.splitlines()
+        )
 
 
 def test_every_worker_shows_the_sum_and_it_never_goes_down(served):
     headers, seen = {"authorization": f"Bearer {served.token}"}, [0]
 
     def shown():
-        text = httpx.get(f"{served.url}/metrics", headers=headers).text  # a new connection: any worker
+        text = httpx.get(
+            f"{served.url}/metrics", headers=headers
+        ).text  # a new connection: any worker
         found = {
             sample.name: sample.value
             for family in text_string_to_metric_families(text)
@@ -63,7 +68,8 @@ def test_every_worker_shows_the_sum_and_it_never_goes_down(served):
 
 
 def test_a_promotion_reaches_every_worker_and_fails_no_request(served, registry_root):
-    """Each worker looks every ``WATCH_S``. Once it has seen the new version it never answers with the old one again."""
+    """Each worker looks every ``WATCH_S``. Once it has seen the new version it never answers with
+    the old one again."""
     assert Router.WATCH_S <= 0.25
     with Load(lambda n: served.client(n, retries=NEVER)) as load:
         wait_until(lambda: len(load.answers) >= 50)
@@ -72,7 +78,9 @@ def test_a_promotion_reaches_every_worker_and_fails_no_request(served, registry_
                 registry.set_alias("digits", "default", version, who="test", why="promotion")
             told = {str(version)}
             wait_until(lambda told=told: set(load.latest) == told, "the new version")
-            turned = len(load.answers) + len(load.latest)  # those under way are noted after they came
+            turned = len(load.answers) + len(
+                load.latest
+            )  # those under way are noted after they came
             wait_until(lambda start=turned: len(load.answers) >= start + 200)
             assert {answer for _, answer in load.answers[turned:]} == told
     assert load.errors == []
@@ -81,7 +89,10 @@ def test_a_promotion_reaches_every_worker_and_fails_no_request(served, registry_
 def test_a_killed_worker_is_replaced_and_a_client_that_retries_sees_no_failure(served):
     with Load(lambda n: served.client(n, timeout_ms=PATIENCE_S * 1e3)) as load:
         for _ in range(2):
-            wait_until(lambda: all(map(listens, served.workers())), "the worker that an earlier test had replaced")
+            wait_until(
+                lambda: all(map(listens, served.workers())),
+                "the worker that an earlier test had replaced",
+            )
             answered = len(load.answers)
             wait_until(lambda start=answered: len(load.answers) > start + 50)
             other, _ = kill_one(served)
@@ -91,13 +102,19 @@ def test_a_killed_worker_is_replaced_and_a_client_that_retries_sees_no_failure(s
 
 def test_sigterm_under_load_answers_all_that_was_admitted(registry_root):
     options = ("--workers", 2, "--notice-s", 2)
-    with running(registry_root, *options) as served, Load(lambda n: served.client(n, retries=NEVER)) as load:
+    with (
+        running(registry_root, *options) as served,
+        Load(lambda n: served.client(n, retries=NEVER)) as load,
+    ):
         wait_until(lambda: len(load.answers) >= 100)
         signalled_s = time.monotonic()
         assert served.end() == 0 and served.stderr == ""
-    assert max(at_s for at_s, _ in load.answers) > signalled_s + 0.3, "nobody was answered during the notice"
-    # Nobody was cut off: what failed found nobody to take the request. gRPC itself cancels what comes in the moment in
-    # which it closes, before we see it (test_api_closing counts that): at most the one call of each client.
+    assert max(at_s for at_s, _ in load.answers) > signalled_s + 0.3, (
+        "nobody was answered during the notice"
+    )
+    # Nobody was cut off: what failed found nobody to take the request. gRPC itself cancels what
+    # comes in the moment in which it closes, before we see it (test_api_closing counts that): at
+    # most the one call of each client.
     assert {type(error) for error in load.errors} == {ServerClosedError}
     refused = "[Cc]onnection refused|failed to connect|Server shutdown|the server is stopping"
     cut = [str(error) for error in load.errors if not re.search(refused, str(error))]
@@ -109,4 +126,6 @@ def test_sigterm_under_load_answers_all_that_was_admitted(registry_root):
 def test_workers_share_the_memory_of_torch_where_they_need_it(registry_root, engine):
     with running(registry_root, "--model", "digits", "--engine", engine) as served:
         maps = psutil.Process(served.process.pid).memory_maps()
-        assert any("libtorch" in one.path for one in maps) == (engine == "torch"), "loaded before the fork"
+        assert any("libtorch" in one.path for one in maps) == (engine == "torch"), (
+            "loaded before the fork"
+        )

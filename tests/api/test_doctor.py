@@ -20,7 +20,9 @@ def lines_of(checks, monkeypatch):
 @pytest.mark.full
 def test_this_installation_is_healthy():
     """The real command: all checks, one real prediction."""
-    result = subprocess.run([sys.executable, "-m", "flserving", "doctor"], capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        [sys.executable, "-m", "flserving", "doctor"], capture_output=True, text=True, timeout=100
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == len(doctor.CHECKS)
@@ -32,8 +34,14 @@ def test_this_installation_is_healthy():
 def test_a_need_that_is_not_met_makes_the_exit_code_1_and_an_optional_one_does_not(monkeypatch):
     good, bad = doctor.Check(True, "fine"), doctor.Check(False, "broken: mend it")
     optional = doctor.Check(False, "absent: install it", needed=False)
-    assert lines_of([lambda: good, lambda: optional], monkeypatch) == (0, ["ok fine", "-- absent: install it"])
-    assert lines_of([lambda: bad, lambda: good], monkeypatch) == (1, ["-- broken: mend it", "ok fine"])
+    assert lines_of([lambda: good, lambda: optional], monkeypatch) == (
+        0,
+        ["ok fine", "-- absent: install it"],
+    )
+    assert lines_of([lambda: bad, lambda: good], monkeypatch) == (
+        1,
+        ["-- broken: mend it", "ok fine"],
+    )
 
 
 def test_a_check_that_breaks_is_a_line_and_not_the_end(monkeypatch):
@@ -65,11 +73,18 @@ def test_packages_that_are_missing_or_too_old_are_named(monkeypatch):
 
 
 def test_the_course_is_a_line_of_its_own_and_no_server_needs_it(monkeypatch):
-    """Where JupyterLab is, all of the course must be; where it is not, nobody meant to open notebooks there."""
-    needed = ["torch>=2.6", 'jupyterlab>=4.3; extra == "course"', "uvloop>=0.21; platform_system != 'Nowhere'"]
+    """Where JupyterLab is, all of the course must be; where it is not, nobody meant to open
+    notebooks there."""
+    needed = [
+        "torch>=2.6",
+        'jupyterlab>=4.3; extra == "course"',
+        "uvloop>=0.21; platform_system != 'Nowhere'",
+    ]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needed)
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "4.2.0")
-    assert doctor.check_course().text.startswith("course: jupyterlab is 4.2.0, needed >=4.3; in the project's folder")
+    assert doctor.check_course().text.startswith(
+        "course: jupyterlab is 4.2.0, needed >=4.3; in the project's folder"
+    )
     assert not doctor.check_course().ok and doctor.check_course().needed
     assert doctor.check_packages().text == "torch 4.2.0, uvloop 4.2.0"
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
@@ -91,7 +106,9 @@ def test_an_old_python_is_told(monkeypatch):
 def test_a_kernel_of_another_python_is_noticed(monkeypatch, program, ok):
     from jupyter_client.kernelspec import KernelSpecManager
 
-    monkeypatch.setattr(KernelSpecManager, "get_kernel_spec", lambda self, name: SimpleNamespace(argv=[program]))
+    monkeypatch.setattr(
+        KernelSpecManager, "get_kernel_spec", lambda self, name: SimpleNamespace(argv=[program])
+    )
     check = doctor.check_kernel()
     assert check.ok is ok
     assert ok or "python run.py lab" in check.text
@@ -112,7 +129,11 @@ def test_a_server_that_answers_nonsense_is_noticed(monkeypatch):
 
     closed = []
     server = SimpleNamespace(
-        predict=lambda rows: {"probabilities": [[0.5, 0.2]], "model_version": "v1.0", "latency_ms": 1.0},
+        predict=lambda rows: {
+            "probabilities": [[0.5, 0.2]],
+            "model_version": "v1.0",
+            "latency_ms": 1.0,
+        },
         close=lambda: closed.append(True),
     )
     monkeypatch.setattr(serving, "create_serving_pipeline", lambda model: server)

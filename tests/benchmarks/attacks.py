@@ -1,11 +1,12 @@
-"""What a well-behaved caller notices beside attackers without a credential, and how much memory they take.
+"""What a well-behaved caller notices beside attackers without a credential, and how much memory
+they take.
 
     python tests/benchmarks/attacks.py            # 2 minutes
     python tests/benchmarks/attacks.py --quick    # seconds; too short to quote
 
-The server has one core and 64 places; attackers come again when they are cut off. The caller opens a connection for
-each call over REST, and has one over gRPC. A call is answered, or refused with 429 or RESOURCE_EXHAUSTED, or its
-connection is closed, which counts as a refusal.
+The server has one core and 64 places; attackers come again when they are cut off. The caller opens
+a connection for each call over REST, and has one over gRPC. A call is answered, or refused with 429
+or RESOURCE_EXHAUSTED, or its connection is closed, which counts as a refusal.
 """
 
 import argparse
@@ -70,7 +71,9 @@ def never_reads(target: str) -> None:
 
 def slow_heads(target: str) -> None:
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(socket.create_connection(split(target))) for _ in range(PLACES)]
+        clients = [
+            stack.enter_context(socket.create_connection(split(target))) for _ in range(PLACES)
+        ]
         for byte in b"GET /docs HTTP/1.1\r\nX: ":
             for client in clients:
                 client.send(bytes([byte]))
@@ -91,7 +94,9 @@ def unfinished(target: str) -> None:
         for _ in range(60):
             client = stack.enter_context(connected(target))
             client.settimeout(SLOW_CLIENT_S)
-            threads.append(threading.Thread(target=push, args=(client, HEALTH + "Check", (16 << 20) - 5)))
+            threads.append(
+                threading.Thread(target=push, args=(client, HEALTH + "Check", (16 << 20) - 5))
+            )
             threads[-1].start()
         for thread in threads:
             thread.join()
@@ -167,17 +172,26 @@ class Seen:
     nbytes: int = 0
 
     def markdown(self, name: str) -> str:
-        times = [f"{np.percentile(part, 99) * 1e3:,.0f}" if part else "-" for part in (self.answered, self.refused)]
+        times = [
+            f"{np.percentile(part, 99) * 1e3:,.0f}" if part else "-"
+            for part in (self.answered, self.refused)
+        ]
         calls = f"{len(self.answered):,} | {times[0]} | {len(self.refused):,} | {times[1]}"
         return f"| {name} | {calls} | {self.nbytes / 2**20:,.0f} |"
 
 
 def call_rest(url: str) -> bool:
-    body = {"inputs": [{"name": "features", "shape": [1, 64], "datatype": "FP32", "data": [0.0] * 64}]}
+    body = {
+        "inputs": [{"name": "features", "shape": [1, 64], "datatype": "FP32", "data": [0.0] * 64}]
+    }
     try:
         path = f"{url}/v2/models/digits/infer"
         response = httpx.post(
-            path, json=body, headers={"authorization": f"Bearer {TOKEN}"}, timeout=30, trust_env=False
+            path,
+            json=body,
+            headers={"authorization": f"Bearer {TOKEN}"},
+            timeout=30,
+            trust_env=False,
         )
     except httpx.TransportError:
         return False
@@ -189,7 +203,11 @@ def call_grpc(channel: grpc.Channel) -> bool:
     message = request(np.zeros((1, 64), np.float32), model="digits")
     try:
         call = channel.unary_unary(INFER)
-        call(message.SerializeToString(), metadata=(("authorization", f"Bearer {TOKEN}"),), timeout=30)
+        call(
+            message.SerializeToString(),
+            metadata=(("authorization", f"Bearer {TOKEN}"),),
+            timeout=30,
+        )
     except grpc.RpcError as error:
         assert error.code().name in ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED"), error
         return False
@@ -197,10 +215,16 @@ def call_grpc(channel: grpc.Channel) -> bool:
 
 
 def beside(
-    attack: Callable[[str], None], target: str, call: Callable[[], bool], server: psutil.Process, seconds: float
+    attack: Callable[[str], None],
+    target: str,
+    call: Callable[[], bool],
+    server: psutil.Process,
+    seconds: float,
 ) -> Seen:
     """Call again and again while the attack goes on."""
-    process = multiprocessing.get_context("fork").Process(target=attack_again, args=(attack, target), daemon=True)
+    process = multiprocessing.get_context("fork").Process(
+        target=attack_again, args=(attack, target), daemon=True
+    )
     seen = Seen()
     before = server.memory_info().rss
     process.start()
@@ -224,7 +248,16 @@ def serving(max_connections: int = PLACES) -> Iterator[tuple[psutil.Process, str
     limits = ["--max-connections", str(max_connections), "--slow-client-s", str(SLOW_CLIENT_S)]
     with tempfile.TemporaryDirectory() as folder:
         root = two_versions(Path(folder, "registry"))
-        command = [sys.executable, "-m", "flserving", "serve", "--registry", str(root), "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "flserving",
+            "serve",
+            "--registry",
+            str(root),
+            "--port",
+            "0",
+        ]
         environment = os.environ | {"FLSERVING_TOKEN": TOKEN}
         options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
         with pinned([*command, "--grpc-port", "0", *limits], **options) as process:
@@ -235,20 +268,31 @@ def serving(max_connections: int = PLACES) -> Iterator[tuple[psutil.Process, str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; too short to quote")
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds instead of minutes; too short to quote"
+    )
     seconds = 1 if parser.parse_args().quick else 10
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
-    print("| attack | answered | p99 ms | refused | p99 ms | most memory, MB |\n" + "| --- " * 6 + "|")
+    print(
+        "| attack | answered | p99 ms | refused | p99 ms | most memory, MB |\n" + "| --- " * 6 + "|"
+    )
     for kind, attacks in (("REST", REST), ("gRPC", GRPC)):
         for name, attack in attacks.items():
             with serving() as (server, url, target):
                 os.sched_setaffinity(0, {LOAD_CORE})
                 with grpc.insecure_channel(target) as channel:
-                    call = (lambda url=url: call_rest(url)) if kind == "REST" else (lambda c=channel: call_grpc(c))
+                    call = (
+                        (lambda url=url: call_rest(url))
+                        if kind == "REST"
+                        else (lambda c=channel: call_grpc(c))
+                    )
                     assert call()
                     where = url.removeprefix("http://") if kind == "REST" else target
-                    print(beside(attack, where, call, server, seconds).markdown(f"{kind}: {name}"), flush=True)
+                    print(
+                        beside(attack, where, call, server, seconds).markdown(f"{kind}: {name}"),
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

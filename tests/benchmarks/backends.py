@@ -1,10 +1,12 @@
-"""Every backend and technique against plain torch, as ratios, by the width of an mlp 64-w-w-10 and the batch size.
+"""Every backend and technique against plain torch, as ratios, by the width of an mlp 64-w-w-10 and
+the batch size.
 
     python tests/benchmarks/backends.py              # about a minute, and one more with --compiled
     python tests/benchmarks/backends.py --quick      # seconds; too short to quote
 
-All are timed in turns within one run, so that other load on the machine hits all of them; a row shows the median ratio
-over the turns (above 1: faster than plain torch), and the range of the middle half of them. One thread throughout.
+All are timed in turns within one run, so that other load on the machine hits all of them; a row
+shows the median ratio over the turns (above 1: faster than plain torch), and the range of the
+middle half of them. One thread throughout.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import torch
 
 from flserving.lab.measuring.sweep import sweep
 
-CLAIMS: Mapping[str, tuple[float, float]] = {  # the tutorial's: how many times faster, and percentage points lost
+CLAIMS: Mapping[
+    str, tuple[float, float]
+] = {  # the tutorial's: how many times faster, and percentage points lost
     "quantised": (2, 1),
     "pruned": (2, 1),
     "distilled": (5, 2),
@@ -38,9 +42,17 @@ def rows(quick: bool = False, compiled: bool = False) -> pd.DataFrame:
 def markdown(frame: pd.DataFrame) -> str:
     """One line per technique and batch size, one column per width."""
     widths = sorted(frame.width.unique())
-    lines = [f"| technique | batch | {' | '.join(f'w {w}' for w in widths)} |", "| --- " * (len(widths) + 2) + "|"]
-    for (technique, batch), part in frame[frame.technique != "original"].groupby(["technique", "batch"]):
-        cells = [f"**{it.times:.2f}** ({it.low:.2f} to {it.high:.2f})" for it in part.sort_values("width").itertuples()]
+    lines = [
+        f"| technique | batch | {' | '.join(f'w {w}' for w in widths)} |",
+        "| --- " * (len(widths) + 2) + "|",
+    ]
+    for (technique, batch), part in frame[frame.technique != "original"].groupby(
+        ["technique", "batch"]
+    ):
+        cells = [
+            f"**{it.times:.2f}** ({it.low:.2f} to {it.high:.2f})"
+            for it in part.sort_values("width").itertuples()
+        ]
         lines.append(f"| {technique} | {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -48,11 +60,14 @@ def markdown(frame: pd.DataFrame) -> str:
 def claims(swept: pd.DataFrame) -> pd.DataFrame:
     """The tutorial's claims beside a sweep: one row per technique and batch size.
 
-    Columns: ``claimed`` (times faster, at least), ``least`` and ``most`` (medians over the widths), ``pays_from`` (the
-    smallest width from which on it is faster at every width; <NA>: none), ``holds_from`` (the same for the claim).
+    Columns: ``claimed`` (times faster, at least), ``least`` and ``most`` (medians over the widths),
+    ``pays_from`` (the smallest width from which on it is faster at every width; <NA>: none),
+    ``holds_from`` (the same for the claim).
     """
     rows = []
-    for (technique, batch), part in swept[swept.technique != "original"].groupby(["technique", "batch"], sort=False):
+    for (technique, batch), part in swept[swept.technique != "original"].groupby(
+        ["technique", "batch"], sort=False
+    ):
         part = part.sort_values("width")
         claimed = CLAIMS.get(str(technique).split(",")[0], (math.nan, math.nan))[0]
         rows.append({
@@ -72,7 +87,9 @@ def _from(part: pd.DataFrame, holds: pd.Series) -> int | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of a minute; too short to quote")
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds instead of a minute; too short to quote"
+    )
     parser.add_argument("--compiled", action="store_true", help="torch.compile as well")
     given = parser.parse_args()
     frame = rows(given.quick, given.compiled)

@@ -1,10 +1,12 @@
-"""Bytes that a device downloads for each federated round, and what the smaller forms cost in accuracy.
+"""Bytes that a device downloads for each federated round, and what the smaller forms cost in
+accuracy.
 
     python tests/benchmarks/edge_bytes.py            # under a minute; prints the table
     python tests/benchmarks/edge_bytes.py --quick    # seconds: a small model, few rounds
 
-A real cloud and real devices over loopback: each device pulls every round. Counted are the bodies of the answers; a
-pull without news costs one signed statement. The accuracy is that of the global model on all held-out samples.
+A real cloud and real devices over loopback: each device pulls every round. Counted are the bodies
+of the answers; a pull without news costs one signed statement. The accuracy is that of the global
+model on all held-out samples.
 """
 
 import argparse
@@ -33,7 +35,8 @@ WAYS = ("full", "delta exact", "delta int8", "head only")
 
 @dataclass(frozen=True)
 class Row:
-    """Mean bytes of one round: ``payload`` is weights, delta or head, ``whole`` all that was received."""
+    """Mean bytes of one round: ``payload`` is weights, delta or head, ``whole`` all that was
+    received."""
 
     model: str
     way: str
@@ -42,7 +45,11 @@ class Row:
     accuracy: float
 
     def markdown(self, full: "Row") -> str:
-        loss = "" if self.way not in ("delta int8",) else f"{100 * (full.accuracy - self.accuracy):+.2f} points"
+        loss = (
+            ""
+            if self.way not in ("delta int8",)
+            else f"{100 * (full.accuracy - self.accuracy):+.2f} points"
+        )
         return (
             f"| {self.model} | {self.way} | {self.payload:,.0f} | {self.payload / full.payload:.1%} | "
             f"{self.whole:,.0f} | {self.accuracy:.4f} | {loss} |"
@@ -64,7 +71,10 @@ def accuracy(registry: Registry, run: Run) -> float:
     x = np.concatenate([client.test_x for client in run.clients])
     y = np.concatenate([client.test_y for client in run.clients])
     with ModelServer(registry=registry) as server:
-        parts = [server.predict(part, arrays=True)["predictions"] for part in np.array_split(x, -(-len(x) // 200))]
+        parts = [
+            server.predict(part, arrays=True)["predictions"]
+            for part in np.array_split(x, -(-len(x) // 200))
+        ]
     return float((np.concatenate(parts) == y).mean())
 
 
@@ -122,13 +132,21 @@ def measure(model: str, run: Run) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     measured = rows(parser.parse_args().quick)
-    print("| model | a round travels as | bytes | of full | with manifest, statement, head | accuracy | loss |")
+    print(
+        "| model | a round travels as | bytes | of full | with manifest, statement, head | accuracy | loss |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in measured:
-        print(row.markdown(next(full for full in measured if (full.model, full.way) == (row.model, "full"))))
+        print(
+            row.markdown(
+                next(full for full in measured if (full.model, full.way) == (row.model, "full"))
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How soon a device answers after its start, and how much memory it takes: NumPy's engine beside torch's.
+"""How soon a device answers after its start, and how much memory it takes: NumPy's engine beside
+torch's.
 
     python tests/benchmarks/edge_start.py            # a minute; prints MEASURED.md's table
     python tests/benchmarks/edge_start.py --quick    # one start each; too few to quote
 
-A device is a process, `flserving edge`, whose folder holds a version with its client's head. The time runs from its
-start to its first personal answer over REST; the processor's share of it tells more on a busy machine. Memory is
-resident, read after 200 answers. The engines take turns.
+A device is a process, `flserving edge`, whose folder holds a version with its client's head. The
+time runs from its start to its first personal answer over REST; the processor's share of it tells
+more on a busy machine. Memory is resident, read after 200 answers. The engines take turns.
 """
 
 import argparse
@@ -55,7 +56,9 @@ class Row:
 
 def fill(folder: str, cloud: Registry) -> None:
     """What a device has after its first pull."""
-    numbers = np.random.default_rng(0).standard_normal((1, SIZES[1] + 1, SIZES[2]), dtype=np.float32)
+    numbers = np.random.default_rng(0).standard_normal(
+        (1, SIZES[1] + 1, SIZES[2]), dtype=np.float32
+    )
     cloud.publish(
         "m", models.mlp(SIZES), architecture="mlp", parameters={"sizes": SIZES}, alias="default",
         preprocessing={"mean": [0.5] * SIZES[0], "std": [2.0] * SIZES[0]}, heads=HeadSet("head", ["c-1"], numbers),
@@ -67,13 +70,16 @@ def fill(folder: str, cloud: Registry) -> None:
         flserving.serve(server, tokens=tokens, grpc_port=None, artifacts=True) as endpoint,
         Registry(folder) as registry,
         EdgeModelServer(registry=registry, model="m", client="c-1") as edge,
-        contextlib.closing(SyncAgent(endpoint.url, TOKEN, registry, edge=edge, client="c-1")) as agent,
+        contextlib.closing(
+            SyncAgent(endpoint.url, TOKEN, registry, edge=edge, client="c-1")
+        ) as agent,
     ):
         agent.pull()
 
 
 def start(folder: str, engine: str) -> tuple[float, float, float]:
-    """(seconds to the first answer, processor seconds, resident MB) of one device, whose cloud is away."""
+    """(seconds to the first answer, processor seconds, resident MB) of one device, whose cloud is
+    away."""
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         cloud = f"http://127.0.0.1:{nobody.getsockname()[1]}"
     command = [sys.executable, "-m", "flserving", "edge", "--cloud", cloud, "--client", "c-1", "--directory", folder,
@@ -98,7 +104,11 @@ def start(folder: str, engine: str) -> tuple[float, float, float]:
                 assert answer["head"] == "own"
                 for _ in range(200):
                     client.predict(row)
-            return seconds, spent.user + spent.system, psutil.Process(process.pid).memory_info().rss / 1e6
+            return (
+                seconds,
+                spent.user + spent.system,
+                psutil.Process(process.pid).memory_info().rss / 1e6,
+            )
         finally:
             process.kill()
 
@@ -112,13 +122,18 @@ def rows(quick: bool = False) -> list[Row]:
         for _ in range(1 if quick else 9):
             for engine in ENGINES:
                 seen[engine].append(start(folder, engine))
-    return [Row(engine, *(tuple(side) for side in zip(*seen[engine], strict=True))) for engine in ENGINES]
+    return [
+        Row(engine, *(tuple(side) for side in zip(*seen[engine], strict=True)))
+        for engine in ENGINES
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one start each; too few to quote")
-    print("| engine | start to first answer, s (range) | processor, s | resident, MB |\n| --- | --- | --- | --- |")
+    print(
+        "| engine | start to first answer, s (range) | processor, s | resident, MB |\n| --- | --- | --- | --- |"
+    )
     for row in rows(parser.parse_args().quick):
         print(row.markdown())
 

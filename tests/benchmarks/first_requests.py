@@ -1,10 +1,12 @@
-"""First requests of 64 connections opened at once, beside those of connections that are open already.
+"""First requests of 64 connections opened at once, beside those of connections that are open
+already.
 
     python tests/benchmarks/first_requests.py            # half a minute
     python tests/benchmarks/first_requests.py --quick    # seconds; too short to quote
 
-The server has one core, the callers the other. A first request is timed from the connect to the whole answer; in a
-steady round the same 64 requests are sent at once over connections that have answered before.
+The server has one core, the callers the other. A first request is timed from the connect to the
+whole answer; in a steady round the same 64 requests are sent at once over connections that have
+answered before.
 """
 
 import argparse
@@ -42,7 +44,9 @@ async def ask(stream: Stream, request: bytes) -> None:
     writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200"), head
-    await reader.readexactly(int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]))
+    await reader.readexactly(
+        int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+    )
 
 
 async def timed_first(host: str, port: int, request: bytes) -> tuple[float, Stream]:
@@ -64,7 +68,9 @@ async def rounds(host: str, port: int, count: int) -> tuple[list[float], list[fl
     first: list[float] = []
     steady: list[float] = []
     for number in range(count + 1):
-        opened = await asyncio.gather(*(timed_first(host, port, request) for _ in range(CONNECTIONS)))
+        opened = await asyncio.gather(
+            *(timed_first(host, port, request) for _ in range(CONNECTIONS))
+        )
         streams = [stream for _, stream in opened]
         again = await asyncio.gather(*(timed_next(stream, request) for stream in streams))
         for _, writer in streams:
@@ -87,7 +93,9 @@ def main() -> None:
     p99 = [float(np.percentile(part, 99)) * 1e3 for part in parts]
     p50 = [float(np.percentile(part, 50)) * 1e3 for part in parts]
     print("| 64 at once over REST | p50 ms | p99 ms |\n| --- | --- | --- |")
-    for name, middle, high in zip(("first request, connect included", "steady"), p50, p99, strict=True):
+    for name, middle, high in zip(
+        ("first request, connect included", "steady"), p50, p99, strict=True
+    ):
         print(f"| {name} | {middle:.1f} | {high:.1f} |")
     print(f"\nratio of the p99: **{p99[0] / p99[1]:.2f}** (target: below 2)")
 

@@ -1,12 +1,14 @@
-"""What personal heads cost: batches of all-different clients against the same batches with one shared head.
+"""What personal heads cost: batches of all-different clients against the same batches with one
+shared head.
 
-    python tests/benchmarks/heads.py                 # about two minutes and 2.7 GB of disk
-    python tests/benchmarks/heads.py --quick         # seconds; too short to quote, and 20,000 heads only
+    python tests/benchmarks/heads.py                 # about two minutes and 2.7 GB of disk python
+    tests/benchmarks/heads.py --quick         # seconds; too short to quote, and 20,000 heads only
 
-Digits' model (64-64-10), one intra-op thread. All sides of a ratio take turns within one run, so that other load on the
-machine hits all; a ratio is the median over the turns, in brackets the middle half of them. Durations are the thread's
-CPU time, but for the cold reads, which are mostly waiting. Clients are drawn without replacement from heads that
-together exceed the processor's caches, so every head comes from memory.
+Digits' model (64-64-10), one intra-op thread. All sides of a ratio take turns within one run, so
+that other load on the machine hits all; a ratio is the median over the turns, in brackets the
+middle half of them. Durations are the thread's CPU time, but for the cold reads, which are mostly
+waiting. Clients are drawn without replacement from heads that together exceed the processor's
+caches, so every head comes from memory.
 """
 
 import argparse
@@ -32,7 +34,9 @@ NBYTES = (INPUTS + 1) * OUTPUTS * 4
 TARGETS = {16: "2.2", 64: "2.2", 256: "3.0"}
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], times: int, turns: int) -> dict[str, np.ndarray]:
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], times: int, turns: int
+) -> dict[str, np.ndarray]:
     """Microseconds of CPU a call, [turns], by name."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
@@ -62,12 +66,20 @@ def endless(batches: list) -> Callable[[], object]:
 
 
 def published(folder: Path, num_heads: int) -> tuple[Registry, np.ndarray, SplitModel, float]:
-    """A registry with one version of that many random heads, the heads themselves, the model, the seconds it took."""
-    heads = np.lib.format.open_memmap(folder / "heads.npy", "w+", np.float32, (num_heads, INPUTS + 1, OUTPUTS))
+    """A registry with one version of that many random heads, the heads themselves, the model, the
+    seconds it took."""
+    heads = np.lib.format.open_memmap(
+        folder / "heads.npy", "w+", np.float32, (num_heads, INPUTS + 1, OUTPUTS)
+    )
     rng = np.random.default_rng(0)
     for start in range(0, num_heads, 50_000):
-        heads[start : start + 50_000] = rng.standard_normal(heads[start : start + 50_000].shape, np.float32)
-    registry, model = Registry(folder / "registry", max_artifact_bytes=4 << 30), models.build("digits_mlp")
+        heads[start : start + 50_000] = rng.standard_normal(
+            heads[start : start + 50_000].shape, np.float32
+        )
+    registry, model = (
+        Registry(folder / "registry", max_artifact_bytes=4 << 30),
+        models.build("digits_mlp"),
+    )
     began = time.perf_counter()
     chosen = HeadSet("head", [f"client-{number}" for number in range(num_heads)], heads)
     registry.publish("m", model, architecture="digits_mlp", heads=chosen)
@@ -75,7 +87,8 @@ def published(folder: Path, num_heads: int) -> tuple[Registry, np.ndarray, Split
 
 
 def hot(registry: Registry, heads: np.ndarray, model: SplitModel, turns: int) -> None:
-    """Every head is in memory: engine against engine, product against product, and the loop over ``nn.Linear``."""
+    """Every head is in memory: engine against engine, product against product, and the loop over
+    ``nn.Linear``."""
     config = ServingConfig(max_batch_size=256, head_cache_bytes=1 << 40)
     engine = load_engine(RegistrySource(registry, "m"), "1", config)
     personal, count = engine.personal, len(heads)
@@ -85,7 +98,10 @@ def hot(registry: Registry, heads: np.ndarray, model: SplitModel, turns: int) ->
     linears = []
     for matrix in heads[:4096]:
         linear = nn.Linear(INPUTS, OUTPUTS).requires_grad_(False)
-        linear.weight.copy_(torch.from_numpy(matrix[:-1].T)), linear.bias.copy_(torch.from_numpy(matrix[-1]))
+        (
+            linear.weight.copy_(torch.from_numpy(matrix[:-1].T)),
+            linear.bias.copy_(torch.from_numpy(matrix[-1])),
+        )
         linears.append(linear)
     print(
         "| rows, all of different clients | engine, one head | engine, own heads | ratio | target | bare model | ratio "
@@ -100,7 +116,9 @@ def hot(registry: Registry, heads: np.ndarray, model: SplitModel, turns: int) ->
         @torch.inference_mode()
         def loop(values: torch.Tensor = values, some: Callable = some) -> torch.Tensor:
             features = model.body(values)
-            return torch.cat([linear(row[None]) for linear, row in zip(some(), features, strict=True)])
+            return torch.cat(
+                [linear(row[None]) for linear, row in zip(some(), features, strict=True)]
+            )
 
         with torch.inference_mode():
             taken = in_turns(
@@ -122,18 +140,25 @@ def hot(registry: Registry, heads: np.ndarray, model: SplitModel, turns: int) ->
             f"| {ratio(taken['bare own'], taken['bare shared'])} | {ratio(taken['loop'], taken['bare own'])} |"
         )
     flat, there = torch.randn(50_000_000), torch.empty(50_000_000)
-    batch = endless([torch.from_numpy(part) for part in slots[: count // 256 * 256].reshape(-1, 256)])
+    batch = endless(
+        [torch.from_numpy(part) for part in slots[: count // 256 * 256].reshape(-1, 256)]
+    )
     taken = in_turns(
         {
             "copy": lambda: there.copy_(flat),
-            "gather": lambda: [personal.store._rows.take(batch().numpy(), axis=0) for _ in range(100)],
+            "gather": lambda: [
+                personal.store._rows.take(batch().numpy(), axis=0) for _ in range(100)
+            ],
             "own": lambda: [personal._infer(values, batch().numpy()) for _ in range(100)],
             "shared": lambda: [engine._infer(values) for _ in range(100)],
         },
         1,
         turns,
     )
-    copy, gather = 0.2 / np.median(taken["copy"]) * 1e6, NBYTES * 25_600 / np.median(taken["gather"]) / 1e3
+    copy, gather = (
+        0.2 / np.median(taken["copy"]) * 1e6,
+        NBYTES * 25_600 / np.median(taken["gather"]) / 1e3,
+    )
     whole = NBYTES * 25_600 / np.median(taken["own"] - taken["shared"]) / 1e3
     print(
         f"\nHeads are read at {whole:.1f} GB/s by gather and product together, {gather:.1f} GB/s by the gather alone; "
@@ -151,7 +176,9 @@ def million(registry: Registry, folder: Path, count: int, turns: int) -> None:
     file = folder / "registry" / "models" / "m" / "1" / "heads.bin"
     print(f"{count:,} heads: loaded in {opened_s:.2f} s, {file.stat().st_size / 1e9:.2f} GB on disk, "
           f"at most {personal.store.nbytes / 1e6:.0f} MB in memory.\n")  # fmt: skip
-    print("| rows | warm, engine, us a row | bare model | cold, us a row |\n| --- | --- | --- | --- |")
+    print(
+        "| rows | warm, engine, us a row | bare model | cold, us a row |\n| --- | --- | --- | --- |"
+    )
     for rows in BATCHES:
         with open(file, "rb") as content:  # into the page cache
             while content.read(1 << 24):
@@ -176,12 +203,21 @@ def million(registry: Registry, folder: Path, count: int, turns: int) -> None:
             began = time.perf_counter()
             personal.execute([(x, batch)])
             cold.append((time.perf_counter() - began) * 1e6)
-        sides = [np.percentile(np.array(side) / rows, [50, 25, 75]) for side in (warm["engine"], warm["bare"], cold)]
-        print(f"| {rows} | " + " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*side) for side in sides) + " |")
+        sides = [
+            np.percentile(np.array(side) / rows, [50, 25, 75])
+            for side in (warm["engine"], warm["bare"], cold)
+        ]
+        print(
+            f"| {rows} | "
+            + " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*side) for side in sides)
+            + " |"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few turns, few heads")
     parser.add_argument("--folder", help="where the files go (default: a temporary folder)")
     options = parser.parse_args()

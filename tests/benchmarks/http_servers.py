@@ -1,11 +1,14 @@
-"""Which HTTP server stands before our application: today's (uvicorn's protocol with our limits), uvicorn, granian.
+"""Which HTTP server stands before our application: today's (uvicorn's protocol with our limits),
+uvicorn, granian.
 
     python tests/benchmarks/http_servers.py                    # today's and uvicorn: 8 minutes
-    python tests/benchmarks/http_servers.py --granian PYTHON   # an interpreter that has granian too: 11 minutes
-    python tests/benchmarks/http_servers.py --quick            # seconds; its numbers are too short to quote
+    python tests/benchmarks/http_servers.py --granian PYTHON   # an interpreter that has granian
+    too: 11 minutes python tests/benchmarks/http_servers.py --quick            # seconds; its
+    numbers are too short to quote
 
-All three run the same application, and each gets the limits that it offers (3 s for slow clients). For speed all are
-driven in turns, medians over the turns; CPU is that of the whole process tree. Needs Debian's wrk.
+All three run the same application, and each gets the limits that it offers (3 s for slow clients).
+For speed all are driven in turns, medians over the turns; CPU is that of the whole process tree.
+Needs Debian's wrk.
 """
 
 import argparse
@@ -31,24 +34,49 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "servers"))
 from http_server import SLOW_CLIENT_S, TOKEN
 from load import Target, family_of, measure, missing_tools, pinned
-from network import JSON_HEADERS, SERVERS, SIZES, System, await_answer, bodies, compare, free_port, publish
+from network import (
+    JSON_HEADERS,
+    SERVERS,
+    SIZES,
+    System,
+    await_answer,
+    bodies,
+    compare,
+    free_port,
+    publish,
+)
 
 NAMES = {"ours": "today's", "uvicorn": "plain uvicorn", "granian": "granian"}
 PATIENCE_S = 4 * SLOW_CLIENT_S
 """So long each bad client goes on."""
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-INFER = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n"
+INFER = (
+    b"POST /v2/models/m/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer "
+    + TOKEN.encode()
+    + b"\r\n"
+)
 SMALL_ROW = np.zeros((1, SIZES["small"][0]), np.float32)
 WHOLE = INFER + b"Content-Length: %d\r\n\r\n" % len(bodies(SMALL_ROW)[0]) + bodies(SMALL_ROW)[0]
 
 
 @contextlib.contextmanager
-def started(kind: str, python: str, registry: Path, row: np.ndarray, workers: int = 1) -> Iterator[System]:
+def started(
+    kind: str, python: str, registry: Path, row: np.ndarray, workers: int = 1
+) -> Iterator[System]:
     port = free_port()
     headers = JSON_HEADERS | {"authorization": f"Bearer {TOKEN}"}
     target = Target(f"http://127.0.0.1:{port}/v2/models/m/infer", bodies(row)[0], headers)
-    command = [python, str(SERVERS / "http_server.py"), kind, str(port), str(registry), str(workers)]
-    with pinned(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # uvicorn logs a lot
+    command = [
+        python,
+        str(SERVERS / "http_server.py"),
+        kind,
+        str(port),
+        str(registry),
+        str(workers),
+    ]
+    with pinned(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:  # uvicorn logs a lot
         system = System(NAMES[kind], process, target, None)
         await_answer(system)
         yield system
@@ -93,7 +121,8 @@ def read_answer(client: socket.socket) -> bytes:
 
 
 def answer_to(system: System, request: bytes, end: bool = False) -> str:
-    """The status of the first answer, and whether it has our form: JSON, with ``error`` where something is wrong."""
+    """The status of the first answer, and whether it has our form: JSON, with ``error`` where
+    something is wrong."""
     with connect(system) as client:
         with contextlib.suppress(ConnectionError):  # it may be refused before it is whole
             client.sendall(request)
@@ -163,11 +192,16 @@ def endless_head(system: System, most: int = 64 << 20) -> str:
 
 
 def large_head(system: System) -> str:
-    return answer_to(system, LIVE + b"".join(b"X-%d: %s\r\n" % (n, b"x" * 1000) for n in range(128)) + b"\r\n")
+    return answer_to(
+        system, LIVE + b"".join(b"X-%d: %s\r\n" % (n, b"x" * 1000) for n in range(128)) + b"\r\n"
+    )
 
 
 def many_chunks(system: System) -> str:
-    return answer_to(system, INFER + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 200_000 + b"0\r\n\r\n")
+    return answer_to(
+        system,
+        INFER + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 200_000 + b"0\r\n\r\n",
+    )
 
 
 def large_body(system: System) -> str:
@@ -175,7 +209,9 @@ def large_body(system: System) -> str:
 
 
 def coded_body(system: System) -> str:
-    return answer_to(system, INFER + b"Transfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+    return answer_to(
+        system, INFER + b"Transfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    )
 
 
 def no_http(system: System) -> str:
@@ -189,7 +225,8 @@ def upgrade(system: System) -> str:
 
 
 def half_closed(system: System) -> str:
-    """Whether its request was answered before or after its side was seen to be shut is a matter of chance: 50 tries."""
+    """Whether its request was answered before or after its side was seen to be shut is a matter of
+    chance: 50 tries."""
     return f"{sum(answer_to(system, WHOLE, end=True) == '200' for _ in range(50))} of 50 answered"
 
 
@@ -211,15 +248,17 @@ BAD_CLIENTS: dict[str, Callable[[System], str]] = {
 
 
 class Askers:
-    """Threads that ask again and again; half of them connect anew each time. A request that was sent and not answered
-    is lost; a connection that is refused is not."""
+    """Threads that ask again and again; half of them connect anew each time. A request that was
+    sent and not answered is lost; a connection that is refused is not."""
 
     def __init__(self, system: System, threads: int = 16) -> None:
         self.counts: Counter[str] = Counter()
         self.last_lost_s = 0.0
         self._stop = threading.Event()
         self._system = system
-        self._threads = [threading.Thread(target=self._ask, args=(number % 2 == 0,)) for number in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(number % 2 == 0,)) for number in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -280,7 +319,14 @@ def at_kill(system: System) -> str:
 
 
 def in_thread(kind: str, python: str, registry: Path) -> str:
-    command = [python, str(SERVERS / "http_server.py"), kind, str(free_port()), str(registry), "thread"]
+    command = [
+        python,
+        str(SERVERS / "http_server.py"),
+        kind,
+        str(free_port()),
+        str(registry),
+        "thread",
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
@@ -300,9 +346,14 @@ def row(what: str, cells: list[str]) -> None:
 
 def speed(kinds: dict[str, str], folder: Path, turns: int, seconds: float) -> None:
     for size, sizes in SIZES.items():
-        features = np.round(np.random.default_rng(0).standard_normal((1, sizes[0])), 4).astype(np.float32)
+        features = np.round(np.random.default_rng(0).standard_normal((1, sizes[0])), 4).astype(
+            np.float32
+        )
         with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(started(kind, kinds[kind], folder / size, features)) for kind in kinds]
+            found = [
+                stack.enter_context(started(kind, kinds[kind], folder / size, features))
+                for kind in kinds
+            ]
             for connections in (64, 16, 1):
                 loads = compare(found, turns, seconds, connections)
                 cells = []
@@ -330,8 +381,12 @@ def nbytes_of(system: System) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one short turn")
-    parser.add_argument("--no-speed", action="store_true", help="only what becomes of bad clients, stops and kills")
-    parser.add_argument("--granian", metavar="PYTHON", help="an interpreter that has granian besides")
+    parser.add_argument(
+        "--no-speed", action="store_true", help="only what becomes of bad clients, stops and kills"
+    )
+    parser.add_argument(
+        "--granian", metavar="PYTHON", help="an interpreter that has granian besides"
+    )
     arguments = parser.parse_args()
     if "wrk" in missing_tools():
         parser.exit(1, "wrk: not found; on Debian: apt-get install wrk\n")
@@ -351,16 +406,25 @@ def main() -> None:
         if not arguments.no_speed:
             speed(kinds, folder, turns, seconds)
         with contextlib.ExitStack() as stack:
-            found = [stack.enter_context(started(*kind, folder / "small", SMALL_ROW)) for kind in kinds.items()]
+            found = [
+                stack.enter_context(started(*kind, folder / "small", SMALL_ROW))
+                for kind in kinds.items()
+            ]
             for what, attempt in BAD_CLIENTS.items():
                 row(what, [with_growth(system, attempt) for system in found])
-        for what, attempt, workers in (("SIGTERM under load", at_sigterm, 1), ("kill -9 of a worker", at_kill, 2)):
+        for what, attempt, workers in (
+            ("SIGTERM under load", at_sigterm, 1),
+            ("kill -9 of a worker", at_kill, 2),
+        ):
             cells = []
             for kind, python in kinds.items():
                 with started(kind, python, folder / "small", SMALL_ROW, workers) as system:
                     cells.append(attempt(system))
             row(what, cells)
-        row("in a thread, as in a notebook", [in_thread(kind, kinds[kind], folder / "small") for kind in kinds])
+        row(
+            "in a thread, as in a notebook",
+            [in_thread(kind, kinds[kind], folder / "small") for kind in kinds],
+        )
 
 
 if __name__ == "__main__":

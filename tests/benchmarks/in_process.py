@@ -1,10 +1,11 @@
 """Speed of the stack in one process, as ratios against what one would write by hand.
 
-    python tests/benchmarks/in_process.py            # about a minute; prints MEASURED.md's first table
-    python tests/benchmarks/in_process.py --quick    # seconds; too short to quote
+    python tests/benchmarks/in_process.py            # about a minute; prints MEASURED.md's first
+    table python tests/benchmarks/in_process.py --quick    # seconds; too short to quote
 
-Both sides of a ratio are timed in turns within one run, so that other load on the machine hits both; a row shows the
-median ratio over the turns, and the range of the middle half of them. One intra-op thread throughout.
+Both sides of a ratio are timed in turns within one run, so that other load on the machine hits
+both; a row shows the median ratio over the turns, and the range of the middle half of them. One
+intra-op thread throughout.
 """
 
 import argparse
@@ -72,15 +73,26 @@ def one_row(turns: int, times: int, architecture: str, parameters: dict, name: s
     with create_serving_pipeline(model) as server:
         for call in (bare, lambda: server.predict(x)):
             median_us(call, times)
-        pairs = [(median_us(lambda: server.predict(x), times), median_us(bare, times)) for _ in range(turns)]
+        pairs = [
+            (median_us(lambda: server.predict(x), times), median_us(bare, times))
+            for _ in range(turns)
+        ]
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     return Row(
-        f"one-row `predict`, p50, {name}", ours, theirs, "us bare forward", tuple(a / b for a, b in pairs), "<= 1.5"
+        f"one-row `predict`, p50, {name}",
+        ours,
+        theirs,
+        "us bare forward",
+        tuple(a / b for a, b in pairs),
+        "<= 1.5",
     )
 
 
-def asynchronous(server: ModelServer, x: np.ndarray, callers: int, each: int) -> tuple[float, float]:
-    """(CPU microseconds, wall microseconds) per request with ``callers`` coroutines, each sending ``each`` in a row."""
+def asynchronous(
+    server: ModelServer, x: np.ndarray, callers: int, each: int
+) -> tuple[float, float]:
+    """(CPU microseconds, wall microseconds) per request with ``callers`` coroutines, each sending
+    ``each`` in a row."""
 
     async def caller() -> None:
         for _ in range(each):
@@ -96,7 +108,8 @@ def asynchronous(server: ModelServer, x: np.ndarray, callers: int, each: int) ->
 
 
 def small_async(turns: int, each: int) -> Row:
-    """CPU of a request from 64 concurrent coroutines, everything included, against a batch of 64 run by hand."""
+    """CPU of a request from 64 concurrent coroutines, everything included, against a batch of 64
+    run by hand."""
     x = np.random.default_rng(0).standard_normal((1, 32), dtype=np.float32)
     model = models.build(*SMALL).eval().requires_grad_(False)
     batch = np.repeat(x, 32, axis=0)
@@ -107,10 +120,19 @@ def small_async(turns: int, each: int) -> Row:
 
     with create_serving_pipeline(model) as server:
         asynchronous(server, x, 64, each)
-        pairs = [(asynchronous(server, x, 64, each)[0], median_us(bare, 200) / 32) for _ in range(turns)]
+        pairs = [
+            (asynchronous(server, x, 64, each)[0], median_us(bare, 200) / 32) for _ in range(turns)
+        ]
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     what = "CPU a request, 64 async callers, small"
-    return Row(what, ours, theirs, "us a row in a bare batch of 32", tuple(a / b for a, b in pairs), "<= 20 us CPU")
+    return Row(
+        what,
+        ours,
+        theirs,
+        "us a row in a bare batch of 32",
+        tuple(a / b for a, b in pairs),
+        "<= 20 us CPU",
+    )
 
 
 def large_async(turns: int, each: int) -> Row:
@@ -124,18 +146,31 @@ def large_async(turns: int, each: int) -> Row:
         for server in (batching, single):
             asynchronous(server, x, 64, 2)
         pairs = [
-            (1e6 / asynchronous(batching, x, 64, each)[1], 1e6 / asynchronous(single, x, 64, each)[1])
+            (
+                1e6 / asynchronous(batching, x, 64, each)[1],
+                1e6 / asynchronous(single, x, 64, each)[1],
+            )
             for _ in range(turns)
         ]
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     what = "throughput, 64 async callers, large"
-    return Row(what, ours, theirs, "req/s with `max_batch_size=1`", tuple(a / b for a, b in pairs), ">= 5")
+    return Row(
+        what, ours, theirs, "req/s with `max_batch_size=1`", tuple(a / b for a, b in pairs), ">= 5"
+    )
 
 
-def cold_load(turns: int, architecture: str, parameters: dict, name: str, warmup_samples: int = 0) -> Row:
-    """A version from the registry's disk to an engine, against safetensors' load plus build, which verify nothing."""
+def cold_load(
+    turns: int, architecture: str, parameters: dict, name: str, warmup_samples: int = 0
+) -> Row:
+    """A version from the registry's disk to an engine, against safetensors' load plus build, which
+    verify nothing."""
     with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry:
-        registry.publish("m", models.build(architecture, parameters), architecture=architecture, parameters=parameters)
+        registry.publish(
+            "m",
+            models.build(architecture, parameters),
+            architecture=architecture,
+            parameters=parameters,
+        )
         file = next(Path(folder).rglob("*.safetensors"))
         source, config = RegistrySource(registry, "m"), ServingConfig(warmup_samples=warmup_samples)
 
@@ -153,7 +188,12 @@ def cold_load(turns: int, architecture: str, parameters: dict, name: str, warmup
     mine, their = (statistics.median(side) for side in zip(*pairs, strict=True))
     warm = f", {warmup_samples} + 1 warm-up forwards" if warmup_samples else ""
     return Row(
-        f"cold load, {name}{warm}", mine, their, "us load_file + build", tuple(a / b for a, b in pairs), "<= 1.5"
+        f"cold load, {name}{warm}",
+        mine,
+        their,
+        "us load_file + build",
+        tuple(a / b for a, b in pairs),
+        "<= 1.5",
     )
 
 
@@ -172,18 +212,27 @@ def publish(turns: int) -> Row:
     with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry:
         pairs = []
         for turn in range(turns + 1):
-            mine = median_us(lambda: registry.publish("m", model, architecture="mlp", parameters={"sizes": sizes}), 3)
-            # new files, as a publish makes: to write over a deleted file's pages again is several times faster
+            mine = median_us(
+                lambda: registry.publish(
+                    "m", model, architecture="mlp", parameters={"sizes": sizes}
+                ),
+                3,
+            )
+            # new files, as a publish makes: to write over a deleted file's pages again is several
+            # times faster
             their = median_us(lambda: write(Path(folder) / f"plain-{time.perf_counter_ns()}"), 3)
             if turn:  # the first turn warms up
                 pairs.append((len(data) / mine, len(data) / their))
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     what = f"publish of a {len(data) / 1e6:.0f} MB model"
-    return Row(what, ours, theirs, "MB/s plain write + fsync", tuple(a / b for a, b in pairs), ">= 0.5")
+    return Row(
+        what, ours, theirs, "MB/s plain write + fsync", tuple(a / b for a, b in pairs), ">= 0.5"
+    )
 
 
 def ceiling(turns: int, times: int) -> Row:
-    """What batching can give at most for the large model: the bare forward's rows a second, 32 at once or singly."""
+    """What batching can give at most for the large model: the bare forward's rows a second, 32 at
+    once or singly."""
     model = models.build(*LARGE).eval().requires_grad_(False)
     x = torch.randn(32, 784)
 
@@ -192,7 +241,10 @@ def ceiling(turns: int, times: int) -> Row:
             model(rows)
 
     pairs = [
-        (32e6 / median_us(lambda: forward(x), times), 1e6 / median_us(lambda: forward(x[:1]), times))
+        (
+            32e6 / median_us(lambda: forward(x), times),
+            1e6 / median_us(lambda: forward(x[:1]), times),
+        )
         for _ in range(turns)
     ]
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
@@ -220,11 +272,17 @@ def rows(quick: bool = False) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of a minute; too short to quote")
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds instead of a minute; too short to quote"
+    )
     quick = parser.parse_args().quick
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one intra-op thread")
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one intra-op thread"
+    )
     print("small = MLP 32-64-10, large = MLP 784-512-512-10, float32\n")
-    print("| what | flserving | against | ratio (middle half) | target |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| what | flserving | against | ratio (middle half) | target |\n| --- | --- | --- | --- | --- |"
+    )
     for row in rows(quick):
         print(row.markdown(), flush=True)
 

@@ -1,4 +1,5 @@
-"""Load from outside: wrk for REST and h2load for gRPC, pinned to the core that no server runs on."""
+"""Load from outside: wrk for REST and h2load for gRPC, pinned to the core that no server runs
+on."""
 
 import os
 import re
@@ -16,7 +17,8 @@ SERVER_CORE, LOAD_CORE = 0, (os.cpu_count() or 1) - 1
 
 @dataclass(frozen=True)
 class Load:
-    """One measurement: answered requests a second, the server's CPU a request, latency percentiles."""
+    """One measurement: answered requests a second, the server's CPU a request, latency
+    percentiles."""
 
     rate_per_s: float
     cpu_us: float
@@ -65,7 +67,8 @@ def cpu_s(process: subprocess.Popen) -> float:
 
 
 def measure(process: subprocess.Popen, target: Target, connections: int, seconds: float) -> Load:
-    """Drive ``target`` as fast as ``connections`` callers can. Raises RuntimeError if any answer is not 200."""
+    """Drive ``target`` as fast as ``connections`` callers can. Raises RuntimeError if any answer is
+    not 200."""
     before_s = cpu_s(process)
     done, rate, p50, p99 = (_h2load if target.grpc else _wrk)(target, connections, seconds)
     return Load(rate, (cpu_s(process) - before_s) / max(1, done) * 1e6, p50, p99)
@@ -87,9 +90,19 @@ def _wrk(target: Target, connections: int, seconds: float) -> tuple[int, float, 
     with tempfile.TemporaryDirectory() as folder:
         body, script = Path(folder, "body"), Path(folder, "post.lua")
         body.write_bytes(target.body)
-        headers = "\n".join(f'wrk.headers["{name}"] = "{value}"' for name, value in target.headers.items())
+        headers = "\n".join(
+            f'wrk.headers["{name}"] = "{value}"' for name, value in target.headers.items()
+        )
         script.write_text(_LUA.format(body=body, headers=headers))
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", str(script), target.url]
+        command = [
+            "wrk",
+            "-t1",
+            f"-c{connections}",
+            f"-d{max(1, round(seconds))}s",
+            "-s",
+            str(script),
+            target.url,
+        ]
         output = _run(command)
     found = re.search(r"RESULT (\d+) ([\d.]+) ([\d.]+) ([\d.]+) (\d+)", output)
     if found is None or int(found[5]) or "Non-2xx" in output:
@@ -116,7 +129,11 @@ def _h2load(target: Target, connections: int, seconds: float) -> tuple[int, floa
 
 def _run(command: list[str]) -> str:
     result = subprocess.run(
-        ["taskset", "-c", str(LOAD_CORE), *command], capture_output=True, text=True, timeout=300, check=False
+        ["taskset", "-c", str(LOAD_CORE), *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     if result.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{result.stdout}{result.stderr}")

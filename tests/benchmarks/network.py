@@ -1,13 +1,15 @@
-"""Speed over the network: flserving against a floor written by hand, and against what a user would pick instead.
+"""Speed over the network: flserving against a floor written by hand, and against what a user would
+pick instead.
 
-    python tests/benchmarks/network.py                          # REST and gRPC against their floors: 6 minutes
-    python tests/benchmarks/network.py --peers PYTHON [PYTHON]  # also FastAPI by hand, LitServe, MLServer
-    python tests/benchmarks/network.py --quick                  # seconds; too short to quote
+    python tests/benchmarks/network.py                          # REST and gRPC against their
+    floors: 6 minutes python tests/benchmarks/network.py --peers PYTHON [PYTHON]  # also FastAPI by
+    hand, LitServe, MLServer python tests/benchmarks/network.py --quick                  # seconds;
+    too short to quote
 
-Every server has one core, the load generator (wrk for REST, h2load for gRPC: Debian's wrk and nghttp2-client) the
-other. All servers stay up and are driven in turns; a ratio is taken within a turn. Before and after the load every
-server must give the same answer to the same row. A PYTHON is the interpreter of an environment with torch and fastapi,
-litserve or mlserver.
+Every server has one core, the load generator (wrk for REST, h2load for gRPC: Debian's wrk and
+nghttp2-client) the other. All servers stay up and are driven in turns; a ratio is taken within a
+turn. Before and after the load every server must give the same answer to the same row. A PYTHON is
+the interpreter of an environment with torch and fastapi, litserve or mlserver.
 """
 
 import argparse
@@ -40,10 +42,18 @@ from network_model import build
 
 SERVERS = Path(__file__).parent / "servers"
 SIZES = {"small": [32, 64, 10], "large": [784, 512, 512, 10]}
-PEERS = {"fastapi": "by_hand.py", "litserve": "litserve_app.py", "mlserver": "mlserver_model.py"}  # module -> server
+PEERS = {
+    "fastapi": "by_hand.py",
+    "litserve": "litserve_app.py",
+    "mlserver": "mlserver_model.py",
+}  # module -> server
 TOKEN = "benchmark"
 JSON_HEADERS = {"content-type": "application/json"}
-GRPC_HEADERS = {"content-type": "application/grpc", "te": "trailers", "authorization": f"Bearer {TOKEN}"}
+GRPC_HEADERS = {
+    "content-type": "application/grpc",
+    "te": "trailers",
+    "authorization": f"Bearer {TOKEN}",
+}
 
 
 @dataclass
@@ -60,12 +70,19 @@ class System:
         if self.target.grpc:
             with grpc.insecure_channel(self.target.url.split("//")[1].split("/")[0]) as channel:
                 call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-                reply = call(self.target.body[5:], metadata=[("authorization", f"Bearer {TOKEN}")], timeout=10)
+                reply = call(
+                    self.target.body[5:],
+                    metadata=[("authorization", f"Bearer {TOKEN}")],
+                    timeout=10,
+                )
             raw = codec.InferResponse.FromString(reply).raw_output_contents[2]
             return np.frombuffer(raw, np.float32).tolist()
         request = urllib.request.Request(self.target.url, self.target.body, self.target.headers)
         with urllib.request.urlopen(request, timeout=10) as response:
-            body, json_nbytes = response.read(), response.headers.get("Inference-Header-Content-Length")
+            body, json_nbytes = (
+                response.read(),
+                response.headers.get("Inference-Header-Content-Length"),
+            )
         if json_nbytes is not None:
             return np.frombuffer(body[-40:], np.float32).tolist()
         outputs = {tensor["name"]: tensor["data"] for tensor in json.loads(body)["outputs"]}
@@ -73,18 +90,26 @@ class System:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:  # three in a row: MLServer takes the next two for gRPC and metrics
+    with (
+        socket.socket() as listener
+    ):  # three in a row: MLServer takes the next two for gRPC and metrics
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def bodies(row: np.ndarray) -> tuple[bytes, bytes, dict[str, str], bytes]:
-    """The same request as JSON, as JSON + binary tensors with its headers, and as a framed gRPC message."""
+    """The same request as JSON, as JSON + binary tensors with its headers, and as a framed gRPC
+    message."""
     tensor = {"name": "features", "shape": list(row.shape), "datatype": "FP32"}
-    plain = json.dumps({"inputs": [tensor | {"data": [round(x, 4) for x in row.ravel().tolist()]}]}).encode()
+    plain = json.dumps(
+        {"inputs": [tensor | {"data": [round(x, 4) for x in row.ravel().tolist()]}]}
+    ).encode()
     head = {"inputs": [tensor | {"parameters": {"binary_data_size": row.nbytes}}]}
     front = json.dumps(head | {"parameters": {"binary_data_output": True}}).encode()
-    headers = {"content-type": "application/octet-stream", "Inference-Header-Content-Length": str(len(front))}
+    headers = {
+        "content-type": "application/octet-stream",
+        "Inference-Header-Content-Length": str(len(front)),
+    }
     request = codec.InferRequest(model_name="m", raw_input_contents=[row.tobytes()])
     request.inputs.add(name="features", datatype="FP32", shape=row.shape)
     message = request.SerializeToString()
@@ -103,13 +128,25 @@ def systems(size: str, pythons: list[str]) -> Iterator[list[System]]:
         publish(registry, sizes)
 
         def start(python: str, script: str, port: int, *arguments: str) -> subprocess.Popen:
-            return stack.enter_context(pinned([python, str(SERVERS / script), str(port), *arguments]))
+            return stack.enter_context(
+                pinned([python, str(SERVERS / script), str(port), *arguments])
+            )
 
         def serve() -> tuple[subprocess.Popen, int, int]:
             port = free_port()
             grpc_port = free_port()
             ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
-            command = [sys.executable, "-m", "flserving", "serve", "--registry", str(registry), "--model", "m", *ports]
+            command = [
+                sys.executable,
+                "-m",
+                "flserving",
+                "serve",
+                "--registry",
+                str(registry),
+                "--model",
+                "m",
+                *ports,
+            ]
             quiet = {"stdout": subprocess.DEVNULL, "env": os.environ | {"FLSERVING_TOKEN": TOKEN}}
             return stack.enter_context(pinned(command, **quiet)), port, grpc_port
 
@@ -118,7 +155,12 @@ def systems(size: str, pythons: list[str]) -> Iterator[list[System]]:
         rest, rpc = f"http://127.0.0.1:{port}{infer}", "/inference.GRPCInferenceService/ModelInfer"
         found = [
             System("flserving REST, JSON", ours, Target(rest, plain, JSON_HEADERS | auth), "floor"),
-            System("flserving REST, binary", ours, Target(rest, binary, binary_headers | auth), "flserving REST, JSON"),
+            System(
+                "flserving REST, binary",
+                ours,
+                Target(rest, binary, binary_headers | auth),
+                "flserving REST, JSON",
+            ),
         ]
         port = free_port()
         floor = start(sys.executable, "floor.py", port, text)
@@ -129,7 +171,9 @@ def systems(size: str, pythons: list[str]) -> Iterator[list[System]]:
         await_answer(found[-1])
         channel = grpc.insecure_channel(f"127.0.0.1:{grpc_port}")
         with channel:
-            reply = channel.unary_unary(rpc)(framed[5:], metadata=[("authorization", f"Bearer {TOKEN}")])
+            reply = channel.unary_unary(rpc)(
+                framed[5:], metadata=[("authorization", f"Bearer {TOKEN}")]
+            )
         answer_file.write_bytes(reply)
         for kind in ("sync", "aio"):
             port = free_port()
@@ -153,7 +197,9 @@ def publish(folder: Path, sizes: list[int]) -> None:
     values = build(sizes).state_dict().values()
     model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
     with Registry(folder) as registry:
-        registry.publish("m", model, architecture="mlp", parameters={"sizes": sizes}, alias="default")
+        registry.publish(
+            "m", model, architecture="mlp", parameters={"sizes": sizes}, alias="default"
+        )
 
 
 def has_module(python: str, module: str) -> bool:
@@ -173,7 +219,9 @@ def await_answer(system: System, patience_s: float = 90) -> list[float]:
             time.sleep(0.2)
 
 
-def compare(found: list[System], turns: int, seconds: float, connections: int) -> dict[str, list[Load]]:
+def compare(
+    found: list[System], turns: int, seconds: float, connections: int
+) -> dict[str, list[Load]]:
     """One load of each system a turn; all must give the same answer before and after."""
     loads: dict[str, list[Load]] = {system.name: [] for system in found}
     expected = found[0].answer()
@@ -183,21 +231,29 @@ def compare(found: list[System], turns: int, seconds: float, connections: int) -
             if turn:  # the first turn warms up
                 loads[system.name].append(load)
     for system in found:
-        assert np.allclose(system.answer(), expected, atol=1e-5), f"{system.name} gives another answer"
+        assert np.allclose(system.answer(), expected, atol=1e-5), (
+            f"{system.name} gives another answer"
+        )
     return loads
 
 
 def markdown(found: list[System], loads: dict[str, list[Load]]) -> Iterator[str]:
-    """Lines of a table: medians over the turns, and the ratio of rates to the named other system within a turn."""
+    """Lines of a table: medians over the turns, and the ratio of rates to the named other system
+    within a turn."""
     for system in found:
         mine = loads[system.name]
-        other = next((name for name in loads if system.floor and name.startswith(system.floor)), None)
+        other = next(
+            (name for name in loads if system.floor and name.startswith(system.floor)), None
+        )
         ratio = "-"
         if other is not None:
             low, middle, high = np.percentile(
-                [a.rate_per_s / b.rate_per_s for a, b in zip(mine, loads[other], strict=True)], [25, 50, 75]
+                [a.rate_per_s / b.rate_per_s for a, b in zip(mine, loads[other], strict=True)],
+                [25, 50, 75],
             )
-            ratio = f"**{middle:.2f}** ({low:.2f} to {high:.2f}) of {other.split(':')[0].split(',')[0]}"
+            ratio = (
+                f"**{middle:.2f}** ({low:.2f} to {high:.2f}) of {other.split(':')[0].split(',')[0]}"
+            )
         rate, cpu, p50, p99 = (
             statistics.median(getattr(load, name) for load in mine)
             for name in ("rate_per_s", "cpu_us", "p50_ms", "p99_ms")
@@ -207,19 +263,39 @@ def markdown(found: list[System], loads: dict[str, list[Load]]) -> Iterator[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; too short to quote")
-    parser.add_argument("--peers", nargs="+", default=[], metavar="PYTHON", help="interpreters that hold other systems")
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds instead of minutes; too short to quote"
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="PYTHON",
+        help="interpreters that hold other systems",
+    )
     arguments = parser.parse_args()
     if missing := missing_tools():
-        parser.exit(1, f"{', '.join(missing)}: not found; on Debian: apt-get install wrk nghttp2-client\n")
+        parser.exit(
+            1, f"{', '.join(missing)}: not found; on Debian: apt-get install wrk nghttp2-client\n"
+        )
     turns, seconds = (1, 1) if arguments.quick else (5, 3)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, one core a server, {os.cpu_count()} cores")
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}, one core a server, {os.cpu_count()} cores"
+    )
     for size, sizes in SIZES.items():
         with systems(size, arguments.peers) as found:
             for connections in (64, 1):
-                print(f"\n{size} model {'-'.join(map(str, sizes))}, one row a request, {connections} connections\n")
-                print("| system | req/s | CPU us a request | p50 ms | p99 ms | rate against |\n" + "| --- " * 6 + "|")
-                loads = compare(found, turns if connections > 1 else min(3, turns), seconds, connections)
+                print(
+                    f"\n{size} model {'-'.join(map(str, sizes))}, one row a request, {connections} connections\n"
+                )
+                print(
+                    "| system | req/s | CPU us a request | p50 ms | p99 ms | rate against |\n"
+                    + "| --- " * 6
+                    + "|"
+                )
+                loads = compare(
+                    found, turns if connections > 1 else min(3, turns), seconds, connections
+                )
                 print("\n".join(markdown(found, loads)), flush=True)
 
 

@@ -1,10 +1,13 @@
-"""Ray Serve in front of model servers: does it start, how much does it answer, do clients find their heads again?
+"""Ray Serve in front of model servers: does it start, how much does it answer, do clients find
+their heads again?
 
-    .ray/bin/python tests/benchmarks/ray_serve.py            # about ten minutes on two busy cores; prints the table
-    .ray/bin/python tests/benchmarks/ray_serve.py --quick    # one start, few requests, five minutes; too short to quote
+    .ray/bin/python tests/benchmarks/ray_serve.py            # about ten minutes on two busy cores;
+    prints the table .ray/bin/python tests/benchmarks/ray_serve.py --quick    # one start, few
+    requests, five minutes; too short to quote
 
-Heads read from the file are counted where they are read, in each replica; predictions by the servers' own counters,
-which ``/metrics`` adds up. Callers are threads of this process, each with one connection.
+Heads read from the file are counted where they are read, in each replica; predictions by the
+servers' own counters, which ``/metrics`` adds up. Callers are threads of this process, each with
+one connection.
 """
 
 import argparse
@@ -67,7 +70,9 @@ def publish(folder: Path) -> None:
     with Registry(folder) as registry:
         for _ in range(2):
             heads = HeadSet("head", names, rng.standard_normal((CLIENTS, 65, 10), np.float32))
-            registry.publish("m", models.build("digits_mlp"), architecture="digits_mlp", heads=heads)
+            registry.publish(
+                "m", models.build("digits_mlp"), architecture="digits_mlp", heads=heads
+            )
         registry.set_alias("m", "default", 1, who="benchmark", why="to measure")
 
 
@@ -76,7 +81,9 @@ def served(folder: Path, replicas: int, affinity: bool = True, **config):
     tokens = Tokens()
     for number in range(CLIENTS):
         tokens.add(f"t-{number}", client=f"c-{number}")
-    plan = Plan(registry=str(folder), config=ServingConfig(**config), options=ApiOptions(tokens=tokens))
+    plan = Plan(
+        registry=str(folder), config=ServingConfig(**config), options=ApiOptions(tokens=tokens)
+    )
     scale = ray.Scale(min_replicas=replicas, max_replicas=replicas, affinity=affinity)
     for path in Path(os.environ[COUNTS]).iterdir():
         path.unlink()
@@ -96,7 +103,12 @@ class Caller:
 
     def ask(self) -> None:
         client = self._rng.randrange(CLIENTS)
-        row = np.random.default_rng([client, self._rng.randrange(ROWS)]).standard_normal(64).round(4).tolist()
+        row = (
+            np.random.default_rng([client, self._rng.randrange(ROWS)])
+            .standard_normal(64)
+            .round(4)
+            .tolist()
+        )
         headers = {"Authorization": f"Bearer t-{client}", "Content-Type": "application/json"}
         began_s = time.perf_counter()
         self._connection.request("POST", "/v2/models/m/infer", BODY % json.dumps(row), headers)
@@ -107,7 +119,9 @@ class Caller:
         self.versions.add(json.loads(content).get("model_version", ""))
 
 
-def load(url: str, requests: int = 0, until: threading.Event | None = None) -> tuple[list[Caller], float]:
+def load(
+    url: str, requests: int = 0, until: threading.Event | None = None
+) -> tuple[list[Caller], float]:
     """All callers at once, ``requests`` in all or until the event; and the seconds that it took."""
     callers = [Caller(url, seed) for seed in range(THREADS)]
 
@@ -128,8 +142,20 @@ def without_ray(folder: Path):
     tokens = folder / "tokens.json"
     tokens.touch(0o600)
     tokens.write_text(json.dumps(entries))
-    command = [sys.executable, "-m", "flserving", "serve", "--registry", str(folder), "--port", "0", "--no-grpc"]
-    with subprocess.Popen([*command, "--token-file", str(tokens)], stdout=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "flserving",
+        "serve",
+        "--registry",
+        str(folder),
+        "--port",
+        "0",
+        "--no-grpc",
+    ]
+    with subprocess.Popen(
+        [*command, "--token-file", str(tokens)], stdout=subprocess.PIPE, text=True
+    ) as process:
         yield process.stdout.readline().split()[1]
         process.terminate()
 
@@ -142,7 +168,11 @@ def throughput(folder: Path, replicas: int, requests: int) -> None:
     p50, p99 = np.percentile(ms, [50, 99])
     failed = sum(status != 200 for caller in callers for status in caller.statuses)
     spread = f"p50 {p50:.0f} ms, p99 {p99:.0f} ms"
-    name = f"throughput, replicas: {replicas}" if replicas else "throughput of flserving serve, one worker, without Ray"
+    name = (
+        f"throughput, replicas: {replicas}"
+        if replicas
+        else "throughput of flserving serve, one worker, without Ray"
+    )
     show(name, f"{len(ms) / seconds:,.0f} requests/s", spread, f"{failed} failed")
 
 
@@ -156,12 +186,23 @@ def hit_rates(folder: Path, affinity: bool, requests: int) -> None:
     asked = sum(len(caller.ms) for caller in callers)
     read = sum(path.stat().st_size for path in Path(os.environ[COUNTS]).iterdir())
     hits, misses = (
-        float(re.search(rf"^flserving_prediction_cache_{it}_total (\S+)$", text, re.M)[1]) for it in ("hits", "misses")
+        float(re.search(rf"^flserving_prediction_cache_{it}_total (\S+)$", text, re.M)[1])
+        for it in ("hits", "misses")
     )
     name = "with affinity" if affinity else "without"
     ran = asked - int(hits)
-    show(f"heads, {name}", f"{1 - read / ran:.1%} in memory", f"{read} reads of {CLIENTS} heads", f"{ran} executions")
-    show(f"predictions, {name}", f"{hits / (hits + misses):.1%} in memory", f"{hits:.0f} hits", f"{asked} requests")
+    show(
+        f"heads, {name}",
+        f"{1 - read / ran:.1%} in memory",
+        f"{read} reads of {CLIENTS} heads",
+        f"{ran} executions",
+    )
+    show(
+        f"predictions, {name}",
+        f"{hits / (hits + misses):.1%} in memory",
+        f"{hits:.0f} hits",
+        f"{asked} requests",
+    )
 
 
 def promotion(folder: Path, times: int) -> None:
@@ -178,11 +219,14 @@ def promotion(folder: Path, times: int) -> None:
     failed = sum(status != 200 for status in statuses)
     versions = sorted(set.union(*(caller.versions for caller in callers)))
     answered = f"versions {', '.join(versions)} answered"
-    show(f"{times} promotions under load", f"{failed} failed", answered, f"{len(statuses)} requests")
+    show(
+        f"{times} promotions under load", f"{failed} failed", answered, f"{len(statuses)} requests"
+    )
 
 
 def starts(times: int) -> None:
-    """Ray alone, from nothing to the first process of ours that runs on it, each time as in ``running``."""
+    """Ray alone, from nothing to the first process of ours that runs on it, each time as in
+    ``running``."""
     import ray as the_ray  # not before: whoever asks for --help may have none
 
     seconds, tries, init = [], 0, the_ray.init
@@ -210,8 +254,12 @@ def main() -> None:
     quick = parser.parse_args().quick
     ray.Replica = Counting
     requests, times = (640, 1) if quick else (4800, 20)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, Ray {version('ray')}"
-    print(f"{versions}, {os.cpu_count()} cores; {THREADS} callers, {CLIENTS} clients, MLP 64-64-10 with own heads")
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, Ray {version('ray')}"
+    )
+    print(
+        f"{versions}, {os.cpu_count()} cores; {THREADS} callers, {CLIENTS} clients, MLP 64-64-10 with own heads"
+    )
     print(f"load averages {os.getloadavg()} before\n", flush=True)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as counts:
         os.environ[COUNTS] = counts

@@ -1,10 +1,12 @@
-"""What shadow traffic does to the latency of the requests that it copies, beside what chance does to it.
+"""What shadow traffic does to the latency of the requests that it copies, beside what chance does
+to it.
 
     python tests/benchmarks/shadow.py            # about three minutes; prints the table
     python tests/benchmarks/shadow.py --quick    # seconds; too short to quote
 
-Blocks with a shadow and two kinds of blocks without one take turns, in another order each time; a ratio is that of two
-blocks of one turn. The last column compares blocks that do not differ: what is no larger than that is noise.
+Blocks with a shadow and two kinds of blocks without one take turns, in another order each time; a
+ratio is that of two blocks of one turn. The last column compares blocks that do not differ: what is
+no larger than that is noise.
 """
 
 import argparse
@@ -31,7 +33,9 @@ class Row:
     """One model under one load: p50 and p99 in microseconds of every block, by its kind."""
 
     what: str
-    us: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {kind: [] for kind in (ON, OFF, AGAIN)})
+    us: dict[str, list[tuple[float, float]]] = field(
+        default_factory=lambda: {kind: [] for kind in (ON, OFF, AGAIN)}
+    )
     copied: float = 0.0  # share of the requests whose copy ran
 
     def ratios(self, kind: str, place: int) -> list[float]:
@@ -63,13 +67,16 @@ def block(server: ModelServer, x: np.ndarray, requests: int, pause_s: float) -> 
 
 
 def measured(name: str, turns: int, requests: int, pause_s: float) -> Row:
-    """A version and its shadow of the same size, asked by one caller who waits ``pause_s`` between two requests."""
+    """A version and its shadow of the same size, asked by one caller who waits ``pause_s`` between
+    two requests."""
     row = Row(f"{name}, {f'a request every {pause_s * 1e3:g} ms' if pause_s else 'back to back'}")
     order, ran, parameters = random.Random(0), 0.0, {"sizes": SIZES[name]}
     x = np.random.default_rng(0).standard_normal((1, SIZES[name][0]), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry:
         for _ in range(2):
-            registry.publish("m", models.build("mlp", parameters), architecture="mlp", parameters=parameters)
+            registry.publish(
+                "m", models.build("mlp", parameters), architecture="mlp", parameters=parameters
+            )
         registry.set_alias("m", "default", 1, **LOG)
         with ModelServer(registry=registry) as server:
             for _ in range(turns):
@@ -95,11 +102,17 @@ def rows(quick: bool = False) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; too short to quote")
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds instead of minutes; too short to quote"
+    )
     quick = parser.parse_args().quick
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one intra-op thread")
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, one intra-op thread"
+    )
     print("small = MLP 32-64-10, large = MLP 784-512-512-10, float32\n")
-    print("| load | copies that ran | p50, us | with a shadow | chance | p99, us | with a shadow | chance |")
+    print(
+        "| load | copies that ran | p50, us | with a shadow | chance | p99, us | with a shadow | chance |"
+    )
     print("| --- " * 8 + "|")
     for row in rows(quick):
         print(row.markdown(), flush=True)

@@ -1,7 +1,7 @@
 """One JupyterLab and one browser for the browser tests of a module.
 
-Not for the whole session: Playwright keeps an event loop running in this thread as long as it lives, and async tests of
-other modules could not run theirs.
+Not for the whole session: Playwright keeps an event loop running in this thread as long as it
+lives, and async tests of other modules could not run theirs.
 """
 
 import contextlib
@@ -34,13 +34,16 @@ def shots() -> Path | None:
 
 @pytest.fixture(scope="module")
 def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The notebooks' widgets, with the cells that they need: nbval runs the others, and says what they must print."""
+    """The notebooks' widgets, with the cells that they need: nbval runs the others, and says what
+    they must print."""
     folder = tmp_path_factory.mktemp("course") / "notebooks"
     shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for path in folder.glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         widgets = [index for index, cell in code_cells(notebook) if "widget" in tags(cell)]
-        notebook.cells = [notebook.cells[index] for index in sorted(needed_cells(notebook, widgets))]
+        notebook.cells = [
+            notebook.cells[index] for index in sorted(needed_cells(notebook, widgets))
+        ]
         nbformat.write(notebook, path)
     return folder
 
@@ -52,8 +55,11 @@ def lab(served_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def open_in_lab(lab: LabServer, shots: Path | None) -> Iterator[Callable[[str], AbstractContextManager]]:
-    """``with open_in_lab("03_caching.ipynb") as page``: a notebook of the served folder in a real browser."""
+def open_in_lab(
+    lab: LabServer, shots: Path | None
+) -> Iterator[Callable[[str], AbstractContextManager]]:
+    """``with open_in_lab("03_caching.ipynb") as page``: a notebook of the served folder in a real
+    browser."""
     from playwright.sync_api import sync_playwright
 
     from lab_page import open_notebook

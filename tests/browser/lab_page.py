@@ -1,4 +1,5 @@
-"""A notebook open in JupyterLab, used the way a person uses it: Run All, drag a slider, see the picture move."""
+"""A notebook open in JupyterLab, used the way a person uses it: Run All, drag a slider, see the
+picture move."""
 
 import contextlib
 import re
@@ -18,7 +19,9 @@ CHANGE_TIMEOUT_S = 100
 BUTTON_TIMEOUT_S = 5  # shorter: a button may have nothing to do where it stands
 STILL_S = 0.3  # a picture that has not changed for this long is taken to be finished
 FRAME_S = 1.0  # after a button: it may have started an animation, whose frames take less than this
-ANIMATION_S = 1.5  # a picture that still changes this long after the kernel became idle moves by itself
+ANIMATION_S = (
+    1.5  # a picture that still changes this long after the kernel became idle moves by itself
+)
 PICTURES = ".widget-html img, img.widget-image, canvas, .widget-output img"
 # What a person can move: ipywidgets' sliders, plain sliders, lists, ticks, buttons
 CONTROLS = ".widget-slider, input[type=range], select, input[type=checkbox], button:not([disabled])"
@@ -41,8 +44,12 @@ class LabPage:
 
         The stored outputs are cleared first: a stored [5] looks just like a finished cell.
         """
-        self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
-        self._poll(CELLS, lambda state: not any(c["done"] for c in state["cells"]), "outputs cleared", 10)
+        self.page.evaluate(
+            "() => window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')"
+        )
+        self._poll(
+            CELLS, lambda state: not any(c["done"] for c in state["cells"]), "outputs cleared", 10
+        )
         self.page.locator(".lm-MenuBar-item", has_text="Run").first.click()
         self.page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
 
@@ -57,19 +64,30 @@ class LabPage:
 
     def widget_cells(self) -> list[int]:
         """Positions of the cells that are tagged ``widget``."""
-        return [i for i, cell in enumerate(self.page.evaluate(CELLS)["cells"]) if "widget" in cell["tags"]]
+        return [
+            i
+            for i, cell in enumerate(self.page.evaluate(CELLS)["cells"])
+            if "widget" in cell["tags"]
+        ]
 
     def cell(self, index: int) -> Locator:
         return self.page.locator(".jp-Notebook .jp-Cell").nth(index)
 
     def run_cell(self, index: int) -> str:
-        """Click beside a cell and press Ctrl-Enter; return what stands below it once it has run, error or not."""
+        """Click beside a cell and press Ctrl-Enter; return what stands below it once it has run,
+        error or not."""
         cell = self.cell(index)
-        cell.locator(".jp-InputPrompt").click()  # its number, not its text: a click there would move the cursor
+        cell.locator(
+            ".jp-InputPrompt"
+        ).click()  # its number, not its text: a click there would move the cursor
         self.page.evaluate(WATCH_RUN, index)
         self.page.keyboard.press("Control+Enter")
-        assert self.page.evaluate(ENDED, RUN_TIMEOUT_S), f"{self.name}, cell {index}: not run in {RUN_TIMEOUT_S} s"
-        self._poll(IDLE, bool, f"kernel idle after cell {index}", RUN_TIMEOUT_S)  # its outputs are here then
+        assert self.page.evaluate(ENDED, RUN_TIMEOUT_S), (
+            f"{self.name}, cell {index}: not run in {RUN_TIMEOUT_S} s"
+        )
+        self._poll(
+            IDLE, bool, f"kernel idle after cell {index}", RUN_TIMEOUT_S
+        )  # its outputs are here then
         outputs = cell.locator(".jp-OutputArea-output").all_inner_texts()  # without their numbers
         return " ".join(" ".join(outputs).split())
 
@@ -96,10 +114,11 @@ class LabPage:
         self._poll(SAVED, bool, "saved", CHANGE_TIMEOUT_S)
 
     def use_every_control(self, index: int) -> int:
-        """Move each control of a widget cell and see a picture of that cell change; return the number of controls.
+        """Move each control of a widget cell and see a picture of that cell change; return the
+        number of controls.
 
-        A button may have nothing to do where it stands (a step back from the first frame), so of the buttons one has to
-        change the picture; every other control has to do so by itself.
+        A button may have nothing to do where it stands (a step back from the first frame), so of
+        the buttons one has to change the picture; every other control has to do so by itself.
         """
         outputs = self.cell(index).locator(".jp-Cell-outputArea")
         where = f"{self.name}, cell {index}"
@@ -118,12 +137,18 @@ class LabPage:
             if _tag(control) == "button":
                 buttons, live_buttons = buttons + 1, live_buttons + changed
             else:
-                assert changed, f"{where}: {label!r} was moved to both its ends and the picture stayed as it was"
+                assert changed, (
+                    f"{where}: {label!r} was moved to both its ends and the picture stayed as it was"
+                )
             problem = outputs.locator("[role=alert]")
-            assert not problem.count(), f"{where}: after {label!r} the widget says {problem.first.inner_text()!r}"
+            assert not problem.count(), (
+                f"{where}: after {label!r} the widget says {problem.first.inner_text()!r}"
+            )
             self.shot(f"cell{index:02d}_{number + 1}_{label}", outputs)
         assert labels, f"{where}: tagged widget, but there is nothing to move"
-        assert live_buttons or not buttons, f"{where}: none of the {buttons} buttons changed the picture"
+        assert live_buttons or not buttons, (
+            f"{where}: none of the {buttons} buttons changed the picture"
+        )
         self._check_layout(outputs, where)
         return len(labels)
 
@@ -132,7 +157,8 @@ class LabPage:
         return list(self.page.evaluate(UNNAMED))
 
     def shot(self, name: str, place: Locator | None = None) -> None:
-        """Save what a person would see now, with ``place`` at the top if given; where no folder is named, nothing."""
+        """Save what a person would see now, with ``place`` at the top if given; where no folder is
+        named, nothing."""
         if self._shots is None:
             return
         if place is not None:
@@ -141,12 +167,16 @@ class LabPage:
         self.page.screenshot(path=self._shots / f"{Path(self.name).stem}_{safe_name}.png")
 
     def shut_down_kernel(self) -> None:
-        self.page.evaluate("() => window.jupyterapp.shell.currentWidget?.sessionContext?.shutdown()")
+        self.page.evaluate(
+            "() => window.jupyterapp.shell.currentWidget?.sessionContext?.shutdown()"
+        )
 
     def _use(self, control: Locator, outputs: Locator) -> bool:
-        """Move one control, to one end and if need be to the other; True once a picture has changed.
+        """Move one control, to one end and if need be to the other; True once a picture has
+        changed.
 
-        A button that starts an animation is pressed again: the next control finds the picture at rest.
+        A button that starts an animation is pressed again: the next control finds the picture at
+        rest.
         """
         for far_end in (True, False):
             before = self._pixels(outputs)
@@ -157,19 +187,23 @@ class LabPage:
             if changed == "moving" and button:
                 control.click()
                 stopped = self._changes(outputs, [], *patience) == "still"
-                assert stopped, f"{self.name}: {_label(control)!r} does not stop when it is pressed again"
+                assert stopped, (
+                    f"{self.name}: {_label(control)!r} does not stop when it is pressed again"
+                )
             if changed != "no":
                 return True
             if button:
                 return False
         return False
 
-    def _changes(self, outputs: Locator, before: list[str], still_s: float, timeout_s: float) -> str:
+    def _changes(
+        self, outputs: Locator, before: list[str], still_s: float, timeout_s: float
+    ) -> str:
         """Wait for a picture other than ``before``.
 
         Returns:
-            "no"; "still" once it has rested for ``still_s`` and the kernel has nothing left to do; "moving" if it goes
-            on changing although the kernel is idle.
+            "no"; "still" once it has rested for ``still_s`` and the kernel has nothing left to do;
+            "moving" if it goes on changing although the kernel is idle.
         """
         end = time.monotonic() + timeout_s
         last, since, busy = before, time.monotonic(), time.monotonic()
@@ -202,9 +236,13 @@ class LabPage:
         assert room is not None
         for picture in outputs.locator(PICTURES).all():
             box = picture.bounding_box()
-            assert box is not None and box["width"] > 20 and box["height"] > 20, f"{where}: an empty picture, {box}"
+            assert box is not None and box["width"] > 20 and box["height"] > 20, (
+                f"{where}: an empty picture, {box}"
+            )
             right, limit = box["x"] + box["width"], room["x"] + room["width"]
-            assert right <= limit + 1, f"{where}: the picture is cut off, it ends at {right:.0f} px of {limit:.0f}"
+            assert right <= limit + 1, (
+                f"{where}: the picture is cut off, it ends at {right:.0f} px of {limit:.0f}"
+            )
 
     def _poll(self, script: str, accept: Callable[[Any], bool], what: str, timeout_s: float) -> Any:
         end, last = time.monotonic() + timeout_s, None
@@ -217,7 +255,9 @@ class LabPage:
 
 
 @contextlib.contextmanager
-def open_notebook(browser: Browser, server: LabServer, name: str, shots: Path | None) -> Iterator[LabPage]:
+def open_notebook(
+    browser: Browser, server: LabServer, name: str, shots: Path | None
+) -> Iterator[LabPage]:
     """Open a notebook of the served folder in a new page; its kernel is shut down at the end."""
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     try:
@@ -245,7 +285,8 @@ def _label(control: Locator) -> str:
 
 
 def _move(page: Page, control: Locator, far_end: bool) -> None:
-    """Move a control away from where it stands: a slider to its far (or near) end, a list to its last (first) entry."""
+    """Move a control away from where it stands: a slider to its far (or near) end, a list to its
+    last (first) entry."""
     control.scroll_into_view_if_needed()
     tag = _tag(control)
     if tag == "select":

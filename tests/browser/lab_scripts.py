@@ -1,7 +1,8 @@
 """What the browser tests ask JupyterLab's own page, in its own language."""
 
-# The path of the notebook whose kernel is idle and has answered, else what is still missing. The application is asked,
-# not the page: the toolbar says "idle" before any kernel exists. Nothing is awaited for ever: a dialog may be open.
+# The path of the notebook whose kernel is idle and has answered, else what is still missing. The
+# application is asked, not the page: the toolbar says "idle" before any kernel exists. Nothing is
+# awaited for ever: a dialog may be open.
 READY = """async () => {
   const app = window.jupyterapp;
   if (!app) return 'no application';
@@ -37,8 +38,9 @@ CELLS = """() => {
   };
 }"""
 
-# Watches one cell, so that the end of its next run can be awaited: its number goes away when a run begins, and comes
-# when it has ended. The number alone does not tell: after a restart of the kernel a cell may get the one that it had.
+# Watches one cell, so that the end of its next run can be awaited: its number goes away when a run
+# begins, and comes when it has ended. The number alone does not tell: after a restart of the kernel
+# a cell may get the one that it had.
 WATCH_RUN = """index => {
   const model = window.jupyterapp.shell.currentWidget.content.model.cells.get(index);
   window.ended = new Promise(done => {
@@ -57,7 +59,9 @@ ENDED = """timeout_s => Promise.race([
 SOURCE = "index => window.jupyterapp.shell.currentWidget.content.model.cells.get(index).sharedModel.getSource()"
 SAVED = "() => !window.jupyterapp.shell.currentWidget.context.model.dirty"
 
-IDLE = "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
+IDLE = (
+    "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
+)
 
 UNNAMED = """() => [...document.querySelectorAll('.jp-OutputArea img, .jp-OutputArea canvas')]
   .filter(picture => !(picture.getAttribute('alt') || picture.getAttribute('aria-label')))
@@ -68,7 +72,8 @@ LABEL = """e => {
   return [e.getAttribute('aria-label'), e.title, ...words, e.innerText, e.tagName].find(text => text?.trim()).trim();
 }"""
 
-# What the picture shows, not where it comes from: an image widget gets a new blob address with every update.
+# What the picture shows, not where it comes from: an image widget gets a new blob address with
+# every update.
 PIXELS = """async e => {
   if (e.tagName === 'CANVAS') return e.toDataURL();
   await e.decode();

@@ -1,4 +1,5 @@
-"""A JupyterLab of our own for the browser tests: its own folders, port and token; nothing of the user's is read."""
+"""A JupyterLab of our own for the browser tests: its own folders, port and token; nothing of the
+user's is read."""
 
 import contextlib
 import json
@@ -39,7 +40,9 @@ class LabServer:
 
     def answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.base_url}/api/status?token={TOKEN}", timeout=2) as reply:
+            with urllib.request.urlopen(
+                f"{self.base_url}/api/status?token={TOKEN}", timeout=2
+            ) as reply:
                 return reply.status == 200
         except OSError:
             return False
@@ -53,7 +56,8 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def lab_server(notebooks: Path, home: Path) -> Iterator[LabServer]:
-    """Serve the folder ``notebooks``; everything else that JupyterLab writes goes below ``home``."""
+    """Serve the folder ``notebooks``; everything else that JupyterLab writes goes below
+    ``home``."""
     overrides = home / "config" / "labconfig" / "default_setting_overrides.json"
     overrides.parent.mkdir(parents=True)
     overrides.write_text(json.dumps(SETTINGS))
@@ -84,7 +88,9 @@ def lab_server(notebooks: Path, home: Path) -> Iterator[LabServer]:
             end = time.monotonic() + START_TIMEOUT_S
             while not server.answers():
                 if process.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"JupyterLab did not start, its last lines:\n{log_path.read_text()[-3000:]}")
+                    raise RuntimeError(
+                        f"JupyterLab did not start, its last lines:\n{log_path.read_text()[-3000:]}"
+                    )
                 time.sleep(0.2)
             yield server
         finally:

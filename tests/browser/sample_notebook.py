@@ -1,4 +1,5 @@
-"""Throw-away notebooks that try the harness itself: one in which everything works, one in which nothing does."""
+"""Throw-away notebooks that try the harness itself: one in which everything works, one in which
+nothing does."""
 
 from pathlib import Path
 
@@ -60,7 +61,9 @@ class Canvas(anywidget.AnyWidget):
 Canvas()
 """
 
-DEAD_SLIDER = 'picture(widgets.IntSlider(description="dead"), draw=lambda value: drawing("always the same"))'
+DEAD_SLIDER = (
+    'picture(widgets.IntSlider(description="dead"), draw=lambda value: drawing("always the same"))'
+)
 DEAD_BUTTON = 'widgets.VBox([widgets.Button(description="dead"), widgets.Image(format="svg+xml", value=drawing(1))])'
 NO_CONTROL = 'widgets.Image(format="svg+xml", value=drawing(7))'
 CUT_OFF = 'picture(widgets.IntSlider(), min_width="3000px")'

@@ -1,6 +1,8 @@
-"""Every notebook, opened in the real JupyterLab: Run All, move every control of every widget, see its picture change.
+"""Every notebook, opened in the real JupyterLab: Run All, move every control of every widget, see
+its picture change.
 
-One notebook: ``python -m pytest tests/browser -k 03``. Screenshots of every step: set FLSERVING_SHOTS to a folder.
+One notebook: ``python -m pytest tests/browser -k 03``. Screenshots of every step: set
+FLSERVING_SHOTS to a folder.
 """
 
 import re
@@ -25,7 +27,9 @@ ASK_KERNEL = """async code => {
 }"""
 
 
-@pytest.mark.parametrize("name", sorted({path.name for path in NOTEBOOKS.glob("*.ipynb")} - {CANVAS}))
+@pytest.mark.parametrize(
+    "name", sorted({path.name for path in NOTEBOOKS.glob("*.ipynb")} - {CANVAS})
+)
 def test_every_widget_of_the_notebook_moves_its_picture(open_in_lab, name):
     with open_in_lab(name) as page:
         page.shot("0_open")
@@ -48,16 +52,23 @@ def stroke(lab, drawing):
     lab.page.wait_for_selector(".flserving-draw[data-state=idle]")
 
 
-def test_a_drawn_digit_is_sent_by_the_browser_itself_and_else_by_the_kernel(open_in_lab, served_folder):
+def test_a_drawn_digit_is_sent_by_the_browser_itself_and_else_by_the_kernel(
+    open_in_lab, served_folder
+):
     """Notebook 05: a stroke on the canvas is answered by the REST API, which the browser calls."""
     with open_in_lab(CANVAS) as lab:
         lab.run_all()
         calls = []
-        lab.page.on("request", lambda request: request.url.endswith("/infer") and calls.append(request.method))
+        lab.page.on(
+            "request",
+            lambda request: request.url.endswith("/infer") and calls.append(request.method),
+        )
         widget = lab.page.locator(".flserving-draw")
         drawing, status = widget.locator("canvas"), widget.get_by_role("status")
         drawing.scroll_into_view_if_needed()
-        before = int(lab.page.evaluate(ASK_KERNEL, "print(server.get_all_stats()['server']['requests'])"))
+        before = int(
+            lab.page.evaluate(ASK_KERNEL, "print(server.get_all_stats()['server']['requests'])")
+        )
 
         stroke(lab, drawing)
         told = "print(server.get_all_stats()['server']['requests'], canvas.answer['way'], canvas.answer['requests'])"
@@ -74,22 +85,33 @@ def test_a_drawn_digit_is_sent_by_the_browser_itself_and_else_by_the_kernel(open
         ):  # the browser tells of them a little later
             lab.page.wait_for_timeout(50)
         assert calls.count("POST") == int(requests)
-        says = lab.page.evaluate(ASK_KERNEL, "print(server.predict(canvas.pixels)['predictions'][0])").strip()
-        assert re.match(rf"{says}, says version \d+\. Request {requests}: your browser asked", status.inner_text())
+        says = lab.page.evaluate(
+            ASK_KERNEL, "print(server.predict(canvas.pixels)['predictions'][0])"
+        ).strip()
+        assert re.match(
+            rf"{says}, says version \d+\. Request {requests}: your browser asked",
+            status.inner_text(),
+        )
         assert widget.locator(".flserving-draw-best").inner_text().split()[0] == says
         lab.shot("draw_browser", widget)
 
         token = lab.page.evaluate(ASK_KERNEL, "print(endpoint.token)").strip()
         lab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-        lab.page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
+        lab.page.wait_for_function(
+            "() => !window.jupyterapp.shell.currentWidget.context.model.dirty"
+        )
         saved = (served_folder / CANVAS).read_text()
         assert 'execution_count": 5' in saved and len(token) > 30 and token not in saved
 
         lab.page.route("**/infer", lambda route: route.abort())
         widget.get_by_role("button", name="Clear").click()
         stroke(lab, drawing)
-        answer = lab.page.evaluate(ASK_KERNEL, "print(canvas.answer['way'], canvas.answer['prediction'])").split()
-        says = lab.page.evaluate(ASK_KERNEL, "print(server.predict(canvas.pixels)['predictions'][0])").strip()
+        answer = lab.page.evaluate(
+            ASK_KERNEL, "print(canvas.answer['way'], canvas.answer['prediction'])"
+        ).split()
+        says = lab.page.evaluate(
+            ASK_KERNEL, "print(server.predict(canvas.pixels)['predictions'][0])"
+        ).strip()
         assert answer == ["kernel", says]
         assert "the kernel asked for your browser" in status.inner_text()
         assert widget.get_by_text("Your browser got no answer from 127.0.0.1").is_visible()
@@ -125,7 +147,9 @@ def test_the_harness_sees_what_is_broken(open_in_lab, samples, monkeypatch):
         with pytest.raises(AssertionError, match=r"broken\.ipynb: cell 7: ZeroDivisionError"):
             page.run_all()
         dead_slider, dead_button, no_control, cut_off, alert, _ = page.widget_cells()
-        with pytest.raises(AssertionError, match="'dead' was moved to both its ends and the picture stayed"):
+        with pytest.raises(
+            AssertionError, match="'dead' was moved to both its ends and the picture stayed"
+        ):
             page.use_every_control(dead_slider)
         with pytest.raises(AssertionError, match="none of the 1 buttons changed the picture"):
             page.use_every_control(dead_button)
@@ -133,5 +157,7 @@ def test_the_harness_sees_what_is_broken(open_in_lab, samples, monkeypatch):
             page.use_every_control(no_control)
         with pytest.raises(AssertionError, match="the picture is cut off"):
             page.use_every_control(cut_off)
-        with pytest.raises(AssertionError, match="the widget says 'ZeroDivisionError: at the end of the slider'"):
+        with pytest.raises(
+            AssertionError, match="the widget says 'ZeroDivisionError: at the end of the slider'"
+        ):
             page.use_every_control(alert)

@@ -1,4 +1,5 @@
-"""A student's copy in the real JupyterLab: an exercise is tried, failed and solved, a guess made, all of it comes back.
+"""A student's copy in the real JupyterLab: an exercise is tried, failed and solved, a guess made,
+all of it comes back.
 
 Screenshots of every step: set FLSERVING_SHOTS to a folder.
 """
@@ -48,9 +49,18 @@ def served_folder(tmp_path_factory):
 def cells(served_folder):
     """Of some code cells of the notebook: where they stand."""
     notebook = nbformat.read(served_folder / NOTEBOOK, as_version=4)
-    code = {index: cell.source for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"}
-    starts = {"guess": "lab.guess(", "exercise": "class LRU:", "check": "from flserving.lab.checks import check_lru"}
-    found = {name: next(i for i, source in code.items() if source.startswith(start)) for name, start in starts.items()}
+    code = {
+        index: cell.source for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"
+    }
+    starts = {
+        "guess": "lab.guess(",
+        "exercise": "class LRU:",
+        "check": "from flserving.lab.checks import check_lru",
+    }
+    found = {
+        name: next(i for i, source in code.items() if source.startswith(start))
+        for name, start in starts.items()
+    }
     found["reveal"] = next(index for index, source in code.items() if "lab.reveal(" in source)
     needed = sorted(needed_cells(notebook, [found["reveal"]]) - {found["reveal"]})
     return {**found, "first": needed[0], "measure": needed[1:]}
@@ -75,11 +85,15 @@ def guess(lab, cells):
         lab.run_cell(index)
     told = lab.run_cell(cells["reveal"])
     lab.shot("2_revealed", lab.cell(cells["reveal"]))
-    assert re.search(r"hit rate: you guessed 63 %, measured 4\d\.\d% \(other choices: 25 %, 48 %, 80 %\)\.$", told)
+    assert re.search(
+        r"hit rate: you guessed 63 %, measured 4\d\.\d% \(other choices: 25 %, 48 %, 80 %\)\.$",
+        told,
+    )
 
 
 def solve(lab, cells, stub):
-    """Check the stub, a wrong solution twice, and a correct one, which is kept by a cell of one's own."""
+    """Check the stub, a wrong solution twice, and a correct one, which is kept by a cell of one's
+    own."""
     exercise, check = cells["exercise"], cells["check"]
     assert lab.run_cell(exercise) == ""
     told = lab.run_cell(check)
@@ -124,11 +138,17 @@ def test_a_guess_and_an_exercise_are_there_the_next_day(open_in_lab, served_fold
     with open_in_lab(NOTEBOOK) as lab:
         assert lab.source(cells["exercise"]) == solved(stub, CORRECT)
         asked = lab.cell(cells["guess"])
-        asked.get_by_text("25 %, 48 %, 63 % or 80 %?").wait_for()  # no widget before the cell has run
+        asked.get_by_text(
+            "25 %, 48 %, 63 % or 80 %?"
+        ).wait_for()  # no widget before the cell has run
         lab.run_cell(cells["first"])
         lab.run_cell(cells["guess"])
         guessed = asked.get_by_role("radio", name="63 %")
-        assert guessed.is_checked() and guessed.is_disabled() and "this was your guess" in asked.inner_text()
+        assert (
+            guessed.is_checked()
+            and guessed.is_disabled()
+            and "this was your guess" in asked.inner_text()
+        )
         lab.shot("6_next_day", asked)
         lab.run_cell(cells["exercise"])
         lab.run_cell(cells["check"])
@@ -136,5 +156,7 @@ def test_a_guess_and_an_exercise_are_there_the_next_day(open_in_lab, served_fold
         assert not lab.page_errors
     kept = (served_folder / "my_stack" / "lru.py").read_text()
     assert "self.items[key] = self.items.pop(key)" in kept
-    marks = json.loads((served_folder / "my_stack" / "answers" / "03_caching.json").read_text())["checks"]["lru"]
+    marks = json.loads((served_folder / "my_stack" / "answers" / "03_caching.json").read_text())[
+        "checks"
+    ]["lru"]
     assert marks == {"right": 4, "parts": 4, "tries": 4}

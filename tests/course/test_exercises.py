@@ -46,15 +46,18 @@ def notebook():
         check_cell("triple", "assert triple(step) == 6", 1.5),
     ]  # fmt: skip
     made = new_notebook(
-        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "widgets": {}}
+        cells=cells,
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "widgets": {}},
     )
     for number in (2, 3):
-        made.cells[number].update(execution_count=number, outputs=[new_output("stream", name="stdout", text="2 * x\n")])
+        made.cells[number].update(
+            execution_count=number, outputs=[new_output("stream", name="stdout", text="2 * x\n")]
+        )
     nbformat.validate(made)
     return made
 
 
-# ------------------------------------------------------------------------------------------------- format
+# ------------------------------------------------------------------------------------------- format
 
 
 def test_cells_carry_nbgraders_metadata():
@@ -69,7 +72,10 @@ def test_cells_carry_nbgraders_metadata():
 
 
 def test_exercises_are_found_in_order():
-    assert find_exercises(notebook()) == [Exercise("double", 2, 3, 2), Exercise("triple", 5, 7, 1.5)]
+    assert find_exercises(notebook()) == [
+        Exercise("double", 2, 3, 2),
+        Exercise("triple", 5, 7, 1.5),
+    ]
     assert find_exercises(new_notebook(cells=[new_markdown_cell("no exercise")])) == []
 
 
@@ -106,12 +112,17 @@ def test_a_malformed_exercise_is_refused(damage, message):
 
 def test_an_exercise_in_prose_is_refused():
     made = notebook()
-    made.cells[0].metadata["nbgrader"] = {"solution": True, "grade_id": "essay", "grade": True, "points": 1}
+    made.cells[0].metadata["nbgrader"] = {
+        "solution": True,
+        "grade_id": "essay",
+        "grade": True,
+        "points": 1,
+    }
     with pytest.raises(ConfigError, match="exercise cell 'essay' is markdown"):
         find_exercises(made)
 
 
-# ------------------------------------------------------------------------------------------------- marks
+# -------------------------------------------------------------------------------------------- marks
 
 
 @pytest.mark.parametrize(
@@ -123,9 +134,13 @@ def test_an_exercise_in_prose_is_refused():
         ("CheckError", "no parts", []),
     ],
 )
-def test_a_check_that_fails_in_one_part_of_four_gives_three_quarters_of_its_points(ename, told, points):
+def test_a_check_that_fails_in_one_part_of_four_gives_three_quarters_of_its_points(
+    ename, told, points
+):
     error = new_output("error", ename=ename, evalue="x is wrong", traceback=["x is wrong", told])
-    made = new_notebook(cells=[solution_cell("double", DOUBLE), check_cell("double", "check(double)", 4)])
+    made = new_notebook(
+        cells=[solution_cell("double", DOUBLE), check_cell("double", "check(double)", 4)]
+    )
     for cell in made.cells:
         cell.outputs = [new_output("stream", name="stderr", text="a warning"), error]
     graded, resources = part_marks(made, {"student": "ada"})
@@ -133,10 +148,12 @@ def test_a_check_that_fails_in_one_part_of_four_gives_three_quarters_of_its_poin
     assert resources == {"student": "ada"}
     first, second = ([output.get("data") for output in cell.outputs] for cell in graded.cells)
     assert first == [None, None], "only a check gives points"
-    assert second == [*({"text/plain": text} for text in points), None, None], "the sentence stays for the student"
+    assert second == [*({"text/plain": text} for text in points), None, None], (
+        "the sentence stays for the student"
+    )
 
 
-# ----------------------------------------------------------------------------------------- student copies
+# ----------------------------------------------------------------------------------- student copies
 
 
 def test_student_copy_holds_stubs_and_no_trace_of_the_solution():
@@ -149,12 +166,18 @@ def test_student_copy_holds_stubs_and_no_trace_of_the_solution():
     assert student.cells[2].source == f'def double(x):\n    """Twice x."""\n    {stub}\n'
     assert "2 * x" not in json.dumps(student) and "SOLUTION" not in json.dumps(student)
     assert student.cells[1].outputs[0].data["text/plain"] == "1"  # to be looked at before it is run
-    assert [bool(cell.get("outputs")) for cell in student.cells] == [False, True, False, False, True] + [False] * 3
+    assert [bool(cell.get("outputs")) for cell in student.cells] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ] + [False] * 3
     assert 'execution_count": 1' not in json.dumps(student) and "widgets" not in student.metadata
     assert all(cell.get("execution_count") is None for cell in student.cells)
-    assert [cell.metadata.get("editable", True) for cell in student.cells] == [True] * 3 + [False] + [True] * 3 + [
+    assert [cell.metadata.get("editable", True) for cell in student.cells] == [True] * 3 + [
         False
-    ]
+    ] + [True] * 3 + [False]
     assert student.cells[3].source == source.cells[3].source
 
 
@@ -172,16 +195,23 @@ def test_student_copy_holds_stubs_and_no_trace_of_the_solution():
 def test_an_output_stays_unless_it_speaks_of_the_students_own_code(source, tags, stays):
     shown = new_output("execute_result", {"text/plain": "5"}, execution_count=3)
     made = notebook()
-    made.cells.append(new_code_cell(source, execution_count=3, outputs=[shown], metadata={"tags": tags}))
+    made.cells.append(
+        new_code_cell(source, execution_count=3, outputs=[shown], metadata={"tags": tags})
+    )
     assert bool(student_copy(made).cells[-1].outputs) == stays
 
 
 def test_every_region_becomes_a_stub_at_its_own_indentation():
     student = student_copy(
-        new_notebook(cells=[solution_cell("lru", SOLUTIONS["lru"]), check_cell("lru", CHECKS["lru"], 3)])
+        new_notebook(
+            cells=[solution_cell("lru", SOLUTIONS["lru"]), check_cell("lru", CHECKS["lru"], 3)]
+        )
     )
     stub = student.cells[0].source
-    assert stub.count('\n        raise NotImplementedError("lru: replace this line with your code")\n') == 2
+    assert (
+        stub.count('\n        raise NotImplementedError("lru: replace this line with your code")\n')
+        == 2
+    )
     namespace = {}
     exec(stub, namespace)
     with pytest.raises(NotImplementedError):
@@ -196,8 +226,14 @@ def test_command_writes_the_copies_and_keeps_somebodys_work(tmp_path, capsys):
     arguments = ["--notebooks", str(sources), "--out", str(out)]
     assert exercises.main(arguments) == 0
     told = capsys.readouterr().out
-    assert "00_a.ipynb: no exercise" in told and "03_b.ipynb: double (2 points), triple (1.5 points)" in told
-    assert nbformat.read(out / "03_b.ipynb", as_version=4).cells[2].source == student_copy(notebook()).cells[2].source
+    assert (
+        "00_a.ipynb: no exercise" in told
+        and "03_b.ipynb: double (2 points), triple (1.5 points)" in told
+    )
+    assert (
+        nbformat.read(out / "03_b.ipynb", as_version=4).cells[2].source
+        == student_copy(notebook()).cells[2].source
+    )
 
     (out / "03_b.ipynb").write_text("my work")
     (out / "00_a.ipynb").unlink()
@@ -236,7 +272,12 @@ def test_a_copy_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    assert exercises.main(["--notebooks", str(tmp_path), "--out", str(tmp_path / "student"), "--missing"]) == 1
+    assert (
+        exercises.main(
+            ["--notebooks", str(tmp_path), "--out", str(tmp_path / "student"), "--missing"]
+        )
+        == 1
+    )
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "student").iterdir()) == []
 
@@ -255,7 +296,17 @@ def test_command_refuses_what_it_cannot_do(tmp_path, capsys):
 @pytest.mark.full
 def test_module_runs_as_a_command_without_a_warning(tmp_path):
     nbformat.write(notebook(), tmp_path / "one.ipynb")
-    command = [sys.executable, "-W", "error", "-m", "flserving.lab.exercises", "--notebooks", ".", "--out", "student"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "flserving.lab.exercises",
+        "--notebooks",
+        ".",
+        "--out",
+        "student",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "student" / "one.ipynb").exists()

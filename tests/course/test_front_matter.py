@@ -1,4 +1,5 @@
-"""The syllabus, the concept map, the glossary and the references say what is in the notebooks and the package."""
+"""The syllabus, the concept map, the glossary and the references say what is in the notebooks and
+the package."""
 
 import contextlib
 import io
@@ -10,18 +11,60 @@ import pytest
 
 import front_matter
 from contrast import contrast
-from front_matter import INK, LINE, NOTEBOOKS, PAPER, PLACES, WORKSHOP, Chapter, chapters, direct_needs, weeks
+from front_matter import (
+    INK,
+    LINE,
+    NOTEBOOKS,
+    PAPER,
+    PLACES,
+    WORKSHOP,
+    Chapter,
+    chapters,
+    direct_needs,
+    weeks,
+)
 
 ROOT = NOTEBOOKS.parent
 pytestmark = pytest.mark.skipif(not any(NOTEBOOKS.glob("*.ipynb")), reason="no notebooks yet")
 PAGES = ("README.md", "glossary.md", "references.md")
 AGAIN = "run python tests/support/front_matter.py"
 
-# Bold for stress, and not because they are terms. Longer phrases, and what ends like a sentence, count as stress, too.
+# Bold for stress, and not because they are terms. Longer phrases, and what ends like a sentence,
+# count as stress, too.
 STRESSED = {
-    *("guess", "plug it in", "keep it", "one", "your", "every", "both", "any", "nothing", "users", "wait", "evenly"),
-    *("at once", "in another thread", "more than half", "sums so far", "compares", "error", "microseconds", "99.9 %"),
-    *("for the devices", "for the centre", "reading", "multiplying", "false alarms", "loud attacks", "quiet attacks"),
+    *(
+        "guess",
+        "plug it in",
+        "keep it",
+        "one",
+        "your",
+        "every",
+        "both",
+        "any",
+        "nothing",
+        "users",
+        "wait",
+        "evenly",
+    ),
+    *(
+        "at once",
+        "in another thread",
+        "more than half",
+        "sums so far",
+        "compares",
+        "error",
+        "microseconds",
+        "99.9 %",
+    ),
+    *(
+        "for the devices",
+        "for the centre",
+        "reading",
+        "multiplying",
+        "false alarms",
+        "loud attacks",
+        "quiet attacks",
+    ),
     *("a backdoor is not", "loop over nn.linear", "whole hidden units", "one gathered product"),
 }
 
@@ -52,18 +95,26 @@ def test_every_notebook_says_what_it_needs_and_its_sections_count_up(course):
     for chapter in course:
         numbers = [section.number for section in chapter.sections]
         assert numbers == list(range(1, len(numbers) + 1)), f"{chapter.file}: sections {numbers}"
-        assert sum(section.minutes for section in chapter.sections) == pytest.approx(chapter.minutes)
-        assert chapter.needs or chapter.number == "00", f"{chapter.file}: its opening names no earlier notebook"
+        assert sum(section.minutes for section in chapter.sections) == pytest.approx(
+            chapter.minutes
+        )
+        assert chapter.needs or chapter.number == "00", (
+            f"{chapter.file}: its opening names no earlier notebook"
+        )
 
 
 def test_the_semester_has_every_section_once_and_no_long_week(course):
     found = weeks(course)
     assert len(found) == front_matter.WEEKS
-    assert [pair for week in found for pair in week] == [(c, section) for c in course for section in c.sections]
+    assert [pair for week in found for pair in week] == [
+        (c, section) for c in course for section in c.sections
+    ]
     mean = sum(chapter.minutes for chapter in course) / len(found)
     for number, week in enumerate(found, start=1):
         minutes = sum(section.minutes for _, section in week)
-        assert 0.6 * mean < minutes < 1.4 * mean, f"week {number}: {minutes:.0f} min, the mean is {mean:.0f}"
+        assert 0.6 * mean < minutes < 1.4 * mean, (
+            f"week {number}: {minutes:.0f} min, the mean is {mean:.0f}"
+        )
 
 
 def test_a_day_of_the_workshop_fits_into_a_day(course):
@@ -98,11 +149,15 @@ def test_the_self_test_has_ten_questions_with_true_answers():
 
 
 def test_the_map_is_that_of_the_notebooks(course):
-    assert (NOTEBOOKS / "concept_map.svg").read_text(encoding="utf-8") == front_matter.concept_map(course), AGAIN
+    assert (NOTEBOOKS / "concept_map.svg").read_text(encoding="utf-8") == front_matter.concept_map(
+        course
+    ), AGAIN
 
 
 def test_the_picture_of_the_stack_is_the_one_of_notebook_00():
-    assert (NOTEBOOKS / "stack.png").read_bytes() == front_matter.stack_picture(), "run tests/support/front_matter.py"
+    assert (NOTEBOOKS / "stack.png").read_bytes() == front_matter.stack_picture(), (
+        "run tests/support/front_matter.py"
+    )
 
 
 def test_the_map_is_read_by_people_with_screen_readers_and_on_a_dark_page():
@@ -112,14 +167,18 @@ def test_the_map_is_read_by_people_with_screen_readers_and_on_a_dark_page():
     assert svg.get("aria-labelledby") == f"{names['title'].get('id')} {names['desc'].get('id')}"
     assert float(svg.get("font-size")) * 72 / 96 >= 10, "text of less than 10 pt"
     assert contrast(INK, PAPER) >= 7
-    assert min(contrast(LINE, "#ffffff"), contrast(LINE, "#111111")) >= 3, "the arrows lie on the page itself"
+    assert min(contrast(LINE, "#ffffff"), contrast(LINE, "#111111")) >= 3, (
+        "the arrows lie on the page itself"
+    )
 
 
 def test_no_box_of_the_map_covers_another_and_none_leaves_the_page():
     svg = ElementTree.fromstring((NOTEBOOKS / "concept_map.svg").read_bytes())
     width, height = (float(svg.get(name)) for name in ("width", "height"))
     boxes = [
-        [float(rect.get(name)) for name in ("x", "y", "width", "height")] for rect in svg.iter() if "rect" in rect.tag
+        [float(rect.get(name)) for name in ("x", "y", "width", "height")]
+        for rect in svg.iter()
+        if "rect" in rect.tag
     ]
     assert len(boxes) == len(PLACES)
     for at, (x, y, wide, tall) in enumerate(boxes):
@@ -140,7 +199,12 @@ def test_arrows_leave_out_what_is_needed_by_way_of_another():
     def chapter(number: str, *needs: str) -> Chapter:
         return Chapter(number, "", "", "", 1, needs, (), (), "")
 
-    course = [chapter("00"), chapter("01", "00"), chapter("02", "00", "01"), chapter("03", "00", "02")]
+    course = [
+        chapter("00"),
+        chapter("01", "00"),
+        chapter("02", "00", "01"),
+        chapter("03", "00", "02"),
+    ]
     assert [direct_needs(one, course) for one in course] == [[], ["00"], ["01"], ["02"]]
 
 
@@ -168,7 +232,9 @@ def test_terms_are_sorted_unique_and_one_sentence_each():
     terms = [term.strip("`").casefold() for term, *_ in glossary()]
     assert terms == sorted(set(terms)), AGAIN
     for term, _, _, sentence in glossary():
-        assert sentence.endswith(".") and not re.search(r"[.] [A-Z]", sentence), f"{term}: one sentence"
+        assert sentence.endswith(".") and not re.search(r"[.] [A-Z]", sentence), (
+            f"{term}: one sentence"
+        )
 
 
 def test_a_new_term_may_be_put_on_any_line():
@@ -180,7 +246,9 @@ def test_a_new_term_may_be_put_on_any_line():
 def test_each_term_occurs_in_the_notebook_that_it_links_to(course):
     texts = {chapter.number: (chapter.file, plain(chapter.text)) for chapter in course}
     for term, number, file, _ in glossary():
-        assert (NOTEBOOKS / file).is_file() and texts[number][0] == file, f"{term}: {number} is not {file}"
+        assert (NOTEBOOKS / file).is_file() and texts[number][0] == file, (
+            f"{term}: {number} is not {file}"
+        )
         assert bare(term) in texts[number][1], f"{term} does not occur in {file}"
 
 
@@ -194,9 +262,16 @@ def test_every_bold_term_of_the_notebooks_is_explained(course):
             word = " ".join(bold.split()).strip("`").casefold()
             if word in STRESSED or word[-1] in ".:?" or len(word.split()) > 3:
                 continue
-            known = {word, word.removesuffix("s"), word.removesuffix("ed"), word.removesuffix("d")} & everywhere
+            known = {
+                word,
+                word.removesuffix("s"),
+                word.removesuffix("ed"),
+                word.removesuffix("d"),
+            } & everywhere
             part = any(
-                term.startswith(f"{word} ") or term.endswith(f" {word}") for n, term in terms if n == chapter.number
+                term.startswith(f"{word} ") or term.endswith(f" {word}")
+                for n, term in terms
+                if n == chapter.number
             )
             assert known or part, (
                 f"{chapter.file}: explain **{bold}** in notebooks/glossary.md, or name it in STRESSED if it is no term"
@@ -208,26 +283,35 @@ def test_every_bold_term_of_the_notebooks_is_explained(course):
 
 ARXIV = re.compile(r"arXiv[:\s]+(\d{4}\.\d{4,5})")
 DOI = re.compile(r"(?:doi\.org/|DOI )(10\.\d{4,9}/[^\s\]>\"'`]*[^\s\]>\"'`.,;)])")
-NAMED = re.compile(r"([A-Z][\w-]+)(?:, [A-Z]\w+)*(?: et al\.| and [A-Z][\w-]+)?,? (?:[A-Z]\w+ )?\(?((?:19|20)\d\d)\b")
+NAMED = re.compile(
+    r"([A-Z][\w-]+)(?:, [A-Z]\w+)*(?: et al\.| and [A-Z][\w-]+)?,? (?:[A-Z]\w+ )?\(?((?:19|20)\d\d)\b"
+)
 NOT_AUTHORS = {"Wiley"}
 
 
 def entries() -> list[str]:
     body = page("references.md").split("\n## ", 1)[1]
-    return [" ".join(entry.split()) for entry in re.findall(r"^- (.+?)(?=^- |^## |\Z)", body, re.DOTALL | re.MULTILINE)]
+    return [
+        " ".join(entry.split())
+        for entry in re.findall(r"^- (.+?)(?=^- |^## |\Z)", body, re.DOTALL | re.MULTILINE)
+    ]
 
 
 def test_numbers_have_the_right_form_and_lead_to_themselves():
     for entry in entries():
         for number, link in re.findall(r"\[arXiv ([^]]+)\]\(([^)]+)\)", entry):
             assert re.fullmatch(r"\d\d(0[1-9]|1[0-2])\.(\d{4}|\d{5})", number), entry
-            assert len(number) == (9 if number < "1501" else 10), f"arXiv counts with five digits since 2015: {entry}"
+            assert len(number) == (9 if number < "1501" else 10), (
+                f"arXiv counts with five digits since 2015: {entry}"
+            )
             assert link == f"https://arxiv.org/abs/{number}"
         for number, link in re.findall(r"\[DOI ([^]]+)\]\((\S+)\)(?=\.)", entry):
             assert re.fullmatch(r"10\.\d{4,9}/\S+", number), entry
             assert link == f"https://doi.org/{number}"
         assert entry.count("[DOI ") + entry.count("[arXiv ") <= 1
-    numbers = [number for entry in entries() for number in re.findall(r"\[(?:arXiv|DOI) ([^]]+)\]", entry)]
+    numbers = [
+        number for entry in entries() for number in re.findall(r"\[(?:arXiv|DOI) ([^]]+)\]", entry)
+    ]
     assert len(numbers) == len(set(numbers)) >= 30
 
 
@@ -246,9 +330,16 @@ def test_sources_stand_under_a_notebook(course):
 
 def test_every_number_that_package_and_notebooks_cite_is_a_reference(course):
     listed = page("references.md")
-    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in (ROOT / "flserving").rglob("*.py")}
+    texts = {
+        path.relative_to(ROOT): path.read_text(encoding="utf-8")
+        for path in (ROOT / "flserving").rglob("*.py")
+    }
     texts |= {Path(chapter.file): chapter.text for chapter in course}
-    cited = [(path, number) for path, text in texts.items() for number in (*ARXIV.findall(text), *DOI.findall(text))]
+    cited = [
+        (path, number)
+        for path, text in texts.items()
+        for number in (*ARXIV.findall(text), *DOI.findall(text))
+    ]
     assert len(cited) > 15
     for path, number in cited:
         assert number in listed, f"{path} cites {number}: add it to notebooks/references.md"
@@ -256,9 +347,15 @@ def test_every_number_that_package_and_notebooks_cite_is_a_reference(course):
 
 def test_every_name_with_a_year_in_the_notebooks_is_a_reference(course):
     listed = entries()
-    cited = [(chapter.file, *found) for chapter in course for found in NAMED.findall(plain_text(chapter.text))]
+    cited = [
+        (chapter.file, *found)
+        for chapter in course
+        for found in NAMED.findall(plain_text(chapter.text))
+    ]
     names = {(name, year) for _, name, year in cited}
-    assert {("McMahan", "2017"), ("Che", "2002"), ("Little", "1961")} & names, "the pattern finds nothing"
+    assert {("McMahan", "2017"), ("Che", "2002"), ("Little", "1961")} & names, (
+        "the pattern finds nothing"
+    )
     for file, name, year in cited:
         assert name in NOT_AUTHORS or any(name in entry and year in entry for entry in listed), (
             f"{file} cites {name} {year}: add it to notebooks/references.md"

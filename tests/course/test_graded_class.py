@@ -1,4 +1,5 @@
-"""The made-up class: who hands in what, what a teacher must look into; once, from nothing to marks."""
+"""The made-up class: who hands in what, what a teacher must look into; once, from nothing to
+marks."""
 
 import csv
 
@@ -28,7 +29,9 @@ def test_an_assignment_holds_the_exercises_and_what_they_need():
     whole = nbformat.read(NOTEBOOK, as_version=4)
     everything = len(whole.cells)
     short = graded_class.assignment_of(whole, whole=False)
-    ids = [cell.metadata["nbgrader"]["grade_id"] for cell in short.cells if "nbgrader" in cell.metadata]
+    ids = [
+        cell.metadata["nbgrader"]["grade_id"] for cell in short.cells if "nbgrader" in cell.metadata
+    ]
     assert ids == ["stage-timer", "stage-timer-check", "by-hand", "by-hand-check",
                    "admission", "admission-check", "latency-budget", "latency-budget-check"]  # fmt: skip
     assert len(short.cells) < everything / 2
@@ -70,9 +73,14 @@ def test_from_nothing_to_a_graded_class(tmp_path, capsys):
     pytest.importorskip("nbgrader", reason='needs the extra grading: pip install -e ".[grading]"')
     out = tmp_path / "graded"
     assert graded_class.main([str(NOTEBOOK), "--students", "4", "--out", str(out)]) == 0
-    assert "every stub got 0 points, every solution all, every wrong solution less" in capsys.readouterr().out
+    assert (
+        "every stub got 0 points, every solution all, every wrong solution less"
+        in capsys.readouterr().out
+    )
     with (out / "marks.csv").open(newline="") as file:
-        marks = {row["student"]: float(row["points"]) / float(row["of"]) for row in csv.DictReader(file)}
+        marks = {
+            row["student"]: float(row["points"]) / float(row["of"]) for row in csv.DictReader(file)
+        }
     assert (len(marks), marks["student-01"], marks["student-02"]) == (4, 0, 1)
     for student in marks:
         feedback = out / "feedback" / student / "week" / f"{NOTEBOOK.stem}.html"

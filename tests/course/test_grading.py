@@ -1,4 +1,5 @@
-"""nbgrader reads the course: 0 points for an untouched copy, all for the solved notebook, and marks for parts.
+"""nbgrader reads the course: 0 points for an untouched copy, all for the solved notebook, and marks
+for parts.
 
 Needs the extra ``grading``; skipped without it. About a minute a notebook.
 """
@@ -19,7 +20,9 @@ pytest.importorskip("nbgrader", reason='needs the extra grading: pip install -e 
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 WITH_EXERCISES = [
-    path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if exercises.find_exercises(nbformat.read(path, as_version=4))
+    path
+    for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    if exercises.find_exercises(nbformat.read(path, as_version=4))
 ]
 
 
@@ -42,7 +45,9 @@ def test_nbgrader_gives_nothing_for_a_stub_and_everything_for_the_solution(path,
     exercises.write_student_copies(source, tmp_path / "submitted" / "blank" / "week")
     shutil.copytree(source, tmp_path / "submitted" / "solved" / "week")
     score = graded(tmp_path)
-    points = sum(exercise.points for exercise in exercises.find_exercises(nbformat.read(path, as_version=4)))
+    points = sum(
+        exercise.points for exercise in exercises.find_exercises(nbformat.read(path, as_version=4))
+    )
     assert score == {"blank": 0, "solved": points}
 
 
@@ -50,7 +55,10 @@ def test_a_solution_that_is_right_in_some_parts_gets_their_share(tmp_path):
     """FIFO does two of the four things that an LRU cache does."""
     submitted = {"blank": None, "fifo": WRONG["lru"]["FIFO"].source, "solved": SOLUTIONS["lru"]}
     source = nbformat.v4.new_notebook(
-        cells=[exercises.solution_cell("lru", SOLUTIONS["lru"]), exercises.check_cell("lru", CHECKS["lru"], 3)]
+        cells=[
+            exercises.solution_cell("lru", SOLUTIONS["lru"]),
+            exercises.check_cell("lru", CHECKS["lru"], 3),
+        ]
     )
     (tmp_path / "source" / "week").mkdir(parents=True)
     nbformat.write(source, tmp_path / "source" / "week" / "03.ipynb")

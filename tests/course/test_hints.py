@@ -1,4 +1,5 @@
-"""Hints put to the test, notebook 03's and one of 02: they grow, a mistake meets those of every part, and they work."""
+"""Hints put to the test, notebook 03's and one of 02: they grow, a mistake meets those of every
+part, and they work."""
 
 import re
 
@@ -130,7 +131,9 @@ def parts_of(grade_id, monkeypatch):
     """The parts of a check, as it hands them to ``judge``."""
     found = []
     with monkeypatch.context() as patch:
-        patch.setattr(MODULES[grade_id], "judge", lambda exercise, solution, *parts: found.extend(parts))
+        patch.setattr(
+            MODULES[grade_id], "judge", lambda exercise, solution, *parts: found.extend(parts)
+        )
         check = re.search(r"^check_\w+", CHECKS[grade_id], re.MULTILINE)[0]
         getattr(MODULES[grade_id], check)(None)
     return found
@@ -155,7 +158,9 @@ def test_what_the_hints_spell_out_is_a_solution(grade_id, monkeypatch):
     exec(CHECKS[grade_id], namespace)
     for part in parts_of(grade_id, monkeypatch):
         for code in re.findall(r"`([^`]+)`", " ".join(part.hints)):
-            assert code in BY_THE_HINTS[grade_id] + SOLUTIONS[grade_id], f"{part.name}: {code} is in no solution"
+            assert code in BY_THE_HINTS[grade_id] + SOLUTIONS[grade_id], (
+                f"{part.name}: {code} is in no solution"
+            )
 
 
 @pytest.mark.parametrize("grade_id", MODULES)

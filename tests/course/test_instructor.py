@@ -1,4 +1,5 @@
-"""The instructor guides: one a notebook, plans that add up, every exercise discussed, misconceptions as they are."""
+"""The instructor guides: one a notebook, plans that add up, every exercise discussed,
+misconceptions as they are."""
 
 import re
 from importlib.util import find_spec
@@ -22,13 +23,17 @@ def guide_of(notebook: Path) -> str:
 
 def part(guide: str, heading: str) -> str:
     """The text below a heading, up to the next one of its rank."""
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", guide, re.DOTALL | re.MULTILINE)
+    found = re.search(
+        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", guide, re.DOTALL | re.MULTILINE
+    )
     assert found, f"no heading '## {heading}'"
     return found[1]
 
 
 def test_every_guide_belongs_to_a_notebook():
-    assert {path.stem for path in misconceptions.GUIDES.glob("[0-9]*.md")} == {path.stem for path in NOTEBOOKS}
+    assert {path.stem for path in misconceptions.GUIDES.glob("[0-9]*.md")} == {
+        path.stem for path in NOTEBOOKS
+    }
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -41,13 +46,19 @@ def test_the_minutes_of_a_plan_add_up(notebook, minutes):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_plan_names_sections_and_exercises_that_the_notebook_has(notebook):
     book = nbformat.read(notebook, as_version=4)
-    headings = re.findall(r"^## (\d+) ", "\n".join(cell.source for cell in book.cells), re.MULTILINE)
+    headings = re.findall(
+        r"^## (\d+) ", "\n".join(cell.source for cell in book.cells), re.MULTILINE
+    )
     exercises = {exercise.grade_id for exercise in find_exercises(book)}
     for minutes in (90, 50):
         plan = part(guide_of(notebook), f"{minutes} minutes")
         cited = set(re.findall(r"\d+", " ".join(re.findall(r"[Ss]ections? ([\d, and]+)", plan))))
-        assert cited and cited <= set(headings), f"sections {sorted(cited - set(headings))} are not in the notebook"
-        assert not exercises or exercises & set(re.findall(r"`([\w-]+)`", plan)), "no exercise in the plan"
+        assert cited and cited <= set(headings), (
+            f"sections {sorted(cited - set(headings))} are not in the notebook"
+        )
+        assert not exercises or exercises & set(re.findall(r"`([\w-]+)`", plan)), (
+            "no exercise in the plan"
+        )
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,7 +70,9 @@ def test_three_questions_with_what_to_hear(notebook):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_exercise_is_discussed(notebook):
-    discussed = re.findall(r"^- \*\*`([\w-]+)`\*\*", part(guide_of(notebook), "Exercises"), re.MULTILINE)
+    discussed = re.findall(
+        r"^- \*\*`([\w-]+)`\*\*", part(guide_of(notebook), "Exercises"), re.MULTILINE
+    )
     assert discussed == [exercise.grade_id for exercise in misconceptions.exercises_of(notebook)]
 
 
@@ -114,6 +127,8 @@ def test_the_commands_of_the_readme_are_there():
         assert (misconceptions.ROOT / path).exists()
     for module in re.findall(r"python -m (flserving\.[\w.]+)", told):
         assert find_spec(module)
-    assert CONFIG.strip() in told, "the line of nbgrader_config.py that the made-up class is graded with"
+    assert CONFIG.strip() in told, (
+        "the line of nbgrader_config.py that the made-up class is graded with"
+    )
     shares = re.findall(r"^\| (\d+) % \|", told, re.MULTILINE)
     assert sum(map(int, shares)) == 100

@@ -18,7 +18,14 @@ def test_a_panel_has_its_title_its_axes_and_what_is_drawn():
     fig, (ax,) = style.figure()
     ax.plot([1, 10, 100], [2.0, np.nan, 1234.5], label="measured")
     ax.plot([1, 100], [5, 5], ":")  # without a name: a guide for the eye
-    ax.set(title="rows: 8", xlabel="width", ylabel="time (µs)", xscale="log", ylim=(0, 2000), xlim=(1, 100))
+    ax.set(
+        title="rows: 8",
+        xlabel="width",
+        ylabel="time (µs)",
+        xscale="log",
+        ylim=(0, 2000),
+        xlim=(1, 100),
+    )
     assert alt.described(fig) == (
         "Figure: rows: 8. x axis width: 1 to 100 on a logarithmic scale; y axis time (µs): 0 to 2,000. "
         "measured 2, 1,234."
@@ -44,7 +51,11 @@ def test_panels_that_share_an_axis_share_its_words():
     for ax in axes:
         ax.plot([3, 1], [0, 1], "o", label="all rows")
     axes[0].set_yticks([0, 1], ["onnx", "int8"])
-    assert alt.described(fig).count("all rows 3, 1.") == alt.described(fig).count("y axis: onnx, int8.") == 2
+    assert (
+        alt.described(fig).count("all rows 3, 1.")
+        == alt.described(fig).count("y axis: onnx, int8.")
+        == 2
+    )
 
 
 def test_many_values_are_summed_up_and_the_text_ends():
@@ -66,7 +77,9 @@ def test_a_notebook_stores_it_with_the_picture(own):
 
 
 @pytest.mark.parametrize("static", ["", "1"])
-def test_a_page_that_lives_gets_it_as_html_and_a_stored_notebook_holds_the_picture_once(static, monkeypatch):
+def test_a_page_that_lives_gets_it_as_html_and_a_stored_notebook_holds_the_picture_once(
+    static, monkeypatch
+):
     monkeypatch.setenv("FLSERVING_STATIC", static)
     fig, _ = style.figure()
     fig.alt = '"p99" < 5 ms & falling'

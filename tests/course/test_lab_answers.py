@@ -58,7 +58,9 @@ def test_a_guess_is_kept_and_stands_beside_the_measurement(kernel):
     assert "Your guess stands beside it once" in repr(reveal("hit rate", "50 %"))
     buttons(asked).value = "25 %"
     buttons(asked).value = "63 %"
-    assert stored() == {"guesses": {"hit rate": {"choices": ["25 %", "48 %", "63 %"], "guess": "63 %"}}}
+    assert stored() == {
+        "guesses": {"hit rate": {"choices": ["25 %", "48 %", "63 %"], "guess": "63 %"}}
+    }
     again = guess("hit rate", "25 %", "48 %", "63 %")  # the cell is run twice
     assert buttons(again).value == "63 %" and not buttons(again).disabled
     told = reveal("hit rate", "50 %")
@@ -86,12 +88,17 @@ def test_a_quiz_gives_a_reason_for_every_answer_and_keeps_the_first_and_the_last
     asked = quiz("who")
     assert isinstance(asked, Asked)
     _, choices, reason = asked.children[0].children
-    assert sorted(choices.options) == ["the <b>", "the coldest", "the oldest"] and choices.value is None
+    assert (
+        sorted(choices.options) == ["the <b>", "the coldest", "the oldest"]
+        and choices.value is None
+    )
     choices.value = "the <b>"
     assert reason.value == "No: no such thing"
     choices.value = "the coldest"
     assert reason.value == "Correct: its last use is the oldest"
-    assert stored()["quizzes"] == {"Who goes first?": {"first": "the <b>", "last": "the coldest", "correct": False}}
+    assert stored()["quizzes"] == {
+        "Who goes first?": {"first": "the <b>", "last": "the coldest", "correct": False}
+    }
     assert quiz("who").children[0].children[1].value == "the coldest"
     assert questions("who")[0].choices() == questions("who")[0].choices()
 

@@ -1,4 +1,5 @@
-"""Arrival processes and popularity against the distributions that they claim to have (fixed seeds)."""
+"""Arrival processes and popularity against the distributions that they claim to have (fixed
+seeds)."""
 
 import itertools
 import math
@@ -28,7 +29,9 @@ def test_poisson_gaps_are_exponential_and_independent(seed):
     drawn = gaps(Poisson(200), 5000, seed)
     assert stats.kstest(drawn, "expon", args=(0, 1 / 200)).pvalue > 0.01
     assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 3 / math.sqrt(len(drawn))
-    assert stats.kstest(drawn, "expon", args=(0, 1 / 220)).pvalue < 1e-3  # the test can tell 10 % apart
+    assert (
+        stats.kstest(drawn, "expon", args=(0, 1 / 220)).pvalue < 1e-3
+    )  # the test can tell 10 % apart
 
 
 def test_poisson_counts_have_dispersion_one():
@@ -37,7 +40,10 @@ def test_poisson_counts_have_dispersion_one():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bursty_with_equal_rates_is_poisson(seed):
-    assert stats.kstest(gaps(Bursty(80, 80, 0.3, 0.1), 5000, seed), "expon", args=(0, 1 / 80)).pvalue > 0.01
+    assert (
+        stats.kstest(gaps(Bursty(80, 80, 0.3, 0.1), 5000, seed), "expon", args=(0, 1 / 80)).pvalue
+        > 0.01
+    )
 
 
 @pytest.mark.parametrize("process", [Bursty(20, 300, 0.4, 0.1), Bursty(0, 500, 0.9, 0.1)])
@@ -46,13 +52,21 @@ def test_bursty_has_the_stated_rate_and_the_dispersion_of_the_cookbook(process):
     # index of dispersion of the counts in a window, Fischer and Meier-Hellstern 1993
     leave_quiet, leave_burst = 1 / process.quiet_s, 1 / process.burst_s
     low, high, both = process.quiet_per_s, process.burst_per_s, leave_quiet + leave_burst
-    limit = 2 * leave_quiet * leave_burst * (high - low) ** 2 / (both**2 * (low * leave_burst + high * leave_quiet))
+    limit = (
+        2
+        * leave_quiet
+        * leave_burst
+        * (high - low) ** 2
+        / (both**2 * (low * leave_burst + high * leave_quiet))
+    )
     window_s = 20 / both
     index = 1 + limit * (1 - (1 - math.exp(-20)) / 20)
     rate_noise, index_noise = math.sqrt(limit / len(times_s)), math.sqrt(2 * window_s / times_s[-1])
     assert len(times_s) / times_s[-1] == pytest.approx(process.rate_per_s, rel=3 * rate_noise)
     assert dispersion(times_s, window_s) == pytest.approx(index, rel=4 * index_noise)
-    assert index > 5 and rate_noise < 0.03 and index_noise < 0.05  # far from Poisson, and measured well enough
+    assert (
+        index > 5 and rate_noise < 0.03 and index_noise < 0.05
+    )  # far from Poisson, and measured well enough
 
 
 def test_on_off_is_silent_when_off():
@@ -83,7 +97,9 @@ def test_zipf_draws_follow_the_law(skew):
 def test_zipf_probabilities_and_range(items, skew, seed):
     zipf = Zipf(items, skew)
     share = zipf.probabilities
-    assert share.shape == (items,) and share.sum() == pytest.approx(1) and (np.diff(share) <= 0).all()
+    assert (
+        share.shape == (items,) and share.sum() == pytest.approx(1) and (np.diff(share) <= 0).all()
+    )
     drawn = zipf.draw(np.random.default_rng(seed), 50)
     assert drawn.min() >= 0 and drawn.max() < items
 
@@ -112,7 +128,10 @@ def test_arrival_times_end_at_the_first_bound():
         (lambda: Zipf(3, math.nan), "skew is nan"),
         (lambda: arrival_times_s(Poisson(1), np.random.default_rng()), "no end"),
         (lambda: arrival_times_s(Poisson(1), np.random.default_rng(), requests=0), "requests is 0"),
-        (lambda: arrival_times_s(Poisson(1), np.random.default_rng(), requests=True), "requests is True"),
+        (
+            lambda: arrival_times_s(Poisson(1), np.random.default_rng(), requests=True),
+            "requests is True",
+        ),
         (lambda: arrival_times_s(Poisson(1), np.random.default_rng(), seconds=-1), "seconds is -1"),
     ],
 )

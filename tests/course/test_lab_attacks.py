@@ -1,4 +1,5 @@
-"""Bad rounds: which layer stops which, on few rounds here and on more under ``slow``; and what nothing stops."""
+"""Bad rounds: which layer stops which, on few rounds here and on more under ``slow``; and what
+nothing stops."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -31,11 +32,14 @@ BY_NAME = {attack.name: attack for attack in ATTACKS}
 
 @dataclass(slots=True)
 class Hostile:
-    """An attack as ``federated.train`` takes it: ``train(corrupt=hostile, on_round=hostile.watch(gated(...)))``.
+    """An attack as ``federated.train`` takes it: ``train(corrupt=hostile,
+    on_round=hostile.watch(gated(...)))``.
 
     Args:
-        clients: Ids of the hostile ones; train with ``poisoned(clients, attack)`` where the attack poisons samples.
-        rounds: When they attack; from round 2 on, since they learn the global model from the round before.
+        clients: Ids of the hostile ones; train with ``poisoned(clients, attack)`` where the attack
+            poisons samples.
+        rounds: When they attack; from round 2 on, since they learn the global model from the round
+            before.
     """
 
     attack: Attack
@@ -47,7 +51,9 @@ class Hostile:
         attacks = client in self.clients and number in self.rounds and self._before
         return self.attack.change(update, self._before) if attacks else update
 
-    def watch(self, on_round: Callable[[Round], object] = lambda result: None) -> Callable[[Round], object]:
+    def watch(
+        self, on_round: Callable[[Round], object] = lambda result: None
+    ) -> Callable[[Round], object]:
         """``on_round``, after a look at the round's global model."""
 
         def seen(result: Round) -> object:
@@ -70,7 +76,16 @@ def table():
 def test_the_table_has_a_row_an_attack_and_a_column_a_check(table):
     assert list(table.index) == ["clean", *(attack.name for attack in ATTACKS)]
     assert list(table.columns) == [
-        *("cases", "left out", *CHECKS, "refused", "stopped", "accuracy lost", "trigger", "missed, worst")
+        *(
+            "cases",
+            "left out",
+            *CHECKS,
+            "refused",
+            "stopped",
+            "accuracy lost",
+            "trigger",
+            "missed, worst",
+        )
     ]
     assert table.loc["clean", "cases"] == 4 and (table["cases"].drop("clean") == 2).all()
     rates = table.drop(columns=["cases", "accuracy lost", "missed, worst"])
@@ -103,17 +118,25 @@ def test_the_gate_refuses_what_is_loud(table, attack, check):
 
 def test_what_is_quiet_passes_both_layers(table):
     """The limits of the gate, held so that nobody writes otherwise."""
-    for attack in ("sign flip, 1 of 10", "7 called 1, 3 of 10", "backdoor, 1 of 10", "backdoor x6, 1 of 10"):
+    for attack in (
+        "sign flip, 1 of 10",
+        "7 called 1, 3 of 10",
+        "backdoor, 1 of 10",
+        "backdoor x6, 1 of 10",
+    ):
         assert table.loc[attack, ["left out", "refused", "stopped"]].sum() == 0
         assert table.loc[attack, "accuracy lost"] < 0.03
     assert table.loc["backdoor x6, 1 of 10", "trigger"] > 0.8 > 0.1 > table.loc["clean", "trigger"]
 
 
 def test_a_replayed_round_is_the_round_that_a_hostile_training_makes(clients):
-    """The oracle: a training with the hostile client in it. Its samples are sound, so the rounds before are alike."""
+    """The oracle: a training with the hostile client in it. Its samples are sound, so the rounds
+    before are alike."""
     attack = BY_NAME["scaled x100, 1 of 10"]
     hostile = Hostile(attack, attack.hostile(c.id for c in clients), rounds={3})
-    played = train(clients=clients, seed=3, rounds=3, corrupt=hostile, on_round=hostile.watch(), progress=False).final
+    played = train(
+        clients=clients, seed=3, rounds=3, corrupt=hostile, on_round=hostile.watch(), progress=False
+    ).final
     replay = Replay(clients, seed=3, rounds=3)
     found = replay.attacked(attack, 3)
     assert all(torch.equal(tensor, found.state[name]) for name, tensor in played.state.items())
@@ -147,7 +170,9 @@ def test_poison_changes_the_training_split_of_the_hostile_clients_only(clients):
     doubled = attacks.backdoored(clients[0])
     n = len(clients[0].train_y)
     assert len(doubled.train_y) == 2 * n and (doubled.train_y[n:] == TARGET).all()
-    assert (doubled.train_x[:n] == clients[0].train_x).all() and (doubled.train_x[n:, 56] == 16).all()
+    assert (doubled.train_x[:n] == clients[0].train_x).all() and (
+        doubled.train_x[n:, 56] == 16
+    ).all()
 
 
 def test_an_attack_in_a_training_never_becomes_the_default(tmp_path, clients):
@@ -155,15 +180,32 @@ def test_an_attack_in_a_training_never_becomes_the_default(tmp_path, clients):
     hostile = Hostile(attack, attack.hostile(c.id for c in clients), rounds={1, 4})
     with Registry(tmp_path) as registry:
         judge = gated(registry, "m", Gate(clients=clients), on_verdict=verdicts.append)
-        train(clients=clients, seed=3, rounds=4, corrupt=hostile, on_round=hostile.watch(judge), progress=False)
-        assert [verdict.passed for verdict in verdicts] == [True, True, True, False]  # in round 1 it knows no model
+        train(
+            clients=clients,
+            seed=3,
+            rounds=4,
+            corrupt=hostile,
+            on_round=hostile.watch(judge),
+            progress=False,
+        )
+        assert [verdict.passed for verdict in verdicts] == [
+            True,
+            True,
+            True,
+            False,
+        ]  # in round 1 it knows no model
         assert registry.resolve("m") == 3 and registry.version_numbers("m") == [1, 2, 3, 4]
 
 
 def test_golden_rows_with_the_trigger_catch_the_backdoor_that_they_know(tmp_path, clients):
     """A trigger that is known can be asked for; one that is not, cannot."""
     attack = Attack("backdoor, 3 of 10", 0.3, poison=attacks.backdoored)
-    training = {"rounds": 4, "seed": 3, "preprocessing": federated_statistics(clients), "progress": False}
+    training = {
+        "rounds": 4,
+        "seed": 3,
+        "preprocessing": federated_statistics(clients),
+        "progress": False,
+    }
     sound = train(clients=clients, **training).final
     bad = train(clients=poisoned(clients, attack), **training).final
     x, y = (np.concatenate([getattr(c, name) for c in clients]) for name in ("test_x", "test_y"))
@@ -188,8 +230,13 @@ def test_the_table_over_many_rounds(alpha):
     assert table.loc["clean", "cases"] == 48 and table.loc["clean", "refused"] <= 0.05
     for attack in ("NaN, 1 of 10", "1e30 everywhere, 1 of 10", "silence, 8 of 10"):
         assert table.loc[attack, "stopped"] == 1
-    assert table.loc["scaled x100, 1 of 10", "stopped"] >= 0.8  # a client of ten samples moves nothing
+    assert (
+        table.loc["scaled x100, 1 of 10", "stopped"] >= 0.8
+    )  # a client of ten samples moves nothing
     assert not table["missed, worst"].max() > 0.1
     assert table.loc["backdoor, 1 of 10", "refused"] < 0.2
-    assert table.loc["backdoor x6, 1 of 10", "refused"] < 0.6 and table.loc["backdoor x6, 1 of 10", "trigger"] > 0.4
+    assert (
+        table.loc["backdoor x6, 1 of 10", "refused"] < 0.6
+        and table.loc["backdoor x6, 1 of 10", "trigger"] > 0.4
+    )
     print(f"\nalpha {alpha:g}\n{table.round(2).to_string()}")  # with -s: the table of the README

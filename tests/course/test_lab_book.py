@@ -18,7 +18,13 @@ CHOSEN = (
     "08_personalization_heads.ipynb",
     "09_model_optimization.ipynb",
 )  # formulas, hints, widgets, exercises, folded cells
-LOADS = ("src", "srcset", "poster", "data", "action")  # attributes that make a browser ask for something
+LOADS = (
+    "src",
+    "srcset",
+    "poster",
+    "data",
+    "action",
+)  # attributes that make a browser ask for something
 
 
 @pytest.fixture(scope="module", params=["student", "instructor"])
@@ -30,17 +36,26 @@ def pages(request, tmp_path_factory):
     shutil.copytree(NOTEBOOKS / "instructor", folder / "instructor")
     options = ["--instructor"] if request.param == "instructor" else []
     assert book.main([str(out), "--notebooks", str(folder), *options]) == 0
-    found = {path.relative_to(out).as_posix(): path.read_text("utf-8") for path in out.rglob("*.html")}
-    assert len(found) == (5 if request.param == "student" else 5 + len(list((folder / "instructor").iterdir())))
+    found = {
+        path.relative_to(out).as_posix(): path.read_text("utf-8") for path in out.rglob("*.html")
+    }
+    assert len(found) == (
+        5 if request.param == "student" else 5 + len(list((folder / "instructor").iterdir()))
+    )
     return {"book.css": (out / "book.css").read_text("utf-8")} | found
 
 
 def soups(pages):
-    return {name: BeautifulSoup(text, "html.parser") for name, text in pages.items() if name.endswith(".html")}
+    return {
+        name: BeautifulSoup(text, "html.parser")
+        for name, text in pages.items()
+        if name.endswith(".html")
+    }
 
 
 def test_nothing_is_asked_of_the_network_or_of_another_file(pages):
-    """A page and the style sheet are all that a browser reads; links of the references may be followed."""
+    """A page and the style sheet are all that a browser reads; links of the references may be
+    followed."""
     for name, soup in soups(pages).items():
         assert not soup.find_all(["script", "iframe", "object", "embed"]), name
         loads = [tag[key] for tag in soup.find_all(True) for key in LOADS if tag.has_attr(key)]
@@ -57,9 +72,15 @@ def test_every_link_leads_somewhere(pages):
             file, _, part = link["href"].partition("#")
             if "://" in file:
                 continue
-            target = str((Path("/") / name).parent.joinpath(unquote(file)).resolve())[1:] if file else name
+            target = (
+                str((Path("/") / name).parent.joinpath(unquote(file)).resolve())[1:]
+                if file
+                else name
+            )
             assert target in found, f"{name} links to {link['href']}"
-            assert not part or found[target].find(id=unquote(part)), f"{name} links to {link['href']}"
+            assert not part or found[target].find(id=unquote(part)), (
+                f"{name} links to {link['href']}"
+            )
 
 
 def test_one_can_turn_the_pages_from_the_first_to_the_last(pages):
@@ -92,13 +113,17 @@ def test_solutions_are_in_the_instructors_book_alone_and_hints_are_folded(pages)
     soup = soups(pages)["08_personalization_heads.html"]
     stubs = soup.main.get_text().count("replace this line with your code")
     for_teachers = any(name.startswith("instructor/") for name in pages)
-    assert (stubs == 0) == for_teachers and ("BEGIN SOLUTION" in soup.main.get_text()) == for_teachers
+    assert (stubs == 0) == for_teachers and (
+        "BEGIN SOLUTION" in soup.main.get_text()
+    ) == for_teachers
     hints = [box for box in soup.find_all("details") if box.summary.get_text().startswith("Hint")]
     assert hints and all(len(hint.get_text()) > 40 for hint in hints)
 
 
 def test_a_folded_cell_can_be_opened(pages):
-    folded = soups(pages)["09_model_optimization.html"].find_all("summary", string="Code of what is shown below")
+    folded = soups(pages)["09_model_optimization.html"].find_all(
+        "summary", string="Code of what is shown below"
+    )
     assert folded and all(summary.parent.find("pre") for summary in folded)
 
 
@@ -109,7 +134,9 @@ def test_every_formula_of_the_course_can_be_drawn():
         cells = nbformat.read(path, as_version=4).cells
         text += "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
-    found = {one or line for one, line in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", text, re.DOTALL)}
+    found = {
+        one or line for one, line in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", text, re.DOTALL)
+    }
     assert len(found) > 80
     for tex in found:
         formula(tex)
@@ -122,7 +149,9 @@ def test_a_formula_stands_on_the_line_in_the_size_of_the_text():
     x, j, fraction = ([float(number) for number in found.groups()] for found in drawn)
     assert x[0] < j[0] < fraction[0] and abs(x[1]) < 0.05 and j[1] < -0.1 and fraction[1] < -0.2
     assert 'aria-label="a &lt; b"' in formula("a <\n b")
-    with pytest.raises(ConfigError, match=r"the formula \$\\nosuch\$ cannot be drawn: .*Unknown symbol"):
+    with pytest.raises(
+        ConfigError, match=r"the formula \$\\nosuch\$ cannot be drawn: .*Unknown symbol"
+    ):
         formula(r"\nosuch")
 
 

@@ -1,4 +1,5 @@
-"""Every check passes the solution, fails the stub, and tells at least five plausible wrong solutions what is wrong."""
+"""Every check passes the solution, fails the stub, and tells at least five plausible wrong
+solutions what is wrong."""
 
 import ast
 import contextlib
@@ -41,7 +42,10 @@ def test_the_solution_passes(grade_id):
 @pytest.mark.parametrize("grade_id", SOLUTIONS)
 def test_the_stub_runs_and_its_check_fails_with_what_to_do(grade_id):
     notebook = nbformat.v4.new_notebook(
-        cells=[solution_cell(grade_id, SOLUTIONS[grade_id]), check_cell(grade_id, CHECKS[grade_id], 2)]
+        cells=[
+            solution_cell(grade_id, SOLUTIONS[grade_id]),
+            check_cell(grade_id, CHECKS[grade_id], 2),
+        ]
     )
     error = run(grade_id, student_copy(notebook).cells[0].source)
     assert isinstance(error, NotImplementedError) and f"{grade_id}: replace this line" in str(error)
@@ -96,7 +100,9 @@ def test_messages_tell_the_mistakes_apart(grade_id):
 def test_marks_are_kept_by_the_name_that_the_exercise_has_in_its_notebook(grade_id, monkeypatch):
     """The report to hand in finds them by it."""
     told = []
-    monkeypatch.setattr(parts, "record", lambda kind, name, entry: told.append((kind, name, entry["right"])))
+    monkeypatch.setattr(
+        parts, "record", lambda kind, name, entry: told.append((kind, name, entry["right"]))
+    )
     namespace = {"np": np}
     exec(SOLUTIONS[grade_id], namespace)
     exec(CHECKS[grade_id], namespace)
@@ -115,9 +121,13 @@ def test_an_exception_in_the_students_code_names_the_call():
         def put(self, key, value):
             self.item[key] = value
 
-    with pytest.raises(AssertionError, match=r"put\('a', 'a1'\) raised AttributeError: .*'item'") as caught:
+    with pytest.raises(
+        AssertionError, match=r"put\('a', 'a1'\) raised AttributeError: .*'item'"
+    ) as caught:
         checks.check_lru(Broken)
-    assert isinstance(caught.value.__cause__, AttributeError)  # the student's own traceback stays visible
+    assert isinstance(
+        caught.value.__cause__, AttributeError
+    )  # the student's own traceback stays visible
 
 
 def test_a_batch_may_be_none_or_a_tuple():
@@ -143,7 +153,8 @@ def test_the_data_of_the_latency_check_tell_all_mistakes_apart():
 
 @pytest.mark.full
 def test_a_try_waits_for_no_compiler():
-    """What torch loads to export or compile takes seconds: no check, on its own in a fresh kernel, needs it."""
+    """What torch loads to export or compile takes seconds: no check, on its own in a fresh kernel,
+    needs it."""
     code = f"""if True:
         import sys
         import numpy as np

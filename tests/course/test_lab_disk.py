@@ -1,4 +1,5 @@
-"""The disks of the exercises: a folder and a dictionary behave alike, and a power cut keeps what was synced."""
+"""The disks of the exercises: a folder and a dictionary behave alike, and a power cut keeps what
+was synced."""
 
 import pytest
 
@@ -54,7 +55,11 @@ def test_a_name_that_was_not_synced_is_kept_or_not():
 
 @pytest.mark.parametrize(
     ("cut_at", "names", "done"),
-    [(1, {(), ("a",)}, ["write"]), (2, {(), ("a",)}, ["write", "sync"]), (4, {(), ("a",), ("b",)}, None)],
+    [
+        (1, {(), ("a",)}, ["write"]),
+        (2, {(), ("a",)}, ["write", "sync"]),
+        (4, {(), ("a",), ("b",)}, None),
+    ],
 )
 def test_the_call_that_fails_has_not_happened(cut_at, names, done):
     calls = (("write", "a", b"12"), ("sync", "a"), ("rename", "a", "b"), ("sync_names",))

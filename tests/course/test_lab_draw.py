@@ -1,4 +1,5 @@
-"""The drawing canvas: its Python side on a real endpoint, and its page in a real browser that asks the REST API."""
+"""The drawing canvas: its Python side on a real endpoint, and its page in a real browser that asks
+the REST API."""
 
 import base64
 import contextlib
@@ -21,7 +22,10 @@ EXAMPLE = [(3 * pixel) % 17 for pixel in range(PIXELS)]
 
 @pytest.fixture(scope="module")
 def endpoint():
-    with create_serving_pipeline(models.build("digits_mlp")) as server, serve(server, grpc_port=None) as opened:
+    with (
+        create_serving_pipeline(models.build("digits_mlp")) as server,
+        serve(server, grpc_port=None) as opened,
+    ):
         yield opened
 
 
@@ -40,19 +44,25 @@ def hear(canvas, **content):
     return canvas.sent.pop()
 
 
-# -------------------------------------------------------------------------------------------- the kernel's side
+# -------------------------------------------------------------------------------- the kernel's side
 
 
 def test_a_page_that_says_hello_is_let_in_and_gets_the_credential(canvas, endpoint):
     welcome = hear(canvas, kind="hello", origin="http://localhost:8888")
     assert welcome == {"kind": "welcome", "view": "v", "headers": endpoint.headers}
-    assert "http://localhost:8888" in endpoint.v2.origins and canvas.origin == "http://localhost:8888"
+    assert (
+        "http://localhost:8888" in endpoint.v2.origins and canvas.origin == "http://localhost:8888"
+    )
 
 
 @pytest.mark.parametrize("origin", ["null", "vscode-webview://abc", "*"])
 def test_an_origin_that_cannot_be_named_gets_a_reason_and_no_credential(canvas, endpoint, origin):
     welcome = hear(canvas, kind="hello", origin=origin)
-    assert welcome["headers"] == {} and origin in welcome["refused"] and origin not in endpoint.v2.origins
+    assert (
+        welcome["headers"] == {}
+        and origin in welcome["refused"]
+        and origin not in endpoint.v2.origins
+    )
 
 
 def test_the_state_that_a_notebook_may_store_does_not_hold_the_token(canvas, endpoint):
@@ -93,7 +103,7 @@ def test_the_files_need_nothing_from_the_network():
     assert "://" not in script + style
 
 
-# ---------------------------------------------------------------------------------------------- the page's side
+# ---------------------------------------------------------------------------------- the page's side
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +113,17 @@ def chromium():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
 def origin():
-    """Where an empty page is served, as JupyterLab would serve its own: another origin than the endpoint's."""
+    """Where an empty page is served, as JupyterLab would serve its own: another origin than the
+    endpoint's."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Blank) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -121,7 +134,8 @@ def origin():
 
 @pytest.fixture
 def opened(chromium, origin, canvas):
-    """``opened(address)``: the canvas on a page of that origin; ``page.calls`` are its requests to the endpoint."""
+    """``opened(address)``: the canvas on a page of that origin; ``page.calls`` are its requests to
+    the endpoint."""
     folder, errors = Path(draw_module.__file__).parent, []
     with contextlib.ExitStack() as stack:
 
@@ -133,7 +147,10 @@ def opened(chromium, origin, canvas):
             page.on("request", lambda r: r.method == "POST" and page.calls.append(r))
             page.on("pageerror", lambda error: errors.append(str(error)))
             if address != origin:
-                page.route(f"{address}/", lambda route: route.fulfill(body="<!doctype html>", content_type="text/html"))
+                page.route(
+                    f"{address}/",
+                    lambda route: route.fulfill(body="<!doctype html>", content_type="text/html"),
+                )
             page.goto(f"{address}/")
 
             def to_kernel(content):
@@ -144,7 +161,9 @@ def opened(chromium, origin, canvas):
             page.add_style_tag(content=(folder / "draw.css").read_text())
             page.evaluate(SCRIPT + "null")
             source = base64.b64encode((folder / "draw.js").read_bytes()).decode()
-            state = {name: canvas.get_state()[name] for name in ("url", "examples", "pixels", "answer")}
+            state = {
+                name: canvas.get_state()[name] for name in ("url", "examples", "pixels", "answer")
+            }
             page.evaluate("([source, state]) => start(source, state)", [source, state])
             idle(page)
             return page
@@ -160,14 +179,19 @@ def test_a_stroke_is_answered_by_the_rest_api_itself(opened, endpoint):
     before = endpoint.v2.server.get_all_stats()["server"]["requests"]
     stroke(page, (4, 1), (4, 7))
     answer, pixels = shown(page)
-    assert endpoint.v2.server.get_all_stats()["server"]["requests"] - before == answer["requests"] > 0
+    assert (
+        endpoint.v2.server.get_all_stats()["server"]["requests"] - before == answer["requests"] > 0
+    )
     assert calls(page, answer["requests"]) == answer["requests"]
     assert page.calls[-1].headers["authorization"] == endpoint.headers["Authorization"]
     wanted = endpoint.v2.server.predict([pixels])
     assert answer["way"] == "browser" and answer["version"] == "v1.0"
     assert answer["prediction"] == wanted["predictions"][0]
     assert answer["probabilities"] == pytest.approx(wanted["probabilities"][0], abs=1e-6)
-    assert f"{answer['prediction']}, says version v1.0. Request" in page.get_by_role("status").inner_text()
+    assert (
+        f"{answer['prediction']}, says version v1.0. Request"
+        in page.get_by_role("status").inner_text()
+    )
     bar = page.locator(".flserving-draw-best")
     assert bar.count() == 1 and bar.inner_text().split()[0] == str(answer["prediction"])
 
@@ -178,7 +202,9 @@ def test_a_pixel_counts_the_ink_below_a_round_pen(opened):
     stroke(page, (3.5, 1.5), (3.5, 6.5))
     _, pixels = shown(page)
     image = [pixels[8 * row : 8 * row + 8] for row in range(8)]
-    assert all(row[3] == 16 for row in image[1:7]) and all(0 < row[2] < 16 and 0 < row[4] < 16 for row in image[1:7])
+    assert all(row[3] == 16 for row in image[1:7]) and all(
+        0 < row[2] < 16 and 0 < row[4] < 16 for row in image[1:7]
+    )
     assert not any(sum(row[:2]) + sum(row[5:]) for row in image) and set(map(type, pixels)) == {int}
     stroke(page, (-1, 4), (12, 4))  # a stroke over the edge ends at the edge
     assert all(0 <= value <= 16 for value in shown(page)[1])
@@ -202,7 +228,9 @@ def test_the_keyboard_draws_and_erases(opened):
     page.keyboard.press(" ")
     idle(page)
     assert shown(page)[1][3] == 16  # at the edge the cursor stops
-    assert page.evaluate("window.leaked") == 1  # the Shift key alone: a notebook's shortcuts never see the others
+    assert (
+        page.evaluate("window.leaked") == 1
+    )  # the Shift key alone: a notebook's shortcuts never see the others
 
 
 @pytest.mark.browser
@@ -222,19 +250,29 @@ def test_examples_and_clear_and_pixels_from_python(opened):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("broken", ["abort", "refuse"])
-def test_a_page_that_cannot_reach_the_endpoint_asks_the_kernel_and_says_so(opened, endpoint, broken):
+def test_a_page_that_cannot_reach_the_endpoint_asks_the_kernel_and_says_so(
+    opened, endpoint, broken
+):
     page = opened()
-    page.route("**/v2/models/**", lambda route: route.abort() if broken == "abort" else route.fulfill(status=502))
+    page.route(
+        "**/v2/models/**",
+        lambda route: route.abort() if broken == "abort" else route.fulfill(status=502),
+    )
     stroke(page, (2, 2), (6, 6))
     answer, pixels = shown(page)
     assert answer["way"] == "kernel"
-    assert answer["probabilities"] == pytest.approx(endpoint.v2.server.predict([pixels])["probabilities"][0], abs=1e-6)
+    assert answer["probabilities"] == pytest.approx(
+        endpoint.v2.server.predict([pixels])["probabilities"][0], abs=1e-6
+    )
     assert "the kernel asked for your browser" in page.get_by_role("status").inner_text()
     assert page.get_by_text("Your browser got no answer from 127.0.0.1").is_visible()
     page.unroute("**/v2/models/**")
     page.get_by_role("button", name="By the browser").click()
     idle(page)
-    assert shown(page)[0]["way"] == "browser" and not page.get_by_text("Your browser got no answer").is_visible()
+    assert (
+        shown(page)[0]["way"] == "browser"
+        and not page.get_by_text("Your browser got no answer").is_visible()
+    )
 
 
 @pytest.mark.browser
@@ -244,7 +282,9 @@ def test_a_page_from_elsewhere_does_not_send_the_token_to_its_own_computer(opene
     page.get_by_role("button", name="Example").click()
     idle(page)
     assert shown(page)[0]["way"] == "kernel" and not page.calls
-    assert page.get_by_text("This page comes from hub.example.org, and the endpoint listens only").is_visible()
+    assert page.get_by_text(
+        "This page comes from hub.example.org, and the endpoint listens only"
+    ).is_visible()
 
 
 @pytest.mark.browser
@@ -254,13 +294,17 @@ def test_a_finger_draws_and_does_not_scroll(opened):
     page.touchscreen.tap(box["x"] + 100, box["y"] + 100)
     idle(page)
     assert sum(shown(page)[1]) > 0
-    assert page.locator("canvas").evaluate("canvas => getComputedStyle(canvas).touchAction") == "none"
+    assert (
+        page.locator("canvas").evaluate("canvas => getComputedStyle(canvas).touchAction") == "none"
+    )
 
 
 @pytest.mark.browser
 def test_an_error_of_the_server_is_shown_and_no_answer_beside_it(opened):
     page = opened()
-    page.route("**/infer", lambda route: route.fulfill(status=429, json={"error": "the queue is full"}))
+    page.route(
+        "**/infer", lambda route: route.fulfill(status=429, json={"error": "the queue is full"})
+    )
     page.get_by_role("button", name="Example").click()
     idle(page)
     assert page.get_by_role("alert").inner_text() == "The server answered 429: the queue is full"

@@ -27,13 +27,19 @@ def line(slope, log=False):
 def draw(numbers):
     fig, (ax,) = style.figure()
     ax.plot(numbers["y"])
-    ax.set(xlabel="wait (ms)", ylabel=style.label("rate_per_s"), yscale="symlog" if numbers["log"] else "linear")
+    ax.set(
+        xlabel="wait (ms)",
+        ylabel=style.label("rate_per_s"),
+        yscale="symlog" if numbers["log"] else "linear",
+    )
     return fig
 
 
 def shown(box):
     """The PNG in the explorer's HTML."""
-    return base64.b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', box.picture.value)[1], validate=True)
+    return base64.b64decode(
+        re.search(r'src="data:image/png;base64,([^"]+)"', box.picture.value)[1], validate=True
+    )
 
 
 def size_px(data):
@@ -41,7 +47,7 @@ def size_px(data):
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
-# ------------------------------------------------------------------------------------------------- style
+# -------------------------------------------------------------------------------------------- style
 
 
 def test_figure_has_the_house_size_and_colours_and_leaves_settings_alone():
@@ -61,7 +67,8 @@ def test_figure_hands_its_axes_out_row_by_row():
 
 
 def test_no_two_colours_are_close_for_a_colour_blind_reader():
-    # Deuteranopia and protanopia merge red and green: distance in lightness and blue-yellow must stay.
+    # Deuteranopia and protanopia merge red and green: distance in lightness and blue-yellow must
+    # stay.
     def seen(colour):
         red, green, blue = matplotlib.colors.to_rgb(colour)
         lightness = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
@@ -102,7 +109,7 @@ def test_pyplot_is_never_imported():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ----------------------------------------------------------------------------------------------- explore
+# ------------------------------------------------------------------------------------------ explore
 
 
 def test_controls_become_widgets_with_labels_and_middle_starts():
@@ -122,7 +129,10 @@ def test_controls_become_widgets_with_labels_and_middle_starts():
 def test_the_picture_says_in_words_what_it_shows_now():
     """A screen reader must not read of the values that the sliders showed before."""
     box = explore(line, draw, slope=(1, 9, 1), log=False)
-    assert 'alt="Figure. x axis wait (ms): ' in box.picture.value and "logarithmic" not in box.picture.value
+    assert (
+        'alt="Figure. x axis wait (ms): ' in box.picture.value
+        and "logarithmic" not in box.picture.value
+    )
     box.controls["slope"].value = 9
     assert "rate (per s): -1.8 to 37.8" in box.picture.value
 
@@ -138,7 +148,12 @@ def test_moving_a_slider_redraws_the_picture():
 
 def test_the_model_gets_the_number_that_the_slider_shows():
     seen = []
-    box = explore(lambda skew: seen.append(skew) or line(skew), draw, skew=(0.05, 0.95, 0.1), start={"skew": 0.25})
+    box = explore(
+        lambda skew: seen.append(skew) or line(skew),
+        draw,
+        skew=(0.05, 0.95, 0.1),
+        start={"skew": 0.25},
+    )
     box.controls["skew"].value = 0.1 + 0.2 + 0.05
     assert seen == [0.25, 0.35]
     assert box.controls["skew"].readout_format == ".2f"
@@ -154,7 +169,14 @@ def test_numpy_numbers_and_any_control_name_are_welcome():
 
 
 def test_start_and_labels_are_used():
-    box = explore(line, draw, slope=(1, 9, 1), log=False, start={"slope": 2, "log": True}, labels={"slope": "Slope"})
+    box = explore(
+        line,
+        draw,
+        slope=(1, 9, 1),
+        log=False,
+        start={"slope": 2, "log": True},
+        labels={"slope": "Slope"},
+    )
     assert box.values == {"slope": 2, "log": True} and box.controls["slope"].description == "Slope"
 
 
@@ -183,7 +205,9 @@ def test_error_text_is_escaped():
 
 
 def test_draw_must_return_a_figure():
-    with pytest.raises(ConfigError, match="draw returned NoneType: it must return the matplotlib Figure"):
+    with pytest.raises(
+        ConfigError, match="draw returned NoneType: it must return the matplotlib Figure"
+    ):
         explore(line, lambda numbers: None, slope=(1, 9, 1))
 
 
@@ -202,7 +226,11 @@ def test_static_switch_runs_every_corner_and_shows_nothing(monkeypatch):
 
     assert explore(model, draw, a=(1, 9, 2), b=(0.5, 1.5, 0.5), policy=["x"], log=False) is None
     assert sorted(seen) == sorted(
-        (a, b, policy, log) for a in (1, 9) for b in (0.5, 1.5) for policy in "x" for log in (False, True)
+        (a, b, policy, log)
+        for a in (1, 9)
+        for b in (0.5, 1.5)
+        for policy in "x"
+        for log in (False, True)
     )
     with pytest.raises(ZeroDivisionError) as caught:  # the slider end that nobody dragged to
         explore(lambda a: line(1 / (a - 9)), draw, a=(1, 9, 2))
@@ -228,7 +256,11 @@ def test_of_a_large_box_any_two_controls_are_drawn_at_all_their_ends(monkeypatch
     assert len(computed) == 64 and len(drawn) <= 10
     for one, two in itertools.combinations(controls, 2):
         assert {(v[one], v[two]) for v in drawn} == {(v[one], v[two]) for v in computed}
-    explore(lambda b: computed.append(b) or {}, lambda numbers: drawn.append(1) or draw(line(1)), b=(1, 2, 1))
+    explore(
+        lambda b: computed.append(b) or {},
+        lambda numbers: drawn.append(1) or draw(line(1)),
+        b=(1, 2, 1),
+    )
     assert drawn[-2:] == [1, 1], "a single slider is drawn at both its ends"
 
     def fails(values):
@@ -261,7 +293,10 @@ def test_corners_need_no_widget():
         ({"slope": (1, math.nan, 1)}, "use \\(low, high, step\\)"),
         ({"slope": "high"}, "use \\(low, high, step\\)"),
         ({"slope": []}, "empty list"),
-        ({"slope": (1, 9, 1), "start": {"slope": 10}}, "slope is 10: it must be an integer in \\[1, 9\\]"),
+        (
+            {"slope": (1, 9, 1), "start": {"slope": 10}},
+            "slope is 10: it must be an integer in \\[1, 9\\]",
+        ),
         ({"slope": (1, 9, 1), "start": {"slope": 2.5}}, "must be an integer"),
         ({"slope": (0.1, 0.9, 0.1), "start": {"slope": math.inf}}, "must be a number"),
         ({"slope": [1, 2], "start": {"slope": 3}}, "choose one of \\[1, 2\\]"),

@@ -1,4 +1,5 @@
-"""Whatever a student's code does in a check, the student reads a sentence: it hangs, prints, exits, is no function."""
+"""Whatever a student's code does in a check, the student reads a sentence: it hangs, prints, exits,
+is no function."""
 
 import re
 import signal
@@ -53,8 +54,12 @@ def test_a_loop_that_never_ends_is_stopped_and_its_line_told(where, exercise, sh
     assert answers.recorded("checks")[exercise]["right"] == 0
     assert signal.getsignal(signal.SIGALRM) is before
     after = signal.getitimer(signal.ITIMER_REAL)
-    assert after[1] == timer[1] and bool(after[0]) == bool(timer[0]), "a timer of somebody else goes on"
-    assert not any(thread.name.endswith("(run)") for thread in threading.enumerate()), "the loop has ended too"
+    assert after[1] == timer[1] and bool(after[0]) == bool(timer[0]), (
+        "a timer of somebody else goes on"
+    )
+    assert not any(thread.name.endswith("(run)") for thread in threading.enumerate()), (
+        "the loop has ended too"
+    )
 
 
 def test_code_that_waits_for_ever_does_not_hold_the_kernel(exercise, short, tmp_path):
@@ -84,7 +89,8 @@ print(lines)
 
 
 def test_a_thread_that_waits_for_ever_leaves_no_pending_error_to_the_others():
-    """With one, the first call under a tracer (a debugger, coverage, a check that counts) never begins in 3.11."""
+    """With one, the first call under a tracer (a debugger, coverage, a check that counts) never
+    begins in 3.11."""
     python = [sys.executable, "-c", TRACED_AFTER_A_WAIT]
     ended = subprocess.run(python, capture_output=True, text=True, timeout=300, check=True)
     assert ended.stdout.splitlines() == ["stopped 2", "['call', 'line', 'return']"]

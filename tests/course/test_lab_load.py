@@ -48,7 +48,8 @@ class Every:
 
 
 def lindley_latency_s(arrival_s, service_s):
-    """Sojourn times of a first-come first-served queue with one server: Lindley's recursion, 1952."""
+    """Sojourn times of a first-come first-served queue with one server: Lindley's recursion,
+    1952."""
     free_s, latency_s = 0.0, []
     for now_s, work_s in zip(arrival_s, service_s, strict=True):
         free_s = max(free_s, now_s) + work_s
@@ -56,7 +57,7 @@ def lindley_latency_s(arrival_s, service_s):
     return np.array(latency_s)
 
 
-# ----------------------------------------------------------------------------------- coordinated omission
+# ----------------------------------------------------------------------------- coordinated omission
 
 
 def test_one_stall_is_felt_by_every_request_that_should_have_been_sent():
@@ -65,10 +66,16 @@ def test_one_stall_is_felt_by_every_request_that_should_have_been_sent():
     def call(item):
         time.sleep(10.0 if next(sent) == 100 else 0.001)
 
-    report = open_loop(call, Every(0.01), requests=2000, threads=1, progress=False, clock=time, sleep=time.sleep)
-    assert (report.service_ms > 100).sum() == 1  # the omitting view: one slow request in 2,000, p99 untouched
+    report = open_loop(
+        call, Every(0.01), requests=2000, threads=1, progress=False, clock=time, sleep=time.sleep
+    )
+    assert (
+        report.service_ms > 100
+    ).sum() == 1  # the omitting view: one slow request in 2,000, p99 untouched
     assert np.percentile(report.service_ms, 99) == pytest.approx(1, abs=0.01)
-    assert (report.latency_ms > 100).sum() == pytest.approx(1100, abs=5)  # 10 s of backlog drained at 900 per s
+    assert (report.latency_ms > 100).sum() == pytest.approx(
+        1100, abs=5
+    )  # 10 s of backlog drained at 900 per s
     assert report.percentile_ms(100) == pytest.approx(10_000, abs=1)
     assert report.percentile_ms(50) > 100
 
@@ -79,7 +86,9 @@ def test_latency_equals_lindleys_recursion_with_one_thread():
     work = iter(service_s.tolist())
     report = open_loop(lambda item: time.sleep(next(work)), Poisson(100), requests=3000, threads=1, progress=False,
                        clock=time, sleep=time.sleep, seed=11)  # fmt: skip
-    assert report.latency_ms / 1e3 == pytest.approx(lindley_latency_s(report.arrival_s, service_s), abs=1e-6)
+    assert report.latency_ms / 1e3 == pytest.approx(
+        lindley_latency_s(report.arrival_s, service_s), abs=1e-6
+    )
     assert (report.late_ms >= -1e-6).all()
 
 
@@ -91,7 +100,9 @@ def test_async_latency_equals_lindleys_recursion_at_a_server_that_takes_one_at_a
             async with server:
                 await asyncio.sleep(0.008)
 
-        return await open_loop_async(call, Poisson(100), seconds=20, progress=False, clock=clock, seed=3)
+        return await open_loop_async(
+            call, Poisson(100), seconds=20, progress=False, clock=clock, seed=3
+        )
 
     report = run_virtual(main)
     assert len(report) == pytest.approx(2000, rel=0.1) and report.arrival_s[-1] < 20
@@ -109,7 +120,10 @@ def test_arrivals_do_not_depend_on_how_slow_the_server_is():
     fast, slow = run(1e-6), run(0.5)
     assert (fast.arrival_s == slow.arrival_s).all() and (fast.item == slow.item).all()
     seeds = np.random.SeedSequence(4).spawn(2)
-    assert (fast.arrival_s == arrival_times_s(Poisson(50), np.random.default_rng(seeds[0]), requests=200)).all()
+    assert (
+        fast.arrival_s
+        == arrival_times_s(Poisson(50), np.random.default_rng(seeds[0]), requests=200)
+    ).all()
 
 
 def test_too_few_tasks_delay_the_sending_and_the_latency_says_so():
@@ -119,7 +133,9 @@ def test_too_few_tasks_delay_the_sending_and_the_latency_says_so():
 
     report = run_virtual(main)
     assert report.service_ms == pytest.approx(np.full(40, 1000.0))
-    assert report.latency_ms.max() > 4000 and report.late_ms.max() == pytest.approx(report.latency_ms.max() - 1000)
+    assert report.latency_ms.max() > 4000 and report.late_ms.max() == pytest.approx(
+        report.latency_ms.max() - 1000
+    )
 
 
 def test_what_cannot_be_sent_is_reported_as_unsent_and_the_run_ends():
@@ -127,17 +143,21 @@ def test_what_cannot_be_sent_is_reported_as_unsent_and_the_run_ends():
     report = open_loop(lambda item: time.sleep(1.0), Every(0.125), seconds=5, threads=1, progress=False,
                        clock=time, sleep=time.sleep)  # fmt: skip
     assert len(report) == 39  # every arrival before 5 s is accounted for
-    assert report.ok.sum() == 6 and report.failures == {"Unsent": 33}  # five seconds and one of grace
+    assert report.ok.sum() == 6 and report.failures == {
+        "Unsent": 33
+    }  # five seconds and one of grace
     assert np.isnan(report.start_s[~report.ok]).all() and len(report.late_ms) == 6
     assert report.messages == {"Unsent": "no caller was free to send it in time"}
     assert report.seconds == pytest.approx(6.125)
 
 
-# -------------------------------------------------------------------------------------------- closed loop
+# -------------------------------------------------------------------------------------- closed loop
 
 
 def test_closed_loop_keeps_exactly_its_callers_busy():
-    barrier = threading.Barrier(4)  # breaks with a timeout if fewer than four callers are ever inside
+    barrier = threading.Barrier(
+        4
+    )  # breaks with a timeout if fewer than four callers are ever inside
     report = closed_loop(lambda item: barrier.wait(10), callers=4, requests=40, progress=False)
     assert len(report) == 40 and report.failures == {}
     assert report.arrival_s.tolist() == sorted(report.arrival_s)
@@ -147,10 +167,14 @@ def test_closed_loop_keeps_exactly_its_callers_busy():
 
 def test_closed_loop_ends_after_its_seconds_and_waits_for_the_calls_under_way():
     time = VirtualTime()
-    report = closed_loop(lambda item: time.sleep(0.4), callers=1, seconds=1.0, progress=False, clock=time)
+    report = closed_loop(
+        lambda item: time.sleep(0.4), callers=1, seconds=1.0, progress=False, clock=time
+    )
     assert report.start_s == pytest.approx([0, 0.4, 0.8]) and report.end_s[-1] == pytest.approx(1.2)
     assert report.rate_per_s == pytest.approx(2.5)
-    both = closed_loop(lambda item: time.sleep(0.4), callers=1, requests=2, seconds=1.0, progress=False, clock=time)
+    both = closed_loop(
+        lambda item: time.sleep(0.4), callers=1, requests=2, seconds=1.0, progress=False, clock=time
+    )
     assert len(both) == 2
 
 
@@ -166,17 +190,23 @@ def test_async_closed_loop_obeys_littles_law():
 
 def test_items_follow_the_popularity_and_reach_the_call():
     asked = []
-    report = closed_loop(asked.append, callers=1, requests=9000, popularity=Zipf(5, 1.0), progress=False)
+    report = closed_loop(
+        asked.append, callers=1, requests=9000, popularity=Zipf(5, 1.0), progress=False
+    )
     assert report.item.tolist() == asked
     share = np.bincount(asked, minlength=5) / 9000
     assert share == pytest.approx(Zipf(5, 1.0).probabilities, abs=0.02)
-    again = closed_loop(lambda item: None, callers=1, requests=9000, popularity=Zipf(5, 1.0), progress=False)
-    other = closed_loop(lambda item: None, callers=1, requests=9000, popularity=Zipf(5, 1.0), progress=False, seed=1)
+    again = closed_loop(
+        lambda item: None, callers=1, requests=9000, popularity=Zipf(5, 1.0), progress=False
+    )
+    other = closed_loop(
+        lambda item: None, callers=1, requests=9000, popularity=Zipf(5, 1.0), progress=False, seed=1
+    )
     assert (again.item == report.item).all() and (other.item != report.item).any()
     assert set(closed_loop(lambda item: None, callers=2, requests=5, progress=False).item) == {0}
 
 
-# ----------------------------------------------------------------------------------------------- failures
+# ----------------------------------------------------------------------------------------- failures
 
 
 def test_failures_are_counted_by_reason_and_do_not_end_the_run():
@@ -206,7 +236,10 @@ def test_async_failures_and_requests_that_the_server_cancels():
                                        clock=clock)  # fmt: skip
 
     report = run_virtual(main)
-    assert set(report.failures) == {"CancelledError", "ValueError"} and sum(report.failures.values()) == 100
+    assert (
+        set(report.failures) == {"CancelledError", "ValueError"}
+        and sum(report.failures.values()) == 100
+    )
     assert np.isnan(report.percentile_ms(99)) and report.rate_per_s == 0
 
 
@@ -221,7 +254,9 @@ def test_cancelling_the_run_cancels_its_callers():
                 cancelled.append(item)
                 raise
 
-        task = asyncio.create_task(closed_loop_async(call, callers=3, requests=9, progress=False, clock=clock))
+        task = asyncio.create_task(
+            closed_loop_async(call, callers=3, requests=9, progress=False, clock=clock)
+        )
         await asyncio.sleep(1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -248,19 +283,23 @@ def test_an_interrupted_cell_leaves_no_callers_behind(monkeypatch):
             assert not thread.is_alive()
 
 
-# ----------------------------------------------------------------------------------- report and bad input
+# ----------------------------------------------------------------------------- report and bad input
 
 
 def report_of(latency_ms, failed=0):
     count = len(latency_ms)
     end_s = np.arange(count) + np.array(latency_ms) / 1e3
     error = np.array([""] * (count - failed) + ["Overloaded"] * failed)
-    return LoadReport(np.arange(float(count)), np.arange(count) + 0.001, end_s, np.zeros(count, np.int64), error)
+    return LoadReport(
+        np.arange(float(count)), np.arange(count) + 0.001, end_s, np.zeros(count, np.int64), error
+    )
 
 
 def test_percentiles_count_the_answers_only():
     report = report_of([*range(1, 102), 9000, 9000], failed=2)
-    assert report.percentile_ms(50) == pytest.approx(51) and report.percentile_ms(99) == pytest.approx(100)
+    assert report.percentile_ms(50) == pytest.approx(51) and report.percentile_ms(
+        99
+    ) == pytest.approx(100)
     summary = report.summary()
     assert summary["requests"] == 103 and summary["answered"] == 101 and summary["failed"] == 2
     assert summary["max_ms"] == pytest.approx(101) and summary["late_p99_ms"] == pytest.approx(1)
@@ -272,7 +311,11 @@ def test_frame_has_one_row_per_request():
     report = report_of([5, 7, 9], failed=1)
     frame = report.to_frame()
     assert list(frame) == ["arrival_s", "start_s", "end_s", "item", "ok", "error", "latency_ms"]
-    assert frame["latency_ms"].tolist() == pytest.approx([5, 7, 9]) and frame["ok"].tolist() == [True, True, False]
+    assert frame["latency_ms"].tolist() == pytest.approx([5, 7, 9]) and frame["ok"].tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_run_without_arrivals_is_an_empty_report():
@@ -299,10 +342,22 @@ async def nothing(item):
         (lambda: closed_loop(print, callers=0, requests=1), "number of threads is 0"),
         (lambda: closed_loop(print, callers=1001, requests=1), r"in \[1, 1000\]"),
         (lambda: open_loop(print, Poisson(1), requests=1, threads=1.5), "number of threads is 1.5"),
-        (lambda: closed_loop(nothing, callers=1, requests=1), "call is async: use `await closed_loop_async"),
-        (lambda: closed_loop(lambda item: nothing(item), callers=2, requests=9, progress=False), "ends in _async"),
-        (lambda: asyncio.run(closed_loop_async(len, callers=10_001, requests=1)), "number of tasks is 10001"),
-        (lambda: asyncio.run(closed_loop_async(str, callers=2, requests=9, progress=False)), "returned str, not an"),
+        (
+            lambda: closed_loop(nothing, callers=1, requests=1),
+            "call is async: use `await closed_loop_async",
+        ),
+        (
+            lambda: closed_loop(lambda item: nothing(item), callers=2, requests=9, progress=False),
+            "ends in _async",
+        ),
+        (
+            lambda: asyncio.run(closed_loop_async(len, callers=10_001, requests=1)),
+            "number of tasks is 10001",
+        ),
+        (
+            lambda: asyncio.run(closed_loop_async(str, callers=2, requests=9, progress=False)),
+            "returned str, not an",
+        ),
     ],
 )
 def test_misuse_is_refused(run, message):

@@ -1,4 +1,5 @@
-"""Membership inference: the attacks against what theory says of them, then against a real server under each policy."""
+"""Membership inference: the attacks against what theory says of them, then against a real server
+under each policy."""
 
 import math
 
@@ -30,9 +31,12 @@ def test_two_normals_are_told_apart_as_often_as_theory_says(apart):
     assert threshold_attack(found, MEMBERS) == pytest.approx(best, abs=0.01)
 
 
-@pytest.mark.parametrize(("on_members", "on_others"), [(1.0, 0.7), (0.9, 0.6), (1.0, 1.0), (0.8, 0.8)])
+@pytest.mark.parametrize(
+    ("on_members", "on_others"), [(1.0, 0.7), (0.9, 0.6), (1.0, 1.0), (0.8, 0.8)]
+)
 def test_with_labels_alone_it_is_as_good_as_the_gap(on_members, on_others):
-    """Yeom et al. 2018: guessing "member" where the label is right is right in 1/2 + gap/2 of the cases."""
+    """Yeom et al. 2018: guessing "member" where the label is right is right in 1/2 + gap/2 of the
+    cases."""
     share = np.where(MEMBERS, on_members, on_others)
     right = np.random.default_rng(3).random(MANY) < share
     gap = right[MEMBERS].mean() - right[~MEMBERS].mean()
@@ -69,7 +73,9 @@ def test_an_attacker_sees_what_the_policy_of_his_credential_shows(target):
     assert (np.count_nonzero(answers["top-3"]["probabilities"], axis=1) <= 3).all()
     assert "probabilities" not in answers["label"]
     for policy in POLICIES:
-        np.testing.assert_array_equal(answers[policy]["predictions"], answers["full"]["predictions"])
+        np.testing.assert_array_equal(
+            answers[policy]["predictions"], answers["full"]["predictions"]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +85,24 @@ def table():
 
 def test_masking_takes_a_part_of_what_the_attack_learns_and_weight_decay_nearly_all(table):
     heart, decayed = table.loc[0.0], table.loc[0.1]
-    assert heart["members"].min() > 99 and heart["attack"]["full"] > 75, "it has learned its members by heart"
-    assert heart["attack"]["top-1"] > heart["attack"]["full"] - 3, "the likeliest class is nearly all of the evidence"
+    assert heart["members"].min() > 99 and heart["attack"]["full"] > 75, (
+        "it has learned its members by heart"
+    )
+    assert heart["attack"]["top-1"] > heart["attack"]["full"] - 3, (
+        "the likeliest class is nearly all of the evidence"
+    )
     assert heart["attack"]["full"] - 5 > heart["attack"]["rounded-1"] > heart["attack"]["label"]
     gap = heart["members"]["label"] - heart["others"]["label"]
-    assert heart["attack"]["label"] == pytest.approx(50 + gap / 2, abs=4) and heart["attack"]["label"] > 57
-    assert (decayed["attack"] < heart["attack"]["label"]).all(), "no policy does as much as a model that learned less"
-    assert decayed["others"].mean() > heart["others"].mean() - 3, "and it costs no accuracy on new rows"
+    assert (
+        heart["attack"]["label"] == pytest.approx(50 + gap / 2, abs=4)
+        and heart["attack"]["label"] > 57
+    )
+    assert (decayed["attack"] < heart["attack"]["label"]).all(), (
+        "no policy does as much as a model that learned less"
+    )
+    assert decayed["others"].mean() > heart["others"].mean() - 3, (
+        "and it costs no accuracy on new rows"
+    )
 
 
 def test_the_figure_says_what_is_in_the_table(table):

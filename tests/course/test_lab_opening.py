@@ -20,7 +20,9 @@ def course(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
     for name in (FIRST, "03_caching.ipynb"):
-        (folder / name).write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+        (folder / name).write_text(
+            '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
+        )
     (folder / "stack.png").write_bytes(b"png")
     monkeypatch.setattr(opening, "course", lambda: folder)
     monkeypatch.chdir(tmp_path)
@@ -51,10 +53,17 @@ def lab(*words):
 def test_the_copies_go_to_the_folder_student_and_the_first_is_opened(course, started):
     lab()
     student = course.parent / "student"
-    assert sorted(path.name for path in student.iterdir()) == [FIRST, "03_caching.ipynb", "stack.png"]
+    assert sorted(path.name for path in student.iterdir()) == [
+        FIRST,
+        "03_caching.ipynb",
+        "stack.png",
+    ]
     (command,) = started
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
-    assert command[3:5] == [f"--ServerApp.root_dir={student}", f"--LabApp.default_url=/lab/tree/{FIRST}"]
+    assert command[3:5] == [
+        f"--ServerApp.root_dir={student}",
+        f"--LabApp.default_url=/lab/tree/{FIRST}",
+    ]
 
 
 def test_a_folder_and_options_of_jupyterlab_may_follow(course, started):
@@ -92,7 +101,10 @@ def test_new_notebooks_are_added_and_what_is_there_stays(course, started):
     Path("student").mkdir()
     Path("student", FIRST).write_text("my work")
     lab("student/03_caching.ipynb")
-    assert Path("student", FIRST).read_text() == "my work" and Path("student", "03_caching.ipynb").exists()
+    assert (
+        Path("student", FIRST).read_text() == "my work"
+        and Path("student", "03_caching.ipynb").exists()
+    )
     assert started[0][4].endswith("/lab/tree/03_caching.ipynb")
 
 
@@ -112,7 +124,9 @@ def test_a_notebook_that_is_not_there_is_named_and_nothing_is_opened(course, sta
 
 
 def test_without_notebooks_it_says_how_to_get_them(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(opening, "__file__", str(tmp_path / "site" / "flserving" / "lab" / "opening.py"))
+    monkeypatch.setattr(
+        opening, "__file__", str(tmp_path / "site" / "flserving" / "lab" / "opening.py")
+    )
     monkeypatch.setattr(opening, "files", lambda name: None)
     assert opening.main([]) == 1
     assert "holds no notebooks" in capsys.readouterr().err

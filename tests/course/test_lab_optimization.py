@@ -1,4 +1,5 @@
-"""The report says what was measured: its sums and its words are judged here, never the speed of this machine."""
+"""The report says what was measured: its sums and its words are judged here, never the speed of
+this machine."""
 
 import math
 import runpy
@@ -26,13 +27,21 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "backends.py"
 def test_the_claims_are_compared_width_by_width():
     times = {16: 0.9, 64: 3.0, 256: 1.5, 1024: 2.5}  # faster at 64, not lasting for the claim
     swept = pd.DataFrame(
-        [{"width": w, "technique": "onnx", "batch": 1, "times": t, "low": t - 0.1} for w, t in times.items()]
+        [
+            {"width": w, "technique": "onnx", "batch": 1, "times": t, "low": t - 0.1}
+            for w, t in times.items()
+        ]
         + [{"width": w, "technique": "pruned", "batch": 1, "times": 1.0, "low": 0.9} for w in times]
-        + [{"width": w, "technique": "original", "batch": 1, "times": 1.0, "low": 1.0} for w in times]
+        + [
+            {"width": w, "technique": "original", "batch": 1, "times": 1.0, "low": 1.0}
+            for w in times
+        ]
     )
     found = runpy.run_path(str(SCRIPT))["claims"](swept)
     assert found.loc[("onnx", 1)].tolist() == [2, 0.9, 3.0, 64, 1024]
-    assert pd.isna(found.loc[("pruned", 1), "pays_from"]) and pd.isna(found.loc[("pruned", 1), "holds_from"])
+    assert pd.isna(found.loc[("pruned", 1), "pays_from"]) and pd.isna(
+        found.loc[("pruned", 1), "holds_from"]
+    )
     assert list(found.index) == [("onnx", 1), ("pruned", 1)]
 
 
@@ -42,16 +51,22 @@ def test_a_report_of_versions(tmp_path):
         publish_rounds(registry, "digits")(run.final)
         methods.prune(registry, "digits", 1, 0.9, tolerance=1)
         methods.prune(registry, "digits", 2, 0.5, structured=True, tolerance=1)  # a chain
-        frame = lab.report(registry, "digits", [3, 2, 1], run.clients, memory=False, turns=2, each=2)
+        frame = lab.report(
+            registry, "digits", [3, 2, 1], run.clients, memory=False, turns=2, each=2
+        )
         metrics = registry.manifest("digits", 1).metrics
     assert list(frame.index) == [3, 2, 1] and frame.original.tolist() == [1, 1, 1]
-    assert frame.optimisation.tolist() == ["pruned, structured", "pruned", ""] and set(frame.backend) == {"torch"}
+    assert frame.optimisation.tolist() == ["pruned, structured", "pruned", ""] and set(
+        frame.backend
+    ) == {"torch"}
     assert frame.accuracy[1] == pytest.approx(metrics["global_accuracy"])
     assert frame.worst_client[1] == pytest.approx(metrics["worst_client_accuracy"])
     assert frame.agreement[1] == 1 > frame.agreement[2]
     assert (frame.points[1], frame.worst_points[1]) == (0, 0)
     assert frame.points[2] == pytest.approx(100 * (frame.accuracy[2] - frame.accuracy[1]))
-    assert frame.worst_points[3] == pytest.approx(100 * (frame.worst_client[3] - frame.worst_client[1]))
+    assert frame.worst_points[3] == pytest.approx(
+        100 * (frame.worst_client[3] - frame.worst_client[1])
+    )
     assert frame.file_kb[1] == frame.file_kb[2] > 1.8 * frame.file_kb[3]
     assert frame.compressed_kb[2] < 0.5 * frame.compressed_kb[1]
     times = frame.filter(regex=r"^b\d").to_numpy()
@@ -67,7 +82,9 @@ def test_peak_memory_counts_the_weights(tmp_path):
         registry.publish("m", models.build("mlp", sizes), architecture="mlp", parameters=sizes)
         mb = registry.manifest("m", 1).weights_nbytes / 2**20
         peak = lab.peak_mb(registry, "m", 1)
-        assert mb < peak < mb + 100 or (math.isnan(peak) and not Path("/proc/self/clear_refs").exists())
+        assert mb < peak < mb + 100 or (
+            math.isnan(peak) and not Path("/proc/self/clear_refs").exists()
+        )
 
 
 def test_every_backend_has_its_row():
@@ -77,11 +94,19 @@ def test_every_backend_has_its_row():
     frame = script["rows"](quick=True)
     techniques = {"original", "onnx", "distilled", "pruned", "pruned, structured"}
     techniques |= {f"quantised, {method}" for method in methods.METHODS}
-    assert set(zip(frame.technique, frame.batch, strict=True)) == {(it, b) for it in techniques for b in lab.BATCHES}
-    assert np.isfinite(frame.times).all() and (frame.low <= frame.times).all() and (frame.times <= frame.high).all()
+    assert set(zip(frame.technique, frame.batch, strict=True)) == {
+        (it, b) for it in techniques for b in lab.BATCHES
+    }
+    assert (
+        np.isfinite(frame.times).all()
+        and (frame.low <= frame.times).all()
+        and (frame.times <= frame.high).all()
+    )
     text = script["markdown"](frame)
     assert text.count("\n") == 1 + 2 * (len(techniques) - 1) and "| onnx | 1 | **" in text
-    assert set(script["claims"](frame).index) == {(it, b) for it in techniques - {"original"} for b in lab.BATCHES}
+    assert set(script["claims"](frame).index) == {
+        (it, b) for it in techniques - {"original"} for b in lab.BATCHES
+    }
 
 
 def test_what_is_not_torch_is_not_compiled():
@@ -113,5 +138,7 @@ def test_a_compiler_that_is_missing_is_a_message(monkeypatch):
 
     monkeypatch.setattr("torch.compile", refuses)
     engine = InferenceEngine(models.build("mlp", {"sizes": [4, 3]}))
-    with pytest.raises(InvalidModelError, match=r"torch\.compile does not work here: no working C\+\+ compiler"):
+    with pytest.raises(
+        InvalidModelError, match=r"torch\.compile does not work here: no working C\+\+ compiler"
+    ):
         compiled_engine(engine)

@@ -1,4 +1,5 @@
-"""Checks judge part by part: the first failure is told, the rest is counted, and hints grow with the tries."""
+"""Checks judge part by part: the first failure is told, the rest is counted, and hints grow with
+the tries."""
 
 import pytest
 
@@ -92,7 +93,8 @@ def test_an_error_of_the_students_code_is_shown_with_its_line(exercise, tmp_path
 
 
 def test_a_part_that_stumbles_over_an_earlier_mistake_counts_as_not_yet(exercise):
-    """Parts are judged one by one: the first has told that there is no list, the second may trip over it."""
+    """Parts are judged one by one: the first has told that there is no list, the second may trip
+    over it."""
 
     def is_a_list(numbers):
         if not isinstance(numbers, list):
@@ -101,7 +103,9 @@ def test_a_part_that_stumbles_over_an_earlier_mistake_counts_as_not_yet(exercise
     parts = Part("is a list", is_a_list), Part("is sorted", lambda numbers: sorted(numbers))
     with pytest.raises(CheckError, match="return a list") as caught:
         judge(exercise, None, *parts)
-    assert caught.value.marks == "0 of 2 parts are right:\n  not yet  is a list\n  not yet  is sorted"
+    assert (
+        caught.value.marks == "0 of 2 parts are right:\n  not yet  is a list\n  not yet  is sorted"
+    )
     with pytest.raises(CheckError, match="is sorted: not yet; TypeError"):
         judge(exercise, None, parts[1])
 

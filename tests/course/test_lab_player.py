@@ -14,7 +14,14 @@ from flserving.lab import style
 from flserving.lab.queueing.simulate import simulate_batching
 from flserving.lab.widgets import player as player_module
 from flserving.lab.widgets.player import Player, play
-from flserving.lab.widgets.recording import Box, Frame, Recording, batch_recording, cache_recording, draw_frame
+from flserving.lab.widgets.recording import (
+    Box,
+    Frame,
+    Recording,
+    batch_recording,
+    cache_recording,
+    draw_frame,
+)
 
 GROWING = Recording(
     lanes=("worker 0", "worker 1"),
@@ -27,11 +34,18 @@ GROWING = Recording(
     ),
 )
 CACHE = cache_recording(
-    [("a", False, "a"), ("b", False, "ab"), ("a", True, "ba"), ("c", False, "ac"), ("d", False, "cd")], capacity=2
+    [
+        ("a", False, "a"),
+        ("b", False, "ab"),
+        ("a", True, "ba"),
+        ("c", False, "ac"),
+        ("d", False, "cd"),
+    ],
+    capacity=2,
 )
 
 
-# ------------------------------------------------------------------------------------------------- format
+# ------------------------------------------------------------------------------------------- format
 
 
 def test_boxes_of_the_recording_grow_with_now():
@@ -42,7 +56,10 @@ def test_boxes_of_the_recording_grow_with_now():
 
 
 def test_kinds_keep_their_colours_and_can_be_ordered():
-    assert list(GROWING.colours().items()) == [("batch", style.COLOURS[0]), ("full", style.COLOURS[1])]
+    assert list(GROWING.colours().items()) == [
+        ("batch", style.COLOURS[0]),
+        ("full", style.COLOURS[1]),
+    ]
     ordered = Recording(GROWING.lanes, GROWING.frames, "t", GROWING.boxes, kinds=("full",))
     assert list(ordered.colours()) == ["full", "batch"]
 
@@ -81,7 +98,7 @@ def test_a_broken_recording_is_refused(change, message):
         Recording(**good | change)
 
 
-# ----------------------------------------------------------------------------------------------- builders
+# ----------------------------------------------------------------------------------------- builders
 
 
 def test_cache_recording_tells_hits_misses_and_evictions():
@@ -93,7 +110,10 @@ def test_cache_recording_tells_hits_misses_and_evictions():
         "request 4: c is a miss, loaded; b evicted",
         "request 5: d is a miss, loaded; a evicted",
     ]
-    assert CACHE.frames[3].boxes == (Box("in memory", 0, 1, "b", "kept", "b"), Box("in memory", 1, 2, "a", "hit", "a"))
+    assert CACHE.frames[3].boxes == (
+        Box("in memory", 0, 1, "b", "kept", "b"),
+        Box("in memory", 1, 2, "a", "hit", "a"),
+    )
     assert CACHE.frames[4].boxes[-1] == Box("evicted", 0, 1, "b", "evicted", "b")
     assert CACHE.extent() == (0, 2)
     assert cache_recording([], 3).extent() == (0, 3)
@@ -104,7 +124,11 @@ def test_batch_recording_shows_what_was_simulated():
     trace = simulate_batching(arrival_s, lambda n: 0.01, max_batch_size=3)
     recording = batch_recording(trace, max_batch_size=3)
     assert recording.lanes == ("arrivals", "worker 0")
-    batches = [(box.start, box.end, box.label, box.kind) for box in recording.boxes if box.lane == "worker 0"]
+    batches = [
+        (box.start, box.end, box.label, box.kind)
+        for box in recording.boxes
+        if box.lane == "worker 0"
+    ]
     assert batches == [
         (0, 10, "1", "part-filled batch"),
         (10, 20, "3", "full batch"),
@@ -113,16 +137,24 @@ def test_batch_recording_shows_what_was_simulated():
     captions = {frame.now: frame.caption for frame in recording.frames}
     assert captions[3.0] == "3.0 ms: 3 waiting, 1 of 1 workers busy"
     assert captions[30.0] == "30.0 ms: 0 waiting, 0 of 1 workers busy"
-    assert batch_recording(simulate_batching(np.array([]), lambda n: 1.0), 3).frames[0].caption.startswith("0.0 ms")
+    assert (
+        batch_recording(simulate_batching(np.array([]), lambda n: 1.0), 3)
+        .frames[0]
+        .caption.startswith("0.0 ms")
+    )
 
 
-# ------------------------------------------------------------------------------------------ static figure
+# ------------------------------------------------------------------------------------ static figure
 
 
 def test_draw_frame_draws_the_visible_boxes():
     figure = draw_frame(GROWING, 1)
     (ax,) = figure.axes
-    drawn = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches if patch.get_width()]
+    drawn = [
+        (patch.get_x(), patch.get_x() + patch.get_width())
+        for patch in ax.patches
+        if patch.get_width()
+    ]
     assert drawn == [(0, 4), (2, 4)]
     assert ax.get_title(loc="left") == "4 ms" and ax.get_xlabel() == "time (ms)"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["batch", "full"]
@@ -131,13 +163,16 @@ def test_draw_frame_draws_the_visible_boxes():
 
 
 def test_long_labels_are_shortened_and_ticks_stay_visible():
-    boxes = (Box("a", 0, 10, "a label that does not fit into its box", "x"), Box("a", 50, 50, "tick", "x"))
+    boxes = (
+        Box("a", 0, 10, "a label that does not fit into its box", "x"),
+        Box("a", 50, 50, "tick", "x"),
+    )
     (ax,) = draw_frame(Recording(("a",), (Frame("f", boxes),), "t", x_range=(0, 100))).axes
     assert [text.get_text() for text in ax.texts] == ["a label…"]
     assert ax.patches[1].get_width() > 0
 
 
-# ------------------------------------------------------------------------------------------------- widget
+# ------------------------------------------------------------------------------------------- widget
 
 
 def test_player_sends_the_recording_and_bounds_its_index():
@@ -161,12 +196,14 @@ def test_static_switch_draws_every_frame_and_shows_nothing(monkeypatch):
     assert isinstance(play(GROWING), Player)
     monkeypatch.setenv("FLSERVING_STATIC", "1")
     drawn = []
-    monkeypatch.setattr(player_module, "draw_frame", lambda r, index: drawn.append(index) or Figure())
+    monkeypatch.setattr(
+        player_module, "draw_frame", lambda r, index: drawn.append(index) or Figure()
+    )
     assert play(GROWING) is None
     assert drawn == [0, 1, 2]
 
 
-# ------------------------------------------------------------------------------------------------ browser
+# ------------------------------------------------------------------------------------------ browser
 
 MODEL = """
 class Model {  // what anywidget hands to a view: get, set, save_changes, on, off; change events come at once
@@ -209,27 +246,34 @@ def chromium():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def opened(chromium):
-    """``opened(recording, views=1, motion=False)``: the player's own files on a bare page, without JupyterLab."""
+    """``opened(recording, views=1, motion=False)``: the player's own files on a bare page, without
+    JupyterLab."""
     folder, pages, errors = Path(player_module.__file__).parent, [], []
 
     def open_page(recording, views=1, motion=False):
         page = chromium.new_page(
-            viewport={"width": 900, "height": 700}, reduced_motion="no-preference" if motion else "reduce"
+            viewport={"width": 900, "height": 700},
+            reduced_motion="no-preference" if motion else "reduce",
         )
         page.on("pageerror", lambda error: errors.append(str(error)))
         pages.append(page)
-        page.set_content(f"<style>{(folder / 'player.css').read_text()}</style><body data-jp-theme-light=true></body>")
+        page.set_content(
+            f"<style>{(folder / 'player.css').read_text()}</style><body data-jp-theme-light=true></body>"
+        )
         page.evaluate(MODEL + "null")
         source = base64.b64encode((folder / "player.js").read_bytes()).decode()
         page.evaluate(
-            "([source, recording, views]) => start(source, recording, views)", [source, recording.as_dict(), views]
+            "([source, recording, views]) => start(source, recording, views)",
+            [source, recording.as_dict(), views],
         )
         return page
 
@@ -289,7 +333,8 @@ def test_playing_steps_through_every_frame_once_and_stops_however_many_views(ope
     page.wait_for_function("() => !model.get('playing')")
     assert page.evaluate("window.seen") == [1, 2, 3, 4, 5]
     assert (
-        page.get_by_role("button", name="Play").count() == 2 and page.get_by_role("button", name="Pause").count() == 0
+        page.get_by_role("button", name="Play").count() == 2
+        and page.get_by_role("button", name="Pause").count() == 0
     )
     page.get_by_role("group").first.focus()
     page.keyboard.press(" ")  # at the end: from the start again
@@ -304,13 +349,23 @@ def test_the_canvas_shows_the_boxes_of_the_frame_to_scale(opened):
     whole = []
     for index in range(3):
         page.evaluate(f"model.set('index', {index})")
-        whole.append([page.evaluate("colour => area(colour)", colour) for colour in GROWING.colours().values()])
+        whole.append(
+            [
+                page.evaluate("colour => area(colour)", colour)
+                for colour in GROWING.colours().values()
+            ]
+        )
     length = [
-        [sum(box.end - box.start for box in GROWING.visible(index) if box.kind == kind) for kind in ("batch", "full")]
+        [
+            sum(box.end - box.start for box in GROWING.visible(index) if box.kind == kind)
+            for kind in ("batch", "full")
+        ]
         for index in range(3)
     ]
     per_ms = whole[2][1] / length[2][1]  # one box of 8 ms
-    assert whole[1] == pytest.approx([per_ms * 4, per_ms * 2], rel=0.08)  # corners and labels cost a little
+    assert whole[1] == pytest.approx(
+        [per_ms * 4, per_ms * 2], rel=0.08
+    )  # corners and labels cost a little
     assert whole[2][0] == pytest.approx(per_ms * length[2][0], rel=0.08)
 
 
@@ -322,7 +377,8 @@ def test_boxes_slide_to_their_new_place_and_end_where_they_belong(opened):
     moving.wait_for_timeout(400)
     assert pixels(still) == pixels(moving)
     at_once = [
-        page.evaluate("model.set('index', 3), document.querySelector('canvas').toDataURL()") for page in (still, moving)
+        page.evaluate("model.set('index', 3), document.querySelector('canvas').toDataURL()")
+        for page in (still, moving)
     ]
     assert at_once[0] != at_once[1]  # still where they were
     moving.wait_for_timeout(400)
@@ -333,9 +389,13 @@ def test_boxes_slide_to_their_new_place_and_end_where_they_belong(opened):
 def test_colours_follow_the_theme_and_width_follows_the_cell(opened):
     page = opened(CACHE)
     light = pixels(page)
-    page.add_style_tag(content="body { --jp-ui-font-color1: #fff; --jp-layout-color2: #333; --jp-border-color2: #666 }")
+    page.add_style_tag(
+        content="body { --jp-ui-font-color1: #fff; --jp-layout-color2: #333; --jp-border-color2: #666 }"
+    )
     page.evaluate("document.body.dataset.jpThemeLight = 'false'")
-    page.wait_for_function("light => document.querySelector('canvas').toDataURL() !== light", arg=light)
+    page.wait_for_function(
+        "light => document.querySelector('canvas').toDataURL() !== light", arg=light
+    )
     page.evaluate(
         "document.body.style.display = 'none'; document.body.dataset.jpThemeLight = 'true'"
     )  # as a new theme does

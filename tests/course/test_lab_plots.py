@@ -24,8 +24,21 @@ def texts(ax):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        *[(0, "0 s"), (2e-10, "0.2 ns"), (4.2e-6, "4.2 µs"), (0.0432, "43.2 ms"), (1, "1 s"), (59, "59 s")],
-        *[(60, "1 min"), (259.2, "4.32 min"), (5400, "1.5 h"), (129_600, "36 h"), (172_800, "2 days")],
+        *[
+            (0, "0 s"),
+            (2e-10, "0.2 ns"),
+            (4.2e-6, "4.2 µs"),
+            (0.0432, "43.2 ms"),
+            (1, "1 s"),
+            (59, "59 s"),
+        ],
+        *[
+            (60, "1 min"),
+            (259.2, "4.32 min"),
+            (5400, "1.5 h"),
+            (129_600, "36 h"),
+            (172_800, "2 days"),
+        ],
         *[(86_400 * 1234.0, "1,234 days"), (math.inf, "never")],
     ],
 )
@@ -33,36 +46,58 @@ def test_a_time_has_the_unit_that_leaves_few_digits(seconds, text):
     assert plots.time_text(seconds) == text == plots.ms_text(seconds * 1e3)
 
 
-@pytest.mark.parametrize(("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (3_136_165, "3.14 MB"), (5e12, "5,000 GB")])
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(0, "0 B"), (999, "999 B"), (3_136_165, "3.14 MB"), (5e12, "5,000 GB")]
+)
 def test_a_size_has_the_unit_that_leaves_few_digits(nbytes, text):
     assert plots.nbytes_text(nbytes) == text
 
 
 @pytest.mark.parametrize(
     ("top", "shown"),
-    [(1e2, ["1 ms", "3 ms", "10 ms"]), (1e3, ["1 ms", "10 ms", "100 ms"]), (1e9, ["1 ms", "1 s", "17 min"])],
+    [
+        (1e2, ["1 ms", "3 ms", "10 ms"]),
+        (1e3, ["1 ms", "10 ms", "100 ms"]),
+        (1e9, ["1 ms", "1 s", "17 min"]),
+    ],
 )
 def test_a_logarithmic_axis_says_round_values_with_their_unit(ax, top, shown):
     ax.plot([1, top], [0, 1])
     ax.set(xscale="log", xlim=(1, top))
     plots.ticks(ax.xaxis, lambda ms: plots.ms_text(ms) if ms < 1e6 else f"{ms / 6e4:.0f} min")
-    inside = [tick.get_text() for tick in ax.get_xticklabels() if 1 <= tick.get_position()[0] <= top]
+    inside = [
+        tick.get_text() for tick in ax.get_xticklabels() if 1 <= tick.get_position()[0] <= top
+    ]
     assert inside[:3] == shown
     plots.ticks(ax.xaxis, at=[2, 20, 1e12])
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2", "20"], "what is outside is left out"
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2", "20"], (
+        "what is outside is left out"
+    )
 
 
 def test_lines_differ_in_dashes_as_in_colours(ax):
     drawn = plots.lines(ax, [1, 2], {"p50": [1, 1], "p99": [5, 9]}, marker="o")
-    assert [(line.get_label(), line.get_ydata().tolist()) for line in drawn] == [("p50", [1, 1]), ("p99", [5, 9])]
-    assert len({line.get_linestyle() for line in drawn}) == len({line.get_color() for line in drawn}) == 2
+    assert [(line.get_label(), line.get_ydata().tolist()) for line in drawn] == [
+        ("p50", [1, 1]),
+        ("p99", [5, 9]),
+    ]
+    assert (
+        len({line.get_linestyle() for line in drawn})
+        == len({line.get_color() for line in drawn})
+        == 2
+    )
 
 
-@pytest.mark.parametrize("values", [{"edge": 2.0, "central": 0.0}, pd.Series({"edge": 2.0, "central": 0.0})])
+@pytest.mark.parametrize(
+    "values", [{"edge": 2.0, "central": 0.0}, pd.Series({"edge": 2.0, "central": 0.0})]
+)
 def test_bars_stand_in_their_order_from_the_top_and_say_their_values(ax, values):
     plots.bars(ax, values, "{:.1f} ms".format)
     assert [bar.get_width() for bar in ax.patches] == [2, 0] and texts(ax) == ["2.0 ms", "0.0 ms"]
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["edge", "central"] and ax.yaxis_inverted()
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == [
+        "edge",
+        "central",
+    ] and ax.yaxis_inverted()
 
 
 def test_dots_of_the_same_value_do_not_hide_each_other(ax):
@@ -80,8 +115,12 @@ def test_a_waterfall_begins_each_bar_where_the_last_one_ends(ax):
 
 
 @pytest.mark.parametrize(("colour", "inside"), [(COLOURS[0], "white"), (COLOURS[3], plots.INK)])
-def test_the_time_of_a_bar_across_nearly_everything_stands_inside_it_and_can_be_read(ax, colour, inside):
-    plots.waterfall(ax, {"a": 0.1, "b": 9.0, "c": 0.1}, plots.ms_text, [COLOURS[1], colour, COLOURS[1]])
+def test_the_time_of_a_bar_across_nearly_everything_stands_inside_it_and_can_be_read(
+    ax, colour, inside
+):
+    plots.waterfall(
+        ax, {"a": 0.1, "b": 9.0, "c": 0.1}, plots.ms_text, [COLOURS[1], colour, COLOURS[1]]
+    )
     (text,) = [text for text in ax.texts if text.get_text().startswith("9 ms")]
     assert (text.get_ha(), text.get_color()) == ("center", inside)
 
@@ -92,10 +131,15 @@ def test_a_waterfall_of_nothing_is_drawn(ax):
 
 
 def test_heat_writes_what_is_there_and_is_stronger_where_it_is_more(ax):
-    plots.heat(ax, pd.DataFrame({"norm": [0.0, 0.5], "vote": [np.nan, 1.0]}, index=["clean", "attack"]))
+    plots.heat(
+        ax, pd.DataFrame({"norm": [0.0, 0.5], "vote": [np.nan, 1.0]}, index=["clean", "attack"])
+    )
     assert texts(ax) == ["50%", "100%"]
     half, whole = (sum(ax.patches[place].get_facecolor()[:3]) for place in (2, 3))
-    assert whole < half < 2.8 and [tick.get_text() for tick in ax.get_xticklabels()] == ["norm", "vote"]
+    assert whole < half < 2.8 and [tick.get_text() for tick in ax.get_xticklabels()] == [
+        "norm",
+        "vote",
+    ]
 
 
 def test_a_legend_below_names_once_what_several_panels_show():
@@ -109,7 +153,11 @@ def test_a_legend_below_names_once_what_several_panels_show():
 
 def test_a_digit_is_drawn_on_its_own_scale_of_grey(ax):
     plots.digit(ax, np.full(64, 4), "a 4")
-    assert ax.images[0].get_array().shape == (8, 8) and ax.images[0].get_clim() == (0, 16) and ax.get_title() == "a 4"
+    assert (
+        ax.images[0].get_array().shape == (8, 8)
+        and ax.images[0].get_clim() == (0, 16)
+        and ax.get_title() == "a 4"
+    )
 
 
 def test_a_diagram_is_made_of_boxes_and_arrows_that_end_where_they_should(ax):
@@ -126,7 +174,12 @@ def test_nothing_is_written_smaller_than_ten_points(ax):
     plots.waterfall(ax, {"a": 5, "b": 1})
     plots.box(ax, (0, 0), (20, 12), "Registry\nversions, lineage")
     plots.legend(ax.figure, *plots.lines(ax, [0], {"p50": [1]})[:0])
-    words = [*ax.texts, *ax.get_xticklabels(), *ax.get_yticklabels(), *ax.figure.legends[0].get_texts()]
+    words = [
+        *ax.texts,
+        *ax.get_xticklabels(),
+        *ax.get_yticklabels(),
+        *ax.figure.legends[0].get_texts(),
+    ]
     assert min(text.get_fontsize() for text in words) >= 10
 
 

@@ -1,4 +1,5 @@
-"""Every quiz is one that can be failed and learnt from: five questions, a reason for every answer, no giveaway."""
+"""Every quiz is one that can be failed and learnt from: five questions, a reason for every answer,
+no giveaway."""
 
 import re
 from pathlib import Path
@@ -22,9 +23,13 @@ def test_a_quiz_has_five_questions_with_a_reason_for_every_answer(name):
     assert len(asked) == 5
     for question in asked:
         assert 3 <= len(question.choices()) <= 5, question.text
-        assert all(len(choice) <= 90 for choice in question.choices()), f"{question.text}: radio buttons do not wrap"
+        assert all(len(choice) <= 90 for choice in question.choices()), (
+            f"{question.text}: radio buttons do not wrap"
+        )
         for choice in question.choices():
-            assert re.fullmatch(r"(Correct|No): .{15,}\.", question.told(choice)), question.told(choice)
+            assert re.fullmatch(r"(Correct|No): .{15,}\.", question.told(choice)), question.told(
+                choice
+            )
         shown = [question.text, *question.choices(), *map(question.told, question.choices())]
         assert not re.search(r"[`*$]", "".join(shown)), "buttons show no Markdown"
 

@@ -1,4 +1,5 @@
-"""The report to hand in: it tells what was done, adds up the points, and bears whatever the files hold."""
+"""The report to hand in: it tells what was done, adds up the points, and bears whatever the files
+hold."""
 
 import json
 import subprocess
@@ -107,6 +108,14 @@ def test_a_folder_that_is_not_there_or_cannot_be_written_is_told(student, capsys
 
 @pytest.mark.full
 def test_module_runs_as_a_command_without_a_warning(student):
-    command = [sys.executable, "-W", "error", "-m", "flserving.lab.report_card", "--folder", str(student)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "flserving.lab.report_card",
+        "--folder",
+        str(student),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -31,7 +31,9 @@ def test_class_counts_add_up_to_the_data_set():
 
 def test_metrics_weigh_samples_in_one_and_clients_in_the_other():
     clients = [client("a", [1, 1, 1, 0]), client("b", [0])]
-    accuracy = rollout.accuracy_by_client(lambda x, say: {"predictions": [say] * len(x)}, clients, say=1)
+    accuracy = rollout.accuracy_by_client(
+        lambda x, say: {"predictions": [say] * len(x)}, clients, say=1
+    )
     assert accuracy.to_dict() == {"a": 0.75, "b": 0.0}
     table = rollout.metrics_table({"always 1": accuracy}, clients)
     expected = {"global": 0.6, "mean_client": 0.375, "worst_client": 0.0}
@@ -62,8 +64,13 @@ def test_keep_asking_sees_each_promotion(tmp_path):
             registry.publish("m", models.build("tutorial_mlp"), architecture="tutorial_mlp")
         registry.set_alias("m", "default", 1, who="test", why="test")
         with ModelServer(registry=registry, model="m") as server:
-            moves = [lambda v=v: registry.set_alias("m", "default", v, who="test", why="test") for v in (2, 3)]
-            answered, moved_s = rollout.keep_asking(server, np.zeros(32, np.float32), moves, every_s=0.03)
+            moves = [
+                lambda v=v: registry.set_alias("m", "default", v, who="test", why="test")
+                for v in (2, 3)
+            ]
+            answered, moved_s = rollout.keep_asking(
+                server, np.zeros(32, np.float32), moves, every_s=0.03
+            )
     versions = [one.version for one in answered]
     assert set(versions) == {1, 2, 3} and versions == sorted(versions) and len(moved_s) == 2
     assert all(one.version >= 2 for one in answered if one.at_s > moved_s[0])
@@ -74,4 +81,6 @@ def test_keep_asking_raises_what_a_request_or_a_move_raises():
         with pytest.raises(FlservingError, match="features"):
             rollout.keep_asking(server, np.zeros(4, np.float32), [], every_s=0.02)
         with pytest.raises(NotFoundError):
-            rollout.keep_asking(server, np.zeros(3, np.float32), [lambda: server.set_default("v9")], every_s=0.0)
+            rollout.keep_asking(
+                server, np.zeros(3, np.float32), [lambda: server.set_default("v9")], every_s=0.0
+            )

@@ -1,4 +1,5 @@
-"""Notebook 09: the roofline's arithmetic, the message without onnx, and the worlds of its last exercise."""
+"""Notebook 09: the roofline's arithmetic, the message without onnx, and the worlds of its last
+exercise."""
 
 import sys
 
@@ -29,7 +30,9 @@ def test_work_is_counted_as_torch_counts_it():
 
 def test_reading_takes_as_long_as_measured_of_that_size():
     assert MACHINE.read_s(1_000) == pytest.approx(1_000 / 4e9)
-    assert MACHINE.read_s(1_000_000) == MACHINE.read_s(2_000_000) / 2 == pytest.approx(1e-3)  # beyond: as the largest
+    assert (
+        MACHINE.read_s(1_000_000) == MACHINE.read_s(2_000_000) / 2 == pytest.approx(1e-3)
+    )  # beyond: as the largest
 
 
 def test_a_machine_is_measured():
@@ -40,7 +43,9 @@ def test_a_machine_is_measured():
 def test_a_notebook_without_onnx_ends_with_a_message_and_no_traceback(monkeypatch, capsys):
     need_onnx()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(SentenceError, match=r"onnxruntime is not installed[^.]*\.\nRun   %pip install") as told:
+    with pytest.raises(
+        SentenceError, match=r"onnxruntime is not installed[^.]*\.\nRun   %pip install"
+    ) as told:
         need_onnx()
     shell = InteractiveShell()
     shell.showtraceback((type(told.value), told.value, told.tb))
@@ -51,7 +56,11 @@ def test_a_notebook_without_onnx_ends_with_a_message_and_no_traceback(monkeypatc
 def test_the_exercises_worlds_tell_the_mistakes_apart():
     worlds = check.worlds()
     assert [world.serve for world in worlds] == [True, False, False, False, True]
-    assert worlds[1].faster < 1 and worlds[2].points < -1.5 and worlds[3].points > 0 > -1.5 > worlds[3].worst_points
+    assert (
+        worlds[1].faster < 1
+        and worlds[2].points < -1.5
+        and worlds[3].points > 0 > -1.5 > worlds[3].worst_points
+    )
     for world in worlds:
         assert world.faster not in check._times(world).values()
         assert not np.isclose(np.abs([world.points, world.worst_points]), world.budget).any()

@@ -1,4 +1,5 @@
-"""Errors in a notebook: one sentence where that says all, else the student's own lines, never those of the package."""
+"""Errors in a notebook: one sentence where that says all, else the student's own lines, never those
+of the package."""
 
 import sys
 from types import SimpleNamespace
@@ -25,7 +26,11 @@ def error_of(cell, tmp_path, **names):
 
 @pytest.mark.parametrize(
     "cell",
-    ["mean = fedavg(1)", "from flserving.lab.checks import check_fedavg\ncheck_fedavg(fedavg)", "lab.keep(fedavg)"],
+    [
+        "mean = fedavg(1)",
+        "from flserving.lab.checks import check_fedavg\ncheck_fedavg(fedavg)",
+        "lab.keep(fedavg)",
+    ],
 )
 def test_a_cell_that_comes_before_what_it_uses_is_told_so(cell, tmp_path):
     told = in_one_sentence(error_of(cell, tmp_path, lab=SimpleNamespace(keep=print)), cell)
@@ -48,7 +53,9 @@ def test_an_error_that_came_through_the_package_shows_the_lines_of_cells(tmp_pat
         "(%tb shows the lines of the package, too)"
     )
     interrupted = "def mine(x):\n    raise KeyboardInterrupt\n\nthrough(mine)"
-    assert in_one_sentence(error_of(interrupted, tmp_path, **names), interrupted).startswith("Interrupted\n")
+    assert in_one_sentence(error_of(interrupted, tmp_path, **names), interrupted).startswith(
+        "Interrupted\n"
+    )
 
 
 def through_the_package(function):
@@ -71,7 +78,8 @@ def test_the_whole_traceback_is_there_for_who_asks(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, name, None, raising=False)
     error, shown = error_of("through(len)", tmp_path, through=through_the_package), []
     shell = SimpleNamespace(
-        user_ns={"In": ["", "through(len)"]}, _showtraceback=lambda kind, value, lines: shown.append(lines)
+        user_ns={"In": ["", "through(len)"]},
+        _showtraceback=lambda kind, value, lines: shown.append(lines),
     )
     sentences._show(shell, type(error), error, error.__traceback__)
     assert "line 1 of a cell: through(len)" in shown[0][0]

@@ -26,7 +26,13 @@ def course(notebook, tmp_path_factory):
     """A folder of one notebook, and beside it what stands in reveal.js's archive."""
     folder = tmp_path_factory.mktemp("course")
     nbformat.write(notebook, folder / f"{NAME}.ipynb")
-    for name in ("LICENSE", "dist/reveal.js", "dist/reveal.css", "plugin/notes/notes.js", "plugin/math/math.js"):
+    for name in (
+        "LICENSE",
+        "dist/reveal.js",
+        "dist/reveal.css",
+        "plugin/notes/notes.js",
+        "plugin/math/math.js",
+    ):
         (folder / "package" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "package" / name).write_text(name)
     return folder
@@ -48,7 +54,9 @@ def talk(course, tmp_path_factory):
 def test_the_metadata_of_the_notebooks_are_current(path):
     """If this fails: python tests/support/slideshow.py"""
     cells = nbformat.read(path, as_version=4).cells
-    assert [cell.metadata.get("slideshow", {}).get("slide_type") for cell in cells] == list(map(slide_type, cells))
+    assert [cell.metadata.get("slideshow", {}).get("slide_type") for cell in cells] == list(
+        map(slide_type, cells)
+    )
 
 
 def test_the_rule():
@@ -72,7 +80,9 @@ def test_a_section_is_a_slide_and_what_it_shows_lies_below(notebook, talk):
     kinds = [slide_type(cell) for cell in notebook.cells]
     across = talk[0].select(".slides > section")
     assert len(across) == kinds.count("slide") > 8
-    assert sum(len(slide.find_all("section")) for slide in across) == kinds.count("slide") + kinds.count("subslide")
+    assert sum(len(slide.find_all("section")) for slide in across) == kinds.count(
+        "slide"
+    ) + kinds.count("subslide")
     assert len(talk[0].select("aside.notes")) == kinds.count("notes") > 5
     assert all(slide.find("section").find(["h1", "h2"]) for slide in across)
 
@@ -96,13 +106,17 @@ def test_folded_code_is_not_shown(tmp_path, course):
     ]
     content = nbformat.v4.new_notebook(cells=[new_markdown_cell("# 12"), *cells])
     nbformat.write(with_slides(content), tmp_path / "12.ipynb")
-    page = slides.write_slides(tmp_path / "12.ipynb", tmp_path, reveal=course / "package").read_text("utf-8")
+    page = slides.write_slides(
+        tmp_path / "12.ipynb", tmp_path, reveal=course / "package"
+    ).read_text("utf-8")
     assert page.count("5 ms") == 2 and "folded" not in page and "open" in page
 
 
 def test_all_that_the_page_asks_for_lies_beside_it(talk):
     page, out = talk
-    asked = [tag.get("src") or tag.get("href") for tag in page.find_all(["script", "link"]) if tag.attrs]
+    asked = [
+        tag.get("src") or tag.get("href") for tag in page.find_all(["script", "link"]) if tag.attrs
+    ]
     assert len(asked) == 4 and all((out / name).is_file() for name in asked)
     assert all(picture["src"].startswith("data:") for picture in page.find_all("img"))
     assert not (out / slides.REVEAL / "plugin" / "math").exists(), "it is not needed"
@@ -121,20 +135,33 @@ def test_reveal_is_fetched_once_by_npm(course, tmp_path, monkeypatch):
     monkeypatch.setattr(slides.subprocess, "run", npm)
     assert call(course, tmp_path) == call(course, tmp_path) == 0
     assert [command[:3] for command in calls] == [["/bin/npm", "pack", "reveal.js@5.2.1"]]
-    assert (tmp_path / slides.REVEAL / "plugin" / "notes" / "notes.js").read_text() == "plugin/notes/notes.js"
+    assert (
+        tmp_path / slides.REVEAL / "plugin" / "notes" / "notes.js"
+    ).read_text() == "plugin/notes/notes.js"
 
 
-def test_without_npm_without_network_and_with_a_wrong_folder_it_says_what_to_do(course, tmp_path, monkeypatch, capsys):
+def test_without_npm_without_network_and_with_a_wrong_folder_it_says_what_to_do(
+    course, tmp_path, monkeypatch, capsys
+):
     def says(*options):
         assert call(course, tmp_path, *options) == 1
         return capsys.readouterr().err
 
     monkeypatch.setattr(slides.shutil, "which", lambda name: None)
-    assert "there is no npm: install it, or unpack https://registry.npmjs.org/reveal.js/-/reveal.js-5.2.1.tgz" in says()
+    assert (
+        "there is no npm: install it, or unpack https://registry.npmjs.org/reveal.js/-/reveal.js-5.2.1.tgz"
+        in says()
+    )
     failed = subprocess.CompletedProcess([], 1, "", "npm error code ENOTFOUND\n")
     monkeypatch.setattr(slides.shutil, "which", lambda name: name)
     monkeypatch.setattr(slides.subprocess, "run", lambda *_, **__: failed)
-    assert "npm could not fetch reveal.js-5.2.1 (npm error code ENOTFOUND): check the network, or unpack" in says()
+    assert (
+        "npm could not fetch reveal.js-5.2.1 (npm error code ENOTFOUND): check the network, or unpack"
+        in says()
+    )
     assert f"{tmp_path} lacks dist: unpack" in says("--reveal", str(tmp_path))
     assert slides.main(["0", "--notebooks", str(NOTEBOOKS), "--out", str(tmp_path)]) == 1
-    assert f"{len([path for path in PATHS if path.name[0] == '0'])} notebooks of" in capsys.readouterr().err
+    assert (
+        f"{len([path for path in PATHS if path.name[0] == '0'])} notebooks of"
+        in capsys.readouterr().err
+    )

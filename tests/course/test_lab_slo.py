@@ -1,4 +1,5 @@
-"""The arithmetic of ``measuring.slo``, which notebook 11 uses: closed forms, and Prometheus itself as the oracle."""
+"""The arithmetic of ``measuring.slo``, which notebook 11 uses: closed forms, and Prometheus itself
+as the oracle."""
 
 import math
 import shutil
@@ -34,18 +35,27 @@ from wrong_solutions import SOLUTIONS
 
 
 def promtool(tmp_path, series, checks, rules=""):
-    """Have Prometheus' own engine evaluate expressions; ``checks``: (expression, when in minutes, value)."""
+    """Have Prometheus' own engine evaluate expressions; ``checks``: (expression, when in minutes,
+    value)."""
     if shutil.which("promtool") is None:
         pytest.skip("no promtool: Debian has it in the package prometheus")
     (tmp_path / "rules.yml").write_text(rules or "groups: []")
-    lines = ["rule_files: [rules.yml]", "evaluation_interval: 1m", "tests:", "- interval: 1m", "  input_series:"]
+    lines = [
+        "rule_files: [rules.yml]",
+        "evaluation_interval: 1m",
+        "tests:",
+        "- interval: 1m",
+        "  input_series:",
+    ]
     lines += [f"  - {{series: '{name}', values: '{values}'}}" for name, values in series.items()]
     lines += ["  promql_expr_test:"]
     for expression, minutes, value in checks:
         lines += [f"  - expr: '{expression}'", f"    eval_time: {minutes}m"]
         lines += [f"    exp_samples: [{{labels: '{{}}', value: {value!r}}}]"]
     (tmp_path / "test.yml").write_text("\n".join(lines))
-    done = subprocess.run(["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -73,7 +83,8 @@ def test_the_window_pairs_are_those_of_the_workbook():
 @pytest.mark.parametrize("failed", [0.02, 0.05, 0.3, 1.0])
 @pytest.mark.parametrize("pair", [FAST, SLOW], ids=lambda pair: pair.name)
 def test_the_closed_form_of_an_alert_is_what_counters_say(pair, failed):
-    """Counters of 10 requests a second, scraped every 10 s: the alert is on at the scrapes between the two times."""
+    """Counters of 10 requests a second, scraped every 10 s: the alert is on at the scrapes between
+    the two times."""
     times_s = np.arange(0.0, 24 * 3600, 10)
     begin_s = 8 * 3600.0
     case = Incident(10, failed, 5 * 3600)
@@ -82,11 +93,15 @@ def test_the_closed_form_of_an_alert_is_what_counters_say(pair, failed):
     on = times_s[firing(times_s, asked, lost, pair)] - begin_s
     alert = case.alert_s(pair)
     assert alert is not None
-    assert on[0] == pytest.approx(alert[0], abs=10.1) and on[-1] == pytest.approx(alert[1], abs=10.1)
+    assert on[0] == pytest.approx(alert[0], abs=10.1) and on[-1] == pytest.approx(
+        alert[1], abs=10.1
+    )
     assert len(on) == round((on[-1] - on[0]) / 10) + 1  # without a gap
     for window_s in (pair.long_s, pair.short_s):
         seen = burn_rates(times_s, asked, lost, window_s)
-        np.testing.assert_allclose(seen[2880:], case.seen(times_s - begin_s, window_s)[2880:], atol=1e-6)
+        np.testing.assert_allclose(
+            seen[2880:], case.seen(times_s - begin_s, window_s)[2880:], atol=1e-6
+        )
 
 
 @given(st.floats(0, 1), st.floats(60, 1e6))
@@ -103,7 +118,8 @@ def test_what_is_left_of_the_budget_never_grows(failed, lasts_s):
 
 
 def test_the_shipped_alert_comes_when_the_formula_says(tmp_path):
-    """flserving/monitoring/alerts.yml, evaluated by Prometheus over counters of one request a second."""
+    """flserving/monitoring/alerts.yml, evaluated by Prometheus over counters of one request a
+    second."""
     case = Incident(1, 0.05, 40 * 60)  # from 8:00 on, as in the notebook
     fires, clears = (8 * 60 + seconds / 60 for seconds in case.alert_s(FAST))
     assert case.alert_s(SLOW) is None
@@ -182,11 +198,17 @@ def test_the_target_of_50_ms_is_a_bound_of_the_servers_buckets():
 
 
 @pytest.mark.parametrize(
-    "bounds_s", [BOUNDS_S, (0.001, 0.01, 0.1, 1, 10), (0.005, 0.01, 0.025, 0.05), (1, 5, 10, 50, 100, 500)]
+    "bounds_s",
+    [BOUNDS_S, (0.001, 0.01, 0.1, 1, 10), (0.005, 0.01, 0.025, 0.05), (1, 5, 10, 50, 100, 500)],
 )
 def test_the_estimate_lies_in_the_bucket_of_a_distributions_quantile(bounds_s):
-    for values in corners(median_ms=(1, 60, 1), spread=(0.1, 1.5, 0.1), percentile=(50.0, 99.5, 0.5)):
-        latency_s, q = lognorm(values["spread"], scale=values["median_ms"] / 1e3), values["percentile"] / 100
+    for values in corners(
+        median_ms=(1, 60, 1), spread=(0.1, 1.5, 0.1), percentile=(50.0, 99.5, 0.5)
+    ):
+        latency_s, q = (
+            lognorm(values["spread"], scale=values["median_ms"] / 1e3),
+            values["percentile"] / 100,
+        )
         shares = dict(zip(bounds_s, latency_s.cdf(bounds_s), strict=True))
         estimate_s, ends_s = histogram_quantile(q, shares | {math.inf: 1.0}), (0.0, *bounds_s)
         place = np.searchsorted(ends_s, latency_s.ppf(q))

@@ -18,7 +18,9 @@ def test_a_method_is_shown_with_its_file_as_the_file_has_it():
     file = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     assert all(line.strip() in file for line in shown.code.splitlines())
     assert repr(shown).startswith("flserving/serving/cache.py\n@contextmanager\ndef lease(")
-    assert shown._repr_markdown_().startswith(f"`{shown.file}`:\n\n```python\n@contextmanager\ndef lease(")
+    assert shown._repr_markdown_().startswith(
+        f"`{shown.file}`:\n\n```python\n@contextmanager\ndef lease("
+    )
     assert '"""' not in repr(shown) and '"""' in repr(show(ModelCache.lease, docstring=True))
 
 

@@ -1,4 +1,5 @@
-"""Parts of the student's own stack: what ``keep`` writes, what ``kept`` gives back, and that nothing is lost."""
+"""Parts of the student's own stack: what ``keep`` writes, what ``kept`` gives back, and that
+nothing is lost."""
 
 import pickle
 import sys
@@ -54,7 +55,10 @@ def test_a_class_is_kept_without_the_markers_and_comes_back(notebook, capsys):
     keep(notebook.run(LRU).LRU)
     assert capsys.readouterr().out == "Kept: my_stack/lru.py\n"
     text = Path("my_stack/lru.py").read_text()
-    assert text.startswith('"""LRU, kept from notebook."""\n\n\nclass LRU:\n') and "SOLUTION" not in text
+    assert (
+        text.startswith('"""LRU, kept from notebook."""\n\n\nclass LRU:\n')
+        and "SOLUTION" not in text
+    )
     assert text.endswith("        self.items = {}\n")
     assert kept("LRU")(3).capacity == 3
     from my_stack.lru import LRU as imported
@@ -121,7 +125,9 @@ def test_what_a_part_needs_goes_with_it(notebook):
         ("if True:\n    def f(): pass", "f", "define it at the top of a cell"),
     ],
 )  # fmt: skip
-def test_what_cannot_stand_alone_is_told_and_what_was_there_stays(notebook, capsys, cell, name, message):
+def test_what_cannot_stand_alone_is_told_and_what_was_there_stays(
+    notebook, capsys, cell, name, message
+):
     Path("my_stack").mkdir()
     Path("my_stack/f.py").write_text("f = 1\n")
     keep(getattr(notebook.run(cell), name))
@@ -172,7 +178,10 @@ def test_a_folder_that_cannot_be_written_is_told(notebook, capsys):
     Path("my_stack").write_text("a file")
     keep(notebook.run(LRU).LRU)
     told = capsys.readouterr().out
-    assert told.startswith("LRU is not kept, my_stack cannot be written here:") and told.count("\n") == 1
+    assert (
+        told.startswith("LRU is not kept, my_stack cannot be written here:")
+        and told.count("\n") == 1
+    )
 
 
 def test_a_missing_part_names_its_notebook_or_what_takes_its_place(notebook, capsys):
@@ -194,7 +203,12 @@ def test_a_damaged_part_is_told(notebook, text):
         kept("LRU", otherwise=dict)
 
 
-NAMES = {"LRU": "lru", "DynamicBatcher": "dynamic_batcher", "V2Server": "v2_server", "HTTPDoor": "http_door"}
+NAMES = {
+    "LRU": "lru",
+    "DynamicBatcher": "dynamic_batcher",
+    "V2Server": "v2_server",
+    "HTTPDoor": "http_door",
+}
 
 
 @pytest.mark.parametrize(("name", "file"), NAMES.items())
@@ -204,7 +218,9 @@ def test_files_are_named_like_modules(name, file):
 
 def test_only_plain_data_count_as_constants():
     assert all(stack._is_constant(value) for value in (1, "a", None, (1, [2.5]), {"a": b"b"}))
-    assert not any(stack._is_constant(value) for value in (np.zeros(2), np.float32(1), object(), dataclass))
+    assert not any(
+        stack._is_constant(value) for value in (np.zeros(2), np.float32(1), object(), dataclass)
+    )
 
 
 def test_a_file_in_another_encoding_is_told_and_stays_among_the_versions(notebook, capsys):

@@ -30,7 +30,8 @@ def measured_hit_rate(zipf, cache_size, requests=60_000, seed=0):
 
 
 def exact_hit_rate(shares, cache_size):
-    """Sum over all ordered cache contents: King, "Analysis of demand paging algorithms", IFIP 1971."""
+    """Sum over all ordered cache contents: King, "Analysis of demand paging algorithms", IFIP
+    1971."""
     hit_rate = 0.0
     for content in itertools.permutations(range(len(shares)), cache_size):
         chance, left = 1.0, 1.0
@@ -41,10 +42,12 @@ def exact_hit_rate(shares, cache_size):
     return hit_rate
 
 
-# --------------------------------------------------------------------------------------------- LRU caches
+# --------------------------------------------------------------------------------------- LRU caches
 
 
-@pytest.mark.parametrize(("items", "skew", "cache_size"), [(50, 1.1, 5), (200, 0.8, 20), (200, 1.2, 50), (20, 0.0, 7)])
+@pytest.mark.parametrize(
+    ("items", "skew", "cache_size"), [(50, 1.1, 5), (200, 0.8, 20), (200, 1.2, 50), (20, 0.0, 7)]
+)
 def test_che_agrees_with_a_simulated_cache(items, skew, cache_size):
     zipf = Zipf(items, skew)
     assert theory.lru_hit_rate(zipf.probabilities, cache_size) == pytest.approx(
@@ -56,14 +59,21 @@ def test_che_agrees_with_a_simulated_cache(items, skew, cache_size):
 @pytest.mark.parametrize("cache_size", [1, 2, 4])
 def test_che_is_within_its_stated_error_of_the_exact_sum(skew, cache_size):
     shares = Zipf(8, skew).probabilities
-    assert theory.lru_hit_rate(shares, cache_size) == pytest.approx(exact_hit_rate(shares, cache_size), abs=0.03)
+    assert theory.lru_hit_rate(shares, cache_size) == pytest.approx(
+        exact_hit_rate(shares, cache_size), abs=0.03
+    )
 
 
 def test_the_error_shrinks_as_the_cache_grows():
     errors = []
     for items, cache_size in ((20, 2), (200, 20)):
         zipf = Zipf(items, 1.0)
-        errors.append(abs(theory.lru_hit_rate(zipf.probabilities, cache_size) - measured_hit_rate(zipf, cache_size)))
+        errors.append(
+            abs(
+                theory.lru_hit_rate(zipf.probabilities, cache_size)
+                - measured_hit_rate(zipf, cache_size)
+            )
+        )
     assert errors[1] < errors[0]
 
 
@@ -72,32 +82,44 @@ def test_che_properties(items, skew, data):
     shares = Zipf(items, skew).probabilities
     size = data.draw(st.integers(1, items - 1))
     per_item = theory.lru_item_hit_rates(shares, size)
-    assert per_item.sum() == pytest.approx(size, rel=1e-6)  # the definition of the characteristic time
+    assert per_item.sum() == pytest.approx(
+        size, rel=1e-6
+    )  # the definition of the characteristic time
     assert (np.diff(per_item) <= 1e-12).all()
     assert theory.lru_hit_rate(shares, size) <= theory.lru_hit_rate(shares, size + 1) + 1e-9
     assert theory.lru_hit_rate(shares, size) >= size / items - 1e-9  # skew can only help
 
 
 def test_everything_fits():
-    assert theory.lru_hit_rate(Zipf(5).probabilities, 5) == theory.lru_hit_rate(Zipf(5).probabilities, 9) == 1.0
+    assert (
+        theory.lru_hit_rate(Zipf(5).probabilities, 5)
+        == theory.lru_hit_rate(Zipf(5).probabilities, 9)
+        == 1.0
+    )
     assert theory.characteristic_time(Zipf(5).probabilities, 5) == math.inf
 
 
-# ------------------------------------------------------------------------------------------------- queues
+# ------------------------------------------------------------------------------------------- queues
 
 
 def simulated_wait_s(rate_per_s, service_s, servers, requests=60_000, seed=0):
     rng = np.random.default_rng(seed)
     arrival_s = arrival_times_s(Poisson(rate_per_s), rng, requests=requests)
-    return simulate_batching(arrival_s, lambda n: service_s(rng), max_batch_size=1, workers=servers).wait_s[2000:]
+    return simulate_batching(
+        arrival_s, lambda n: service_s(rng), max_batch_size=1, workers=servers
+    ).wait_s[2000:]
 
 
 def test_mm1_md1_and_mmc_against_simulation():
     def exponential(rng):
         return rng.exponential(0.01)
 
-    assert theory.mg1_wait_s(60, 0.01, 1) == pytest.approx(simulated_wait_s(60, exponential, 1).mean(), rel=0.06)
-    assert theory.md1_wait_s(60, 0.01) == pytest.approx(simulated_wait_s(60, lambda _: 0.01, 1).mean(), rel=0.06)
+    assert theory.mg1_wait_s(60, 0.01, 1) == pytest.approx(
+        simulated_wait_s(60, exponential, 1).mean(), rel=0.06
+    )
+    assert theory.md1_wait_s(60, 0.01) == pytest.approx(
+        simulated_wait_s(60, lambda _: 0.01, 1).mean(), rel=0.06
+    )
 
 
 def test_mg1_with_any_spread_against_simulation():
@@ -126,7 +148,7 @@ def test_arguments_out_of_range_are_refused(make, message):
         make()
 
 
-# ---------------------------------------------------------------------------------------------- simulator
+# ---------------------------------------------------------------------------------------- simulator
 
 
 def slow_batching(arrival_s, service_s, max_batch_size, workers, policy, max_wait_s):
@@ -137,7 +159,11 @@ def slow_batching(arrival_s, service_s, max_batch_size, workers, policy, max_wai
         while pending and pending[0][1] <= now:
             waiting.append(pending.pop(0))
         while waiting and any(end <= now for end in busy_until):
-            due = policy == "work_conserving" or len(waiting) >= max_batch_size or now >= waiting[0][1] + max_wait_s
+            due = (
+                policy == "work_conserving"
+                or len(waiting) >= max_batch_size
+                or now >= waiting[0][1] + max_wait_s
+            )
             if not due:
                 break
             worker = next(w for w, end in enumerate(busy_until) if end <= now)
@@ -157,7 +183,9 @@ def slow_batching(arrival_s, service_s, max_batch_size, workers, policy, max_wai
     policy=st.sampled_from(["work_conserving", "hold_until_full"]),
     max_wait=st.integers(0, 12),
 )
-def test_simulator_equals_a_clock_that_ticks(arrivals, work, max_batch_size, workers, policy, max_wait):
+def test_simulator_equals_a_clock_that_ticks(
+    arrivals, work, max_batch_size, workers, policy, max_wait
+):
     def service_s(size):
         return work[0] + work[1] * size
 
@@ -173,13 +201,17 @@ def test_simulator_equals_a_clock_that_ticks(arrivals, work, max_batch_size, wor
     assert fast == slow
     assert trace.batch_size.tolist() == [len(members) for _, _, members in slow]
     assert (trace.wait_s >= 0).all()
-    assert trace.latency_s - trace.wait_s == pytest.approx([service_s(trace.batch_size[b]) for b in trace.batch])
+    assert trace.latency_s - trace.wait_s == pytest.approx(
+        [service_s(trace.batch_size[b]) for b in trace.batch]
+    )
 
 
 def test_holding_until_full_costs_the_wait_at_low_load_and_nothing_is_gained():
     arrival_s = np.arange(50) * 1.0
     eager = simulate_batching(arrival_s, lambda n: 0.002, max_batch_size=32)
-    holding = simulate_batching(arrival_s, lambda n: 0.002, max_batch_size=32, policy="hold_until_full", max_wait_s=0.1)
+    holding = simulate_batching(
+        arrival_s, lambda n: 0.002, max_batch_size=32, policy="hold_until_full", max_wait_s=0.1
+    )
     assert eager.latency_s == pytest.approx(np.full(50, 0.002))
     assert holding.latency_s == pytest.approx(np.full(50, 0.102))
 

@@ -41,12 +41,15 @@ def asked():
     return three_ways.stream(pool(), 500, seed=1)
 
 
-# -------------------------------------------------------------------------------------------- in virtual time
+# ---------------------------------------------------------------------------------- in virtual time
 
 
 def test_a_stream_is_a_minute_of_the_pool_with_repeats():
     asked = three_ways.stream(pool(), 2000, repeats=0.3, seed=2)
-    assert asked["at_s"].is_monotonic_increasing and 0 <= asked["at_s"].min() <= asked["at_s"].max() <= SPAN_S
+    assert (
+        asked["at_s"].is_monotonic_increasing
+        and 0 <= asked["at_s"].min() <= asked["at_s"].max() <= SPAN_S
+    )
     assert 1 - asked["row"].nunique() / 2000 == pytest.approx(0.3, abs=0.03)
     same = asked.groupby("row")
     assert (same["confidence"].nunique() == 1).all() and (same["device"].nunique() == 1).all()
@@ -57,7 +60,9 @@ def test_a_stream_is_a_minute_of_the_pool_with_repeats():
 def test_the_edge_answers_all_at_its_own_pace(asked):
     played = play(asked, "edge", Link(outages=[(0, np.inf)]), COSTS)
     assert set(played["path"]) == {"local"} and not played["sent"].any()
-    assert (played["latency_s"] == COSTS.local_s).all() and (played["right"] == asked["local_right"]).all()
+    assert (played["latency_s"] == COSTS.local_s).all() and (
+        played["right"] == asked["local_right"]
+    ).all()
 
 
 def test_the_centre_takes_a_round_trip_and_fails_without_one(asked):
@@ -79,7 +84,9 @@ def test_the_hybrid_takes_the_path_that_the_policy_says(asked, threshold):
     assert (played["path"] == "local").equals(~unsure)
     assert (played["right"] == asked["local_right"].where(~unsure, asked["cloud_right"])).all()
     first = ~asked["row"].duplicated()
-    assert (played["path"][unsure & first] == "cloud").all() and played["sent"].sum() == (unsure & first).sum()
+    assert (played["path"][unsure & first] == "cloud").all() and played["sent"].sum() == (
+        unsure & first
+    ).sum()
     assert (played["path"][unsure & ~first] == "cache").mean() > 0.9 or not unsure.any()
     np.testing.assert_allclose(played["latency_s"][played["path"] == "cloud"], 0.013)
     assert (played["latency_s"][played["path"] != "cloud"] == 0.001).all()
@@ -91,12 +98,17 @@ def test_without_a_cloud_the_hybrid_degrades_and_its_breaker_saves_the_waiting(a
     assert set(played["path"]) == {"degraded"} and (played["right"] == asked["local_right"]).all()
     waited = played["latency_s"] > 0.4
     devices = asked["device"].nunique()
-    assert devices * 3 <= waited.sum() <= devices * (3 + SPAN_S / 5)  # three failures, then one probe each 5 s
-    assert (played["latency_s"][~waited] == COSTS.local_s).all() and (played["sent"] == waited).all()
+    assert (
+        devices * 3 <= waited.sum() <= devices * (3 + SPAN_S / 5)
+    )  # three failures, then one probe each 5 s
+    assert (played["latency_s"][~waited] == COSTS.local_s).all() and (
+        played["sent"] == waited
+    ).all()
 
 
 def test_the_real_hybrid_takes_the_paths_that_were_played():
-    """The same requests through HybridServer on a virtual clock, with a cloud that is away from 20 s to 40 s."""
+    """The same requests through HybridServer on a virtual clock, with a cloud that is away from 20
+    s to 40 s."""
     rng, now, cut_s, deadline_s = np.random.default_rng(4), [0.0], (20.0, 40.0), 1.0
     row = rng.integers(30, size=60)
     table = rng.standard_normal((30, 4), dtype=np.float32)
@@ -106,7 +118,11 @@ def test_the_real_hybrid_takes_the_paths_that_were_played():
             if cut_s[0] <= now[0] < cut_s[1] - deadline_s:
                 now[0] += deadline_s
                 raise ServerClosedError("away")
-            return {"predictions": np.zeros(1), "confidences": np.ones(1, np.float32), "model_version": "1"}
+            return {
+                "predictions": np.zeros(1),
+                "confidences": np.ones(1, np.float32),
+                "model_version": "1",
+            }
 
     clock = lambda: now[0]  # noqa: E731
     with EdgeModelServer(clock=clock, wall=clock) as edge:
@@ -119,9 +135,18 @@ def test_the_real_hybrid_takes_the_paths_that_were_played():
         asked = pd.DataFrame({"device": 0, "row": row, "at_s": np.arange(60) * 1.1, "confidence": confidence,
                               "local_right": True, "cloud_right": False})  # fmt: skip
         costs = Costs(local_s=0.0, cloud_s=0.0, request_nbytes=0, response_nbytes=0)
-        played = play(asked, "hybrid", Link(outages=[cut_s]), costs, threshold=threshold, deadline_s=deadline_s)
+        played = play(
+            asked,
+            "hybrid",
+            Link(outages=[cut_s]),
+            costs,
+            threshold=threshold,
+            deadline_s=deadline_s,
+        )
         breaker = CircuitBreaker(3, 5.0, clock)
-        with HybridServer(edge, Cloud(), consent=True, threshold=threshold, breaker=breaker) as hybrid:
+        with HybridServer(
+            edge, Cloud(), consent=True, threshold=threshold, breaker=breaker
+        ) as hybrid:
             real = []
             for number, at_s in zip(row, asked["at_s"], strict=True):
                 now[0] = at_s
@@ -146,7 +171,10 @@ def test_the_summary_counts_all_requests():
 
 def test_a_higher_threshold_sends_more(asked):
     table = three_ways.at_every_threshold(asked, [0, 0.5, 0.9, 1.01], COSTS, rtt_ms=30)
-    assert table["left the device (%)"].is_monotonic_increasing and table["left the device (%)"].iloc[0] == 0
+    assert (
+        table["left the device (%)"].is_monotonic_increasing
+        and table["left the device (%)"].iloc[0] == 0
+    )
     assert table["right (%)"].iloc[-1] == pytest.approx(100 * asked["cloud_right"].mean())
 
 
@@ -158,7 +186,7 @@ def test_the_minute_of_the_sliders_has_the_outage_that_they_say(asked, outage_pe
         assert (runs["central"]["path"] == "failed").mean() == pytest.approx(0.5, abs=0.08)
 
 
-# ------------------------------------------------------------------------------------------------ for real
+# ----------------------------------------------------------------------------------------- for real
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +236,9 @@ def test_watching_keeps_the_time_and_notes_failures_and_events():
 
     seen = real_ways.watch({"a": sometimes, "b": lambda row: {"predictions": [1]}}, range(5), 0.1,
                            {3: lambda: done.append(3)}, lambda: now[0], sleep)  # fmt: skip
-    assert list(seen["a"]["path"]) == ["local"] * 3 + ["failed"] * 2 and set(seen["b"]["path"]) == {"cloud"}
+    assert list(seen["a"]["path"]) == ["local"] * 3 + ["failed"] * 2 and set(seen["b"]["path"]) == {
+        "cloud"
+    }
     assert list(seen["a"]["at_s"]) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     assert list(seen["b"]["latency_s"]) == [0] * 5 and list(seen["a"]["round"][:3]) == [0, 1, 2]
 
@@ -228,7 +258,7 @@ def test_three_nines_leave_43_minutes_a_month():
     assert table.loc["1 day", "hybrid, degraded"] == pytest.approx(100 * 0.25 / 30, rel=0.1)
 
 
-# ------------------------------------------------------------------------------------------- the exercise's data
+# ------------------------------------------------------------------------------ the exercise's data
 
 
 def test_the_data_of_the_check_tell_all_mistakes_apart():

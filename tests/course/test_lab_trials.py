@@ -21,7 +21,9 @@ def test_the_plan_follows_the_laws():
     assert (plan.days[trials.FIXED] < plan.days[trials.TYPICAL]).all()
     assert (plan.days[trials.TYPICAL] < plan.days[trials.MOST]).all()
     alike, broken = plan.lost.values()
-    assert alike[-1] / alike[0] == pytest.approx(2, rel=0.15), "an even split loses twice what a tiny one does"
+    assert alike[-1] / alike[0] == pytest.approx(2, rel=0.15), (
+        "an even split loses twice what a tiny one does"
+    )
     assert 1.2 < broken[-1] / broken[0] < 2 and (broken < alike).all()
 
 
@@ -44,7 +46,9 @@ def test_users_ask_through_a_change_and_give_feedback(tmp_path):
         users = trials.Users(server, "m", x, y, [f"u-{i}" for i in range(40)])
 
         def begin():
-            registry.start_experiment("m", Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)}), **LOG)
+            registry.start_experiment(
+                "m", Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)}), **LOG
+            )
 
         def over():
             arms = server.experiments.report("m").get("arms", {})

@@ -1,4 +1,5 @@
-"""Notebook 08: who gains from a head, whose head is whose, and other solutions that its checks must let pass."""
+"""Notebook 08: who gains from a head, whose head is whose, and other solutions that its checks must
+let pass."""
 
 import numpy as np
 import pytest
@@ -16,7 +17,13 @@ SETTING = {"alpha": 100, "clients": 5, "samples": 20, "private": True}
 def run():
     """Clients with names of their own for the digits: no head but a client's own is right."""
     return training.train(
-        "fedavg_ft", num_clients=6, rounds=2, alpha=1.0, permute_labels=True, local_epochs=2, progress=False
+        "fedavg_ft",
+        num_clients=6,
+        rounds=2,
+        alpha=1.0,
+        permute_labels=True,
+        local_epochs=2,
+        progress=False,
     )
 
 
@@ -45,8 +52,12 @@ def test_the_table_holds_every_setting_that_the_controls_reach():
 @pytest.mark.full
 def test_the_table_is_what_a_training_gives():
     fresh, stored = who_gains.measure(**SETTING), who_gains.looked_up(**SETTING)
-    assert (fresh["mean"] - stored["mean"]).abs().max() < 0.05  # another processor may round otherwise
-    assert (fresh.loc["FedPer", ["mean", "gain"]] > fresh.loc[who_gains.GLOBAL, ["mean", "gain"]] + 0.3).all()
+    assert (
+        fresh["mean"] - stored["mean"]
+    ).abs().max() < 0.05  # another processor may round otherwise
+    assert (
+        fresh.loc["FedPer", ["mean", "gain"]] > fresh.loc[who_gains.GLOBAL, ["mean", "gain"]] + 0.3
+    ).all()
 
 
 def test_the_accuracies_are_those_of_the_round(run, matrix):
@@ -59,7 +70,9 @@ def test_the_accuracies_are_those_of_the_round(run, matrix):
 
 
 def test_the_matrix_is_what_each_head_says_of_each_clients_samples(run, matrix):
-    x = torch.tensor((run.clients[1].test_x - run.final.preprocessing["mean"]) / run.final.preprocessing["std"])
+    x = torch.tensor(
+        (run.clients[1].test_x - run.final.preprocessing["mean"]) / run.final.preprocessing["std"]
+    )
     for whose in range(len(run.clients)):
         with torch.no_grad():
             answers = run.final.model(run.clients[whose].id)(x.float()).argmax(dim=1).numpy()
@@ -69,7 +82,9 @@ def test_the_matrix_is_what_each_head_says_of_each_clients_samples(run, matrix):
 def test_own_and_others():
     matrix = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.0], [0.5, 0.1, 1.0]])
     found = who_gains.own_and_others(matrix)
-    assert found == pytest.approx({"own head": 0.9, "the neighbour's": (0.1 + 0.0 + 0.5) / 3, "anybody's": 0.2})
+    assert found == pytest.approx(
+        {"own head": 0.9, "the neighbour's": (0.1 + 0.0 + 0.5) / 3, "anybody's": 0.2}
+    )
 
 
 def test_right_answers_come_to_the_same_accuracy(run):
@@ -86,7 +101,11 @@ def test_right_answers_come_to_the_same_accuracy(run):
 def test_other_products_than_the_solution_pass_the_exercise():
     check_heads(lambda x, w, s: torch.einsum("nd,ndc->nc", x, w[s][:, :-1]) + w[s, -1])
     check_heads(lambda x, w, s: torch.vmap(lambda row, head: row @ head[:-1] + head[-1])(x, w[s]))
-    check_heads(lambda x, w, s: torch.cat([x, torch.ones(len(x), 1)], 1)[:, None].bmm(w.index_select(0, s)).squeeze(1))
+    check_heads(
+        lambda x, w, s: (
+            torch.cat([x, torch.ones(len(x), 1)], 1)[:, None].bmm(w.index_select(0, s)).squeeze(1)
+        )
+    )
 
 
 def test_autograd_passes_the_exercise():

@@ -1,4 +1,5 @@
-"""What a request weighs: bytes that are really those of the wire, and a message taken apart field by field."""
+"""What a request weighs: bytes that are really those of the wire, and a message taken apart field
+by field."""
 
 import json
 
@@ -40,7 +41,9 @@ def test_every_form_is_read_back_as_the_same_rows(shape):
     np.testing.assert_array_equal(read_infer(binary, len(head)).inputs["features"], rows)
     assert json.loads(head)["inputs"][0]["parameters"]["binary_data_size"] == rows.nbytes
     request = InferRequest.FromString(wire.grpc_body(rows))
-    assert request.raw_input_contents[0] == rows.tobytes() and list(request.inputs[0].shape) == list(shape)
+    assert request.raw_input_contents[0] == rows.tobytes() and list(
+        request.inputs[0].shape
+    ) == list(shape)
 
 
 def test_the_time_on_the_line_is_bits_over_bandwidth():
@@ -52,23 +55,40 @@ def test_the_time_on_the_line_is_bits_over_bandwidth():
 def test_the_fields_of_a_message_cover_its_bytes_in_order():
     raw, fields = small_request().SerializeToString(), wire.wire_fields(small_request())
     top = [field for field in fields if field.depth == 0]
-    assert [top[0].start, *(field.end for field in top)] == [*(field.start for field in top), len(raw)]
+    assert [top[0].start, *(field.end for field in top)] == [
+        *(field.start for field in top),
+        len(raw),
+    ]
     assert [(field.path, field.number) for field in fields] == [
         ("model_name", 1), ("inputs", 5), ("inputs.name", 1), ("inputs.datatype", 2), ("inputs.shape", 3),
         ("raw_input_contents", 7),
     ]  # fmt: skip
     text = {field.path: raw[field.content : field.end] for field in fields}
-    assert text["model_name"] == b"digits" and text["inputs.name"] == b"features" and text["inputs.shape"] == b"\1\2"
+    assert (
+        text["model_name"] == b"digits"
+        and text["inputs.name"] == b"features"
+        and text["inputs.shape"] == b"\1\2"
+    )
 
 
 def test_varints_and_fixed_numbers_have_their_own_wire_types():
     reply = message("inference.ModelInferResponse")()
-    json_format.ParseDict({"parameters": {"latency_us": {"int64_param": "300"}, "x": {"double_param": 1.5}}}, reply)
-    kinds = {field.path: (field.wire_type, field.end - field.content) for field in wire.wire_fields(reply)}
-    assert kinds["parameters.value.int64_param"] == ("VARINT", 2)  # 300 takes two groups of seven bits
+    json_format.ParseDict(
+        {"parameters": {"latency_us": {"int64_param": "300"}, "x": {"double_param": 1.5}}}, reply
+    )
+    kinds = {
+        field.path: (field.wire_type, field.end - field.content)
+        for field in wire.wire_fields(reply)
+    }
+    assert kinds["parameters.value.int64_param"] == (
+        "VARINT",
+        2,
+    )  # 300 takes two groups of seven bits
     assert kinds["parameters.value.double_param"] == ("I64", 8)
 
 
 def test_bytes_of_another_message_are_refused():
     with pytest.raises(InvalidInputError, match=r"byte 0 is the key 10: .* has no such field"):
-        list(wire._fields(b"\x0a\x01a", 0, message("inference.ServerLiveRequest").DESCRIPTOR, "", 0))
+        list(
+            wire._fields(b"\x0a\x01a", 0, message("inference.ServerLiveRequest").DESCRIPTOR, "", 0)
+        )

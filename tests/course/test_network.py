@@ -1,4 +1,5 @@
-"""The link: its closed forms, by hand and by simulation; outages as a clock that stands still; bad settings."""
+"""The link: its closed forms, by hand and by simulation; outages as a clock that stands still; bad
+settings."""
 
 import math
 import time
@@ -14,7 +15,7 @@ from flserving.lab.network.link import SEGMENT_NBYTES, Link
 MB = 1e6
 
 
-# ------------------------------------------------------------------------------------------------ by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 @pytest.mark.parametrize("request_nbytes", [0, 784, 100_000])
@@ -32,10 +33,13 @@ def test_without_loss_an_exchange_is_a_round_trip_and_the_bytes_over_the_bandwid
 
 
 def test_a_lost_small_message_costs_timeouts_that_double():
-    """One segment, loss p, timeout T: T p / (1 - 2p) expected, since the k-th loss in a row costs 2^(k-1) T."""
+    """One segment, loss p, timeout T: T p / (1 - 2p) expected, since the k-th loss in a row costs
+    2^(k-1) T."""
     link = Link(loss=0.2, seed=3)
     assert link.rto_s == 0.2
-    assert link.mean_transfer_s(100) == pytest.approx(0.2 * 0.2 / (1 - 2 * 0.2), rel=0.05)  # 60 s cap: a little less
+    assert link.mean_transfer_s(100) == pytest.approx(
+        0.2 * 0.2 / (1 - 2 * 0.2), rel=0.05
+    )  # 60 s cap: a little less
     waits = link.transfers_s(np.full(100_000, 100.0))
     steps = np.array([0, 0.2, 0.6, 1.4, 3.0])
     shares = [np.isclose(waits, step).mean() for step in steps]
@@ -47,7 +51,9 @@ def test_a_lost_small_message_costs_timeouts_that_double():
 @pytest.mark.parametrize("nbytes", [100, 3_000, 500_000])
 @pytest.mark.parametrize("rtt_p99_ms", [None, 300])
 def test_the_mean_of_many_draws_is_the_closed_form(rtt_p99_ms, nbytes, loss):
-    link = Link(rtt_ms=80, rtt_p99_ms=rtt_p99_ms, up_bytes_s=2 * MB, down_bytes_s=2 * MB, loss=loss, seed=7)
+    link = Link(
+        rtt_ms=80, rtt_p99_ms=rtt_p99_ms, up_bytes_s=2 * MB, down_bytes_s=2 * MB, loss=loss, seed=7
+    )
     drawn_s = link.exchanges_s(nbytes, np.full(200_000, 1_000))
     assert drawn_s.mean() == pytest.approx(link.mean_exchange_s(nbytes, 1_000), rel=0.05)
 
@@ -55,8 +61,12 @@ def test_the_mean_of_many_draws_is_the_closed_form(rtt_p99_ms, nbytes, loss):
 def test_a_long_transfer_under_loss_runs_at_mathis_throughput():
     link = Link(rtt_ms=100, down_bytes_s=100 * MB, loss=0.01)
     throughput = 50 * MB / link.mean_transfer_s(50 * MB, up=False)
-    assert throughput == pytest.approx(SEGMENT_NBYTES / 0.1 * math.sqrt(3 / 2) / math.sqrt(0.01), rel=0.05)
-    narrow = Link(rtt_ms=100, down_bytes_s=10_000, loss=0.01)  # the line, not the loss, is what binds
+    assert throughput == pytest.approx(
+        SEGMENT_NBYTES / 0.1 * math.sqrt(3 / 2) / math.sqrt(0.01), rel=0.05
+    )
+    narrow = Link(
+        rtt_ms=100, down_bytes_s=10_000, loss=0.01
+    )  # the line, not the loss, is what binds
     assert 1 * MB / narrow.mean_transfer_s(1 * MB, up=False) == pytest.approx(10_000, rel=0.05)
 
 
@@ -74,7 +84,7 @@ def test_the_timeout_follows_the_spread_of_the_round_trip():
     assert skewed.rto_s == pytest.approx(rtt.mean() + 4 * np.abs(rtt - rtt.mean()).mean(), rel=0.02)
 
 
-# ------------------------------------------------------------------------------------------------ outages
+# ------------------------------------------------------------------------------------------ outages
 
 
 @pytest.mark.parametrize(
@@ -127,11 +137,14 @@ def test_work_meets_outages_as_a_clock_that_ticks_says(edges, starts, work):
     assert got.tolist() == [ticked(start) for start in starts]
 
 
-# --------------------------------------------------------------------------------- seeds, arrays, bad input
+# ------------------------------------------------------------------------- seeds, arrays, bad input
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not():
-    make = lambda seed: Link(rtt_ms=20, rtt_p99_ms=90, loss=0.05, seed=seed).exchanges_s(np.full(50, 9_000), 900)  # noqa: E731
+    def make(seed):
+        link = Link(rtt_ms=20, rtt_p99_ms=90, loss=0.05, seed=seed)
+        return link.exchanges_s(np.full(50, 9_000), 900)
+
     np.testing.assert_array_equal(make(4), make(4))
     assert (make(4) != make(5)).any()
 
@@ -147,9 +160,18 @@ def test_arrays_broadcast_and_equal_one_by_one():
 
 def test_a_hundred_thousand_exchanges_take_no_time():
     """20 ms on a quiet machine; one by one it would be 3 s and more."""
-    link = Link(rtt_ms=80, rtt_p99_ms=300, loss=0.01, up_bytes_s=MB, down_bytes_s=MB, outages=[(5, 9), (20, 40)])
+    link = Link(
+        rtt_ms=80,
+        rtt_p99_ms=300,
+        loss=0.01,
+        up_bytes_s=MB,
+        down_bytes_s=MB,
+        outages=[(5, 9), (20, 40)],
+    )
     started = time.process_time()
-    assert np.isfinite(link.exchanges_s(np.full(100_000, 5_000), 2_000, np.linspace(0, 60, 100_000))).all()
+    assert np.isfinite(
+        link.exchanges_s(np.full(100_000, 5_000), 2_000, np.linspace(0, 60, 100_000))
+    ).all()
     assert time.process_time() - started < 1
 
 

@@ -1,7 +1,9 @@
-"""The proxy before a real server: the link's closed forms in real time, four cuts, nothing left behind.
+"""The proxy before a real server: the link's closed forms in real time, four cuts, nothing left
+behind.
 
-In virtual time the proxy's pacing is the closed form. Through real sockets an exchange never takes less than the link
-says, and the best of some tries is within 5 % of it, late wake-ups of the machine apart.
+In virtual time the proxy's pacing is the closed form. Through real sockets an exchange never takes
+less than the link says, and the best of some tries is within 5 % of it, late wake-ups of the
+machine apart.
 """
 
 import asyncio
@@ -32,7 +34,8 @@ TRIES = 15
 
 
 class Answer(socketserver.BaseRequestHandler):
-    """Frames (request length, response length, request): answers with so many bytes of the request's hash."""
+    """Frames (request length, response length, request): answers with so many bytes of the
+    request's hash."""
 
     def handle(self):
         with contextlib.suppress(OSError):
@@ -51,7 +54,9 @@ class Server(socketserver.ThreadingTCPServer):
 
 @contextlib.contextmanager
 def running(server):
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield server.server_address[1]
@@ -74,7 +79,8 @@ def connect(proxy, timeout_s=PATIENCE_S):
 
 
 def exchange(caller, request_nbytes=8, response_nbytes=1):
-    """One request of so many bytes, header included, and the seconds until its whole answer is here."""
+    """One request of so many bytes, header included, and the seconds until its whole answer is
+    here."""
     body = os.urandom(request_nbytes - 8)
     started_s = time.monotonic()
     caller.sendall(struct.pack("!II", len(body), response_nbytes) + body)
@@ -90,13 +96,18 @@ def exchange(caller, request_nbytes=8, response_nbytes=1):
 
 
 def assert_closed_form(measure, expected_s):
-    """Never faster; and, the best of some tries, 5 % slower at most, and the late wake-ups of six threads in turn."""
+    """Never faster; and, the best of some tries, 5 % slower at most, and the late wake-ups of six
+    threads in turn."""
 
     def attempt():
         with Bystander() as beside:
             took_s = measure()
         assert took_s >= expected_s, "faster than the link"
-        return took_s <= 1.05 * expected_s + 6 * beside.late_s, beside.late_s, (took_s, beside.late_s, expected_s)
+        return (
+            took_s <= 1.05 * expected_s + 6 * beside.late_s,
+            beside.late_s,
+            (took_s, beside.late_s, expected_s),
+        )
 
     prove(attempt, TRIES)
 
@@ -115,7 +126,7 @@ class Sink:
         pass
 
 
-# --------------------------------------------------------------------------------------------- closed forms
+# ------------------------------------------------------------------------------------- closed forms
 
 
 @pytest.mark.parametrize("up", [True, False])
@@ -131,13 +142,18 @@ class Sink:
     ids=["rtt", "bandwidth", "mathis", "outages"],
 )
 def test_in_virtual_time_a_message_takes_what_the_link_says(settings, nbytes, up):
-    """The proxy's own pacing, without a machine below it: equal to the closed form, whatever pieces come in."""
+    """The proxy's own pacing, without a machine below it: equal to the closed form, whatever pieces
+    come in."""
     payload, sink = np.random.default_rng(nbytes).bytes(nbytes), Sink()
 
     async def send():
         source, line = asyncio.StreamReader(limit=1 << 30), asyncio.Queue(1_000)
         pacing = Proxy.__new__(Proxy)  # no socket, no thread
-        pacing._link, pacing._loop, pacing._started_s = Link(**settings), asyncio.get_running_loop(), 500.0
+        pacing._link, pacing._loop, pacing._started_s = (
+            Link(**settings),
+            asyncio.get_running_loop(),
+            500.0,
+        )
         pacing._slow_bytes_s, pacing._passing = 0.0, asyncio.Event()
         pacing.up_nbytes = pacing.down_nbytes = 0
         pacing._passing.set()
@@ -197,7 +213,10 @@ def test_an_http_server_behind_it(port):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hello)
     server.daemon_threads, server.block_on_close = True, False
-    with running(server) as port, Proxy(Link(rtt_ms=50, down_bytes_s=1e6), "127.0.0.1", port) as proxy:
+    with (
+        running(server) as port,
+        Proxy(Link(rtt_ms=50, down_bytes_s=1e6), "127.0.0.1", port) as proxy,
+    ):
         caller = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=PATIENCE_S)
 
         def measure():
@@ -214,7 +233,10 @@ def test_an_http_server_behind_it(port):
 def test_an_outage_is_waited_for(port):
     def measure():
         started_s = time.monotonic()
-        with Proxy(Link(rtt_ms=50, outages=[(0, 0.3)]), "127.0.0.1", port) as proxy, connect(proxy) as caller:
+        with (
+            Proxy(Link(rtt_ms=50, outages=[(0, 0.3)]), "127.0.0.1", port) as proxy,
+            connect(proxy) as caller,
+        ):
             exchange(caller)
         return time.monotonic() - started_s
 
@@ -241,7 +263,9 @@ def test_losses_cost_the_timeouts_that_the_links_seed_draws(port):
 
 def test_every_byte_arrives_in_order_and_is_counted(port):
     with Proxy(Link(rtt_ms=2, rtt_p99_ms=20), "127.0.0.1", port) as proxy, connect(proxy) as caller:
-        exchange(caller, 9_000_000, 9_000_000)  # more than may be under way; `exchange` checks what comes back
+        exchange(
+            caller, 9_000_000, 9_000_000
+        )  # more than may be under way; `exchange` checks what comes back
         assert (proxy.up_nbytes, proxy.down_nbytes) == (9_000_000, 9_000_000)
 
 
@@ -255,7 +279,7 @@ def test_many_connections_do_not_wait_for_each_other(port):
         assert 0.3 <= time.monotonic() - started_s + 0.15 < 20 * 0.3  # one after the other: 6 s
 
 
-# ----------------------------------------------------------------------------------------------------- cuts
+# --------------------------------------------------------------------------------------------- cuts
 
 
 def assert_reset(caller):
@@ -309,7 +333,7 @@ def test_an_outage_without_end_is_silence_that_close_ends(port):
         exchange(caller)
 
 
-# ----------------------------------------------------------------------------------------- ends, bounds, leaks
+# ------------------------------------------------------------------------------ ends, bounds, leaks
 
 
 def test_a_server_that_is_gone_is_a_reset(port):
@@ -377,5 +401,8 @@ def test_a_dozen_proxies_closed_in_the_middle_leave_nothing(port):
 
 
 def test_a_cut_that_is_none(port):
-    with Proxy(Link(), "127.0.0.1", port) as proxy, pytest.raises(ConfigError, match="cut is 'explode'"):
+    with (
+        Proxy(Link(), "127.0.0.1", port) as proxy,
+        pytest.raises(ConfigError, match="cut is 'explode'"),
+    ):
         proxy.cut("explode")

@@ -1,7 +1,8 @@
 """Every notebook of the course: what is stored in it.
 
-nbval runs the notebooks as they are, with every widget at every corner of its sliders (``run.py test``);
-tests/browser uses the widgets in a real JupyterLab, tests/course/test_student_copies.py tries the exercises unsolved.
+nbval runs the notebooks as they are, with every widget at every corner of its sliders (``run.py
+test``); tests/browser uses the widgets in a real JupyterLab, tests/course/test_student_copies.py
+tries the exercises unsolved.
 """
 
 import os
@@ -54,12 +55,16 @@ def good_notebook():
     opening = new_markdown_cell("# 09 Sample\n" + " ...\n".join(OPENING))
     picture = new_output("display_data", data={"image/png": "aGVsbG8="})
     figure = new_code_cell("lab.figure()", outputs=[picture])
-    widget = new_code_cell("lab.explore(model, draw)", metadata={"tags": ["widget", "nbval-ignore-output"]})
+    widget = new_code_cell(
+        "lab.explore(model, draw)", metadata={"tags": ["widget", "nbval-ignore-output"]}
+    )
     two = new_output("execute_result", data={"text/plain": "2"})
     sums = [new_code_cell("1 + 1", outputs=[two.copy()]) for _ in range(8)]
     texts = [new_markdown_cell(f"step {n}") for n in range(10)]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = new_notebook(cells=[opening, figure, widget, *sums, *texts], metadata={"kernelspec": kernel})
+    notebook = new_notebook(
+        cells=[opening, figure, widget, *sums, *texts], metadata={"kernelspec": kernel}
+    )
     for number, (_, cell) in enumerate(code_cells(notebook), start=1):
         cell.execution_count = number
     return notebook
@@ -92,11 +97,15 @@ def _error(notebook):
 
 
 def _warning(notebook):
-    notebook.cells[3].outputs = [new_output("stream", name="stderr", text="lib.py:3: FutureWarning: soon")]
+    notebook.cells[3].outputs = [
+        new_output("stream", name="stderr", text="lib.py:3: FutureWarning: soon")
+    ]
 
 
 def _machine_path(notebook):
-    notebook.cells[5].outputs = [new_output("execute_result", data={"text/plain": "PosixPath('/" + "tmp/model')"})]
+    notebook.cells[5].outputs = [
+        new_output("execute_result", data={"text/plain": "PosixPath('/" + "tmp/model')"})
+    ]
 
 
 def _long_cell(lines):
@@ -120,9 +129,15 @@ def _long_cell(lines):
         (_machine_path, "cell 5 names a path of a machine"),
         (lambda n: n.cells[5].update(_long_cell(26)), "cell 5 has 26 lines of code"),
         (lambda n: n.cells[5].update(source="x" * 89), "cell 5 has a line of 89 characters"),
-        (lambda n: n.cells[5].update(source="ax.text(0, 0, '', fontsize=9.5)"), "cell 5 writes in 9.5 points"),
+        (
+            lambda n: n.cells[5].update(source="ax.text(0, 0, '', fontsize=9.5)"),
+            "cell 5 writes in 9.5 points",
+        ),
         (lambda n: n.cells[15].update(source="word " * 91), "cell 15 has 91 words"),
-        (lambda n: n.cells[15].update(source="text\n\n## 2 Next"), "cell 15 has a heading below its first line"),
+        (
+            lambda n: n.cells[15].update(source="text\n\n## 2 Next"),
+            "cell 15 has a heading below its first line",
+        ),
         (lambda n: n.cells[1].update(outputs=[]), "stores no picture"),
         (lambda n: n.cells[2].metadata.update(tags=["widget"]), "tag it nbval-ignore-output too"),
         (lambda n: n.cells[2].metadata.update(tags=[]), "is not tagged widget"),
@@ -147,7 +162,8 @@ def test_the_gates_give_exercises_more_lines_and_the_first_notebook_fewer_cells(
 
 @pytest.mark.full
 def test_an_error_in_a_corner_fails_the_run(tmp_path, monkeypatch):
-    """nbval's run can fail there: a slider's end that divides by zero is noticed, although it starts elsewhere."""
+    """nbval's run can fail there: a slider's end that divides by zero is noticed, although it
+    starts elsewhere."""
     from nbclient.exceptions import CellExecutionError
 
     monkeypatch.setenv("FLSERVING_STATIC", "1")
@@ -157,5 +173,7 @@ def test_an_error_in_a_corner_fails_the_run(tmp_path, monkeypatch):
         "explore(lambda rate: 1 / rate, lambda number: Figure(), rate=(0, 10, 1))"
     )
     with pytest.raises(CellExecutionError, match=r"ZeroDivisionError(.|\n)*with rate=0"):
-        NotebookClient(new_notebook(cells=[new_code_cell(source)]), timeout=300, kernel_name="python3").execute()
+        NotebookClient(
+            new_notebook(cells=[new_code_cell(source)]), timeout=300, kernel_name="python3"
+        ).execute()
     assert os.listdir(tmp_path) == []

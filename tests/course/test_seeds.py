@@ -1,4 +1,5 @@
-"""What the notebooks claim holds for other seeds, and beside two programs that never rest: by hand, an hour or two.
+"""What the notebooks claim holds for other seeds, and beside two programs that never rest: by hand,
+an hour or two.
 
 ``pytest -m slow tests/course/test_seeds.py -k "03 and seed-1"`` runs one notebook with one seed.
 """
@@ -25,11 +26,14 @@ SHIFT = 1000  # farther than the ranges of seeds in the notebooks reach: no draw
 
 
 def failures(notebook: NotebookNode, folder: Path, shift: int) -> list[str]:
-    """Run every cell in ``folder``, also after one that fails; of each that fails its number, source and error."""
+    """Run every cell in ``folder``, also after one that fails; of each that fails its number,
+    source and error."""
     cells = [new_code_cell(before_the_first_cell(shift), id="other-seeds"), *notebook.cells]
     shifted = new_notebook(cells=cells, metadata=notebook.metadata)
     place = {"metadata": {"path": str(folder)}}
-    NotebookClient(shifted, timeout=900, kernel_name="python3", allow_errors=True, resources=place).execute()
+    NotebookClient(
+        shifted, timeout=900, kernel_name="python3", allow_errors=True, resources=place
+    ).execute()
     return [
         f"cell {number}:\n{cell.source}\n{output.ename}: {output.evalue}"
         for number, cell in enumerate(cells, start=-1)
@@ -60,7 +64,8 @@ def test_what_a_notebook_claims_hangs_on_no_seed_and_on_no_idle_machine(
 
 
 def draws(seed: int) -> dict[str, object]:
-    """The first draw of each kind of generator: what it is in a cell, with ``seed``, and its value."""
+    """The first draw of each kind of generator: what it is in a cell, with ``seed``, and its
+    value."""
     torch_draw = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
     return {
         "np.random.default_rng(3).random()": np.random.default_rng(seed).random(),
@@ -78,15 +83,21 @@ def draws(seed: int) -> dict[str, object]:
 def test_a_claim_that_hangs_on_the_seed_is_found_and_no_other(tmp_path: Path) -> None:
     def claims(seed: int) -> NotebookNode:
         cells = [new_code_cell("import random\nimport numpy as np\nimport torch")]
-        cells += [new_code_cell(f"assert {drawn} == {value!r}") for drawn, value in draws(seed).items()]
+        cells += [
+            new_code_cell(f"assert {drawn} == {value!r}") for drawn, value in draws(seed).items()
+        ]
         by_design = new_code_cell("1 / 0", metadata={"tags": ["raises-exception"]})
         any_seed = new_code_cell("assert np.random.default_rng(3).random() < 1")
         fixed = torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
-        probe = new_code_cell(f"assert torch.rand(1, generator=torch.Generator().manual_seed(3)).item() == {fixed!r}")
+        probe = new_code_cell(
+            f"assert torch.rand(1, generator=torch.Generator().manual_seed(3)).item() == {fixed!r}"
+        )
         return new_notebook(cells=[*cells, by_design, any_seed, probe])
 
     assert failures(claims(seed=3), tmp_path, shift=0) == []
     assert failures(claims(seed=1003), tmp_path, shift=1000) == []
     found = failures(claims(seed=3), tmp_path, shift=1000)
-    assert [each.partition("\n")[0] for each in found] == [f"cell {1 + n}:" for n in range(len(draws(3)))]
+    assert [each.partition("\n")[0] for each in found] == [
+        f"cell {1 + n}:" for n in range(len(draws(3)))
+    ]
     assert all("AssertionError" in each for each in found)

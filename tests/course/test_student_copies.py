@@ -1,7 +1,9 @@
-"""What students get: no solution is left in it, no check passes on it, and everything else in it runs.
+"""What students get: no solution is left in it, no check passes on it, and everything else in it
+runs.
 
-nbval has run the same cells with the solutions in them. Here run the exercises, what stands on a solution, and what
-those cells need; every other cell does the same with a stub as with the solution.
+nbval has run the same cells with the solutions in them. Here run the exercises, what stands on a
+solution, and what those cells need; every other cell does the same with a stub as with the
+solution.
 """
 
 import copy
@@ -38,7 +40,8 @@ def copies(tmp_path_factory):
 
 
 def solution_lines(source: str) -> set[str]:
-    """The lines between the markers that say something (``return x`` or ``else:`` may stand anywhere)."""
+    """The lines between the markers that say something (``return x`` or ``else:`` may stand
+    anywhere)."""
     inside, found = False, set()
     for line in source.splitlines():
         if line.strip() in {exercises.BEGIN, exercises.END}:
@@ -48,9 +51,14 @@ def solution_lines(source: str) -> set[str]:
     return found
 
 
-def run_as_students(copies: dict[str, NotebookNode], checks: dict[str, set[int]]) -> dict[str, list[str]]:
-    """Run copies in one kernel, each in a namespace of its own; of each, what a student should not see."""
-    chosen = {name: _what_a_stub_may_change(student, checks[name]) for name, student in copies.items()}
+def run_as_students(
+    copies: dict[str, NotebookNode], checks: dict[str, set[int]]
+) -> dict[str, list[str]]:
+    """Run copies in one kernel, each in a namespace of its own; of each, what a student should not
+    see."""
+    chosen = {
+        name: _what_a_stub_may_change(student, checks[name]) for name, student in copies.items()
+    }
     cells: list[NotebookNode] = []
     for name, places in chosen.items():
         cells += [new_code_cell("%reset -f"), *(copies[name].cells[index] for index in places)]
@@ -58,11 +66,17 @@ def run_as_students(copies: dict[str, NotebookNode], checks: dict[str, set[int]]
         cell.id = f"cell-{number}"  # two notebooks may use the same one
     everything = new_notebook(cells=cells)
     NotebookClient(everything, timeout=500, kernel_name="python3", allow_errors=True).execute()
-    return {name: list(_wrong(student, chosen[name], checks[name])) for name, student in copies.items()}
+    return {
+        name: list(_wrong(student, chosen[name], checks[name])) for name, student in copies.items()
+    }
 
 
 def _what_a_stub_may_change(student: NotebookNode, checks: set[int]) -> list[int]:
-    stubs = {index for index, cell in code_cells(student) if cell.metadata.get("nbgrader", {}).get("solution")}
+    stubs = {
+        index
+        for index, cell in code_cells(student)
+        if cell.metadata.get("nbgrader", {}).get("solution")
+    }
     return sorted(needed_cells(student, dependent_cells(student, stubs) - checks) | checks)
 
 
@@ -82,7 +96,9 @@ def _wrong(student: NotebookNode, run: list[int], checks: set[int]) -> Iterator[
 
 @pytest.mark.skipif(not WITH_EXERCISES, reason="no exercises yet")
 def test_the_course_has_exercises_where_it_says(copies):
-    assert {path.name for path in copies.iterdir()} == {path.name for path in NOTEBOOKS.glob("*.ipynb")}
+    assert {path.name for path in copies.iterdir()} == {
+        path.name for path in NOTEBOOKS.glob("*.ipynb")
+    }
     grade_ids = [exercise.grade_id for path in WITH_EXERCISES for exercise in exercises_in(path)]
     assert len(grade_ids) == len(set(grade_ids))
 
@@ -92,9 +108,16 @@ def test_no_solution_is_left(path, copies):
     source = nbformat.read(path, as_version=4)
     student = nbformat.read(copies / path.name, as_version=4)
     nbformat.validate(student)
-    secret = set().union(*(solution_lines(source.cells[exercise.solution].source) for exercise in exercises_in(path)))
+    secret = set().union(
+        *(solution_lines(source.cells[exercise.solution].source) for exercise in exercises_in(path))
+    )
     assert secret
-    given = {line.strip() for i, cell in enumerate(source.cells) if i not in _solutions(path) for line in _lines(cell)}
+    given = {
+        line.strip()
+        for i, cell in enumerate(source.cells)
+        if i not in _solutions(path)
+        for line in _lines(cell)
+    }
     for index, cell in enumerate(student.cells):
         assert exercises.BEGIN not in cell.source and exercises.END not in cell.source
         leaked = secret & {line.strip() for line in _lines(cell)} - given
@@ -118,7 +141,9 @@ def test_every_figure_can_be_looked_at_before_it_is_drawn(path, copies):
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 alt = BeautifulSoup(output.data["text/html"], "html.parser").img["alt"]
-                assert alt == output.metadata["image/png"]["alt"], "JupyterLab would read out nothing"
+                assert alt == output.metadata["image/png"]["alt"], (
+                    "JupyterLab would read out nothing"
+                )
     lost = {index for index in pictures if "image/png" not in str(student.cells[index].outputs)}
     assert all(exercises.NEEDS_SOLUTION in tags(source.cells[index]) for index in lost)
     assert len(lost) < len(pictures)
@@ -127,8 +152,12 @@ def test_every_figure_can_be_looked_at_before_it_is_drawn(path, copies):
 @pytest.mark.timeout(1800)
 def test_no_check_passes_and_every_other_cell_runs(copies, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    students = {path.name: nbformat.read(copies / path.name, as_version=4) for path in WITH_EXERCISES}
-    checks = {path.name: {exercise.check for exercise in exercises_in(path)} for path in WITH_EXERCISES}
+    students = {
+        path.name: nbformat.read(copies / path.name, as_version=4) for path in WITH_EXERCISES
+    }
+    checks = {
+        path.name: {exercise.check for exercise in exercises_in(path)} for path in WITH_EXERCISES
+    }
     wrong = run_as_students(students, checks)
     assert not any(wrong.values()), wrong
 
@@ -147,12 +176,16 @@ def test_the_run_notices_a_useless_check_and_a_cell_that_needs_the_solution(tmp_
             new_code_cell("double('x')", metadata={"tags": ["raises-exception"]}),
             new_code_cell("twice = double(six)", metadata={"tags": ["needs-solution"]}),
             new_code_cell("print(twice)", metadata={"tags": ["needs-solution"]}),
-            exercises.solution_cell("triple", solution.replace("double", "triple").replace("2", "3")),
+            exercises.solution_cell(
+                "triple", solution.replace("double", "triple").replace("2", "3")
+            ),
             exercises.check_cell("triple", "assert triple(nine) == 9", points=1),
         ]
     )
     student = exercises.student_copy(source)
-    wrong = run_as_students({"first": student, "again": copy.deepcopy(student)}, {"first": {4, 10}, "again": {4, 10}})
+    wrong = run_as_students(
+        {"first": student, "again": copy.deepcopy(student)}, {"first": {4, 10}, "again": {4, 10}}
+    )
     assert wrong["first"] == wrong["again"]
     useless, fails, unbound, not_first = wrong["first"]
     assert "the check in cell 4 passes before anything is solved" in useless

@@ -5,7 +5,9 @@ Registers into ``wrong_solutions``, which holds those of the dynamic batcher.
 
 from wrong_solutions import WRONG, wrong
 
-_TOGETHER = "        while events and events[0][0] == now_s:\n            number = heappop(events)[1]\n"
+_TOGETHER = (
+    "        while events and events[0][0] == now_s:\n            number = heappop(events)[1]\n"
+)
 _DONE = "done_s = now_s + service_s(len(batch))"
 _SET = "start_s[number], end_s[number] = now_s, done_s"
 _START = "        while batch := batcher.next_batch(idle):\n"
@@ -13,7 +15,10 @@ WRONG["simulate"] = {
     "starts at arrival": wrong(
         "simulate",
         "each started at its arrival, although the only worker",
-        (_SET, "start_s[number], end_s[number] = arrival_s[number], arrival_s[number] + done_s - now_s"),
+        (
+            _SET,
+            "start_s[number], end_s[number] = arrival_s[number], arrival_s[number] + done_s - now_s",
+        ),
     ),
     "waits instead of times": wrong(
         "simulate",
@@ -21,7 +26,9 @@ WRONG["simulate"] = {
         (_SET, "start_s[number], end_s[number] = now_s - arrival_s[number], done_s"),
     ),
     "ends at the start": wrong(
-        "simulate", "each ended as it started", (_SET, "start_s[number], end_s[number] = now_s, now_s")
+        "simulate",
+        "each ended as it started",
+        (_SET, "start_s[number], end_s[number] = now_s, now_s"),
     ),
     "durations": wrong(
         "simulate",
@@ -29,7 +36,9 @@ WRONG["simulate"] = {
         (_SET, "start_s[number], end_s[number] = now_s, done_s - now_s"),
     ),
     "starts when done": wrong(
-        "simulate", "that is end_s", (_SET, "start_s[number], end_s[number] = done_s, done_s + done_s - now_s")
+        "simulate",
+        "that is end_s",
+        (_SET, "start_s[number], end_s[number] = done_s, done_s + done_s - now_s"),
     ),
     "nobody gets a time": wrong("simulate", "keep the time of the event", (_SET, "pass")),
     "the end is no event": wrong(
@@ -57,16 +66,25 @@ WRONG["simulate"] = {
     "rows one after the other": wrong(
         "simulate",
         "all of a batch end together",
-        (_SET, "start_s[number], end_s[number] = now_s, now_s + (done_s - now_s) * (batch.index((number, None)) + 1)"),
+        (
+            _SET,
+            "start_s[number], end_s[number] = now_s, now_s + (done_s - now_s) * (batch.index((number, None)) + 1)",
+        ),
     ),
     "event by event": wrong(
         "simulate",
         "let all events of a moment happen before",
         (_TOGETHER, "        if True:\n            number = heappop(events)[1]\n"),
     ),
-    "more workers than there are": wrong("simulate", "the only worker was busy", ("            idle -= 1\n", "")),
-    "one worker only": wrong("simulate", "only one worker ever works", ("idle = workers", "idle = 1")),
-    "a worker never comes back": wrong("simulate", r"you have \[0.0, 0.0, 0.0, 0.0\]", ("idle += 1", "idle += 0")),
+    "more workers than there are": wrong(
+        "simulate", "the only worker was busy", ("            idle -= 1\n", "")
+    ),
+    "one worker only": wrong(
+        "simulate", "only one worker ever works", ("idle = workers", "idle = 1")
+    ),
+    "a worker never comes back": wrong(
+        "simulate", r"you have \[0.0, 0.0, 0.0, 0.0\]", ("idle += 1", "idle += 0")
+    ),
     "one batch for each event": wrong(
         "simulate",
         "ask the batcher again while a worker is idle",
@@ -87,7 +105,9 @@ WRONG["simulate"] = {
         (_START, "        while True:\n            batch = batcher.next_batch(idle)\n"),
     ),
     "a list of both": wrong(
-        "simulate", "return two arrays", ("return start_s, end_s", "return np.concatenate([start_s, end_s])")
+        "simulate",
+        "return two arrays",
+        ("return start_s, end_s", "return np.concatenate([start_s, end_s])"),
     ),
 }
 
@@ -105,16 +125,24 @@ _HOLD = """\
 _SETTLE = "settle = future.set_exception if failed else future.set_result"
 WRONG["async-batcher"] = {
     "the future itself": wrong(
-        "async-batcher", "returned a future: await it", ("        return await future\n", "        return future\n")
+        "async-batcher",
+        "returned a future: await it",
+        ("        return await future\n", "        return future\n"),
     ),
-    "no batch task": wrong("async-batcher", "nobody started a batch task", (_TASK, "        if False:\n")),
+    "no batch task": wrong(
+        "async-batcher", "nobody started a batch task", (_TASK, "        if False:\n")
+    ),
     "nobody sets the result": wrong(
-        "async-batcher", "nobody set its future's result", ("                    settle(answer)\n", "")
+        "async-batcher",
+        "nobody set its future's result",
+        ("                    settle(answer)\n", ""),
     ),
     "a task once and for all": wrong(
         "async-batcher", "its batch task has ended, start another", (" or self.task.done():", ":")
     ),
-    "a task for each caller": wrong("async-batcher", "one batch task serves all", (_TASK, "        if True:\n")),
+    "a task for each caller": wrong(
+        "async-batcher", "one batch task serves all", (_TASK, "        if True:\n")
+    ),
     "in the event loop's thread": wrong(
         "async-batcher",
         "the model ran in the thread of the event loop",
@@ -131,7 +159,9 @@ WRONG["async-batcher"] = {
         ("while self.batcher.queue:", "if self.batcher.queue:"),
     ),
     "never waits": wrong(
-        "async-batcher", "the batch did not wait for others", (_HOLD, "            await asyncio.sleep(0)\n")
+        "async-batcher",
+        "the batch did not wait for others",
+        (_HOLD, "            await asyncio.sleep(0)\n"),
     ),
     "always waits to the end": wrong(
         "async-batcher",
@@ -139,7 +169,9 @@ WRONG["async-batcher"] = {
         (_HOLD, "            await asyncio.sleep(self.max_wait_s)\n"),
     ),
     "waits for a full batch": wrong(
-        "async-batcher", "waited a minute for an answer", ("asyncio.timeout(self.max_wait_s)", "asyncio.timeout(None)")
+        "async-batcher",
+        "waited a minute for an answer",
+        ("asyncio.timeout(self.max_wait_s)", "asyncio.timeout(None)"),
     ),
     "milliseconds": wrong(
         "async-batcher",
@@ -178,10 +210,15 @@ WRONG["async-batcher"] = {
     "spins without await": wrong(
         "async-batcher",
         "your loop never ends",
-        (_HOLD, "            while len(self.batcher.queue) < self.batcher.max_batch_size:\n                pass\n"),
+        (
+            _HOLD,
+            "            while len(self.batcher.queue) < self.batcher.max_batch_size:\n                pass\n",
+        ),
     ),
     "an error is an answer": wrong(
-        "async-batcher", "an error is an error, not an answer", (_SETTLE, "settle = future.set_result")
+        "async-batcher",
+        "an error is an error, not an answer",
+        (_SETTLE, "settle = future.set_result"),
     ),
     "an error for all": wrong(
         "async-batcher",
@@ -199,12 +236,18 @@ WRONG["async-batcher"] = {
         (_SETTLE, f"if failed:\n                        continue\n                    {_SETTLE}"),
     ),
     "a cancelled future is set": wrong(
-        "async-batcher", "InvalidStateError.*its caller had given up", ("if not future.done():", "if True:")
+        "async-batcher",
+        "InvalidStateError.*its caller had given up",
+        ("if not future.done():", "if True:"),
     ),
-    "runs for nobody": wrong("async-batcher", "work for nobody", (_BATCH, "self.batcher.next_batch(1)")),
+    "runs for nobody": wrong(
+        "async-batcher", "work for nobody", (_BATCH, "self.batcher.next_batch(1)")
+    ),
     "runs an empty batch": wrong("async-batcher", "an empty batch", (" if batch else {}", "")),
     "a misspelt name": wrong(
-        "async-batcher", "AttributeError: .*'submitt'", ("self.batcher.submit(", "self.batcher.submitt(")
+        "async-batcher",
+        "AttributeError: .*'submitt'",
+        ("self.batcher.submit(", "self.batcher.submitt("),
     ),
     "no future": wrong(
         "async-batcher",

@@ -1,4 +1,5 @@
-"""Notebook 05: messages, a retry budget and a retry; plausible wrong solutions. Registers into ``wrong_solutions``."""
+"""Notebook 05: messages, a retry budget and a retry; plausible wrong solutions. Registers into
+``wrong_solutions``."""
 
 from wrong_solutions import WRONG, wrong
 
@@ -9,12 +10,17 @@ _TIMEOUT = '        message["parameters"] = {"timeout": int(timeout_s * 1e6)}\n'
 WRONG["build-request"] = {
     "numpy's name": wrong("build-request", "'float32', numpy's name", (_TYPE, "array.dtype.name")),
     "upper case only": wrong(
-        "build-request", "'FLOAT32', the protocol's name is 'FP32'", (_TYPE, "str(array.dtype).upper()")
+        "build-request",
+        "'FLOAT32', the protocol's name is 'FP32'",
+        (_TYPE, "str(array.dtype).upper()"),
     ),
     "bytes for bits": wrong(
         "build-request",
         "'FP4': the number counts bits",
-        (_TYPE, '{"f": "FP", "i": "INT", "u": "UINT", "b": "BOOL"}[array.dtype.kind] + str(array.dtype.itemsize)'),
+        (
+            _TYPE,
+            '{"f": "FP", "i": "INT", "u": "UINT", "b": "BOOL"}[array.dtype.kind] + str(array.dtype.itemsize)',
+        ),
     ),
     "always FP32": wrong("build-request", "datatype of float64 is 'FP32'", (_TYPE, '"FP32"')),
     "BOOL with bits": wrong(
@@ -22,9 +28,13 @@ WRONG["build-request"] = {
         "datatype of bool is 'BOOL8'",
         (_TYPE, _TYPE + '.replace("BOOL", "BOOL8")'),
     ),
-    "flat shape": wrong("build-request", r"is \[6\]: a server cannot tell", (_SHAPE, "[array.size]")),
+    "flat shape": wrong(
+        "build-request", r"is \[6\]: a server cannot tell", (_SHAPE, "[array.size]")
+    ),
     "shape turned round": wrong("build-request", "rows first", (_SHAPE, "list(array.shape[::-1])")),
-    "no shape": wrong("build-request", "has no 'shape'", ('            "shape": list(array.shape),\n', "")),
+    "no shape": wrong(
+        "build-request", "has no 'shape'", ('            "shape": list(array.shape),\n', "")
+    ),
     "the first tensor only": wrong(
         "build-request",
         "has 1 inputs for 2 tensors",
@@ -34,30 +44,51 @@ WRONG["build-request"] = {
     "as it lies in memory": wrong(
         "build-request", "takes pixels of other rows", (_DATA, 'array.ravel(order="K").tolist()')
     ),
-    "by columns": wrong("build-request", "goes column by column", (_DATA, "array.T.ravel().tolist()")),
-    "rounded": wrong("build-request", "send every digit", (_DATA, "[round(x, 6) for x in array.ravel().tolist()]")),
+    "by columns": wrong(
+        "build-request", "goes column by column", (_DATA, "array.T.ravel().tolist()")
+    ),
+    "rounded": wrong(
+        "build-request",
+        "send every digit",
+        (_DATA, "[round(x, 6) for x in array.ravel().tolist()]"),
+    ),
     "all floats": wrong(
         "build-request",
         "a float has only 53 bits",
         (_DATA, "array.ravel().astype(float).tolist()"),
     ),
-    "bools as numbers": wrong("build-request", "true and false", (_DATA, "(array.ravel() * 1).tolist()")),
+    "bools as numbers": wrong(
+        "build-request", "true and false", (_DATA, "(array.ravel() * 1).tolist()")
+    ),
     "writes NaN": wrong("build-request", "JSON has no such word", (", allow_nan=False", "")),
     "a dict": wrong("build-request", "returned a dict", (_DUMPS, "message")),
     "a text": wrong("build-request", "returned a text", (_DUMPS, _DUMPS.removesuffix(".encode()"))),
     "Python's text": wrong("build-request", "use json.dumps", (_DUMPS, "str(message).encode()")),
-    "the list alone": wrong("build-request", "has no list `inputs`", (_DUMPS, "json.dumps(inputs).encode()")),
-    "timeout in seconds": wrong("build-request", "0.25, seconds", ("int(timeout_s * 1e6)", "timeout_s")),
+    "the list alone": wrong(
+        "build-request", "has no list `inputs`", (_DUMPS, "json.dumps(inputs).encode()")
+    ),
+    "timeout in seconds": wrong(
+        "build-request", "0.25, seconds", ("int(timeout_s * 1e6)", "timeout_s")
+    ),
     "timeout in ms": wrong("build-request", "250, milliseconds", ("1e6", "1e3")),
     "a float of microseconds": wrong(
-        "build-request", "250000.0: it is 250000, an int", ("int(timeout_s * 1e6)", "timeout_s * 1e6")
+        "build-request",
+        "250000.0: it is 250000, an int",
+        ("int(timeout_s * 1e6)", "timeout_s * 1e6"),
     ),
     "timeout beside inputs": wrong(
         "build-request",
         "the message's own `parameters`",
-        (_TIMEOUT, _TIMEOUT.replace('["parameters"] = {"timeout": ', '["timeout"] = ').replace("}\n", "\n")),
+        (
+            _TIMEOUT,
+            _TIMEOUT.replace('["parameters"] = {"timeout": ', '["timeout"] = ').replace(
+                "}\n", "\n"
+            ),
+        ),
     ),
-    "forgets the timeout": wrong("build-request", "the server works on for nobody", (_TIMEOUT, "        pass\n")),
+    "forgets the timeout": wrong(
+        "build-request", "the server works on for nobody", (_TIMEOUT, "        pass\n")
+    ),
 }
 
 _SENTENCE = 'json.loads(body)["error"]'
@@ -72,9 +103,13 @@ WRONG["parse-answer"] = {
         "INT64 became float32",
         ('np.array(output["data"], dtype)', 'np.array(output["data"], "float32")'),
     ),
-    "numpy's own choice": wrong("parse-answer", "FP32 became float64", (_ARRAY, 'np.array(output["data"])')),
+    "numpy's own choice": wrong(
+        "parse-answer", "FP32 became float64", (_ARRAY, 'np.array(output["data"])')
+    ),
     "through float32": wrong(
-        "parse-answer", "into the right type at once", (_ARRAY, 'np.array(output["data"], "float32").astype(dtype)')
+        "parse-answer",
+        "into the right type at once",
+        (_ARRAY, 'np.array(output["data"], "float32").astype(dtype)'),
     ),
     "flat": wrong("parse-answer", r"became \(6,\): reshape it", (_RESHAPE, "data")),
     "by columns": wrong(
@@ -82,32 +117,58 @@ WRONG["parse-answer"] = {
         "column by column",
         (_RESHAPE, 'data.reshape(output["shape"], order="F")'),
     ),
-    "minus one": wrong("parse-answer", "raised IndexError", (_RESHAPE, 'data.reshape(-1, output["shape"][1])')),
+    "minus one": wrong(
+        "parse-answer", "raised IndexError", (_RESHAPE, 'data.reshape(-1, output["shape"][1])')
+    ),
     "a list": wrong("parse-answer", "is a list: make an array", (_RESHAPE, f"{_RESHAPE}.tolist()")),
     "the first output only": wrong(
         "parse-answer", "read were", ("    return arrays\n", "        break\n    return arrays\n")
     ),
     "returns a list": wrong(
-        "parse-answer", "returned list: return a dict", ("return arrays", "return list(arrays.values())")
+        "parse-answer",
+        "returned list: return a dict",
+        ("return arrays", "return list(arrays.values())"),
     ),
     "an error is an answer": wrong(
-        "parse-answer", "takes that for an answer", ("        raise error\n", "        return error\n")
+        "parse-answer",
+        "takes that for an answer",
+        ("        raise error\n", "        return error\n"),
     ),
-    "only 4xx": wrong("parse-answer", "raised KeyError: 'outputs'", ("if status != 200:", "if 400 <= status < 500:")),
+    "only 4xx": wrong(
+        "parse-answer",
+        "raised KeyError: 'outputs'",
+        ("if status != 200:", "if 400 <= status < 500:"),
+    ),
     "no words": wrong(
-        "parse-answer", "pass its words on", ("FlservingError(sentence)", 'FlservingError("request failed")')
+        "parse-answer",
+        "pass its words on",
+        ("FlservingError(sentence)", 'FlservingError("request failed")'),
     ),
     "no status": wrong("parse-answer", "whoever tries again decides by it", (_STATUS, "")),
     "HTML breaks it": wrong("parse-answer", "raised JSONDecodeError", (_CATCH, "KeyError")),
-    "a list breaks it": wrong("parse-answer", "raised TypeError", (_CATCH, "(ValueError, KeyError)")),
-    "another server breaks it": wrong("parse-answer", "raised KeyError", (_CATCH, "(ValueError, TypeError)")),
-    "says nothing": wrong("parse-answer", "say at least the status", ('f"status {status} without a sentence"', '""')),
-    "no Retry-After": wrong("parse-answer", "has no retry_after_s", (f"        error.retry_after_s = {_AFTER}\n", "")),
-    "Retry-After is a text": wrong("parse-answer", "is the text '1.5'", (_AFTER, 'headers.get("retry-after", 0)')),
-    "whole seconds": wrong(
-        "parse-answer", "raised ValueError: invalid literal", (_AFTER, 'int(headers.get("retry-after", 0))')
+    "a list breaks it": wrong(
+        "parse-answer", "raised TypeError", (_CATCH, "(ValueError, KeyError)")
     ),
-    "Retry-After must be there": wrong("parse-answer", "raised KeyError", (_AFTER, 'float(headers["retry-after"])')),
+    "another server breaks it": wrong(
+        "parse-answer", "raised KeyError", (_CATCH, "(ValueError, TypeError)")
+    ),
+    "says nothing": wrong(
+        "parse-answer", "say at least the status", ('f"status {status} without a sentence"', '""')
+    ),
+    "no Retry-After": wrong(
+        "parse-answer", "has no retry_after_s", (f"        error.retry_after_s = {_AFTER}\n", "")
+    ),
+    "Retry-After is a text": wrong(
+        "parse-answer", "is the text '1.5'", (_AFTER, 'headers.get("retry-after", 0)')
+    ),
+    "whole seconds": wrong(
+        "parse-answer",
+        "raised ValueError: invalid literal",
+        (_AFTER, 'int(headers.get("retry-after", 0))'),
+    ),
+    "Retry-After must be there": wrong(
+        "parse-answer", "raised KeyError", (_AFTER, 'float(headers["retry-after"])')
+    ),
     "None for nothing": wrong(
         "parse-answer",
         "is None: 0, the server said nothing",
@@ -164,17 +225,26 @@ def _retry(message: str, *edits: tuple[str, str]):
 
 WRONG["retry"] = {
     "retries InvalidInput": _retry(
-        r"InvalidInputError \(400\) was tried \d+ times: the same rows are refused again", (_SAFE, "again = True")
+        r"InvalidInputError \(400\) was tried \d+ times: the same rows are refused again",
+        (_SAFE, "again = True"),
     ),
-    "retries 401": _retry("UnauthorizedError .* stays unknown", (_SAFE, "again = error.http_status != 400")),
+    "retries 401": _retry(
+        "UnauthorizedError .* stays unknown", (_SAFE, "again = error.http_status != 400")
+    ),
     "retries every 5xx": _retry(
-        "ModelExecutionError .* the same rows fail in the same model", (_SAFE, "again = error.http_status >= 429")
+        "ModelExecutionError .* the same rows fail in the same model",
+        (_SAFE, "again = error.http_status >= 429"),
     ),
     "retries a deadline": _retry(
-        r"DeadlineExceededError \(504\) was tried", (_SAFE, "again = error.http_status in (429, 503, 504)")
+        r"DeadlineExceededError \(504\) was tried",
+        (_SAFE, "again = error.http_status in (429, 503, 504)"),
     ),
-    "never retries": _retry("gave up after 1 tries; 429 and 503 are safe", (_SAFE, "again = False")),
-    "only 429": _retry("ServerClosedError .* gave up after 1 tries", (_SAFE, "again = error.http_status == 429")),
+    "never retries": _retry(
+        "gave up after 1 tries; 429 and 503 are safe", (_SAFE, "again = False")
+    ),
+    "only 429": _retry(
+        "ServerClosedError .* gave up after 1 tries", (_SAFE, "again = error.http_status == 429")
+    ),
     "sleeps past the deadline": _retry(
         "do not start a wait that ends too late",
         (_STOP, ""),
@@ -192,8 +262,12 @@ WRONG["retry"] = {
     "cuts the timeout in pieces": _retry(
         "pass on what is left until the deadline", ("send(end_s - clock())", "send(deadline_s / 4)")
     ),
-    "no back-off": _retry("asked again at once, without a wait", (f"wait_s = {_WAIT}", "wait_s = 0")),
-    "ignores Retry-After": _retry("Retry-After 0.7 s, and was asked again", ("error.retry_after_s + ", "")),
+    "no back-off": _retry(
+        "asked again at once, without a wait", (f"wait_s = {_WAIT}", "wait_s = 0")
+    ),
+    "ignores Retry-After": _retry(
+        "Retry-After 0.7 s, and was asked again", ("error.retry_after_s + ", "")
+    ),
     "waits for Retry-After in vain": _retry(
         "in vain; raise the error at once",
         (
@@ -201,9 +275,12 @@ WRONG["retry"] = {
             "            sleep(error.retry_after_s)\n            wait_s = ",
         ),
     ),
-    "swallows the error": _retry("takes that for an answer", (_STOP, _STOP.replace("raise", "return None"))),
+    "swallows the error": _retry(
+        "takes that for an answer", (_STOP, _STOP.replace("raise", "return None"))
+    ),
     "swallows what is final": _retry(
-        "after InvalidInputError .* returned", (_AGAIN, _AGAIN.replace("raise", "return {'error': str(error)}"))
+        "after InvalidInputError .* returned",
+        (_AGAIN, _AGAIN.replace("raise", "return {'error': str(error)}")),
     ),
     "retries for ever": _retry("it still asks, with a deadline of 2 s", (_STOP, "")),
     "the same delay for all": _retry(
@@ -211,10 +288,12 @@ WRONG["retry"] = {
     ),
     "jitter that does not grow": _retry("they must grow", (" * 2**failures", "")),
     "two retries at most": _retry(
-        "four times 429", ("clock() + wait_s >= end_s", "failures >= 2 or clock() + wait_s >= end_s")
+        "four times 429",
+        ("clock() + wait_s >= end_s", "failures >= 2 or clock() + wait_s >= end_s"),
     ),
     "an error of its own": _retry(
-        "raised TimeoutError", (_STOP, _STOP.replace("raise", "raise TimeoutError('no answer') from None"))
+        "raised TimeoutError",
+        (_STOP, _STOP.replace("raise", "raise TimeoutError('no answer') from None")),
     ),
     "another typed error": _retry(
         "raise the OverloadedError that send raised",
@@ -226,7 +305,9 @@ WRONG["retry"] = {
         ("            wait_s =", "            seen.append(error)\n            wait_s ="),
         (_STOP, _STOP.replace("raise", "raise seen[0]")),
     ),
-    "waits after the answer": _retry("had to wait 0.1 s more", (_SEND, f"{_SEND}            sleep(0.1)\n")),
+    "waits after the answer": _retry(
+        "had to wait 0.1 s more", (_SEND, f"{_SEND}            sleep(0.1)\n")
+    ),
     "forgets to return": _retry("returned None", ("return answer", "return")),
     "no budget": _retry("keep a server down", (" or not budget.may_retry()", "")),
     "asks the budget twice": _retry(
@@ -242,11 +323,17 @@ WRONG["retry"] = {
         ),
     ),
     "a caller's mistake costs tokens": _retry(
-        "a 400 was counted", ("not again or not budget.may_retry()", "not budget.may_retry() or not again")
+        "a 400 was counted",
+        ("not again or not budget.may_retry()", "not budget.may_retry() or not again"),
     ),
-    "answers earn nothing": _retry("end all retries for good", ("            budget.answered()\n", "")),
-    "503 repeats what counts twice": _retry("would count twice", (_SAFE, "again = error.http_status in (429, 503)")),
+    "answers earn nothing": _retry(
+        "end all retries for good", ("            budget.answered()\n", "")
+    ),
+    "503 repeats what counts twice": _retry(
+        "would count twice", (_SAFE, "again = error.http_status in (429, 503)")
+    ),
     "nothing is repeated unless idempotent": _retry(
-        "a 429 says that nothing was done", (_SAFE, "again = idempotent and error.http_status in (429, 503)")
+        "a 429 says that nothing was done",
+        (_SAFE, "again = idempotent and error.http_status in (429, 503)"),
     ),
 }

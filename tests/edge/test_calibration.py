@@ -36,8 +36,12 @@ def test_the_accuracy_is_reached_and_no_smaller_share_would_do(cells, wanted):
         return
     found = calibrate(*columns, accuracy=wanted)
     right, sent = outcome(rows, found.threshold)
-    assert sent == min(enough) == round(found.share * len(rows)) and found.accuracy == right / len(rows)
-    assert found.standard_error == pytest.approx(math.sqrt(found.accuracy * (1 - found.accuracy) / len(rows)))
+    assert sent == min(enough) == round(found.share * len(rows)) and found.accuracy == right / len(
+        rows
+    )
+    assert found.standard_error == pytest.approx(
+        math.sqrt(found.accuracy * (1 - found.accuracy) / len(rows))
+    )
 
 
 def test_a_device_that_is_right_when_it_is_sure_keeps_what_it_is_sure_of():
@@ -46,8 +50,12 @@ def test_a_device_that_is_right_when_it_is_sure_keeps_what_it_is_sure_of():
     local, cloud = rng.uniform(size=20_000) < confidences, rng.uniform(size=20_000) < 0.95
     found = calibrate(confidences, local, cloud, accuracy=0.9)
     # accuracy(t) = E[c; c >= t] + 0.95 P(c < t) with c uniform on [0.3, 1]: t = 0.681 for 0.9
-    assert found.threshold == pytest.approx(0.681, abs=0.02) and found.accuracy == pytest.approx(0.9, abs=1e-3)
-    assert found.share == pytest.approx(0.544, abs=0.03) and found.standard_error == pytest.approx(0.0021, abs=1e-4)
+    assert found.threshold == pytest.approx(0.681, abs=0.02) and found.accuracy == pytest.approx(
+        0.9, abs=1e-3
+    )
+    assert found.share == pytest.approx(0.544, abs=0.03) and found.standard_error == pytest.approx(
+        0.0021, abs=1e-4
+    )
 
 
 def test_the_two_ends():

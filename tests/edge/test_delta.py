@@ -1,4 +1,5 @@
-"""Deltas: the right tensors or a typed error, whatever bytes come; few bytes where little changed."""
+"""Deltas: the right tensors or a typed error, whatever bytes come; few bytes where little
+changed."""
 
 import subprocess
 import sys
@@ -75,7 +76,9 @@ def test_quantised_is_near_and_a_projection(seed, magnitude):
     w = np.random.default_rng(seed).standard_normal((3, 17)) * 10.0**magnitude
     tensors = {"w": torch.from_numpy(np.clip(w, -3e38, 3e38).astype(np.float32))}
     once = delta.quantised(tensors)
-    assert same(delta.quantised(once), once), "a device could not tell its base's codes from its weights"
+    assert same(delta.quantised(once), once), (
+        "a device could not tell its base's codes from its weights"
+    )
     most = tensors["w"].abs().amax(dim=1, keepdim=True).double()
     spacing = most.float().mul(2**-22).clamp(min=2e-45).double()
     assert ((once["w"].double() - tensors["w"].double()).abs() <= most / 254 + spacing).all()
@@ -83,8 +86,13 @@ def test_quantised_is_near_and_a_projection(seed, magnitude):
 
 
 def test_int8_is_a_quarter_and_less_where_little_moved():
-    tensors = {"w": torch.from_numpy(np.random.default_rng(0).standard_normal((64, 512), dtype=np.float32))}
-    moved = {"w": tensors["w"] + 1e-3 * torch.from_numpy(np.random.default_rng(1).standard_normal((64, 512)))}
+    tensors = {
+        "w": torch.from_numpy(np.random.default_rng(0).standard_normal((64, 512), dtype=np.float32))
+    }
+    moved = {
+        "w": tensors["w"]
+        + 1e-3 * torch.from_numpy(np.random.default_rng(1).standard_normal((64, 512)))
+    }
     moved = {"w": moved["w"].float()}
     nbytes = tensors["w"].nbytes
     assert len(delta.encode(moved, None, "int8")) < nbytes / 4
@@ -102,7 +110,9 @@ def test_other_tensors_are_a_conflict():
 
 def frame(header, payload=b"", length=None):
     text = header if isinstance(header, bytes) else msgspec.json.encode(header)
-    return zstandard.compress((len(text) if length is None else length).to_bytes(4, "little") + text + payload)
+    return zstandard.compress(
+        (len(text) if length is None else length).to_bytes(4, "little") + text + payload
+    )
 
 
 GOOD = {"form": "exact", "base": None, "changed": ["head.bias"]}
@@ -147,7 +157,8 @@ def test_a_wrong_base_is_refused():
 
 @pytest.mark.parametrize("form", delta.FORMS)
 def test_damage_anywhere_is_refused_or_changes_the_result(form):
-    """The caller compares the result's digest with a signed one: so either is fine, and a crash is not."""
+    """The caller compares the result's digest with a signed one: so either is fine, and a crash is
+    not."""
     base = as_form(state(1), form)
     good = delta.encode(state(2), state(1), form)
     rng, refused = np.random.default_rng(3), 0
@@ -182,6 +193,10 @@ def test_a_bomb_takes_no_memory():
     head = len(text).to_bytes(4, "little") + text + BIAS
     bomb = zstandard.ZstdCompressor(level=1).compress(head + bytes(1 << 28))
     support = Path(__file__).parents[1] / "support"
-    done = subprocess.run([sys.executable, "-c", code], input=bomb, capture_output=True, cwd=support, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=bomb, capture_output=True, cwd=support, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 32 << 10, "kilobytes: of a quarter of a gigabyte, hardly anything may be inflated"
+    assert int(done.stdout) < 32 << 10, (
+        "kilobytes: of a quarter of a gigabyte, hardly anything may be inflated"
+    )

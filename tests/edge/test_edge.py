@@ -1,4 +1,5 @@
-"""The edge device: the global model or the client's own head, updates seen whole, and how old an answer is."""
+"""The edge device: the global model or the client's own head, updates seen whole, and how old an
+answer is."""
 
 import asyncio
 import os
@@ -88,7 +89,10 @@ def test_every_way_in_answers_the_device_s_client(edge):
     assert edge.predict([ROW, ROW], client=["device", "mallory"])["head"] == ["own", "unknown"]
     with flserving.serve(edge) as endpoint, Client(endpoint.url, endpoint.token) as client:
         answer = client.predict(ROW)
-        assert answer.items() >= {"predictions": [1.5], "head": "own", "path": "local", "degraded": False}.items()
+        assert (
+            answer.items()
+            >= {"predictions": [1.5], "head": "own", "path": "local", "degraded": False}.items()
+        )
 
 
 def test_personal_answers_are_those_of_a_linear_layer(edge):
@@ -100,7 +104,9 @@ def test_personal_answers_are_those_of_a_linear_layer(edge):
     with torch.no_grad():
         own, generic = torch.softmax(head(model.body(rows)), 1), torch.softmax(model(rows), 1)
     np.testing.assert_allclose(edge.predict(rows.numpy())["probabilities"], own, atol=1e-5)
-    np.testing.assert_allclose(edge.predict(rows.numpy(), False)["probabilities"], generic, atol=1e-5)
+    np.testing.assert_allclose(
+        edge.predict(rows.numpy(), False)["probabilities"], generic, atol=1e-5
+    )
 
 
 def test_a_head_for_another_body_never_answers_and_comes_back_with_its_body(edge):
@@ -132,7 +138,9 @@ def test_additive_heads_and_adapters(edge):
     edge.update_global(state_of(1), output_type="regression", **MLP)
     edge.update_local(head_of(0.5), layout="additive")
     assert told(edge.predict(ROW))[:3] == (1.5, "personal", "own")
-    edge.update_local({"head.weight": torch.tensor([[3.0]]), "head.bias": torch.tensor([0.25])}, layout="adapter")
+    edge.update_local(
+        {"head.weight": torch.tensor([[3.0]]), "head.bias": torch.tensor([0.25])}, layout="adapter"
+    )
     assert told(edge.predict(ROW))[:3] == (3.25, "personal", "own")
     edge.update_global(state_of(2))
     assert told(edge.predict(ROW))[:3] == (2, "global", "stale")
@@ -147,7 +155,9 @@ def test_sixteen_threads_see_each_update_whole_or_not_at_all(edge):
         seen = set()
         while not stop.is_set():
             answer = edge.predict(ROW, personalised)
-            seen.add((answer["model_version"], personalised, answer["predictions"][0], answer["round"]))
+            seen.add(
+                (answer["model_version"], personalised, answer["predictions"][0], answer["round"])
+            )
         return seen
 
     threads = Threads()
@@ -160,11 +170,16 @@ def test_sixteen_threads_see_each_update_whole_or_not_at_all(edge):
                 body = update
                 head = head_of(update + 0.5) if update % 2 else None
                 version = edge.update_global(state_of(body), round=body, head=head).version
-                expected[str(version)] = body, (body + 0.5 if update % 2 else body)  # a carried head is stale
+                expected[str(version)] = (
+                    body,
+                    (body + 0.5 if update % 2 else body),
+                )  # a carried head is stale
             else:
                 version = edge.update_local(head_of(update + 0.25)).version
                 expected[str(version)] = body, update + 0.25
-            assert edge.predict(ROW)["model_version"] == str(version), "on return, the update answers"
+            assert edge.predict(ROW)["model_version"] == str(version), (
+                "on return, the update answers"
+            )
     finally:
         stop.set()
     seen = set.union(*threads.results())
@@ -187,12 +202,24 @@ def test_killed_at_random_instants_of_its_updates_it_starts_with_a_whole_model(t
 
 def test_the_soft_limit_flags_and_the_hard_limit_refuses(tmp_path):
     clocks = Clocks()
-    with clocks.registry(tmp_path) as registry, clocks.edge(registry, fresh_s=60, refuse_s=600) as edge:
+    with (
+        clocks.registry(tmp_path) as registry,
+        clocks.edge(registry, fresh_s=60, refuse_s=600) as edge,
+    ):
         edge.update_global(state_of(1), round=1, output_type="regression", **MLP)
-        for passed_s, age_s, degraded in ((0, 0, False), (60, 60, False), (1, 61, True), (539, 600, True)):
+        for passed_s, age_s, degraded in (
+            (0, 0, False),
+            (60, 60, False),
+            (1, 61, True),
+            (539, 600, True),
+        ):
             clocks.pass_s(passed_s)
             answer = edge.predict(ROW)
-            assert (answer["age_s"], answer["degraded"], answer["path"]) == (age_s, degraded, "local")
+            assert (answer["age_s"], answer["degraded"], answer["path"]) == (
+                age_s,
+                degraded,
+                "local",
+            )
         clocks.pass_s(1)
         for _ in range(2):
             with pytest.raises(StaleModelError, match=r"601 s old, refuse_s is 600"):
@@ -219,7 +246,9 @@ def test_a_new_head_makes_the_body_no_younger_not_even_after_a_restart(tmp_path)
         clocks.monotonic_s = 0.0  # the device was switched off and on
         with clocks.edge(registry) as edge:
             answer = edge.predict(ROW)
-            assert told(answer) == (1.25, "personal", "own", 1) and answer["age_s"] == pytest.approx(300, abs=1e-3)
+            assert told(answer) == (1.25, "personal", "own", 1) and answer[
+                "age_s"
+            ] == pytest.approx(300, abs=1e-3)
 
 
 def test_a_clock_that_was_set_back_between_two_starts_makes_the_age_unknown(tmp_path):
@@ -233,7 +262,10 @@ def test_a_clock_that_was_set_back_between_two_starts_makes_the_age_unknown(tmp_
             assert answer["age_s"] is None and answer["degraded"]
             with flserving.serve(edge) as endpoint, Client(endpoint.url, endpoint.token) as client:
                 assert client.predict(ROW)["degraded"] is True
-        with clocks.edge(registry, refuse_s=1e9) as edge, pytest.raises(StaleModelError, match="of unknown age"):
+        with (
+            clocks.edge(registry, refuse_s=1e9) as edge,
+            pytest.raises(StaleModelError, match="of unknown age"),
+        ):
             edge.predict(ROW)
         with clocks.edge(registry, fresh_s=60, refuse_s=600) as edge:
             edge.confirm()
@@ -242,7 +274,8 @@ def test_a_clock_that_was_set_back_between_two_starts_makes_the_age_unknown(tmp_
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(-1e9, 1e9), st.booleans()), max_size=8))
 def test_no_jump_of_the_wall_clock_makes_an_old_model_look_fresh(steps):
-    """While it is awake, a device counts every second that passes, whatever its wall clock is set to."""
+    """While it is awake, a device counts every second that passes, whatever its wall clock is set
+    to."""
     clocks, true_s = Clocks(), 0.0
     age = Age(clocks.wall_s, lambda: clocks.monotonic_s, lambda: clocks.wall_s)
     for passed_s, jump_s, jumps in steps:
@@ -267,10 +300,19 @@ def test_an_alias_that_another_process_moves_back_is_as_old_as_what_it_leads_to(
         edge.update_global(state_of(1), round=1, output_type="regression", **MLP)
         clocks.pass_s(100)
         with clocks.registry(tmp_path) as other:
-            other.publish("model", state_of(2), lineage={"round": 2}, alias="default", output_type="regression", **MLP)
+            other.publish(
+                "model",
+                state_of(2),
+                lineage={"round": 2},
+                alias="default",
+                output_type="regression",
+                **MLP,
+            )
         edge.refresh()
         assert told(edge.predict(ROW)) == (2, "global", "none", 2)
-        registry.rollback("model", who="test", why="back")  # this very process: no refresh is needed
+        registry.rollback(
+            "model", who="test", why="back"
+        )  # this very process: no refresh is needed
         with pytest.raises(StaleModelError, match="version 1 is 100 s old"):
             edge.predict(ROW)
         with pytest.raises(StaleModelError, match="version 1 "):
@@ -301,13 +343,22 @@ def test_a_bad_update_leaves_what_served_before(edge, monkeypatch):
         edge.predict(ROW)
     edge.confirm()
     edge.update_global(state_of(1), round=1, output_type="regression", head=head_of(1.5), **MLP)
-    infinite = state_of(2) | {"head.weight": torch.full((1, 2), 1e38), "body.0.bias": torch.full((2,), 1e38)}
+    infinite = state_of(2) | {
+        "head.weight": torch.full((1, 2), 1e38),
+        "body.0.bias": torch.full((2,), 1e38),
+    }
     full = OSError(28, "No space left on device")
     bad = [
         (InvalidModelError, lambda: edge.update_global({"body.0.weight": torch.zeros(2, 2)})),
         (InvalidModelError, lambda: edge.update_global(state_of(float("nan")))),
-        (ModelExecutionError, lambda: edge.update_global(infinite)),  # finite weights, infinite answers
-        (InvalidModelError, lambda: edge.update_global(state_of(2), head={"head.weight": torch.zeros(1, 3)})),
+        (
+            ModelExecutionError,
+            lambda: edge.update_global(infinite),
+        ),  # finite weights, infinite answers
+        (
+            InvalidModelError,
+            lambda: edge.update_global(state_of(2), head={"head.weight": torch.zeros(1, 3)}),
+        ),
         (InvalidModelError, lambda: edge.update_local({"head.weight": torch.zeros(5, 2)})),
         (InvalidModelError, lambda: edge.update_local(head_of(float("inf")))),
         (InvalidModelError, lambda: edge.update_local({})),
@@ -331,12 +382,18 @@ def test_a_module_without_an_update_has_no_round_and_an_unknown_age():
     with EdgeModelServer(config=CONFIG, fresh_s=60) as edge:
         edge.load_model("v1", Tagged(), output_type="regression", num_features=2)
         answer = edge.predict(ROW)
-        assert (answer["round"], answer["age_s"], answer["degraded"], answer["path"]) == (None, None, True, "local")
+        assert (answer["round"], answer["age_s"], answer["degraded"], answer["path"]) == (
+            None,
+            None,
+            True,
+            "local",
+        )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_that_ends_takes_no_file_of_its_parent_along():
-    """Its finalizers run too: they must leave the temporary registry to the process that made it."""
+    """Its finalizers run too: they must leave the temporary registry to the process that made
+    it."""
     program = """if True:
         import os, sys
         import numpy as np
@@ -371,6 +428,10 @@ def test_a_temporary_registry_goes_with_its_server_and_a_given_one_stays(tmp_pat
         edge.predict(ROW)
     with Registry(tmp_path) as registry:
         with EdgeModelServer(config=CONFIG, registry=registry) as edge:
-            edge.update_global(state_of(1), round=4, output_type="regression", head=head_of(1.5), **MLP)
-        with EdgeModelServer(config=CONFIG, registry=registry) as edge:  # started again, without anybody to ask
+            edge.update_global(
+                state_of(1), round=4, output_type="regression", head=head_of(1.5), **MLP
+            )
+        with EdgeModelServer(
+            config=CONFIG, registry=registry
+        ) as edge:  # started again, without anybody to ask
             assert told(edge.predict(ROW)) == (1.5, "personal", "own", 4)

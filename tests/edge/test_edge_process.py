@@ -1,4 +1,5 @@
-"""``flserving edge`` as a device runs it: a process of its own, without its cloud, killed at any instant."""
+"""``flserving edge`` as a device runs it: a process of its own, without its cloud, killed at any
+instant."""
 
 import contextlib
 import json
@@ -45,7 +46,8 @@ class Device:
         self.url, self.grpc_url, self.token = (line.split()[1] for line in lines)
 
     def says(self, what, client, rows=X):
-        """One entry of an answer; None where there is no answer yet, or not in time on a busy machine."""
+        """One entry of an answer; None where there is no answer yet, or not in time on a busy
+        machine."""
         try:
             return client.predict(rows)[what]
         except FlservingError:
@@ -73,23 +75,35 @@ def device(root, url, *options, **environment):
 
 def test_a_device_serves_follows_and_outlives_its_cloud(tmp_path):
     with cloud(tmp_path / "cloud", 1, with_heads=True) as (released, endpoint):
-        with Between(endpoint.url) as between, device(tmp_path / "edge", between.url) as (running, client):
+        with (
+            Between(endpoint.url) as between,
+            device(tmp_path / "edge", between.url) as (running, client),
+        ):
             wait_until(lambda: running.round(client) == 1)
             answer = client.predict(X)
-            assert (answer["path"], answer["head"], answer["model_type"]) == ("local", "own", "personal")
+            assert (answer["path"], answer["head"], answer["model_type"]) == (
+                "local",
+                "own",
+                "personal",
+            )
             assert answer["degraded"] is False
             publish(released, 2, with_heads=True)
             wait_until(lambda: running.round(client) == 2)
             with Client(f"grpc://{running.grpc_url}", running.token) as other:
                 assert other.predict(X)["round"] == 2
-            assert httpx.get(f"{running.url}/v2/models/m").status_code == 401, "loopback asks for the token too"
+            assert httpx.get(f"{running.url}/v2/models/m").status_code == 401, (
+                "loopback asks for the token too"
+            )
             said = iter(running.process.stderr.readline, "")
             assert any("round 2 serves" in line for line in said), "after it answers"
             between.close()  # the cloud is gone
             assert client.predict(X)["round"] == 2
             assert running.end() == 0
             assert "round 2" not in running.stderr and "Traceback" not in running.stderr
-        with device(tmp_path / "edge", "http://127.0.0.1:9", FLSERVING_TOKEN="mine") as (running, _):
+        with device(tmp_path / "edge", "http://127.0.0.1:9", FLSERVING_TOKEN="mine") as (
+            running,
+            _,
+        ):
             assert running.token == "the"
             with Client(running.url, "mine") as client:
                 assert client.predict(X)["round"] == 2, "it serves at once, without the cloud"
@@ -136,7 +150,11 @@ def test_a_device_over_tls_trusts_its_authority_only_and_reads_its_token_from_a_
             wait_until(lambda: running.round(client) == 1)
         with device(tmp_path / "other", endpoint.url, "--no-grpc") as (running, client):
             line = running.process.stderr.readline()
-            assert "no update" in line and "CERTIFICATE_VERIFY_FAILED" in line and running.round(client) == 0
+            assert (
+                "no update" in line
+                and "CERTIFICATE_VERIFY_FAILED" in line
+                and running.round(client) == 0
+            )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -145,7 +163,10 @@ def test_a_cloud_that_swallows_every_word_does_not_put_off_the_end(tmp_path, num
     with socket.create_server(("127.0.0.1", 0)) as hole:
         hole.settimeout(60)
         url = f"http://127.0.0.1:{hole.getsockname()[1]}"
-        with device(tmp_path / "edge", url, "--no-grpc", "--timeout-s", 3600) as (running, client), hole.accept()[0]:
+        with (
+            device(tmp_path / "edge", url, "--no-grpc", "--timeout-s", 3600) as (running, client),
+            hole.accept()[0],
+        ):
             # the first look for an update is under way, and will not end
             assert client.ready() is False and running.end(number) == 0
             assert running.stderr == "flserving: stopping\n"
@@ -168,7 +189,9 @@ def test_a_cloud_that_swallows_every_word_does_not_put_off_the_end(tmp_path, num
         (["--policy", "as_drawn"], "name it with --model"),
         (["--directory", "{file}"], "cannot hold a registry"),
     ],
-    ids=lambda value: "-".join(value).replace("{", "").replace("}", "") if isinstance(value, list) else "",
+    ids=lambda value: (
+        "-".join(value).replace("{", "").replace("}", "") if isinstance(value, list) else ""
+    ),
 )
 def test_what_cannot_run_says_why(tmp_path, capsys, monkeypatch, options, says):
     monkeypatch.delenv("FLSERVING_CLOUD_TOKEN", raising=False)
@@ -180,7 +203,15 @@ def test_what_cannot_run_says_why(tmp_path, capsys, monkeypatch, options, says):
     places["words"].chmod(0o600)
     places["file"].write_text("")
     given = [option.format(**places) for option in options]
-    base = ["edge", "--cloud", "http://127.0.0.1:9", "--client", "c", "--directory", str(places["edge"])]
+    base = [
+        "edge",
+        "--cloud",
+        "http://127.0.0.1:9",
+        "--client",
+        "c",
+        "--directory",
+        str(places["edge"]),
+    ]
     try:
         assert cli.main([*base, *given]) == 1
     finally:
@@ -210,7 +241,9 @@ def test_waits_grow_and_are_spread_and_nothing_ends_the_loop():
         def pull(self):
             self.turn += 1
             if self.turn < 6:
-                raise ServerClosedError("no answer") if self.turn != 3 else ZeroDivisionError("a bug")
+                raise (
+                    ServerClosedError("no answer") if self.turn != 3 else ZeroDivisionError("a bug")
+                )
             return Pulled(self.turn == 6, 7, 7, 7, {})
 
     said, stop = [], Stop(9)
@@ -233,7 +266,8 @@ def test_what_the_cloud_says_does_not_command_the_terminal(caplog):
 
 
 def kills(tmp_path, count, form, sizes):
-    """Kill a device in the midst of ``count`` updates; how often it had the new round, and how often the one before."""
+    """Kill a device in the midst of ``count`` updates; how often it had the new round, and how
+    often the one before."""
     seed = budget.seed()
     with cloud(tmp_path / "cloud") as (released, endpoint):
         publish(released, 1, with_heads=True, sizes=sizes)
@@ -264,14 +298,18 @@ def kills(tmp_path, count, form, sizes):
             process.kill()
             process.communicate()
         with Registry(tmp_path / "edge") as registry:
-            assert registry.version_numbers("m") == list(range(1, len(registry.version_numbers("m")) + 1))
+            assert registry.version_numbers("m") == list(
+                range(1, len(registry.version_numbers("m")) + 1)
+            )
             assert len(list((tmp_path / "edge" / "sync").glob("*.part"))) <= 1
             left = tmp_path / "edge" / "staging"
             assert len(os.listdir(left)) <= count
             for folder in left.iterdir():
                 os.utime(folder, (0, 0))  # long ago
             with storage.staging(str(left)):
-                assert len(os.listdir(left)) == 1, "the next update clears away what killed ones left"
+                assert len(os.listdir(left)) == 1, (
+                    "the next update clears away what killed ones left"
+                )
     return found
 
 
@@ -288,4 +326,6 @@ def test_kill_9_at_random_instants(tmp_path, form):
 @pytest.mark.parametrize("form", ["exact", "int8"])
 def test_kill_9_at_a_hundred_random_instants(tmp_path, form):
     found = kills(tmp_path, 100, form, [8, 24, 3])
-    assert 10 < sum(found) < 90, f"the kills hit hardly any update, or all of them: {sum(found)} came through"
+    assert 10 < sum(found) < 90, (
+        f"the kills hit hardly any update, or all of them: {sum(found)} came through"
+    )

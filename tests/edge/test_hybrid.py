@@ -1,4 +1,5 @@
-"""Hybrid serving: which path a request takes, what each answer says, and that nothing leaves without consent."""
+"""Hybrid serving: which path a request takes, what each answer says, and that nothing leaves
+without consent."""
 
 import asyncio
 import itertools
@@ -32,7 +33,10 @@ from serving_models import PATIENCE_S, Gated, Probe, Threads, wait_until
 pytestmark = pytest.mark.timeout(120)
 CONFIG = ServingConfig(warmup_samples=1, timeout_ms=PATIENCE_S * 1e3)
 MLP = {"architecture": "mlp", "parameters": {"sizes": [2, 2, 2]}}
-SURE, UNSURE = [4.0, 0.0], [0.1, 0.0]  # the device answers 0 with confidences 0.98 and 0.52; the cloud answers 1
+SURE, UNSURE = (
+    [4.0, 0.0],
+    [0.1, 0.0],
+)  # the device answers 0 with confidences 0.98 and 0.52; the cloud answers 1
 HEAD = {"head.weight": torch.eye(2), "head.bias": torch.tensor([0.01, 0.0])}
 
 
@@ -49,7 +53,8 @@ def paths_of(hybrid):
 
 
 class Cloud:
-    """Answers class 1 to every row, raises ``error``, or waits for ``gate``; notes what it was asked."""
+    """Answers class 1 to every row, raises ``error``, or waits for ``gate``; notes what it was
+    asked."""
 
     def __init__(self):
         self.asked, self.error, self.version, self.said = [], None, "9", {"round": 5}
@@ -57,14 +62,25 @@ class Cloud:
         self.gate.set()
 
     def predict(self, features, *, model, timeout_ms, arrays, personal=False):
-        self.asked.append({"model": model, "timeout_ms": timeout_ms, "personal": personal, "rows": features.copy()})
+        self.asked.append(
+            {
+                "model": model,
+                "timeout_ms": timeout_ms,
+                "personal": personal,
+                "rows": features.copy(),
+            }
+        )
         assert arrays, "lists would lose the dtype"
         assert self.gate.wait(PATIENCE_S)
         if self.error is not None:
             raise self.error
         n = len(features)
         outputs = {"predictions": np.ones(n, np.int64), "confidences": np.full(n, 0.9, np.float32)}
-        return outputs | {"latency_ms": 1.0, "model_version": self.version, "model_type": "global"} | self.said
+        return (
+            outputs
+            | {"latency_ms": 1.0, "model_version": self.version, "model_type": "global"}
+            | self.said
+        )
 
 
 class World:
@@ -72,7 +88,9 @@ class World:
 
     def __init__(self, head=False, **limits):
         self.now_s, self.cloud, self.hybrids = 1.9e9, Cloud(), []
-        self.edge = EdgeModelServer(config=CONFIG, clock=lambda: self.now_s, wall=lambda: self.now_s, **limits)
+        self.edge = EdgeModelServer(
+            config=CONFIG, clock=lambda: self.now_s, wall=lambda: self.now_s, **limits
+        )
         self.edge.update_global(state(), round=4, head=HEAD if head else None, **MLP)
 
     def hybrid(self, policy="local_first", **options):
@@ -103,7 +121,9 @@ def world():
 @pytest.mark.parametrize("head", [False, True])
 def test_every_state_of_the_world_leads_to_the_path_that_the_policy_says(policy, head):
     world, wrong = World(head, fresh_s=60, refuse_s=600), []
-    cases = itertools.product((True, False), (0, 61, 601), (True, False), (True, False), (True, False))
+    cases = itertools.product(
+        (True, False), (0, 61, 601), (True, False), (True, False), (True, False)
+    )
     try:
         for sure, age_s, consent, up, cached in cases:
             world.edge.confirm()
@@ -125,9 +145,13 @@ def test_every_state_of_the_world_leads_to_the_path_that_the_policy_says(policy,
                 answer = hybrid.predict(row)
                 said = answer["path"]
                 device = said in ("local", "degraded")
-                right = answer["predictions"] == [0 if device else 1] and answer["round"] == (4 if device else 5)
+                right = answer["predictions"] == [0 if device else 1] and answer["round"] == (
+                    4 if device else 5
+                )
                 right &= answer["age_s"] == (age_s if device or said == "cache" else 0)
-                right &= answer["degraded"] == (said == "degraded" or (said == "local" and age_s > 60))
+                right &= answer["degraded"] == (
+                    said == "degraded" or (said == "local" and age_s > 60)
+                )
                 right &= answer["model_version"] == ("1" if device else "9")
             except StaleModelError:
                 said, right = "refused", True
@@ -154,7 +178,11 @@ def test_one_unsure_row_sends_the_whole_request_and_the_threshold_counts_as_sure
 
 def test_a_version_by_name_is_the_device_s_alone(world):
     hybrid = world.hybrid()
-    assert hybrid.predict(UNSURE, version=1)["path"] == hybrid.predict(UNSURE, version="default")["path"] == "local"
+    assert (
+        hybrid.predict(UNSURE, version=1)["path"]
+        == hybrid.predict(UNSURE, version="default")["path"]
+        == "local"
+    )
     assert not world.cloud.asked
 
 
@@ -164,11 +192,14 @@ def test_what_the_cloud_is_asked(world):
     hybrid.predict(UNSURE, use_personalized=False)
     first, second = world.cloud.asked
     assert first["model"] == "digits" and first["personal"] and not second["personal"]
-    assert first["timeout_ms"] == pytest.approx(2000) and first["rows"].tolist() == [pytest.approx(UNSURE)]
+    assert first["timeout_ms"] == pytest.approx(2000) and first["rows"].tolist() == [
+        pytest.approx(UNSURE)
+    ]
 
 
 def test_the_head_that_the_cloud_keeps_is_for_the_device_s_client_alone(world):
-    """The credential is the device's: asked for "b", the cloud would answer with the head of "device"."""
+    """The credential is the device's: asked for "b", the cloud would answer with the head of
+    "device"."""
     hybrid = world.hybrid(personal=True)
     for client in (None, "device", "b", ["device"], ""):
         hybrid.predict(UNSURE, client=client)
@@ -211,7 +242,9 @@ def test_without_consent_not_a_byte_leaves_the_device(policy):
         port = listener.getsockname()[1]
         try:
             with Client(f"http://127.0.0.1:{port}") as world.cloud:
-                hybrid = HybridServer(world.edge, world.cloud, policy)  # consent is off unless somebody gives it
+                hybrid = HybridServer(
+                    world.edge, world.cloud, policy
+                )  # consent is off unless somebody gives it
                 world.hybrids.append(hybrid)
                 for row in (SURE, UNSURE):
                     assert hybrid.predict(row)["path"] in ("local", "degraded")
@@ -219,11 +252,15 @@ def test_without_consent_not_a_byte_leaves_the_device(policy):
                 world.now_s += 61
                 with pytest.raises(StaleModelError):
                     hybrid.predict(UNSURE)
-                assert received == [] and hybrid.get_all_stats()["hybrid"]["cloud_refusals"].keys() == {"Forbidden"}
+                assert received == [] and hybrid.get_all_stats()["hybrid"][
+                    "cloud_refusals"
+                ].keys() == {"Forbidden"}
                 hybrid.consent = True  # the counter does count
                 with pytest.raises(StaleModelError):
                     hybrid.predict(UNSURE, timeout_ms=2000)
-                wait_until(lambda: received and received[0] > 0, "the bytes of a request with consent")
+                wait_until(
+                    lambda: received and received[0] > 0, "the bytes of a request with consent"
+                )
         finally:
             ends.set()
             threads.results()
@@ -237,12 +274,19 @@ def test_without_consent_not_a_byte_leaves_the_device(policy):
 def test_cached_answers_are_private_and_gone_after_a_promotion_on_either_side(world):
     hybrid = world.hybrid(cache_ttl_s=50)
     path = lambda **options: hybrid.predict(UNSURE, **options)["path"]  # noqa: E731
-    assert [path(), path(), path(use_personalized=False), path(client="b")] == ["cloud", "cache", "cloud", "cloud"]
+    assert [path(), path(), path(use_personalized=False), path(client="b")] == [
+        "cloud",
+        "cache",
+        "cloud",
+        "cloud",
+    ]
     assert [path(), path(use_personalized=False), path(client="b")] == ["cache"] * 3
     world.edge.update_global(state(1.1), round=5)  # the device heard of a new round
     assert [path(), path()] == ["cloud", "cache"]
     world.cloud.version = "10"
-    assert hybrid.predict([UNSURE, UNSURE])["path"] == "cloud"  # here it is told that the cloud has a new version
+    assert (
+        hybrid.predict([UNSURE, UNSURE])["path"] == "cloud"
+    )  # here it is told that the cloud has a new version
     assert [path(), path()] == ["cloud", "cache"]
     world.now_s += 49
     assert hybrid.predict(UNSURE)["age_s"] == 49
@@ -266,9 +310,13 @@ def test_identical_requests_ask_the_cloud_once():
         world.cloud.gate.clear()
         for _ in range(6):
             threads.start(hybrid.predict, UNSURE)
-        wait_until(lambda: hybrid.cloud_cache.stats()["shared"] == 5, "five that wait for the sixth")
+        wait_until(
+            lambda: hybrid.cloud_cache.stats()["shared"] == 5, "five that wait for the sixth"
+        )
         world.cloud.gate.set()
-        assert [answer["path"] for answer in threads.results()] == ["cloud"] * 6 and len(world.cloud.asked) == 1
+        assert [answer["path"] for answer in threads.results()] == ["cloud"] * 6 and len(
+            world.cloud.asked
+        ) == 1
     finally:
         world.close()
 
@@ -286,7 +334,8 @@ def test_who_follows_the_call_of_another_hears_why_it_failed(world):
 
 
 def test_who_follows_the_call_of_another_waits_no_longer_than_its_own_time(world):
-    """Of the two only the follower is in a hurry: the device answers it, the leader gets what it waits for."""
+    """Of the two only the follower is in a hurry: the device answers it, the leader gets what it
+    waits for."""
     with EdgeModelServer(config=CONFIG) as edge:  # by the real clock
         edge.update_global(state(), round=4, **MLP)
         world.cloud.gate.clear()
@@ -385,7 +434,9 @@ async def test_the_event_loop_goes_on_while_the_cloud_is_asked(world):
         await cancelled
     world.cloud.gate.set()
     assert (await waiting)["path"] == "cloud"
-    assert (await hybrid.apredict([UNSURE, UNSURE]))["path"] == "cloud"  # nobody waits for the cancelled one
+    assert (await hybrid.apredict([UNSURE, UNSURE]))[
+        "path"
+    ] == "cloud"  # nobody waits for the cancelled one
 
 
 def test_a_slow_device_is_waited_for():
@@ -418,7 +469,17 @@ def test_a_slow_device_is_waited_for():
         ({"age_s": -9}, "Flserving"),
         ({"model_version": ["9"]}, "Flserving"),
     ],
-    ids=["rows", "scalar", "none", "only_confidences", "text", "age_text", "age_nan", "age_negative", "version"],
+    ids=[
+        "rows",
+        "scalar",
+        "none",
+        "only_confidences",
+        "text",
+        "age_text",
+        "age_nan",
+        "age_negative",
+        "version",
+    ],
 )
 def test_an_answer_that_is_none_is_a_failure_of_the_cloud(world, said, reason):
     world.cloud.said = {"confidences": None} | said
@@ -442,7 +503,10 @@ def test_the_breaker_counts_what_says_that_the_cloud_is_ill(world):
 
 
 def test_a_device_without_a_model_asks_the_cloud_and_says_why_it_cannot_when_that_fails(world):
-    with EdgeModelServer(config=CONFIG) as empty, HybridServer(empty, world.cloud, consent=True) as hybrid:
+    with (
+        EdgeModelServer(config=CONFIG) as empty,
+        HybridServer(empty, world.cloud, consent=True) as hybrid,
+    ):
         assert hybrid.predict(UNSURE)["path"] == "cloud"
         world.cloud.error = ServerClosedError("away")
         with pytest.raises(FlservingError, match="no model is served"):
@@ -479,9 +543,16 @@ def test_the_doors_serve_it_unchanged(world):
     with flserving.serve(hybrid, grpc_port=0) as endpoint:
         for url in (endpoint.url, f"grpc://{endpoint.grpc_url}"):
             with Client(url, endpoint.token) as client:
-                local, remote = client.predict(SURE), client.predict([UNSURE, [0.2, 0.1]], stages=True)
+                local, remote = (
+                    client.predict(SURE),
+                    client.predict([UNSURE, [0.2, 0.1]], stages=True),
+                )
                 assert (local["path"], local["round"], local["degraded"]) == ("local", 4, False)
-                assert remote["path"] in ("cloud", "cache") and remote["round"] == 5 and remote["predictions"] == [1, 1]
+                assert (
+                    remote["path"] in ("cloud", "cache")
+                    and remote["round"] == 5
+                    and remote["predictions"] == [1, 1]
+                )
                 assert remote["stages_ms"].keys() == {remote["path"]}
                 assert client.ready() and client.metadata()["name"] == "flserving"
                 assert [row["name"] for row in client.models()] == ["model"]
@@ -533,7 +604,9 @@ def test_of_many_threads_one_gets_the_probe():
     assert sum(threads.results()) == 1
 
 
-@pytest.mark.parametrize("options", [{"failures": 0}, {"failures": 1.5}, {"pause_s": 0}, {"pause_s": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"failures": 0}, {"failures": 1.5}, {"pause_s": 0}, {"pause_s": True}], ids=str
+)
 def test_a_breaker_with_wrong_settings_is_refused(options):
     with pytest.raises(ConfigError):
         CircuitBreaker(**options)

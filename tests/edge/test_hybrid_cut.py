@@ -1,4 +1,5 @@
-"""The cloud is cut off in five ways, each by a real socket: the device answers in time, and says so every time."""
+"""The cloud is cut off in five ways, each by a real socket: the device answers in time, and says so
+every time."""
 
 import asyncio
 import contextlib
@@ -31,7 +32,9 @@ class Cut:
         self._socket.bind(("127.0.0.1", 0))
         scheme = "https" if how == "tls" else "http"
         self.url = f"{scheme}://127.0.0.1:{self._socket.getsockname()[1]}"
-        if how != "refused":  # bound and not listening: nobody else gets the port, and nobody answers
+        if (
+            how != "refused"
+        ):  # bound and not listening: nobody else gets the port, and nobody answers
             self._socket.listen(64)
             self._socket.settimeout(0.02)
             self._threads.start(self._accept)
@@ -54,7 +57,9 @@ class Cut:
                 connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")  # this port speaks no TLS
             elif self.how == "500":
                 body = b"Internal Server Error"
-                connection.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+                connection.sendall(
+                    b"HTTP/1.1 500 Oops\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+                )
             else:  # slow: it goes on and on, never silent for long
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
                 while not self._ends.wait(0.02):
@@ -91,7 +96,11 @@ def test_a_cut_cloud(edge, how, way):
             Client(endpoint.url, endpoint.token) as healthy,
             Client(cut.url) as away,
             HybridServer(
-                edge, away, consent=True, breaker=breaker, settings=HybridSettings(cloud_share=CLOUD_SHARE)
+                edge,
+                away,
+                consent=True,
+                breaker=breaker,
+                settings=HybridSettings(cloud_share=CLOUD_SHARE),
             ) as hybrid,
         ):
             centre.update_global(state(9.0), round=5, **MLP)
@@ -107,7 +116,11 @@ def test_a_cut_cloud(edge, how, way):
             assert cut.connections == connections, "an open breaker leaves the cloud alone"
             assert [answer["path"] for answer in answers] == ["degraded"] * len(answers)
             for answer in answers:
-                assert (answer["predictions"], answer["round"], answer["degraded"]) == ([0], 4, True)
+                assert (answer["predictions"], answer["round"], answer["degraded"]) == (
+                    [0],
+                    4,
+                    True,
+                )
                 assert answer["latency_ms"] < TIMEOUT_MS
 
             now[0] += PAUSE_S  # a probe, and it fails
@@ -120,10 +133,18 @@ def test_a_cut_cloud(edge, how, way):
             assert (answer["path"], answer["round"], answer["degraded"]) == ("cloud", 5, False)
             assert breaker.state == "closed" and ask(hybrid, UNSURE, way)["path"] == "cache"
             paths = hybrid.get_all_stats()["server"]["answers_by_path"]
-            assert paths == {"local": FAILURES, "degraded": len(answers) + 2, "cloud": 1, "cache": 1}
+            assert paths == {
+                "local": FAILURES,
+                "degraded": len(answers) + 2,
+                "cloud": 1,
+                "cache": 1,
+            }
     finally:
         cut.close()
-    wait_until(lambda: not any(t.name.startswith("flserving-cloud") for t in threading.enumerate()), "the last call")
+    wait_until(
+        lambda: not any(t.name.startswith("flserving-cloud") for t in threading.enumerate()),
+        "the last call",
+    )
 
 
 def test_an_answer_that_drips_holds_its_caller_no_longer_than_the_deadline():
@@ -136,7 +157,8 @@ def test_an_answer_that_drips_holds_its_caller_no_longer_than_the_deadline():
 
 
 def test_a_cut_under_load_flags_every_answer(edge):
-    """Sixteen threads while the cloud is a black hole: no answer without its flag, none that is missing."""
+    """Sixteen threads while the cloud is a black hole: no answer without its flag, none that is
+    missing."""
     cut, threads = Cut("black hole"), Threads()
     try:
         with (

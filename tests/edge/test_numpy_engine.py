@@ -1,4 +1,5 @@
-"""The engine without torch: torch's answers are the oracle, and a process that refuses torch is the proof."""
+"""The engine without torch: torch's answers are the oracle, and a process that refuses torch is the
+proof."""
 
 import re
 import sys
@@ -50,7 +51,11 @@ MODELS = {
     "a linear model": ("mlp", {"sizes": [8, 3]}, lambda: models.mlp([8, 3])),
     "the tutorial's": ("tutorial_mlp", {}, models.tutorial_mlp),
     "the digits'": ("digits_mlp", {}, models.digits_mlp),
-    "three wide layers": ("mlp", {"sizes": [784, 512, 512, 10]}, lambda: models.mlp([784, 512, 512, 10])),
+    "three wide layers": (
+        "mlp",
+        {"sizes": [784, 512, 512, 10]},
+        lambda: models.mlp([784, 512, 512, 10]),
+    ),
     "normalised": (None, None, normalised),
 }
 
@@ -63,12 +68,17 @@ def registry(tmp_path):
 
 def put(registry, kind, **options):
     architecture, parameters, make = MODELS[kind]
-    registry.publish("m", make(), architecture=architecture, parameters=parameters, alias="default", **options)
+    registry.publish(
+        "m", make(), architecture=architecture, parameters=parameters, alias="default", **options
+    )
     return registry.manifest("m", 1).signature.input_shape[0]
 
 
 def engines(registry):
-    return [load_engine(RegistrySource(registry, "m", engine=it.engine), "1", it) for it in (NUMPY, TORCH)]
+    return [
+        load_engine(RegistrySource(registry, "m", engine=it.engine), "1", it)
+        for it in (NUMPY, TORCH)
+    ]
 
 
 # The same answers
@@ -82,7 +92,9 @@ def test_a_hundred_thousand_rows_are_answered_as_torch_answers_them(registry, ki
     rng = np.random.default_rng(0)
     for _ in range(10):
         rows = rng.standard_normal((10_000, width), dtype=np.float32) * rng.choice([0.1, 1, 5])
-        got, wanted = (engine.execute([rows.astype(np.float32)])[0].arrays() for engine in (ours, theirs))
+        got, wanted = (
+            engine.execute([rows.astype(np.float32)])[0].arrays() for engine in (ours, theirs)
+        )
         for name in ("probabilities", "confidences"):
             np.testing.assert_allclose(got[name], wanted[name], rtol=0, atol=1e-5)
             assert got[name].dtype == np.float32
@@ -96,17 +108,24 @@ def test_personal_heads_answer_as_on_torch(registry, layout):
     shape = {"head": (25, 3), "additive": (25, 3), "adapter": (4, 3)}[layout]
     numbers = np.random.default_rng(1).standard_normal((2, *shape), dtype=np.float32)
     publish_with = {"architecture": "mlp", "parameters": {"sizes": [8, 24, 3]}, "alias": "default"}
-    registry.publish("m", models.mlp([8, 24, 3]), heads=HeadSet(layout, ["c-1", "c-2"], numbers), **publish_with)
+    registry.publish(
+        "m", models.mlp([8, 24, 3]), heads=HeadSet(layout, ["c-1", "c-2"], numbers), **publish_with
+    )
     rows = np.random.default_rng(2).standard_normal((200, 8), dtype=np.float32)
     clients = ["c-1", "c-2", "nobody", "c-1"] * 50
     with ModelServer(NUMPY, registry) as ours, ModelServer(TORCH, registry) as theirs:
-        got, wanted = (server.predict(rows, client=clients, arrays=True) for server in (ours, theirs))
+        got, wanted = (
+            server.predict(rows, client=clients, arrays=True) for server in (ours, theirs)
+        )
         assert got["head"] == wanted["head"] and got["head"][:3] == ["own", "own", "unknown"]
         np.testing.assert_allclose(got["probabilities"], wanted["probabilities"], rtol=0, atol=1e-5)
         alone = [
-            ours.predict(row, client=client)["probabilities"][0] for row, client in zip(rows, clients, strict=True)
+            ours.predict(row, client=client)["probabilities"][0]
+            for row, client in zip(rows, clients, strict=True)
         ]
-        np.testing.assert_allclose(alone, got["probabilities"], rtol=0, atol=1e-6, err_msg="a row in other company")
+        np.testing.assert_allclose(
+            alone, got["probabilities"], rtol=0, atol=1e-6, err_msg="a row in other company"
+        )
 
 
 @pytest.mark.parametrize("kind", ["the digits'", "three wide layers", "normalised"])
@@ -116,14 +135,17 @@ def test_a_row_alone_is_answered_as_in_a_batch(registry, kind):
     rows = np.random.default_rng(0).standard_normal((64, width), dtype=np.float32)
     before = rows.copy()
     together = engine.execute([rows])[0].arrays()["probabilities"]
-    alone = np.concatenate([engine.execute([row[None]])[0].arrays()["probabilities"] for row in rows])
+    alone = np.concatenate(
+        [engine.execute([row[None]])[0].arrays()["probabilities"] for row in rows]
+    )
     np.testing.assert_allclose(alone, together, rtol=0, atol=1e-6)
     assert np.array_equal(rows, before), "the caller's rows are not written to"
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0, 1), (1e4, 1), (1e6, 0.1), (-3e-5, 1e-6)])
 def test_rows_far_from_zero_are_normalised_as_torch_does(mean, std):
-    """A height above the sea, a time: what is rounded differently there is a large part of the outcome."""
+    """A height above the sea, a time: what is rounded differently there is a large part of the
+    outcome."""
     layer = nn.BatchNorm1d(8).eval()
     layer.running_mean.normal_().mul_(std).add_(mean)
     layer.running_var.uniform_().mul_(std**2)
@@ -131,7 +153,9 @@ def test_rows_far_from_zero_are_normalised_as_torch_does(mean, std):
     layer.bias.data.normal_()
     rows = (torch.randn(1000, 8) * std + mean).float()
     plan = Blueprint("sequential", {"layers": [{"layer": "BatchNorm1d", "num_features": 8}]})
-    got = plan.restore({f"0.{name}": tensor for name, tensor in layer.state_dict().items()})(rows.numpy())
+    got = plan.restore({f"0.{name}": tensor for name, tensor in layer.state_dict().items()})(
+        rows.numpy()
+    )
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, layer(rows).detach(), rtol=0, atol=1e-5)
 
@@ -142,9 +166,13 @@ def test_statistics_regression_and_outputs_that_are_not_finite(registry):
     registry.publish("m", module, preprocessing=statistics, output_type="regression")
     rows = np.array([[1, 2, 3], [4, 5, 3.0000001]], np.float32)
     ours, theirs = engines(registry)
-    np.testing.assert_allclose(ours.predict(rows)["predictions"], theirs.predict(rows)["predictions"], rtol=1e-5)
+    np.testing.assert_allclose(
+        ours.predict(rows)["predictions"], theirs.predict(rows)["predictions"], rtol=1e-5
+    )
     for engine in (ours, theirs):
-        with pytest.raises(Exception, match="output is not finite: check its weights and the input's scale"):
+        with pytest.raises(
+            Exception, match="output is not finite: check its weights and the input's scale"
+        ):
             engine.predict([[0, 0, 3e38]])
 
 
@@ -152,7 +180,11 @@ def test_statistics_regression_and_outputs_that_are_not_finite(registry):
 
 LAYERS = st.one_of(
     st.builds(lambda bias: ("Linear", {"bias": bias}), st.booleans()),
-    st.builds(lambda affine, eps: ("BatchNorm1d", {"affine": affine, "eps": eps}), st.booleans(), st.floats(1e-7, 0.1)),
+    st.builds(
+        lambda affine, eps: ("BatchNorm1d", {"affine": affine, "eps": eps}),
+        st.booleans(),
+        st.floats(1e-7, 0.1),
+    ),
     st.sampled_from([("ReLU", {}), ("Identity", {}), ("Dropout", {"p": 0.25})]),
 )
 
@@ -169,8 +201,12 @@ def test_any_chain_of_these_layers_has_the_tensors_and_the_outputs_of_torchs_mod
             layers.append({"layer": kind, "num_features": width} | arguments)
         else:
             layers.append({"layer": kind} | arguments)
-    plan, torchs = (models.blueprint(it, "sequential", {"layers": layers}) for it in ("numpy", "torch"))
-    assert list(map(weights.kind, plan.like.values())) == list(map(weights.kind, torchs.like.values()))
+    plan, torchs = (
+        models.blueprint(it, "sequential", {"layers": layers}) for it in ("numpy", "torch")
+    )
+    assert list(map(weights.kind, plan.like.values())) == list(
+        map(weights.kind, torchs.like.values())
+    )
     assert list(plan.like) == list(torchs.like) and plan.shapes == torchs.shapes
     module = models.build("sequential", {"layers": layers}).eval()
     for buffer in module.buffers():
@@ -184,14 +220,22 @@ def test_any_chain_of_these_layers_has_the_tensors_and_the_outputs_of_torchs_mod
 @pytest.mark.parametrize("form", delta.FORMS)
 def test_deltas_of_arrays_are_those_of_tensors_bit_for_bit(form):
     before, after = state(1), state(2)
-    arrays = [{name: tensor.numpy() for name, tensor in tensors.items()} for tensors in (before, after)]
+    arrays = [
+        {name: tensor.numpy() for name, tensor in tensors.items()} for tensors in (before, after)
+    ]
     made = delta.encode(after, before, form)
     assert delta.encode(*arrays[::-1], form) == made
     start = delta.quantised(arrays[0]) if form == "int8" else arrays[0]
-    got = delta.apply(made, start, models.blueprint("numpy", "mlp", {"sizes": [8, 24, 3]}).like, form)
-    assert weights.digest(got) == weights.digest(delta.quantised(after) if form == "int8" else after)
+    got = delta.apply(
+        made, start, models.blueprint("numpy", "mlp", {"sizes": [8, 24, 3]}).like, form
+    )
+    assert weights.digest(got) == weights.digest(
+        delta.quantised(after) if form == "int8" else after
+    )
     assert all(isinstance(it, np.ndarray) for it in got.values())
-    assert weights.pack(arrays[1]) == weights.pack(after) and weights.digest(arrays[1]) == weights.digest(after)
+    assert weights.pack(arrays[1]) == weights.pack(after) and weights.digest(
+        arrays[1]
+    ) == weights.digest(after)
 
 
 # What NumPy cannot run
@@ -236,7 +280,9 @@ def test_what_numpy_cannot_run_is_refused_with_what_it_can(what):
         Blueprint(architecture, parameters)
 
 
-@pytest.mark.parametrize("tensors", [{}, {"head.weight": np.zeros((3, 8), np.float32)}, {"head.weight": np.zeros(3)}])
+@pytest.mark.parametrize(
+    "tensors", [{}, {"head.weight": np.zeros((3, 8), np.float32)}, {"head.weight": np.zeros(3)}]
+)
 def test_weights_that_do_not_fit_are_refused(tensors):
     with pytest.raises(RuntimeError):
         Blueprint("mlp", {"sizes": [8, 3]}).restore(tensors)
@@ -258,9 +304,13 @@ def test_a_version_that_numpy_cannot_run_is_refused_at_the_pull_and_nothing_is_s
         before = edge.predict(X)
         assert (before["round"], before["head"]) == (1, "own")
         released.publish("m", gelu(), alias="default", lineage={"round": 2})
-        with pytest.raises(NotSupportedError, match=r"'GELU' needs torch\. NumPy runs mlp.*engine torch"):
+        with pytest.raises(
+            NotSupportedError, match=r"'GELU' needs torch\. NumPy runs mlp.*engine torch"
+        ):
             agent.pull()
-        assert set(agent._cloud.nbytes) == {"release", "manifest"}, "neither weights nor a delta were asked for"
+        assert set(agent._cloud.nbytes) == {"release", "manifest"}, (
+            "neither weights nor a delta were asked for"
+        )
         assert registry.version_numbers("m") == [1]
         assert edge.predict(X)["probabilities"] == before["probabilities"]
         publish(released, 3, with_heads=True)
@@ -278,7 +328,10 @@ def test_a_device_that_holds_what_numpy_cannot_run_does_not_start(tmp_path):
 
 
 def test_modules_are_for_torch(registry):
-    with ModelServer(NUMPY) as server, pytest.raises(NotSupportedError, match="load_model takes modules of torch"):
+    with (
+        ModelServer(NUMPY) as server,
+        pytest.raises(NotSupportedError, match="load_model takes modules of torch"),
+    ):
         server.load_model("v1", gelu())
     with pytest.raises(ConfigError, match="engine is 'jax': choose one of torch, numpy"):
         ServingConfig(engine="jax")
@@ -288,7 +341,10 @@ def test_modules_are_for_torch(registry):
 def test_a_device_takes_a_head_and_a_model_of_its_own(tmp_path, layout):
     own = {"head.weight": np.ones((3, 24), np.float32), "head.bias": np.arange(3, dtype=np.float32)}
     arrays = {name: tensor.numpy() for name, tensor in state(1).items()}
-    with Registry(tmp_path) as registry, EdgeModelServer(config=NUMPY, registry=registry, client="c-1") as edge:
+    with (
+        Registry(tmp_path) as registry,
+        EdgeModelServer(config=NUMPY, registry=registry, client="c-1") as edge,
+    ):
         edge.update_global(arrays, architecture="mlp", parameters={"sizes": [8, 24, 3]}, round=1)
         edge.update_local(own, layout=layout)
         assert edge.predict(X)["head"] == "own"
@@ -297,7 +353,10 @@ def test_a_device_takes_a_head_and_a_model_of_its_own(tmp_path, layout):
         bad = arrays | {"head.bias": np.full(3, np.nan, np.float32)}
         with pytest.raises(InvalidModelError, match=r"head\.bias holds NaN"):
             edge.update_global(bad, round=2)
-        with pytest.raises(InvalidModelError, match=r"do not fit 'mlp'.*head.bias is float32\[2\], not float32\[3\]"):
+        with pytest.raises(
+            InvalidModelError,
+            match=r"do not fit 'mlp'.*head.bias is float32\[2\], not float32\[3\]",
+        ):
             edge.update_global(arrays | {"head.bias": np.zeros(2, np.float32)}, round=2)
 
 
@@ -311,12 +370,14 @@ class NoTorch:
             raise ImportError(f"this process must not import {name}")
 sys.meta_path.insert(0, NoTorch())
 """
-"""A device has what flserving needs. rich is not: httpx loads it for its own command where others brought it."""
+"""A device has what flserving needs. rich is not: httpx loads it for its own command where others
+brought it."""
 
 
 @pytest.mark.parametrize("form", delta.FORMS)
 def test_the_command_serves_pulls_and_personalises_without_torch_in_90_mb(tmp_path, form):
-    """``flserving edge --engine numpy`` where an import of torch fails: first weights, then a delta to them."""
+    """``flserving edge --engine numpy`` where an import of torch fails: first weights, then a delta
+    to them."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(NO_TORCH)
     path = ":".join([str(tmp_path / "hook"), *filter(None, sys.path)])
@@ -329,10 +390,16 @@ def test_the_command_serves_pulls_and_personalises_without_torch_in_90_mb(tmp_pa
         publish(released, 2, with_heads=True)
         wait_until(lambda: running.round(client) == 2)
         answer = client.predict(X)
-        assert (answer["path"], answer["head"], answer["model_type"]) == ("local", "own", "personal")
+        assert (answer["path"], answer["head"], answer["model_type"]) == (
+            "local",
+            "own",
+            "personal",
+        )
         with ModelServer(TORCH, released) as server:
             wanted = server.predict(X, client="c-1")["probabilities"]
-        np.testing.assert_allclose(answer["probabilities"], wanted, atol=1e-5 if form == "exact" else 0.1)
+        np.testing.assert_allclose(
+            answer["probabilities"], wanted, atol=1e-5 if form == "exact" else 0.1
+        )
         assert psutil.Process(running.process.pid).memory_info().rss < 90e6
         released.publish("m", gelu(), alias="default", lineage={"round": 3})
         line = re.compile(r"flserving: no update \(the layer 'GELU' needs torch\. NumPy runs mlp")
@@ -351,7 +418,9 @@ def test_the_hook_of_the_test_above_refuses_torch(tmp_path):
     command = [sys.executable, "-m", "flserving", "edge", "--cloud", "http://127.0.0.1:9", "--client", "c-1",
                "--directory", str(tmp_path / "edge")]  # fmt: skip
     path = ":".join([str(tmp_path), *filter(None, sys.path)])
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path}
+    )
     assert ended.returncode == 1 and "must not import torch" in ended.stderr
 
 
@@ -364,7 +433,9 @@ def tell():
 """
 
 
-@pytest.mark.parametrize(("wanted", "threads"), [(None, 1), ("2", 2)], ids=["by itself", "as the environment says"])
+@pytest.mark.parametrize(
+    ("wanted", "threads"), [(None, 1), ("2", 2)], ids=["by itself", "as the environment says"]
+)
 def test_a_device_multiplies_on_one_core(wanted, threads, tmp_path):
     """The device has other work to do; a variable that is set already is left alone."""
     import os

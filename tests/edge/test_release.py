@@ -53,21 +53,31 @@ def wire(release):
 def test_a_statement_says_what_is_released(registry, signer):
     statement, key = verify(wire(signer.release("m", "ab12")), Statement, signer.public)
     assert key == signer.public
-    assert (statement.model, statement.version, statement.round, statement.nonce) == ("m", 3, 3, "ab12")
+    assert (statement.model, statement.version, statement.round, statement.nonce) == (
+        "m",
+        3,
+        3,
+        "ab12",
+    )
     assert statement.serial == registry.change_token() + 1 and statement.rollback == 0
     assert (statement.issued_at, statement.expires_at) == (NOW_S, NOW_S + VALID_S)
     assert statement.manifest_sha256 == sha256(device_manifest(registry, "m", 3))
     assert statement.int8_sha256 == weights.digest(delta.quantised(state(3)))
     text = signer.release("m").statement
-    assert text == msgspec.json.encode(msgspec.json.decode(text, type=Statement)).decode(), "canonical"
+    assert text == msgspec.json.encode(msgspec.json.decode(text, type=Statement)).decode(), (
+        "canonical"
+    )
 
 
 def test_the_signature_is_ed25519_over_the_labelled_text(registry, signer):
-    """Checked with another implementation's view: the private key in the file makes the same signature."""
+    """Checked with another implementation's view: the private key in the file makes the same
+    signature."""
     with open(f"{registry.root}/{KEY_FILE}") as file:
         key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(file.read()))
     release = signer.release("m")
-    assert key.sign(b"flserving Statement 1\n" + release.statement.encode()).hex() == release.signature
+    assert (
+        key.sign(b"flserving Statement 1\n" + release.statement.encode()).hex() == release.signature
+    )
 
 
 def test_the_key_is_private_kept_and_one(registry, tmp_path):
@@ -97,12 +107,18 @@ def test_the_serial_grows_with_every_change_and_rollbacks_are_signed(registry, s
     back = now()
     assert (back.round, back.rollback) == (2, 3) and back.serial > first.serial
     registry.set_alias("m", "default", 1, who="test", why="by hand")
-    assert (now().round, now().rollback) == (1, 3), "round 3 was rolled back: who has it may go lower"
+    assert (now().round, now().rollback) == (1, 3), (
+        "round 3 was rolled back: who has it may go lower"
+    )
     publish(registry, 4)
     assert (now().round, now().rollback) == (4, 0)
-    registry.set_alias("m", "default", 3, who="test", why="no rollback: a mistake must not reach devices")
+    registry.set_alias(
+        "m", "default", 3, who="test", why="no rollback: a mistake must not reach devices"
+    )
     assert (now().round, now().rollback) == (3, 0)
-    registry.set_alias("m", "default", 2, who="test", why="so is this one, though 3 was taken back long ago")
+    registry.set_alias(
+        "m", "default", 2, who="test", why="so is this one, though 3 was taken back long ago"
+    )
     assert (now().round, now().rollback) == (2, 3), "who has round 4 stays there"
     registry.remove_alias("m", "default", who="test", why="withdrawn")
     registry.rollback("m", who="test", why="back in service")
@@ -236,14 +252,34 @@ NEWER = {"serial": 7, "manifest_sha256": "c" * 64}
         ({}, SEEN, NOW_S + 600, "expired 0 s ago"),
         ({}, SEEN, 10 * NOW_S, "check the clocks"),
         ({"expires_at": NOW_S}, SEEN, 0, "expired"),
-        ({"serial": 7, "round": 2, "manifest_sha256": "c" * 64}, SEEN, NOW_S, "round 2, 3 ran here"),
-        ({"serial": 7, "round": 1, "rollback": 2, "manifest_sha256": "c" * 64}, SEEN, NOW_S, "round 1, 3 ran here"),
+        (
+            {"serial": 7, "round": 2, "manifest_sha256": "c" * 64},
+            SEEN,
+            NOW_S,
+            "round 2, 3 ran here",
+        ),
+        (
+            {"serial": 7, "round": 1, "rollback": 2, "manifest_sha256": "c" * 64},
+            SEEN,
+            NOW_S,
+            "round 1, 3 ran here",
+        ),
         (NEWER | {"version": 4, "round": 1, "undone": 0}, RAN, NOW_S, None),  # trained anew
         (NEWER | {"version": 2, "round": 9, "undone": 3}, RAN, NOW_S, None),
         (NEWER | {"version": 2, "round": 9, "undone": 0}, RAN, NOW_S, "version 2, 3 ran here"),
         (NEWER | {"version": 1, "undone": 2, "rollback": 99}, RAN, NOW_S, "version 1, 3 ran here"),
-        (NEWER | {"version": 4, "round": 1}, RAN, NOW_S, "round 1, 3 ran here"),  # a cloud of before ``undone``
-        (NEWER | {"version": 4, "round": 1, "undone": 0}, SEEN, NOW_S, "round 1, 3 ran here"),  # what ran, is unknown
+        (
+            NEWER | {"version": 4, "round": 1},
+            RAN,
+            NOW_S,
+            "round 1, 3 ran here",
+        ),  # a cloud of before ``undone``
+        (
+            NEWER | {"version": 4, "round": 1, "undone": 0},
+            SEEN,
+            NOW_S,
+            "round 1, 3 ran here",
+        ),  # what ran, is unknown
     ],
     ids=range(22),
 )
@@ -263,7 +299,11 @@ def test_what_a_device_follows(changes, seen, now_s, says):
 def signed_head(registry, signer):
     manifest = publish(registry, 5, with_heads=True)
     taken = registry.read("m", manifest.version).heads.take("c-2")
-    return signer.head("m", manifest.version, taken), sha256(device_manifest(registry, "m", manifest.version)), manifest
+    return (
+        signer.head("m", manifest.version, taken),
+        sha256(device_manifest(registry, "m", manifest.version)),
+        manifest,
+    )
 
 
 def test_a_head_travels(signer, signed_head):
@@ -273,7 +313,9 @@ def test_a_head_travels(signer, signed_head):
     assert (got.layout, got.clients, got.trained_on) == ("head", ["c-2"], [manifest.digests.body])
 
 
-@pytest.mark.parametrize("wrong", ["client", "model", "version", "key", "numbers", "shorter", "kind"])
+@pytest.mark.parametrize(
+    "wrong", ["client", "model", "version", "key", "numbers", "shorter", "kind"]
+)
 def test_a_wrong_head_is_refused(signer, signed_head, wrong):
     head, version, _ = signed_head
     client, model, key, error = "c-2", "m", signer.public, ForbiddenError

@@ -1,4 +1,5 @@
-"""The agent of a device: it gets what the cloud released, whole or not at all, and believes nobody else."""
+"""The agent of a device: it gets what the cloud released, whole or not at all, and believes nobody
+else."""
 
 import contextlib
 import os
@@ -60,7 +61,9 @@ def runs(registry, number, form="exact"):
     """Whether the device's default is round ``number``, with these very weights."""
     artifact = registry.read("m", registry.resolve("m"))
     wanted = state(number, artifact.manifest.parameters["sizes"])
-    return weights.digest(artifact.tensors) == weights.digest(delta.quantised(wanted) if form == "int8" else wanted)
+    return weights.digest(artifact.tensors) == weights.digest(
+        delta.quantised(wanted) if form == "int8" else wanted
+    )
 
 
 def answers(registry):
@@ -85,7 +88,9 @@ def test_a_device_follows_its_cloud(served, tmp_path, form):
     released, endpoint = served
     with device(tmp_path / "edge", endpoint.url, form=form) as (registry, agent):
         first = agent.pull()
-        assert (first.changed, first.round, first.version, first.local) == (True, 1, 1, 1) and runs(registry, 1, form)
+        assert (first.changed, first.round, first.version, first.local) == (True, 1, 1, 1) and runs(
+            registry, 1, form
+        )
         assert ("weights" in first.nbytes) == (form == "exact")
         for number in (2, 3):
             publish(released, number)
@@ -102,7 +107,9 @@ def test_a_device_follows_its_cloud(served, tmp_path, form):
         mine, theirs = registry.manifest("m", 3), released.manifest("m", 3)
         kept = ("architecture", "parameters", "signature", "preprocessing", "metrics", "note")
         assert all(getattr(mine, name) == getattr(theirs, name) for name in kept)
-        assert mine.lineage.extra["cloud_version"] == 3 and (mine.digests == theirs.digests) == (form == "exact")
+        assert mine.lineage.extra["cloud_version"] == 3 and (mine.digests == theirs.digests) == (
+            form == "exact"
+        )
 
 
 def test_the_state_survives_a_restart_without_the_cloud(served, tmp_path):
@@ -125,10 +132,14 @@ def test_the_own_head_comes_along_and_only_that(tmp_path):
                 store = registry.read("m", 1).heads
                 assert store.num_heads == 1 and store.find("c-1") == -1
                 wanted = heads(1).weights[CLIENTS.index("c-2")]
-                assert np.array_equal(store.gather(np.array([store.find("c-2")]))[0], wanted), "not stale"
+                assert np.array_equal(store.gather(np.array([store.find("c-2")]))[0], wanted), (
+                    "not stale"
+                )
         with device(tmp_path / "nobody", endpoint.url, "infer", client="c-1") as (registry, agent):
             agent.pull()
-            assert runs(registry, 1) and registry.read("m", 1).heads is None, "a token without a client gets no head"
+            assert runs(registry, 1) and registry.read("m", 1).heads is None, (
+                "a token without a client gets no head"
+            )
         with device(tmp_path / "other", endpoint.url, "c-1", client="c-2") as (registry, agent):
             with pytest.raises(ForbiddenError, match="this device is 'c-2'"):
                 agent.pull()
@@ -160,7 +171,11 @@ def test_an_edge_server_is_updated_whole_and_says_how_fresh_it_is(tmp_path):
             assert not edge.ready
             agent.pull()
             answer = edge.predict(X)
-            assert (answer["round"], answer["path"], answer["head"]) == (1, "local", "own") and answer["age_s"] < 60
+            assert (answer["round"], answer["path"], answer["head"]) == (
+                1,
+                "local",
+                "own",
+            ) and answer["age_s"] < 60
             publish(released, 2, with_heads=True)
             agent.pull()
             assert edge.predict(X)["round"] == 2 and edge.predict(X)["head"] == "own"
@@ -200,9 +215,18 @@ def test_a_download_goes_on_where_it_was_cut(tmp_path, form):
             pulled = agent.pull()
             assert runs(registry, 1, form)
             kind = "weights" if form == "exact" else "delta"
-            ranges = [line for data in between.requests for line in data.lower().splitlines() if b"range:" in line]
+            ranges = [
+                line
+                for data in between.requests
+                for line in data.lower().splitlines()
+                if b"range:" in line
+            ]
             assert len(ranges) >= 2, "three cuts, each one after some bytes"
-            size = (tmp_path / "cloud" / "deltas" / "m-1-0-int8").stat().st_size if form == "int8" else total
+            size = (
+                (tmp_path / "cloud" / "deltas" / "m-1-0-int8").stat().st_size
+                if form == "int8"
+                else total
+            )
             assert pulled.nbytes[kind] == size, "no byte came twice"
             assert not list((tmp_path / "edge" / "sync").glob("*.part"))
 
@@ -213,7 +237,9 @@ def test_a_download_goes_on_after_a_restart(tmp_path):
         endpoint.v2.server.serve(released, "m")
         total = released.manifest("m", 1).weights_nbytes
         clock = iter(range(0, 10**9, 1000))
-        with device(tmp_path / "edge", endpoint.url, limit_s=2500, clock=lambda: float(next(clock))) as (_, agent):
+        with device(
+            tmp_path / "edge", endpoint.url, limit_s=2500, clock=lambda: float(next(clock))
+        ) as (_, agent):
             with pytest.raises(DeadlineExceededError, match="took longer than 2500 s"):
                 agent.pull()
             (part,) = (tmp_path / "edge" / "sync").glob("*.part")
@@ -257,10 +283,20 @@ def test_a_cloud_that_says_nothing_is_given_up(served, tmp_path):
 
 
 def test_a_wrong_token_and_a_wrong_model_say_so(served, tmp_path):
-    for token, error in ((None, UnauthorizedError), ("nobody", UnauthorizedError), ("read", ForbiddenError)):
-        with device(tmp_path / str(token), served[1].url, token) as (_, agent), pytest.raises(error):
+    for token, error in (
+        (None, UnauthorizedError),
+        ("nobody", UnauthorizedError),
+        ("read", ForbiddenError),
+    ):
+        with (
+            device(tmp_path / str(token), served[1].url, token) as (_, agent),
+            pytest.raises(error),
+        ):
             agent.pull()
-    with device(tmp_path / "none", served[1].url, model="none") as (_, agent), pytest.raises(NotFoundError):
+    with (
+        device(tmp_path / "none", served[1].url, model="none") as (_, agent),
+        pytest.raises(NotFoundError),
+    ):
         agent.pull()
 
 
@@ -281,7 +317,10 @@ def test_another_cloud_is_refused(served, tmp_path):
             agent.pull()
         assert registry.models() == []
     for changed in ({"settings": SyncSettings(key="0" * 64)}, {"model": "n"}):
-        with Registry(tmp_path / "edge") as registry, pytest.raises(ConfigError, match="use another one"):
+        with (
+            Registry(tmp_path / "edge") as registry,
+            pytest.raises(ConfigError, match="use another one"),
+        ):
             SyncAgent(served[1].url, "infer", registry, edge=None, **changed)
 
 
@@ -299,7 +338,9 @@ def test_replays_are_refused_whatever_the_clock_says(served, liar, tmp_path):
     old = recorded(endpoint.url)
     publish(released, 2)
     with device(tmp_path / "edge", liar.url, wall=lambda: now_s[0]) as (registry, agent):
-        with pytest.raises(ForbiddenError, match="expired"):  # the device's clock runs ahead of the cloud's
+        with pytest.raises(
+            ForbiddenError, match="expired"
+        ):  # the device's clock runs ahead of the cloud's
             agent.pull()
         for clock_s in (0.0, 1_000_000_000.0):
             now_s[0] = clock_s
@@ -320,7 +361,10 @@ def test_an_older_registry_of_the_cloud_is_refused(tmp_path):
             agent.pull()
     os.makedirs(tmp_path / "backup")
     os.rename(tmp_path / "cloud" / "release.key", tmp_path / "backup" / "release.key")
-    with cloud(tmp_path / "backup", 1) as (_, endpoint), device(tmp_path / "edge", endpoint.url) as (registry, agent):
+    with (
+        cloud(tmp_path / "backup", 1) as (_, endpoint),
+        device(tmp_path / "edge", endpoint.url) as (registry, agent),
+    ):
         with pytest.raises(ForbiddenError, match="serial 3, 5 was seen"):
             agent.pull()
         assert agent.memory.facts.key == key and runs(registry, 2)
@@ -343,7 +387,9 @@ def test_a_downgrade_needs_a_signed_rollback(served, tmp_path):
         assert agent.pull().round == 2 and runs(registry, 2)
         publish(released, 4)
         assert agent.pull().round == 4
-        released.set_alias("m", "default", 1, who="test", why="a mistake: that 3 was taken back once is no excuse")
+        released.set_alias(
+            "m", "default", 1, who="test", why="a mistake: that 3 was taken back once is no excuse"
+        )
         with pytest.raises(ForbiddenError, match="version 1, 4 ran here"):
             agent.pull()
         assert runs(registry, 4)
@@ -359,10 +405,14 @@ def test_a_training_that_starts_anew_reaches_the_devices_and_can_be_taken_back(s
         for number in (1, 2):
             publish(released, number)
             pulled = agent.pull()
-            assert (pulled.changed, pulled.round, pulled.version) == (True, number, 3 + number) and runs(
-                registry, number
-            )
-        released.set_alias("m", "default", 3, who="test", why="a mistake: its round is higher, but it ran before")
+            assert (pulled.changed, pulled.round, pulled.version) == (
+                True,
+                number,
+                3 + number,
+            ) and runs(registry, number)
+        released.set_alias(
+            "m", "default", 3, who="test", why="a mistake: its round is higher, but it ran before"
+        )
         with pytest.raises(ForbiddenError, match="version 3, 5 ran here"):
             agent.pull()
         assert runs(registry, 2)
@@ -379,7 +429,8 @@ def test_a_training_that_starts_anew_reaches_the_devices_and_can_be_taken_back(s
 @examples(25)
 @given(seed=st.integers(0, 2**32))
 def test_no_replay_of_an_older_release_is_ever_followed(seed):
-    """Over any history of a cloud: all that it signed before is refused once, and again after a restart."""
+    """Over any history of a cloud: all that it signed before is refused once, and again after a
+    restart."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as root, Registry(root) as released:
         signer = Signer(released)
@@ -430,7 +481,16 @@ def test_a_device_of_before_versions_can_read_what_it_asks_for(served):
     """It asks without ``by``, and knows no field ``undone``."""
     statement = msgspec.json.decode(msgspec.json.decode(recorded(served[1].url))["statement"])
     assert statement.keys() == {
-        *("model", "version", "round", "serial", "manifest_sha256", "int8_sha256", "issued_at", "expires_at"),
+        *(
+            "model",
+            "version",
+            "round",
+            "serial",
+            "manifest_sha256",
+            "int8_sha256",
+            "issued_at",
+            "expires_at",
+        ),
         *("rollback", "nonce"),
     }
 
@@ -454,7 +514,11 @@ def flipped(status, said, body):
 
 
 def endless(status, said, body):
-    return 200, {"transfer-encoding": "chunked"}, (b"10000\r\n" + bytes(1 << 16) + b"\r\n" for _ in range(10_000))
+    return (
+        200,
+        {"transfer-encoding": "chunked"},
+        (b"10000\r\n" + bytes(1 << 16) + b"\r\n" for _ in range(10_000)),
+    )
 
 
 def announced(nbytes):
@@ -485,7 +549,11 @@ LIES = [
     ("weights", instead(b"x" * 100), CorruptArtifactError),
     ("weights", lambda *_: (416, {"content-length": "0"}, b""), TooLargeError),
     ("weights", lambda *_: (500, {"content-length": "5"}, b"<html"), FlservingError),
-    ("weights", lambda *_: (302, {"content-length": "0", "location": "http://127.0.0.1:9/"}, b""), FlservingError),
+    (
+        "weights",
+        lambda *_: (302, {"content-length": "0", "location": "http://127.0.0.1:9/"}, b""),
+        FlservingError,
+    ),
 ]
 
 
@@ -507,7 +575,10 @@ def test_an_answer_that_drips_is_given_up(served, liar, tmp_path):
     """Never silent for long, and never at its end: each byte comes well within ``timeout_s``."""
     over = threading.Event()
     liar.lies = {"release": lambda *_: (200, {"content-length": "9000"}, drops(over))}
-    with device(tmp_path / "edge", liar.url, timeout_s=PATIENCE_S, limit_s=1.0) as (registry, agent):
+    with device(tmp_path / "edge", liar.url, timeout_s=PATIENCE_S, limit_s=1.0) as (
+        registry,
+        agent,
+    ):
         try:
             with pytest.raises(DeadlineExceededError):
                 agent.pull()
@@ -541,7 +612,10 @@ def test_hostile_deltas_do_no_harm(served, liar, tmp_path, form):
             else:
                 with pytest.raises((CorruptArtifactError, TooLargeError)):
                     pytest.fail(f"{name} was believed: {agent.pull()}")
-                assert runs(registry, number - 1, form) and registry.version_numbers("m")[-1] == number - 1
+                assert (
+                    runs(registry, number - 1, form)
+                    and registry.version_numbers("m")[-1] == number - 1
+                )
                 liar.lies = {}
                 agent.pull()
                 assert runs(registry, number, form)
@@ -560,7 +634,10 @@ def test_a_signed_lie_about_sizes_is_refused(served, tmp_path, monkeypatch):
 
 def test_a_head_of_the_wrong_shape_does_no_harm(tmp_path):
     """A cloud may sign nonsense: the local registry checks what it publishes."""
-    with cloud(tmp_path / "cloud", 1, with_heads=True) as (released, endpoint), Liar(endpoint.url) as liar:
+    with (
+        cloud(tmp_path / "cloud", 1, with_heads=True) as (released, endpoint),
+        Liar(endpoint.url) as liar,
+    ):
         signer = Signer(released)
         taken = released.read("m", 1).heads.take("c-1")
         taken.weights = np.ones((1, 4, 2), np.float32)
@@ -575,7 +652,9 @@ def test_a_head_of_the_wrong_shape_does_no_harm(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["note", "part", "publish"])
-def test_a_full_disk_is_an_error_and_the_model_before_serves_on(served, tmp_path, monkeypatch, place):
+def test_a_full_disk_is_an_error_and_the_model_before_serves_on(
+    served, tmp_path, monkeypatch, place
+):
     released, endpoint = served
 
     class Full:
@@ -605,18 +684,22 @@ def test_a_full_disk_is_an_error_and_the_model_before_serves_on(served, tmp_path
             if place == "note":
                 patch.setattr("flserving.edge.sync.storage.write_file", full)
             elif place == "part":
-                patch.setattr("flserving.edge.sync.open", lambda *given: Full(open(*given)), raising=False)  # noqa: SIM115
+                full_disk = lambda *given: Full(open(*given))  # noqa: E731, SIM115
+                patch.setattr("flserving.edge.sync.open", full_disk, raising=False)
             else:
                 patch.setattr("flserving.registry.storage.os.rename", full)
             with pytest.raises(FlservingError, match=r"No space left on device.*free"):
                 agent.pull()
         assert runs(registry, 1) and registry.version_numbers("m") == [1]
-        assert not list((tmp_path / "edge" / "sync").glob("*.part")) and not os.listdir(tmp_path / "edge" / "staging")
+        assert not list((tmp_path / "edge" / "sync").glob("*.part")) and not os.listdir(
+            tmp_path / "edge" / "staging"
+        )
         assert agent.pull().round == 2 and runs(registry, 2)
 
 
 def test_a_clock_that_jumps_makes_nothing_look_fresh(served, tmp_path):
-    """Ages by the wall clock, over restarts: a device that was off for a day, and whose clock says that it was not."""
+    """Ages by the wall clock, over restarts: a device that was off for a day, and whose clock says
+    that it was not."""
     day_s, now_s = 86_400.0, [4_000_000_000.0]
     with Registry(tmp_path / "edge") as registry:
         memory = Memory(registry, wall=lambda: now_s[0])
@@ -646,7 +729,9 @@ def test_a_clock_that_jumped_ahead_recovers_with_the_next_pull(served, tmp_path)
         now_s[0] -= 10**9
         assert agent.memory.wall() > now_s[0] + 10**8
         agent.pull()
-        assert agent.memory.wall() < now_s[0] + 60, "the cloud's time was signed, and the clock agrees with it"
+        assert agent.memory.wall() < now_s[0] + 60, (
+            "the cloud's time was signed, and the clock agrees with it"
+        )
 
 
 def test_a_memory_that_cannot_be_read_says_so(tmp_path):
@@ -702,7 +787,10 @@ def test_a_downgrade_is_refused_also_where_the_version_that_ran_is_broken(served
 
 def test_the_disk_of_a_device_keeps_two_versions_and_what_cannot_be_had_again(tmp_path):
     def whole():
-        return sorted(int(path.parent.name) for path in (tmp_path / "edge" / "models" / "m").glob("*/weights*"))
+        return sorted(
+            int(path.parent.name)
+            for path in (tmp_path / "edge" / "models" / "m").glob("*/weights*")
+        )
 
     with (
         cloud(tmp_path / "cloud", 1, with_heads=True) as (released, endpoint),
@@ -714,7 +802,9 @@ def test_the_disk_of_a_device_keeps_two_versions_and_what_cannot_be_had_again(tm
         assert whole() == [3, 4]
         registry.set_alias("m", "mine", 3, who="test", why="to compare with")
         tensors = state(4)
-        mine = agent._edge.update_local({name: tensors[name] for name in ("head.weight", "head.bias")}).version
+        mine = agent._edge.update_local(
+            {name: tensors[name] for name in ("head.weight", "head.bias")}
+        ).version
         for number in range(6, 9):
             agent.pull()
             publish(released, number)
@@ -725,7 +815,9 @@ def test_the_disk_of_a_device_keeps_two_versions_and_what_cannot_be_had_again(tm
         released.rollback("m", who="test", why="worse")
         assert agent.pull().nbytes["delta"], "what went is downloaded again"
         assert runs(registry, 5) and whole() == [3, mine, mine + 3, mine + 4]
-        shadow = registry.start_experiment("m", Experiment(id="s", shadow=mine + 3), "mine", who="test", why="to see")
+        shadow = registry.start_experiment(
+            "m", Experiment(id="s", shadow=mine + 3), "mine", who="test", why="to see"
+        )
         for number in range(9, 12):
             publish(released, number)
             agent.pull()
@@ -735,7 +827,12 @@ def test_the_disk_of_a_device_keeps_two_versions_and_what_cannot_be_had_again(tm
 def test_the_table_of_bytes():
     script = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "edge_bytes.py"))
     rows = {row.way: row for row in script["rows"](quick=True)}
-    assert rows["delta int8"].payload < 0.3 * rows["full"].payload < rows["delta exact"].payload < rows["full"].payload
+    assert (
+        rows["delta int8"].payload
+        < 0.3 * rows["full"].payload
+        < rows["delta exact"].payload
+        < rows["full"].payload
+    )
     assert rows["head only"].payload < rows["full"].payload / 3
     assert abs(rows["delta int8"].accuracy - rows["full"].accuracy) < 0.02
     assert all(row.markdown(rows["full"]).count("|") == 8 for row in rows.values())
@@ -743,4 +840,10 @@ def test_the_table_of_bytes():
 
 def test_a_bad_authority_is_a_message(tmp_path):
     with Registry(tmp_path) as registry, pytest.raises(ConfigError, match="PEM certificate"):
-        SyncAgent("https://127.0.0.1:9", None, registry, edge=None, settings=SyncSettings(ca=b"no certificate"))
+        SyncAgent(
+            "https://127.0.0.1:9",
+            None,
+            registry,
+            edge=None,
+            settings=SyncSettings(ca=b"no certificate"),
+        )

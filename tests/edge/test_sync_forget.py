@@ -1,4 +1,5 @@
-"""A client is forgotten in the cloud: its device forgets it with the next pull, and no other device notices."""
+"""A client is forgotten in the cloud: its device forgets it with the next pull, and no other device
+notices."""
 
 import contextlib
 
@@ -52,30 +53,44 @@ def device(root, endpoint, client=CLIENT, token_of=None):
         Registry(root) as registry,
         EdgeModelServer(registry=registry, model="m", client=client) as edge,
         contextlib.closing(
-            SyncAgent(endpoint.url, f"token-of-{(token_of or client)[:5]}", registry, edge=edge, client=client)
+            SyncAgent(
+                endpoint.url,
+                f"token-of-{(token_of or client)[:5]}",
+                registry,
+                edge=edge,
+                client=client,
+            )
         ) as agent,
     ):
         yield edge, agent
 
 
 def test_the_device_forgets_with_its_next_pull(released, tmp_path):
-    """Its own head goes too, the one that it trained itself: the file of a head is named by its client."""
+    """Its own head goes too, the one that it trained itself: the file of a head is named by its
+    client."""
     registry, endpoint = released
     with device(tmp_path / "edge", endpoint) as (edge, agent):
         agent.pull()
         own = edge.predict(X)
-        edge.update_local({"head.weight": torch.ones(SIZES[2], SIZES[1]), "head.bias": torch.zeros(SIZES[2])})
+        edge.update_local(
+            {"head.weight": torch.ones(SIZES[2], SIZES[1]), "head.bias": torch.zeros(SIZES[2])}
+        )
         assert own["head"] == edge.predict(X)["head"] == "own"
         assert {form for _, form in search(tmp_path / "edge", CLIENT)} >= {"key_of, first column"}
         registry.forget(CLIENT)
         pulled = agent.pull()
         assert not pulled.changed and pulled.nbytes.keys() == {"release"}
         answer = edge.predict(X)
-        assert answer["head"] == "none" and answer["probabilities"] == edge.predict(X, False)["probabilities"]
+        assert (
+            answer["head"] == "none"
+            and answer["probabilities"] == edge.predict(X, False)["probabilities"]
+        )
         assert search(tmp_path / "edge", CLIENT) == search(tmp_path / "cloud", CLIENT) == set()
         token = edge.registry.change_token()
         agent.pull()
-        assert edge.registry.change_token() == token and edge.predict(X)["head"] == "none", "it stays forgotten"
+        assert edge.registry.change_token() == token and edge.predict(X)["head"] == "none", (
+            "it stays forgotten"
+        )
     assert search(tmp_path / "edge", CLIENT) == set(), "nor in what is left after its end"
 
 
@@ -114,7 +129,9 @@ def test_a_device_with_another_clients_token_forgets_no_client_but_its_own(relea
     publish(registry, 2, (CLIENT,))
     with device(tmp_path / "edge", endpoint, token_of=OTHER) as (edge, agent):
         agent.pull()
-        edge.update_local({"head.weight": torch.ones(SIZES[2], SIZES[1]), "head.bias": torch.zeros(SIZES[2])})
+        edge.update_local(
+            {"head.weight": torch.ones(SIZES[2], SIZES[1]), "head.bias": torch.zeros(SIZES[2])}
+        )
         before = edge.predict(X)["probabilities"]
         registry.forget(OTHER)
         agent.pull()
@@ -130,13 +147,19 @@ def test_the_cloud_gives_its_head_to_nobody_any_more(released):
     assert httpx.get(url, headers=headers).status_code == 404
 
 
-def test_a_device_that_could_not_forget_does_so_with_the_pull_after(released, tmp_path, monkeypatch):
+def test_a_device_that_could_not_forget_does_so_with_the_pull_after(
+    released, tmp_path, monkeypatch
+):
     registry, endpoint = released
     with device(tmp_path / "edge", endpoint) as (edge, agent):
         agent.pull()
         registry.forget(CLIENT)
         with monkeypatch.context() as patched:
-            patched.setattr(Registry, "_scrub", lambda self: (_ for _ in ()).throw(FlservingError("the disk is full")))
+            patched.setattr(
+                Registry,
+                "_scrub",
+                lambda self: (_ for _ in ()).throw(FlservingError("the disk is full")),
+            )
             with pytest.raises(FlservingError, match="the disk is full"):
                 agent.pull()
         agent.pull()
@@ -144,7 +167,9 @@ def test_a_device_that_could_not_forget_does_so_with_the_pull_after(released, tm
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "heads.bin"])
-def test_a_damaged_version_on_the_device_stops_neither_its_forgetting_nor_its_pulls(released, tmp_path, file):
+def test_a_damaged_version_on_the_device_stops_neither_its_forgetting_nor_its_pulls(
+    released, tmp_path, file
+):
     registry, endpoint = released
     with device(tmp_path / "edge", endpoint) as (edge, agent):
         agent.pull()
@@ -171,10 +196,13 @@ def test_only_who_asks_is_told_and_a_device_of_before_reads_its_statement(releas
 
 
 def test_a_device_that_knows_the_whole_manifest_takes_the_one_for_devices(released, tmp_path):
-    """Its cloud was updated meanwhile: the same version, the same state of the registry, another manifest."""
+    """Its cloud was updated meanwhile: the same version, the same state of the registry, another
+    manifest."""
     registry, endpoint = released
     with Registry(tmp_path / "edge") as local:
-        Memory(local).note(model="m", serial=registry.change_token(), manifest_sha256="0" * 64, version=1, round=1)
+        Memory(local).note(
+            model="m", serial=registry.change_token(), manifest_sha256="0" * 64, version=1, round=1
+        )
     with device(tmp_path / "edge", endpoint) as (edge, agent):
         assert agent.pull().changed and edge.predict(X)["head"] == "own"
     statement, _ = verify(msgspec.json.encode(Signer(registry).release("m")), Statement, None)

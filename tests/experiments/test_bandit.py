@@ -1,4 +1,5 @@
-"""The bandit: it finds the best arm with little regret, follows sums, and in a server learns from feedback."""
+"""The bandit: it finds the best arm with little regret, follows sums, and in a server learns from
+feedback."""
 
 import contextlib
 import random
@@ -17,7 +18,11 @@ MEANS = {"a": 0.5, "b": 0.6, "c": 0.8}
 
 def played(seed, rounds=2_000, batch=1):
     """The sums of each arm after so many rewards; ``batch`` rewards come late, all at once."""
-    bandit, draws, sums = Thompson(MEANS, seed), random.Random(1000 + seed), dict.fromkeys(MEANS, (0, 0.0))
+    bandit, draws, sums = (
+        Thompson(MEANS, seed),
+        random.Random(1000 + seed),
+        dict.fromkeys(MEANS, (0, 0.0)),
+    )
     for turn in range(rounds):
         arm = bandit.choose()
         sums[arm] = sums[arm][0] + 1, sums[arm][1] + (draws.random() < MEANS[arm])
@@ -56,8 +61,15 @@ def test_in_a_server_it_learns_from_feedback(tmp_path):
         running = registry.start_experiment("m", experiment, who="test", why="to see")
         for i in range(40):
             answer = server.predict(ROW, client=f"c-{i}")
-            server.experiments.feedback("m", answer["receipt"], float(answer["arm"] == "good"), f"c-{i}")
-        wait_until(lambda: sum(n for n, _ in server.experiments._bandits[running.run].known.values()) == 40, "learning")
+            server.experiments.feedback(
+                "m", answer["receipt"], float(answer["arm"] == "good"), f"c-{i}"
+            )
+        wait_until(
+            lambda: (
+                sum(n for n, _ in server.experiments._bandits[running.run].known.values()) == 40
+            ),
+            "learning",
+        )
         arms = [server.predict(ROW, client="c-1")["arm"] for _ in range(200)]
         assert arms.count("good") > 150
         report = server.experiments.report("m")["arms"]
@@ -74,7 +86,9 @@ def test_an_arm_that_fails_is_learned_without_any_feedback(tmp_path):
                 server.predict(LOUD, client="c-1")
         server.experiments.look()
         arms = [server.predict(ROW, client="c-1")["arm"] for _ in range(200)]
-        assert arms.count("good") > 150 and server.experiments.report("m")["arms"]["bad"]["failed"] > 5
+        assert (
+            arms.count("good") > 150 and server.experiments.report("m")["arms"]["bad"]["failed"] > 5
+        )
 
 
 class Last:
@@ -93,7 +107,9 @@ class Last:
 def test_a_server_takes_another_rule_for_either_kind(tmp_path):
     with published(tmp_path) as registry, server_of(registry) as server:
         server.experiments.bandit = Last
-        server.experiments.arm_of = lambda experiment, client: max(experiment.arms, key=lambda arm: (client[0], arm))
+        server.experiments.arm_of = lambda experiment, client: max(
+            experiment.arms, key=lambda arm: (client[0], arm)
+        )
         for rule in ("bandit", "sticky"):
             experiment = Experiment.of(rule, {"a": (2, 0.5), "b": (3, 0.5)}, rule=rule)
             registry.start_experiment("m", experiment, who="test", why="to see")

@@ -1,5 +1,6 @@
-"""Bookkeeping never stops serving: answers, health and promotions go on while a file that they do not need is locked,
-damaged, gone or cannot be written; the books go on by themselves once it is well again."""
+"""Bookkeeping never stops serving: answers, health and promotions go on while a file that they do
+not need is locked, damaged, gone or cannot be written; the books go on by themselves once it is
+well again."""
 
 import gc
 import os
@@ -56,11 +57,14 @@ def server(registry):
 
 @contextmanager
 def locked(path):
-    """Somebody keeps the database: for readers, too, unless they were here before. It outlives every wait of a test."""
+    """Somebody keeps the database: for readers, too, unless they were here before. It outlives
+    every wait of a test."""
     other = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
         try:
-            other.executescript("PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE; CREATE TABLE held (x)")
+            other.executescript(
+                "PRAGMA locking_mode = EXCLUSIVE; BEGIN EXCLUSIVE; CREATE TABLE held (x)"
+            )
         except sqlite3.OperationalError:
             other.executescript("PRAGMA locking_mode = NORMAL; BEGIN IMMEDIATE;")
         yield
@@ -162,7 +166,10 @@ def test_answers_health_and_promotions_wait_for_no_feedback_store(
             wait_until(told, "the problem in health")
             assert "receipt" not in clients[0].predict(ROW, model="m")
             registry.set_alias("other", "default", 2, **LOG)
-            wait_until(lambda: clients[0].predict(ROW, model="other")["model_version"] == "2", "a promotion")
+            wait_until(
+                lambda: clients[0].predict(ROW, model="other")["model_version"] == "2",
+                "a promotion",
+            )
 
         def well():
             answer = clients[0].predict(ROW, model="m")
@@ -179,7 +186,9 @@ OPTIONAL = (FILE_NAME, KEY_FILE, "release.key", "deltas")
 @pytest.mark.parametrize("begun", [False, True], ids=["before", "meanwhile"])
 @pytest.mark.parametrize("what", ["garbage", "directory", "removed"])
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_no_optional_file_of_a_registry_is_needed_for_an_answer(tmp_path, registry, name, what, begun):
+def test_no_optional_file_of_a_registry_is_needed_for_an_answer(
+    tmp_path, registry, name, what, begun
+):
     path = tmp_path / name
 
     def harm():
@@ -230,7 +239,9 @@ def test_an_answer_is_given_while_the_store_is_being_opened(registry, server, mo
 
 
 @pytest.mark.parametrize("content", [b"", b"no key", b"ff" * 31], ids=["empty", "text", "short"])
-def test_a_key_that_cannot_be_read_costs_the_receipts_only(tmp_path, registry, server, monkeypatch, content):
+def test_a_key_that_cannot_be_read_costs_the_receipts_only(
+    tmp_path, registry, server, monkeypatch, content
+):
     monkeypatch.setattr(controller, "JUDGE_S", 0)
     (tmp_path / KEY_FILE).touch(0o600)
     (tmp_path / KEY_FILE).write_bytes(content)
@@ -253,15 +264,21 @@ def test_a_store_that_was_removed_is_made_again(tmp_path, registry, server):
     server.experiments.feedback("m", second, 1, "c")  # its key is another file
     other = FeedbackStore(str(tmp_path))
     run = registry.experiments("m")["default"].run
-    assert sum(n for n, _ in other.sums(run).values()) == 1, "it is in the new file, where all processes see it"
+    assert sum(n for n, _ in other.sums(run).values()) == 1, (
+        "it is in the new file, where all processes see it"
+    )
     other.close()
 
 
-def test_what_waits_to_be_counted_is_bounded_and_what_is_dropped_is_told(registry, server, monkeypatch):
+def test_what_waits_to_be_counted_is_bounded_and_what_is_dropped_is_told(
+    registry, server, monkeypatch
+):
     monkeypatch.setattr(controller, "JUDGE_S", 3600)
     monkeypatch.setattr(controller, "MOST_SEEN", 3)
     publish(registry, 4, fragile=True)
-    running = registry.start_experiment("m", Experiment.of("x", {"a": (1, 0.5), "b": (4, 0.5)}), **LOG)
+    running = registry.start_experiment(
+        "m", Experiment.of("x", {"a": (1, 0.5), "b": (4, 0.5)}), **LOG
+    )
     clients = named(running, "b", 6)
     for client in clients:
         for _ in range(2):
@@ -332,7 +349,8 @@ def test_a_clerk_without_a_thread_keeps_nothing_of_what_it_refuses(monkeypatch):
 
 
 NEWER = (
-    '{"id":"ab","arms":{"a":{"version":1,"weight":0.5},"b":{"version":2,"weight":0.5}},"run":"1f","key":"ab","ramp":3}'
+    '{"id":"ab","arms":{"a":{"version":1,"weight":0.5},"b":{"version":2,"weight":0.5}},'
+    '"run":"1f","key":"ab","ramp":3}'
 )
 ROWS = {
     "newer": NEWER,
@@ -358,7 +376,9 @@ def add_row(root, content):
 
 @pytest.mark.parametrize("running", [False, True], ids=["before", "meanwhile"])
 @pytest.mark.parametrize("content", ROWS.values(), ids=ROWS)
-def test_an_experiment_that_cannot_be_read_costs_itself_only_and_can_be_ended(tmp_path, content, running):
+def test_an_experiment_that_cannot_be_read_costs_itself_only_and_can_be_ended(
+    tmp_path, content, running
+):
     with published(tmp_path) as registry:
         registry.set_alias("m", "beside", 3, **LOG)
         registry.start_experiment("m", Experiment.of("good", {"a": (2, 1.0)}), "beside", **LOG)
@@ -372,9 +392,13 @@ def test_an_experiment_that_cannot_be_read_costs_itself_only_and_can_be_ended(tm
         assert "cannot be read here" in server.health_check()["problems"]["m/default experiment"]
         for client in ("c-0", "c-1", "c-2"):
             answer = server.predict(ROW, client=client)
-            assert (answer["model_version"], answer.get("arm")) == ("1", None), "the alias's own version"
+            assert (answer["model_version"], answer.get("arm")) == ("1", None), (
+                "the alias's own version"
+            )
             assert server.predict(ROW, version="beside", client=client)["arm"] == "a"
-        assert registry.experiments("m").keys() == {"beside"} and registry.unread_experiments("m").keys() == {"default"}
+        assert registry.experiments("m").keys() == {"beside"} and registry.unread_experiments(
+            "m"
+        ).keys() == {"default"}
         assert "cannot be read here" in registry.experiment_log("m")[-1]["experiment"]
         for refused in (
             lambda: registry.set_alias("m", "default", 2, **LOG),
@@ -419,7 +443,9 @@ def test_a_store_with_names_in_it_forgets_them_and_keeps_what_they_said(tmp_path
     old = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
     old.executescript(f"PRAGMA journal_mode = WAL; {OLD_STORE}")
     old.execute("INSERT INTO secret VALUES (1, ?)", (b"s" * 32,))
-    old.execute("INSERT INTO rewards VALUES ('run', 'a', 'a-text-of-ward-7', 1, 0.5)")  # stores older still hold text
+    old.execute(
+        "INSERT INTO rewards VALUES ('run', 'a', 'a-text-of-ward-7', 1, 0.5)"
+    )  # stores older still hold text
     for place, name in enumerate(NAMES):
         said = name.encode(errors="surrogatepass")
         old.execute("INSERT INTO rewards VALUES ('run', 'a', ?, ?, 1.0)", (said, place + 1))
@@ -430,9 +456,9 @@ def test_a_store_with_names_in_it_forgets_them_and_keeps_what_they_said(tmp_path
     for _ in range(2):  # opened again, nothing is done twice
         store = FeedbackStore(str(tmp_path))
         found = store.rewards("run")["a"]
-        assert found == {store.pseudonym(name).hex(): (place + 1, 1.0) for place, name in enumerate(NAMES)} | {
-            store.pseudonym("a-text-of-ward-7").hex(): (1, 0.5)
-        }
+        assert found == {
+            store.pseudonym(name).hex(): (place + 1, 1.0) for place, name in enumerate(NAMES)
+        } | {store.pseudonym("a-text-of-ward-7").hex(): (1, 0.5)}
         assert store.outcomes("run") == {"a": (20, 10, 4)}
         store.close()
         assert b"of-ward-7" not in bytes_of(tmp_path) and b"s" * 32 not in bytes_of(tmp_path)
@@ -450,7 +476,9 @@ def test_no_file_of_feedback_tells_a_client_and_only_the_key_tells_whose_a_row_i
     assert b"of-ward-7" not in bytes_of(tmp_path)
     shutil.move(tmp_path / KEY_FILE, tmp_path / "elsewhere")
     other = FeedbackStore(str(tmp_path))
-    assert not rows & {other.pseudonym(name).hex() for name in NAMES}, "trying names finds nobody without the key"
+    assert not rows & {other.pseudonym(name).hex() for name in NAMES}, (
+        "trying names finds nobody without the key"
+    )
     other.close()
 
 

@@ -1,6 +1,7 @@
 """A canary that harms is hardly ever promoted, and one that does not is hardly ever rolled back.
 
-Simulated error rates of the verdict itself, looked at again and again, with as many clients as there may be.
+Simulated error rates of the verdict itself, looked at again and again, with as many clients as
+there may be.
 """
 
 import math
@@ -25,20 +26,36 @@ class Ended(NamedTuple):
     rewards: np.ndarray  # of a client of the canary, in the mean, when it was promoted
 
 
-def ended(runs, clients, *, ruined_to=None, share=1.0, spread=None, gain=0.0, horizon=120, seed=0, policy=None):
+def ended(
+    runs,
+    clients,
+    *,
+    ruined_to=None,
+    share=1.0,
+    spread=None,
+    gain=0.0,
+    horizon=120,
+    seed=0,
+    policy=None,
+):
     """Canaries whose clients give rewards at random, one in the mean between two looks.
 
     Args:
-        ruined_to: Mean reward of one client of the canary. ``gain``: of all of them, above the control's.
+        ruined_to: Mean reward of one client of the canary. ``gain``: of all of them, above the
+            control's.
         share: How many clients the canary has for each of the control.
-        spread: Clients differ: their means are Beta-distributed with a mean of 0.9 and a variance of 0.09 / (spread +
-            1); None: they do not.
+        spread: Clients differ: their means are Beta-distributed with a mean of 0.9 and a variance
+            of 0.09 / (spread + 1); None: they do not.
     """
     draws, policy = np.random.default_rng(seed), policy or Policy()
     of_arm, rates = (clients, round(share * clients)), []
     for count, more in zip(of_arm, (0.0, gain), strict=True):
         alike = np.full((runs, count), MEAN)
-        differing = alike if spread is None else draws.beta(MEAN * spread, (1 - MEAN) * spread, (runs, count))
+        differing = (
+            alike
+            if spread is None
+            else draws.beta(MEAN * spread, (1 - MEAN) * spread, (runs, count))
+        )
         rates.append(np.clip(differing + more, 0, 1))
     if ruined_to is not None:
         rates[1][:, 0] = ruined_to
@@ -51,7 +68,10 @@ def ended(runs, clients, *, ruined_to=None, share=1.0, spread=None, gain=0.0, ho
             total[arm][open_] += draws.binomial(came, rates[arm][open_])
         found = findings(policy, Arms(n[0][open_], total[0][open_], n[1][open_], total[1][open_]))
         took.extend(n[1][open_][found.promoted].mean(axis=1))
-        promoted, rolled_back = promoted + found.promoted.sum(), rolled_back + found.rolled_back.sum()
+        promoted, rolled_back = (
+            promoted + found.promoted.sum(),
+            rolled_back + found.rolled_back.sum(),
+        )
         open_ = open_[~(found.promoted | found.rolled_back)]
         if not len(open_):
             break
@@ -66,7 +86,8 @@ def at_most(share, runs):
 @pytest.mark.parametrize("ruined_to", [0.0, 0.2, 0.5])
 @pytest.mark.parametrize("clients", CLIENTS)
 def test_a_canary_that_ruins_one_client_is_not_promoted(clients, ruined_to):
-    """A rule that promotes by the mean alone promotes half of them with 75 clients, nearly all with 500."""
+    """A rule that promotes by the mean alone promotes half of them with 75 clients, nearly all with
+    500."""
     runs = 60 if clients == 500 else 150
     found = ended(runs, clients, ruined_to=ruined_to)
     assert found.promoted <= 0.05, found
@@ -78,14 +99,18 @@ def test_a_canary_that_is_no_other_is_promoted_and_not_rolled_back(clients):
     runs = 100 if clients == 500 else 200
     found = ended(runs, clients)
     assert found.rolled_back <= 0.05 and found.promoted >= 0.95, found
-    assert np.median(found.rewards) < 70 and np.quantile(found.rewards, 0.9) < 100, "what a client's proof costs"
+    assert np.median(found.rewards) < 70 and np.quantile(found.rewards, 0.9) < 100, (
+        "what a client's proof costs"
+    )
 
 
 @pytest.mark.parametrize("clients", [25, 75, 150])
 def test_clients_that_differ_by_themselves_roll_no_canary_back(clients):
     found = ended(150, clients, spread=20)
     assert found.rolled_back <= 0.05, found
-    assert found.promoted > {25: 0.3, 75: 0.7, 150: 0.8}[clients], "the mean of few clients that differ is not known"
+    assert found.promoted > {25: 0.3, 75: 0.7, 150: 0.8}[clients], (
+        "the mean of few clients that differ is not known"
+    )
     assert ended(150, clients, spread=20, ruined_to=0.2).promoted <= 0.05
 
 
@@ -108,7 +133,9 @@ def test_a_canary_that_loses_in_the_mean_is_not_promoted(gain):
 def test_the_stated_error_rates_hold_in_many_runs(clients, spread):
     runs = 300 if clients == 500 else 1_000
     for ruined_to in (0.0, 0.2, 0.5)[: 3 if spread is None else 2]:
-        assert ended(runs, clients, ruined_to=ruined_to, spread=spread, seed=1).promoted <= at_most(0.045, runs)
+        assert ended(runs, clients, ruined_to=ruined_to, spread=spread, seed=1).promoted <= at_most(
+            0.045, runs
+        )
     assert ended(runs, clients, spread=spread, seed=2).rolled_back <= at_most(0.0475, runs)
 
 
@@ -121,7 +148,9 @@ def test_one_canary_is_judged_as_many_are():
         rates[1] += gain
         rates[1, 0] -= draws.choice([0.0, 0.0, 0.5])
         total = draws.binomial(n.astype(int), rates).astype(float)
-        control, canary = ({f"c-{i}": (int(n[a, i]), total[a, i]) for i in range(40)} for a in range(2))
+        control, canary = (
+            {f"c-{i}": (int(n[a, i]), total[a, i]) for i in range(40)} for a in range(2)
+        )
         found = findings(policy, Arms(n[:1], total[:1], n[1:], total[1:]))
         wanted = "promote" if found.promoted[0] else "rollback" if found.rolled_back[0] else "wait"
         assert judge(policy, control, canary).decision == wanted, run

@@ -1,4 +1,5 @@
-"""Heads fitted afterwards: what they are worth on held-out samples, and that nothing else is touched."""
+"""Heads fitted afterwards: what they are worth on held-out samples, and that nothing else is
+touched."""
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def mean(accuracy):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trained_heads_beat_the_global_model_on_skewed_clients(skewed, layout):
-    """FEDERATED.md 2.3: fine-tuned heads and trained adapters beat it at every seed; the worst client gains too."""
+    """FEDERATED.md 2.3: fine-tuned heads and trained adapters beat it at every seed; the worst
+    client gains too."""
     fitted = fit_heads(skewed, layout)
     assert fitted.metrics["mean_client_accuracy"] >= max(0.95, mean(fitted.global_accuracy) + 0.02)
     assert fitted.metrics["worst_client_accuracy"] >= min(fitted.global_accuracy.values()) + 0.05
@@ -45,7 +47,9 @@ def test_a_head_repairs_permuted_labels_and_an_adapter_only_some_of_it(permuted)
     results = {layout: fit_heads(permuted, layout) for layout in LAYOUTS}
     accuracy = {layout: mean(fitted.accuracy) for layout, fitted in results.items()}
     assert mean(results["head"].global_accuracy) <= 0.24
-    assert accuracy["head"] >= 0.75 and accuracy["additive"] == pytest.approx(accuracy["head"], abs=0.01)
+    assert accuracy["head"] >= 0.75 and accuracy["additive"] == pytest.approx(
+        accuracy["head"], abs=0.01
+    )
     assert 0.3 <= accuracy["adapter"] <= accuracy["head"] - 0.1
 
 
@@ -53,7 +57,9 @@ def test_a_head_repairs_permuted_labels_and_an_adapter_only_some_of_it(permuted)
 def test_an_untrained_head_is_the_global_model(permuted, layout):
     fitted = fit_heads(permuted, layout, epochs=0)
     assert fitted.accuracy == pytest.approx(fitted.global_accuracy)
-    assert permuted.final.metrics["mean_client_accuracy"] == pytest.approx(mean(fitted.global_accuracy))
+    assert permuted.final.metrics["mean_client_accuracy"] == pytest.approx(
+        mean(fitted.global_accuracy)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,12 +74,18 @@ def test_what_was_measured_is_what_is_served(skewed, layout, tmp_path):
         for client in skewed.clients:
             slots, found = engine.personal.choose(client.id, len(client.test_y))
             answers = engine.personal.execute([(client.test_x, slots)])[0].arrays()["predictions"]
-            assert found == "own" and (answers == client.test_y).mean() == pytest.approx(fitted.accuracy[client.id])
+            assert found == "own" and (answers == client.test_y).mean() == pytest.approx(
+                fitted.accuracy[client.id]
+            )
 
 
 def test_heads_know_the_model_that_they_were_fitted_on(skewed, tmp_path):
     fitted, last, before = fit_heads(skewed), skewed.final, skewed.rounds[-2]
-    options = {"architecture": last.recipe.architecture, "preprocessing": last.preprocessing, "heads": fitted.heads}
+    options = {
+        "architecture": last.recipe.architecture,
+        "preprocessing": last.preprocessing,
+        "heads": fitted.heads,
+    }
     with Registry(tmp_path) as registry:
         for result, word in ((last, "own"), (before, "stale")):
             version = registry.publish("digits", result.state, **options).version
@@ -89,7 +101,9 @@ def test_same_seed_same_heads_and_the_callers_random_state_stays(skewed):
     first = fit_heads(skewed, epochs=2)
     assert torch.equal(torch.rand(3), expected)
     assert np.array_equal(first.heads.weights, fit_heads(skewed, epochs=2).heads.weights)
-    assert not np.array_equal(first.heads.weights, fit_heads(skewed, epochs=2, seed=1).heads.weights)
+    assert not np.array_equal(
+        first.heads.weights, fit_heads(skewed, epochs=2, seed=1).heads.weights
+    )
     assert all(torch.equal(tensor, skewed.final.state[name]) for name, tensor in state.items())
 
 

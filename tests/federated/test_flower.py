@@ -1,4 +1,5 @@
-"""With the real flwr. It pins versions that ours does not, so it lives in an environment of its own:
+"""With the real flwr. It pins versions that ours does not, so it lives in an environment of its
+own:
 
 python -m venv .flower && .flower/bin/python -m pip install -e ".[flower,test]"
 .flower/bin/python -m pytest -m flower tests/federated/test_flower.py
@@ -86,10 +87,21 @@ def registry(tmp_path):
 def play(flower, apps, strategies):
     """Play a run; returns its rounds and Flower's own result."""
 
-    def play(strategy=None, *, app=None, seed=0, rounds=ROUNDS, on_round=lambda _: None, config=None, **options):
+    def play(
+        strategy=None,
+        *,
+        app=None,
+        seed=0,
+        rounds=ROUNDS,
+        on_round=lambda _: None,
+        config=None,
+        **options,
+    ):
         seen = []
         strategy = flower.Publishing(
-            strategy or strategies.FedAvg(), on_round=lambda it: (seen.append(it), on_round(it)), **FORM
+            strategy or strategies.FedAvg(),
+            on_round=lambda it: (seen.append(it), on_round(it)),
+            **FORM,
         )
         grid = flower.LocalGrid(app or apps.client_app(CLIENTS), K)
         config = config or apps.train_config(seed)
@@ -108,7 +120,9 @@ def faulty(apps, change):
     @app.train()
     def train(message, context):
         reply = inner(message, context)
-        return change(context.node_config["partition-id"], message.content["config"]["server-round"], reply)
+        return change(
+            context.node_config["partition-id"], message.content["config"]["server-round"], reply
+        )
 
     app.evaluate()(inner)
     return app
@@ -122,7 +136,10 @@ def counting(reply, count):
 def scaled(reply, factor):
     from flwr.app import ArrayRecord
 
-    state = {name: factor * tensor for name, tensor in reply.content["arrays"].to_torch_state_dict().items()}
+    state = {
+        name: factor * tensor
+        for name, tensor in reply.content["arrays"].to_torch_state_dict().items()
+    }
     reply.content["arrays"] = ArrayRecord(state)
     return reply
 
@@ -134,14 +151,17 @@ def test_telemetry_is_off(flower):
 
 
 def test_it_is_our_fedavg(play):
-    """Same start, same shuffles: the same models but for rounding, Flower's mean being taken in float32."""
+    """Same start, same shuffles: the same models but for rounding, Flower's mean being taken in
+    float32."""
     play(rounds=1)  # torch.optim imports half of torch when it is first used
     began_s = time.process_time()
     rounds, _ = play(rounds=5)
     print(f"five rounds of ten clients: {time.process_time() - began_s:.2f} s of CPU time")
     ours = training.train(clients=CLIENTS, rounds=5, progress=False)
     pairs = [
-        (it.state[name], own.state[name]) for it, own in zip(rounds, ours.rounds, strict=True) for name in own.state
+        (it.state[name], own.state[name])
+        for it, own in zip(rounds, ours.rounds, strict=True)
+        for name in own.state
     ]
     print("largest difference of a weight", max(float((a - b).abs().max()) for a, b in pairs))
     for a, b in pairs:
@@ -156,7 +176,8 @@ def test_it_is_our_fedavg(play):
 
 
 def test_other_seeds_reach_the_same_accuracy(play, apps):
-    """Five seeds against five others, Welch's t-test at 1 % each; at a tenth of the rate it sees the difference."""
+    """Five seeds against five others, Welch's t-test at 1 % each; at a tenth of the rate it sees
+    the difference."""
 
     def accuracies(rate):
         config = [apps.train_config(seed) for seed in range(5)]
@@ -165,7 +186,9 @@ def test_other_seeds_reach_the_same_accuracy(play, apps):
         return [play(seed=s, config=config[s])[0][-1].metrics["global_accuracy"] for s in range(5)]
 
     ours = [
-        training.train(clients=CLIENTS, rounds=ROUNDS, seed=seed, progress=False).final.metrics["global_accuracy"]
+        training.train(clients=CLIENTS, rounds=ROUNDS, seed=seed, progress=False).final.metrics[
+            "global_accuracy"
+        ]
         for seed in range(100, 105)
     ]
     theirs = accuracies(0.1)
@@ -181,7 +204,9 @@ def test_every_round_is_a_version_with_its_lineage(play, registry, apps):
     def evaluate(number, arrays):
         return MetricRecord({"accuracy": 0.5 + number / 100, "loss": 1.0 / (number + 1)})
 
-    rounds, result = play(on_round=publish_rounds(registry, "m", alias="default"), evaluate_fn=evaluate)
+    rounds, result = play(
+        on_round=publish_rounds(registry, "m", alias="default"), evaluate_fn=evaluate
+    )
     assert registry.version_numbers("m") == [1, 2, 3] and registry.resolve("m") == 3
     final = result.arrays.to_torch_state_dict()
     stored = registry.read("m", 3).tensors
@@ -194,19 +219,32 @@ def test_every_round_is_a_version_with_its_lineage(play, registry, apps):
         assert (lineage.strategy, lineage.num_clients) == ("FedAvg", K)
         assert lineage.sample_counts == tuple(len(client.train_y) for client in CLIENTS)
         assert lineage.extra["config.lr"] == 0.1 and lineage.extra["config.local-epochs"] == 5
-        assert lineage.extra["framework"].startswith("flwr ") and lineage.extra["rejected_clients"] == 0
+        assert (
+            lineage.extra["framework"].startswith("flwr ")
+            and lineage.extra["rejected_clients"] == 0
+        )
         assert manifest.metrics == it.metrics
         assert manifest.metrics["server.loss"] == result.evaluate_metrics_serverapp[number]["loss"]
-        assert manifest.metrics["global_accuracy"] == result.evaluate_metrics_serverapp[number]["accuracy"]
+        assert (
+            manifest.metrics["global_accuracy"]
+            == result.evaluate_metrics_serverapp[number]["accuracy"]
+        )
         assert manifest.metrics["train.loss"] == result.train_metrics_clientapp[number]["loss"]
-        assert manifest.metrics["evaluate.accuracy"] == result.evaluate_metrics_clientapp[number]["accuracy"]
+        assert (
+            manifest.metrics["evaluate.accuracy"]
+            == result.evaluate_metrics_clientapp[number]["accuracy"]
+        )
         accuracies = it.client_accuracy.values()
         assert len(accuracies) == K and manifest.metrics["worst_client_accuracy"] == min(accuracies)
         assert manifest.metrics["mean_client_accuracy"] == pytest.approx(np.mean(list(accuracies)))
-    assert result.evaluate_metrics_serverapp[0]["accuracy"] == 0.5  # the start was judged, and not published
+    assert (
+        result.evaluate_metrics_serverapp[0]["accuracy"] == 0.5
+    )  # the start was judged, and not published
 
 
-@pytest.mark.parametrize("name", ["FedAdam", "FedYogi", "FedAvgM", "FedMedian", "FedTrimmedAvg", "Krum"])
+@pytest.mark.parametrize(
+    "name", ["FedAdam", "FedYogi", "FedAvgM", "FedMedian", "FedTrimmedAvg", "Krum"]
+)
 def test_any_strategy_publishes(play, registry, strategies, name):
     strategy = getattr(strategies, name)(**({"num_malicious_nodes": 1} if name == "Krum" else {}))
     _, result = play(strategy, on_round=publish_rounds(registry, "m"), rounds=2)
@@ -216,11 +254,16 @@ def test_any_strategy_publishes(play, registry, strategies, name):
         assert torch.equal(stored[key], array.to(torch.float32))
 
 
-def test_a_strategy_in_a_wrapper_of_flowers_publishes_and_the_wrong_order_is_told(flower, play, strategies, apps):
+def test_a_strategy_in_a_wrapper_of_flowers_publishes_and_the_wrong_order_is_told(
+    flower, play, strategies, apps
+):
     noisy = {"noise_multiplier": 0.0, "clipping_norm": 50.0, "num_sampled_clients": K}
     wrapper = strategies.DifferentialPrivacyServerSideFixedClipping
     rounds, _ = play(wrapper(strategies.FedAvg(), **noisy))
-    assert rounds[-1].recipe.strategy == wrapper.__name__ and rounds[-1].metrics["global_accuracy"] > 0.8
+    assert (
+        rounds[-1].recipe.strategy == wrapper.__name__
+        and rounds[-1].metrics["global_accuracy"] > 0.8
+    )
     inside = wrapper(flower.Publishing(strategies.FedAvg(), on_round=print, **FORM), **noisy)
     with pytest.raises(ConfigError, match="outermost"):
         inside.start(flower.LocalGrid(apps.client_app(CLIENTS), K), apps.initial_arrays(), 1)
@@ -228,13 +271,19 @@ def test_a_strategy_in_a_wrapper_of_flowers_publishes_and_the_wrong_order_is_tol
 
 def test_an_answer_comes_from_a_flower_round(play, registry):
     rounds, _ = play(on_round=publish_rounds(registry, "m", alias="default"))
-    rows, labels = (np.concatenate([getattr(c, it) for c in CLIENTS]) for it in ("test_x", "test_y"))
+    rows, labels = (
+        np.concatenate([getattr(c, it) for c in CLIENTS]) for it in ("test_x", "test_y")
+    )
     with ModelServer(registry=registry, model="m") as server:
         answer = server.predict(rows)
     assert answer["model_version"] == "3"
     right = np.mean(np.array(answer["predictions"]) == labels)
-    assert right == pytest.approx(rounds[-1].metrics["global_accuracy"])  # the clients', who hold these rows
-    assert fit_heads(rounds[-1], clients=CLIENTS).accuracy.keys() == {client.id for client in CLIENTS}
+    assert right == pytest.approx(
+        rounds[-1].metrics["global_accuracy"]
+    )  # the clients', who hold these rows
+    assert fit_heads(rounds[-1], clients=CLIENTS).accuracy.keys() == {
+        client.id for client in CLIENTS
+    }
 
 
 def test_a_failing_client_is_one_lost_reply(play, registry, apps):
@@ -244,8 +293,13 @@ def test_a_failing_client_is_one_lost_reply(play, registry, apps):
         return None if client == 5 and number == 2 else reply
 
     rounds, result = play(app=faulty(apps, change), on_round=publish_rounds(registry, "m"))
-    assert [len(it.sample_counts) for it in rounds] == [K, K - 2, K] and len(result.train_metrics_clientapp) == 3
-    assert rounds[1].rejected["5"] == "ZeroDivisionError: no samples today" and "NoneType" in rounds[1].rejected["6"]
+    assert [len(it.sample_counts) for it in rounds] == [K, K - 2, K] and len(
+        result.train_metrics_clientapp
+    ) == 3
+    assert (
+        rounds[1].rejected["5"] == "ZeroDivisionError: no samples today"
+        and "NoneType" in rounds[1].rejected["6"]
+    )
     manifest = registry.manifest("m", 2)
     assert manifest.lineage.num_clients == K - 2 and manifest.lineage.extra["rejected_clients"] == 2
     assert "5 rejected: ZeroDivisionError: no samples today" in manifest.note
@@ -262,7 +316,9 @@ def test_a_reply_that_cannot_be_averaged_is_one_lost_reply(play, registry, apps)
                 reply.content["metrics"]["num-examples"] = -1.0
             if client in (5, 6):
                 arrays = reply.content["arrays"].to_torch_state_dict()
-                arrays["head.bias"] = arrays["head.bias"][:1] if client == 5 else arrays["head.bias"] * float("nan")
+                arrays["head.bias"] = (
+                    arrays["head.bias"][:1] if client == 5 else arrays["head.bias"] * float("nan")
+                )
                 reply.content["arrays"] = ArrayRecord(arrays)
         return reply
 
@@ -283,22 +339,35 @@ def test_a_round_that_nobody_answers(play, registry, apps):
     def change(client, number, reply):
         raise ValueError("away")
 
-    with pytest.raises(ModelExecutionError, match=r"round 1 .*client 1: ValueError: away.*client app"):
+    with pytest.raises(
+        ModelExecutionError, match=r"round 1 .*client 1: ValueError: away.*client app"
+    ):
         play(app=faulty(apps, change), on_round=publish_rounds(registry, "m"))
     assert registry.models() == []  # nothing of the untrained model was published
-    later = faulty(apps, lambda client, number, reply: change(client, number, reply) if number == 2 else reply)
+    later = faulty(
+        apps, lambda client, number, reply: change(client, number, reply) if number == 2 else reply
+    )
     gate = Gate(clients=CLIENTS)
-    rounds, _ = play(app=later, on_round=gated(registry, "m", gate, on_verdict=(verdicts := []).append))
-    assert all(torch.equal(rounds[1].state[name], tensor) for name, tensor in rounds[0].state.items())
+    rounds, _ = play(
+        app=later, on_round=gated(registry, "m", gate, on_verdict=(verdicts := []).append)
+    )
+    assert all(
+        torch.equal(rounds[1].state[name], tensor) for name, tensor in rounds[0].state.items()
+    )
     assert [it.failed for it in verdicts] == [(), ("clients",), ()] and registry.resolve("m") == 3
 
 
 def test_the_gate_refuses_a_poisoned_round(play, registry, apps):
     """Half of the clients turn in the third round; who is served does not notice."""
-    app = faulty(apps, lambda client, number, reply: scaled(reply, -10) if number == 3 and client % 2 else reply)
+    app = faulty(
+        apps,
+        lambda client, number, reply: scaled(reply, -10) if number == 3 and client % 2 else reply,
+    )
     verdicts = []
     play(app=app, on_round=gated(registry, "m", Gate(clients=CLIENTS), on_verdict=verdicts.append))
-    assert [it.passed for it in verdicts] == [True, True, False] and "accuracy" in verdicts[2].failed
+    assert [it.passed for it in verdicts] == [True, True, False] and "accuracy" in verdicts[
+        2
+    ].failed
     assert registry.resolve("m") == 2 and registry.version_numbers("m") == [1, 2, 3]
 
 
@@ -309,7 +378,10 @@ def test_what_overflows_is_refused_and_what_only_tells_nan_is_not(play, registry
 
     play(app=faulty(apps, loss_is_nan), rounds=1, on_round=publish_rounds(registry, "m"))
     manifest = registry.manifest("m", 1)
-    assert manifest.lineage.extra["not_finite"] == "train.loss" and "train.loss" not in manifest.metrics
+    assert (
+        manifest.lineage.extra["not_finite"] == "train.loss"
+        and "train.loss" not in manifest.metrics
+    )
     app = faulty(apps, lambda client, number, reply: scaled(reply, float("nan")))
     with pytest.raises(ModelExecutionError, match="client 1: its arrays hold NaN"):
         play(app=app, rounds=1, on_round=publish_rounds(registry, "m"))
@@ -317,7 +389,9 @@ def test_what_overflows_is_refused_and_what_only_tells_nan_is_not(play, registry
     class Overflowing(strategies.FedAvg):
         def aggregate_train(self, server_round, replies):
             arrays, metrics = super().aggregate_train(server_round, replies)
-            state = {name: tensor * float("inf") for name, tensor in arrays.to_torch_state_dict().items()}
+            state = {
+                name: tensor * float("inf") for name, tensor in arrays.to_torch_state_dict().items()
+            }
             return type(arrays)(state), metrics
 
     with pytest.raises(InvalidModelError, match="holds NaN"):
@@ -345,10 +419,16 @@ def test_a_client_keeps_its_state_but_for_a_call_that_failed(flower, apps):
     for _ in range(4):
         messages = [Message(content, node, "query") for node in grid.get_node_ids()]
         replies = grid.send_and_receive(messages)
-        assert [it.metadata.reply_to_message_id for it in replies] == [it.metadata.message_id for it in messages]
+        assert [it.metadata.reply_to_message_id for it in replies] == [
+            it.metadata.message_id for it in messages
+        ]
         assert [it.metadata.src_node_id for it in replies] == [1, 2]
-        told += [it.error.reason if it.has_error() else it.content["told"]["n"] for it in replies[:1]]
-    assert told[:2] == [1, 2] and all("AssertionError: third time" in it for it in told[2:])  # the count stays 2
+        told += [
+            it.error.reason if it.has_error() else it.content["told"]["n"] for it in replies[:1]
+        ]
+    assert told[:2] == [1, 2] and all(
+        "AssertionError: third time" in it for it in told[2:]
+    )  # the count stays 2
     assert content["asked"]["n"] == 7
     pushed = grid.push_messages([grid.create_message(deepcopy(content), "query", 9, "g")])
     (reply,) = grid.pull_messages([*pushed, "unknown"])
@@ -365,7 +445,9 @@ async def test_a_whole_app_runs_under_a_running_event_loop(flower, apps, strateg
         on_round = publish_rounds(registry, "m")
         strategy = flower.Publishing(strategies.FedAvg(), on_round=on_round, **FORM)
         config = apps.train_config(context.run_config["seed"])
-        strategy.start(grid=grid, initial_arrays=apps.initial_arrays(), num_rounds=1, train_config=config)
+        strategy.start(
+            grid=grid, initial_arrays=apps.initial_arrays(), num_rounds=1, train_config=config
+        )
         context.state["config"] = config
 
     context = flower.run(app, apps.client_app(CLIENTS), K, {"seed": 3})
@@ -395,8 +477,12 @@ registry.manifest("m", 2).metrics["global_accuracy"] > 0.8
 
 def test_it_runs_in_a_notebook(flower, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(it) for it in CELLS.split("#\n")])
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(it) for it in CELLS.split("#\n")]
+    )
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     assert notebook.cells[-1].outputs[0]["data"]["text/plain"] == "True"
 
 
@@ -419,8 +505,9 @@ def test_the_readmes_app_runs_in_this_process(flower, tmp_path, monkeypatch):
 
 @pytest.fixture
 def ray(tmp_path):
-    """The address of Ray, which Flower's simulation then joins. Its raylet waits 15 s for its own agents, whatever is
-    set (ray-project/ray#65983); started by ``flwr run``, a failure of that hangs, so it is started, and again, here."""
+    """The address of Ray, which Flower's simulation then joins. Its raylet waits 15 s for its own
+    agents, whatever is set (ray-project/ray#65983); started by ``flwr run``, a failure of that
+    hangs, so it is started, and again, here."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("pip install 'flwr[simulation]'")
     folder = tempfile.mkdtemp(prefix="ray-")  # short: it holds sockets
@@ -428,16 +515,39 @@ def ray(tmp_path):
     ports = [it.getsockname()[1] for it in sockets]
     for it in sockets:
         it.close()
-    names = ("port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port", "runtime-env-agent-port")
-    options = [f"--{name}={port}" for name, port in zip((*names, "metrics-export-port"), ports, strict=True)]
-    options += ["--include-dashboard=false", "--include-log-monitor=false", "--num-cpus=2", f"--temp-dir={folder}"]
-    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--disable-usage-stats", *options]
+    names = (
+        "port",
+        "dashboard-agent-grpc-port",
+        "dashboard-agent-listen-port",
+        "runtime-env-agent-port",
+    )
+    options = [
+        f"--{name}={port}"
+        for name, port in zip((*names, "metrics-export-port"), ports, strict=True)
+    ]
+    options += [
+        "--include-dashboard=false",
+        "--include-log-monitor=false",
+        "--num-cpus=2",
+        f"--temp-dir={folder}",
+    ]
+    command = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        "--disable-usage-stats",
+        *options,
+    ]
     environment = os.environ | {"PATH": PATH} | LOOPBACK
     try:
         for number in range(5):
             said = tmp_path / f"ray-{number}.log"
             with said.open("w") as out:
-                process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+                process = subprocess.Popen(
+                    command, env=environment, stdout=out, stderr=out, start_new_session=True
+                )
             while process.poll() is None and "Ray runtime started" not in said.read_text():
                 time.sleep(0.2)
             if process.poll() is None:
@@ -465,11 +575,18 @@ def test_the_readmes_app_runs_by_flwr_run(flower, ray, tmp_path):
     app.mkdir()
     (app / "app.py").write_text(readme("python"), "utf-8")
     (app / "pyproject.toml").write_text(readme("toml"), "utf-8")
-    environment = os.environ | {"PATH": PATH, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray, "FLWR_HOME": str(home)}
+    environment = os.environ | {
+        "PATH": PATH,
+        "PYTHONPATH": str(ROOT),
+        "RAY_ADDRESS": ray,
+        "FLWR_HOME": str(home),
+    }
     environment |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"} | LOOPBACK
     command = ["flwr", "run", ".", "--stream", "--run-config", f'registry="{tmp_path / "models"}"']
     try:
-        done = subprocess.run(command, cwd=app, env=environment, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(
+            command, cwd=app, env=environment, capture_output=True, text=True, timeout=400
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     finally:  # the local SuperLink, which flwr run starts, would stay
         for process in psutil.process_iter():
@@ -479,7 +596,9 @@ def test_the_readmes_app_runs_by_flwr_run(flower, ray, tmp_path):
     with Registry(tmp_path / "models") as registry:
         assert registry.version_numbers("flower") == [1, 2, 3], done.stdout
         manifest = registry.manifest("flower", 3)
-        assert manifest.heads.num_heads == manifest.lineage.num_clients == 2  # flwr simulates two by default
+        assert (
+            manifest.heads.num_heads == manifest.lineage.num_clients == 2
+        )  # flwr simulates two by default
 
 
 def with_head(reply, **changes):
@@ -487,14 +606,17 @@ def with_head(reply, **changes):
     from flwr.app import ArrayRecord
 
     state = reply.content["arrays"].to_torch_state_dict()
-    reply.content["head"] = ArrayRecord({name: state[f"head.{name}"] for name in ("weight", "bias")})
+    reply.content["head"] = ArrayRecord(
+        {name: state[f"head.{name}"] for name in ("weight", "bias")}
+    )
     for name, array in changes.items():
         reply.content["head"][name] = array
     return reply
 
 
 def test_own_heads_of_clients_are_served(play, registry, apps):
-    """A head comes with the reply; who replies without one later keeps it; the strategy averages what it always did."""
+    """A head comes with the reply; who replies without one later keeps it; the strategy averages
+    what it always did."""
     sent = {}
 
     def change(client, number, reply):
@@ -503,15 +625,24 @@ def test_own_heads_of_clients_are_served(play, registry, apps):
             sent[client] = reply.content["head"].to_torch_state_dict()
         return reply
 
-    rounds, _ = play(app=faulty(apps, change), on_round=publish_rounds(registry, "m", alias="default"), rounds=2)
+    rounds, _ = play(
+        app=faulty(apps, change), on_round=publish_rounds(registry, "m", alias="default"), rounds=2
+    )
     plain, _ = play(rounds=2)
-    assert all(torch.equal(rounds[1].state[name], tensor) for name, tensor in plain[1].state.items())
-    assert registry.manifest("m", 2).heads.num_heads == 2 and registry.manifest("m", 2).lineage.num_clients == K
+    assert all(
+        torch.equal(rounds[1].state[name], tensor) for name, tensor in plain[1].state.items()
+    )
+    assert (
+        registry.manifest("m", 2).heads.num_heads == 2
+        and registry.manifest("m", 2).lineage.num_clients == K
+    )
     rows = CLIENTS[0].test_x
     with PersonalizedServer(registry=registry, model="m") as server:
         for client, head in sent.items():
             module = models.build("digits_mlp")
-            module.load_state_dict(rounds[1].state | {f"head.{name}": tensor for name, tensor in head.items()})
+            module.load_state_dict(
+                rounds[1].state | {f"head.{name}": tensor for name, tensor in head.items()}
+            )
             wanted = torch.softmax(module(Preprocessor(**STATISTICS)(rows)), 1).detach().numpy()
             got = server.predict(str(client + 1), rows)["probabilities"]
             np.testing.assert_allclose(got, wanted, atol=1e-5)
@@ -535,7 +666,9 @@ def test_what_is_no_array_of_numbers_is_left_out_and_named(play, registry, apps)
         if client == 2:
             arrays["head.bias"] = type(bias)(bias.dtype, bias.shape, "torch.Tensor", bias.data)
         if client == 3:
-            arrays["head.bias"] = type(bias)(bias.dtype, bias.shape, bias.stype, arrays["head.weight"].data)
+            arrays["head.bias"] = type(bias)(
+                bias.dtype, bias.shape, bias.stype, arrays["head.weight"].data
+            )
         if client == 4:
             reply = with_head(reply, bias=pickled(bias))
         if client == 5:
@@ -547,7 +680,11 @@ def test_what_is_no_array_of_numbers_is_left_out_and_named(play, registry, apps)
     rounds, _ = play(app=faulty(apps, change), rounds=1, on_round=publish_rounds(registry, "m"))
     why = rounds[0].rejected
     assert list(why) == ["2", "3", "4", "5", "6", "7"] and len(rounds[0].sample_counts) == K - 3
-    assert "allow_pickle=False" in why["2"] and "torch.Tensor" in why["3"] and "and claim float32[10]" in why["4"]
+    assert (
+        "allow_pickle=False" in why["2"]
+        and "torch.Tensor" in why["3"]
+        and "and claim float32[10]" in why["4"]
+    )
     assert all(why[client].startswith("its head was left out: ") for client in "567")
     assert "allow_pickle=False" in why["5"] and "NaN" in why["6"] and "[10, 64]" in why["7"]
     assert rounds[0].personal.keys() == {"8"} and registry.manifest("m", 1).heads.num_heads == 1
@@ -568,7 +705,9 @@ def test_an_evaluation_may_bring_a_head_and_a_faulty_one_is_left_out(play, apps)
         reply = inner(message, context)
         client = context.node_config["partition-id"]
         if client == 0:
-            reply.content["head"] = ArrayRecord({"weight": torch.ones(10, 64), "bias": torch.ones(10)})
+            reply.content["head"] = ArrayRecord(
+                {"weight": torch.ones(10, 64), "bias": torch.ones(10)}
+            )
         if client == 1:
             reply.content["metrics"] = MetricRecord({"num-examples": 3})
         if client == 2:
@@ -586,7 +725,8 @@ def test_an_evaluation_may_bring_a_head_and_a_faulty_one_is_left_out(play, apps)
 
 
 def test_heads_of_a_model_that_has_none(flower, strategies, registry, monkeypatch):
-    """An image model with a mean and a deviation per channel, of which no head can be told apart."""
+    """An image model with a mean and a deviation per channel, of which no head can be told
+    apart."""
     from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from torch import nn
@@ -601,12 +741,17 @@ def test_heads_of_a_model_that_has_none(flower, strategies, registry, monkeypatc
 
     @app.train()
     def train(message, context):
-        content = RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 3})})
+        content = RecordDict(
+            {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 3})}
+        )
         if context.node_config["partition-id"]:
             content["head"] = ArrayRecord([np.zeros(3)])
         return Message(content, reply_to=message)
 
-    statistics = {"mean": np.reshape([1.0, 2.0, 3.0], (3, 1, 1)), "std": np.reshape([1.0, 2.0, 4.0], (3, 1, 1))}
+    statistics = {
+        "mean": np.reshape([1.0, 2.0, 3.0], (3, 1, 1)),
+        "std": np.reshape([1.0, 2.0, 4.0], (3, 1, 1)),
+    }
     strategy = flower.Publishing(
         strategies.FedAvg(fraction_evaluate=0.0),
         on_round=publish_rounds(registry, "m", alias="default"),
@@ -617,7 +762,11 @@ def test_heads_of_a_model_that_has_none(flower, strategies, registry, monkeypatc
     module = image()
     strategy.start(flower.LocalGrid(app, 2), ArrayRecord(module.state_dict()), 1)
     manifest = registry.manifest("m", 1)
-    assert manifest.heads is None and "its head was left out: " in manifest.note and "has none" in manifest.note
+    assert (
+        manifest.heads is None
+        and "its head was left out: " in manifest.note
+        and "has none" in manifest.note
+    )
     rows = torch.randn(5, 3, 4, 4)
     mean, std = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "std"))
     wanted = torch.softmax(module((rows - mean) / std), 1)
@@ -661,7 +810,9 @@ def test_what_no_version_takes_is_told_before_the_first_round(flower, strategies
     with pytest.raises(InvalidModelError, match=r"head\.bias is .*\[11\], not .*\[10\]"):
         start(ArrayRecord(state | {"head.bias": torch.zeros(11)}))
     with pytest.raises(InvalidModelError, match="'digits_mlp': 0 is unexpected"):
-        start(ArrayRecord([tensor.numpy() for tensor in state.values()]))  # as a list, without their names
+        start(
+            ArrayRecord([tensor.numpy() for tensor in state.values()])
+        )  # as a list, without their names
     with pytest.raises(InvalidModelError, match="cannot be read as tensors"):
         start(ArrayRecord({"trees": Array("", (), "", b"{}")}))
     with pytest.raises(ConfigError, match="statistics have 1 features, the model takes 64"):
@@ -679,13 +830,24 @@ def test_clients_that_do_not_tell_their_samples(play, apps, strategies):
     strategy = strategies.FedAvg(weighted_by_key="weight", fraction_evaluate=0.0)
     for bad in (0.5, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="client 1 tells 'num-examples' = "):
-            play(strategies.Krum(), app=faulty(apps, lambda *given, bad=bad: counting(given[-1], bad)), rounds=1)
-    with pytest.raises(ConfigError, match=r"client 1 tells 'num-examples' = None among \['loss', 'weight'\].*samples="):
+            play(
+                strategies.Krum(),
+                app=faulty(apps, lambda *given, bad=bad: counting(given[-1], bad)),
+                rounds=1,
+            )
+    with pytest.raises(
+        ConfigError,
+        match=r"client 1 tells 'num-examples' = None among \['loss', 'weight'\].*samples=",
+    ):
         play(strategy, app=faulty(apps, renamed), rounds=1)
 
 
-def test_a_strategy_that_waits_for_more_clients_does_not_wait_for_ever(flower, strategies, apps, monkeypatch):
+def test_a_strategy_that_waits_for_more_clients_does_not_wait_for_ever(
+    flower, strategies, apps, monkeypatch
+):
     monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda _: None)
     strategy = strategies.FedAvg(min_available_nodes=3)
-    with pytest.raises(ConfigError, match=r"more clients than the 2 of this run.*min_available_nodes"):
+    with pytest.raises(
+        ConfigError, match=r"more clients than the 2 of this run.*min_available_nodes"
+    ):
         strategy.start(flower.LocalGrid(apps.client_app(CLIENTS), 2), apps.initial_arrays(), 1)

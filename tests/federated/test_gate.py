@@ -64,8 +64,15 @@ def test_a_clean_round_passes_and_the_log_says_why(registry, run, gate):
     last = registry.history("m").iloc[-1]
     assert last["who"] == "gate" and last["why"] == str(verdict) and "accuracy: 0." in last["why"]
     frame = verdict.to_frame()
-    assert list(frame.index) == list(CHECKS) and list(frame.columns) == ["passed", "value", "limit", "words"]
-    assert tuple(frame.loc["golden", ["value", "limit"]]) == (0, 0), "no golden rows: none answered wrong"
+    assert list(frame.index) == list(CHECKS) and list(frame.columns) == [
+        "passed",
+        "value",
+        "limit",
+        "words",
+    ]
+    assert tuple(frame.loc["golden", ["value", "limit"]]) == (0, 0), (
+        "no golden rows: none answered wrong"
+    )
     assert frame["passed"].all() and frame.loc["norm", "value"] <= frame.loc["norm", "limit"]
     with pytest.raises(FrozenInstanceError):
         verdict.version = 9
@@ -119,7 +126,9 @@ def test_an_update_is_compared_with_the_last_ten_or_where_they_are_not_three_wit
     """A first version is no update."""
     with Registry(tmp_path) as registry:
         for number in range(accepted):
-            registry.set_alias("m", "default", published(registry, run.rounds[number % 2]), who="me", why="test")
+            registry.set_alias(
+                "m", "default", published(registry, run.rounds[number % 2]), who="me", why="test"
+            )
         verdict = gate.check(registry, "m", published(registry, run.rounds[5]))
         assert told in verdict.to_frame().loc["norm", "words"]
 
@@ -130,15 +139,22 @@ def test_a_round_with_too_few_clients_is_refused_for_that_alone(registry, run, g
     assert verdict.failed == ("clients",) and "4 clients" in str(verdict)
 
 
-def test_a_version_without_lineage_needs_a_gate_that_does_not_ask_for_clients(registry, run, gate, clients):
+def test_a_version_without_lineage_needs_a_gate_that_does_not_ask_for_clients(
+    registry, run, gate, clients
+):
     result = run.rounds[5]
-    version = registry.publish("m", result.state, architecture="digits_mlp", preprocessing=result.preprocessing).version
+    version = registry.publish(
+        "m", result.state, architecture="digits_mlp", preprocessing=result.preprocessing
+    ).version
     assert gate.check(registry, "m", version).failed == ("clients",)
     assert Gate(clients=clients, min_clients=0).check(registry, "m", version).passed
 
 
 def test_another_preprocessing_or_architecture_is_another_form(registry, run, gate):
-    other = {name: [value + 0.5 for value in values] for name, values in run.rounds[5].preprocessing.items()}
+    other = {
+        name: [value + 0.5 for value in values]
+        for name, values in run.rounds[5].preprocessing.items()
+    }
     verdict = gate.check(registry, "m", published(registry, run.rounds[5], preprocessing=other))
     assert "form" in verdict.failed and "preprocessing" in verdict.to_frame().loc["form", "words"]
     lineage, statistics = Lineage(num_clients=10), run.rounds[5].preprocessing
@@ -162,8 +178,11 @@ def test_golden_rows_keep_their_answers(registry, run, clients):
 
 
 def test_golden_rows_are_right_answers_only(registry, clients):
-    """Of a class that the version never names there are none, and of others no wrong one in their place."""
-    others = [replace(client, test_y=np.where(client.test_y == 3, 4, client.test_y)) for client in clients]
+    """Of a class that the version never names there are none, and of others no wrong one in their
+    place."""
+    others = [
+        replace(client, test_y=np.where(client.test_y == 3, 4, client.test_y)) for client in clients
+    ]
     others[0] = replace(others[0], test_y=np.full_like(others[0].test_y, 11))
     rows, answers = golden_rows(registry, "m", others)
     assert sorted(set(answers.tolist())) == [0, 1, 2, 4, 5, 6, 7, 8, 9] and len(rows) == 18
@@ -190,7 +209,9 @@ def test_one_clients_drop_counts_when_mcnemars_test_says_so(clients):
         now = [part.copy() for part in before]
         now[2][:lost] = False
         check = Gate(clients=clients, client_tolerance=0.0)._worst(before, now)
-        sure = lost > 0 and bool(binomtest(lost, lost, 0.5, alternative="greater").pvalue * len(clients) <= 0.05)
+        sure = lost > 0 and bool(
+            binomtest(lost, lost, 0.5, alternative="greater").pvalue * len(clients) <= 0.05
+        )
         assert check.passed is not sure
         assert check.value == pytest.approx(lost / len(before[2]) if sure else 0)
         assert (clients[2].id in check.words) is sure
@@ -217,7 +238,9 @@ def test_personal_heads_are_judged_as_they_are_served(tmp_path):
         judge = gated(registry, "m", Gate(clients=own), on_verdict=verdicts.append)
         run = train("fedper", clients=own, rounds=4, progress=False, on_round=judge)
         assert all(verdict.passed for verdict in verdicts)
-        served = sum(run.final.client_accuracy[c.id] * len(c.test_y) for c in own) / sum(len(c.test_y) for c in own)
+        served = sum(run.final.client_accuracy[c.id] * len(c.test_y) for c in own) / sum(
+            len(c.test_y) for c in own
+        )
         assert f"{served:.3f} after" in verdicts[-1].to_frame().loc["accuracy", "words"]
         assert served > run.final.metrics["global_accuracy"] + 0.2
 
@@ -238,7 +261,9 @@ def test_an_alias_that_moved_meanwhile_stays(registry, run, gate, monkeypatch):
 
 
 def test_an_alias_in_an_experiment_stays_and_the_training_goes_on(registry, run, gate):
-    registry.start_experiment("m", Experiment.of("ab", {"old": (5, 0.5), "new": (4, 0.5)}), who="me", why="test")
+    registry.start_experiment(
+        "m", Experiment.of("ab", {"old": (5, 0.5), "new": (4, 0.5)}), who="me", why="test"
+    )
     before = moves(registry)
     verdict = gated(registry, "m", gate)(run.rounds[5])
     assert verdict.failed == ("alias",) and "experiment" in str(verdict)
@@ -266,14 +291,22 @@ def test_an_alias_that_moves_while_a_round_is_judged_is_a_refusal_and_the_traini
 
     monkeypatch.setattr(Gate, "check", slow)
     verdict = gated(registry, "m", gate)(run.rounds[5])
-    assert "alias" in verdict.failed and "points at 3, not at 5" in str(verdict) and verdict.against == 3
+    assert (
+        "alias" in verdict.failed
+        and "points at 3, not at 5" in str(verdict)
+        and verdict.against == 3
+    )
     assert moves(registry) == before[0] and registry.version_numbers("m")[-1] == 6
     monkeypatch.undo()
-    assert gated(registry, "m", gate)(run.rounds[5]).against == 3, "the next round is compared with what serves now"
+    assert gated(registry, "m", gate)(run.rounds[5]).against == 3, (
+        "the next round is compared with what serves now"
+    )
 
 
 @pytest.mark.parametrize("gone", [5, 6], ids=["what serves now", "what is judged"])
-def test_a_version_whose_files_are_gone_ends_the_training_and_moves_nothing(registry, run, gate, monkeypatch, gone):
+def test_a_version_whose_files_are_gone_ends_the_training_and_moves_nothing(
+    registry, run, gate, monkeypatch, gone
+):
     publish, before = Registry.publish, moves(registry)
 
     def vanishing(self, *args, **options):
@@ -290,7 +323,10 @@ def test_a_version_whose_files_are_gone_ends_the_training_and_moves_nothing(regi
 
 
 def test_clients_of_another_width_end_the_training_and_move_nothing(registry, run, clients):
-    narrow = [replace(client, train_x=client.train_x[:, :32], test_x=client.test_x[:, :32]) for client in clients]
+    narrow = [
+        replace(client, train_x=client.train_x[:, :32], test_x=client.test_x[:, :32])
+        for client in clients
+    ]
     before = moves(registry)
     with pytest.raises(InvalidInputError, match="32"):
         gated(registry, "m", Gate(clients=narrow))(run.rounds[5])
@@ -298,7 +334,13 @@ def test_clients_of_another_width_end_the_training_and_move_nothing(registry, ru
 
 
 def test_what_was_rolled_back_is_no_measure_of_the_next(registry, run, gate):
-    registry.set_alias("m", "default", published(registry, run.rounds[5], lambda t: t + 5.0), who="me", why="careless")
+    registry.set_alias(
+        "m",
+        "default",
+        published(registry, run.rounds[5], lambda t: t + 5.0),
+        who="me",
+        why="careless",
+    )
     registry.rollback("m", who="me", why="careless")
     verdict = gate.check(registry, "m", published(registry, run.rounds[5]))
     assert verdict.passed and "last 4 accepted" in verdict.to_frame().loc["norm", "words"]
@@ -309,7 +351,9 @@ def test_versions_that_are_not_there_and_regressions_are_errors(registry, gate):
         gate.promote(registry, "m", 99)
     assert registry.resolve("m") == 5
     module = models.build("mlp", {"sizes": [4, 1]})
-    registry.publish("r", module, architecture="mlp", parameters={"sizes": [4, 1]}, output_type="regression")
+    registry.publish(
+        "r", module, architecture="mlp", parameters={"sizes": [4, 1]}, output_type="regression"
+    )
     with pytest.raises(NotSupportedError, match="regression"):
         gate.check(registry, "r", 1)
 

@@ -1,4 +1,5 @@
-"""What of the integrations needs no other framework: the words where it is missing, and rounds that it would make."""
+"""What of the integrations needs no other framework: the words where it is missing, and rounds that
+it would make."""
 
 import sys
 from dataclasses import replace
@@ -17,7 +18,9 @@ def test_without_flwr_the_words_say_what_to_install_and_where(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flwr", None)
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")  # so that what the import sets is taken back
-    with pytest.raises(NotSupportedError, match=r'pip install "flserving\[flower\]" in an environment of its own'):
+    with pytest.raises(
+        NotSupportedError, match=r'pip install "flserving\[flower\]" in an environment of its own'
+    ):
         import flserving.federated.flower  # noqa: F401
 
 
@@ -31,4 +34,6 @@ def test_a_round_of_another_framework_is_published_and_gets_heads(tmp_path):
     assert lineage.strategy == "FedOther" and lineage.num_clients == 3
     assert lineage.extra == facts | {"rejected_clients": 0}
     ours, theirs = (fit_heads(it, clients=run.clients).heads.weights for it in (run.final, result))
-    assert (ours == theirs).all()  # this run's settings are the defaults, which the other round falls back on
+    assert (
+        ours == theirs
+    ).all()  # this run's settings are the defaults, which the other round falls back on

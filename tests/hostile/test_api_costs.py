@@ -1,5 +1,5 @@
-"""What one request may cost all others: bodies that say much in few bytes are counted, and refused before they are
-read."""
+"""What one request may cost all others: bodies that say much in few bytes are counted, and refused
+before they are read."""
 
 import gzip
 import time
@@ -63,11 +63,14 @@ def test_a_bomb_is_refused_before_the_parser_sees_it(name, monkeypatch):
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_as_many_rows_as_a_server_takes_are_read(nested):
-    """8,000 rows of 32 features, as lists of a row or flat, as other clients write them; and a row of many."""
+    """8,000 rows of 32 features, as lists of a row or flat, as other clients write them; and a row
+    of many."""
     for shape in ([8000, 32], [1, 300_000], [100, 3, 32, 32]):
         x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         data = x.tolist() if nested else x.ravel().tolist()
-        body = orjson.dumps({"inputs": [{"name": "x", "shape": shape, "datatype": "FP32", "data": data}]})
+        body = orjson.dumps(
+            {"inputs": [{"name": "x", "shape": shape, "datatype": "FP32", "data": data}]}
+        )
         np.testing.assert_array_equal(read_infer(body).inputs["x"], x)
 
 
@@ -85,9 +88,13 @@ def test_binary_tensors_have_no_such_limit():
 def test_an_answer_of_more_numbers_than_are_read_goes_as_bytes():
     outputs = {"probabilities": np.zeros((1000, 1000), np.float32)}
     asked = read_infer(text())
-    with pytest.raises(TooLargeError, match=r"the answer has 1000000 numbers, .* binary_data_output"):
+    with pytest.raises(
+        TooLargeError, match=r"the answer has 1000000 numbers, .* binary_data_output"
+    ):
         write_infer("m", "1", outputs, {}, asked)
-    assert len(write_infer("m", "1", outputs, {}, asked._replace(binary_default=True))[0]) > 4_000_000
+    assert (
+        len(write_infer("m", "1", outputs, {}, asked._replace(binary_default=True))[0]) > 4_000_000
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,10 @@ def server():
 
 
 def test_over_rest_a_bomb_of_16_kib_gets_a_413_and_the_next_request_an_answer(server):
-    with door(server) as endpoint, httpx.Client(base_url=endpoint.url, headers=bearer("infer")) as http:
+    with (
+        door(server) as endpoint,
+        httpx.Client(base_url=endpoint.url, headers=bearer("infer")) as http,
+    ):
         for name in ("lists", "objects", "lists in lists", "integers"):
             body = gzip.compress(BOMBS[name])
             assert len(body) < 32 << 10
@@ -126,7 +136,9 @@ MESSAGES = {
     "inputs": packed(5, b"") * 500_000,
     "outputs": packed(6, b"") * 500_000,
     "raw contents": packed(7, b"") * 500_000,
-    "parameters of an input": packed(5, b"".join(packed(4, packed(1, b"%x" % i)) for i in range(100_000))),
+    "parameters of an input": packed(
+        5, b"".join(packed(4, packed(1, b"%x" % i)) for i in range(100_000))
+    ),
     "dimensions": packed(5, packed(3, b"\1" * 1_000_000)),
     "integers": packed(5, packed(5, packed(2, b"\1" * 1_000_000))),
     "floats": packed(5, packed(5, packed(6, bytes(4_000_000)))),
@@ -142,7 +154,9 @@ def test_a_message_of_many_parts_is_refused_before_it_is_read(name):
         codec.check_cost(MESSAGES[name], MOST_NUMBERS)
 
 
-@pytest.mark.parametrize("body", [b"\x0b" * 100_000, b"\xff" * 100_000, b"\0" * 70_000 + b"\x2a"], ids=repr)
+@pytest.mark.parametrize(
+    "body", [b"\x0b" * 100_000, b"\xff" * 100_000, b"\0" * 70_000 + b"\x2a"], ids=repr
+)
 def test_what_cannot_be_counted_is_not_read(body):
     with pytest.raises(FlservingError, match=r"are not a ModelInferRequest message|let in"):
         codec.check_cost(body, MOST_NUMBERS)

@@ -1,4 +1,5 @@
-"""The gRPC door to callers who mean no good or send nonsense: a reason for everyone, no crash, no growth."""
+"""The gRPC door to callers who mean no good or send nonsense: a reason for everyone, no crash, no
+growth."""
 
 import contextlib
 import gc
@@ -30,7 +31,9 @@ CALLERS_FAULT = {"INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "PERMISSION_D
 
 @pytest.fixture(scope="module")
 def server():
-    with ModelServer(ServingConfig(warmup_samples=1, timeout_ms=PATIENCE_S * 1e3, max_request_rows=64)) as server:
+    with ModelServer(
+        ServingConfig(warmup_samples=1, timeout_ms=PATIENCE_S * 1e3, max_request_rows=64)
+    ) as server:
         server.load_model("v1", nn.Linear(WIDTH, 2), num_features=WIDTH)
         yield server
 
@@ -58,7 +61,9 @@ def test_every_malformed_request_gets_a_reason_and_leaves_nothing_behind(caller)
 
     def refuse_all():
         for what, body in CORPUS.items():
-            code, text = caller.refused(INFER, body, timeout=None)  # a deadline would replace absurd timeouts
+            code, text = caller.refused(
+                INFER, body, timeout=None
+            )  # a deadline would replace absurd timeouts
             assert code in CALLERS_FAULT, (what, code, text)
             assert 5 < len(text) <= 600 and text != "internal error", (what, text)
 
@@ -75,7 +80,9 @@ def test_every_malformed_request_gets_a_reason_and_leaves_nothing_behind(caller)
 OTHERS = ["ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"]
 
 
-@pytest.mark.parametrize("method", [*OTHERS, "RepositoryModelLoad", "RepositoryModelUnload", "RepositoryIndex"])
+@pytest.mark.parametrize(
+    "method", [*OTHERS, "RepositoryModelLoad", "RepositoryModelUnload", "RepositoryIndex"]
+)
 def test_the_other_methods_refuse_with_a_reason(caller, method):
     kind = message(f"inference.{method}Request")
     bodies = {b"\xff\xff": "INVALID_ARGUMENT"}
@@ -87,7 +94,10 @@ def test_the_other_methods_refuse_with_a_reason(caller, method):
         named = {"ready": True} if method == "RepositoryIndex" else {"model_name": "local"}
         bodies[kind(repository_name="other", **named).SerializeToString()] = "UNIMPLEMENTED"
     if method.startswith("RepositoryModel"):
-        bodies |= {b"": "INVALID_ARGUMENT", kind(model_name="nope").SerializeToString(): "NOT_FOUND"}
+        bodies |= {
+            b"": "INVALID_ARGUMENT",
+            kind(model_name="nope").SerializeToString(): "NOT_FOUND",
+        }
         replaced = kind(model_name="local", parameters={"file:1/model.pt": {"bytes_param": b"x"}})
         bodies[replaced.SerializeToString()] = "UNIMPLEMENTED"
     for body, code in bodies.items():
@@ -106,7 +116,9 @@ def test_unknown_methods_and_services_are_unimplemented(caller):
 @given(st.data())
 def test_no_bytes_are_an_internal_error(caller, data):
     good = request(X).SerializeToString()
-    method = data.draw(st.sampled_from(["ModelInfer", *OTHERS, "RepositoryIndex", "RepositoryModelLoad"]))
+    method = data.draw(
+        st.sampled_from(["ModelInfer", *OTHERS, "RepositoryIndex", "RepositoryModelLoad"])
+    )
     body = bytearray(data.draw(st.sampled_from([good, b""])))
     if body:
         for place in data.draw(st.lists(st.integers(0, len(body) - 1), max_size=8)):
@@ -127,7 +139,9 @@ def test_an_unexpected_error_is_told_without_a_detail(server, caller, monkeypatc
     monkeypatch.setattr(server, "ahandle", broken)
     assert caller.refused(INFER, request(X)) == ("INTERNAL", "internal error")
     assert "secret 42" not in caplog.text and "RuntimeError" in caplog.text
-    assert "Internal" not in server.telemetry.totals()["refusals"].get("grpc", {}), "of the server, not of the door"
+    assert "Internal" not in server.telemetry.totals()["refusals"].get("grpc", {}), (
+        "of the server, not of the door"
+    )
     monkeypatch.undo()
     monkeypatch.setattr(codec, "response", None)
     assert caller.refused(INFER, request(X)) == ("INTERNAL", "internal error")
@@ -143,10 +157,14 @@ def test_messages_over_the_limit_are_refused_before_they_fill_memory(target, cal
     before = here.memory_info().rss
     code, text = caller.refused(INFER, big)
     assert code == "RESOURCE_EXHAUSTED" and "larger than max" in text
-    code, _ = caller.refused(INFER, big, compression=grpc.Compression.Gzip)  # 100 KB that become 100 MB
+    code, _ = caller.refused(
+        INFER, big, compression=grpc.Compression.Gzip
+    )  # 100 KB that become 100 MB
     assert code == "RESOURCE_EXHAUSTED"
     del big
-    assert here.memory_info().rss - before < 40 << 20  # the client's own copies are in this process, too
+    assert (
+        here.memory_info().rss - before < 40 << 20
+    )  # the client's own copies are in this process, too
     just_under = request(X, id="x" * ((1 << 20) - 200))
     assert caller.call(INFER, just_under)
     assert answers(caller)
@@ -187,11 +205,15 @@ def test_floods_and_noise_end_the_connection_and_nobody_else_notices(target, cal
 
 
 def test_headers_that_never_end_fill_no_memory(target, caller):
-    headers = b"\0\0\1\1\0\0\0\0\1\x82"  # opens a header block; a million fields follow, each one byte long
+    # opens a header block; a million fields follow, each one byte long
+    headers = b"\0\0\1\1\0\0\0\0\1\x82"
     more = b"\0\x40\0\x09\0\0\0\0\1" + b"\x82" * 0x4000
     host, _, port = target.rpartition(":")
     before = psutil.Process().memory_info().rss
-    with socket.create_connection((host, int(port)), PATIENCE_S) as client, contextlib.suppress(OSError):
+    with (
+        socket.create_connection((host, int(port)), PATIENCE_S) as client,
+        contextlib.suppress(OSError),
+    ):
         client.sendall(PREFACE + SETTINGS + headers)
         for _ in range(2000):  # 32 MB, some 2 GB once they were decoded
             client.sendall(more)
@@ -217,7 +239,9 @@ def test_compressed_headers_fill_no_memory_before_the_settings_are_agreed_on(tar
 def test_reset_streams_leave_the_server_ready(target, caller):
     body = request(X).SerializeToString()
     for _ in range(200):
-        caller.channel.unary_unary(INFER).future(body, metadata=(("authorization", "Bearer admin"),)).cancel()
+        caller.channel.unary_unary(INFER).future(
+            body, metadata=(("authorization", "Bearer admin"),)
+        ).cancel()
     assert answers(caller)
 
 
@@ -237,7 +261,9 @@ def test_headers_without_a_message_take_no_places(server, path):
         attackers = [connected(target) for _ in range(2)]
         try:
             for client in attackers:
-                with contextlib.suppress(OSError):  # cut off already: it never agreed to the server's settings
+                with contextlib.suppress(
+                    OSError
+                ):  # cut off already: it never agreed to the server's settings
                     for stream in range(1, 2000, 2):
                         client.sendall(opening(path, stream))
             wait_until(lambda: answered(caller), "an answer beside the attackers")
@@ -247,11 +273,14 @@ def test_headers_without_a_message_take_no_places(server, path):
 
 
 def answered(caller):
-    """Whether a good request and a health check are answered; if not, both are told at once that others came first."""
+    """Whether a good request and a health check are answered; if not, both are told at once that
+    others came first."""
     try:
         return answers(caller) and status(health(caller.channel)) == "SERVING"
     except grpc.RpcError as error:
-        assert error.code().name in ("RESOURCE_EXHAUSTED", "CANCELLED"), error  # by the server, by gRPC's core
+        assert error.code().name in ("RESOURCE_EXHAUSTED", "CANCELLED"), (
+            error
+        )  # by the server, by gRPC's core
         return False
 
 

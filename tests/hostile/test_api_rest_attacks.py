@@ -1,5 +1,5 @@
-"""As many attackers on the REST server as are let in: callers beside them are answered or turned away at once, and all
-is as before within twice the limit for slow clients."""
+"""As many attackers on the REST server as are let in: callers beside them are answered or turned
+away at once, and all is as before within twice the limit for slow clients."""
 
 import contextlib
 import os
@@ -26,7 +26,9 @@ PLACES = 64
 def answered(endpoint):
     """Whether a good request is answered; if not, it was turned away."""
     try:
-        response = httpx.post(endpoint.url + INFER, content=text(), headers=bearer("infer"), timeout=PATIENCE_S)
+        response = httpx.post(
+            endpoint.url + INFER, content=text(), headers=bearer("infer"), timeout=PATIENCE_S
+        )
     except httpx.TransportError:  # closed at once
         return False
     assert response.status_code in (200, 429)
@@ -34,7 +36,9 @@ def answered(endpoint):
 
 
 @pytest.mark.parametrize("ends", ["stays", "shuts its side down", "asks for the last answer"])
-@pytest.mark.parametrize("number", [300, 2000])  # rows whose answer stays below, and goes above, the mark for writing
+@pytest.mark.parametrize(
+    "number", [300, 2000]
+)  # rows whose answer stays below, and goes above, the mark for writing
 def test_who_never_reads_a_large_answer_loses_its_place(number, ends):
     body = text(rows(number))
     last = [b"Connection: close"] * (ends == "asks for the last answer")
@@ -43,7 +47,9 @@ def test_who_never_reads_a_large_answer_loses_its_place(number, ends):
         door(server, slow_client_s=SLOW_S, max_connections=PLACES) as endpoint,
         contextlib.ExitStack() as stack,
     ):
-        endpoint._thread._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024)  # what is accepted inherits it
+        endpoint._thread._listener.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 1024
+        )  # what is accepted inherits it
         for _ in range(PLACES):
             wire = stack.enter_context(Wire(endpoint, receive_nbytes=1024))
             wire.say(wire.head(b"Content-Length: %d" % len(body), *last) + body)
@@ -56,7 +62,9 @@ def test_who_never_reads_a_large_answer_loses_its_place(number, ends):
 def held(endpoint):
     """Connections that the server holds."""
     port = int(endpoint.url.rpartition(":")[2])
-    return sum(c.laddr.port == port and bool(c.raddr) for c in psutil.Process().net_connections("tcp"))
+    return sum(
+        c.laddr.port == port and bool(c.raddr) for c in psutil.Process().net_connections("tcp")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +90,9 @@ def test_silent_connections_are_counted_at_accept_and_closed(secure, pair):
     ):
         port = int(endpoint.url.rpartition(":")[2])
         before = psutil.Process().num_fds()
-        attackers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(200)]
+        attackers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(200)
+        ]
         most = before + len(attackers) + 4 + RestServer.SURPLUS + 8
         for attacker in attackers:
             assert psutil.Process().num_fds() <= most
@@ -119,7 +129,9 @@ def test_a_crowd_of_silent_connections_leaves_descriptors_for_the_server():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 3000), hard))
     command = [sys.executable, "-c", CROWD.format(path=sys.path)]
     with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ) as process,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+        ) as process,
         contextlib.ExitStack() as stack,
     ):
         try:

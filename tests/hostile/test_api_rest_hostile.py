@@ -1,4 +1,5 @@
-"""Clients that are broken, hostile or slow: each gets a reason, none gets a 5xx, and the server goes on."""
+"""Clients that are broken, hostile or slow: each gets a reason, none gets a 5xx, and the server
+goes on."""
 
 import gzip
 import json
@@ -60,19 +61,28 @@ def test_the_whole_corpus_is_refused_with_a_reason_and_costs_no_memory(http):
 
 @pytest.mark.parametrize("name", ["sequence_id", "sequence_start", "priority", "classification"])
 def test_what_the_protocol_knows_and_this_server_does_not_offer_is_told_apart(http, name):
-    body = {"inputs": [tensor(rows())], "parameters": {name: True if name == "sequence_start" else 3}}
+    body = {
+        "inputs": [tensor(rows())],
+        "parameters": {name: True if name == "sequence_start" else 3},
+    }
     if name == "classification":  # a parameter of an output
-        body = {"inputs": [tensor(rows())], "outputs": [{"name": "predictions", "parameters": {name: 3}}]}
+        body = {
+            "inputs": [tensor(rows())],
+            "outputs": [{"name": "predictions", "parameters": {name: 3}}],
+        }
     response = http.post(INFER, json=body)
     assert response.status_code == 501 and name in response.json()["error"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_bomb_is_refused_without_being_unpacked(http):
-    """The peak of memory, not what is left of it: what a bomb would unpack to is 1,000 times the limit."""
+    """The peak of memory, not what is left of it: what a bomb would unpack to is 1,000 times the
+    limit."""
 
     def peak_kib():
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         return int(status["VmHWM"].split()[0])
 
     bomb = gzip.compress(b" " * (1000 * MOST))
@@ -98,7 +108,9 @@ def test_no_bytes_cause_a_5xx(http, body):
 def test_no_lengths_cause_a_5xx(http, length, size, cut):
     request = binary(rows(), raw=(rows().tobytes() * 3)[:cut], size=size)
     right = int(request["headers"]["Inference-Header-Content-Length"])
-    response = http.post(INFER, **request | {"headers": {"Inference-Header-Content-Length": str(length)}})
+    response = http.post(
+        INFER, **request | {"headers": {"Inference-Header-Content-Length": str(length)}}
+    )
     if length == right and size == cut == 4 * WIDTH:
         assert response.status_code == 200
     elif length:  # 0 takes the whole body as numbers: chance decides about their number
@@ -115,12 +127,16 @@ JUNK = st.recursive(
 @QUIET
 @given(key=FIELDS, value=JUNK)
 def test_no_junk_in_a_field_causes_a_5xx(http, key, value):
-    response = http.post(INFER, content=json.dumps({"inputs": [tensor(rows()) | {key: value}]}).encode())
+    response = http.post(
+        INFER, content=json.dumps({"inputs": [tensor(rows()) | {key: value}]}).encode()
+    )
     assert refused(response) or (key == "parameters" and response.status_code == 200)
 
 
 @QUIET
 @given(path=st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=40))
 def test_no_path_causes_a_5xx(http, path):
-    response = http.post("/v2/models/" + path.replace("?", "").replace("#", "") + "/infer", content=text())
+    response = http.post(
+        "/v2/models/" + path.replace("?", "").replace("#", "") + "/infer", content=text()
+    )
     assert refused(response) or path == "local"

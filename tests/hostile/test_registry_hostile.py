@@ -1,4 +1,5 @@
-"""Bytes on disk that are not what was published: every one is found, named, and answered by a typed error."""
+"""Bytes on disk that are not what was published: every one is found, named, and answered by a typed
+error."""
 
 import errno
 import json
@@ -26,11 +27,18 @@ WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    """One good version "m" 1, and a good version "other" 1 that every attack must leave readable."""
+    """One good version "m" 1, and a good version "other" 1 that every attack must leave
+    readable."""
     with Registry(tmp_path / "registry") as opened:
         for name in ("m", "other"):
             module = models.build("mlp", {"sizes": [4, 8, 3]})
-            opened.publish(name, module, architecture="mlp", parameters={"sizes": [4, 8, 3]}, metrics={"accuracy": 0.5})
+            opened.publish(
+                name,
+                module,
+                architecture="mlp",
+                parameters={"sizes": [4, 8, 3]},
+                metrics={"accuracy": 0.5},
+            )
         yield opened
         opened.read("other", 1)
 
@@ -41,7 +49,9 @@ def folder(registry: Registry) -> Path:
 
 def refused(registry: Registry, file: str, message: str = "") -> None:
     """Reading fails, says which file and what to do, and not where on the disk it lies."""
-    with pytest.raises(CorruptArtifactError, match=rf"^m/1/{file} .*{message}.*restore it from a backup") as caught:
+    with pytest.raises(
+        CorruptArtifactError, match=rf"^m/1/{file} .*{message}.*restore it from a backup"
+    ) as caught:
         registry.read("m", 1)
     assert registry.root not in str(caught.value)
     with Registry(registry.root) as fresh, pytest.raises(CorruptArtifactError):
@@ -86,7 +96,9 @@ def test_a_missing_file(registry: Registry, file: str) -> None:
 
 def test_a_missing_folder(registry: Registry) -> None:
     folder(registry).rename(folder(registry).with_name("9"))
-    with pytest.raises(CorruptArtifactError, match=r"m/1/manifest\.json cannot be opened .No such file"):
+    with pytest.raises(
+        CorruptArtifactError, match=r"m/1/manifest\.json cannot be opened .No such file"
+    ):
         registry.read("m", 1)
 
 
@@ -111,7 +123,8 @@ def test_what_is_not_a_regular_file_is_refused_and_does_not_hang(
 
 
 def enthrone(registry: Registry, file: str, data: bytes, **manifest_changes: Any) -> None:
-    """The strongest attacker: puts bytes in place and makes every digest, the index's too, agree with them."""
+    """The strongest attacker: puts bytes in place and makes every digest, the index's too, agree
+    with them."""
     place = folder(registry)
     manifest = json.loads((place / MANIFEST).read_bytes())
     (place / file).write_bytes(data)
@@ -136,7 +149,16 @@ def header(text: bytes, data: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", ["pickle", "torch.save", "pickle in the header", "claims terabytes", "deep", "empty header", "text"]
+    "kind",
+    [
+        "pickle",
+        "torch.save",
+        "pickle in the header",
+        "claims terabytes",
+        "deep",
+        "empty header",
+        "text",
+    ],
 )
 def test_disguised_and_huge_weights_are_refused(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -168,7 +190,8 @@ def test_a_header_over_its_limit_is_refused_before_it_is_parsed(
 
 
 def test_a_foreign_but_sound_safetensors_file_is_read(registry: Registry) -> None:
-    """The counterpart of the refusals above: with agreeing digests the reader itself has no prejudice."""
+    """The counterpart of the refusals above: with agreeing digests the reader itself has no
+    prejudice."""
     tensors = {"head.weight": torch.randn(3, 8), "odd": torch.randn(5)}
     enthrone(registry, WEIGHTS, safetensors.torch.save(tensors))
     back = registry.read("m", 1).tensors
@@ -176,7 +199,9 @@ def test_a_foreign_but_sound_safetensors_file_is_read(registry: Registry) -> Non
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"null", b"{}", b"[" * 100_000, pickle.dumps({}), b"\xff" * 100], ids=lambda data: str(data[:8])
+    "data",
+    [b"", b"null", b"{}", b"[" * 100_000, pickle.dumps({}), b"\xff" * 100],
+    ids=lambda data: str(data[:8]),
 )
 def test_a_manifest_that_is_none(registry: Registry, data: bytes) -> None:
     enthrone(registry, MANIFEST, data)
@@ -187,8 +212,12 @@ def test_a_manifest_over_its_limit_is_refused_before_it_is_read(registry: Regist
     enthrone(registry, MANIFEST, b" " * (MAX_MANIFEST_NBYTES + 1))
     with pytest.raises(CorruptArtifactError, match=r"m/1/manifest\.json has 4,194,305 bytes"):
         registry.read("m", 1)
-    os.truncate(folder(registry) / MANIFEST, 1 << 42)  # a file of holes: who read it would run out of memory
-    with pytest.raises(CorruptArtifactError, match=r"m/1/manifest\.json has 4,398,046,511,104 bytes"):
+    os.truncate(
+        folder(registry) / MANIFEST, 1 << 42
+    )  # a file of holes: who read it would run out of memory
+    with pytest.raises(
+        CorruptArtifactError, match=r"m/1/manifest\.json has 4,398,046,511,104 bytes"
+    ):
         registry.read("m", 1)
 
 
@@ -211,14 +240,18 @@ def test_weights_of_another_version_do_not_pass(registry: Registry) -> None:
         registry.read("m", 2)
 
 
-def test_a_file_swapped_after_the_read_does_not_matter(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_swapped_after_the_read_does_not_matter(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bytes are read once: what was hashed is what is parsed (no time of check, time of use)."""
     expected = registry.read("m", 1).tensors
     read_file = storage.read_file
 
     def swap_after(root: str, relative: str, max_nbytes: int) -> bytes:
         image = read_file(root, relative, max_nbytes)
-        Path(root, relative).write_bytes(b"\0" * len(image))  # in place: a memory map would change now
+        Path(root, relative).write_bytes(
+            b"\0" * len(image)
+        )  # in place: a memory map would change now
         return image
 
     monkeypatch.setattr(storage, "read_file", swap_after)
@@ -226,7 +259,9 @@ def test_a_file_swapped_after_the_read_does_not_matter(registry: Registry, monke
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def test_a_file_that_shrinks_while_it_is_read(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_while_it_is_read(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fstat, path = os.fstat, folder(registry) / WEIGHTS
 
     def shrink_after(fd: int) -> os.stat_result:
@@ -276,7 +311,9 @@ def test_a_lost_index_does_not_cost_the_versions(tmp_path: Path) -> None:
     index, before = tmp_path / "registry.sqlite3", sorted((tmp_path / "models").rglob("*"))
     kept = index.read_bytes()
     index.unlink()
-    with pytest.raises(CorruptArtifactError, match=r"registry\.sqlite3 is missing beside published versions"):
+    with pytest.raises(
+        CorruptArtifactError, match=r"registry\.sqlite3 is missing beside published versions"
+    ):
         Registry(tmp_path)
     assert sorted((tmp_path / "models").rglob("*")) == before and not index.exists()
     index.write_bytes(kept)
@@ -300,10 +337,13 @@ def test_an_old_index_does_not_cost_the_newer_versions(tmp_path: Path) -> None:
 
 
 def test_random_damage_to_the_index_is_an_error_or_harmless(tmp_path: Path) -> None:
-    """SQLite has no checksums: a flip may hide in unused space. It never becomes wrong weights, or an untyped error."""
+    """SQLite has no checksums: a flip may hide in unused space. It never becomes wrong weights, or
+    an untyped error."""
     path = tmp_path / "registry.sqlite3"
     with Registry(tmp_path) as registry:
-        registry.publish("m", models.build("tutorial_mlp"), architecture="tutorial_mlp", alias="default")
+        registry.publish(
+            "m", models.build("tutorial_mlp"), architecture="tutorial_mlp", alias="default"
+        )
         expected = registry.read("m", 1).tensors
     good, rng, errors = path.read_bytes(), random.Random(5), 0
     for _ in range(60):
@@ -325,7 +365,9 @@ def test_random_damage_to_the_index_is_an_error_or_harmless(tmp_path: Path) -> N
 
 def test_a_name_in_a_hostile_index_leads_nowhere(registry: Registry, tmp_path: Path) -> None:
     outsider = sqlite3.connect(f"{registry.root}/registry.sqlite3")
-    outsider.execute("INSERT INTO versions (name, version, manifest_sha256) VALUES ('../../up', 1, 'x')")
+    outsider.execute(
+        "INSERT INTO versions (name, version, manifest_sha256) VALUES ('../../up', 1, 'x')"
+    )
     outsider.commit()
     outsider.close()
     assert "../../up" in registry.models()
@@ -334,12 +376,16 @@ def test_a_name_in_a_hostile_index_leads_nowhere(registry: Registry, tmp_path: P
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
-def test_a_folder_that_may_not_be_written(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_written(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", denied)
-    with pytest.raises(FlservingError, match=r"'m' was not published .Permission denied.: check .* permissions"):
+    with pytest.raises(
+        FlservingError, match=r"'m' was not published .Permission denied.: check .* permissions"
+    ):
         registry.publish("m", models.build("tutorial_mlp"), architecture="tutorial_mlp")
     assert registry.read("m", 1).manifest.version == 1 and registry.version_numbers("m") == [1]
 
@@ -353,6 +399,8 @@ def test_a_file_that_cannot_be_opened_now_is_not_called_corrupt(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", denied)
-        with pytest.raises(FlservingError, match=r"m/1/manifest\.json cannot be opened .*check limits") as caught:
+        with pytest.raises(
+            FlservingError, match=r"m/1/manifest\.json cannot be opened .*check limits"
+        ) as caught:
             registry.read("m", 1)
     assert not isinstance(caught.value, CorruptArtifactError)

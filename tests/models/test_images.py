@@ -78,13 +78,17 @@ def probabilities(module, x):
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     with Registry(tmp_path_factory.mktemp("images")) as registry:
-        registry.publish("cifar", made(NET), architecture=NET, preprocessing=CHANNELS, alias="default")
+        registry.publish(
+            "cifar", made(NET), architecture=NET, preprocessing=CHANNELS, alias="default"
+        )
         yield registry
 
 
 @pytest.fixture(scope="module")
 def server(registry):
-    config = ServingConfig(warmup_samples=1, prediction_cache_bytes=1 << 20, max_batch_size=4, timeout_ms=20_000)
+    config = ServingConfig(
+        warmup_samples=1, prediction_cache_bytes=1 << 20, max_batch_size=4, timeout_ms=20_000
+    )
     with ModelServer(config, registry) as server:
         yield server
 
@@ -108,7 +112,9 @@ def test_requests_of_different_forms_share_a_batch_and_the_cache(server):
     wanted = probabilities(made(NET), X)
     answers = server.batch_predict([X[0], X[1:3].reshape(2, -1), X[3:].tolist()])
     assert [len(answer["predictions"]) for answer in answers] == [1, 2, 2]
-    np.testing.assert_allclose(np.concatenate([a["probabilities"] for a in answers]), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([a["probabilities"] for a in answers]), wanted, atol=1e-5
+    )
     hits = server.prediction_cache.hits
     server.predict(X.reshape(5, -1))
     server.predict(X)
@@ -116,7 +122,8 @@ def test_requests_of_different_forms_share_a_batch_and_the_cache(server):
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 32), (32, 32), (5, 32, 32), (2, 2, 3, 32, 32), (3, 32, 32, 1), (5, 3071), (0, 3, 32, 32)]
+    "shape",
+    [(3, 32), (32, 32), (5, 32, 32), (2, 2, 3, 32, 32), (3, 32, 32, 1), (5, 3071), (0, 3, 32, 32)],
 )
 def test_other_shapes_are_refused_and_the_right_one_is_named(server, shape):
     with pytest.raises(InvalidInputError, match=r"\[3, 32, 32\]|the model takes 3072"):
@@ -132,7 +139,10 @@ def test_nan_and_infinity_inside_an_image_are_refused(server):
 
 def test_tritonclient_sends_images_over_rest_and_grpc(endpoint):
     wanted = probabilities(made(NET), X)
-    for kind, address in ((triton_http, endpoint.url.removeprefix("http://")), (triton_grpc, endpoint.grpc_url)):
+    for kind, address in (
+        (triton_http, endpoint.url.removeprefix("http://")),
+        (triton_grpc, endpoint.grpc_url),
+    ):
         client = kind.InferenceServerClient(address.removeprefix("grpc://"))
         for x in (X, X.reshape(5, -1)):
             tensor = kind.InferInput("features", list(x.shape), "FP32")
@@ -163,7 +173,9 @@ def test_our_own_client_sends_them_as_they_are(endpoint):
     for url in (endpoint.url, grpc):
         with Client(url) as client:
             for x in (X, X.tolist(), X.reshape(5, -1)):
-                np.testing.assert_allclose(client.predict(x, model="cifar")["probabilities"], wanted, atol=1e-5)
+                np.testing.assert_allclose(
+                    client.predict(x, model="cifar")["probabilities"], wanted, atol=1e-5
+                )
             assert len(client.predict(X[0], model="cifar")["predictions"]) == 1
 
 
@@ -171,17 +183,26 @@ def test_our_own_client_sends_them_as_they_are(endpoint):
 def test_exports_and_int8_take_images(tmp_path):
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     with Registry(tmp_path) as registry:
-        registry.publish("cifar", made(NET), architecture=NET, preprocessing=CHANNELS, alias="default")
+        registry.publish(
+            "cifar", made(NET), architecture=NET, preprocessing=CHANNELS, alias="default"
+        )
         wanted = probabilities(made(NET), X)
         with contextlib.closing(ModelServer(registry=registry)) as server:
             for make, most in ((methods.to_onnx, 1e-5), (methods.quantise, 0.02)):
                 version = make(registry, "cifar", samples=X).version
                 manifest = registry.manifest("cifar", version)
-                assert manifest.signature.input_shape == SHAPE and manifest.parameters["inputs"] == [*SHAPE]
+                assert manifest.signature.input_shape == SHAPE and manifest.parameters[
+                    "inputs"
+                ] == [*SHAPE]
                 found = server.predict(X, version=version, arrays=True)["probabilities"]
                 assert np.abs(found - wanted).max() < most
             version = methods.quantise(registry, "cifar", 1, "static", X).version
-            assert np.abs(server.predict(X, version=version, arrays=True)["probabilities"] - wanted).max() < 0.05
+            assert (
+                np.abs(
+                    server.predict(X, version=version, arrays=True)["probabilities"] - wanted
+                ).max()
+                < 0.05
+            )
 
 
 def test_personal_heads_and_a_device_take_images(tmp_path):
@@ -189,7 +210,9 @@ def test_personal_heads_and_a_device_take_images(tmp_path):
     module = made(SPLIT)
     own = {"head.weight": torch.zeros(2, 12), "head.bias": torch.tensor([0.0, 5.0])}
     with Registry(tmp_path) as registry, contextlib.closing(ModelServer()) as server:
-        registry.publish("m", module, architecture=SPLIT, heads=HeadSet.from_states({"a": own}), alias="default")
+        registry.publish(
+            "m", module, architecture=SPLIT, heads=HeadSet.from_states({"a": own}), alias="default"
+        )
         server.serve(registry, "m")
         for rows in (x, x.reshape(4, 16)):
             answer = server.predict(rows, client="a")

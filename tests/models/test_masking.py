@@ -1,4 +1,5 @@
-"""Confidence masking: what each policy leaves of the outputs, which policies are narrower, and which do not exist."""
+"""Confidence masking: what each policy leaves of the outputs, which policies are narrower, and
+which do not exist."""
 
 import itertools
 
@@ -29,11 +30,15 @@ def by_hand(policy, given):
     kind, _, number = policy.partition("-")
     if kind == "top":
         for row in shown["probabilities"]:
-            for place in sorted(range(len(row)), key=lambda place, row=row: row[place])[: -int(number)]:
+            for place in sorted(range(len(row)), key=lambda place, row=row: row[place])[
+                : -int(number)
+            ]:
                 row[place] = 0.0
     if kind == "rounded":
         shown["confidences"] = [round(value, int(number)) for value in shown["confidences"]]
-        shown["probabilities"] = [[round(value, int(number)) for value in row] for row in shown["probabilities"]]
+        shown["probabilities"] = [
+            [round(value, int(number)) for value in row] for row in shown["probabilities"]
+        ]
     return shown
 
 
@@ -63,7 +68,9 @@ def test_what_is_masked_is_not_the_models_own_array(policy):
 def test_the_types_on_the_wire_stay_what_the_metadata_say():
     for policy in POLICIES:
         shown = OutputPolicy.parse(policy).shown(outputs(), True)
-        assert {shown[name].dtype for name in OUTPUTS[1:] if name in shown} <= {np.dtype(np.float32)}
+        assert {shown[name].dtype for name in OUTPUTS[1:] if name in shown} <= {
+            np.dtype(np.float32)
+        }
 
 
 def test_of_equal_probabilities_exactly_k_are_shown_and_the_first_is_the_predictions():
@@ -99,17 +106,40 @@ def test_only_what_shows_no_more_can_be_asked_for(policy, asked):
     if asked in NARROWER[policy]:
         assert own.narrowed(asked) == OutputPolicy.parse(asked)
     else:
-        with pytest.raises(ForbiddenError, match=rf"^outputs='{asked}' shows more than '{policy}', the most here: ask"):
+        with pytest.raises(
+            ForbiddenError,
+            match=rf"^outputs='{asked}' shows more than '{policy}', the most here: ask",
+        ):
             own.narrowed(asked)
 
 
-BAD = ["", "FULL", "labels", "top", "top-0", "top--1", "top-1.5", "rounded-0", "rounded-7", "label ", "full\n", None, 3]
+BAD = [
+    "",
+    "FULL",
+    "labels",
+    "top",
+    "top-0",
+    "top--1",
+    "top-1.5",
+    "rounded-0",
+    "rounded-7",
+    "label ",
+    "full\n",
+    None,
+    3,
+]
 
 
 @pytest.mark.parametrize("name", BAD, ids=repr)
 def test_what_does_not_exist_is_refused_and_all_are_named(name):
-    for refused in (lambda: OutputPolicy.parse(name), lambda: by_role(name), lambda: FULL.narrowed(name)):
-        with pytest.raises(ConfigError, match=r"no policy .*: choose full, label, top-K .* or rounded-D"):
+    for refused in (
+        lambda: OutputPolicy.parse(name),
+        lambda: by_role(name),
+        lambda: FULL.narrowed(name),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"no policy .*: choose full, label, top-K .* or rounded-D"
+        ):
             refused()
 
 
@@ -130,7 +160,9 @@ def test_each_role_gets_its_policy(text, wanted):
     assert tuple(found[role].name for role in ("", "infer", "admin")) == wanted
 
 
-@pytest.mark.parametrize("text", ["infer=label,infer=top-2", "label,full", "infer=label,admin=full,infer=label"])
+@pytest.mark.parametrize(
+    "text", ["infer=label,infer=top-2", "label,full", "infer=label,admin=full,infer=label"]
+)
 def test_of_two_policies_for_one_role_none_is_guessed(text):
     with pytest.raises(ConfigError, match=r"two policies for (infer|all roles): leave one"):
         by_role(text)
@@ -138,10 +170,15 @@ def test_of_two_policies_for_one_role_none_is_guessed(text):
 
 def test_rounding_hides_no_class_however_many_there_are():
     even = {"predictions": np.array([0]), "probabilities": np.full((1, 20_000), 5e-5, np.float32)}
-    assert np.count_nonzero(OutputPolicy.parse("rounded-5").shown(even, True)["probabilities"]) == 20_000
+    assert (
+        np.count_nonzero(OutputPolicy.parse("rounded-5").shown(even, True)["probabilities"])
+        == 20_000
+    )
 
 
-@pytest.mark.parametrize("text", ["read=label", "guest=full", "Infer=label", "infer=label,root=full"])
+@pytest.mark.parametrize(
+    "text", ["read=label", "guest=full", "Infer=label", "infer=label,root=full"]
+)
 def test_a_role_that_cannot_infer_has_no_policy(text):
     with pytest.raises(ConfigError, match=r"^outputs: no role '.+' to infer: write infer=POLICY"):
         by_role(text)

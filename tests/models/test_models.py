@@ -14,7 +14,12 @@ BUILT_IN = {
     "tutorial_mlp": ({}, (32,), (10,), 32 * 64 + 64 + 64 * 10 + 10),
     "digits_mlp": ({}, (64,), (10,), 64 * 64 + 64 + 64 * 10 + 10),
     "digits_cnn": ({}, (64,), (10,), (9 * 16 + 16) + (9 * 16 * 32 + 32) + (128 * 10 + 10)),
-    "mlp": ({"sizes": [784, 512, 512, 10]}, (784,), (10,), 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10),
+    "mlp": (
+        {"sizes": [784, 512, 512, 10]},
+        (784,),
+        (10,),
+        784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10,
+    ),
 }
 
 
@@ -43,7 +48,9 @@ def test_the_output_is_the_heads_answer_to_the_body_and_leaves_the_input_alone(n
     module = models.build(name, parameters)
     x = torch.randn(5, *input_shape)
     before = x.clone()
-    assert torch.equal(module(x), nn.functional.linear(module.body(x), module.head.weight, module.head.bias))
+    assert torch.equal(
+        module(x), nn.functional.linear(module.body(x), module.head.weight, module.head.bias)
+    )
     assert torch.equal(x, before), "an in-place ReLU must never reach the caller's tensor"
     assert (module.body(x) >= 0).all(), "what the head sees has passed a ReLU"
 
@@ -63,7 +70,8 @@ def test_an_mlp_of_two_sizes_is_a_linear_model():
 
 
 def test_the_cnn_reads_pixels_in_rows():
-    """A digit and the same digit moved by one column: a convolution sees the same shape, moved by one column."""
+    """A digit and the same digit moved by one column: a convolution sees the same shape, moved by
+    one column."""
     image = torch.zeros(1, 8, 8)
     image[0, 3:5, 2] = 1.0
     convolved = models.build("digits_cnn").body[:2]
@@ -122,7 +130,9 @@ def test_deep_nesting_is_refused():
 @pytest.mark.parametrize("name", ["resnet", "", "os.system", None, ["mlp"], 3])
 @pytest.mark.parametrize("call", [models.build, models.signature])
 def test_an_unknown_architecture_names_the_known_ones(call, name):
-    with pytest.raises(NotFoundError, match=r"digits_cnn, digits_mlp, mlp, .*tutorial_mlp.*register"):
+    with pytest.raises(
+        NotFoundError, match=r"digits_cnn, digits_mlp, mlp, .*tutorial_mlp.*register"
+    ):
         call(name)
 
 
@@ -207,4 +217,6 @@ def test_a_seed_gives_the_same_weights_and_the_dry_run_draws_nothing():
     for _ in range(2):  # the first time with a dry run, the second without
         torch.manual_seed(0)
         built.append(models.build("digits_mlp"))
-    assert all(torch.equal(a, b) for a, b in zip(built[0].parameters(), built[1].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(built[0].parameters(), built[1].parameters(), strict=True)
+    )

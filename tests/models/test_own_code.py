@@ -1,4 +1,5 @@
-"""A user's own architecture is served by the commands: ``--import mynet`` runs the module that registers it."""
+"""A user's own architecture is served by the commands: ``--import mynet`` runs the module that
+registers it."""
 
 import os
 import subprocess
@@ -35,7 +36,8 @@ ROW = np.ones((1, 4), np.float32)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with modules in it; what is imported and registered here is forgotten afterwards."""
+    """The current directory, with modules in it; what is imported and registered here is forgotten
+    afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
@@ -88,7 +90,16 @@ def test_the_commands_say_what_is_wrong_with_an_import(folder):
     served = command(folder, "serve", "--registry", str(root), "--import", name)
     assert served.returncode == 1 and reason in served.stderr and "Traceback" not in served.stderr
     device = command(
-        folder, "edge", "--cloud", "http://127.0.0.1:9", "--client", "c-1", "--directory", "device", "--import", name
+        folder,
+        "edge",
+        "--cloud",
+        "http://127.0.0.1:9",
+        "--client",
+        "c-1",
+        "--directory",
+        "device",
+        "--import",
+        name,
     )
     assert device.returncode == 1 and reason in device.stderr and "Traceback" not in device.stderr
 
@@ -97,7 +108,9 @@ def test_a_device_imports_too(folder):
     import_modules(["mynet"])
     module = models.build("mynet-a")
     with Registry(folder / "cloud") as registry:
-        registry.publish("digits", module, architecture="mynet-a", alias="default", lineage={"round": 1})
+        registry.publish(
+            "digits", module, architecture="mynet-a", alias="default", lineage={"round": 1}
+        )
     with cloud(folder / "cloud") as (_, served):
         process = subprocess.Popen(
             [sys.executable, "-m", "flserving", "edge", "--cloud", served.url, "--client", "c-1", "--directory",

@@ -1,11 +1,19 @@
-"""Only what answers each row by itself may serve: rows that see each other, single logits, shapes that do not fit."""
+"""Only what answers each row by itself may serve: rows that see each other, single logits, shapes
+that do not fit."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from flserving import InferenceEngine, ModelServer, Registry, ServingConfig, create_serving_pipeline, models
+from flserving import (
+    InferenceEngine,
+    ModelServer,
+    Registry,
+    ServingConfig,
+    create_serving_pipeline,
+    models,
+)
 from flserving.edge import EdgeModelServer
 from flserving.errors import InvalidModelError, ModelExecutionError
 from flserving.federated import train
@@ -16,7 +24,8 @@ from flserving.serving.loader import RegistrySource, load_engine
 
 
 class Does(nn.Module):
-    """A linear layer, and a function after it; ``flserving`` never sees more of a model than this."""
+    """A linear layer, and a function after it; ``flserving`` never sees more of a model than
+    this."""
 
     def __init__(self, what, inputs=4, outputs=3):
         super().__init__()
@@ -55,7 +64,9 @@ class AlwaysTraining(nn.Module):
         self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.linear(nn.functional.batch_norm(x, None, None, training=len(x) > 1) if len(x) > 1 else x)
+        return self.linear(
+            nn.functional.batch_norm(x, None, None, training=len(x) > 1) if len(x) > 1 else x
+        )
 
 
 class Remembers(nn.Module):
@@ -87,10 +98,16 @@ SEE_EACH_OTHER = {
     "the row before": lambda: Does(lambda m, x: m.linear(x + 0.1 * x.roll(1, 0))),
     "sorted over dimension 0": lambda: Does(lambda m, x: m.linear(x).sort(0).values),
     "statistics of the batch": AlwaysTraining,
-    "only where a row is large": lambda: Does(lambda m, x: m.linear(x - x.mean(0) if x.abs().max() > 20 else x)),
-    "only among small rows": lambda: Does(lambda m, x: m.linear(x - x.mean(0) if x.abs().max() <= 1 else x)),
+    "only where a row is large": lambda: Does(
+        lambda m, x: m.linear(x - x.mean(0) if x.abs().max() > 20 else x)
+    ),
+    "only among small rows": lambda: Does(
+        lambda m, x: m.linear(x - x.mean(0) if x.abs().max() <= 1 else x)
+    ),
     "the batch's size": lambda: Does(lambda m, x: m.linear(x) + len(x)),
-    "an int8 scale of the whole batch": lambda: Does(lambda m, x: m.linear(quantised(x, x.abs().max()))),
+    "an int8 scale of the whole batch": lambda: Does(
+        lambda m, x: m.linear(quantised(x, x.abs().max()))
+    ),
 }
 
 
@@ -113,25 +130,33 @@ def made(kind):
 
 @pytest.mark.parametrize("kind", SEE_EACH_OTHER)
 def test_a_module_whose_rows_see_each_other_is_not_loaded(kind):
-    with ModelServer() as server, pytest.raises(InvalidModelError, match=r"its rows see each other.*dimension 0"):
+    with (
+        ModelServer() as server,
+        pytest.raises(InvalidModelError, match=r"its rows see each other.*dimension 0"),
+    ):
         server.load_model("v1", made(kind), num_features=4)
 
 
 @pytest.mark.parametrize("kind", SEE_EACH_OTHER)
-def test_a_model_whose_rows_see_each_other_is_neither_published_nor_loaded(kind, registry, allow_list, monkeypatch):
+def test_a_model_whose_rows_see_each_other_is_neither_published_nor_loaded(
+    kind, registry, allow_list, monkeypatch
+):
     outputs = made(kind)(torch.zeros(2, 4)).shape[1:]
     models.register("sees", input_shape=(4,), output_shape=tuple(outputs))(lambda: made(kind))
     with pytest.raises(InvalidModelError, match="its rows see each other"):
         registry.publish("m", made(kind), architecture="sees")
     assert registry.models() == []
-    monkeypatch.setattr(validation, "_check_service", lambda *_: None)  # by a flserving that did not look
+    monkeypatch.setattr(
+        validation, "_check_service", lambda *_: None
+    )  # by a flserving that did not look
     registry.publish("m", made(kind), architecture="sees")
     with pytest.raises(ModelExecutionError, match="version '1': its rows see each other"):
         load_engine(RegistrySource(registry, "m"), "1", ServingConfig(warmup_samples=0))
 
 
 @pytest.mark.parametrize(
-    "what", [lambda m, x: m.linear(x) + torch.rand(1), lambda m, x: m.linear(nn.functional.dropout(x))]
+    "what",
+    [lambda m, x: m.linear(x) + torch.rand(1), lambda m, x: m.linear(nn.functional.dropout(x))],
 )
 def test_random_answers_and_state_are_told_apart_from_rows_that_see_each_other(what):
     with pytest.raises(InvalidModelError, match="otherwise each time"):
@@ -149,7 +174,10 @@ def test_random_answers_and_state_are_told_apart_from_rows_that_see_each_other(w
         ),
         (lambda m, x: m.linear(x).sum(0), "one row of outputs each"),
         (lambda m, x: m.linear(x)[:1], "one row of outputs each"),
-        (lambda m, x: m.linear(x)[:, : len(x)], "the shape of a row's outputs depends on the other rows"),
+        (
+            lambda m, x: m.linear(x)[:, : len(x)],
+            "the shape of a row's outputs depends on the other rows",
+        ),
     ],
 )
 def test_one_row_of_outputs_for_each_row_of_any_batch(what, reason):
@@ -158,11 +186,14 @@ def test_one_row_of_outputs_for_each_row_of_any_batch(what, reason):
 
 
 def overflown(*ends):
-    """Sums that overflow: which of ``ends`` they give depends on how many rows there are, as it does with real ones."""
+    """Sums that overflow: which of ``ends`` they give depends on how many rows there are, as it
+    does with real ones."""
     return lambda module, x: module.linear(x) * 0 + ends[len(x) % len(ends)]
 
 
-@pytest.mark.parametrize("ends", [(torch.inf, -torch.inf), (torch.nan, torch.inf, -torch.inf), (3e38, torch.inf)])
+@pytest.mark.parametrize(
+    "ends", [(torch.inf, -torch.inf), (torch.nan, torch.inf, -torch.inf), (3e38, torch.inf)]
+)
 def test_how_a_sum_overflows_says_nothing_of_other_rows(ends):
     check_rows(Does(overflown(*ends)), (4,))
 
@@ -222,7 +253,9 @@ def test_the_probe_is_always_the_same_and_no_row_is_like_another():
     assert len({tuple(row.tolist()) for row in rows}) == len(rows)
 
 
-def test_a_version_is_probed_once_in_a_process_and_again_when_its_code_is_registered_anew(registry, allow_list):
+def test_a_version_is_probed_once_in_a_process_and_again_when_its_code_is_registered_anew(
+    registry, allow_list
+):
     calls = []
 
     def factory():
@@ -311,5 +344,7 @@ def test_publish_with_an_alias_tries_an_answer_before_the_alias_moves(registry, 
 
 def test_outputs_must_have_the_shape_that_is_declared(registry, allow_list):
     models.register("liar", input_shape=(4,), output_shape=(5,))(lambda: nn.Linear(4, 3))
-    with pytest.raises(InvalidModelError, match=r"declares outputs of shape \[5\] a row and answers \[3\]"):
+    with pytest.raises(
+        InvalidModelError, match=r"declares outputs of shape \[5\] a row and answers \[3\]"
+    ):
         registry.publish("m", nn.Linear(4, 3), architecture="liar")

@@ -1,4 +1,5 @@
-"""Preprocessor and Postprocessor: scikit-learn and torch as oracles, and every bad input a typed error."""
+"""Preprocessor and Postprocessor: scikit-learn and torch as oracles, and every bad input a typed
+error."""
 
 import math
 import warnings
@@ -19,7 +20,9 @@ from flserving.models.processing import ABSTAIN, Outputs
 
 F32 = np.finfo(np.float32)
 finite = st.floats(-1e6, 1e6, width=32)
-tables = arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=8), elements=finite)
+tables = arrays.arrays(
+    np.float32, arrays.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=8), elements=finite
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +60,8 @@ def test_standardises_as_scikit_learn_does(table_and_rows):
     ours = Preprocessor(mean=scaler.mean_, std=std)
     # A float32 that is subnormal has no inverse to rely on: such a spread counts as none.
     scale = np.where(std < F32.tiny, 1.0, scaler.scale_)
-    # scikit-learn takes a spread that is rounding of the mean for a constant feature; we are given only the std
+    # scikit-learn takes a spread that is rounding of the mean for a constant feature; we are given
+    # only the std
     same = (scale != 1) | (std < F32.tiny)
     with np.errstate(under="ignore"):
         mean = scaler.mean_[same].astype(np.float32)
@@ -144,7 +148,9 @@ def test_numbers_in_any_usual_shape_of_container_are_accepted(kind):
     assert Preprocessor()(ACCEPTED[kind]).tolist() == ROWS
 
 
-@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64])
+@pytest.mark.parametrize(
+    "dtype", [np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64]
+)
 def test_bools_and_integers_are_numbers(dtype):
     assert Preprocessor().validate(np.array([0, 1, 1], dtype)).tolist() == [[0, 1, 1]]
 
@@ -196,20 +202,38 @@ REFUSED = {  # name -> what is sent, what the message must show
     "three dimensions, one empty": (np.zeros((2, 0, 3)), r"shape \(2, 0, 3\)"),
     "NaN": ([1.0, math.nan, 3.0], "row 0, feature 1 is nan"),
     "infinity": ([[1, 2, 3], [4, 5, math.inf]], "row 1, feature 2 is inf"),
-    "minus infinity": (np.array([[1, 2, 3], [-math.inf, 5, 6]], np.float32), "row 1, feature 0 is -inf"),
-    "NaN in a large batch": (np.where(np.arange(6000).reshape(2000, 3) == 4000, np.nan, 1.0), "row 1333, feature 1"),
+    "minus infinity": (
+        np.array([[1, 2, 3], [-math.inf, 5, 6]], np.float32),
+        "row 1, feature 0 is -inf",
+    ),
+    "NaN in a large batch": (
+        np.where(np.arange(6000).reshape(2000, 3) == 4000, np.nan, 1.0),
+        "row 1333, feature 1",
+    ),
     "NaN tensor": (torch.tensor([1.0, math.nan, 3.0]), "row 0, feature 1 is nan"),
-    "beyond float32": ([0.0, 1e39, 0.0], "feature 1 is inf: every number must be finite in float32"),
-    "beyond float32, tensor": (torch.tensor([0.0, -1e39, 0.0], dtype=torch.float64), "feature 1 is -inf"),
+    "beyond float32": (
+        [0.0, 1e39, 0.0],
+        "feature 1 is inf: every number must be finite in float32",
+    ),
+    "beyond float32, tensor": (
+        torch.tensor([0.0, -1e39, 0.0], dtype=torch.float64),
+        "feature 1 is -inf",
+    ),
     "beyond float32, huge integer": ([10**39, 0, 0], "dtype object"),
     "beyond float64": ([10**400, 0, 0], "dtype object"),
-    "masked": (np.ma.array([1.0, 2.0, 3.0], mask=[0, 1, 0]), "masked array: fill the missing values"),
+    "masked": (
+        np.ma.array([1.0, 2.0, 3.0], mask=[0, 1, 0]),
+        "masked array: fill the missing values",
+    ),
     "masked element": ([1.0, np.ma.masked, 2.0], "masked|nan"),
     "recursive": (recursive(), "not a table of numbers"),
     "nested too deep": (nested(100), "not a table of numbers"),
     "nested far too deep": (nested(100_000), "not a table of numbers"),
     "an object that raises": (Rude(), "no array today"),
-    "list of tensors that require grad": ([torch.ones(3, requires_grad=True)], "not a table of numbers"),
+    "list of tensors that require grad": (
+        [torch.ones(3, requires_grad=True)],
+        "not a table of numbers",
+    ),
     "sparse tensor": (torch.eye(3).to_sparse(), "not a table of numbers"),
     "tensor without data": (torch.ones(3, device="meta"), "not a table of numbers"),
     "too wide": (np.zeros((2, 4)), "rows have 4 features, the model takes 3"),
@@ -231,7 +255,8 @@ def test_bad_input_is_a_typed_error_that_shows_what_was_seen(kind, statistics):
 def test_too_many_rows_are_refused_and_just_enough_are_not():
     assert len(Preprocessor().validate(batch(8), max_rows=8)) == 8
     with pytest.raises(
-        InvalidInputError, match="request has 9 rows, the limit is 8: split it, or raise max_request_rows"
+        InvalidInputError,
+        match="request has 9 rows, the limit is 8: split it, or raise max_request_rows",
     ):
         Preprocessor().validate(batch(9), max_rows=8)
 
@@ -293,7 +318,10 @@ STATISTICS = {
     "negative": ({"mean": [1], "std": [-0.5]}, "std holds -0.5"),
     "NaN": ({"mean": [0, math.nan], "std": [1, 1]}, "mean of feature 1 is nan"),
     "infinite": ({"mean": [0], "std": [math.inf]}, "std of feature 0 is inf"),
-    "beyond float32": ({"mean": [1e300], "std": [1]}, r"mean of feature 0 is 1e\+300: it must be finite in float32"),
+    "beyond float32": (
+        {"mean": [1e300], "std": [1]},
+        r"mean of feature 0 is 1e\+300: it must be finite in float32",
+    ),
     "beyond float64": ({"mean": [10**400], "std": [1]}, "mean has shape .* and dtype object"),
     "empty": ({"mean": [], "std": []}, r"mean has shape \(0,\)"),
     "table": ({"mean": [[1]], "std": [[1]]}, r"mean has shape \(1, 1\)"),
@@ -301,8 +329,14 @@ STATISTICS = {
     "None": ({"mean": [None], "std": [1]}, "dtype object"),
     "complex": ({"mean": np.array([1j]), "std": [1]}, "dtype complex128"),
     "ragged": ({"mean": [[1], [1, 2]], "std": [1]}, "mean is not a list of numbers"),
-    "an object that raises": ({"mean": Rude(), "std": [1]}, "mean is not a list of numbers: no array today"),
-    "another width": ({"mean": [1], "std": [1], "num_features": 2}, "statistics have 1 features, the model takes 2"),
+    "an object that raises": (
+        {"mean": Rude(), "std": [1]},
+        "mean is not a list of numbers: no array today",
+    ),
+    "another width": (
+        {"mean": [1], "std": [1], "num_features": 2},
+        "statistics have 1 features, the model takes 2",
+    ),
     "zero features": ({"num_features": 0}, "num_features is 0"),
     "negative features": ({"num_features": -4}, "num_features is -4"),
     "half a feature": ({"num_features": 2.5}, "num_features is 2.5"),
@@ -333,7 +367,12 @@ def test_equal_digests_mean_equal_preprocessing():
     assert digest() == digest(num_features=3) == digest(normalize=False, mean=[1], std=[2])
     one = digest(mean=[1, 2], std=[3, 4])
     assert one == digest(mean=np.array([1.0, 2.0]), std=torch.tensor([3.0, 4.0]))
-    others = [digest(), digest(mean=[1, 2], std=[3, 5]), digest(mean=[1, 3], std=[3, 4]), digest(mean=[1], std=[3])]
+    others = [
+        digest(),
+        digest(mean=[1, 2], std=[3, 5]),
+        digest(mean=[1, 3], std=[3, 4]),
+        digest(mean=[1], std=[3]),
+    ]
     assert len({one, *others, digest(mean=[1, 2, 3], std=[4, 5, 6])}) == 6 and len(one) == 64
 
 
@@ -354,9 +393,18 @@ def test_probabilities_are_scipys_softmax_and_predictions_its_argmax(values):
     np.testing.assert_allclose(out.confidences, wanted.max(1), rtol=2e-5)
     np.testing.assert_allclose(out.probabilities.sum(1), 1, rtol=1e-5)
     rows = np.arange(len(values))
-    assert (out.probabilities[rows, out.predictions] == out.confidences).all(), "the class of the highest probability"
-    assert (out.predictions.dtype, out.confidences.dtype, out.probabilities.dtype) == (np.int64, np.float32, np.float32)
-    assert out.probabilities.shape == values.shape and out.predictions.shape == out.confidences.shape == (len(values),)
+    assert (out.probabilities[rows, out.predictions] == out.confidences).all(), (
+        "the class of the highest probability"
+    )
+    assert (out.predictions.dtype, out.confidences.dtype, out.probabilities.dtype) == (
+        np.int64,
+        np.float32,
+        np.float32,
+    )
+    assert (
+        out.probabilities.shape == values.shape
+        and out.predictions.shape == out.confidences.shape == (len(values),)
+    )
 
 
 def test_the_bits_are_torchs():
@@ -387,19 +435,32 @@ def test_a_confidence_equal_to_the_threshold_is_enough(threshold):
     certain = torch.tensor([[200.0, 0.0, 0.0, 0.0]])
     even = torch.zeros(1, 4)  # confidence 0.25
     assert Postprocessor(threshold=threshold)(certain).predictions.tolist() == [0]
-    assert Postprocessor(threshold=threshold)(even).predictions.tolist() == [0 if threshold <= 0.25 else ABSTAIN]
+    assert Postprocessor(threshold=threshold)(even).predictions.tolist() == [
+        0 if threshold <= 0.25 else ABSTAIN
+    ]
 
 
 @pytest.mark.parametrize(
     ("shape", "wanted"),
-    [((5,), (5,)), ((5, 1), (5,)), ((5, 3), (5, 3)), ((1, 1), (1,)), ((1,), (1,)), ((1, 2), (1, 2))],
+    [
+        ((5,), (5,)),
+        ((5, 1), (5,)),
+        ((5, 3), (5, 3)),
+        ((1, 1), (1,)),
+        ((1,), (1,)),
+        ((1, 2), (1, 2)),
+    ],
 )
 def test_a_regression_gives_the_values_as_they_are(shape, wanted):
     values = torch.randn(shape)
     out = Postprocessor("regression")(values)
     assert out.predictions.shape == wanted and out.rows == shape[0]
     assert out.predictions.tolist() == values.reshape(wanted).tolist()
-    assert out.confidences is None and out.probabilities is None and list(out.lists()) == ["predictions"]
+    assert (
+        out.confidences is None
+        and out.probabilities is None
+        and list(out.lists()) == ["predictions"]
+    )
 
 
 @pytest.mark.parametrize("output_type", ["classification", "regression"])
@@ -408,19 +469,34 @@ def test_a_regression_gives_the_values_as_they_are(shape, wanted):
 def test_an_output_that_is_not_finite_is_refused(output_type, value, rows):
     values = torch.zeros(rows, 3)
     values[rows // 2] = value
-    with pytest.raises(ModelExecutionError, match="not finite: check its weights and the input's scale"):
+    with pytest.raises(
+        ModelExecutionError, match="not finite: check its weights and the input's scale"
+    ):
         Postprocessor(output_type)(values)
 
 
 def test_a_logit_of_minus_infinity_is_a_class_that_cannot_be():
     out = Postprocessor()(torch.tensor([[0.0, -math.inf, 0.0]]))
-    assert out.lists() == {"predictions": [0], "confidences": [0.5], "probabilities": [[0.5, 0.0, 0.5]]}
+    assert out.lists() == {
+        "predictions": [0],
+        "confidences": [0.5],
+        "probabilities": [[0.5, 0.0, 0.5]],
+    }
     with pytest.raises(ModelExecutionError, match="logits are not finite"):
         Postprocessor()(torch.tensor([[0.0, math.inf, 0.0]]))
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e5m2]
+    "dtype",
+    [
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+        torch.float8_e5m2,
+    ],
 )
 def test_outputs_of_any_real_dtype_answer_in_float32(dtype):
     values = torch.tensor([[0, 1, 1], [1, 0, 0]]).to(dtype)
@@ -431,9 +507,15 @@ def test_outputs_of_any_real_dtype_answer_in_float32(dtype):
 
 def test_outputs_may_be_arrays_lists_or_still_in_the_graph():
     wanted = Postprocessor()(torch.tensor([[1.0, 2.0]])).lists()
-    for values in ([[1.0, 2.0]], np.array([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]], requires_grad=True) * 1):
+    for values in (
+        [[1.0, 2.0]],
+        np.array([[1.0, 2.0]]),
+        torch.tensor([[1.0, 2.0]], requires_grad=True) * 1,
+    ):
         got = Postprocessor()(values).lists()
-        assert all(np.allclose(got[name], wanted[name], rtol=1e-6, atol=0) for name in wanted), "NumPy's softmax rounds"
+        assert all(np.allclose(got[name], wanted[name], rtol=1e-6, atol=0) for name in wanted), (
+            "NumPy's softmax rounds"
+        )
 
 
 @pytest.mark.parametrize(
@@ -459,13 +541,17 @@ def test_complex_outputs_are_refused():
         Postprocessor()(torch.zeros(2, 2, dtype=torch.complex64))
 
 
-@pytest.mark.parametrize("value", ["", "Classification", "ranking", None, 1, ["classification"], np.array(["a", "b"])])
+@pytest.mark.parametrize(
+    "value", ["", "Classification", "ranking", None, 1, ["classification"], np.array(["a", "b"])]
+)
 def test_an_unknown_output_type_is_refused_and_the_known_ones_are_named(value):
     with pytest.raises(ConfigError, match="choose one of classification, regression"):
         Postprocessor(value)
 
 
-@pytest.mark.parametrize("value", [-0.001, 1.001, math.nan, math.inf, "0.5", None, True, [0.5], np.array([0.1, 0.2])])
+@pytest.mark.parametrize(
+    "value", [-0.001, 1.001, math.nan, math.inf, "0.5", None, True, [0.5], np.array([0.1, 0.2])]
+)
 def test_a_threshold_is_a_probability(value):
     with pytest.raises(ConfigError, match=r"threshold is .*: use a number in \[0, 1\]"):
         Postprocessor(threshold=value)
@@ -479,7 +565,9 @@ def test_a_regression_has_no_threshold():
 
 def test_policies_tell_apart_whatever_answers_differently():
     thresholds = [0.0, 0.5, 0.1234567, 0.12345671, math.nextafter(0.5, 1), 1.0]
-    policies = {Postprocessor(threshold=t).policy for t in thresholds} | {Postprocessor("regression").policy}
+    policies = {Postprocessor(threshold=t).policy for t in thresholds} | {
+        Postprocessor("regression").policy
+    }
     assert len(policies) == len(thresholds) + 1
     assert Postprocessor(threshold=0.5).policy == Postprocessor(threshold=0.5).policy
 

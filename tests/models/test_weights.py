@@ -18,7 +18,9 @@ from flserving.models import weights
 DTYPES = [getattr(torch, name) for name in weights.PLAIN]
 
 shapes = st.lists(st.integers(1, 7), max_size=4)
-names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(
+    lambda name: name != "__metadata__"
+)
 
 
 @st.composite
@@ -26,14 +28,23 @@ def tensor_sets(draw: st.DrawFn) -> dict[str, Tensor]:
     tensors = {}
     for name in draw(st.lists(names, min_size=1, max_size=8, unique=True)):
         shape, dtype = draw(shapes), draw(st.sampled_from(DTYPES))
-        raw = draw(st.binary(min_size=math.prod(shape) * dtype.itemsize, max_size=math.prod(shape) * dtype.itemsize))
+        raw = draw(
+            st.binary(
+                min_size=math.prod(shape) * dtype.itemsize,
+                max_size=math.prod(shape) * dtype.itemsize,
+            )
+        )
         tensors[name] = torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
     return tensors
 
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Bit by bit: NaNs included."""
-    return a.dtype == b.dtype and a.shape == b.shape and bytes(weights.as_bytes(a)) == bytes(weights.as_bytes(b))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bytes(weights.as_bytes(a)) == bytes(weights.as_bytes(b))
+    )
 
 
 def packed(tensors: Any) -> bytes:
@@ -52,19 +63,25 @@ def file_with(header: Any, data: bytes = b"") -> bytes:
 @given(tensor_sets())
 def test_comes_back_bit_by_bit(tensors: dict[str, Tensor]) -> None:
     back = unpacked(packed(tensors))
-    assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
+    assert back.keys() == tensors.keys() and all(
+        same(back[name], tensors[name]) for name in tensors
+    )
 
 
 @given(tensor_sets())
 def test_safetensors_reads_what_pack_wrote(tensors: dict[str, Tensor]) -> None:
     back = safetensors.torch.load(packed(tensors))
-    assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
+    assert back.keys() == tensors.keys() and all(
+        same(back[name], tensors[name]) for name in tensors
+    )
 
 
 @given(tensor_sets())
 def test_unpack_reads_what_safetensors_wrote(tensors: dict[str, Tensor]) -> None:
     back = unpacked(safetensors.torch.save(tensors))
-    assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
+    assert back.keys() == tensors.keys() and all(
+        same(back[name], tensors[name]) for name in tensors
+    )
 
 
 @given(tensor_sets(), st.randoms())
@@ -83,7 +100,8 @@ def test_every_tensor_is_aligned(tensors: dict[str, Tensor]) -> None:
 
 
 def test_an_image_of_earlier_versions_is_read() -> None:
-    """They put long tensors first, and spaces behind the header so that values began at a multiple of 64 bytes."""
+    """They put long tensors first, and spaces behind the header so that values began at a multiple
+    of 64 bytes."""
     tensors = {"b": torch.arange(16.0), "a": torch.tensor([1, 2, 3], dtype=torch.int8)}
     header = {
         "b": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]},
@@ -92,7 +110,9 @@ def test_an_image_of_earlier_versions_is_read() -> None:
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
     back = unpacked(file_with(text, bytes(weights.as_bytes(tensors["b"])) + b"\1\2\3"))
-    assert back.keys() == tensors.keys() and all(same(back[name], tensors[name]) for name in tensors)
+    assert back.keys() == tensors.keys() and all(
+        same(back[name], tensors[name]) for name in tensors
+    )
 
 
 @pytest.mark.parametrize("sizes", [(64, 10), (64, 33), (784, 512)])
@@ -105,7 +125,12 @@ def test_a_served_layer_answers_bit_for_bit_like_the_trained_one(sizes: tuple[in
 def test_pack_takes_a_copy_and_any_layout() -> None:
     base = torch.arange(12.0).view(3, 4)
     parameter = torch.nn.Parameter(base.clone())
-    tensors = {"transposed": base.t(), "strided": base[:, ::2], "scalar": torch.tensor(2.0), "parameter": parameter}
+    tensors = {
+        "transposed": base.t(),
+        "strided": base[:, ::2],
+        "scalar": torch.tensor(2.0),
+        "parameter": parameter,
+    }
     expected = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     with torch.device("meta"):  # a caller's default device must not matter
         copies = weights.frozen(tensors)
@@ -147,7 +172,8 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         b"",
         b"\x01",
         (1 << 62).to_bytes(8, "little") + b"{}",
-        (weights.MAX_HEADER_NBYTES + 1).to_bytes(8, "little") + bytes(weights.MAX_HEADER_NBYTES + 1),
+        (weights.MAX_HEADER_NBYTES + 1).to_bytes(8, "little")
+        + bytes(weights.MAX_HEADER_NBYTES + 1),
         file_with(b"{"),
         file_with(b"\xff\xfe"),
         file_with(b"[" * 10_000),
@@ -212,14 +238,17 @@ def test_digest_is_this_very_one() -> None:
     import hashlib
     import struct
 
-    encoding = b"5:head.F32[1, 2]" + struct.pack("<2f", 1.0, -2.5) + b"1:nI64[]" + struct.pack("<q", 7)
+    encoding = (
+        b"5:head.F32[1, 2]" + struct.pack("<2f", 1.0, -2.5) + b"1:nI64[]" + struct.pack("<q", 7)
+    )
     tensors = {"n": torch.tensor(7), "head.": torch.tensor([[1.0, -2.5]])}
     assert weights.digest(tensors) == hashlib.sha256(encoding).hexdigest()
 
 
 def test_split() -> None:
     tensors = {
-        name: torch.zeros(1) for name in ("body.0.weight", "head.weight", "head.bias", "header.weight", "x.head.y")
+        name: torch.zeros(1)
+        for name in ("body.0.weight", "head.weight", "head.bias", "header.weight", "x.head.y")
     }
     body, head = weights.split(tensors)
     assert sorted(head) == ["head.bias", "head.weight"] and sorted(body) == [
@@ -241,5 +270,7 @@ def test_finds_the_one_bad_value(value: float, dtype: torch.dtype, position: int
 
 def test_infinities_that_cancel_are_found_and_a_sum_that_overflows_is_not_one() -> None:
     assert weights.first_non_finite({"w": torch.tensor([float("inf"), -float("inf")])}) == "w"
-    assert weights.first_non_finite({"w": torch.full((10,), torch.finfo(torch.float32).max)}) is None
+    assert (
+        weights.first_non_finite({"w": torch.full((10,), torch.finfo(torch.float32).max)}) is None
+    )
     assert weights.first_non_finite({"n": torch.full((10,), torch.iinfo(torch.int64).max)}) is None

@@ -1,4 +1,5 @@
-"""/metrics against prometheus-client's own parsers: accounts that balance (R17), series that nobody can add (R18)."""
+"""/metrics against prometheus-client's own parsers: accounts that balance (R17), series that nobody
+can add (R18)."""
 
 import json
 import random
@@ -7,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from flserving import ModelServer, Registry, ServingConfig, models
@@ -37,7 +40,11 @@ def series(server, accept="", others=()):
 
 def total(found, name, **labels):
     """Sum over all series of ``name`` with these labels."""
-    return sum(value for (n, have), value in found.items() if n == name and labels.items() <= dict(have).items())
+    return sum(
+        value
+        for (n, have), value in found.items()
+        if n == name and labels.items() <= dict(have).items()
+    )
 
 
 def by(found, name, label):
@@ -81,10 +88,16 @@ def test_the_accounts_balance_over_ten_thousand_requests(cache_bytes):
         return seen
 
     with serving(Poison(Probe(), "raise"), prediction_cache_bytes=cache_bytes) as server:
-        server.load_model("v2.0", Poison(Probe(), "raise"), output_type="regression", num_features=2)
+        server.load_model(
+            "v2.0", Poison(Probe(), "raise"), output_type="regression", num_features=2
+        )
         with ThreadPoolExecutor(threads) as pool:
             seen = sum(pool.map(lambda seed: work(server, seed), range(threads)), Counter())
-        found, sums, snapshot = series(server), server.telemetry.totals(), server.telemetry.snapshot()
+        found, sums, snapshot = (
+            series(server),
+            server.telemetry.totals(),
+            server.telemetry.snapshot(),
+        )
     ok, rows = seen.pop("ok"), seen.pop("rows")
     assert ok + seen.total() == requests == total(found, "flserving_requests_total")
     reasons = by(found, "flserving_request_failures_total", "reason")
@@ -102,7 +115,11 @@ def test_the_accounts_balance_over_ten_thousand_requests(cache_bytes):
         failed = total(found, "flserving_request_failures_total", **one)
         assert total(found, "flserving_requests_total", **one) == answered + failed
     unknown = total(found, "flserving_request_failures_total", model="", reason="NotFound")
-    assert unknown == seen["NotFound"] == total(found, "flserving_requests_total", model="", version="")
+    assert (
+        unknown
+        == seen["NotFound"]
+        == total(found, "flserving_requests_total", model="", version="")
+    )
     assert total(found, "flserving_request_rows_total") == rows == snapshot["rows"]
     executed = total(found, "flserving_batch_rows_sum")
     if cache_bytes:
@@ -114,9 +131,15 @@ def test_the_accounts_balance_over_ten_thousand_requests(cache_bytes):
     whole_s = total(found, "flserving_request_seconds_sum")
     stages_s = by(found, "flserving_stage_seconds_sum", "stage")
     assert list(stages_s) == list(STAGES) and sum(stages_s.values()) == pytest.approx(whole_s)
-    assert 0 < sum(stages_s[stage] for stage in ("queue", "preprocess", "infer", "postprocess")) <= whole_s
+    assert (
+        0
+        < sum(stages_s[stage] for stage in ("queue", "preprocess", "infer", "postprocess"))
+        <= whole_s
+    )
     for account in sums["versions"].values():
-        parts_s = [account["stages"][stage][1] for stage in ("queue", "preprocess", "infer", "postprocess")]
+        parts_s = [
+            account["stages"][stage][1] for stage in ("queue", "preprocess", "infer", "postprocess")
+        ]
         assert sum(parts_s) <= account["seconds"]
 
 
@@ -146,20 +169,33 @@ def test_both_formats_say_the_same_and_keep_the_rules_of_names():
             server.predict(np.full((1 + i % 9, 2), i, np.float32))
         server.telemetry.refusal("rest", "Unauthorized")
         server.telemetry.codec("grpc", 0.25, 0.5)
-        text, openmetrics = series(server), series(server, "application/openmetrics-text; version=1.0.0")
+        text, openmetrics = (
+            series(server),
+            series(server, "application/openmetrics-text; version=1.0.0"),
+        )
         families = list(text_string_to_metric_families(exposition(server)[0].decode()))
     own = {key: value for key, value in text.items() if key[0].startswith("flserving_")}
-    assert own == {key: value for key, value in openmetrics.items() if key[0].startswith("flserving_")}
+    assert own == {
+        key: value for key, value in openmetrics.items() if key[0].startswith("flserving_")
+    }
     for family in families:
         assert family.documentation and family.name.startswith(("flserving_", "process_"))
         assert not any(unit in family.name for unit in ("_ms", "milli", "_us", "micro", "_kb"))
     assert {family.type for family in families} <= {"counter", "gauge", "histogram"}
-    assert total(text, "flserving_refusals_total", protocol="rest", reason="Unauthorized", code="401") == 1
+    assert (
+        total(text, "flserving_refusals_total", protocol="rest", reason="Unauthorized", code="401")
+        == 1
+    )
     assert total(text, "flserving_door_seconds_total", protocol="grpc", part="parse") == 0.25
     assert total(text, "flserving_door_seconds_total", protocol="grpc", part="serialise") == 0.5
-    assert total(text, "flserving_model_version_info", model="local", version="v1.0", alias="default") == 1
+    assert (
+        total(text, "flserving_model_version_info", model="local", version="v1.0", alias="default")
+        == 1
+    )
     assert total(text, "flserving_prediction_cache_misses_total") == 30
-    assert total(text, "flserving_ready") == 1 and total(text, "process_resident_memory_bytes") > 1e6
+    assert (
+        total(text, "flserving_ready") == 1 and total(text, "process_resident_memory_bytes") > 1e6
+    )
     assert set(by(text, "flserving_outcomes_total", "outcome")) == set(OUTCOMES)
 
 
@@ -200,7 +236,9 @@ def test_several_processes_show_as_one():
     assert total(found, "flserving_model_cache_loads_total") == 2
     assert [total(shown, "flserving_processes") for shown in (found, gone)] == [2, 1]
     assert total(found, "flserving_request_seconds_bucket", le="+Inf") == 8
-    assert total(found, "process_cpu_seconds_total") > 1e6 < total(gone, "process_cpu_seconds_total")
+    assert (
+        total(found, "process_cpu_seconds_total") > 1e6 < total(gone, "process_cpu_seconds_total")
+    )
     memory = [total(shown, "process_resident_memory_bytes") for shown in (found, gone)]
     assert memory[0] == pytest.approx(2 * memory[1], rel=0.2), "of the processes that live"
     assert found.keys() == series(one).keys() == gone.keys()
@@ -209,7 +247,12 @@ def test_several_processes_show_as_one():
 def test_merged_adds_and_takes_the_latest():
     def account(requests, at_most, last_ms, infer_s):
         stages = {"infer": [requests, infer_s]}
-        return {"requests": requests, "at_most": at_most, "last_inference_ms": last_ms, "stages": stages}
+        return {
+            "requests": requests,
+            "at_most": at_most,
+            "last_inference_ms": last_ms,
+            "stages": stages,
+        }
 
     a = {"versions": {"m/1": account(2, [1, 1], 50, 0.5)}}
     b = {"versions": {"m/1": account(3, [0, 3], 40, 0.25), "m/2": account(1, [1, 0], 7, 0.125)}}
@@ -236,17 +279,25 @@ def test_no_counter_ever_falls_while_the_server_works():
         for _ in range(40):
             now = series(server)
             counted = {
-                key: value for key, value in now.items() if key[0].endswith(("_total", "_bucket", "_count", "_sum"))
+                key: value
+                for key, value in now.items()
+                if key[0].endswith(("_total", "_bucket", "_count", "_sum"))
             }
             assert all(counted[key] >= value for key, value in before.items())
             ok = total(now, "flserving_outcomes_total", outcome="ok")
-            assert ok == total(now, "flserving_request_seconds_count") == total(now, "flserving_requests_total")
+            assert (
+                ok
+                == total(now, "flserving_request_seconds_count")
+                == total(now, "flserving_requests_total")
+            )
             before = counted
         stop.append(True)
         calls = sum(threads.results())
         server.load_model("v2.0", Tagged(), output_type="regression", num_features=2)
         server.model_cache.clear()
-        assert total(series(server), "flserving_requests_total") == calls, "totals survive what leaves the memory"
+        assert total(series(server), "flserving_requests_total") == calls, (
+            "totals survive what leaves the memory"
+        )
 
 
 def test_the_bounds_hold_the_target():
@@ -254,8 +305,9 @@ def test_the_bounds_hold_the_target():
 
 
 def test_series_are_as_many_as_versions_are_held_however_many_were_asked(tmp_path):
-    """One role-infer caller names every old version of a registry, once each: what is in memory, or led to, has a name,
-    the rest is one version ``other``; and health names a bounded number of those that cannot be loaded."""
+    """One role-infer caller names every old version of a registry, once each: what is in memory, or
+    led to, has a name, the rest is one version ``other``; and health names a bounded number of
+    those that cannot be loaded."""
     with Registry(tmp_path) as registry:
         for _ in range(40):
             registry.publish("m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES)
@@ -277,8 +329,11 @@ def test_series_are_as_many_as_versions_are_held_however_many_were_asked(tmp_pat
             assert {it["version"] for it in statistics} >= {"40"} and len(statistics) <= 41
 
 
-def test_what_several_processes_counted_of_a_version_stays_a_sum_while_one_of_them_holds_it(tmp_path):
-    """Else the series would fall, and a monitor take what one of them had counted before for new."""
+def test_what_several_processes_counted_of_a_version_stays_a_sum_while_one_of_them_holds_it(
+    tmp_path,
+):
+    """Else the series would fall, and a monitor take what one of them had counted before for
+    new."""
     with Registry(tmp_path / "registry") as registry:
         for _ in range(3):
             registry.publish("m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES)
@@ -289,7 +344,9 @@ def test_what_several_processes_counted_of_a_version_stays_a_sum_while_one_of_th
             ModelServer(config, registry, clock=lambda: now_s[0]) as here,
             ModelServer(config, registry, clock=lambda: now_s[0]) as there,
         ):
-            exchanges = [Totals(str(tmp_path), place, server) for place, server in enumerate((here, there))]
+            exchanges = [
+                Totals(str(tmp_path), place, server) for place, server in enumerate((here, there))
+            ]
             for server, exchange in zip((here, there), exchanges, strict=True):
                 server.predict(np.zeros(2), 1)
                 exchange.write()
@@ -322,16 +379,30 @@ def json_or_error(value):
 def test_all_that_a_server_says_of_itself_is_json(tmp_path):
     """Before its first request, and after one: no NaN, no infinity, no arrays."""
     with Registry(tmp_path) as registry:
-        registry.publish("m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES, alias="default")
-        with ModelServer(ServingConfig(prediction_cache_bytes=1 << 20), registry) as server, EdgeModelServer() as edge:
+        registry.publish(
+            "m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES, alias="default"
+        )
+        with (
+            ModelServer(ServingConfig(prediction_cache_bytes=1 << 20), registry) as server,
+            EdgeModelServer() as edge,
+        ):
             edge.update_global(models.build("mlp", SIZES), architecture="mlp", parameters=SIZES)
             engine = InferenceEngine(models.build("mlp", SIZES))
             door = V2(server)
             for asked in range(2):
                 for it in (server, edge):
-                    json_or_error([it.get_all_stats(), it.health_check(), it.telemetry.totals(), totals(it)])
-                json_or_error([door.statistics(), door.settings(), door.index(), engine.get_stats()])
+                    json_or_error(
+                        [it.get_all_stats(), it.health_check(), it.telemetry.totals(), totals(it)]
+                    )
+                json_or_error(
+                    [door.statistics(), door.settings(), door.index(), engine.get_stats()]
+                )
                 if not asked:
                     assert server.get_all_stats()["server"]["latency"]["p99_ms"] is None
-                json_or_error([server.predict(np.zeros(2), stages=True), edge.predict(np.zeros(2), stages=True)])
+                json_or_error(
+                    [
+                        server.predict(np.zeros(2), stages=True),
+                        edge.predict(np.zeros(2), stages=True),
+                    ]
+                )
                 json_or_error([engine.predict(np.zeros(2)), server.batch_predict([np.zeros(2)])])

@@ -1,4 +1,5 @@
-"""Spans against the SDK's own exporter: stages inside their request, traces that go on, nothing when not asked."""
+"""Spans against the SDK's own exporter: stages inside their request, traces that go on, nothing
+when not asked."""
 
 import asyncio
 import itertools
@@ -51,13 +52,19 @@ def by_parent(exporter):
     requests = [span for span in spans if span.name == "predict"]
     inside = {
         request.context.span_id: sorted(
-            (span for span in spans if span.parent and span.parent.span_id == request.context.span_id),
+            (
+                span
+                for span in spans
+                if span.parent and span.parent.span_id == request.context.span_id
+            ),
             key=lambda span: span.start_time,
         )
         for request in requests
     }
     calls = [span for span in spans if span.kind is otel.SpanKind.SERVER]
-    assert len(spans) == len(calls) + len(requests) + sum(map(len, inside.values())), "a span without its request"
+    assert len(spans) == len(calls) + len(requests) + sum(map(len, inside.values())), (
+        "a span without its request"
+    )
     return requests, inside
 
 
@@ -72,14 +79,22 @@ def test_the_stages_tile_their_request(exporter, provider, cache_bytes):
     assert len(requests) == 2, "what came before is not traced"
     for request, told in zip(requests, (answer, again), strict=True):
         stages = inside[request.context.span_id]
-        assert [span.name for span in stages] == [name for name in STAGES if told["stages_ms"][name] > 0]
+        assert [span.name for span in stages] == [
+            name for name in STAGES if told["stages_ms"][name] > 0
+        ]
         assert (stages[0].start_time, stages[-1].end_time) == (request.start_time, request.end_time)
-        assert all(before.end_time == after.start_time for before, after in itertools.pairwise(stages))
-        assert (request.end_time - request.start_time) / 1e6 == pytest.approx(told["latency_ms"], abs=1e-3)
+        assert all(
+            before.end_time == after.start_time for before, after in itertools.pairwise(stages)
+        )
+        assert (request.end_time - request.start_time) / 1e6 == pytest.approx(
+            told["latency_ms"], abs=1e-3
+        )
         assert dict(request.attributes) == {
             "flserving.model": "local", "flserving.version": "v1.0", "flserving.rows": 1
         }  # fmt: skip
-    assert ("infer" in {span.name for span in inside[requests[1].context.span_id]}) is (cache_bytes == 0)
+    assert ("infer" in {span.name for span in inside[requests[1].context.span_id]}) is (
+        cache_bytes == 0
+    )
 
 
 def test_a_failed_request_is_an_error_with_its_reason_and_no_stage(exporter, provider):
@@ -92,9 +107,15 @@ def test_a_failed_request_is_an_error_with_its_reason_and_no_stage(exporter, pro
     requests, inside = by_parent(exporter)
     assert not any(inside.values())
     known, unknown = (dict(request.attributes) for request in requests)
-    assert known == {"flserving.model": "local", "flserving.version": "v1.0", "error.type": "InvalidInput"}
+    assert known == {
+        "flserving.model": "local",
+        "flserving.version": "v1.0",
+        "error.type": "InvalidInput",
+    }
     assert unknown == {"error.type": "NotFound"}
-    assert all(not request.status.is_ok and request.end_time > request.start_time for request in requests)
+    assert all(
+        not request.status.is_ok and request.end_time > request.start_time for request in requests
+    )
 
 
 def test_concurrent_requests_continue_the_traces_of_their_callers(exporter, provider):
@@ -141,12 +162,14 @@ def test_a_w3c_header_names_the_parent_over_the_network(exporter, provider, sche
     assert ids(first) == tuple(PARENT["traceparent"].split("-")[1:3])
     assert len(others) == 2 and all(call.parent is None for call in others)
     requests = by_parent(exporter)[0]
-    assert [request.parent.span_id for request in requests] == [call.context.span_id for call in (first, *others)]
+    assert [request.parent.span_id for request in requests] == [
+        call.context.span_id for call in (first, *others)
+    ]
 
 
 def test_a_call_of_rest_has_the_names_of_the_conventions_for_http_servers(exporter, provider):
-    """https://opentelemetry.io/docs/specs/semconv/http/http-spans/: the name is method and route; only 5xx are the
-    server's fault; an unknown path has no route, and its name no end."""
+    """https://opentelemetry.io/docs/specs/semconv/http/http-spans/: the name is method and route;
+    only 5xx are the server's fault; an unknown path has no route, and its name no end."""
     body = text(row(1.0))
     with serving(Tagged()) as server, flserving.serve(server) as endpoint:
         trace(server, provider)
@@ -175,15 +198,18 @@ def test_a_call_of_rest_has_the_names_of_the_conventions_for_http_servers(export
 
 
 def test_a_call_of_grpc_has_the_names_of_the_conventions_for_rpc_servers(exporter, provider):
-    """https://opentelemetry.io/docs/specs/semconv/rpc/grpc/: of the codes that are not OK, six are the server's
-    fault."""
+    """https://opentelemetry.io/docs/specs/semconv/rpc/grpc/: of the codes that are not OK, six are
+    the server's fault."""
     with serving(Tagged()) as server, flserving.serve(server) as endpoint:
         trace(server, provider)
         with Client(f"grpc://{endpoint.grpc_url}", endpoint.token) as client:
             client.predict(row(1.0))
             with pytest.raises(NotFoundError):
                 client.predict(row(1.0), version="77")
-        with Client(f"grpc://{endpoint.grpc_url}", "wrong") as client, pytest.raises(UnauthorizedError):
+        with (
+            Client(f"grpc://{endpoint.grpc_url}", "wrong") as client,
+            pytest.raises(UnauthorizedError),
+        ):
             client.predict(row(1.0))
     assert [dict(span.attributes) for span in calls_of(exporter, METHOD)] == [
         {"rpc.system.name": "grpc", "rpc.method": METHOD, "rpc.response.status_code": code}
@@ -191,7 +217,9 @@ def test_a_call_of_grpc_has_the_names_of_the_conventions_for_rpc_servers(exporte
     ]
     calls = calls_of(exporter)
     assert calls[-1].attributes["rpc.response.status_code"] == "UNAUTHENTICATED"
-    assert all(span.status.is_ok and not span.events for span in calls), "no exception's text: it may hold the input"
+    assert all(span.status.is_ok and not span.events for span in calls), (
+        "no exception's text: it may hold the input"
+    )
 
 
 async def test_the_span_of_an_instrumented_web_server_stays_the_parent(exporter, provider):
@@ -200,8 +228,12 @@ async def test_the_span_of_an_instrumented_web_server_stays_the_parent(exporter,
         app = RestApp(V2(server), ApiOptions(tokens=Tokens.open()))
         transport = httpx.ASGITransport(app)  # in the task, and so in the span, of who asks
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-            with otel.get_tracer("test", tracer_provider=provider).start_as_current_span("web server") as span:
-                answer = await http.post("/v2/models/local/infer", content=text(row(1.0)), headers=PARENT)
+            with otel.get_tracer("test", tracer_provider=provider).start_as_current_span(
+                "web server"
+            ) as span:
+                answer = await http.post(
+                    "/v2/models/local/infer", content=text(row(1.0)), headers=PARENT
+                )
     assert answer.status_code == 200
     (request,) = (one for one in exporter.get_finished_spans() if one.name == "predict")
     assert request.parent.span_id == span.get_span_context().span_id

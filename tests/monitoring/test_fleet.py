@@ -1,4 +1,5 @@
-"""What a cloud knows of its fleet: which rounds its devices run, how old they are, and that nobody can make it grow."""
+"""What a cloud knows of its fleet: which rounds its devices run, how old they are, and that nobody
+can make it grow."""
 
 import contextlib
 import json
@@ -44,7 +45,11 @@ def samples(endpoint, token="read"):
     """{(name, labels): value} of what a scrape shows."""
     text = httpx.get(f"{endpoint.url}/metrics", headers=bearer(token)).text
     families = text_string_to_metric_families(text)
-    return {(it.name, tuple(sorted(it.labels.items()))): it.value for family in families for it in family.samples}
+    return {
+        (it.name, tuple(sorted(it.labels.items()))): it.value
+        for family in families
+        for it in family.samples
+    }
 
 
 def devices(endpoint):
@@ -65,7 +70,9 @@ def device(root, url, token):
         yield edge, agent
 
 
-def test_a_cloud_shows_which_rounds_its_devices_run_and_how_old_one_is_that_was_cut_off(tmp_path, clock):
+def test_a_cloud_shows_which_rounds_its_devices_run_and_how_old_one_is_that_was_cut_off(
+    tmp_path, clock
+):
     """Four real devices: two follow, one is cut off after round 1, one has just come."""
     with contextlib.ExitStack() as stack:
         released, endpoint = stack.enter_context(cloud(tmp_path / "cloud", 1))
@@ -102,7 +109,9 @@ def test_a_cloud_shows_which_rounds_its_devices_run_and_how_old_one_is_that_was_
             for (name, labels), value in shown.items()
             if name == "flserving_fleet_age_seconds_bucket"
         }
-        assert (ages["60.0"], ages["86400.0"], ages["+Inf"]) == (3, 3, 4), "the one of two days ago is seen"
+        assert (ages["60.0"], ages["86400.0"], ages["+Inf"]) == (3, 3, 4), (
+            "the one of two days ago is seen"
+        )
         skew = server.get_all_stats()["fleet"]["m"]
         assert skew["devices"] == 4 and skew["rounds"] == {"2": 3, "1": 1}
         assert 2 * DAY_S <= skew["oldest_s"] < 2 * DAY_S + 600
@@ -119,10 +128,15 @@ def test_a_device_shows_its_own_round_and_age(tmp_path):
         device(tmp_path / "a", source.url, "c-1") as (edge, agent),
         flserving.serve(edge, tokens=tokens(), grpc_port=None) as endpoint,
     ):
-        assert not any("flserving_edge" in name for name, _ in samples(endpoint)), "it serves nothing yet"
+        assert not any("flserving_edge" in name for name, _ in samples(endpoint)), (
+            "it serves nothing yet"
+        )
         agent.pull()
         shown = samples(endpoint)
-        assert shown["flserving_edge_round", ()] == 2 and 0 <= shown["flserving_edge_age_seconds", ()] < 60
+        assert (
+            shown["flserving_edge_round", ()] == 2
+            and 0 <= shown["flserving_edge_age_seconds", ()] < 60
+        )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +190,9 @@ def test_of_several_processes_the_latest_word_of_a_device_counts(clock):
     for number in range(9):
         workers[number % 3].report("a" * 24, False, "m", 1 + number % 5, number, 60.0 * number)
         clock.now_s += 10 + number
-    lines = merged([json.loads(json.dumps({"now": {"fleet": it.lines()}})) for it in workers])["now"]["fleet"]
+    lines = merged([json.loads(json.dumps({"now": {"fleet": it.lines()}})) for it in workers])[
+        "now"
+    ]["fleet"]
     skew = workers[0].skew(lines)["m"]
     assert (skew.devices, skew.rounds) == (1, {"8": 1})
     assert skew.oldest_s == pytest.approx(60 * 8 + 18, abs=0.01)
@@ -191,7 +207,15 @@ def test_the_summary_is_json_also_where_an_age_cannot_be_told(known, clock):
     assert json.loads(json.dumps(summary, allow_nan=False)) == {
         "devices": 3,
         "rounds": {"2": 2, "none": 1},
-        "age_s": {"<= 60": 0, "<= 300": 1, "<= 900": 0, "<= 3600": 0, "<= 21600": 0, "<= 86400": 0, "> 86400": 1},
+        "age_s": {
+            "<= 60": 0,
+            "<= 300": 1,
+            "<= 900": 0,
+            "<= 3600": 0,
+            "<= 21600": 0,
+            "<= 86400": 0,
+            "> 86400": 1,
+        },
         "oldest_s": None,
     }
     assert known.skew()["m"].oldest_s == math.inf

@@ -1,5 +1,5 @@
-"""What ``flserving serve`` and ``flserving edge`` say of themselves: logs as text and JSON, calls, spans at a real
-collector."""
+"""What ``flserving serve`` and ``flserving edge`` say of themselves: logs as text and JSON, calls,
+spans at a real collector."""
 
 import http.server
 import json
@@ -46,10 +46,14 @@ def test_json_is_one_object_a_line_whatever_the_message_holds(capsys):
         "flserving",
         'two\nlines and "quotes" of ü',
     )
-    assert second["logger"] == "asyncio" and re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", second["time"])
+    assert second["logger"] == "asyncio" and re.fullmatch(
+        r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", second["time"]
+    )
 
 
-@pytest.mark.parametrize(("level", "shown"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+@pytest.mark.parametrize(
+    ("level", "shown"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)]
+)
 def test_the_level_is_the_least_that_is_shown(capsys, level, shown):
     configured(log_level="debug")
     configured(log_level=level)  # replaces the first: no line comes twice
@@ -69,7 +73,10 @@ def test_a_wrong_setting_says_what_to_give(wrong, says):
 
 
 def test_an_error_at_the_start_is_json_too(capsys, tmp_path):
-    assert cli.main(["serve", "--registry", str(tmp_path), "--workers", "0", "--log-format", "json"]) == 1
+    assert (
+        cli.main(["serve", "--registry", str(tmp_path), "--workers", "0", "--log-format", "json"])
+        == 1
+    )
     said = json.loads(capsys.readouterr().err)
     assert said["level"] == "error" and said["message"].startswith("workers is 0")
 
@@ -79,7 +86,8 @@ def test_an_error_at_the_start_is_json_too(capsys, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 def test_the_access_log_holds_nothing_that_a_caller_sent(capsys, scheme):
-    """Neither features nor tokens, nor who asks, nor a path: a stranger could write any text into that."""
+    """Neither features nor tokens, nor who asks, nor a path: a stranger could write any text into
+    that."""
     configured(log_format="json")
     secret = 271828.1828
     with serving(Tagged()) as server, flserving.serve(server) as endpoint:
@@ -94,14 +102,30 @@ def test_the_access_log_holds_nothing_that_a_caller_sent(capsys, scheme):
         httpx.get(f"{endpoint.url}/v2/models/name-of-a-client/stats", headers=endpoint.headers)
         httpx.get(f"{endpoint.url}/sent-by-a-stranger?token=query-of-a-stranger")
     log = capsys.readouterr().err
-    for sent in ("271828", endpoint.token, "somebody", "name-of-a-client", "stranger", "127.0.0.1", "Bearer"):
+    for sent in (
+        "271828",
+        endpoint.token,
+        "somebody",
+        "name-of-a-client",
+        "stranger",
+        "127.0.0.1",
+        "Bearer",
+    ):
         assert sent not in log
     lines = [json.loads(line) for line in log.splitlines()]
-    infer = [line for line in lines if line["route"].endswith("/infer") or line["method"].endswith("/ModelInfer")]
+    infer = [
+        line
+        for line in lines
+        if line["route"].endswith("/infer") or line["method"].endswith("/ModelInfer")
+    ]
     ok, bad = ("200", "400") if scheme == "http" else ("OK", "INVALID_ARGUMENT")
     assert [str(line["status"]) for line in infer] == [ok, bad]
     assert all(line["duration_ms"] > 0 and line["logger"] == "flserving.access" for line in lines)
-    assert lines[-2]["route"] == "/v2/models/{model}/stats" and lines[-1]["route"] == "" and lines[-1]["status"] == 404
+    assert (
+        lines[-2]["route"] == "/v2/models/{model}/stats"
+        and lines[-1]["route"] == ""
+        and lines[-1]["status"] == 404
+    )
 
 
 def test_nothing_is_logged_of_calls_unless_asked(capsys):
@@ -115,7 +139,9 @@ def test_nothing_is_logged_of_calls_unless_asked(capsys):
 
 
 def test_workers_and_their_supervisor_log_in_json(registry_root):
-    with running(registry_root, "--workers", 2, "--access-log", FLSERVING_LOG_FORMAT="json") as served:
+    with running(
+        registry_root, "--workers", 2, "--access-log", FLSERVING_LOG_FORMAT="json"
+    ) as served:
         with served.client(0) as client:
             client.predict(X)
         victim, _ = served.workers()
@@ -133,7 +159,8 @@ def test_workers_and_their_supervisor_log_in_json(registry_root):
 
 @pytest.fixture
 def collector():
-    """A collector of OTLP over HTTP in this process: what came to it, as (path, headers, request)."""
+    """A collector of OTLP over HTTP in this process: what came to it, as (path, headers,
+    request)."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     came = []
@@ -178,7 +205,9 @@ def spans_at(collector):
 @pytest.mark.parametrize("by", ["option", "variable"])
 def test_the_spans_of_a_worker_reach_the_collector(registry_root, collector, by):
     """Also the last ones, though the worker ends at once; and a caller's trace goes on in them."""
-    environment = {"OTEL_RESOURCE_ATTRIBUTES": "service.name=digits,deployment.environment.name=test"}
+    environment = {
+        "OTEL_RESOURCE_ATTRIBUTES": "service.name=digits,deployment.environment.name=test"
+    }
     options = ["--otel", collector.url]
     if by == "variable":
         options = []
@@ -197,10 +226,16 @@ def test_the_spans_of_a_worker_reach_the_collector(registry_root, collector, by)
     ready, resource = spans["GET /v2/health/ready"]
     assert (ready.trace_id.hex(), ready.parent_span_id.hex()) == tuple(PARENT.split("-")[1:3])
     assert ready.kind == ready.SPAN_KIND_SERVER
-    assert resource["service.name"].string_value == "digits" and resource["process.pid"].int_value == pid
+    assert (
+        resource["service.name"].string_value == "digits"
+        and resource["process.pid"].int_value == pid
+    )
     assert resource["deployment.environment.name"].string_value == "test"
     infer, predict = spans["POST /v2/models/{model}/infer"][0], spans["predict"][0]
-    assert predict.parent_span_id == infer.span_id and spans["infer"][0].parent_span_id == predict.span_id
+    assert (
+        predict.parent_span_id == infer.span_id
+        and spans["infer"][0].parent_span_id == predict.span_id
+    )
     assert infer.start_time_unix_nano <= predict.start_time_unix_nano < infer.end_time_unix_nano
 
 
@@ -209,7 +244,9 @@ def test_the_service_has_a_name_where_nobody_gives_one(collector):
         end = Observability(otel=collector.url).observe(server)
         server.predict(row(1.0))
         end()
-    (resource,) = {id(group): group for _, _, request in collector.came for group in request.resource_spans}.values()
+    (resource,) = {
+        id(group): group for _, _, request in collector.came for group in request.resource_spans
+    }.values()
     named = {each.key: each.value.string_value for each in resource.resource.attributes}
     assert (named["service.name"], named["service.version"]) == ("flserving", flserving.__version__)
 
@@ -228,7 +265,9 @@ def test_without_the_extra_the_option_is_refused_and_the_variable_only_noted(mon
     configured()
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with serving(Tagged()) as server:
-        with pytest.raises(flserving.FlservingError, match=re.escape('pip install "flserving[otel]"')):
+        with pytest.raises(
+            flserving.FlservingError, match=re.escape('pip install "flserving[otel]"')
+        ):
             Observability(otel="http://localhost:4318").observe(server)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
         Observability().observe(server)()

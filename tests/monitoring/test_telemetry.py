@@ -41,8 +41,12 @@ def ran(telemetry: Telemetry, version: str, rows: int, *stages_s: float) -> None
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("median_s", "sigma"), [(50e-6, 0.3), (2e-3, 1.0), (0.8, 2.0)])
-def test_percentiles_of_lognormal_latencies_are_right_to_two_and_a_half_percent(seed, median_s, sigma):
-    samples = np.random.default_rng(seed).lognormal(math.log(median_s), sigma, 20_000).clip(1e-6, 1e3)
+def test_percentiles_of_lognormal_latencies_are_right_to_two_and_a_half_percent(
+    seed, median_s, sigma
+):
+    samples = (
+        np.random.default_rng(seed).lognormal(math.log(median_s), sigma, 20_000).clip(1e-6, 1e3)
+    )
     histogram = histogram_of(samples)
     for q in (0.0, 0.01, 0.5, 0.9, 0.95, 0.99, 0.999, 1.0):
         exact = np.quantile(samples, q, method="inverted_cdf")  # nearest rank
@@ -53,21 +57,33 @@ def test_percentiles_of_lognormal_latencies_are_right_to_two_and_a_half_percent(
 @given(st.lists(st.floats(1e-6, 900), min_size=1, max_size=200), st.floats(0, 1))
 def test_any_percentile_of_any_samples_is_right_to_two_and_a_half_percent(seconds, q):
     rank = max(1, math.ceil(q * len(seconds)))
-    assert histogram_of(np.array(seconds)).percentile_s(q) == pytest.approx(sorted(seconds)[rank - 1], rel=0.025)
+    assert histogram_of(np.array(seconds)).percentile_s(q) == pytest.approx(
+        sorted(seconds)[rank - 1], rel=0.025
+    )
 
 
 @given(st.lists(st.lists(st.floats(0, 2000), max_size=20), max_size=6))
 def test_recording_in_parts_is_recording_at_once(parts):
-    whole, pieces = histogram_of(np.array([s for part in parts for s in part], np.float64)), Histogram()
+    whole, pieces = (
+        histogram_of(np.array([s for part in parts for s in part], np.float64)),
+        Histogram(),
+    )
     for part in parts:
         pieces.add(np.array(part, np.float64))
-    assert (whole.counts == pieces.counts).all() and (whole.count, whole.highest_s) == (pieces.count, pieces.highest_s)
+    assert (whole.counts == pieces.counts).all() and (whole.count, whole.highest_s) == (
+        pieces.count,
+        pieces.highest_s,
+    )
     assert whole.total_s == pytest.approx(pieces.total_s)
 
 
 def test_durations_outside_the_buckets_are_counted_and_no_percentile_exceeds_the_maximum():
     histogram = histogram_of(np.array([0.0, 1e-9, 5e4]))
-    assert histogram.count == 3 and histogram.highest_s == 5e4 and histogram.total_s == pytest.approx(5e4)
+    assert (
+        histogram.count == 3
+        and histogram.highest_s == 5e4
+        and histogram.total_s == pytest.approx(5e4)
+    )
     assert histogram.percentile_s(0.5) <= 1.03e-6 and histogram.percentile_s(1.0) >= 1e3
     assert histogram_of(np.array([1.001e-3])).percentile_s(0.99) <= 1.001e-3
 
@@ -87,7 +103,9 @@ def test_a_summary_is_in_milliseconds():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [0, 1, _PENDING - 1, _PENDING, _PENDING + 1, 2 * _PENDING, 3 * _PENDING + 7])
+@pytest.mark.parametrize(
+    "count", [0, 1, _PENDING - 1, _PENDING, _PENDING + 1, 2 * _PENDING, 3 * _PENDING + 7]
+)
 def test_nothing_is_lost_or_doubled_where_pending_records_are_folded(count):
     telemetry, executions = Telemetry(), Executions()
     for i in range(count):
@@ -100,10 +118,16 @@ def test_nothing_is_lost_or_doubled_where_pending_records_are_folded(count):
     for _ in range(2):  # reading changes nothing
         seen, runs = telemetry.snapshot(), executions.summary()
         assert (seen["requests"], seen["succeeded"], seen["rows"]) == (count, count, 3 * count)
-        assert (runs["executions"], runs["rows"], runs["execution"]["count"]) == (count, 2 * count, count)
+        assert (runs["executions"], runs["rows"], runs["execution"]["count"]) == (
+            count,
+            2 * count,
+            count,
+        )
         assert seen["latency_total_ms"] == pytest.approx(3 * count)
         assert (seen["executions"], seen["mean_batch_rows"]) == (count, 2 * bool(count))
-        assert telemetry.totals()["codec"] == ({"rest": [count, 0.25 * count, 0.5 * count]} if count else {})
+        assert telemetry.totals()["codec"] == (
+            {"rest": [count, 0.25 * count, 0.5 * count]} if count else {}
+        )
 
 
 class Meddler(list):
@@ -125,7 +149,13 @@ def test_a_record_that_arrives_during_a_fold_waits_for_the_next():
     assert [executions.summary()["executions"] for _ in range(3)] == [1, 2, 3]
 
 
-@given(st.lists(st.lists(st.floats(0, 5), min_size=len(STAGES), max_size=len(STAGES)), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.lists(st.floats(0, 5), min_size=len(STAGES), max_size=len(STAGES)),
+        min_size=1,
+        max_size=30,
+    )
+)
 def test_the_stages_of_requests_add_up_to_their_latencies(requests):
     telemetry = Telemetry()
     for stages_s in requests:
@@ -137,7 +167,9 @@ def test_the_stages_of_requests_add_up_to_their_latencies(requests):
     for place, name in enumerate(STAGES):
         taken_s = [stages_s[place] for stages_s in requests if stages_s[place] > 1e-9]
         assert seen["stages"][name]["count"] >= len(taken_s)
-        assert seen["stages"][name]["max_ms"] == pytest.approx(max(taken_s, default=0) * 1e3, abs=1e-6)
+        assert seen["stages"][name]["max_ms"] == pytest.approx(
+            max(taken_s, default=0) * 1e3, abs=1e-6
+        )
 
 
 def test_each_stage_gets_its_own_time_and_one_that_was_not_entered_none():
@@ -168,7 +200,10 @@ def test_counts_by_version_by_reason_and_the_mean_batch():
     assert (seen["executions"], seen["mean_batch_rows"]) == (2, 4.0)
     seen["requests_by_version"]["m/1"] = 99
     seen["failed_by_reason"].clear()
-    assert telemetry.snapshot()["requests_by_version"]["m/1"] == 2 and telemetry.snapshot()["failed"] == 3
+    assert (
+        telemetry.snapshot()["requests_by_version"]["m/1"] == 2
+        and telemetry.snapshot()["failed"] == 3
+    )
 
 
 def test_an_unused_server_has_zeros():
@@ -198,7 +233,9 @@ def test_the_accounts_balance_in_every_snapshot_under_eight_threads(restless):
                 telemetry.failure(rng.choice(["InvalidInput", "Overloaded"]))
                 continue
             stages_s = [rng.random() * 1e-3 for _ in STAGES]
-            telemetry.success(f"m/{rng.randrange(3)}", size := rng.randint(1, 8), marks(0.0, *stages_s))
+            telemetry.success(
+                f"m/{rng.randrange(3)}", size := rng.randint(1, 8), marks(0.0, *stages_s)
+            )
             ran(telemetry, "m/1", size, 0.0, stages_s[4])
             good, rows, busy_s = good + 1, rows + size, busy_s + sum(stages_s)
         return good, rows, busy_s
@@ -208,8 +245,16 @@ def test_the_accounts_balance_in_every_snapshot_under_eight_threads(restless):
         looks, before = 0, 0
         while not done.is_set() or not looks:
             seen = telemetry.snapshot()
-            assert seen["succeeded"] + sum(seen["failed_by_reason"].values()) == seen["requests"] >= before
-            assert seen["latency"]["count"] == seen["succeeded"] == sum(seen["requests_by_version"].values())
+            assert (
+                seen["succeeded"] + sum(seen["failed_by_reason"].values())
+                == seen["requests"]
+                >= before
+            )
+            assert (
+                seen["latency"]["count"]
+                == seen["succeeded"]
+                == sum(seen["requests_by_version"].values())
+            )
             assert seen["stages_total_ms"] == pytest.approx(seen["latency_total_ms"])
             looks, before = looks + 1, seen["requests"]
         return looks
@@ -224,14 +269,18 @@ def test_the_accounts_balance_in_every_snapshot_under_eight_threads(restless):
     assert (seen["requests"], seen["succeeded"], seen["rows"]) == (8 * per_thread, good, rows)
     assert (seen["executions"], seen["mean_batch_rows"]) == (good, pytest.approx(rows / good))
     assert seen["latency_total_ms"] == pytest.approx(busy_s * 1e3)
-    assert {name: stage["count"] for name, stage in seen["stages"].items()} == dict.fromkeys(STAGES, good)
+    assert {name: stage["count"] for name, stage in seen["stages"].items()} == dict.fromkeys(
+        STAGES, good
+    )
 
 
 # Totals: the sums behind the statistics, as other processes add them
 
 
 bounds = st.sampled_from(BOUNDS_S)
-just_beside = st.tuples(bounds, st.sampled_from([0.0, 100.0])).map(lambda pair: float(np.nextafter(*pair)))
+just_beside = st.tuples(bounds, st.sampled_from([0.0, 100.0])).map(
+    lambda pair: float(np.nextafter(*pair))
+)
 
 
 @given(st.lists(st.one_of(bounds, just_beside, st.floats(0, 20)), max_size=40))
@@ -245,12 +294,17 @@ def test_exact_buckets_count_what_is_at_most_their_bound(seconds):
     cumulated = list(itertools.accumulate(account["at_most"]))
     assert cumulated == [*(sum(s <= bound for s in seconds) for bound in BOUNDS_S), len(seconds)]
     stage = list(itertools.accumulate(totals["stages"]["validate"]["at_most"]))
-    assert stage == [*(sum(0 < s <= bound for s in seconds) for bound in BOUNDS_S), sum(s > 0 for s in seconds)]
+    assert stage == [
+        *(sum(0 < s <= bound for s in seconds) for bound in BOUNDS_S),
+        sum(s > 0 for s in seconds),
+    ]
 
 
 def test_totals_hold_what_the_statistics_of_a_version_need():
     telemetry, before_ms = Telemetry(lambda: 100.0, largest_batch=8), int(time.time() * 1e3)
-    telemetry.success("m/1", 2, marks(90.0, 0.1, 0.0, 0.3, 0.4, 0.5, 0.6, 0.7))  # no prediction cache
+    telemetry.success(
+        "m/1", 2, marks(90.0, 0.1, 0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
+    )  # no prediction cache
     telemetry.success("m/2", 1, marks(95.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7))  # a miss
     telemetry.success("m/2", 1, marks(99.0, 0.1, 0.25, 0.125, 0.0, 0.0, 0.0, 0.125))  # a hit
     telemetry.failure("Overloaded", "m/2", 0.5)
@@ -270,7 +324,10 @@ def test_totals_hold_what_the_statistics_of_a_version_need():
     assert {name: stage[0] for name, stage in two["stages"].items()} == dict.fromkeys(
         ("validate", "cache", "queue", "respond"), 2
     ) | dict.fromkeys(("preprocess", "infer", "postprocess"), 1)
-    assert two["stages"]["queue"] == [2, pytest.approx(0.425)] and two["stages"]["infer"] == [1, pytest.approx(0.5)]
+    assert two["stages"]["queue"] == [2, pytest.approx(0.425)] and two["stages"]["infer"] == [
+        1,
+        pytest.approx(0.5),
+    ]
     assert one["batches"] == {
         "2": [2, 0.5, 1.0, 0.25],
         "4": [1, 0.2, 0.4, 0.8],
@@ -288,7 +345,10 @@ def test_totals_hold_what_the_statistics_of_a_version_need():
 
 outcomes = st.lists(
     st.tuples(
-        st.sampled_from(["m/1", "m/2", "n/1"]), st.integers(1, 9), st.booleans(), st.sampled_from([0.25, 0.5, 1.0])
+        st.sampled_from(["m/1", "m/2", "n/1"]),
+        st.integers(1, 9),
+        st.booleans(),
+        st.sampled_from([0.25, 0.5, 1.0]),
     ),
     max_size=30,
 )
@@ -310,7 +370,9 @@ def test_totals_of_processes_add_up_to_those_of_one(requests, processes):
     one, sums = alone.totals(), merged([telemetry.totals() for telemetry in several])
     for account in (*one["versions"].values(), *sums["versions"].values()):
         del account["last_inference_ms"]
-    assert one.pop("named").keys() == sums.pop("named").keys()  # there are as many as processes hold them
+    assert (
+        one.pop("named").keys() == sums.pop("named").keys()
+    )  # there are as many as processes hold them
     assert sums == one
 
 
@@ -327,13 +389,15 @@ def test_an_observer_is_told_of_every_request_and_of_none_when_there_is_none():
 
 
 class Fleet:
-    """Processes behind one address, each with its held versions; ``asked`` counts, a scrape reads all of them."""
+    """Processes behind one address, each with its held versions; ``asked`` counts, a scrape reads
+    all of them."""
 
     def __init__(self, processes: int) -> None:
         self.now_s = 0.0
         self.held: list[set[str]] = [set() for _ in range(processes)]
         self.members = [
-            Telemetry(lambda: self.now_s, held=lambda place=place: self.held[place]) for place in range(processes)
+            Telemetry(lambda: self.now_s, held=lambda place=place: self.held[place])
+            for place in range(processes)
         ]
         self.last: dict[str, float] = {}  # series -> value at its last scrape
         self.increase = 0.0  # what a monitor adds up: a lower value is a restart
@@ -343,7 +407,9 @@ class Fleet:
     def scrape(self) -> None:
         totals = []
         for place, member in enumerate(self.members):
-            member.elsewhere = set().union(*(names for other, names in enumerate(self._named) if other != place))
+            member.elsewhere = set().union(
+                *(names for other, names in enumerate(self._named) if other != place)
+            )
             totals.append(member.totals())
             self._named[place] = set(totals[-1]["named"])
         whole = merged(totals)
@@ -360,15 +426,20 @@ class Fleet:
     st.sampled_from([0.1, 3.0, 30.0]),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(1, 9)), max_size=60),
 )
-def test_a_monitor_counts_each_request_once_whatever_versions_come_and_go(processes, pause_s, steps):
-    """Prometheus adds up what each series grew by, and takes a fall for a restart: neither what is folded into
-    ``other`` nor a version that leaves memory and comes back may be counted twice. Nor is anything lost, unless a
-    version comes back after it was forgotten: such a restart may be too small to be seen, as that of any process."""
+def test_a_monitor_counts_each_request_once_whatever_versions_come_and_go(
+    processes, pause_s, steps
+):
+    """Prometheus adds up what each series grew by, and takes a fall for a restart: neither what is
+    folded into ``other`` nor a version that leaves memory and comes back may be counted twice. Nor
+    is anything lost, unless a version comes back after it was forgotten: such a restart may be too
+    small to be seen, as that of any process."""
     fleet, asked = Fleet(processes), 0
     for place, version, count in steps:
         place %= processes
         name = f"m/{version}"
-        fleet.held[place] = {*sorted(fleet.held[place])[-1:], name} if count % 2 else set()  # cold: gone again
+        fleet.held[place] = (
+            {*sorted(fleet.held[place])[-1:], name} if count % 2 else set()
+        )  # cold: gone again
         for _ in range(count):
             fleet.members[place].success(name, 1, marks(fleet.now_s, 0.1))
         asked += count

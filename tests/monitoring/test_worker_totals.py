@@ -1,4 +1,5 @@
-"""What workers tell each other: a place's totals outlive its workers, and no disk keeps them from their operators."""
+"""What workers tell each other: a place's totals outlive its workers, and no disk keeps them from
+their operators."""
 
 import multiprocessing
 import shutil
@@ -32,7 +33,8 @@ def test_a_place_keeps_the_totals_of_who_filled_it_before(tmp_path):
 
 
 def test_the_first_scrape_of_a_worker_shows_what_its_place_counted_before(tmp_path, monkeypatch):
-    """Its ports open when it knows the totals of those before it and beside it: no counter falls at a replacement."""
+    """Its ports open when it knows the totals of those before it and beside it: no counter falls at
+    a replacement."""
     root = two_versions(tmp_path / "registry")
     with serving(Tagged()) as first, serving(Tagged()) as beside:
         for place, server in enumerate((first, beside)):
@@ -49,7 +51,9 @@ def test_the_first_scrape_of_a_worker_shows_what_its_place_counted_before(tmp_pa
 
     monkeypatch.setattr(processes, "Endpoint", Scraped)
     told, tell = multiprocessing.Pipe(duplex=False)
-    plan = Plan(registry=str(root), folder=str(tmp_path), options=ApiOptions(port=0, grpc_port=None))
+    plan = Plan(
+        registry=str(root), folder=str(tmp_path), options=ApiOptions(port=0, grpc_port=None)
+    )
     with told, tell, pytest.raises(KeyboardInterrupt):
         _serve(plan, 0, tell, told)
     assert 'flserving_outcomes_total{outcome="ok"} 2.0' in scraped[0]

@@ -80,9 +80,12 @@ def test_an_export_answers_as_torch_does(exported, run):
     assert manifest.preprocessing == exported.manifest("digits", 1).preprocessing
 
 
-@pytest.mark.parametrize(("version", "share", "size"), [(3, 0.98, 0.5), (4, 0.97, 0.6), (5, 0.95, 0.4)])
+@pytest.mark.parametrize(
+    ("version", "share", "size"), [(3, 0.98, 0.5), (4, 0.97, 0.6), (5, 0.95, 0.4)]
+)
 def test_few_bits_agree_with_the_parent(exported, run, version, share, size):
-    """dynamic, static, int4: the stated shares of held-out digits get the parent's class, from a smaller file."""
+    """dynamic, static, int4: the stated shares of held-out digits get the parent's class, from a
+    smaller file."""
     rows, _ = rows_and_labels(run)
     assert np.mean(answers(exported, 1, rows) == answers(exported, version, rows)) >= share
     manifests = [exported.manifest("digits", number) for number in (1, version)]
@@ -96,7 +99,9 @@ def test_nobody_elses_row_changes_an_answer(exported, run, version):
     rows = rows_and_labels(run)[0][:8]
     loud = np.concatenate([rows, rows[:1] * 1e4])
     alone = np.concatenate([answers(exported, version, row, "probabilities") for row in rows])
-    np.testing.assert_allclose(answers(exported, version, loud, "probabilities")[:8], alone, atol=1e-5)
+    np.testing.assert_allclose(
+        answers(exported, version, loud, "probabilities")[:8], alone, atol=1e-5
+    )
 
 
 def test_no_two_versions_share_an_identity_and_exports_are_reproducible(exported, registry):
@@ -106,7 +111,9 @@ def test_no_two_versions_share_an_identity_and_exports_are_reproducible(exported
     again = methods.to_onnx(registry, "digits", 1)
     assert again.digests.weights == exported.manifest("digits", 2).digests.weights
     graph = bytes(registry.read("digits", again.version).tensors["graph"].numpy())
-    assert b".py" not in graph and b"flserving" not in graph, "paths of the machine that exported it"
+    assert b".py" not in graph and b"flserving" not in graph, (
+        "paths of the machine that exported it"
+    )
 
 
 def test_server_and_device_serve_them_unchanged(exported, run):
@@ -118,12 +125,19 @@ def test_server_and_device_serve_them_unchanged(exported, run):
             answer = server.predict(row, version=version)
             assert (answer["predictions"], answer["model_version"]) == (wanted, version)
     parts = RegistrySource(exported, "digits").parts("3")
-    engine = InferenceEngine(parts.module, parts.preprocessor)  # works on a copy, with a session of its own
-    assert engine.predict(row)["predictions"] == wanted and engine.model._session is not parts.module._session
+    engine = InferenceEngine(
+        parts.module, parts.preprocessor
+    )  # works on a copy, with a session of its own
+    assert (
+        engine.predict(row)["predictions"] == wanted
+        and engine.model._session is not parts.module._session
+    )
     artifact = exported.read("digits", 3)
     kept = ("architecture", "parameters", "preprocessing")
     with EdgeModelServer() as edge:
-        edge.update_global(artifact.tensors, round=5, **{name: getattr(artifact.manifest, name) for name in kept})
+        edge.update_global(
+            artifact.tensors, round=5, **{name: getattr(artifact.manifest, name) for name in kept}
+        )
         assert edge.predict(row)["predictions"] == wanted
 
 
@@ -133,7 +147,9 @@ def test_a_convolution_is_exported_and_calibrated(registry, run):
     registry.publish("digits", models.build("digits_cnn"), architecture="digits_cnn")
     rows = rows_and_labels(run)[0] / 16
     made = methods.quantise(registry, "digits", 2, "static", rows)
-    parent, small = (answers(registry, version, rows, "probabilities") for version in (2, made.version))
+    parent, small = (
+        answers(registry, version, rows, "probabilities") for version in (2, made.version)
+    )
     assert np.abs(parent - small).max() < 0.02, "untrained: classes would be decided by a hair"
 
 
@@ -159,7 +175,9 @@ def test_structured_pruning_gives_a_smaller_mlp_without_the_weakest_neurons(regi
     made = methods.prune(registry, "digits", 2, 3 / 64, structured=True)
     assert (made.architecture, made.parameters) == ("mlp", {"sizes": [64, 61, 10]})
     rows = np.random.default_rng(0).standard_normal((50, 64), dtype=np.float32)
-    parent, small = (answers(registry, version, rows, "probabilities") for version in (2, made.version))
+    parent, small = (
+        answers(registry, version, rows, "probabilities") for version in (2, made.version)
+    )
     np.testing.assert_allclose(parent, small, atol=1e-6)
     assert made.weights_nbytes < registry.manifest("digits", 2).weights_nbytes
 
@@ -179,7 +197,9 @@ def test_a_student_learns_from_its_teacher_alone(registry, run, federated):
 def test_what_a_technique_cannot_do_is_told_and_publishes_nothing(registry, run):
     registry.publish("digits", Sloppy(), architecture=SLOPPY)
     registry.publish("digits", models.build("digits_cnn"), architecture="digits_cnn")
-    registry.publish("digits", models.build("digits_mlp"), architecture="digits_mlp", output_type="regression")
+    registry.publish(
+        "digits", models.build("digits_mlp"), architecture="digits_mlp", output_type="regression"
+    )
     small = {"parameters": {"sizes": [64, 16, 10]}}
     for error, message, call in [
         (InvalidModelError, "no linear or conv", lambda: methods.prune(registry, "digits", 2)),
@@ -209,16 +229,24 @@ def test_a_forward_that_asks_for_values_is_not_exported(registry):
 
 def test_without_the_extra_the_way_out_is_named(registry, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(NotSupportedError, match=r'onnx is not installed: pip install "flserving\[onnx\]"'):
+    with pytest.raises(
+        NotSupportedError, match=r'onnx is not installed: pip install "flserving\[onnx\]"'
+    ):
         methods.to_onnx(registry, "digits", 1)
 
 
 def graph(onnx, nodes, weights=(), inputs=4, outputs=4, **model):
     make, rows = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     body = onnx.helper.make_graph(
-        nodes, "g", [make("x", rows, ["n", inputs])], [make("y", rows, ["n", outputs])], list(weights)
+        nodes,
+        "g",
+        [make("x", rows, ["n", inputs])],
+        [make("y", rows, ["n", outputs])],
+        list(weights),
     )
-    return onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10, **model)
+    return onnx.helper.make_model(
+        body, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10, **model
+    )
 
 
 def hostile():
@@ -239,22 +267,44 @@ def hostile():
         node("Reshape", ["x", "f"], ["b"]),
         node("MatMul", ["a", "b"], ["m"]),
     ]
-    function = onnx.helper.make_function("evil", "f", ["a"], ["b"], [node("Relu", ["a"], ["b"])], [])
+    function = onnx.helper.make_function(
+        "evil", "f", ["a"], ["b"], [node("Relu", ["a"], ["b"])], []
+    )
     good = graph(onnx, [node("MatMul", ["x", "w"], ["y"])], [eye])
     yield "sound", None, good
     yield "not a graph", "not a sound ONNX graph", b"\x80\x04pickle"
     yield "empty", "not a sound ONNX graph", b"\0" * 64
     yield "cut short", "not a sound ONNX graph", good.SerializeToString()[:-7]
-    yield "a file beside it", "another file", graph(onnx, [node("MatMul", ["x", "w"], ["y"])], [outside])
+    yield (
+        "a file beside it",
+        "another file",
+        graph(onnx, [node("MatMul", ["x", "w"], ["y"])], [outside]),
+    )
     yield "not finite", "not finite", graph(onnx, [node("MatMul", ["x", "w"], ["y"])], [holed])
-    yield "unknown operator", "not listed", graph(onnx, [node("Shell", ["x"], ["y"], domain="evil")])
+    yield (
+        "unknown operator",
+        "not listed",
+        graph(onnx, [node("Shell", ["x"], ["y"], domain="evil")]),
+    )
     yield "noise", "not listed", graph(onnx, [node("Dropout", ["x"], ["y"])])
-    yield "across rows", "not listed", graph(onnx, [node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])])
+    yield (
+        "across rows",
+        "not listed",
+        graph(onnx, [node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])]),
+    )
     yield "a graph inside", "attribute", graph(onnx, [node("Relu", ["x"], ["y"], body=loop)])
-    yield "functions", "has functions", graph(onnx, [node("Relu", ["x"], ["y"])], functions=[function])
+    yield (
+        "functions",
+        "has functions",
+        graph(onnx, [node("Relu", ["x"], ["y"])], functions=[function]),
+    )
     pad, total = node("Pad", ["x", "p"], ["big"]), node("ReduceSum", ["big"], ["s"], keepdims=1)
     most = array(np.array([0, 0, 0, 1 << 30], np.int64), "p")
-    yield "a bomb", "values for one row", graph(onnx, [pad, total, node("Add", ["x", "s"], ["y"])], [most])
+    yield (
+        "a bomb",
+        "values for one row",
+        graph(onnx, [pad, total, node("Add", ["x", "s"], ["y"])], [most]),
+    )
     yield (
         "squares of the rows",
         "proportion",
@@ -264,8 +314,16 @@ def hostile():
             [column, flat],
         ),
     )
-    yield "other widths", "must map float32", graph(onnx, [node("Relu", ["x"], ["y"])], inputs=5, outputs=5)
-    yield "a product that does not fit", "not a sound", graph(onnx, [node("MatMul", ["x", "w"], ["y"])], [wide])
+    yield (
+        "other widths",
+        "must map float32",
+        graph(onnx, [node("Relu", ["x"], ["y"])], inputs=5, outputs=5),
+    )
+    yield (
+        "a product that does not fit",
+        "not a sound",
+        graph(onnx, [node("MatMul", ["x", "w"], ["y"])], [wide]),
+    )
 
 
 def test_hostile_graphs_are_refused_before_and_after_the_disk(tmp_path):
@@ -299,7 +357,9 @@ def test_a_graph_that_was_changed_on_disk_is_not_loaded(tmp_path, monkeypatch):
         registry.publish(name, state, architecture="onnx", parameters=parameters)
         rows = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
         engine = load_engine(RegistrySource(registry, name), "1", ServingConfig(warmup_samples=0))
-        assert np.array(engine.predict(rows)["predictions"]).tolist() == rows.argmax(axis=1).tolist()
+        assert (
+            np.array(engine.predict(rows)["predictions"]).tolist() == rows.argmax(axis=1).tolist()
+        )
         assert engine.nbytes == 2 * len(data)
         monkeypatch.setattr(backends, "_MOST_VALUES", 1)  # as if it had come past an older check
         with pytest.raises(CorruptArtifactError, match="values for one row"):
@@ -307,8 +367,9 @@ def test_a_graph_that_was_changed_on_disk_is_not_loaded(tmp_path, monkeypatch):
 
 
 def norms(kind):
-    """What federated learning puts in BatchNorm's place, and its neighbours: several a model, as what they have in
-    common (scales of ones, before any training) is one constant in the exported graph."""
+    """What federated learning puts in BatchNorm's place, and its neighbours: several a model, as
+    what they have in common (scales of ones, before any training) is one constant in the exported
+    graph."""
     image = [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3, padding=1)]
     flat = [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10)]
     layers = {
@@ -328,7 +389,9 @@ NORMS = ["after convolutions", "after linear layers"]
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_a_normalised_model_is_exported_quantised_and_served_with_equal_answers(tmp_path, kind, monkeypatch):
+def test_a_normalised_model_is_exported_quantised_and_served_with_equal_answers(
+    tmp_path, kind, monkeypatch
+):
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     monkeypatch.setattr(models.architectures, "_known", dict(models.architectures._known))
     models.register("normed", input_shape=(64,), output_shape=(10,))(lambda: norms(kind))
@@ -344,7 +407,12 @@ def test_a_normalised_model_is_exported_quantised_and_served_with_equal_answers(
             made[method] = methods.quantise(registry, "m", 1, method, data).version
         server.serve(registry, "m")
         wanted = server.predict(rows, arrays=True)["probabilities"]
-        for technique, most in {"onnx": 1e-5, "dynamic": 0.02, "static": 0.05, "int4": 0.15}.items():
+        for technique, most in {
+            "onnx": 1e-5,
+            "dynamic": 0.02,
+            "static": 0.05,
+            "int4": 0.15,
+        }.items():
             found = server.predict(rows, version=made[technique], arrays=True)["probabilities"]
             assert np.abs(found - wanted).max() < most, technique
             alone = server.predict(rows[3], version=made[technique], arrays=True)["probabilities"]
@@ -352,7 +420,8 @@ def test_a_normalised_model_is_exported_quantised_and_served_with_equal_answers(
 
 
 def test_static_int8_gives_what_the_graph_defines_on_any_processor(tmp_path, monkeypatch):
-    """Where there is no VNNI, a sum of two products of int8 may saturate: 10 % of the answers were wrong on iris."""
+    """Where there is no VNNI, a sum of two products of int8 may saturate: 10 % of the answers were
+    wrong on iris."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     sizes = {"sizes": [4, 32, 3]}
@@ -367,15 +436,23 @@ def test_static_int8_gives_what_the_graph_defines_on_any_processor(tmp_path, mon
         registry.publish("m", module, architecture="mlp", parameters=sizes)
         made = methods.quantise(registry, "m", 1, "static", rows)
         graph = bytes(registry.read("m", made.version).tensors["graph"].numpy())
-        engine = load_engine(RegistrySource(registry, "m"), str(made.version), ServingConfig(max_batch_size=256))
+        engine = load_engine(
+            RegistrySource(registry, "m"), str(made.version), ServingConfig(max_batch_size=256)
+        )
         found = engine.predict(rows)
-    logits = onnx.reference.ReferenceEvaluator(onnx.ModelProto.FromString(graph)).run(None, {"rows": rows})[0]
+    logits = onnx.reference.ReferenceEvaluator(onnx.ModelProto.FromString(graph)).run(
+        None, {"rows": rows}
+    )[0]
     assert found["predictions"] == logits.argmax(axis=1).tolist()
-    np.testing.assert_allclose(found["probabilities"], torch.from_numpy(logits).softmax(1), atol=1e-5)
+    np.testing.assert_allclose(
+        found["probabilities"], torch.from_numpy(logits).softmax(1), atol=1e-5
+    )
 
 
 def test_what_answers_too_differently_is_not_published_unless_that_is_tolerated(registry, run):
-    with pytest.raises(InvalidModelError, match=r"1, pruned, answers \d+ sample rows otherwise .* by 0\.\d+, the"):
+    with pytest.raises(
+        InvalidModelError, match=r"1, pruned, answers \d+ sample rows otherwise .* by 0\.\d+, the"
+    ):
         methods.prune(registry, "digits", 1, 0.97, samples=run.clients, alias="default")
     assert registry.version_numbers("digits") == [1] and registry.aliases("digits") == {}
     made = methods.prune(registry, "digits", 1, 0.97, samples=run.clients, tolerance=1.0)
@@ -385,7 +462,9 @@ def test_what_answers_too_differently_is_not_published_unless_that_is_tolerated(
             methods.prune(registry, "digits", 1, 0.5, tolerance=tolerance)
 
 
-def test_every_technique_compares_with_the_parent_before_anything_is_published(registry, run, monkeypatch):
+def test_every_technique_compares_with_the_parent_before_anything_is_published(
+    registry, run, monkeypatch
+):
     """A tool that spoils what it makes: nothing of it reaches the registry."""
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     monkeypatch.setattr(methods, "_distance", lambda *_: 0.9)
@@ -397,7 +476,9 @@ def test_every_technique_compares_with_the_parent_before_anything_is_published(r
         lambda: methods.prune(registry, "digits", 1, 0.1),
         lambda: methods.distil(registry, "digits", run.clients, 1, **small),
     ):
-        with pytest.raises(InvalidModelError, match=r"by 0\.9, the tolerance is 0\.\d+ \(classification"):
+        with pytest.raises(
+            InvalidModelError, match=r"by 0\.9, the tolerance is 0\.\d+ \(classification"
+        ):
             call()
     assert registry.version_numbers("digits") == [1]
 
@@ -410,6 +491,8 @@ def test_a_regressions_distance_is_a_share_of_its_spread():
     with torch.no_grad():
         shifted.bias.add_(0.5)
         spread = parent(rows).std(0, correction=0).square().mean().sqrt()
-    assert methods._distance(parent, shifted, rows, "regression") == pytest.approx(0.5 / float(spread), rel=1e-5)
+    assert methods._distance(parent, shifted, rows, "regression") == pytest.approx(
+        0.5 / float(spread), rel=1e-5
+    )
     assert methods._distance(parent, parent, rows, "regression") == 0
     assert methods._distance(parent, parent, rows, "classification") == 0

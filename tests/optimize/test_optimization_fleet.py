@@ -1,4 +1,5 @@
-"""Smaller versions away from home: to devices, over the network, where no runtime is installed, and beside heads."""
+"""Smaller versions away from home: to devices, over the network, where no runtime is installed, and
+beside heads."""
 
 import contextlib
 import sys
@@ -19,10 +20,14 @@ from flserving.serving.loader import RegistrySource, load_engine
 from flserving.serving.personalized import PersonalizedServer
 
 MAKERS = {
-    "prune": lambda registry, **options: methods.prune(registry, "m", 1, 0.5, structured=True, **options),
+    "prune": lambda registry, **options: methods.prune(
+        registry, "m", 1, 0.5, structured=True, **options
+    ),
     "onnx": lambda registry, **options: methods.to_onnx(registry, "m", 1, **options),
     "dynamic": lambda registry, **options: methods.quantise(registry, "m", 1, **options),
-    "static": lambda registry, **options: methods.quantise(registry, "m", 1, "static", X, **options),
+    "static": lambda registry, **options: methods.quantise(
+        registry, "m", 1, "static", X, **options
+    ),
     "distil": lambda registry, **options: methods.distil(
         registry, "m", X, 1, parameters={"sizes": [8, 4, 3]}, epochs=1, tolerance=1, **options
     ),
@@ -48,7 +53,8 @@ def device(root, url, **options):
 @pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize("form", delta.FORMS)
 def test_a_device_pulls_smaller_versions_and_answers_as_the_cloud_does(tmp_path, form):
-    """From torch to ONNX, from graph to graph of another size, and back: no delta leads there, so all of it comes."""
+    """From torch to ONNX, from graph to graph of another size, and back: no delta leads there, so
+    all of it comes."""
     with (
         cloud(tmp_path / "cloud", 1) as (released, endpoint),
         Client(endpoint.url, "infer") as client,
@@ -60,17 +66,27 @@ def test_a_device_pulls_smaller_versions_and_answers_as_the_cloud_does(tmp_path,
             assert agent.pull().version == made.version
             manifest = edge.registry.manifest("m", edge.registry.resolve("m"))
             assert manifest.architecture == ("mlp" if kind == "prune" else "onnx")
-            assert "optimisation" in made.lineage.extra, "what the cloud knows beyond that stays there"
-            assert manifest.lineage.extra.keys() == {"cloud_manifest", "cloud_version", "cloud_form"}
+            assert "optimisation" in made.lineage.extra, (
+                "what the cloud knows beyond that stays there"
+            )
+            assert manifest.lineage.extra.keys() == {
+                "cloud_manifest",
+                "cloud_version",
+                "cloud_form",
+            }
             mine, theirs = edge.predict(X)["probabilities"], client.predict(X)["probabilities"]
-            if form == "exact" or kind != "prune":  # a graph is bytes: the form int8 leaves them alone
+            if (
+                form == "exact" or kind != "prune"
+            ):  # a graph is bytes: the form int8 leaves them alone
                 np.testing.assert_array_equal(np.float32(mine), np.float32(theirs))
             assert not agent.pull().changed
 
 
 @pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
-def test_a_device_without_the_runtime_says_so_before_it_downloads_and_serves_on(tmp_path, monkeypatch, package):
+def test_a_device_without_the_runtime_says_so_before_it_downloads_and_serves_on(
+    tmp_path, monkeypatch, package
+):
     with (
         cloud(tmp_path / "cloud", 1) as (released, endpoint),
         Client(endpoint.url, "infer") as client,
@@ -83,9 +99,13 @@ def test_a_device_without_the_runtime_says_so_before_it_downloads_and_serves_on(
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             for _ in range(2):
-                with pytest.raises(NotSupportedError, match=rf"{package} is not installed: pip install"):
+                with pytest.raises(
+                    NotSupportedError, match=rf"{package} is not installed: pip install"
+                ):
                     agent.pull()
-                assert agent._cloud.nbytes.keys() == {"release", "manifest"}, "no weights on every attempt"
+                assert agent._cloud.nbytes.keys() == {"release", "manifest"}, (
+                    "no weights on every attempt"
+                )
             after = edge.predict(X)
             kept = ("probabilities", "model_version", "round")
             assert [after[key] for key in kept] == [before[key] for key in kept]
@@ -111,7 +131,10 @@ def test_heads_are_never_left_behind_in_silence(tmp_path, request, kind):
         request.getfixturevalue("runtime")
     with Registry(tmp_path) as registry:
         publish(registry, 1, with_heads=True)
-        with pytest.raises(InvalidModelError, match="has 2 personal heads, which fit no other body: pass heads=None"):
+        with pytest.raises(
+            InvalidModelError,
+            match="has 2 personal heads, which fit no other body: pass heads=None",
+        ):
             MAKERS[kind](registry)
         assert registry.version_numbers("m") == [1]
         made = MAKERS[kind](registry, heads=None, alias="default")
@@ -121,7 +144,8 @@ def test_heads_are_never_left_behind_in_silence(tmp_path, request, kind):
 
 
 def test_the_report_judges_clients_as_they_are_answered(tmp_path):
-    """Labels are what each client's own head says: what goes without heads loses, and the report tells."""
+    """Labels are what each client's own head says: what goes without heads loses, and the report
+    tells."""
     rows = np.random.default_rng(1).standard_normal((200, 8), dtype=np.float32)
     with Registry(tmp_path) as registry:
         publish(registry, 1, with_heads=True)

@@ -1,4 +1,5 @@
-"""The file of personal heads and its store: what was published is what is gathered, and nothing else ever is."""
+"""The file of personal heads and its store: what was published is what is gathered, and nothing
+else ever is."""
 
 import errno
 import os
@@ -49,7 +50,9 @@ def opened(folder, heads, digest=HERE, budget=1 << 20):
     path = Path(folder) / "heads.bin"
     path.unlink(missing_ok=True)
     entry = heads.write(str(path), digest)
-    store = HeadStore(str(folder), "heads.bin", entry, digest, np.full(heads.weights.shape[1:], np.float32(7)))
+    store = HeadStore(
+        str(folder), "heads.bin", entry, digest, np.full(heads.weights.shape[1:], np.float32(7))
+    )
     store.resize(budget)
     return store
 
@@ -66,9 +69,15 @@ def slots_of(store, clients):
     count=st.integers(1, 40), inputs=st.integers(1, 9), outputs=st.integers(1, 5),
     budget=st.sampled_from([1, 300, 1500, 1 << 20]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_batch_gets_its_own_heads_whatever_is_in_memory(tmp_path_factory, count, inputs, outputs, budget, seed):
-    """Order, repeats, unknown clients, a memory for one head or for all: always the published numbers, to the bit."""
-    heads, rng = HeadSet("head", names(count), numbers(count, inputs, outputs, seed)), np.random.default_rng(seed)
+def test_any_batch_gets_its_own_heads_whatever_is_in_memory(
+    tmp_path_factory, count, inputs, outputs, budget, seed
+):
+    """Order, repeats, unknown clients, a memory for one head or for all: always the published
+    numbers, to the bit."""
+    heads, rng = (
+        HeadSet("head", names(count), numbers(count, inputs, outputs, seed)),
+        np.random.default_rng(seed),
+    )
     store = opened(tmp_path_factory.mktemp("heads"), heads, budget=budget)
     for _ in range(8):
         chosen = rng.integers(-1, count, size=rng.integers(1, 60))
@@ -77,7 +86,9 @@ def test_any_batch_gets_its_own_heads_whatever_is_in_memory(tmp_path_factory, co
         assert np.array_equal(got, expected)
 
 
-@pytest.mark.parametrize("client", ["", "client-", "client-40", "CLIENT-0", "client-0 ", "\udc80", "x" * 10**6, "\0"])
+@pytest.mark.parametrize(
+    "client", ["", "client-", "client-40", "CLIENT-0", "client-0 ", "\udc80", "x" * 10**6, "\0"]
+)
 def test_who_is_not_there_is_unknown(tmp_path, client):
     store = opened(tmp_path, HeadSet("head", names(40), numbers(40)))
     assert store.find(client) == UNKNOWN and store.take(client) is None
@@ -103,15 +114,25 @@ def test_one_head_is_taken_out_with_what_it_was_trained_on(tmp_path):
     heads = HeadSet("adapter", names(3), numbers(3, 3, 3), [HERE, ELSEWHERE, HERE])
     (tmp_path / "first").mkdir()
     alone = opened(tmp_path / "first", heads).take("client-1")
-    assert (alone.layout, list(alone.clients), alone.trained_on) == ("adapter", ["client-1"], [ELSEWHERE])
+    assert (alone.layout, list(alone.clients), alone.trained_on) == (
+        "adapter",
+        ["client-1"],
+        [ELSEWHERE],
+    )
     again = opened(tmp_path, alone)
-    assert again.find("client-1") == STALE and np.array_equal(again.take("client-1").weights, heads.weights[1:2])
+    assert again.find("client-1") == STALE and np.array_equal(
+        again.take("client-1").weights, heads.weights[1:2]
+    )
 
 
 def test_the_neutral_head_changes_no_answer():
-    """For a head alone the generic one, for what is added zeros, for what comes after the logits the identity."""
+    """For a head alone the generic one, for what is added zeros, for what comes after the logits
+    the identity."""
     weights, bias = torch.arange(15.0).reshape(3, 5), torch.tensor([1.0, 2.0, 3.0])
-    generic, body = {"head.weight": weights, "head.bias": bias}, torch.linspace(-1, 1, 35).reshape(7, 5)
+    generic, body = (
+        {"head.weight": weights, "head.bias": bias},
+        torch.linspace(-1, 1, 35).reshape(7, 5),
+    )
     logits = body @ weights.T + bias
     for layout in ("head", "additive", "adapter"):
         head = torch.from_numpy(neutral_head(layout, generic))
@@ -199,11 +220,15 @@ def test_states_that_are_no_heads_are_refused(states):
 @pytest.mark.parametrize(
     ("budget", "expected"), [(403 * 129, 100), (403 * 129 - 1, 300)], ids=["all fit", "they do not"]
 )
-def test_heads_are_read_once_where_all_fit_and_each_time_where_they_do_not(tmp_path, monkeypatch, budget, expected):
+def test_heads_are_read_once_where_all_fit_and_each_time_where_they_do_not(
+    tmp_path, monkeypatch, budget, expected
+):
     store = opened(tmp_path, HeadSet("head", names(400), numbers(400)), budget=budget)
     reads = []
     read_at = storage.read_at
-    monkeypatch.setattr(storage, "read_at", lambda fd, nbytes, at: reads.append(at) or read_at(fd, nbytes, at))
+    monkeypatch.setattr(
+        storage, "read_at", lambda fd, nbytes, at: reads.append(at) or read_at(fd, nbytes, at)
+    )
     for _ in range(3):
         store.gather(np.arange(100))
     assert len(reads) == expected
@@ -235,7 +260,8 @@ def test_threads_share_one_store(tmp_path, budget):
 
 
 def anonymous_nbytes():
-    """This process's own memory now, without mapped files. (Its peak would hide what stays below an earlier one.)"""
+    """This process's own memory now, without mapped files. (Its peak would hide what stays below an
+    earlier one.)"""
     return (
         next(
             int(line.split()[1])
@@ -267,10 +293,13 @@ def test_a_million_strangers_leave_no_trace_in_memory(tmp_path):
 
 
 def many(tmp_path, count):
-    """Publish so many heads from a memory map, open them under a budget of 2 % of them, use 10,000 at random."""
+    """Publish so many heads from a memory map, open them under a budget of 2 % of them, use 10,000
+    at random."""
     weights = np.lib.format.open_memmap(tmp_path / "all.npy", "w+", np.float32, (count, 65, 10))
     for start in range(0, count, 10_000):
-        weights[start : start + 10_000] = np.arange(start, min(start + 10_000, count))[:, None, None]
+        weights[start : start + 10_000] = np.arange(start, min(start + 10_000, count))[
+            :, None, None
+        ]
     with Registry(tmp_path / "registry", max_artifact_bytes=4 << 30) as registry:
         heads = HeadSet("head", names(count), weights)
         registry.publish("m", models.build("digits_mlp"), architecture="digits_mlp", heads=heads)
@@ -354,7 +383,10 @@ def test_every_flipped_byte_is_found(tmp_path):
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 1000, 2600, -1, -32, -33])
 def test_a_truncated_file_is_refused(tmp_path, length):
     with pytest.raises(CorruptArtifactError, match="expected"):
-        damaged(tmp_path, lambda path, entry: os.truncate(path, length if length >= 0 else entry.nbytes + length))
+        damaged(
+            tmp_path,
+            lambda path, entry: os.truncate(path, length if length >= 0 else entry.nbytes + length),
+        )
 
 
 def test_a_file_truncated_while_it_is_open_is_an_error_and_no_signal(tmp_path):
@@ -442,7 +474,9 @@ def test_heads_are_part_of_a_version_and_change_none_of_its_digests(registry):
     store = registry.read("m", 2).heads
     assert np.array_equal(store.gather(slots_of(store, names(9))), heads.weights)
     file = Path(registry.root) / "models" / "m" / "2" / "heads.bin"
-    assert file.stat().st_size == dressed.heads.nbytes == 64 + 9 * stride(dressed.heads) + 9 * 28 + 32
+    assert (
+        file.stat().st_size == dressed.heads.nbytes == 64 + 9 * stride(dressed.heads) + 9 * 28 + 32
+    )
 
 
 def test_tables_show_heads(registry):
@@ -471,7 +505,9 @@ def test_heads_for_another_body_are_stale(registry, layout):
     with torch.no_grad():
         model.head.bias += 1
     registry.publish("m", model, **MODEL, heads=heads)
-    assert (registry.read("m", 2).heads.find("client-0") >= 0) == (layout == "head"), "a head stands on the body alone"
+    assert (registry.read("m", 2).heads.find("client-0") >= 0) == (layout == "head"), (
+        "a head stands on the body alone"
+    )
 
 
 @pytest.mark.parametrize(
@@ -480,8 +516,14 @@ def test_heads_for_another_body_are_stale(registry, layout):
         (HeadSet("head", names(2), numbers(2, 5)), r"takes \(7, 3\)"),
         (HeadSet("additive", names(2), numbers(2, 6, 4)), r"takes \(7, 3\)"),
         (HeadSet("adapter", names(2), numbers(2, 4, 4)), r"takes \(4, 3\)"),
-        (HeadSet("head", names(2), np.where(np.arange(2)[:, None, None], np.nan, numbers(2))), "'client-1' holds NaN"),
-        (HeadSet("head", names(2), np.where(np.arange(2)[:, None, None], numbers(2), -np.inf)), "'client-0' holds NaN"),
+        (
+            HeadSet("head", names(2), np.where(np.arange(2)[:, None, None], np.nan, numbers(2))),
+            "'client-1' holds NaN",
+        ),
+        (
+            HeadSet("head", names(2), np.where(np.arange(2)[:, None, None], numbers(2), -np.inf)),
+            "'client-0' holds NaN",
+        ),
     ],
     ids=["inputs", "outputs", "adapter", "nan", "infinite"],
 )
@@ -492,7 +534,9 @@ def test_heads_that_do_not_fit_are_not_published(registry, heads, message):
     assert publish(registry).version == 1
 
 
-@pytest.mark.parametrize("heads", [{}, {"a": {"head.weight": torch.ones(3, 6)}}, 3], ids=["empty", "states", "number"])
+@pytest.mark.parametrize(
+    "heads", [{}, {"a": {"head.weight": torch.ones(3, 6)}}, 3], ids=["empty", "states", "number"]
+)
 def test_what_is_no_set_of_heads_is_refused(registry, heads):
     with pytest.raises(InvalidModelError, match="give a HeadSet"):
         publish(registry, heads=heads)
@@ -500,10 +544,15 @@ def test_what_is_no_set_of_heads_is_refused(registry, heads):
 
 def test_a_model_without_a_body_takes_no_heads(registry, monkeypatch):
     monkeypatch.setattr(models.architectures, "_known", models.architectures._known.copy())
-    models.register("flat_for_heads", input_shape=(4,), output_shape=(3,))(lambda: torch.nn.Linear(4, 3))
+    models.register("flat_for_heads", input_shape=(4,), output_shape=(3,))(
+        lambda: torch.nn.Linear(4, 3)
+    )
     with pytest.raises(InvalidModelError, match="Linear is not a models"):
         registry.publish(
-            "m", torch.nn.Linear(4, 3), architecture="flat_for_heads", heads=HeadSet("head", names(2), numbers(2, 4))
+            "m",
+            torch.nn.Linear(4, 3),
+            architecture="flat_for_heads",
+            heads=HeadSet("head", names(2), numbers(2, 4)),
         )
 
 
@@ -519,11 +568,14 @@ class Squashed(models.SplitModel):
     ids=["forward of its own", "head of two parts"],
 )  # fmt: skip
 def test_a_model_that_computes_more_than_head_of_body_takes_no_heads(registry, monkeypatch, make):
-    """The personal lane runs body and head: what a forward does between them would be left out without a word."""
+    """The personal lane runs body and head: what a forward does between them would be left out
+    without a word."""
     monkeypatch.setattr(models.architectures, "_known", models.architectures._known.copy())
     models.register("more_for_heads", input_shape=(4,), output_shape=(3,))(make)
     with pytest.raises(InvalidModelError, match="as it stands"):
-        registry.publish("m", make(), architecture="more_for_heads", heads=HeadSet("head", names(2), numbers(2)))
+        registry.publish(
+            "m", make(), architecture="more_for_heads", heads=HeadSet("head", names(2), numbers(2))
+        )
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -551,5 +603,7 @@ def test_a_version_whose_heads_are_gone_is_corrupt(registry):
     os.unlink(f"{registry.root}/models/m/1/heads.bin")
     with pytest.raises(CorruptArtifactError, match=r"m/1/heads\.bin"):
         registry.read("m", 1)
-    with pytest.raises(CorruptArtifactError, match=r"m/1/heads\.bin"):  # compare reads both versions whole
+    with pytest.raises(
+        CorruptArtifactError, match=r"m/1/heads\.bin"
+    ):  # compare reads both versions whole
         registry.compare("m", 1, 1)

@@ -1,4 +1,5 @@
-"""Personal heads that expire: from the stated time on the global head answers, in the cloud and on devices."""
+"""Personal heads that expire: from the stated time on the global head answers, in the cloud and on
+devices."""
 
 import contextlib
 import json
@@ -53,7 +54,8 @@ def answer_of(server, client=WHO):
 
 @pytest.mark.parametrize("cached", [0, 1 << 20], ids=["no-cache", "cache"])
 def test_an_expired_head_answers_no_more_and_the_answer_says_so(tmp_path, clock, cached):
-    """Neither from memory nor from the cache of predictions; other versions' heads are not touched."""
+    """Neither from memory nor from the cache of predictions; other versions' heads are not
+    touched."""
     with (
         Registry(tmp_path, now=clock) as registry,
         ModelServer(ServingConfig(prediction_cache_bytes=cached), registry) as server,
@@ -68,7 +70,10 @@ def test_an_expired_head_answers_no_more_and_the_answer_says_so(tmp_path, clock,
         clock.now = EXPIRES
         for client in (WHO, [WHO, *CLIENTS, WHO, WHO]):
             answer = server.predict(X, client=client)
-            assert set(np.atleast_1d(answer["head"])) == {"expired"} and answer["model_type"] == "global"
+            assert (
+                set(np.atleast_1d(answer["head"])) == {"expired"}
+                and answer["model_type"] == "global"
+            )
             assert np.allclose(answer["probabilities"], generic, atol=1e-6)
         assert server.predict(X, client="nobody")["head"] == "unknown"
         assert server.predict(X, "1", client=WHO)["head"] == "own"
@@ -90,7 +95,10 @@ def test_where_unknown_clients_are_refused_so_is_one_whose_head_is_expired(tmp_p
         (EXPIRES, "2026-01-31T00:00:00+00:00"),
         ("2026-01-31T00:00:00+00:00", "2026-01-31T00:00:00+00:00"),
         ("2026-01-31T02:00:00Z", "2026-01-31T02:00:00+00:00"),
-        (datetime(2026, 1, 31, 2, tzinfo=timezone(timedelta(hours=2))), "2026-01-31T00:00:00+00:00"),
+        (
+            datetime(2026, 1, 31, 2, tzinfo=timezone(timedelta(hours=2))),
+            "2026-01-31T00:00:00+00:00",
+        ),
         (None, None),
     ],
 )
@@ -98,10 +106,14 @@ def test_the_manifest_keeps_the_time_in_utc(tmp_path, given, kept):
     with Registry(tmp_path) as registry:
         assert publish(registry, expires_at=given).heads.expires_at == kept
         assert registry.manifest("m", 1).heads.expires_at == kept
-        assert registry.read("m", 1).heads.take(WHO).expires_at == kept, "it goes with a head that is published again"
+        assert registry.read("m", 1).heads.take(WHO).expires_at == kept, (
+            "it goes with a head that is published again"
+        )
 
 
-@pytest.mark.parametrize("given", ["soon", "2026-01-31T00:00:00", datetime(2026, 1, 31), 86_400, ""], ids=repr)
+@pytest.mark.parametrize(
+    "given", ["soon", "2026-01-31T00:00:00", datetime(2026, 1, 31), 86_400, ""], ids=repr
+)
 def test_what_is_no_time_is_refused(given):
     made = heads(1)
     with pytest.raises(InvalidModelError, match="expires_at is"):
@@ -113,7 +125,9 @@ def test_manifests_from_before_load_and_never_expire_and_are_written_as_ever(tmp
         publish_forever(registry, 1, with_heads=True)
         text = (tmp_path / "models" / "m" / "1" / "manifest.json").read_text()
         fields = {"layout", "num_heads", "inputs", "outputs", "nbytes", "index_sha256"}
-        assert json.loads(text)["heads"].keys() == fields, "an older flserving reads what does not expire"
+        assert json.loads(text)["heads"].keys() == fields, (
+            "an older flserving reads what does not expire"
+        )
         assert manifest.decode(text.encode(), "it").heads.expires_at is None
         clock.now += timedelta(days=365_000)
         with ModelServer(registry=registry) as server:
@@ -122,21 +136,31 @@ def test_manifests_from_before_load_and_never_expire_and_are_written_as_ever(tmp
 
 @pytest.mark.parametrize("form", ["exact", "int8"])
 def test_a_device_honours_it_offline_and_after_updates(tmp_path, clock, form):
-    """By the clock that tells its model's age, which never goes back; the registry's own is years behind here."""
+    """By the clock that tells its model's age, which never goes back; the registry's own is years
+    behind here."""
     with contextlib.ExitStack() as stack:
         cloud = stack.enter_context(Registry(tmp_path / "cloud", now=clock))
         publish(cloud)
         server = stack.enter_context(ModelServer(registry=cloud))
-        endpoint = stack.enter_context(serve(server, tokens=tokens(), grpc_port=None, artifacts=True))
-        registry = stack.enter_context(Registry(tmp_path / "edge", now=lambda: BEGAN - timedelta(days=3_000)))
+        endpoint = stack.enter_context(
+            serve(server, tokens=tokens(), grpc_port=None, artifacts=True)
+        )
+        registry = stack.enter_context(
+            Registry(tmp_path / "edge", now=lambda: BEGAN - timedelta(days=3_000))
+        )
         edge = stack.enter_context(EdgeModelServer(registry=registry, client=WHO, wall=clock.wall))
         agent = stack.enter_context(
-            contextlib.closing(SyncAgent(endpoint.url, WHO, registry, edge=edge, client=WHO, form=form))
+            contextlib.closing(
+                SyncAgent(endpoint.url, WHO, registry, edge=edge, client=WHO, form=form)
+            )
         )
         agent.pull()
         assert edge.predict(X)["head"] == "own"
         body = registry.read("m", 1).tensors
-        moved = {name: tensor + 1e-3 if name.startswith("head.") else tensor for name, tensor in body.items()}
+        moved = {
+            name: tensor + 1e-3 if name.startswith("head.") else tensor
+            for name, tensor in body.items()
+        }
         edge.update_global(moved)
         assert edge.predict(X)["head"] == "own", "kept, on the same body"
         clock.now = EXPIRES

@@ -23,7 +23,9 @@ def example(**changes: Any) -> Manifest:
         "parameters": {"sizes": [64, 64, 10]},
         "signature": Signature((64,), (10,)),
         "preprocessing": Preprocessing((0.0, 1.5), (1.0, 2.0)),
-        "lineage": Lineage(round=2, parent_version=1, num_clients=2, sample_counts=(10, 20), strategy="fedavg"),
+        "lineage": Lineage(
+            round=2, parent_version=1, num_clients=2, sample_counts=(10, 20), strategy="fedavg"
+        ),
         "metrics": {"global_accuracy": 0.9},
         "digests": Digests(DIGEST, DIGEST, None, DIGEST),
         "weights_nbytes": 100,
@@ -42,12 +44,18 @@ labels = st.text(st.characters(codec="utf-8"), min_size=1, max_size=64)
     note=st.text(st.characters(codec="utf-8"), max_size=200),
     counts=st.none() | st.lists(st.integers(0, 2**53), max_size=5),
     statistics=st.none() | st.lists(st.tuples(finite, finite), max_size=5),
-    extra=st.dictionaries(labels, st.none() | st.booleans() | st.integers(-(2**53), 2**53) | labels, max_size=3),
+    extra=st.dictionaries(
+        labels, st.none() | st.booleans() | st.integers(-(2**53), 2**53) | labels, max_size=3
+    ),
 )
-def test_comes_back_as_it_went(metrics: Any, note: str, counts: Any, statistics: Any, extra: Any) -> None:
+def test_comes_back_as_it_went(
+    metrics: Any, note: str, counts: Any, statistics: Any, extra: Any
+) -> None:
     lineage = counts and Lineage(num_clients=len(counts), sample_counts=tuple(counts), extra=extra)
     mean, std = zip(*statistics, strict=True) if statistics else ((), ())
-    wanted = example(metrics=metrics, note=note, lineage=lineage or None, preprocessing=Preprocessing(mean, std))
+    wanted = example(
+        metrics=metrics, note=note, lineage=lineage or None, preprocessing=Preprocessing(mean, std)
+    )
     assert manifest.decode(manifest.encode(wanted), "x") == wanted
 
 
@@ -127,16 +135,23 @@ def altered(**changes: Any) -> bytes:
     ],
 )
 def test_decode_refuses(data: bytes) -> None:
-    with pytest.raises(CorruptArtifactError, match=r"m/1/manifest\.json is not a manifest .*restore"):
+    with pytest.raises(
+        CorruptArtifactError, match=r"m/1/manifest\.json is not a manifest .*restore"
+    ):
         manifest.decode(data, "m/1/manifest.json")
 
 
 def test_a_newer_format_is_called_by_its_name() -> None:
-    with pytest.raises(CorruptArtifactError, match=r"not a manifest of format 1 .*install the flserving that wrote it"):
+    with pytest.raises(
+        CorruptArtifactError,
+        match=r"not a manifest of format 1 .*install the flserving that wrote it",
+    ):
         manifest.decode(altered(format=2, surprise="of the future"), "x")
 
 
-@pytest.mark.parametrize("name", ["a", "0", "digits", "digits-v1.0_b", "a" * 64, "3.14", "a-", "a_"])
+@pytest.mark.parametrize(
+    "name", ["a", "0", "digits", "digits-v1.0_b", "a" * 64, "3.14", "a-", "a_"]
+)
 def test_good_names(name: str) -> None:
     assert manifest.check_name("model name", name) == name
 

@@ -73,7 +73,13 @@ def test_what_was_published_is_what_is_read(registry: Registry, architecture: st
     module = models.build(architecture)
     inputs = models.signature(architecture)[0][0]
     mean, std = np.linspace(0, 1, inputs), np.linspace(0, 2, inputs)
-    lineage = {"round": 7, "num_clients": 2, "sample_counts": [30, 40], "strategy": "fedavg", "extra": {"alpha": 0.1}}
+    lineage = {
+        "round": 7,
+        "num_clients": 2,
+        "sample_counts": [30, 40],
+        "strategy": "fedavg",
+        "extra": {"alpha": 0.1},
+    }
     published = registry.publish(
         "digits",
         module,
@@ -86,7 +92,9 @@ def test_what_was_published_is_what_is_read(registry: Registry, architecture: st
     artifact = registry.read("digits", 1)
     assert artifact.manifest == published == registry.manifest("digits", 1)
     assert (published.name, published.version, published.note) == ("digits", 1, "first")
-    assert (published.signature.input_shape, published.signature.output_shape) == models.signature(architecture)
+    assert (published.signature.input_shape, published.signature.output_shape) == models.signature(
+        architecture
+    )
     assert published.lineage is not None and published.lineage.sample_counts == (30, 40)
     assert published.metrics == {"global_accuracy": 0.5}
     assert published.digests.preprocessing == Preprocessor(mean=mean, std=std).digest
@@ -135,13 +143,19 @@ def test_body_and_head_have_digests_of_their_own(registry: Registry) -> None:
         content["model"].head.weight.add_(1)
     second = registry.publish("m", **content)
     assert first.digests.body == second.digests.body
-    assert first.digests.head != second.digests.head and first.digests.weights != second.digests.weights
+    assert (
+        first.digests.head != second.digests.head
+        and first.digests.weights != second.digests.weights
+    )
 
 
 def test_a_model_without_a_head(registry: Registry) -> None:
     name = "test-registry-headless"
     models.register(name, input_shape=(2,), output_shape=(1,))(_headless)
-    assert registry.publish("m", _headless(), architecture=name, output_type="regression").digests.head is None
+    assert (
+        registry.publish("m", _headless(), architecture=name, output_type="regression").digests.head
+        is None
+    )
     assert registry.read("m", 1).manifest.signature.output_type == "regression"
 
 
@@ -204,10 +218,22 @@ def with_tensor(name: str, tensor: Any) -> dict[str, Any]:
         (changed(model={"a": 1}), InvalidModelError, "a is a int"),
         (with_tensor("head.bias", None), InvalidModelError, "head.bias is missing"),
         (with_tensor("head.bias", torch.zeros(4)), InvalidModelError, "head.bias is"),
-        (with_tensor("head.bias", torch.zeros(3, dtype=torch.float64)), InvalidModelError, "float64"),
+        (
+            with_tensor("head.bias", torch.zeros(3, dtype=torch.float64)),
+            InvalidModelError,
+            "float64",
+        ),
         (with_tensor("extra", torch.zeros(1)), InvalidModelError, "extra is unexpected"),
-        (with_tensor("head.bias", torch.tensor([0, math.nan, 0])), InvalidModelError, "head.bias holds NaN"),
-        (with_tensor("head.bias", torch.tensor([0, -math.inf, 0])), InvalidModelError, "head.bias holds NaN or inf"),
+        (
+            with_tensor("head.bias", torch.tensor([0, math.nan, 0])),
+            InvalidModelError,
+            "head.bias holds NaN",
+        ),
+        (
+            with_tensor("head.bias", torch.tensor([0, -math.inf, 0])),
+            InvalidModelError,
+            "head.bias holds NaN or inf",
+        ),
         (changed(metrics={"loss": math.nan}), InvalidModelError, "manifest of 'm'"),
         (changed(metrics={"loss": "low"}), InvalidModelError, "could not convert"),
         (changed(metrics=[1]), InvalidModelError, "metrics"),
@@ -218,21 +244,39 @@ def with_tensor(name: str, tensor: Any) -> dict[str, Any]:
         (changed(lineage={"extra": {"alpha": object()}}), InvalidModelError, "lineage"),
         (changed(lineage={"rounds": 1}), InvalidModelError, "rounds"),
         (changed(lineage={"round": -1}), InvalidModelError, "manifest of 'm'|lineage"),
-        (changed(lineage={"num_clients": 2, "sample_counts": [1]}), InvalidModelError, "1 entries for 2 clients"),
-        (changed(lineage={"parent_version": 1}), InvalidModelError, "parent version 1: 'm' has only 0"),
+        (
+            changed(lineage={"num_clients": 2, "sample_counts": [1]}),
+            InvalidModelError,
+            "1 entries for 2 clients",
+        ),
+        (
+            changed(lineage={"parent_version": 1}),
+            InvalidModelError,
+            "parent version 1: 'm' has only 0",
+        ),
         (changed(lineage=[1]), InvalidModelError, "lineage"),
         (changed(output_type="ranking"), InvalidModelError, "ranking"),
         (changed(note="x" * 10_001), InvalidModelError, "manifest of 'm'"),
         (changed(preprocessing={"mean": [0.0] * 4}), InvalidModelError, "give 'mean' and 'std'"),
-        (changed(preprocessing={"mean": [0.0] * 3, "std": [1.0] * 3}), ConfigError, "3 features, the model takes 4"),
-        (changed(preprocessing={"mean": [0.0] * 4, "std": [-1.0] * 4}), ConfigError, "not negative"),
+        (
+            changed(preprocessing={"mean": [0.0] * 3, "std": [1.0] * 3}),
+            ConfigError,
+            "3 features, the model takes 4",
+        ),
+        (
+            changed(preprocessing={"mean": [0.0] * 4, "std": [-1.0] * 4}),
+            ConfigError,
+            "not negative",
+        ),
         (changed(preprocessing={"mean": [math.nan] * 4, "std": [1.0] * 4}), ConfigError, "finite"),
         (changed(alias="7"), InvalidModelError, "looks like a version number"),
         (changed(alias="a/b"), InvalidModelError, "alias 'a/b'"),
         (changed(alias="a", who=""), InvalidModelError, "who is ''"),
     ],
 )
-def test_publish_refuses_and_leaves_nothing(registry: Registry, content: Any, error: Any, message: str) -> None:
+def test_publish_refuses_and_leaves_nothing(
+    registry: Registry, content: Any, error: Any, message: str
+) -> None:
     with pytest.raises(error, match=message):
         registry.publish("m", **content)
     assert registry.models() == [] and registry.change_token() == 0 and registry.local_changes == 0
@@ -271,7 +315,9 @@ def test_size_limit(tmp_path: Path) -> None:
     with Registry(tmp_path, max_artifact_bytes=nbytes - 1) as registry:
         with pytest.raises(InvalidModelError, match=f"{nbytes} bytes: raise max_artifact_bytes"):
             registry.publish("m", **tiny())
-        with pytest.raises(ModelTooLargeError, match=f"{nbytes} bytes, max_artifact_bytes is {nbytes - 1}"):
+        with pytest.raises(
+            ModelTooLargeError, match=f"{nbytes} bytes, max_artifact_bytes is {nbytes - 1}"
+        ):
             registry.read("m", 1)
         assert registry.manifest("m", 1).weights_nbytes == nbytes
 
@@ -301,13 +347,36 @@ def test_a_root_that_is_no_folder(tmp_path: Path) -> None:
 def test_resolve(three: Registry) -> None:
     three.set_alias("m", "default", 2, **BY)
     three.set_alias("m", "v1.0", 1, **BY)
-    for ref, version in ((None, 2), ("default", 2), ("v1.0", 1), (3, 3), ("3", 3), (np.int64(3), 3)):
+    for ref, version in (
+        (None, 2),
+        ("default", 2),
+        ("v1.0", 1),
+        (3, 3),
+        ("3", 3),
+        (np.int64(3), 3),
+    ):
         resolved = three.resolve("m", ref)  # type: ignore[arg-type]
         assert resolved == version and type(resolved) is int
 
 
 @pytest.mark.parametrize(
-    "ref", [0, -1, 4, "4", "0", 1 << 63, 1 << 200, "9" * 30, "9" * 5000, "canary", "", "../x", "¹", "a" * 10_000]
+    "ref",
+    [
+        0,
+        -1,
+        4,
+        "4",
+        "0",
+        1 << 63,
+        1 << 200,
+        "9" * 30,
+        "9" * 5000,
+        "canary",
+        "",
+        "../x",
+        "¹",
+        "a" * 10_000,
+    ],
 )
 def test_resolve_finds_nothing(three: Registry, ref: Any) -> None:
     with pytest.raises(NotFoundError, match="'m' has no version") as caught:
@@ -408,7 +477,10 @@ def test_publish_moves_an_alias_in_the_same_step(three: Registry) -> None:
     three.publish("m", **tiny(), alias="champion")
     assert three.aliases("m") == {"champion": 5} and three.change_token() == before + 4
     log = three.history("m", "champion")
-    assert log["who"].tolist() == ["gate", "publish"] and log["why"].tolist() == ["better", "published version 5"]
+    assert log["who"].tolist() == ["gate", "publish"] and log["why"].tolist() == [
+        "better",
+        "published version 5",
+    ]
 
 
 def test_a_move_to_the_same_place_is_no_move(three: Registry) -> None:
@@ -444,7 +516,10 @@ def test_history_tells_who_when_and_why(tmp_path: Path) -> None:
             }
         )
         pd.testing.assert_frame_equal(log.drop(columns="when"), expected, check_dtype=False)
-        assert log["when"].is_monotonic_increasing and log["when"].diff().dropna().eq(pd.Timedelta(seconds=1)).all()
+        assert (
+            log["when"].is_monotonic_increasing
+            and log["when"].diff().dropna().eq(pd.Timedelta(seconds=1)).all()
+        )
         assert log["when"].dt.tz is not None
         assert registry.history("m", "canary")["action"].tolist() == ["set", "remove"]
         assert registry.history("m", "nobody").empty
@@ -461,7 +536,8 @@ BEGIN SELECT RAISE(ABORT, '{0} is append-only'); END;
 
 
 def test_a_registry_whose_index_has_triggers_goes_on(tmp_path: Path) -> None:
-    """Indexes of earlier versions refuse to change a row. Every verb only adds rows, so they do not notice."""
+    """Indexes of earlier versions refuse to change a row. Every verb only adds rows, so they do not
+    notice."""
     registry = Registry(tmp_path)
     registry.publish("m", **tiny(), alias="default")
     registry.close()
@@ -493,7 +569,8 @@ def test_an_alias_cannot_point_at_what_does_not_exist(three: Registry) -> None:
 
 
 class AliasMachine(RuleBasedStateMachine):
-    """Aliases against a plain dict: alias -> the versions that a rollback would walk back through (None: removed)."""
+    """Aliases against a plain dict: alias -> the versions that a rollback would walk back through
+    (None: removed)."""
 
     aliases = st.sampled_from(["default", "canary"])
     folders = itertools.count()
@@ -548,7 +625,11 @@ class AliasMachine(RuleBasedStateMachine):
 
     @rule()
     def compare(self) -> None:
-        pointing = {alias: stack[-1] for alias, stack in self.undo.items() if stack and stack[-1] is not None}
+        pointing = {
+            alias: stack[-1]
+            for alias, stack in self.undo.items()
+            if stack and stack[-1] is not None
+        }
         assert self.registry.aliases("m") == pointing
         assert self.registry.change_token() == self.published + self.moves
         for alias in ("default", "canary"):
@@ -561,7 +642,9 @@ class AliasMachine(RuleBasedStateMachine):
                 log = self.registry.history("m")
                 assert len(log) == self.moves
                 for _, moves in log.groupby("alias"):  # every move starts where the last one ended
-                    assert moves["from"].fillna(0).tolist()[1:] == moves["to"].fillna(0).tolist()[:-1]
+                    assert (
+                        moves["from"].fillna(0).tolist()[1:] == moves["to"].fillna(0).tolist()[:-1]
+                    )
             self.registry.close()
 
 
@@ -580,16 +663,32 @@ def test_aliases_behave_like_a_dict_with_undo(tmp_path: Path) -> None:
 
 def test_versions_table(registry: Registry) -> None:
     registry.publish(
-        "m", **tiny(0), lineage={"round": 1, "strategy": "fedavg"}, metrics={"global_accuracy": 0.5}, note="a"
+        "m",
+        **tiny(0),
+        lineage={"round": 1, "strategy": "fedavg"},
+        metrics={"global_accuracy": 0.5},
+        note="a",
     )
-    registry.publish("m", **tiny(1), lineage={"round": 2, "parent_version": 1}, metrics={"loss": 2.0}, alias="default")
+    registry.publish(
+        "m",
+        **tiny(1),
+        lineage={"round": 2, "parent_version": 1},
+        metrics={"loss": 2.0},
+        alias="default",
+    )
     registry.publish("m", **tiny(2))
     registry.set_alias("m", "champion", 2, **BY)
     frame = registry.versions("m")
     assert frame.index.tolist() == [1, 2, 3] and frame.index.name == "version"
     assert frame["aliases"].tolist() == ["", "champion, default", ""]
-    assert frame["round"].dropna().tolist() == [1, 2] and frame["parent_version"].dropna().tolist() == [1]
-    assert frame.loc[1, "global_accuracy"] == 0.5 and frame["loss"].isna().tolist() == [True, False, True]
+    assert frame["round"].dropna().tolist() == [1, 2] and frame[
+        "parent_version"
+    ].dropna().tolist() == [1]
+    assert frame.loc[1, "global_accuracy"] == 0.5 and frame["loss"].isna().tolist() == [
+        True,
+        False,
+        True,
+    ]
     assert frame["note"].tolist() == ["a", "", ""] and (frame["weights_nbytes"] > 0).all()
     assert frame["created_at"].is_monotonic_increasing and "problem" not in frame
     assert [registry.read("m", version).manifest.version for version in frame.index] == [1, 2, 3]
@@ -598,25 +697,40 @@ def test_versions_table(registry: Registry) -> None:
 def test_a_broken_version_does_not_hide_the_others(three: Registry) -> None:
     (Path(three.root) / "models" / "m" / "2" / "manifest.json").write_text("{}")
     frame = three.versions("m")
-    assert frame.index.tolist() == [1, 2, 3] and frame["problem"].notna().tolist() == [False, True, False]
+    assert frame.index.tolist() == [1, 2, 3] and frame["problem"].notna().tolist() == [
+        False,
+        True,
+        False,
+    ]
     assert "m/2/manifest.json" in frame.loc[2, "problem"]
 
 
 def test_compare(registry: Registry) -> None:
     content = tiny()
-    registry.publish("m", **content, metrics={"global_accuracy": 0.5, "old": 1.0}, lineage={"round": 1})
+    registry.publish(
+        "m", **content, metrics={"global_accuracy": 0.5, "old": 1.0}, lineage={"round": 1}
+    )
     with torch.no_grad():
         content["model"].head.bias += torch.tensor([3.0, 0.0, 4.0])
     registry.publish(
-        "m", **content, metrics={"global_accuracy": 0.75, "new": 1.0}, lineage={"round": 2}, alias="default"
+        "m",
+        **content,
+        metrics={"global_accuracy": 0.75, "new": 1.0},
+        lineage={"round": 2},
+        alias="default",
     )
     frame = registry.compare("m", 1, "default")
     assert list(frame.columns) == ["a", "b", "equal", "difference"]
     assert frame.loc[("metric", "global_accuracy"), "difference"] == 0.25
-    assert math.isnan(frame.loc[("metric", "old"), "b"]) and math.isnan(frame.loc[("metric", "new"), "a"])
+    assert math.isnan(frame.loc[("metric", "old"), "b"]) and math.isnan(
+        frame.loc[("metric", "new"), "a"]
+    )
     assert frame.loc[("digest", "body"), "equal"] and not frame.loc[("digest", "head"), "equal"]
     assert frame.loc[("tensor", "head.bias"), "difference"] == pytest.approx(5.0, rel=1e-6)
-    assert frame.loc[("tensor", "head.weight"), "difference"] == 0 and frame.loc[("tensor", "head.weight"), "equal"]
+    assert (
+        frame.loc[("tensor", "head.weight"), "difference"] == 0
+        and frame.loc[("tensor", "head.weight"), "equal"]
+    )
     norm = float(registry.read("m", 1).tensors["head.weight"].norm())
     assert frame.loc[("tensor", "head.weight"), "a"] == pytest.approx(norm, rel=1e-6)
     assert registry.compare("m", 1, 1)["equal"].all()
@@ -624,7 +738,12 @@ def test_compare(registry: Registry) -> None:
 
 def test_compare_of_different_shapes(registry: Registry) -> None:
     registry.publish("m", **tiny())
-    registry.publish("m", models.build("mlp", {"sizes": [4, 3]}), architecture="mlp", parameters={"sizes": [4, 3]})
+    registry.publish(
+        "m",
+        models.build("mlp", {"sizes": [4, 3]}),
+        architecture="mlp",
+        parameters={"sizes": [4, 3]},
+    )
     frame = registry.compare("m", 1, 2)
     missing = frame.loc[("tensor", "body.0.weight")]
     assert not missing["equal"] and math.isnan(missing["b"]) and math.isnan(missing["difference"])
@@ -725,7 +844,9 @@ def test_a_thread_waits_no_longer_either_and_readers_not_at_all(tmp_path: Path) 
         with registry._transaction(), ThreadPoolExecutor(1) as pool:
             writing = pool.submit(registry.set_alias, "m", "default", 1, **BY)
             assert isinstance(writing.exception(timeout=PATIENCE_S), OverloadedError)
-            assert pool.submit(registry.read, "m", 1).result(timeout=PATIENCE_S).manifest.version == 1
+            assert (
+                pool.submit(registry.read, "m", 1).result(timeout=PATIENCE_S).manifest.version == 1
+            )
 
 
 # At once
@@ -758,14 +879,18 @@ def test_threads_share_one_registry(registry: Registry) -> None:
             stop.set()
         assert all(watcher.result() > 0 for watcher in watchers)
     assert registry.version_numbers("m") == list(range(1, 22))
-    assert registry.local_changes == 41 and registry.change_token() == 22 + len(registry.history("m")) - 1
+    assert (
+        registry.local_changes == 41
+        and registry.change_token() == 22 + len(registry.history("m")) - 1
+    )
     moves = registry.history("m")
     assert moves["from"].tolist()[1:] == moves["to"].tolist()[:-1]
 
 
 @pytest.mark.full
 def test_six_processes_may_open_a_new_registry_at_once(tmp_path: Path) -> None:
-    """SQLite answers "busy" at once when several change a new file to WAL: 10 of 900 openings failed for it."""
+    """SQLite answers "busy" at once when several change a new file to WAL: 10 of 900 openings
+    failed for it."""
     assert registry_crash.start("open", tmp_path, 6, 60) == {"turns": 60}
 
 

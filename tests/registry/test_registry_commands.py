@@ -1,4 +1,5 @@
-"""``flserving registry``: what the commands show, move and remove is what the registry itself says."""
+"""``flserving registry``: what the commands show, move and remove is what the registry itself
+says."""
 
 import getpass
 import json
@@ -32,7 +33,12 @@ def command(root, capsys):
 def test_list_shows_models_and_versions(root, command):
     assert command("list") == [{"model": "digits", "versions": 2, "aliases": {"default": 1}}]
     first, second = command("list", "digits")
-    assert (first["version"], first["aliases"], second["version"], second["aliases"]) == (1, ["default"], 2, [])
+    assert (first["version"], first["aliases"], second["version"], second["aliases"]) == (
+        1,
+        ["default"],
+        2,
+        [],
+    )
     with Registry(root) as registry:
         assert first["weights_nbytes"] == registry.manifest("digits", 1).weights_nbytes
 
@@ -65,7 +71,12 @@ def test_promote_is_a_compare_and_set(root, command):
     """Who has looked at an old state must not overwrite what somebody else decided since."""
     said = command("promote", "digits", 2, "--why", "late", "--if-at", 2)
     assert said == "flserving: alias 'default' of 'digits' points at 1, not at 2: look again\n"
-    assert command("promote", "digits", "default", "--alias", "canary", "--why", "try", "--if-at", 0)["before"] is None
+    assert (
+        command("promote", "digits", "default", "--alias", "canary", "--why", "try", "--if-at", 0)[
+            "before"
+        ]
+        is None
+    )
     assert command("list")[0]["aliases"] == {"canary": 1, "default": 1}
 
 
@@ -95,8 +106,8 @@ def test_compare_tells_what_differs(root, command):
 
 @pytest.fixture
 def leftovers(root):
-    """What writers left who died: in staging, in the place of the next version, beside a manifest. And a publish that
-    runs."""
+    """What writers left who died: in staging, in the place of the next version, beside a manifest.
+    And a publish that runs."""
     left = {
         "staging/dead/weights.safetensors": 5,
         "models/digits/3/weights.safetensors": 7,
@@ -112,7 +123,9 @@ def leftovers(root):
 def test_gc_removes_what_dead_writers_left_and_a_dry_run_only_lists_it(root, command, leftovers):
     before = sorted(root.rglob("*"))
     listed = command("gc", "--dry-run")
-    assert {row["path"]: row["nbytes"] for row in listed} == leftovers and not any(row["removed"] for row in listed)
+    assert {row["path"]: row["nbytes"] for row in listed} == leftovers and not any(
+        row["removed"] for row in listed
+    )
     assert sorted(path for path in root.rglob("*") if "sqlite" not in path.name) == [
         path for path in before if "sqlite" not in path.name
     ]
@@ -125,7 +138,12 @@ def test_gc_removes_what_dead_writers_left_and_a_dry_run_only_lists_it(root, com
 
 def test_text_is_a_table_and_shows_no_control_characters(root, capsys):
     with Registry(root) as registry:
-        registry.publish("digits", registry.read("digits", 1).tensors, architecture="digits_mlp", note="a\x1b[31m")
+        registry.publish(
+            "digits",
+            registry.read("digits", 1).tensors,
+            architecture="digits_mlp",
+            note="a\x1b[31m",
+        )
     assert cli.main(["registry", "list", "digits", "--registry", str(root)]) == 0
     header, first, *_, last = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["version", "aliases"] and first.split()[:2] == ["1", "default"]

@@ -1,4 +1,5 @@
-"""A publisher may die at any instant: what is visible afterwards is whole, and nothing else is left for long."""
+"""A publisher may die at any instant: what is visible afterwards is whole, and nothing else is left
+for long."""
 
 import os
 import time
@@ -37,8 +38,11 @@ def test_kill_at_every_line_of_the_protocol(tmp_path: Path) -> None:
     assert result["before"] + result["after"] == result["lines"] - 1 and result["after"] > 5, result
 
 
-def test_the_disk_has_everything_before_the_version_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kill -9 loses no written page, a power cut does: so the order of the waits is a test of its own."""
+def test_the_disk_has_everything_before_the_version_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 loses no written page, a power cut does: so the order of the waits is a test of its
+    own."""
     events: list[str] = []
     staged = ["?"]
     fsync, rename, mkdir = os.fsync, os.rename, os.mkdir
@@ -83,7 +87,9 @@ def test_the_disk_has_everything_before_the_version_exists(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("call", ["mkdir", "write", "fsync", "rename"])
-def test_a_full_disk_is_an_error_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_full_disk_is_an_error_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     with Registry(tmp_path) as registry:
         registry_crash.publish_next(registry)
         real, calls = getattr(os, call), 0
@@ -100,8 +106,13 @@ def test_a_full_disk_is_an_error_and_nothing_else(tmp_path: Path, monkeypatch: p
             with monkeypatch.context() as patch:
                 patch.setattr(os, call, full)
                 if failing_publish := _fails(registry):
-                    assert "No space left on device" in failing_publish and "free space" in failing_publish
-                    assert registry.version_numbers("m") == [1] and not os.listdir(tmp_path / "staging")
+                    assert (
+                        "No space left on device" in failing_publish
+                        and "free space" in failing_publish
+                    )
+                    assert registry.version_numbers("m") == [1] and not os.listdir(
+                        tmp_path / "staging"
+                    )
             if calls < failing:
                 break
         assert failing > 1, f"publish never called os.{call}"
@@ -117,14 +128,18 @@ def _fails(registry: Registry) -> str | None:
     return None
 
 
-def test_a_failed_commit_leaves_no_version_and_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_commit_leaves_no_version_and_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Registry(tmp_path) as registry:
         with monkeypatch.context() as patch:
             patch.setattr(Registry, "_point", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 registry_crash.publish_next(registry)
         assert registry.version_numbers("m") == [] and registry.models() == []
-        assert (tmp_path / "models" / "m" / "1").is_dir()  # in place, but without a row it does not exist
+        assert (
+            tmp_path / "models" / "m" / "1"
+        ).is_dir()  # in place, but without a row it does not exist
         registry_crash.publish_next(registry)
     assert registry_crash.check(tmp_path, 0) == 1
 
@@ -143,7 +158,9 @@ def test_a_publish_replaces_whatever_has_taken_its_place(tmp_path: Path, kind: s
     assert (precious / "data").read_text() == "mine"
 
 
-def test_what_a_dead_publisher_left_goes_after_its_time_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+def test_what_a_dead_publisher_left_goes_after_its_time_and_what_a_living_one_writes_stays(
+    tmp_path: Path,
+) -> None:
     with Registry(tmp_path) as registry:
         with storage.staging(registry._staging) as living:
             dead = Path(registry._staging, "dead")
@@ -158,8 +175,13 @@ def test_what_a_dead_publisher_left_goes_after_its_time_and_what_a_living_one_wr
         assert os.listdir(registry._staging) == [] and registry.version_numbers("m") == [1, 2]
 
 
-def test_nobody_who_moves_an_alias_waits_for_a_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Registry(tmp_path, busy_timeout_s=0) as registry, Registry(tmp_path, busy_timeout_s=0) as other:
+def test_nobody_who_moves_an_alias_waits_for_a_publish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        Registry(tmp_path, busy_timeout_s=0) as registry,
+        Registry(tmp_path, busy_timeout_s=0) as other,
+    ):
         registry_crash.publish_next(registry)
         write_file = storage.write_file
 
@@ -173,8 +195,11 @@ def test_nobody_who_moves_an_alias_waits_for_a_publish(tmp_path: Path, monkeypat
         assert registry.aliases("m") == {"default": 1, "latest": 2}
 
 
-def test_a_snapshot_is_published_although_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is checked, hashed and written is one copy: a module that changes meanwhile cannot tear it."""
+def test_a_snapshot_is_published_although_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is checked, hashed and written is one copy: a module that changes meanwhile cannot tear
+    it."""
     state, expected = registry_crash.tensors_of(1), registry_crash.tensors_of(1)
     body, head = weights.split(expected)
     with Registry(tmp_path) as registry:
@@ -185,7 +210,9 @@ def test_a_snapshot_is_published_although_training_goes_on(tmp_path: Path, monke
                 tensor.fill_(float("nan"))
             return stage(folder)
 
-        monkeypatch.setattr(storage, "staging", train_meanwhile)  # after the checks, before hashing and writing
+        monkeypatch.setattr(
+            storage, "staging", train_meanwhile
+        )  # after the checks, before hashing and writing
         registry.publish("m", state, architecture="mlp", parameters={"sizes": registry_crash.SIZES})
         artifact = registry.read("m", 1)
     assert all(bool(tensor.isnan().all()) for tensor in state.values())
@@ -194,7 +221,9 @@ def test_a_snapshot_is_published_although_training_goes_on(tmp_path: Path, monke
     assert artifact.manifest.digests.head == weights.digest(head)
 
 
-def test_an_index_that_cannot_be_opened_leaks_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_cannot_be_opened_leaks_no_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     connect, opened = Index._connect, []
 
     def second_fails(self: Index) -> Any:

@@ -1,4 +1,5 @@
-"""A registry in another process: pickle carries its folder and settings; what cannot be carried says what to do."""
+"""A registry in another process: pickle carries its folder and settings; what cannot be carried
+says what to do."""
 
 import copy
 import multiprocessing
@@ -28,9 +29,13 @@ class Named(Registry):
 
 @pytest.fixture
 def registry(tmp_path):
-    with Registry(tmp_path / "models", max_artifact_bytes=1 << 20, busy_timeout_s=7.5, now=noon) as registry:
+    with Registry(
+        tmp_path / "models", max_artifact_bytes=1 << 20, busy_timeout_s=7.5, now=noon
+    ) as registry:
         torch.manual_seed(0)
-        registry.publish("digits", models.build("digits_mlp"), architecture="digits_mlp", alias="default")
+        registry.publish(
+            "digits", models.build("digits_mlp"), architecture="digits_mlp", alias="default"
+        )
         yield registry
 
 
@@ -44,7 +49,9 @@ def worker(asked, answers):
 
 
 @pytest.mark.parametrize("how", START)
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # fork, Python 3.12
+@pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)  # fork, Python 3.12
 def test_a_worker_gets_the_registry_through_a_queue_and_serves_it(registry, how):
     context = multiprocessing.get_context(how)
     asked, answers = context.Queue(), context.Queue()
@@ -63,11 +70,17 @@ def test_a_worker_gets_the_registry_through_a_queue_and_serves_it(registry, how)
     assert registry.resolve("digits", "canary") == 1
 
 
-@pytest.mark.parametrize("again", [lambda one: pickle.loads(pickle.dumps(one)), copy.copy, copy.deepcopy])
+@pytest.mark.parametrize(
+    "again", [lambda one: pickle.loads(pickle.dumps(one)), copy.copy, copy.deepcopy]
+)
 def test_a_copy_is_a_registry_of_the_same_folder_and_settings(registry, again):
     registry.close()
     with again(registry) as other:
-        assert (other.root, other.max_artifact_bytes, other._timeout_s) == (registry.root, 1 << 20, 7.5)
+        assert (other.root, other.max_artifact_bytes, other._timeout_s) == (
+            registry.root,
+            1 << 20,
+            7.5,
+        )
         other.set_alias("digits", "canary", 1, who="me", why="try")
         assert str(other.history("digits").iloc[-1]["when"]).startswith("2026-01-01 12:00")
     with pytest.raises(ServerClosedError):
@@ -93,10 +106,16 @@ def test_a_folder_that_is_not_to_be_had_there_is_named(registry, tmp_path):
 @pytest.mark.parametrize("again", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_server_says_how_to_make_one_there(registry, again):
     with ModelServer(registry=registry) as server:
-        with pytest.raises(NotSupportedError, match=r"a ModelServer cannot leave its process: make one in the other"):
+        with pytest.raises(
+            NotSupportedError,
+            match=r"a ModelServer cannot leave its process: make one in the other",
+        ):
             again(server)
         with pytest.raises(NotSupportedError, match=rf"Registry\('{registry.root}'\)"):
             again(server)
         assert pickle.loads(pickle.dumps(server.config)) == server.config
-    with ModelServer() as server, pytest.raises(NotSupportedError, match="of its config and the same models"):
+    with (
+        ModelServer() as server,
+        pytest.raises(NotSupportedError, match="of its config and the same models"),
+    ):
         again(server)

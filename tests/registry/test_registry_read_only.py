@@ -1,4 +1,5 @@
-"""A registry that cannot be written: it is read, served and followed, and says why it takes no change."""
+"""A registry that cannot be written: it is read, served and followed, and says why it takes no
+change."""
 
 import errno
 import os
@@ -29,7 +30,9 @@ ROW = [[0.0] * 64]
 
 def publish(registry, alias="default"):
     torch.manual_seed(0)
-    return registry.publish("digits", models.build("digits_mlp"), architecture="digits_mlp", alias=alias).version
+    return registry.publish(
+        "digits", models.build("digits_mlp"), architecture="digits_mlp", alias=alias
+    ).version
 
 
 @pytest.fixture
@@ -42,12 +45,17 @@ def root(tmp_path):
 
 @pytest.fixture
 def refuse(root, monkeypatch):
-    """Let the system refuse to make, write and remove what is below ``root``, as a read-only mount does."""
+    """Let the system refuse to make, write and remove what is below ``root``, as a read-only mount
+    does."""
     really = os.open
     blocked = {"on": True}
 
     def opened(path, flags, mode=0o777, **more):
-        if blocked["on"] and flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR) and str(path).startswith(str(root)):
+        if (
+            blocked["on"]
+            and flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
+            and str(path).startswith(str(root))
+        ):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return really(path, flags, mode, **more)
 
@@ -57,9 +65,13 @@ def refuse(root, monkeypatch):
 
 CHANGES = {
     "publish": publish,
-    "set_alias": lambda registry: registry.set_alias("digits", "default", 2, who="test", why="test"),
+    "set_alias": lambda registry: registry.set_alias(
+        "digits", "default", 2, who="test", why="test"
+    ),
     "rollback": lambda registry: registry.rollback("digits", who="test", why="test"),
-    "remove_alias": lambda registry: registry.remove_alias("digits", "canary", who="test", why="test"),
+    "remove_alias": lambda registry: registry.remove_alias(
+        "digits", "canary", who="test", why="test"
+    ),
 }
 
 
@@ -72,9 +84,14 @@ def test_it_is_read_and_served_and_refuses_changes_with_the_reason(root, refuse)
     with Registry(root) as registry, ModelServer(registry=registry) as server:
         assert registry.read_only == "Read-only file system"
         assert registry.aliases("digits") == {"canary": 2, "default": 1}
-        assert server.predict(ROW)["model_version"] == "1" and server.health_check()["status"] == "healthy"
+        assert (
+            server.predict(ROW)["model_version"] == "1"
+            and server.health_check()["status"] == "healthy"
+        )
         for change in CHANGES.values():
-            with pytest.raises(FlservingError, match=r"the registry is read-only \(Read-only file system\)") as raised:
+            with pytest.raises(
+                FlservingError, match=r"the registry is read-only \(Read-only file system\)"
+            ) as raised:
                 change(registry)
             assert "space" not in str(raised.value)
     assert files(root) == before, "nothing was left there"
@@ -92,13 +109,17 @@ def test_where_it_can_be_written_again_it_is(root, refuse):
 
 @pytest.mark.full
 def test_changes_by_others_are_followed(root, refuse):
-    """A trainer on the host writes, a server in a container reads: whether the trainer keeps it open or not."""
+    """A trainer on the host writes, a server in a container reads: whether the trainer keeps it
+    open or not."""
     with Registry(root) as reader, ModelServer(registry=reader) as server:
         refuse["on"] = False
         for version in range(3, 9):
             with Registry(root) as writer:
                 assert publish(writer) == version
-                wait_until(lambda version=version: server.predict(ROW)["model_version"] == str(version), "the change")
+                wait_until(
+                    lambda version=version: server.predict(ROW)["model_version"] == str(version),
+                    "the change",
+                )
                 writer.set_alias("digits", "default", 1, who="test", why="test")
                 wait_until(lambda: server.predict(ROW)["model_version"] == "1", "the alias")
             assert reader.version_numbers("digits") == list(range(1, version + 1))
@@ -106,7 +127,8 @@ def test_changes_by_others_are_followed(root, refuse):
 
 
 def test_what_is_read_beside_a_writer_is_always_whole(root, refuse):
-    """Versions without gaps, and an alias that points at one of them, however the log comes and goes meanwhile."""
+    """Versions without gaps, and an alias that points at one of them, however the log comes and
+    goes meanwhile."""
     with Registry(root) as reader:
         refuse["on"] = False
         done = threading.Event()
@@ -162,7 +184,9 @@ def test_a_writer_that_was_killed_leaves_a_registry_that_can_be_read(root, refus
     with Registry(root) as registry:
         assert registry.read_only and registry.resolve("digits") == 2
     Path(root, f"{FILE_NAME}-shm").unlink()
-    with pytest.raises(FlservingError, match="was not closed by who wrote it: open it once where it can be written"):
+    with pytest.raises(
+        FlservingError, match="was not closed by who wrote it: open it once where it can be written"
+    ):
         Registry(root)
 
 
@@ -176,13 +200,16 @@ def test_a_folder_without_a_registry_that_cannot_be_written_holds_none(tmp_path,
 
 
 def test_another_user_serves_what_its_owner_lets_it_read(root):
-    """With the permissions of a real system: no write bit is set, and who is root becomes another user meanwhile."""
+    """With the permissions of a real system: no write bit is set, and who is root becomes another
+    user meanwhile."""
 
     def served(folder):
         with Registry(folder) as registry, ModelServer(registry=registry) as server:
             assert server.predict(ROW)["model_version"] == "1"
             if registry.read_only:
-                with pytest.raises(FlservingError, match=r"the registry is read-only \(Permission denied\)"):
+                with pytest.raises(
+                    FlservingError, match=r"the registry is read-only \(Permission denied\)"
+                ):
                     CHANGES["set_alias"](registry)
             return registry.read_only
 
@@ -209,13 +236,16 @@ def test_another_user_serves_what_its_owner_lets_it_read(root):
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_private_files_are_their_owners_alone_under_any_umask(tmp_path, umask):
-    """The heads of clients and the index (who moved what and why, the keys of experiments) are kept as keys are."""
+    """The heads of clients and the index (who moved what and why, the keys of experiments) are kept
+    as keys are."""
     before = os.umask(umask)
     try:
         with Registry(tmp_path / "registry") as registry:
             sizes = {"sizes": [4, 3, 2]}
             heads = HeadSet("head", ["c-1"], np.ones((1, 4, 2), np.float32))
-            registry.publish("m", models.build("mlp", sizes), architecture="mlp", parameters=sizes, heads=heads)
+            registry.publish(
+                "m", models.build("mlp", sizes), architecture="mlp", parameters=sizes, heads=heads
+            )
             root = Path(registry.root)
             assert root.stat().st_mode & 0o777 == 0o700
             private = [*root.glob("*.sqlite3*"), *root.rglob("heads.bin")]

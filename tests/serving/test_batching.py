@@ -16,7 +16,9 @@ from flserving.lab.queueing.simulate import simulate_batching
 from flserving.serving.batching.policy import MARGIN, BatchQueue, QueuedRequest
 
 POLICIES = ("work_conserving", "hold_until_full")
-TENTHS = st.integers(0, 30).map(lambda tenths: tenths / 10)  # not exact in binary: sums and differences round
+TENTHS = st.integers(0, 30).map(
+    lambda tenths: tenths / 10
+)  # not exact in binary: sums and differences round
 
 
 class Server:
@@ -24,10 +26,16 @@ class Server:
 
 
 class Reference:
-    """What the queue promises, in the simplest form: one list of waiting requests, in order of arrival."""
+    """What the queue promises, in the simplest form: one list of waiting requests, in order of
+    arrival."""
 
     def __init__(self, max_batch_size, max_wait_s, max_rows, policy):
-        self.max_batch_size, self.max_wait_s, self.max_rows, self.policy = max_batch_size, max_wait_s, max_rows, policy
+        self.max_batch_size, self.max_wait_s, self.max_rows, self.policy = (
+            max_batch_size,
+            max_wait_s,
+            max_rows,
+            policy,
+        )
         self.waiting = []
 
     @property
@@ -38,11 +46,13 @@ class Reference:
         return [request for request in self.waiting if request.engine == lane]
 
     def due_s(self, lane):
-        """When a lane is ready by waiting alone; held back on purpose, nobody waits for more than half of his time."""
+        """When a lane is ready by waiting alone; held back on purpose, nobody waits for more than
+        half of his time."""
         if self.policy == "work_conserving":
             return self.line(lane)[0].arrival_s + self.max_wait_s
         return min(
-            request.arrival_s + min(self.max_wait_s, max(0.0, (request.deadline_s - request.arrival_s) / 2))
+            request.arrival_s
+            + min(self.max_wait_s, max(0.0, (request.deadline_s - request.arrival_s) / 2))
             for request in self.line(lane)
         )
 
@@ -76,7 +86,9 @@ class Reference:
                     fit.append(request)
                     rows += request.rows
             assert [expired.popleft() for _ in late] == late
-            self.waiting = [request for request in self.waiting if request not in fit and request not in late]
+            self.waiting = [
+                request for request in self.waiting if request not in fit and request not in late
+            ]
             if fit:
                 assert batch == fit
                 batch.clear()
@@ -85,7 +97,8 @@ class Reference:
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Any order of arrivals, departures, batches and time: the queue and the reference agree after every step."""
+    """Any order of arrivals, departures, batches and time: the queue and the reference agree after
+    every step."""
 
     @initialize(
         max_batch_size=st.integers(1, 6),
@@ -117,7 +130,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(lane=st.sampled_from("abc"), rows=st.integers(5, 50))
     def push_large(self, lane, rows):
-        """A request above the batch size, and maybe above the bound: let into an empty queue alone."""
+        """A request above the batch size, and maybe above the bound: let into an empty queue
+        alone."""
         request = self.request(lane, rows, 0, 100)
         if self.reference.waiting and self.reference.rows + rows > self.reference.max_rows:
             with pytest.raises(OverloadedError):
@@ -143,9 +157,12 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reference.waiting)
     @rule()
     def wait_until_ready(self):
-        """At ``next_ready_s`` something is ready; a moment earlier only what is full (or anything, unless held)."""
+        """At ``next_ready_s`` something is ready; a moment earlier only what is full (or anything,
+        unless held)."""
         at_s = self.queue.next_ready_s()
-        assert at_s == min(self.reference.due_s(lane) for lane in {r.engine for r in self.reference.waiting})
+        assert at_s == min(
+            self.reference.due_s(lane) for lane in {r.engine for r in self.reference.waiting}
+        )
         self.now_s = max(self.now_s, at_s)
         assert self.queue.first_ready(self.now_s) is not None
         assert (self.queue.first_ready(math.nextafter(at_s, -math.inf)) is not None) == bool(
@@ -191,7 +208,8 @@ TestQueueMachine.settings = examples(150, stateful_step_count=40)
 
 
 def test_a_taken_or_dropped_request_is_not_kept():
-    """A queue that nobody takes from holds the waiting ones and nothing else, however many came and went."""
+    """A queue that nobody takes from holds the waiting ones and nothing else, however many came and
+    went."""
     queue = BatchQueue(4, 1.0, 1000)
     head = QueuedRequest("a", None, 1, 0.0, 100.0)
     queue.push(head)
@@ -232,7 +250,9 @@ def test_a_client_waits_for_its_share_of_the_queue_only():
     for client in ("flood",) * 30 + ("quiet",) * 2:
         queue.push(of(client))
     in_time_s = 6 + MARGIN  # after 6 s of work, and its own run
-    with pytest.raises(OverloadedError, match="32 rows wait already: the answer would take about 7"):
+    with pytest.raises(
+        OverloadedError, match="32 rows wait already: the answer would take about 7"
+    ):
         queue.push(of("quiet", in_time_s - 0.01))
     queue.push(of("quiet", in_time_s + 0.01))
 
@@ -290,7 +310,8 @@ def test_requests_of_several_clients_are_held_until_their_batch_is_full_or_their
 
 
 def test_nobody_is_passed_over_longer_than_max_wait():
-    """A crowded lane wins until a lonely request has waited ``max_wait_s``; then the lonely one is served first."""
+    """A crowded lane wins until a lonely request has waited ``max_wait_s``; then the lonely one is
+    served first."""
     queue = BatchQueue(4, max_wait_s=0.5, max_rows=1000)
     lonely = QueuedRequest("lonely", None, 1, 10.0, 99.0)
     queue.push(lonely)
@@ -307,21 +328,29 @@ def test_nobody_is_passed_over_longer_than_max_wait():
 def test_one_request_above_the_bound_enters_an_empty_queue_only(max_rows):
     queue = BatchQueue(4, 1.0, max_rows)
     queue.push(QueuedRequest("a", None, 500, 0.0, 9.0))
-    with pytest.raises(OverloadedError, match=f"500 rows wait already, the limit is {max_rows}: .*max_queue_rows"):
+    with pytest.raises(
+        OverloadedError, match=f"500 rows wait already, the limit is {max_rows}: .*max_queue_rows"
+    ):
         queue.push(QueuedRequest("b", None, 1, 0.0, 9.0))
     (large,), _ = queue.take(0.0)
     assert large.rows == 500, "it runs alone, whatever the batch size"
     queue.push(QueuedRequest("b", None, 1, 0.0, 9.0))
 
 
-@pytest.mark.parametrize(("usual_s", "held_until_s"), [(None, 10.025), (0.02, 10.015), (0.06, 10.0)])
+@pytest.mark.parametrize(
+    ("usual_s", "held_until_s"), [(None, 10.025), (0.02, 10.015), (0.06, 10.0)]
+)
 def test_nobody_is_held_past_half_of_what_the_deadline_leaves(usual_s, held_until_s):
-    """A hold of 100 ms, a deadline in 50: what is left after the usual duration of the model is halved."""
+    """A hold of 100 ms, a deadline in 50: what is left after the usual duration of the model is
+    halved."""
     queue = BatchQueue(4, 0.1, 100, "hold_until_full")
     lane = Server()
     if usual_s is not None:
         queue.learn(lane, 1, 3.0, 3.0 + usual_s)  # long ago
-    patient, hasty = QueuedRequest(lane, None, 1, 9.99, 99.0), QueuedRequest(lane, None, 1, 10.0, 10.05)
+    patient, hasty = (
+        QueuedRequest(lane, None, 1, 9.99, 99.0),
+        QueuedRequest(lane, None, 1, 10.0, 10.05),
+    )
     queue.push(patient)
     queue.push(hasty)
     assert queue.next_ready_s() == pytest.approx(held_until_s)
@@ -330,7 +359,8 @@ def test_nobody_is_held_past_half_of_what_the_deadline_leaves(usual_s, held_unti
 
 
 def run_in_virtual_time(queue, arrivals_s, service_s, workers):
-    """Drive the queue as the batcher does; returns the number of the batch of each request, and the batches' starts."""
+    """Drive the queue as the batcher does; returns the number of the batch of each request, and the
+    batches' starts."""
     requests = [QueuedRequest("model", None, 1, arrival_s, math.inf) for arrival_s in arrivals_s]
     coming, free_s, batch_of, starts_s = deque(requests), [-math.inf] * workers, {}, []
     now_s = arrivals_s[0]
@@ -348,7 +378,9 @@ def run_in_virtual_time(queue, arrivals_s, service_s, workers):
         if queue:
             events_s += [queue.next_ready_s()] if idle else []
             events_s += [t for t in free_s if t > now_s]
-        now_s = min(t for t in events_s if t > now_s)  # an event that stands still would be a lost wake-up
+        now_s = min(
+            t for t in events_s if t > now_s
+        )  # an event that stands still would be a lost wake-up
     return [batch_of[request] for request in requests], starts_s
 
 
@@ -361,7 +393,8 @@ def run_in_virtual_time(queue, arrivals_s, service_s, workers):
     cost=st.integers(1, 8),
 )
 def test_runs_the_batches_of_the_simulator(policy, workers, gaps, max_batch_size, wait, cost):
-    """The teaching simulator is written independently, without a queue: same arrivals, same batches.
+    """The teaching simulator is written independently, without a queue: same arrivals, same
+    batches.
 
     All times are multiples of 1/64 s, so that every sum is exact and both see the same instants.
     """
@@ -370,14 +403,20 @@ def test_runs_the_batches_of_the_simulator(policy, workers, gaps, max_batch_size
     queue = BatchQueue(max_batch_size, max_wait_s, 10_000, policy)
     ours, starts_s = run_in_virtual_time(queue, arrivals_s.tolist(), service_s, workers)
     trace = simulate_batching(
-        arrivals_s, service_s, max_batch_size=max_batch_size, workers=workers, policy=policy, max_wait_s=max_wait_s
+        arrivals_s,
+        service_s,
+        max_batch_size=max_batch_size,
+        workers=workers,
+        policy=policy,
+        max_wait_s=max_wait_s,
     )
     assert ours == trace.batch.tolist()
     assert starts_s == trace.batch_start_s.tolist()
 
 
 def test_who_is_late_leaves_with_the_batch_that_he_would_have_filled():
-    """One row fits and one is past its deadline: a smaller batch would help nobody, and leave the late one waiting."""
+    """One row fits and one is past its deadline: a smaller batch would help nobody, and leave the
+    late one waiting."""
     queue = BatchQueue(2, 0.0, 10)
     fits, late = QueuedRequest("a", None, 1, 7.0, 7.7), QueuedRequest("a", None, 1, 7.0, 7.1)
     queue.push(fits)

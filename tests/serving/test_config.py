@@ -9,7 +9,8 @@ import pytest
 from flserving import ServingConfig
 from flserving.errors import ConfigError
 
-BOUNDS = {  # field -> lowest, highest; written down again on purpose, the module's own table is not the oracle
+# field -> lowest, highest; written down again on purpose, the module's own table is not the oracle
+BOUNDS = {
     "max_batch_size": (1, 65_536),
     "max_wait_time_ms": (0, 60_000),
     "cache_size": (1, 10_000),
@@ -38,7 +39,11 @@ def test_the_defaults_are_the_stated_ones():
 
 
 def test_every_field_is_tested_here():
-    assert {field.name for field in dataclasses.fields(ServingConfig)} == {*BOUNDS, *CHOICES, "outputs"}
+    assert {field.name for field in dataclasses.fields(ServingConfig)} == {
+        *BOUNDS,
+        *CHOICES,
+        "outputs",
+    }
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -47,7 +52,9 @@ def test_both_bounds_are_allowed_and_nothing_beyond(name):
     for value in (low, low + 1, high - 1, high):
         assert getattr(ServingConfig(**{name: value}), name) == value
     for value in (low - 1, high + 1, -(10**400), 10**400):
-        with pytest.raises(ConfigError, match=rf"^{name} is {value}: it must lie in \[{low}, {high}\] \(.+\)$"):
+        with pytest.raises(
+            ConfigError, match=rf"^{name} is {value}: it must lie in \[{low}, {high}\] \(.+\)$"
+        ):
             ServingConfig(**{name: value})
 
 
@@ -56,7 +63,13 @@ def test_fractions_are_allowed_where_time_is_meant(name):
     low, high = BOUNDS[name]
     for value in (low + 0.5, math.nextafter(high, 0), np.float64(low + 0.25)):
         assert getattr(ServingConfig(**{name: value}), name) == value
-    for value in (math.nextafter(low, -1), math.nextafter(high, math.inf), math.nan, math.inf, -math.inf):
+    for value in (
+        math.nextafter(low, -1),
+        math.nextafter(high, math.inf),
+        math.nan,
+        math.inf,
+        -math.inf,
+    ):
         with pytest.raises(ConfigError, match=f"^{name} is {value!r}: it must lie in"):
             ServingConfig(**{name: value})
 
@@ -92,9 +105,13 @@ def test_choices_are_taken_by_their_names(name):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("value", ["", "WORK_CONSERVING", "eager", None, 1, ["work_conserving"], np.array(["a", "b"])])
+@pytest.mark.parametrize(
+    "value", ["", "WORK_CONSERVING", "eager", None, 1, ["work_conserving"], np.array(["a", "b"])]
+)
 def test_another_choice_is_refused_and_all_are_named(name, value):
-    with pytest.raises(ConfigError, match=f"^{name} is .*: choose one of {', '.join(CHOICES[name])}$"):
+    with pytest.raises(
+        ConfigError, match=f"^{name} is .*: choose one of {', '.join(CHOICES[name])}$"
+    ):
         ServingConfig(**{name: value})
 
 
@@ -104,7 +121,10 @@ def test_a_config_never_changes_and_works_as_a_key():
         config.cache_size = 4
     with pytest.raises((AttributeError, TypeError)):  # slots
         object.__setattr__(config, "no_such_setting", 1)
-    assert config == ServingConfig(cache_size=3) != ServingConfig() and len({config, ServingConfig(cache_size=3)}) == 1
+    assert (
+        config == ServingConfig(cache_size=3) != ServingConfig()
+        and len({config, ServingConfig(cache_size=3)}) == 1
+    )
 
 
 def test_a_changed_copy_is_validated_too():

@@ -1,4 +1,5 @@
-"""InferenceEngine: the contract's keys, the caller's module untouched, a batch equal to its rows, exact steps."""
+"""InferenceEngine: the contract's keys, the caller's module untouched, a batch equal to its rows,
+exact steps."""
 
 import copy
 import itertools
@@ -56,8 +57,12 @@ class Gives(nn.Module):
         return self.function(x)
 
 
-def spied(preprocessor: Preprocessor | None = None, **options: Any) -> tuple[InferenceEngine, list[int]]:
-    settings = {name: options.pop(name) for name in ("max_batch_size", "warmup_samples") if name in options}
+def spied(
+    preprocessor: Preprocessor | None = None, **options: Any
+) -> tuple[InferenceEngine, list[int]]:
+    settings = {
+        name: options.pop(name) for name in ("max_batch_size", "warmup_samples") if name in options
+    }
     engine = InferenceEngine(Spy(), preprocessor, config=ServingConfig(**settings), **options)
     return engine, engine.model.sizes
 
@@ -78,13 +83,21 @@ class Clock:
 def test_a_classification_answers_with_the_contracts_keys_as_plain_python():
     model = module()
     answer = InferenceEngine(model, version="v7").predict(rows_of(3, 32))
-    assert list(answer) == KEYS and (answer["model_version"], answer["model_type"]) == ("v7", "global")
-    assert [len(answer[key]) for key in KEYS[:3]] == [3, 3, 3] and len(answer["probabilities"][0]) == 10
+    assert list(answer) == KEYS and (answer["model_version"], answer["model_type"]) == (
+        "v7",
+        "global",
+    )
+    assert [len(answer[key]) for key in KEYS[:3]] == [3, 3, 3] and len(
+        answer["probabilities"][0]
+    ) == 10
     assert type(answer["predictions"][0]) is int and type(answer["probabilities"][0][0]) is float
     assert answer["latency_ms"] > 0
     with torch.no_grad():
         wanted = torch.softmax(model(torch.from_numpy(rows_of(3, 32))), 1)
-    assert answer["probabilities"] == wanted.tolist() and answer["predictions"] == wanted.argmax(1).tolist()
+    assert (
+        answer["probabilities"] == wanted.tolist()
+        and answer["predictions"] == wanted.argmax(1).tolist()
+    )
     assert answer["confidences"] == wanted.max(1).values.tolist()
 
 
@@ -99,21 +112,29 @@ def test_pre_and_postprocessing_are_the_engines():
     with torch.no_grad():
         model.weight.copy_(torch.eye(2))
         model.bias.zero_()
-    engine = InferenceEngine(model, Preprocessor(mean=[10, 20], std=[2, 4]), Postprocessor(threshold=0.9))
+    engine = InferenceEngine(
+        model, Preprocessor(mean=[10, 20], std=[2, 4]), Postprocessor(threshold=0.9)
+    )
     answer = engine.predict([[12, 20], [30, 20]])  # -> logits [1, 0], [10, 0]
-    assert answer["predictions"] == [-1, 0] and answer["confidences"][0] == pytest.approx(1 / (1 + math.exp(-1)))
+    assert answer["predictions"] == [-1, 0] and answer["confidences"][0] == pytest.approx(
+        1 / (1 + math.exp(-1))
+    )
 
 
 def test_latency_is_measured_with_the_given_clock():
     engine = InferenceEngine(Spy(), clock=Clock())
-    assert engine.predict([1.0])["latency_ms"] == 5000.0  # start; start, preprocessed, inferred, postprocessed; end
+    assert (
+        engine.predict([1.0])["latency_ms"] == 5000.0
+    )  # start; start, preprocessed, inferred, postprocessed; end
 
 
 # The caller's module
 
 
 def test_the_callers_module_is_never_changed():
-    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(6, 3)
+    )
     model.train()
     model(torch.randn(8, 6)).sum().backward()
     model[4].requires_grad_(False)
@@ -123,12 +144,20 @@ def test_the_callers_module_is_never_changed():
     engine.warmup(x)
     first = engine.predict(x)
     engine.batch_predict(list(x))
-    assert all(part.training for part in model.modules()) and not any(part.training for part in engine.model.modules())
-    for (name, mine), theirs in zip(before.state_dict().items(), model.state_dict().values(), strict=True):
+    assert all(part.training for part in model.modules()) and not any(
+        part.training for part in engine.model.modules()
+    )
+    for (name, mine), theirs in zip(
+        before.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         assert torch.equal(mine, theirs), name
-    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+    assert [p.requires_grad for p in model.parameters()] == [
+        p.requires_grad for p in before.parameters()
+    ]
     for gradient, p in zip(gradients, model.parameters(), strict=True):
-        assert (gradient is None) == (p.grad is None) and (gradient is None or torch.equal(gradient, p.grad))
+        assert (gradient is None) == (p.grad is None) and (
+            gradient is None or torch.equal(gradient, p.grad)
+        )
     assert not any(p.requires_grad for p in engine.model.parameters())
     with torch.no_grad():  # training goes on; the engine does not notice
         for p in model.parameters():
@@ -156,7 +185,11 @@ def test_the_callers_array_is_never_changed_by_a_model_that_works_in_place():
 def test_an_owned_module_is_used_as_it_is():
     model = module().train()
     engine = InferenceEngine(model, owned=True)
-    assert engine.model is model and not model.training and not any(p.requires_grad for p in model.parameters())
+    assert (
+        engine.model is model
+        and not model.training
+        and not any(p.requires_grad for p in model.parameters())
+    )
 
 
 def test_pruned_modules_are_copied_whole():
@@ -166,11 +199,16 @@ def test_pruned_modules_are_copied_whole():
     x = torch.from_numpy(rows_of(4, 32))
     with torch.no_grad():
         assert engine.predict(x)["probabilities"] == torch.softmax(model(x), 1).tolist()
-    assert isinstance(model.head.weight_orig, nn.Parameter) and (model.head.weight == 0).float().mean() == 0.5
+    assert (
+        isinstance(model.head.weight_orig, nn.Parameter)
+        and (model.head.weight == 0).float().mean() == 0.5
+    )
 
 
 @pytest.mark.parametrize(
-    "wrong", [None, "model", nn.Linear, torch.zeros(3), lambda x: x], ids=lambda wrong: type(wrong).__name__
+    "wrong",
+    [None, "model", nn.Linear, torch.zeros(3), lambda x: x],
+    ids=lambda wrong: type(wrong).__name__,
 )
 def test_what_is_no_module_is_refused(wrong):
     with pytest.raises(InvalidModelError, match=f"model is a {type(wrong).__name__}: pass a torch"):
@@ -180,9 +218,13 @@ def test_what_is_no_module_is_refused(wrong):
 def test_a_module_that_cannot_be_copied_is_refused():
     model = nn.Linear(2, 2)
     model.lock = threading.Lock()
-    with pytest.raises(InvalidModelError, match=r"cannot copy the Linear: TypeError: cannot pickle '_thread.lock'"):
+    with pytest.raises(
+        InvalidModelError, match=r"cannot copy the Linear: TypeError: cannot pickle '_thread.lock'"
+    ):
         InferenceEngine(model)
-    with pytest.raises(InvalidModelError, match=r"cannot copy the LazyLinear: ValueError: .*uninitialized"):
+    with pytest.raises(
+        InvalidModelError, match=r"cannot copy the LazyLinear: ValueError: .*uninitialized"
+    ):
         InferenceEngine(nn.LazyLinear(2))
 
 
@@ -206,7 +248,9 @@ BUILT_IN = {name: module(name) for name in ("tutorial_mlp", "digits_mlp", "digit
 def test_a_batch_answers_as_each_request_alone(sizes, name, limit):
     model, features = BUILT_IN[name], models.signature(name)[0][0]
     requests = [rows_of(size, features, seed) for seed, size in enumerate(sizes)]
-    together = InferenceEngine(model, config=ServingConfig(max_batch_size=limit), owned=True).batch_predict(requests)
+    together = InferenceEngine(
+        model, config=ServingConfig(max_batch_size=limit), owned=True
+    ).batch_predict(requests)
     alone = InferenceEngine(model, config=ServingConfig(max_batch_size=1), owned=True)
     for request, got in zip(requests, together, strict=True):
         wanted = alone.predict(request)
@@ -215,7 +259,9 @@ def test_a_batch_answers_as_each_request_alone(sizes, name, limit):
         np.testing.assert_allclose(got["confidences"], wanted["confidences"], atol=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(1, [1]), (8, [8]), (9, [8, 1]), (16, [8, 8]), (30, [8, 8, 8, 6])])
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(1, [1]), (8, [8]), (9, [8, 1]), (16, [8, 8]), (30, [8, 8, 8, 6])]
+)
 def test_no_forward_is_larger_than_the_limit(rows, sizes):
     engine, seen = spied(max_batch_size=8)
     x = np.arange(rows, dtype=np.float32)[:, None] - 4
@@ -227,18 +273,25 @@ def test_no_forward_is_larger_than_the_limit(rows, sizes):
 
 def test_requests_share_forwards_and_get_their_own_rows():
     engine, seen = spied(max_batch_size=8)
-    requests = [np.full((n, 1), value, np.float32) for n, value in ((1, -1.0), (5, 2.0), (4, -3.0), (1, 4.0))]
+    requests = [
+        np.full((n, 1), value, np.float32)
+        for n, value in ((1, -1.0), (5, 2.0), (4, -3.0), (1, 4.0))
+    ]
     answers = engine.batch_predict(iter(requests))
     assert seen == [8, 3]
     for request, answer in zip(requests, answers, strict=True):
         assert answer["predictions"] == [int(request[0, 0] < 0)] * len(request)
-        assert answer["confidences"] == pytest.approx([1 / (1 + math.exp(-2 * abs(request[0, 0])))] * len(request))
+        assert answer["confidences"] == pytest.approx(
+            [1 / (1 + math.exp(-2 * abs(request[0, 0])))] * len(request)
+        )
 
 
 def test_single_rows_and_a_table_are_batches_too():
     engine = InferenceEngine(module())
     x = rows_of(3, 32)
-    assert [a["predictions"] for a in engine.batch_predict(x)] == [[p] for p in engine.predict(x)["predictions"]]
+    assert [a["predictions"] for a in engine.batch_predict(x)] == [
+        [p] for p in engine.predict(x)["predictions"]
+    ]
 
 
 def test_answers_of_one_batch_can_be_changed_apart():
@@ -274,7 +327,9 @@ def test_eight_threads_get_right_answers_from_one_engine():
     requests = [rows_of(1 + seed % 12, 32, seed) for seed in range(64)]
     wanted = [engine.predict(request)["probabilities"] for request in requests]
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda i: engine.predict(requests[i % 64])["probabilities"], range(640)))
+        got = list(
+            pool.map(lambda i: engine.predict(requests[i % 64])["probabilities"], range(640))
+        )
     assert all(answer == wanted[i % 64] for i, answer in enumerate(got))
     assert engine.get_stats()["executions"] == 704
     assert engine.get_stats()["rows"] == 11 * sum(map(len, requests))
@@ -286,24 +341,39 @@ def test_eight_threads_get_right_answers_from_one_engine():
 def test_a_warm_up_runs_single_rows_then_a_full_batch_and_is_not_in_the_statistics():
     engine, sizes = spied(max_batch_size=8, warmup_samples=3, clock=Clock())
     assert engine.typical_s == math.inf
-    assert engine.warmup([5.0]) == engine.typical_s == 3.0  # start to postprocessed: three looks at the clock
+    assert (
+        engine.warmup([5.0]) == engine.typical_s == 3.0
+    )  # start to postprocessed: three looks at the clock
     assert sizes == [1, 1, 1, 8]
     stats = engine.get_stats()
-    assert (stats["warmup_executions"], stats["executions"], stats["rows"], stats["execution"]["count"]) == (4, 0, 0, 0)
+    assert (
+        stats["warmup_executions"],
+        stats["executions"],
+        stats["rows"],
+        stats["execution"]["count"],
+    ) == (4, 0, 0, 0)
     engine.warmup([[1.0], [2.0]])
     assert sizes == [1, 1, 1, 8] * 2 and engine.get_stats()["warmup_executions"] == 8
 
 
 def test_a_warm_up_of_no_samples_does_nothing():
     engine, sizes = spied(warmup_samples=0)
-    assert engine.warmup() == engine.warmup([1.0]) == 0 and sizes == [] and engine.typical_s == math.inf
+    assert (
+        engine.warmup() == engine.warmup([1.0]) == 0
+        and sizes == []
+        and engine.typical_s == math.inf
+    )
 
 
 def test_a_warm_up_needs_a_sample_only_where_the_width_is_unknown():
-    known, sizes = spied(preprocessor=Preprocessor(num_features=2), max_batch_size=4, warmup_samples=1)
+    known, sizes = spied(
+        preprocessor=Preprocessor(num_features=2), max_batch_size=4, warmup_samples=1
+    )
     assert known.warmup() > 0 and sizes == [1, 4]
     unknown, _ = spied()
-    with pytest.raises(InvalidModelError, match="number of features is not known: warm up with a sample"):
+    with pytest.raises(
+        InvalidModelError, match="number of features is not known: warm up with a sample"
+    ):
         unknown.warmup()
     with pytest.raises(InvalidInputError, match="rows have 3 features, the model takes 2"):
         known.warmup([1, 2, 3])
@@ -320,7 +390,12 @@ def test_statistics_count_rows_and_executions_and_time_them():
     engine.batch_predict([[1.0], [2.0], [3.0]])
     engine.predict(np.ones((6, 1)))  # two forwards, one execution
     stats = engine.get_stats()
-    assert (stats["model_version"], stats["rows"], stats["executions"], stats["warmup_executions"]) == ("v3", 10, 3, 0)
+    assert (
+        stats["model_version"],
+        stats["rows"],
+        stats["executions"],
+        stats["warmup_executions"],
+    ) == ("v3", 10, 3, 0)
     assert stats["nbytes"] == 0
     assert stats["execution"]["count"] == 3 and stats["execution"]["max_ms"] == 7000, (
         "two forwards of 3 s, a gap of 1 s"
@@ -346,7 +421,9 @@ def test_the_stages_of_an_execution_follow_one_another_and_chunks_add_up():
     (single,) = engine.execute([np.ones((3, 1), np.float32)])
     assert single.execution.marks_s == (0, 1, 2, 3)
     (chunked,) = engine.execute([np.ones((10, 1), np.float32)])
-    assert chunked.execution.marks_s == (4, 9, 12, 15), "3 s of inference and of postprocessing, the rest before"
+    assert chunked.execution.marks_s == (4, 9, 12, 15), (
+        "3 s of inference and of postprocessing, the rest before"
+    )
     assert (chunked.start, chunked.stop, chunked.execution.outputs.rows) == (0, 10, 10)
 
 
@@ -355,7 +432,9 @@ def test_executing_payloads_gives_each_its_span():
     payloads = [np.full((n, 1), n, np.float32) for n in (2, 1, 3)]
     predictions = engine.execute(payloads)
     assert [(p.start, p.stop) for p in predictions] == [(0, 2), (2, 3), (3, 6)]
-    assert len({id(p.execution) for p in predictions}) == 1 and isinstance(predictions[0], Prediction)
+    assert len({id(p.execution) for p in predictions}) == 1 and isinstance(
+        predictions[0], Prediction
+    )
     assert [len(p.lists()["predictions"]) for p in predictions] == [2, 1, 3]
     assert [p.lists()["confidences"][0] for p in predictions] == pytest.approx(
         [1 / (1 + math.exp(-2 * n)) for n in (2, 1, 3)]
@@ -425,7 +504,9 @@ def test_an_interrupt_is_not_swallowed():
 
 
 def test_a_failed_chunk_fails_its_request_and_the_engine_goes_on():
-    engine = InferenceEngine(Gives(lambda x: torch.log(x - 5)), config=ServingConfig(max_batch_size=2))
+    engine = InferenceEngine(
+        Gives(lambda x: torch.log(x - 5)), config=ServingConfig(max_batch_size=2)
+    )
     with pytest.raises(ModelExecutionError):
         engine.predict([[9.0, 6.0], [8.0, 6.0], [1.0, 6.0]])
     assert engine.predict([[9.0, 6.0], [8.0, 6.0]])["predictions"] == [0, 0]
@@ -474,7 +555,9 @@ def with_hook(kind: str) -> nn.Module:
 def with_own_forward(part: int | None) -> nn.Module:
     model = small()
     target = model if part is None else model[part]
-    target.forward = lambda x: nn.functional.pad(x[:, :3], (0, 5 if part is not None and part < 2 else 0)) * 7
+    target.forward = lambda x: (
+        nn.functional.pad(x[:, :3], (0, 5 if part is not None and part < 2 else 0)) * 7
+    )
     return model
 
 
@@ -492,12 +575,18 @@ def pruned() -> nn.Module:
 
 MODULES = {
     "a chain": small,
-    "nested chains": lambda: nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Sequential(), nn.Linear(8, 3)),
+    "nested chains": lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Sequential(), nn.Linear(8, 3)
+    ),
     "no layer": nn.Sequential,
     "no bias": lambda: nn.Sequential(nn.Linear(8, 3, bias=False)),
     "a layer used twice": layer_used_twice,
-    "in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3), nn.ReLU(inplace=True)),
-    "other layers": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.GELU(), nn.Linear(8, 3)),
+    "in place": lambda: nn.Sequential(
+        nn.ReLU(inplace=True), nn.Linear(8, 3), nn.ReLU(inplace=True)
+    ),
+    "other layers": lambda: nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.GELU(), nn.Linear(8, 3)
+    ),
     "own linear": lambda: nn.Sequential(OwnLinear(8, 3), nn.ReLU()),
     "own sequential": lambda: OwnSequential(nn.Linear(8, 3), nn.ReLU()),
     "own ReLU": lambda: nn.Sequential(nn.Linear(8, 3), OwnReLU()),
@@ -508,8 +597,12 @@ MODULES = {
     "own forward on the whole": lambda: with_own_forward(None),
     "own forward on a linear": lambda: with_own_forward(0),
     "own forward on a ReLU": lambda: with_own_forward(1),
-    "weight norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 3)),
-    "spectral norm": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 3)), nn.ReLU()),
+    "weight norm": lambda: nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 3)
+    ),
+    "spectral norm": lambda: nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(8, 3)), nn.ReLU()
+    ),
     "pruned": pruned,
     "split with a third part": split_with_a_third_part,
     "tutorial_mlp": lambda: module("tutorial_mlp"),
@@ -534,15 +627,19 @@ def test_the_steps_give_the_modules_own_bits(kind):
         x = torch.randn(count, features)
         with torch.inference_mode():
             wanted = model(x.clone())
-        assert torch.equal(torch.tensor(engine.predict(x)["predictions"]).reshape(wanted.shape), wanted)
-    assert (kind in UNROLLED) == (not any(isinstance(step, nn.Module) for step, _ in lean(engine.model)))
+        assert torch.equal(
+            torch.tensor(engine.predict(x)["predictions"]).reshape(wanted.shape), wanted
+        )
+    assert (kind in UNROLLED) == (
+        not any(isinstance(step, nn.Module) for step, _ in lean(engine.model))
+    )
 
 
 def test_every_built_in_architecture_is_tested_here():
     known = models.architectures._known
-    assert {name for name in models.names() if models.build.__module__ == known[name].factory.__module__} == {
-        *("tutorial_mlp", "digits_mlp", "digits_cnn", "mlp", "sequential")
-    }
+    assert {
+        name for name in models.names() if models.build.__module__ == known[name].factory.__module__
+    } == {*("tutorial_mlp", "digits_mlp", "digits_cnn", "mlp", "sequential")}
 
 
 def test_a_copy_is_frozen_and_in_evaluation_mode_with_tensors_in_place_of_others():
@@ -551,12 +648,16 @@ def test_a_copy_is_frozen_and_in_evaluation_mode_with_tensors_in_place_of_others
     twin = copy_of(model, {id(model[0].weight): weight})
     assert twin[0].weight is weight and twin[2].weight is not model[2].weight
     assert not twin.training and model.training
-    assert not any(p.requires_grad for p in twin.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in twin.parameters()) and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_answers_hold_no_graph():
     (prediction,) = InferenceEngine(nn.Linear(2, 2)).execute([rows_of(1, 2)])
-    assert all(isinstance(array, np.ndarray) for array in prediction.execution.outputs.arrays().values())
+    assert all(
+        isinstance(array, np.ndarray) for array in prediction.execution.outputs.arrays().values()
+    )
 
 
 # Identity

@@ -1,4 +1,5 @@
-"""Loading: any module comes back as it was, a torn file never does, a failed load leaves what was there."""
+"""Loading: any module comes back as it was, a torn file never does, a failed load leaves what was
+there."""
 
 import copy
 import math
@@ -34,7 +35,13 @@ def store():
     return ModuleStore()
 
 
-def add(store: ModuleStore, module: nn.Module, version: str = "v1", features: int | None = 8, **policy: object) -> None:
+def add(
+    store: ModuleStore,
+    module: nn.Module,
+    version: str = "v1",
+    features: int | None = 8,
+    **policy: object,
+) -> None:
     store.add(version, module, Preprocessor(num_features=features), Postprocessor(**policy))
 
 
@@ -58,7 +65,10 @@ def expected(module: nn.Module) -> torch.Tensor:
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.head = nn.LSTM(4, 5, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(10, 3)
+        self.lstm, self.head = (
+            nn.LSTM(4, 5, num_layers=2, batch_first=True, bidirectional=True),
+            nn.Linear(10, 3),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.lstm(x.view(len(x), 2, 4))[0][:, -1])
@@ -75,7 +85,8 @@ class Tied(nn.Module):
 
 
 class Buffers(nn.Module):
-    """Buffers in the state dict and outside of it, of odd dtypes and shapes, and a mask of minus infinities."""
+    """Buffers in the state dict and outside of it, of odd dtypes and shapes, and a mask of minus
+    infinities."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +100,9 @@ class Buffers(nn.Module):
         self.register_buffer("absent", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(x * self.scale * self.keep * self.count * self.phase.real.sum()) + self.mask
+        return (
+            self.head(x * self.scale * self.keep * self.count * self.phase.real.sum()) + self.mask
+        )
 
 
 class Strided(nn.Module):
@@ -109,7 +122,12 @@ class Attributes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head, self.factor, self.parts, self.shift = nn.Linear(8, 3), 2.5, [torch.randn(3)], torch.randn(3)
+        self.head, self.factor, self.parts, self.shift = (
+            nn.Linear(8, 3),
+            2.5,
+            [torch.randn(3)],
+            torch.randn(3),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(x) * self.factor + self.parts[0] + self.shift
@@ -149,11 +167,19 @@ def layer_used_twice() -> nn.Module:
 
 def attention() -> nn.Module:
     block = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    return nn.Sequential(nn.Unflatten(1, (2, 4)), nn.TransformerEncoder(block, 2), nn.Flatten(), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Unflatten(1, (2, 4)), nn.TransformerEncoder(block, 2), nn.Flatten(), nn.Linear(8, 3)
+    )
 
 
 def convolution() -> nn.Module:
-    return nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(12, 3))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8)),
+        nn.Conv1d(1, 2, 3),
+        nn.BatchNorm1d(2),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -169,9 +195,13 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "strided weights": Strided,
     "plain attributes": Attributes,
     "bfloat16 inside": Bfloat16,
-    "weight norm": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 3)),
+    "weight norm": lambda: nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 3)
+    ),
     "spectral norm": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 3))),
-    "orthogonal": lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 3)),
+    "orthogonal": lambda: nn.Sequential(
+        parametrizations.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 3)
+    ),
     "pruned": pruned,
     "hooks": hooked,
     "data parallel": lambda: nn.DataParallel(nn.Linear(8, 3)),
@@ -192,7 +222,9 @@ def test_any_module_comes_back_as_it_was(store, kind):
         torch.testing.assert_close(got, wanted)
     else:
         assert torch.equal(got, wanted)
-    assert all(part.training for part in module.modules()), "the caller's module is read, not changed"
+    assert all(part.training for part in module.modules()), (
+        "the caller's module is read, not changed"
+    )
     assert torch.equal(served(store), got), "and it comes back again"
 
 
@@ -201,9 +233,14 @@ def test_two_loads_share_no_weights_with_the_module_nor_with_each_other(store, k
     module = MODULES[kind]()
     add(store, module)
     one, two = (load_engine(store, "v1", CONFIG).model for _ in range(2))
-    places = [{t.data_ptr() for t in [*m.parameters(), *m.buffers()] if t.numel()} for m in (module, one, two)]
+    places = [
+        {t.data_ptr() for t in [*m.parameters(), *m.buffers()] if t.numel()}
+        for m in (module, one, two)
+    ]
     assert not places[0] & places[1] and not places[1] & places[2]
-    assert {name for name, _ in one.named_parameters()} == {name for name, _ in module.named_parameters()}
+    assert {name for name, _ in one.named_parameters()} == {
+        name for name, _ in module.named_parameters()
+    }
     assert all(type(p) is nn.Parameter for p in one.parameters())
     assert one.state_dict().keys() == module.state_dict().keys()
 
@@ -226,7 +263,12 @@ def test_a_module_in_training_keeps_its_gradients(store):
 
 
 def test_an_engine_is_loaded_with_the_settings_and_transforms_of_its_version(store):
-    store.add("v1", nn.Linear(8, 3), Preprocessor(mean=[1] * 8, std=[2] * 8), Postprocessor(threshold=0.25))
+    store.add(
+        "v1",
+        nn.Linear(8, 3),
+        Preprocessor(mean=[1] * 8, std=[2] * 8),
+        Postprocessor(threshold=0.25),
+    )
     engine = load_engine(store, "v1", ServingConfig(max_batch_size=5, warmup_samples=3))
     assert (engine.version, engine.max_batch_size, engine.config.warmup_samples) == ("v1", 5, 3)
     assert engine.get_stats()["warmup_executions"] == 4 and engine.typical_s < math.inf
@@ -295,7 +337,10 @@ EQUAL_WEIGHTS = {
     "another attribute": (lambda: Scaled(2), lambda: Scaled(3)),
     "a class defined anew": (lambda: redefined(2), lambda: redefined(3)),
     "another hook": (lambda: rehooked(2), lambda: rehooked(3)),
-    "another order": (lambda: nn.Sequential(nn.ReLU(), nn.Tanh()), lambda: nn.Sequential(nn.Tanh(), nn.ReLU())),
+    "another order": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Tanh()),
+        lambda: nn.Sequential(nn.Tanh(), nn.ReLU()),
+    ),
 }
 
 
@@ -303,13 +348,21 @@ EQUAL_WEIGHTS = {
 def test_equal_weights_under_other_code_are_another_model(store, kind):
     first, second = (make() for make in EQUAL_WEIGHTS[kind])
     add(store, first)
-    with pytest.raises(ConflictError, match="version 'v1' exists and versions do not change: choose another id"):
+    with pytest.raises(
+        ConflictError, match="version 'v1' exists and versions do not change: choose another id"
+    ):
         add(store, second)
     add(store, second, "v2")
-    assert torch.equal(served(store), expected(first)) and torch.equal(served(store, "v2"), expected(second))
+    assert torch.equal(served(store), expected(first)) and torch.equal(
+        served(store, "v2"), expected(second)
+    )
     engines = [load_engine(store, version, CONFIG) for version in ("v1", "v2", "v1")]
-    assert engines[0].identity != engines[1].identity, "a cached answer of one would be given for the other"
-    assert engines[0].identity == engines[2].identity, "a version that comes back finds its cached answers"
+    assert engines[0].identity != engines[1].identity, (
+        "a cached answer of one would be given for the other"
+    )
+    assert engines[0].identity == engines[2].identity, (
+        "a version that comes back finds its cached answers"
+    )
 
 
 def test_other_weights_statistics_policy_or_width_are_another_model(store):
@@ -447,7 +500,10 @@ def locked() -> nn.Module:
 UNFIT = {
     "not a module": (lambda: torch.zeros(3), "model is a Tensor: pass a torch"),
     "a class": (lambda: nn.Linear, "model is a type"),
-    "another width": (lambda: nn.Linear(5, 3), r"does not answer a row of 8 features \(mat1 and mat2 .*1x8 and 5x3"),
+    "another width": (
+        lambda: nn.Linear(5, 3),
+        r"does not answer a row of 8 features \(mat1 and mat2 .*1x8 and 5x3",
+    ),
     "half": (lambda: nn.Linear(8, 3).half(), "Float and Half.*: it must take float32"),
     "bfloat16": (lambda: nn.Linear(8, 3).bfloat16(), "Float and BFloat16"),
     "double": (lambda: nn.Linear(8, 3).double(), "Float and Double"),
@@ -480,20 +536,27 @@ def test_an_interrupted_add_leaves_nothing(store):
 
 def test_the_input_width_is_that_of_a_first_linear_layer(store):
     assert input_width(nn.Linear(7, 3)) == 7
-    assert input_width(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(5, 2), nn.Linear(2, 9))) == 5
+    assert (
+        input_width(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(5, 2), nn.Linear(2, 9)))
+        == 5
+    )
     assert input_width(models.build("tutorial_mlp")) == 32
     assert input_width(nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 2)))) == 6
     store.add("v1", nn.Linear(7, 3), Preprocessor(), Postprocessor())
     assert store.parts("v1").preprocessor.num_features == 7
 
 
-@pytest.mark.parametrize("kind", ["convolution", "lstm", "no weights", "data parallel of a batch norm", "embedding"])
+@pytest.mark.parametrize(
+    "kind", ["convolution", "lstm", "no weights", "data parallel of a batch norm", "embedding"]
+)
 def test_elsewhere_only_the_caller_knows_it(store, kind):
     others = {
         "data parallel of a batch norm": lambda: nn.DataParallel(nn.BatchNorm1d(8)),
         "embedding": lambda: nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 3)),
     }
-    with pytest.raises(InvalidModelError, match="cannot be told from its first layer: pass num_features"):
+    with pytest.raises(
+        InvalidModelError, match="cannot be told from its first layer: pass num_features"
+    ):
         store.add("v1", (MODULES | others)[kind](), Preprocessor(), Postprocessor())
 
 
@@ -505,9 +568,16 @@ def test_a_failed_load_leaves_what_was_there(store):
         with torch.no_grad():
             store._stored["v2"].module.weight[0, 0] = math.nan
         for _ in range(3):
-            with pytest.raises(CorruptArtifactError), cache.lease("v2", lambda: load_engine(store, "v2", CONFIG)):
+            with (
+                pytest.raises(CorruptArtifactError),
+                cache.lease("v2", lambda: load_engine(store, "v2", CONFIG)),
+            ):
                 pass
-    assert cache.get("v1") is serving and len(cache) == 1 and serving.predict(X)["model_version"] == "v1"
+    assert (
+        cache.get("v1") is serving
+        and len(cache) == 1
+        and serving.predict(X)["model_version"] == "v1"
+    )
 
 
 # Versions of a registry
@@ -527,7 +597,12 @@ def allow_list(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("tutorial_mlp", {}), ("digits_mlp", {}), ("digits_cnn", {}), ("mlp", {"sizes": [8, 300, 300, 3]})],
+    [
+        ("tutorial_mlp", {}),
+        ("digits_mlp", {}),
+        ("digits_cnn", {}),
+        ("mlp", {"sizes": [8, 300, 300, 3]}),
+    ],
 )
 def test_a_published_version_answers_as_the_trained_module_bit_for_bit(registry, name, parameters):
     trained = models.build(name, parameters)
@@ -537,7 +612,11 @@ def test_a_published_version_answers_as_the_trained_module_bit_for_bit(registry,
     x = torch.randn(32, features)
     with torch.no_grad():
         assert engine.predict(x)["probabilities"] == torch.softmax(trained(x), 1).tolist()
-    assert (engine.version, engine.preprocessor.num_features, engine.max_batch_size) == ("1", features, 32)
+    assert (engine.version, engine.preprocessor.num_features, engine.max_batch_size) == (
+        "1",
+        features,
+        32,
+    )
     assert engine.nbytes == sum(t.nbytes for t in trained.state_dict().values())
 
 
@@ -562,15 +641,26 @@ def test_statistics_output_type_and_threshold_come_with_the_version(registry):
         output_type="regression",
     )
     engine = load_engine(RegistrySource(registry, "m"), "1", CONFIG)
-    assert engine.preprocessor([4, 7]).tolist() == [[1, 5]] and engine.postprocessor.output_type == "regression"
-    assert engine.preprocessor.digest == registry.manifest("m", 1).digests.preprocessing, "served as trained"
+    assert (
+        engine.preprocessor([4, 7]).tolist() == [[1, 5]]
+        and engine.postprocessor.output_type == "regression"
+    )
+    assert engine.preprocessor.digest == registry.manifest("m", 1).digests.preprocessing, (
+        "served as trained"
+    )
     two = {"sizes": [2, 2]}
     registry.publish("c", models.build("mlp", two), architecture="mlp", parameters=two)
-    assert load_engine(RegistrySource(registry, "c", threshold=0.75), "1", CONFIG).postprocessor.threshold == 0.75
+    assert (
+        load_engine(
+            RegistrySource(registry, "c", threshold=0.75), "1", CONFIG
+        ).postprocessor.threshold
+        == 0.75
+    )
 
 
 class WithBuffers(nn.Module):
-    """Buffers that no file holds: each start has to make them anew; ``plain`` ones are mere attributes."""
+    """Buffers that no file holds: each start has to make them anew; ``plain`` ones are mere
+    attributes."""
 
     def __init__(self, width: int, activation: str = "relu", plain: bool = False) -> None:
         super().__init__()
@@ -588,11 +678,15 @@ class WithBuffers(nn.Module):
 
 
 @pytest.mark.parametrize("width", [4, 8192], ids=["small", "large enough to skip initialisation"])
-def test_a_users_own_architecture_comes_back_with_the_buffers_that_no_file_holds(registry, allow_list, width):
+def test_a_users_own_architecture_comes_back_with_the_buffers_that_no_file_holds(
+    registry, allow_list, width
+):
     models.register("with_buffers", input_shape=(8,), output_shape=(3,))(WithBuffers)
     trained = WithBuffers(width)
     trained.seen += 7
-    manifest = registry.publish("m", trained, architecture="with_buffers", parameters={"width": width})
+    manifest = registry.publish(
+        "m", trained, architecture="with_buffers", parameters={"width": width}
+    )
     assert (manifest.weights_nbytes > 1 << 18) == (width == 8192)
     for _ in range(3):  # memory that was used before is not zero
         engine = load_engine(RegistrySource(registry, "m"), "1", CONFIG)
@@ -600,20 +694,36 @@ def test_a_users_own_architecture_comes_back_with_the_buffers_that_no_file_holds
             assert torch.equal(engine.model(X), trained(X)) and engine.model.seen == 7
 
 
-def test_a_users_own_architecture_comes_back_with_tensors_that_are_mere_attributes(registry, allow_list):
+def test_a_users_own_architecture_comes_back_with_tensors_that_are_mere_attributes(
+    registry, allow_list
+):
     models.register("plain", input_shape=(8,), output_shape=(3,))(WithBuffers)
     trained, parameters = WithBuffers(8192, plain=True), {"width": 8192, "plain": True}
     registry.publish("m", trained, architecture="plain", parameters=parameters)
     with torch.no_grad():
-        assert torch.equal(load_engine(RegistrySource(registry, "m"), "1", CONFIG).model(X), trained(X))
+        assert torch.equal(
+            load_engine(RegistrySource(registry, "m"), "1", CONFIG).model(X), trained(X)
+        )
 
 
-def test_equal_weights_under_another_architecture_or_other_parameters_share_no_cached_answers(registry, allow_list):
+def test_equal_weights_under_another_architecture_or_other_parameters_share_no_cached_answers(
+    registry, allow_list
+):
     models.register("one", input_shape=(8,), output_shape=(3,))(WithBuffers)
     models.register("two", input_shape=(8,), output_shape=(3,))(WithBuffers)
     trained = WithBuffers(4)
-    for architecture, activation in (("one", "relu"), ("one", "tanh"), ("two", "relu"), ("one", "relu")):
-        registry.publish("m", trained, architecture=architecture, parameters={"width": 4, "activation": activation})
+    for architecture, activation in (
+        ("one", "relu"),
+        ("one", "tanh"),
+        ("two", "relu"),
+        ("one", "relu"),
+    ):
+        registry.publish(
+            "m",
+            trained,
+            architecture=architecture,
+            parameters={"width": 4, "activation": activation},
+        )
     source = RegistrySource(registry, "m")
     identities = [load_engine(source, version, CONFIG).identity for version in source.versions()]
     assert len(set(identities)) == 3 and identities[0] == identities[3]
@@ -635,7 +745,8 @@ def test_an_architecture_that_changed_since_is_typed(registry, allow_list, monke
         "changes", lambda width: nn.Linear(8, 3), (8,), (3,), 1 << 28
     )
     with pytest.raises(
-        CorruptArtifactError, match=r"m version 1 does not fit its architecture 'changes': (?s:.*)Unexpected key"
+        CorruptArtifactError,
+        match=r"m version 1 does not fit its architecture 'changes': (?s:.*)Unexpected key",
     ):
         load_engine(RegistrySource(registry, "m"), "1", CONFIG)
 
@@ -650,7 +761,9 @@ def test_a_model_that_does_not_run_is_found_at_the_publish_and_if_it_is_there_at
     models.register("broken", input_shape=(8,), output_shape=(3,))(lambda: Broken(8, 3))
     with pytest.raises(InvalidModelError, match=r"does not answer a row of shape.*only here"):
         registry.publish("m", Broken(8, 3), architecture="broken")
-    monkeypatch.setattr(validation, "_check_service", lambda *_: None)  # as by a flserving that did not look
+    monkeypatch.setattr(
+        validation, "_check_service", lambda *_: None
+    )  # as by a flserving that did not look
     registry.publish("m", Broken(8, 3), architecture="broken")
     with pytest.raises(ModelExecutionError, match="model '1' failed on rows of shape"):
         load_engine(RegistrySource(registry, "m"), "1", CONFIG)
@@ -668,7 +781,10 @@ def test_a_torn_version_is_typed_and_the_one_before_goes_on_serving(registry, tm
     data[-3] ^= 4
     weights.chmod(0o644)
     weights.write_bytes(data)
-    with pytest.raises(CorruptArtifactError), cache.lease("2", lambda: load_engine(source, "2", CONFIG)):
+    with (
+        pytest.raises(CorruptArtifactError),
+        cache.lease("2", lambda: load_engine(source, "2", CONFIG)),
+    ):
         pass
     assert cache.get("1") is engine and engine.predict(x)["probabilities"] == wanted
 
@@ -690,5 +806,6 @@ def test_every_error_of_a_load_is_one_of_ours(store):
 def test_a_deep_copy_of_a_loaded_module_is_possible(store):
     add(store, Recurrent())
     assert torch.equal(
-        copy.deepcopy(load_engine(store, "v1", CONFIG).model)(X), load_engine(store, "v1", CONFIG).model(X)
+        copy.deepcopy(load_engine(store, "v1", CONFIG).model)(X),
+        load_engine(store, "v1", CONFIG).model(X),
     )

@@ -1,4 +1,5 @@
-"""ModelCache: the same models as cachetools keeps, never above budget, nothing evicted in use, one load per key."""
+"""ModelCache: the same models as cachetools keeps, never above budget, nothing evicted in use, one
+load per key."""
 
 import contextlib
 import gc
@@ -41,7 +42,8 @@ class Model:
 
 
 class Watched(ModelCache):
-    """Notes the most that the cache ever held (whatever is held changes ``nbytes``), and every look for room."""
+    """Notes the most that the cache ever held (whatever is held changes ``nbytes``), and every look
+    for room."""
 
     most_bytes = most_models = looks_for_room = 0
 
@@ -53,7 +55,9 @@ class Watched(ModelCache):
     def nbytes(self, value: int) -> None:
         self._nbytes = value
         self.most_bytes = max(self.most_bytes, value)
-        self.most_models = max(self.most_models, len(self._entries) + len(self._leaving) + len(self._arriving))
+        self.most_models = max(
+            self.most_models, len(self._entries) + len(self._leaving) + len(self._arriving)
+        )
 
     def _make_room(self, key: Any, place: Lease, nbytes: int) -> bool:
         self.looks_for_room += 1
@@ -98,21 +102,30 @@ class Oracle(cachetools.LRUCache):
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["get", "lease", "put", "put", "clear"]), st.integers(0, 6), st.integers(1, 12)),
+    st.tuples(
+        st.sampled_from(["get", "lease", "put", "put", "clear"]),
+        st.integers(0, 6),
+        st.integers(1, 12),
+    ),
     max_size=60,
 )
 
 
 @given(max_size=st.integers(1, 5), max_bytes=st.none() | st.integers(1, 30), steps=STEPS)
 def test_holds_the_same_models_in_the_same_order_as_cachetools(max_size, max_bytes, steps):
-    ours, oracle = Watched(max_size, max_bytes), Oracle(max_bytes or 10**9, getsizeof=lambda model: model.nbytes)
+    ours, oracle = (
+        Watched(max_size, max_bytes),
+        Oracle(max_bytes or 10**9, getsizeof=lambda model: model.nbytes),
+    )
     hits = misses = 0
 
     def stored(key: int, model: Model) -> bool:
         """Put it into the oracle; False if it is too large."""
         if model.nbytes > oracle.maxsize:
             return False
-        oracle.pop(key, None)  # cachetools makes room beside the old value of a key; here it leaves first
+        oracle.pop(
+            key, None
+        )  # cachetools makes room beside the old value of a key; here it leaves first
         while len(oracle) >= max_size:
             oracle.popitem()
         oracle[key] = model
@@ -125,7 +138,11 @@ def test_holds_the_same_models_in_the_same_order_as_cachetools(max_size, max_byt
             for held in list(oracle):
                 del oracle[held]
         elif kind == "put":
-            with contextlib.nullcontext() if stored(key, model) else pytest.raises(ModelTooLargeError):
+            with (
+                contextlib.nullcontext()
+                if stored(key, model)
+                else pytest.raises(ModelTooLargeError)
+            ):
                 ours.put(key, model)
         else:
             held = oracle.get(key)
@@ -133,7 +150,9 @@ def test_holds_the_same_models_in_the_same_order_as_cachetools(max_size, max_byt
             if kind == "get":
                 assert ours.get(key) is held
             else:
-                with contextlib.nullcontext() if held or stored(key, model) else pytest.raises(ModelTooLargeError):  # noqa: SIM117
+                fits = held or stored(key, model)
+                expected = contextlib.nullcontext() if fits else pytest.raises(ModelTooLargeError)
+                with expected:  # noqa: SIM117
                     with ours.lease(key, lambda: model, size=lambda: model.nbytes) as got:  # noqa: B023
                         assert got is (held or model)
         assert set(keys(ours)) == set(oracle) and all(key in ours for key in oracle)
@@ -144,9 +163,13 @@ def test_holds_the_same_models_in_the_same_order_as_cachetools(max_size, max_byt
 
 
 @pytest.mark.parametrize("disturbed", [False, True], ids=["leases", "leases, puts and clears"])
-def test_is_never_above_budget_and_never_evicts_what_is_in_use_under_eight_threads(disturbed, threads):
+def test_is_never_above_budget_and_never_evicts_what_is_in_use_under_eight_threads(
+    disturbed, threads
+):
     cache = Watched(max_size=4, max_bytes=100)
-    sizes = {key: 5 + 7 * key for key in range(10)}  # 5 ... 68 bytes: sometimes one fits, sometimes four
+    sizes = {
+        key: 5 + 7 * key for key in range(10)
+    }  # 5 ... 68 bytes: sometimes one fits, sometimes four
     barrier = threading.Barrier(8)
 
     def work(seed: int) -> int:
@@ -161,7 +184,9 @@ def test_is_never_above_budget_and_never_evicts_what_is_in_use_under_eight_threa
             with cache.lease(key, lambda: Model(sizes[key]), SOON_S) as model:  # noqa: B023
                 time.sleep(0)  # let somebody else run while this one is pinned
                 assert model.nbytes == sizes[key]
-                assert disturbed or any(held is model for _, held in cache.items()), "evicted while in use"
+                assert disturbed or any(held is model for _, held in cache.items()), (
+                    "evicted while in use"
+                )
                 answered += 1
         return answered
 
@@ -225,7 +250,8 @@ def test_who_gets_no_room_in_time_is_told_and_nothing_is_lost():
     with cache.lease("hot", lambda: Model(8)):
         started = time.monotonic()
         with pytest.raises(
-            OverloadedError, match=r"no room for 'new': 10 B in memory, too many of them in use: raise cache_size"
+            OverloadedError,
+            match=r"no room for 'new': 10 B in memory, too many of them in use: raise cache_size",
         ):
             cache.load("new", lambda: Model(3), timeout_s=0.05)
         assert 0.04 < time.monotonic() - started < SOON_S
@@ -296,7 +322,8 @@ def test_different_keys_load_side_by_side(threads):
 def followers_of(
     cache: ModelCache, leader: Callable[[], Any], threads: ThreadPoolExecutor, count: int = 5
 ) -> list[Any]:
-    """Outcomes of callers who wait for one load: the leader's first. ``leader`` runs once all wait."""
+    """Outcomes of callers who wait for one load: the leader's first. ``leader`` runs once all
+    wait."""
     gate, inside = threading.Event(), threading.Event()
 
     def held() -> Any:
@@ -326,14 +353,19 @@ def test_a_failed_load_tells_everyone_who_waited_and_is_not_remembered(threads):
         raise CorruptArtifactError("torn")
 
     outcomes = followers_of(cache, fail, threads)
-    assert isinstance(outcomes[0], CorruptArtifactError) and all(outcome is outcomes[0] for outcome in outcomes)
+    assert isinstance(outcomes[0], CorruptArtifactError) and all(
+        outcome is outcomes[0] for outcome in outcomes
+    )
     assert keys(cache) == ["kept"] and (cache.failed_loads, cache.loads) == (1, 0)
     with cache.lease("k", lambda: Model(3)) as model:
         assert model.nbytes == 3 and cache.loads == 1
 
 
-def in_flight(cache: ModelCache, threads: ThreadPoolExecutor, sizes: list[int], told: bool) -> tuple[int, list[Any]]:
-    """Ask for a version of each size at once; how many loads began while none ended, and what came of all."""
+def in_flight(
+    cache: ModelCache, threads: ThreadPoolExecutor, sizes: list[int], told: bool
+) -> tuple[int, list[Any]]:
+    """Ask for a version of each size at once; how many loads began while none ended, and what came
+    of all."""
     gate, began = threading.Event(), []
 
     def load(nbytes: int) -> Model:
@@ -363,7 +395,9 @@ def test_loads_under_way_count_as_models(told, threads):
 def test_the_bytes_of_loads_under_way_count_before_they_are_read(threads):
     cache = Watched(100, max_bytes=25)
     assert in_flight(cache, threads, [6] * 12, told=True) == (4, [6] * 12)
-    assert cache.most_bytes == 24 and cache.nbytes == sum(model.nbytes for _, model in cache.items())
+    assert cache.most_bytes == 24 and cache.nbytes == sum(
+        model.nbytes for _, model in cache.items()
+    )
 
 
 def test_what_can_never_fit_is_refused_before_it_is_read():
@@ -375,7 +409,9 @@ def test_what_can_never_fit_is_refused_before_it_is_read():
     assert keys(cache) == ["kept"] and cache.nbytes == 10
 
 
-@pytest.mark.parametrize(("told", "came"), [(3, 8), (8, 3), (0, 8)], ids=["too few", "too many", "unknown"])
+@pytest.mark.parametrize(
+    ("told", "came"), [(3, 8), (8, 3), (0, 8)], ids=["too few", "too many", "unknown"]
+)
 def test_what_came_counts_and_not_what_was_told(told, came):
     cache = Watched(3, max_bytes=10)
     cache.put("cold", Model(2))
@@ -387,7 +423,9 @@ def test_what_came_counts_and_not_what_was_told(told, came):
 
 def test_a_load_that_turns_out_smaller_wakes_who_waits_for_the_rest(threads):
     cache, read = Watched(3, max_bytes=10), threading.Event()
-    first = threads.submit(cache.load, "a", lambda: Model(read.wait(SOON_S) and 4), SOON_S, lambda: 8)
+    first = threads.submit(
+        cache.load, "a", lambda: Model(read.wait(SOON_S) and 4), SOON_S, lambda: 8
+    )
     eventually(lambda: cache.nbytes == 8)
     second = threads.submit(cache.load, "b", lambda: Model(6), 2 * SOON_S, lambda: 6)
     eventually(lambda: waiters(cache) == 1)
@@ -399,7 +437,9 @@ def test_a_load_that_turns_out_smaller_wakes_who_waits_for_the_rest(threads):
 def test_a_load_that_turns_out_larger_waits_for_nobody_who_waits_for_it(threads):
     """One place: somebody waits for the load under way, which needs more bytes than it was told."""
     cache, gate = Watched(1, max_bytes=10), threading.Event()
-    first = threads.submit(cache.load, "a", lambda: gate.wait(SOON_S) and Model(9), SOON_S, lambda: 1)
+    first = threads.submit(
+        cache.load, "a", lambda: gate.wait(SOON_S) and Model(9), SOON_S, lambda: 1
+    )
     eventually(lambda: bool(cache._arriving))
     second = threads.submit(cache.load, "b", Model, SOON_S, lambda: 1)
     eventually(lambda: waiters(cache) == 1)
@@ -408,7 +448,9 @@ def test_a_load_that_turns_out_larger_waits_for_nobody_who_waits_for_it(threads)
     assert second.result(SOON_S).value.nbytes == 1 and keys(cache) == ["b"]
 
 
-@pytest.mark.parametrize("error", [CorruptArtifactError("torn"), KeyboardInterrupt()], ids=["torn", "interrupted"])
+@pytest.mark.parametrize(
+    "error", [CorruptArtifactError("torn"), KeyboardInterrupt()], ids=["torn", "interrupted"]
+)
 @pytest.mark.parametrize("where", ["size", "load"])
 def test_a_load_that_fails_gives_its_room_back(error, where):
     cache = Watched(1, max_bytes=10)
@@ -428,7 +470,9 @@ def test_an_interrupted_load_interrupts_only_its_own_caller(threads):
 
     outcomes = followers_of(ModelCache(1), interrupt, threads)
     assert isinstance(outcomes[0], KeyboardInterrupt)
-    assert {type(outcome) for outcome in outcomes[1:]} == {OverloadedError} and "interrupted" in str(outcomes[1])
+    assert {type(outcome) for outcome in outcomes[1:]} == {
+        OverloadedError
+    } and "interrupted" in str(outcomes[1])
 
 
 def test_a_load_that_ran_into_its_callers_deadline_is_tried_again_by_those_who_have_time(threads):
@@ -439,7 +483,9 @@ def test_a_load_that_ran_into_its_callers_deadline_is_tried_again_by_those_who_h
 
     outcomes = followers_of(cache, late, threads)
     assert isinstance(outcomes[0], DeadlineExceededError)
-    assert {outcome.nbytes for outcome in outcomes[1:]} == {7} and len({id(o) for o in outcomes[1:]}) == 1
+    assert {outcome.nbytes for outcome in outcomes[1:]} == {7} and len(
+        {id(o) for o in outcomes[1:]}
+    ) == 1
     assert (cache.loads, cache.failed_loads) == (1, 1)
 
 
@@ -447,7 +493,9 @@ def test_who_waits_for_a_load_waits_no_longer_than_asked(threads):
     cache, gate = ModelCache(1), threading.Event()
     leader = threads.submit(cache.load, "k", lambda: gate.wait(SOON_S) and Model())
     eventually(lambda: "k" in cache._loading)
-    with pytest.raises(DeadlineExceededError, match="loading 'k' took longer than 20 ms: try again"):
+    with pytest.raises(
+        DeadlineExceededError, match="loading 'k' took longer than 20 ms: try again"
+    ):
         cache.load("k", never, 0.02)
     gate.set()
     assert leader.result(SOON_S).value is cache.get("k"), "the load itself went on"
@@ -458,7 +506,9 @@ def test_a_model_cleared_while_in_use_goes_when_it_is_released(threads):
     lease = cache.load("a", lambda: Model(6))
     cache.put("b", Model(4))
     cache.clear()
-    assert (len(cache), cache.nbytes, cache.get("a")) == (0, 6, None), "still in memory, so still counted"
+    assert (len(cache), cache.nbytes, cache.get("a")) == (0, 6, None), (
+        "still in memory, so still counted"
+    )
     assert lease.value.nbytes == 6
     waiting = threads.submit(lambda: cache.load("c", lambda: Model(5), SOON_S))
     eventually(lambda: waiters(cache) == 1)
@@ -475,7 +525,9 @@ def test_a_key_replaced_while_in_use_counts_both_until_the_old_one_is_released()
         assert (len(cache), cache.nbytes, cache.most_models) == (1, 10, 2)
     assert (cache.nbytes, cache.evictions) == (4, 0)
     cache.put("k", Model(9))
-    assert (cache.nbytes, cache.evictions) == (9, 0), "the old value leaves first: 4 + 9 would not fit"
+    assert (cache.nbytes, cache.evictions) == (9, 0), (
+        "the old value leaves first: 4 + 9 would not fit"
+    )
 
 
 def test_a_model_put_by_somebody_else_during_a_load_is_replaced():
@@ -499,7 +551,9 @@ def test_a_model_larger_than_the_budget_is_refused_and_evicts_nothing():
         lambda: cache.load("b", lambda: Model(11)),
         lambda: cache.put("a", Model(11)),
     ):
-        with pytest.raises(ModelTooLargeError, match=r"needs 11 B of 10 B in all: raise cache_bytes"):
+        with pytest.raises(
+            ModelTooLargeError, match=r"needs 11 B of 10 B in all: raise cache_bytes"
+        ):
             refused()
     assert cache.get("a").nbytes == 10 and cache.evictions == 0
 
@@ -515,7 +569,11 @@ def test_modules_are_measured_by_parameters_and_buffers_each_once():
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     tied = nn.Linear(4, 4)
     twice = nn.ModuleList([tied, tied])
-    assert nbytes_of(module) == sum(t.nbytes for t in [*module.parameters(), *module.buffers()]) == 4 * 16 + 4 * 16 + 8
+    assert (
+        nbytes_of(module)
+        == sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+        == 4 * 16 + 4 * 16 + 8
+    )
     assert nbytes_of(twice) == 4 * 20
     assert nbytes_of(torch.zeros(5)) == 20
     cache = ModelCache(5, max_bytes=200)
@@ -525,7 +583,9 @@ def test_modules_are_measured_by_parameters_and_buffers_each_once():
         cache.put("x", "no model")
 
 
-@pytest.mark.parametrize("wrong", [(0,), (-1,), (1, 0), (1, -5), (2.5,), ("3",), (True,), (float("nan"),), (1, 1e9)])
+@pytest.mark.parametrize(
+    "wrong", [(0,), (-1,), (1, 0), (1, -5), (2.5,), ("3",), (True,), (float("nan"),), (1, 1e9)]
+)
 def test_absurd_bounds_are_refused(wrong):
     with pytest.raises(ConfigError, match=r"max_(size|bytes) is .*: use an integer in"):
         ModelCache(*wrong)
@@ -556,7 +616,9 @@ def test_a_model_that_found_no_room_is_freed_with_the_error(no_gc, threads):
         leader = threads.submit(refused, 0.05)
         eventually(lambda: "b" in cache._loading)
         assert refused(SOON_S) and leader.result(SOON_S) and cache.failed_loads == 1
-    eventually(lambda: not loaded)  # circles of references would keep it until the garbage collector
+    eventually(
+        lambda: not loaded
+    )  # circles of references would keep it until the garbage collector
 
 
 def test_evicted_engines_are_freed_and_memory_stays_flat_over_a_thousand_cycles(no_gc):
@@ -576,7 +638,9 @@ def test_evicted_engines_are_freed_and_memory_stays_flat_over_a_thousand_cycles(
         after[cycle] = process.memory_info().rss
     assert (cache.loads, cache.evictions) == (1000, 998) and cache.most_bytes == 2 * nbytes
     grown, churned = after[1000] - after[200], 800 * nbytes
-    assert grown < 0.01 * churned, f"{grown / 1e6:.1f} MB kept of {churned / 1e6:.0f} MB loaded and evicted"
+    assert grown < 0.01 * churned, (
+        f"{grown / 1e6:.1f} MB kept of {churned / 1e6:.0f} MB loaded and evicted"
+    )
     del engine
     cache.clear()
     assert len(alive) == 0

@@ -1,4 +1,5 @@
-"""Overload: callers who come whether or not the others were answered, and a model of known speed. In virtual time."""
+"""Overload: callers who come whether or not the others were answered, and a model of known speed.
+In virtual time."""
 
 import asyncio
 import contextlib
@@ -62,7 +63,9 @@ class Run:
     def _arrive(self, client, deadline_s):
         self.came[client] += self.now_s > WARM_S
         try:
-            self.queue.push(QueuedRequest(self.model, client, 1, self.now_s, self.now_s + deadline_s, client))
+            self.queue.push(
+                QueuedRequest(self.model, client, 1, self.now_s, self.now_s + deadline_s, client)
+            )
         except OverloadedError:
             return
         self._start()
@@ -87,7 +90,9 @@ class Run:
             took_s = self.model.mean_s(len(batch)) * math.exp(self.rng.gauss(0, 0.1))
             planned_s = self.now_s + self.queue.usual_s(self.model, len(batch), self.now_s)
             self.queue.ends_s.append(planned_s)
-            heapq.heappush(self.running, (self.now_s + took_s, self.batches, self.now_s, batch, planned_s))
+            heapq.heappush(
+                self.running, (self.now_s + took_s, self.batches, self.now_s, batch, planned_s)
+            )
 
 
 MODELS = [  # seconds a batch, seconds a row, rows a batch, workers
@@ -100,16 +105,24 @@ MODELS = [  # seconds a batch, seconds a row, rows a batch, workers
 
 @pytest.mark.parametrize(("fixed_s", "row_s", "max_batch_size", "workers"), MODELS)
 @pytest.mark.parametrize("deadline_s", DEADLINES_S)
-def test_overload_leaves_nine_tenths_of_the_best_goodput(deadline_s, fixed_s, row_s, max_batch_size, workers):
-    """Twice and ten times what the model can do: as many are answered in time as at the best load, and few
-    are run in vain. First in, first out would answer next to none: it runs who has waited longest, who is late by then.
+def test_overload_leaves_nine_tenths_of_the_best_goodput(
+    deadline_s, fixed_s, row_s, max_batch_size, workers
+):
+    """Twice and ten times what the model can do: as many are answered in time as at the best load,
+    and few are run in vain. First in, first out would answer next to none: it runs who has waited
+    longest, who is late by then.
     """
     model = Model(fixed_s, row_s, max_batch_size, workers)
     seconds = WARM_S + 3
-    best = max(Run(model, {None: load * model.capacity}, deadline_s, seconds).goodput for load in (0.7, 1.0))
+    best = max(
+        Run(model, {None: load * model.capacity}, deadline_s, seconds).goodput
+        for load in (0.7, 1.0)
+    )
     for load in (2, 10):
         run = Run(model, {None: load * model.capacity}, deadline_s, seconds)
-        assert run.goodput >= 0.9 * min(best, model.capacity), f"{load}x: {run.goodput:.0f} of {best:.0f} a second"
+        assert run.goodput >= 0.9 * min(best, model.capacity), (
+            f"{load}x: {run.goodput:.0f} of {best:.0f} a second"
+        )
         assert run.late <= 0.2 * run.in_time
 
 
@@ -123,7 +136,8 @@ def test_without_overload_all_are_answered_first_in_first_out(deadline_s, worker
 
 
 def test_the_goodput_comes_back_as_soon_as_the_model_does():
-    """One batch took a hundred times as long as usual: nobody is refused for that in the next second."""
+    """One batch took a hundred times as long as usual: nobody is refused for that in the next
+    second."""
     queue, model = BatchQueue(4, 0.1, 100), Model(0.01, 0.0, 4, 1)
     for start_s in (0.0, 0.1, 0.2):
         queue.learn(model, 1, start_s, start_s + 0.01)
@@ -132,7 +146,8 @@ def test_the_goodput_comes_back_as_soon_as_the_model_does():
 
 
 def test_an_estimate_that_nothing_confirms_is_forgotten():
-    """A model was slow once, so that its callers' deadline could not be kept: they are not refused for ever."""
+    """A model was slow once, so that its callers' deadline could not be kept: they are not refused
+    for ever."""
     queue, model = BatchQueue(4, 0.1, 100), Model(0.0, 0.0, 4, 1)
     queue.learn(model, 1, 0.0, 0.5)
 
@@ -151,7 +166,9 @@ def test_what_cannot_end_in_time_is_refused_as_it_comes():
     queue.ends_s.append(10.1)  # one batch runs
     for _ in range(4):
         queue.push(QueuedRequest(model, None, 1, 10.0, 11.0))
-    with pytest.raises(OverloadedError, match=r"4 rows wait already: .* about 400 ms, the deadline leaves 300 ms"):
+    with pytest.raises(
+        OverloadedError, match=r"4 rows wait already: .* about 400 ms, the deadline leaves 300 ms"
+    ):
         queue.push(QueuedRequest(model, None, 1, 10.0, 10.3))
     queue.push(QueuedRequest(model, None, 1, 10.0, 10.5))
     unknown = Model(0.1, 0.0, 2, 1)
@@ -159,10 +176,14 @@ def test_what_cannot_end_in_time_is_refused_as_it_comes():
 
 
 def test_who_is_too_late_makes_room_and_who_is_not_keeps_his_place():
-    """The batch of four ends in 100 ms: the one who cannot wait for that is told now, the others run in order."""
+    """The batch of four ends in 100 ms: the one who cannot wait for that is told now, the others
+    run in order."""
     queue, model = BatchQueue(4, 0.1, 100), Model(0.1, 0.0, 4, 1)
     leaves_s = [0.5, 0.05, 0.4, 0.3, 0.2]
-    requests = [QueuedRequest(model, number, 1, 10.0, 10.0 + left_s) for number, left_s in enumerate(leaves_s)]
+    requests = [
+        QueuedRequest(model, number, 1, 10.0, 10.0 + left_s)
+        for number, left_s in enumerate(leaves_s)
+    ]
     for request in requests:
         queue.push(request)
     queue.learn(model, 1, 9.9, 10.0)  # not known before
@@ -176,8 +197,9 @@ def test_who_is_too_late_makes_room_and_who_is_not_keeps_his_place():
 @pytest.mark.parametrize("deadline_s", [0.25, 1.0, 5.0])
 @pytest.mark.parametrize("max_rows", [16, 4096])
 def test_a_flood_leaves_a_quiet_client_its_answers(deadline_s, max_rows):
-    """One client asks ten times what the model can do, another one a twentieth of it: by time or by rows, the flood
-    fills the queue, and 95 of 100 of the quiet one's requests are answered all the same."""
+    """One client asks ten times what the model can do, another one a twentieth of it: by time or by
+    rows, the flood fills the queue, and 95 of 100 of the quiet one's requests are answered all the
+    same."""
     model = Model(0.04, 0.0, 4, 1)
     rates = {"flood": 10 * model.capacity, "quiet": model.capacity / 20}
     run = Run(model, rates, deadline_s, seconds=8, max_rows=max_rows)
@@ -187,15 +209,17 @@ def test_a_flood_leaves_a_quiet_client_its_answers(deadline_s, max_rows):
 
 
 def test_two_floods_share_whatever_their_size():
-    """About alike; what was dropped from the line too late has used its turn, so the larger one gets a little less."""
+    """About alike; what was dropped from the line too late has used its turn, so the larger one
+    gets a little less."""
     model = Model(0.04, 0.0, 4, 1)
     run = Run(model, {"a": 3 * model.capacity, "b": 12 * model.capacity}, 0.5, seconds=6)
     assert max(run.answered.values()) <= 0.6 * sum(run.answered.values())
 
 
 def test_clients_take_turns_by_the_row_and_each_is_served_first_in_first_out():
-    """All wait at once, with requests of 1 to 5 rows. While two clients both wait, they have had the same, give or take
-    the largest request of either (Shreedhar and Varghese, theorem 3, with a quantum of a row) and one batch."""
+    """All wait at once, with requests of 1 to 5 rows. While two clients both wait, they have had
+    the same, give or take the largest request of either (Shreedhar and Varghese, theorem 3, with a
+    quantum of a row) and one batch."""
     rng = random.Random(0)
     queue, served = BatchQueue(8, 0.1, 10_000), dict.fromkeys("abc", 0)
     waiting = {name: [] for name in served}
@@ -228,7 +252,13 @@ def test_who_has_most_makes_room_for_who_has_less():
     for request in flood:
         assert queue.push(request) == []
     quiet = [QueuedRequest("b", None, 1, 0.0, 99.0, "quiet") for _ in range(6)]
-    assert [queue.push(request) for request in quiet[:5]] == [[flood[4]], [], [flood[3]], [], [flood[2]]]
+    assert [queue.push(request) for request in quiet[:5]] == [
+        [flood[4]],
+        [],
+        [flood[3]],
+        [],
+        [flood[2]],
+    ]
     assert queue.rows == 9
     with pytest.raises(OverloadedError, match="9 rows wait already, the limit is 10"):
         queue.push(QueuedRequest("a", None, 2, 0.0, 99.0, "flood"))
@@ -254,7 +284,8 @@ class Slow(nn.Module):
 @pytest.mark.parametrize("timeout_ms", [50, 100])
 @pytest.mark.full
 def test_a_caller_of_a_model_that_is_too_slow_hears_of_it_at_the_deadline(timeout_ms):
-    """An idle server and a model of 800 ms: a blocking predict returns long before the model does, again and again."""
+    """An idle server and a model of 800 ms: a blocking predict returns long before the model does,
+    again and again."""
     with serving(Slow(0.8), warmup_samples=0) as server:
         for _ in range(2):
             start_s = time.perf_counter()
@@ -270,8 +301,14 @@ def test_an_idle_server_that_holds_on_for_fuller_batches_keeps_deadlines():
 
 
 async def open_loop(server, rates, seconds, timeout_ms):
-    """Callers who come by the clock, whatever becomes of the others; answers in time by caller, and who came."""
-    rng, tasks, answered, came = random.Random(0), [], dict.fromkeys(rates, 0), dict.fromkeys(rates, 0)
+    """Callers who come by the clock, whatever becomes of the others; answers in time by caller, and
+    who came."""
+    rng, tasks, answered, came = (
+        random.Random(0),
+        [],
+        dict.fromkeys(rates, 0),
+        dict.fromkeys(rates, 0),
+    )
 
     async def ask(caller):
         with contextlib.suppress(OverloadedError, DeadlineExceededError):
@@ -295,11 +332,16 @@ async def open_loop(server, rates, seconds, timeout_ms):
 @pytest.mark.parametrize("load", [2, 10])
 @pytest.mark.parametrize("timeout_ms", [150, 1000, 5000])
 def test_a_real_server_keeps_its_goodput_and_a_quiet_caller_its_answers(timeout_ms, load):
-    """100 rows a second are what the model can do; a flood asks ``load`` times that, a quiet caller five a second."""
+    """100 rows a second are what the model can do; a flood asks ``load`` times that, a quiet caller
+    five a second."""
     with serving(Slow(0.04), num_workers=1, max_batch_size=4) as server:
         server.predict(row(0))
-        answered, came = asyncio.run(open_loop(server, {"flood": 100 * load, "quiet": 5}, 6, timeout_ms))
-    assert sum(answered.values()) >= 0.9 * 100 * 6 * 0.9, "nine tenths of a goodput that the clock's jitter lowers"
+        answered, came = asyncio.run(
+            open_loop(server, {"flood": 100 * load, "quiet": 5}, 6, timeout_ms)
+        )
+    assert sum(answered.values()) >= 0.9 * 100 * 6 * 0.9, (
+        "nine tenths of a goodput that the clock's jitter lowers"
+    )
     assert answered["quiet"] >= 0.95 * came["quiet"]
 
 
@@ -307,8 +349,9 @@ def test_a_real_server_keeps_its_goodput_and_a_quiet_caller_its_answers(timeout_
 
 
 def test_a_load_that_waited_until_it_cannot_end_in_time_is_not_begun():
-    """A load takes 100 ms, by a clock that only loads move. Who comes first is loaded, however short its time; who had
-    to wait is not, when too little is left; and after a while one tries again."""
+    """A load takes 100 ms, by a clock that only loads move. Who comes first is loaded, however
+    short its time; who had to wait is not, when too little is left; and after a while one tries
+    again."""
     now_s, loads = [0.0], []
 
     class Host(ModelHost):
@@ -325,7 +368,9 @@ def test_a_load_that_waited_until_it_cannot_end_in_time_is_not_begun():
     ask(0.0, 0.05)
     ask(now_s[0], now_s[0] + 0.05)
     ask(now_s[0] - 1, now_s[0] + 0.15)
-    with pytest.raises(OverloadedError, match="one usually takes 100 ms, the deadline leaves 50 ms"):
+    with pytest.raises(
+        OverloadedError, match="one usually takes 100 ms, the deadline leaves 50 ms"
+    ):
         ask(now_s[0] - 1, now_s[0] + 0.05)
     assert len(loads) == 3
     now_s[0] += 2
@@ -336,12 +381,15 @@ def test_a_load_that_waited_until_it_cannot_end_in_time_is_not_begun():
 
 @pytest.mark.slow
 def test_more_cold_loads_than_can_be_done_are_not_all_late(monkeypatch):
-    """Two loaders at 50 ms a load do 40 a second; 100 a second are asked, of versions that never stay in memory."""
+    """Two loaders at 50 ms a load do 40 a second; 100 a second are asked, of versions that never
+    stay in memory."""
     real = repository.load_engine
     monkeypatch.setattr(repository, "load_engine", lambda *args: (time.sleep(0.05), real(*args))[1])
     with serving(cache_size=1) as server:
         for version in range(8):
-            server.load_model(f"v{version}", nn.Linear(2, 1), output_type="regression", num_features=2)
+            server.load_model(
+                f"v{version}", nn.Linear(2, 1), output_type="regression", num_features=2
+            )
 
         async def main():
             answered, tasks = [], []

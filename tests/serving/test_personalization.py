@@ -29,14 +29,20 @@ LAYOUTS = ("head", "additive", "adapter")
 
 
 def published(folder, layout="head", count=CLIENTS):
-    """A registry with one version that answers raw values; the head of ``STALE`` was trained on another body."""
+    """A registry with one version that answers raw values; the head of ``STALE`` was trained on
+    another body."""
     torch.manual_seed(0)
     model, rng = models.build("mlp", {"sizes": SIZES}), np.random.default_rng(0)
     inputs = SIZES[2] if layout == "adapter" else SIZES[1]
     weights = rng.standard_normal((count, inputs + 1, SIZES[2]), np.float32)
     heads = HeadSet(layout, [f"client-{number}" for number in range(count)], weights)
     registry = Registry(folder)
-    options = {"architecture": "mlp", "parameters": {"sizes": SIZES}, "output_type": "regression", "alias": "default"}
+    options = {
+        "architecture": "mlp",
+        "parameters": {"sizes": SIZES},
+        "output_type": "regression",
+        "alias": "default",
+    }
     ours = registry.publish("m", model, heads=heads, **options)
     if count == CLIENTS:
         digests = [trained_on(layout, ours.digests)] * count
@@ -75,39 +81,58 @@ def stage(request, tmp_path_factory):
 
 @examples(80)
 @given(
-    asked=st.lists(st.tuples(st.integers(0, CLIENTS + 2), st.integers(0, 30)), min_size=1, max_size=30),
+    asked=st.lists(
+        st.tuples(st.integers(0, CLIENTS + 2), st.integers(0, 30)), min_size=1, max_size=30
+    ),
     cuts=st.sets(st.integers(1, 29)),
 )
 def test_every_row_gets_its_own_head_whatever_the_batch(stage, asked, cuts):
-    """Any clients in any order, repeated, unknown and stale ones among them, in any number of requests, in chunks."""
+    """Any clients in any order, repeated, unknown and stale ones among them, in any number of
+    requests, in chunks."""
     layout, model, weights, engine = stage
     rng = np.random.default_rng(7)
     pool = rng.standard_normal((31, SIZES[0]), np.float32)
     clients = [f"client-{number}" for number, _ in asked]
     rows = pool[[row for _, row in asked]]
     slots, found = engine.personal.choose(clients, len(rows))
-    words = {STALE: "stale"} | {f"client-{number}": "unknown" for number in range(CLIENTS, CLIENTS + 3)}
+    words = {STALE: "stale"} | {
+        f"client-{number}": "unknown" for number in range(CLIENTS, CLIENTS + 3)
+    }
     assert found == [words.get(client, "own") for client in clients]
     edges = [0, *sorted(cut for cut in cuts if cut < len(rows)), len(rows)]
     payloads = [(rows[a:b], slots[a:b]) for a, b in pairwise(edges)]
     predictions = engine.personal.execute(payloads)
     assert [p.stop - p.start for p in predictions] == [len(part) for part, _ in payloads]
     got = np.concatenate([p.arrays()["predictions"] for p in predictions])
-    expected = np.stack([oracle(layout, model, weights, *pair) for pair in zip(clients, rows, strict=True)])
+    expected = np.stack(
+        [oracle(layout, model, weights, *pair) for pair in zip(clients, rows, strict=True)]
+    )
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_client_has_all_rows(stage):
     engine = stage[3]
-    for client, word in (("client-1", "own"), (STALE, "stale"), ("nobody", "unknown"), ("", "unknown")):
+    for client, word in (
+        ("client-1", "own"),
+        (STALE, "stale"),
+        ("nobody", "unknown"),
+        ("", "unknown"),
+    ):
         slots, found = engine.personal.choose(client, 4)
-        assert found == word and slots.shape == (4,) and slots.dtype == np.int64 and len(set(slots.tolist())) == 1
+        assert (
+            found == word
+            and slots.shape == (4,)
+            and slots.dtype == np.int64
+            and len(set(slots.tolist())) == 1
+        )
 
 
 def test_the_neutral_head_is_the_global_model(stage):
     engine, rows = stage[3], np.random.default_rng(1).standard_normal((9, SIZES[0]), np.float32)
     own = engine.personal.execute([(rows, np.full(9, -1))])[0].arrays()["predictions"]
-    np.testing.assert_allclose(own, engine.execute([rows])[0].arrays()["predictions"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        own, engine.execute([rows])[0].arrays()["predictions"], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_callers_rows_are_not_changed(stage):
@@ -180,17 +205,27 @@ def test_a_damaged_head_fails_its_client_alone(tmp_path):
 def test_a_training_publishes_the_heads_that_its_clients_keep(tmp_path, strategy):
     with Registry(tmp_path) as registry:
         run = train(
-            strategy, num_clients=4, rounds=2, local_epochs=1, progress=False, on_round=publish_rounds(registry, "m")
+            strategy,
+            num_clients=4,
+            rounds=2,
+            local_epochs=1,
+            progress=False,
+            on_round=publish_rounds(registry, "m"),
         )
         for version, result in enumerate(run.rounds, 1):
             engine = load_engine(RegistrySource(registry, "m"), str(version), ServingConfig())
-            if strategy in ("fedavg", "local"):  # nobody differs from the global model, or in the body as well
+            if strategy in (
+                "fedavg",
+                "local",
+            ):  # nobody differs from the global model, or in the body as well
                 assert engine.personal is None and registry.manifest("m", version).heads is None
                 continue
             for client in run.clients:
                 slots, found = engine.personal.choose(client.id, len(client.test_x))
                 got = engine.personal.execute([(client.test_x, slots)])[0].arrays()["probabilities"]
                 with torch.no_grad():
-                    expected = torch.softmax(result.model(client.id)(engine.preprocessor(client.test_x)), 1)
+                    expected = torch.softmax(
+                        result.model(client.id)(engine.preprocessor(client.test_x)), 1
+                    )
                 assert found == "own"
                 np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)

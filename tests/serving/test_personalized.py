@@ -1,4 +1,5 @@
-"""Personal models through the one path: the right head for each row, stated fallbacks, one unit with the body."""
+"""Personal models through the one path: the right head for each row, stated fallbacks, one unit
+with the body."""
 
 import threading
 import tracemalloc
@@ -49,8 +50,14 @@ def test_each_client_is_answered_by_the_model_that_was_trained_with_it(trained, 
     rows = run.clients[0].test_x[:5]
     for client in run.clients:
         answer = server.predict(client.id, rows, arrays=True)
-        np.testing.assert_allclose(answer["probabilities"], by_hand(run, client.id, rows), atol=1e-5)
-        assert (answer["head"], answer["model_type"], answer["model_version"]) == ("own", "personal", "3")
+        np.testing.assert_allclose(
+            answer["probabilities"], by_hand(run, client.id, rows), atol=1e-5
+        )
+        assert (answer["head"], answer["model_type"], answer["model_version"]) == (
+            "own",
+            "personal",
+            "3",
+        )
 
 
 def test_rows_of_many_clients_share_a_batch_and_none_gets_anothers_head(trained, server):
@@ -60,9 +67,13 @@ def test_rows_of_many_clients_share_a_batch_and_none_gets_anothers_head(trained,
     answers = server.batch_predict(batch)
     for (client, row), answer in zip(batch[:-1], answers, strict=False):
         assert (answer["head"], answer["model_type"]) == ("own", "personal")
-        np.testing.assert_allclose(answer["probabilities"], by_hand(run, client, row[None]), atol=1e-5)
+        np.testing.assert_allclose(
+            answer["probabilities"], by_hand(run, client, row[None]), atol=1e-5
+        )
     assert (answers[-1]["head"], answers[-1]["model_type"]) == ("unknown", "global")
-    np.testing.assert_allclose(answers[-1]["probabilities"], by_hand(run, None, batch[-1][1][None]), atol=1e-5)
+    np.testing.assert_allclose(
+        answers[-1]["probabilities"], by_hand(run, None, batch[-1][1][None]), atol=1e-5
+    )
     mixed = server.predict([client for client, _ in batch], np.stack([row for _, row in batch]))
     assert mixed["model_type"] == "mixed" and mixed["head"] == ["own"] * 40 + ["unknown"]
 
@@ -78,7 +89,9 @@ def test_an_unknown_client_gets_the_global_answer_bit_for_bit(trained, server):
 def test_unknown_clients_can_be_refused_and_the_refusal_is_counted(trained):
     registry, run = trained
     row = run.clients[0].test_x[0]
-    with PersonalizedServer(ServingConfig(warmup_samples=1, unknown_client="refuse"), registry) as server:
+    with PersonalizedServer(
+        ServingConfig(warmup_samples=1, unknown_client="refuse"), registry
+    ) as server:
         with pytest.raises(NotFoundError, match="no personal head here for this client"):
             server.predict("nobody", row)
         with pytest.raises(NotFoundError, match="no personal head"):
@@ -95,7 +108,10 @@ def test_accuracy_of_every_version_is_measured_by_asking_it(trained, server):
         measured = table.loc[version]
         for name, value in trained_round.metrics.items():
             assert measured[name] == pytest.approx(value, abs=1e-9), (version, name)
-        assert trained_round.client_accuracy[measured["worst_client"]] == measured["worst_client_accuracy"]
+        assert (
+            trained_round.client_accuracy[measured["worst_client"]]
+            == measured["worst_client_accuracy"]
+        )
     with pytest.raises(NotFoundError, match="no model 'other'"):
         server.accuracy(run.clients, model="other")
     with pytest.raises(InvalidInputError, match="no clients"):
@@ -133,8 +149,13 @@ def test_batches_that_are_none_are_refused_and_counted(server, batch):
 
 def test_in_a_batch_of_arrays_each_client_gets_its_own_rows_only(trained, server):
     batch = [(client.id, client.test_x[0]) for client in trained[1].clients]
-    for lists, arrays in zip(server.batch_predict(batch), server.batch_predict(batch, arrays=True), strict=True):
-        assert all(arrays[name].tolist() == lists[name] for name in ("predictions", "confidences", "probabilities"))
+    for lists, arrays in zip(
+        server.batch_predict(batch), server.batch_predict(batch, arrays=True), strict=True
+    ):
+        assert all(
+            arrays[name].tolist() == lists[name]
+            for name in ("predictions", "confidences", "probabilities")
+        )
 
 
 def test_rows_of_the_personal_lane_count_as_the_engines(trained):
@@ -142,7 +163,11 @@ def test_rows_of_the_personal_lane_count_as_the_engines(trained):
         client = trained[1].clients[0]
         server.predict(client.id, client.test_x[:3]), server.predict("nobody", client.test_x[:2])
         stats = server.get_all_stats()
-        assert sum(engine["rows"] for engine in stats["engines"].values()) == stats["server"]["rows"] == 5
+        assert (
+            sum(engine["rows"] for engine in stats["engines"].values())
+            == stats["server"]["rows"]
+            == 5
+        )
 
 
 def test_cached_predictions_are_private_to_the_client(trained):
@@ -150,9 +175,13 @@ def test_cached_predictions_are_private_to_the_client(trained):
     config = ServingConfig(warmup_samples=1, prediction_cache_bytes=1 << 20)
     row = run.clients[0].test_x[0]
     with PersonalizedServer(config, registry) as server:
-        first = {client.id: server.predict(client.id, row)["probabilities"] for client in run.clients}
+        first = {
+            client.id: server.predict(client.id, row)["probabilities"] for client in run.clients
+        }
         server.predict("nobody", row), server.predict("somebody", row)
-        assert server.prediction_cache.stats()["hits"] == 0, "the same row, another client: nothing is shared"
+        assert server.prediction_cache.stats()["hits"] == 0, (
+            "the same row, another client: nothing is shared"
+        )
         for client in run.clients:
             assert server.predict(client.id, row)["probabilities"] == first[client.id]
         assert server.prediction_cache.stats()["hits"] == len(run.clients)
@@ -198,7 +227,8 @@ CLIENTS = ["a", "b"]
 
 
 def constant(registry, value, **options):
-    """Publish a version whose body says ``value`` and whose heads add 100 for a, 200 for b, nothing for all others."""
+    """Publish a version whose body says ``value`` and whose heads add 100 for a, 200 for b, nothing
+    for all others."""
     model = models.build("mlp", {"sizes": [1, 1, 1]})
     state = model.state_dict()
     for name in state:
@@ -214,7 +244,9 @@ def constant(registry, value, **options):
 def test_a_head_of_another_body_falls_back_and_the_answer_says_so(tmp_path):
     with Registry(tmp_path) as registry:
         old = constant(registry, 1.0)
-        constant(registry, 2.0, trained_on=[old.digests.body, registry.manifest("m", 1).digests.body])
+        constant(
+            registry, 2.0, trained_on=[old.digests.body, registry.manifest("m", 1).digests.body]
+        )
         with PersonalizedServer(WARM, registry) as server:
             for version, prediction, head in (("1", 101.0, "own"), ("2", 2.0, "stale")):
                 answer = server.predict("a", [0.0], version)
@@ -223,7 +255,8 @@ def test_a_head_of_another_body_falls_back_and_the_answer_says_so(tmp_path):
 
 
 def test_body_and_heads_change_together_under_load(tmp_path):
-    """0 answers that mix versions: whatever is read, the body's value and the head's sum belong to one version."""
+    """0 answers that mix versions: whatever is read, the body's value and the head's sum belong to
+    one version."""
     with Registry(tmp_path) as registry:
         for value in (1.0, 2.0, 3.0):
             constant(registry, value)
@@ -255,7 +288,11 @@ def series(server):
     from flserving.monitoring.prometheus import exposition
 
     lines = exposition(server)[0].decode().splitlines()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+        for line in lines
+        if not line.startswith("#")
+    }
 
 
 def test_metrics_tell_the_heads_found_and_the_worst_client_and_no_client_can_add_a_series(trained):
@@ -273,4 +310,7 @@ def test_metrics_tell_the_heads_found_and_the_worst_client_and_no_client_can_add
         for turn in range(10):
             server.predict([f"random-{turn}-{i}" for i in range(10_000)], rows, arrays=True)
         after = series(server)
-        assert after['flserving_head_rows_total{head="unknown"}'] == 100_001 and after.keys() == before.keys()
+        assert (
+            after['flserving_head_rows_total{head="unknown"}'] == 100_001
+            and after.keys() == before.keys()
+        )

@@ -1,4 +1,5 @@
-"""PredictionCache: bounded in bytes that are really there, no older than its age limit, each answer computed once."""
+"""PredictionCache: bounded in bytes that are really there, no older than its age limit, each answer
+computed once."""
 
 import contextlib
 import gc
@@ -56,7 +57,10 @@ def look_up(cache: PredictionCache[Any], key: Any, value: Any) -> Any | None:
     return None
 
 
-@given(room=st.integers(1, 6), trace=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2000)), max_size=80))
+@given(
+    room=st.integers(1, 6),
+    trace=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2000)), max_size=80),
+)
 def test_hits_what_cachetools_hits_within_the_byte_budget(room, trace):
     ours = Watched(room * OVERHEAD)
     oracle = cachetools.LRUCache(room * OVERHEAD, getsizeof=lambda value: value.nbytes + OVERHEAD)
@@ -118,7 +122,9 @@ def test_a_value_too_large_is_passed_on_but_not_kept_and_evicts_nothing():
     assert cache.begin("small")[0] is small and cache.begin("large")[2], "still a miss"
     assert cache.evictions == 0 and cache.nbytes == OVERHEAD
     look_up(cache, "fits", exactly := Value(OVERHEAD))
-    assert cache.begin("fits")[0] is exactly and cache.evictions == 1 and cache.nbytes == 2 * OVERHEAD
+    assert (
+        cache.begin("fits")[0] is exactly and cache.evictions == 1 and cache.nbytes == 2 * OVERHEAD
+    )
 
 
 def test_concurrent_misses_of_one_key_are_computed_once():
@@ -131,7 +137,9 @@ def test_concurrent_misses_of_one_key_are_computed_once():
         joined.release()
         if leads:
             for _ in range(16):
-                assert joined.acquire(timeout=SOON_S)  # everybody has asked before the answer is there
+                assert joined.acquire(
+                    timeout=SOON_S
+                )  # everybody has asked before the answer is there
             computed.append(Value())
             cache.finish("k", flight, computed[-1])
             return computed[-1]
@@ -196,7 +204,10 @@ def test_clear_forgets_entries_but_not_who_computes():
 
 def test_random_use_by_eight_threads_keeps_the_accounts():
     ticks = itertools.count()  # time passes with every look at the clock
-    cache, barrier = Watched(20 * OVERHEAD, ttl_s=30, clock=lambda: float(next(ticks))), threading.Barrier(8)
+    cache, barrier = (
+        Watched(20 * OVERHEAD, ttl_s=30, clock=lambda: float(next(ticks))),
+        threading.Barrier(8),
+    )
 
     def work(seed: int) -> int:
         rng, right = random.Random(seed), 0
@@ -233,7 +244,9 @@ def test_the_accounted_bytes_cover_the_real_ones_also_after_hits(entries, classe
     identity = "model" * 20 + "/preprocessing/policy"
 
     def answer(i: int) -> Outputs:
-        whole = Outputs(np.full(1, i), np.full(1, 0.5, np.float32), np.full((1, classes), 0.1, np.float32))
+        whole = Outputs(
+            np.full(1, i), np.full(1, 0.5, np.float32), np.full((1, classes), 0.1, np.float32)
+        )
         return whole.copy_rows(0, 1)
 
     look_up(cache, "warm", answer(0))
@@ -251,7 +264,9 @@ def test_the_accounted_bytes_cover_the_real_ones_also_after_hits(entries, classe
             cache.begin(key)[0].lists()  # what a hit does
         del key
         gc.collect()
-        real = tracemalloc.get_traced_memory()[0] - before - 8 * entries  # without this test's list of keys
+        real = (
+            tracemalloc.get_traced_memory()[0] - before - 8 * entries
+        )  # without this test's list of keys
     finally:
         tracemalloc.stop()
     accounted = entries * (OVERHEAD + answer(0).nbytes)
@@ -267,12 +282,18 @@ def test_a_kept_answer_cannot_be_changed_by_whom_it_was_given_to():
     first = kept.lists()
     first["predictions"][0] = "changed"
     first["probabilities"][0].append("changed")
-    assert kept.lists() == {"predictions": [1, 2], "confidences": [0.5, 0.5], "probabilities": [[0.5, 0.5]] * 2}
+    assert kept.lists() == {
+        "predictions": [1, 2],
+        "confidences": [0.5, 0.5],
+        "probabilities": [[0.5, 0.5]] * 2,
+    }
     with pytest.raises(ValueError, match="read-only"):
         kept.probabilities[0] = 1
 
 
-@pytest.mark.parametrize("wrong", [(0,), (-1,), (1.5,), (float("nan"),), ("1",), (1, -1), (1, float("nan")), (1, "1")])
+@pytest.mark.parametrize(
+    "wrong", [(0,), (-1,), (1.5,), (float("nan"),), ("1",), (1, -1), (1, float("nan")), (1, "1")]
+)
 def test_absurd_bounds_are_refused(wrong):
     with pytest.raises(ConfigError, match=r"(max_bytes|ttl_s) is .*: use an? (integer|number) in"):
         PredictionCache(*wrong)
@@ -299,7 +320,9 @@ def test_one_owners_flood_pushes_out_its_own_entries_only():
         keep(cache, ("quiet", i), "quiet")
     for i in range(5000):
         keep(cache, ("flood", 1000 + i), "flood")
-    assert all(cache.begin(("quiet", i))[0] is not None for i in range(20)), "within its share, nothing went"
+    assert all(cache.begin(("quiet", i))[0] is not None for i in range(20)), (
+        "within its share, nothing went"
+    )
     assert cache.nbytes == 100 * OVERHEAD, "and the flood has the rest"
 
 
@@ -312,7 +335,9 @@ def test_who_fills_his_share_to_the_last_byte_loses_nothing_to_who_has_more():
 
 @given(
     room=st.integers(1, 12),
-    trace=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 5000)), max_size=120),
+    trace=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 5000)), max_size=120
+    ),
 )
 def test_who_stays_within_his_share_loses_nothing_and_the_budget_holds(room, trace):
     cache, kept = Watched(room * OVERHEAD), {owner: {} for owner in range(4)}

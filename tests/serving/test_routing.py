@@ -1,4 +1,5 @@
-"""The routes: alone over a fake registry, and in a server over a real one that other processes change too."""
+"""The routes: alone over a fake registry, and in a server over a real one that other processes
+change too."""
 
 import asyncio
 import itertools
@@ -33,9 +34,16 @@ class FakeRegistry:
     """One model's versions and aliases, and what goes wrong with reading them."""
 
     def __init__(self, versions=2, **aliases):
-        self.numbers, self.moved, self.local_changes, self.token = list(range(1, versions + 1)), aliases, 0, 0
+        self.numbers, self.moved, self.local_changes, self.token = (
+            list(range(1, versions + 1)),
+            aliases,
+            0,
+            0,
+        )
         self.error, self.reads, self.running = None, 0, {}
-        self.after_token = lambda: None  # what happens once, between the answer to change_token and its reader
+        self.after_token = lambda: (
+            None
+        )  # what happens once, between the answer to change_token and its reader
 
     def change_token(self):
         if self.error:
@@ -134,7 +142,10 @@ def test_an_empty_router_knows_nothing(router):
 def test_versions_and_aliases_of_several_models(router, loads):
     for key in [("a", "v1"), ("a", "v2"), ("b", "v1"), ("a", "v2")]:
         router.add(key)
-    assert {name: one.versions for name, one in router.routes.models.items()} == {"a": ("v1", "v2"), "b": ("v1",)}
+    assert {name: one.versions for name, one in router.routes.models.items()} == {
+        "a": ("v1", "v2"),
+        "b": ("v1",),
+    }
     assert router.find("v2", None) == ("a", "v2"), "the first model answers who names none"
     assert router.find("v1", "b") == ("b", "v1")
     assert router.find(None, None) is None and not loads.loaded
@@ -152,7 +163,11 @@ def test_versions_and_aliases_of_several_models(router, loads):
 @pytest.mark.parametrize(
     ("version", "model", "message"),
     [
-        ("v9", None, "model 'a' has no version or alias 'v9': it has versions v1, v2, aliases default"),
+        (
+            "v9",
+            None,
+            "model 'a' has no version or alias 'v9': it has versions v1, v2, aliases default",
+        ),
         ("canary", "a", "no version or alias 'canary'"),
         (9, None, "no version or alias '9'"),
         (True, None, "no version or alias 'True'"),
@@ -196,7 +211,8 @@ def test_a_version_that_cannot_be_loaded_does_not_become_an_alias(router, loads)
 
 
 def test_readers_see_the_old_table_or_the_new_one(router):
-    """Four threads read while versions and aliases change: what a reader finds in one table is always consistent."""
+    """Four threads read while versions and aliases change: what a reader finds in one table is
+    always consistent."""
     router.add(("a", "v0"))
     router.set_alias(("a", "v0"))
     done = threading.Event()
@@ -264,7 +280,10 @@ def test_the_watcher_sees_changes_of_other_processes(router, quick):
     followed(router, digits=registry)
     for number in [2, 1, 2]:
         registry.change(here=False, default=number)
-        wait_until(lambda number=number: router.find(None, None) == ("digits", str(number)), "the watcher's look")
+        wait_until(
+            lambda number=number: router.find(None, None) == ("digits", str(number)),
+            "the watcher's look",
+        )
 
 
 def test_a_removed_alias_leads_nowhere(router, quiet):
@@ -280,7 +299,9 @@ def test_a_removed_alias_leads_nowhere(router, quiet):
     assert answer(router) == ("digits", "2")
 
 
-@pytest.mark.parametrize("error", [CorruptArtifactError("flipped byte"), RuntimeError("out of memory")])
+@pytest.mark.parametrize(
+    "error", [CorruptArtifactError("flipped byte"), RuntimeError("out of memory")]
+)
 def test_a_version_that_cannot_be_loaded_does_not_take_over(router, loads, quiet, error):
     registry = FakeRegistry(3, default=1)
     followed(router, digits=registry)
@@ -306,7 +327,9 @@ def test_a_version_that_cannot_be_loaded_does_not_take_over(router, loads, quiet
 def test_a_first_default_that_cannot_be_loaded_is_told_to_whoever_asks_for_it(router, loads, quiet):
     loads.broken[("digits", "1")] = CorruptArtifactError("flipped byte")
     followed(router, digits=FakeRegistry(1, default=1))
-    with pytest.raises(NotFoundError, match=r"'default' \(version 1 does not answer: flipped byte\): it has"):
+    with pytest.raises(
+        NotFoundError, match=r"'default' \(version 1 does not answer: flipped byte\): it has"
+    ):
         answer(router)
 
 
@@ -333,7 +356,8 @@ def test_a_problem_ends_with_the_next_good_version(router, loads, quiet):
 
 
 def test_a_change_during_a_look_is_not_taken_for_one_that_was_seen(router, quiet):
-    """An alias moves after the registry was asked for its token, before its models are gone through."""
+    """An alias moves after the registry was asked for its token, before its models are gone
+    through."""
     registry = FakeRegistry(2, default=1)
     router.follow_all(registry, lambda name: router.follow(registry, name))
     router.refresh()
@@ -343,9 +367,11 @@ def test_a_change_during_a_look_is_not_taken_for_one_that_was_seen(router, quiet
 
 
 def test_a_look_between_two_steps_of_a_reader_does_not_hide_the_change(router, quiet):
-    """A reader looks up what is followed, then the routes; another thread's look comes just before, and replaces both.
+    """A reader looks up what is followed, then the routes; another thread's look comes just before,
+    and replaces both.
 
-    The other order of the reader finds the old routes, and that nothing has changed since the registry was read.
+    The other order of the reader finds the old routes, and that nothing has changed since the
+    registry was read.
     """
     registry = FakeRegistry(2, default=1)
     followed(router, digits=registry)
@@ -373,7 +399,9 @@ def test_a_registry_that_cannot_be_read_leaves_its_routes_and_the_others(router,
     with pytest.raises(NotFoundError):
         answer(router, "7", "broken")
     sound.change(here=False, default=1)
-    wait_until(lambda: router.routes.of("sound").aliases["default"] == "1", "the watcher, which goes on")
+    wait_until(
+        lambda: router.routes.of("sound").aliases["default"] == "1", "the watcher, which goes on"
+    )
     broken.error = None
     broken.change(default=2)
     assert answer(router, None, "broken") == ("broken", "2")
@@ -470,20 +498,27 @@ def published(registry):
     """Version k answers label k; the default is version 1."""
     for label in (1, 2, 3):
         registry.publish(
-            "digits", constant(label), architecture="tutorial_mlp", alias="default" if label == 1 else None
+            "digits",
+            constant(label),
+            architecture="tutorial_mlp",
+            alias="default" if label == 1 else None,
         )
     return registry
 
 
 @pytest.fixture
 def server(published):
-    with ModelServer(ServingConfig(warmup_samples=1, timeout_ms=PATIENCE_S * 1e3), published) as server:
+    with ModelServer(
+        ServingConfig(warmup_samples=1, timeout_ms=PATIENCE_S * 1e3), published
+    ) as server:
         yield server
 
 
 def said(server, version=None):
     answer = server.predict(X, version)
-    assert answer["predictions"] == [int(answer["model_version"])], "the version in the answer is the one that answered"
+    assert answer["predictions"] == [int(answer["model_version"])], (
+        "the version in the answer is the one that answered"
+    )
     return answer["predictions"][0]
 
 
@@ -500,24 +535,40 @@ def test_a_promotion_is_seen_by_the_next_request(server, published, quiet):
     published.rollback("digits", who="test", why="test")
     assert said(server) == 1
     published.publish("digits", constant(4), architecture="tutorial_mlp", alias="canary")
-    assert (said(server), said(server, "canary"), said(server, 4), said(server, "2")) == (1, 4, 4, 2)
+    assert (said(server), said(server, "canary"), said(server, 4), said(server, "2")) == (
+        1,
+        4,
+        4,
+        2,
+    )
     published.remove_alias("digits", "canary", who="test", why="test")
-    for ask in (lambda: server.predict(X, "canary"), lambda: asyncio.run(server.apredict(X, "canary"))):
+    for ask in (
+        lambda: server.predict(X, "canary"),
+        lambda: asyncio.run(server.apredict(X, "canary")),
+    ):
         with pytest.raises(NotFoundError, match=r"'canary'.*aliases default"):
             ask()
 
 
 def test_a_promotion_by_another_process_is_seen_by_the_watcher(server, published):
-    """Another Registry object on the same folder stands for the process: nothing of it tells the server's own."""
+    """Another Registry object on the same folder stands for the process: nothing of it tells the
+    server's own."""
     with Registry(published.root) as elsewhere:
-        elsewhere.publish("digits", constant(4), architecture="tutorial_mlp", alias="default", who="elsewhere")
+        elsewhere.publish(
+            "digits", constant(4), architecture="tutorial_mlp", alias="default", who="elsewhere"
+        )
     wait_until(lambda: said(server) == 4, "the watcher's look")
-    assert server.health_check()["models"]["digits"] == {"versions": ["1", "2", "3", "4"], "aliases": {"default": "4"}}
+    assert server.health_check()["models"]["digits"] == {
+        "versions": ["1", "2", "3", "4"],
+        "aliases": {"default": "4"},
+    }
 
 
 def test_promotions_never_give_a_stale_answer(published, quiet):
     """With the prediction cache on, from a thread and from a loop."""
-    config = ServingConfig(warmup_samples=0, prediction_cache_bytes=1 << 20, timeout_ms=PATIENCE_S * 1e3)
+    config = ServingConfig(
+        warmup_samples=0, prediction_cache_bytes=1 << 20, timeout_ms=PATIENCE_S * 1e3
+    )
     with ModelServer(config, published) as server, asyncio.Runner() as runner:
 
         async def ask():
@@ -528,7 +579,9 @@ def test_promotions_never_give_a_stale_answer(published, quiet):
             answer = server.predict(X) if promotion % 2 else runner.run(ask())
             assert (answer["predictions"], answer["model_version"]) == ([label], str(label))
         cache = server.get_all_stats()["prediction_cache"]
-        assert cache["hits"] == 147 and cache["misses"] == 3, "an old version's answers are still known"
+        assert cache["hits"] == 147 and cache["misses"] == 3, (
+            "an old version's answers are still known"
+        )
 
 
 @pytest.fixture
@@ -540,7 +593,9 @@ def busy_switching():
     sys.setswitchinterval(usual_s)
 
 
-def test_alias_moves_under_sixteen_threads_answer_with_exactly_one_of_the_versions(server, published, busy_switching):
+def test_alias_moves_under_sixteen_threads_answer_with_exactly_one_of_the_versions(
+    server, published, busy_switching
+):
     swapped, counts = threading.Event(), dict.fromkeys((1, 2), 0)
 
     def thread():
@@ -611,9 +666,13 @@ def test_a_registry_that_is_gone_leaves_what_was_served(server, published, quick
 
 def test_local_models_live_beside_a_registry(server, published):
     server.load_model("v1", Constant(7), output_type="regression", num_features=2)
-    published.publish("digits", constant(4), architecture="tutorial_mlp")  # a change that the next request looks at
+    published.publish(
+        "digits", constant(4), architecture="tutorial_mlp"
+    )  # a change that the next request looks at
     server.load_model("v2", Constant(8), output_type="regression", num_features=2)
-    assert server.predict(row(0), model="local")["predictions"] == [7.0], "the default moves by set_default only"
+    assert server.predict(row(0), model="local")["predictions"] == [7.0], (
+        "the default moves by set_default only"
+    )
     server.set_default("v2", "local")
     assert server.predict(row(0), model="local")["predictions"] == [8.0]
     assert said(server) == 1, "the first model still answers who names none"
@@ -633,13 +692,20 @@ def test_names_are_served_once_and_a_refused_one_leaves_nothing(server, publishe
         server.serve(other, "later")
         with pytest.raises(ConflictError, match="'later' is served already"):
             server.serve(published, "later")
-        assert server.predict(X, model="later")["predictions"] == [5], "from the registry that has it"
+        assert server.predict(X, model="later")["predictions"] == [5], (
+            "from the registry that has it"
+        )
 
 
 def test_a_server_of_all_models_of_a_registry(published):
     published.publish("extra", constant(9), architecture="tutorial_mlp", alias="default")
-    with ModelServer(registry=published) as both, ModelServer(registry=published, model="extra") as one:
-        assert both.predict(X)["predictions"] == [1] and both.predict(X, model="extra")["predictions"] == [9]
+    with (
+        ModelServer(registry=published) as both,
+        ModelServer(registry=published, model="extra") as one,
+    ):
+        assert both.predict(X)["predictions"] == [1] and both.predict(X, model="extra")[
+            "predictions"
+        ] == [9]
         assert one.predict(X)["predictions"] == [9]
         with pytest.raises(NotFoundError, match="no model 'digits': served are extra"):
             one.predict(X, model="digits")
@@ -649,7 +715,9 @@ def test_a_model_without_a_default_is_not_ready(registry):
     registry.publish("digits", constant(1), architecture="tutorial_mlp")
     with ModelServer(registry=registry) as server:
         assert server.health_check()["status"] == "unavailable"
-        with pytest.raises(NotFoundError, match="no version or alias 'default': it has versions 1, aliases none"):
+        with pytest.raises(
+            NotFoundError, match="no version or alias 'default': it has versions 1, aliases none"
+        ):
             server.predict(X)
         assert said(server, 1) == 1
         move(registry, 1)
@@ -661,7 +729,8 @@ def publish(registry, name, label, alias="default"):
 
 
 def test_readiness_and_the_default_model_do_not_depend_on_the_alphabet(published, quiet):
-    """A draft that sorts first keeps nobody waiting; who was promoted first stays the default, also after a restart."""
+    """A draft that sorts first keeps nobody waiting; who was promoted first stays the default, also
+    after a restart."""
     publish(published, "aaa-draft", 5, alias=None)
     for promoted_later in (False, True):
         if promoted_later:
@@ -684,7 +753,9 @@ def test_the_first_model_that_is_promoted_becomes_the_default(registry, quiet):
         server.refresh()
         registry.remove_alias("b", "default", who="test", why="test")
         server.refresh()
-        assert server.health_check()["default_model"] == "b", "who names no model never gets another one in silence"
+        assert server.health_check()["default_model"] == "b", (
+            "who names no model never gets another one in silence"
+        )
         assert not server.ready
 
 
@@ -697,7 +768,9 @@ def test_a_default_model_that_cannot_be_loaded_is_not_replaced_by_another_one(pu
 
 def test_a_model_published_under_a_new_name_is_served_by_itself(server, published, quick):
     publish(published, "aaa", 5)
-    assert server.predict(X, model="aaa")["predictions"] == [5], "this process's own change, at the next request"
+    assert server.predict(X, model="aaa")["predictions"] == [5], (
+        "this process's own change, at the next request"
+    )
     with Registry(published.root) as elsewhere:
         publish(elsewhere, "bbb", 6)
     wait_until(lambda: "bbb" in server.health_check()["models"], "the watcher's look")
@@ -705,7 +778,9 @@ def test_a_model_published_under_a_new_name_is_served_by_itself(server, publishe
     assert said(server) == 1, "a new model never becomes the default one"
 
 
-def test_a_server_of_one_model_serves_another_one_when_it_is_loaded_and_not_before(published, quiet):
+def test_a_server_of_one_model_serves_another_one_when_it_is_loaded_and_not_before(
+    published, quiet
+):
     with ModelServer(registry=published, model="digits") as server:
         publish(published, "extra", 5)
         server.refresh()
@@ -761,7 +836,9 @@ def test_new_models_are_followed_a_few_at_a_time_and_up_to_a_limit(router, quiet
     registry.names += broken + [f"m-{number:02}" for number in range(60)]
     registry.change(here=False)
     router.refresh()
-    assert len(router.problems) - 1 == 16, "others wait for a look: it does not take everything at once"
+    assert len(router.problems) - 1 == 16, (
+        "others wait for a look: it does not take everything at once"
+    )
     for _ in range(5):
         router.refresh()
     assert len(router.routes.models) == 40, "what cannot be served keeps nobody out"
@@ -859,7 +936,10 @@ def test_a_model_whose_default_cannot_be_loaded_stays_out_of_service():
     with pytest.raises(ModelUnloadedError):
         router.require(None, "m")
     router._preload = lambda key: None
-    registry.token, registry.moved = 1, {"default": 2}  # what happened meanwhile is seen before it answers
+    registry.token, registry.moved = (
+        1,
+        {"default": 2},
+    )  # what happened meanwhile is seen before it answers
     router.restore("m")
     assert router.require(None, "m") == ("m", "2")
     router.close()
@@ -867,7 +947,10 @@ def test_a_model_whose_default_cannot_be_loaded_stays_out_of_service():
 
 @pytest.mark.parametrize("act", ["unload", "reload"])
 def test_only_a_model_that_is_served_can_be_taken_out_of_service(act):
-    with serving(Constant(1)) as server, pytest.raises(NotFoundError, match="no model 'x': served are local"):
+    with (
+        serving(Constant(1)) as server,
+        pytest.raises(NotFoundError, match="no model 'x': served are local"),
+    ):
         getattr(server, act)("x")
 
 
@@ -877,13 +960,16 @@ def test_only_a_model_that_is_served_can_be_taken_out_of_service(act):
 def test_a_signature_is_known_without_loading_the_model(tmp_path):
     config = ServingConfig(cache_size=1)
     with Registry(tmp_path) as registry, ModelServer(config) as server:
-        registry.publish("digits", models.build("digits_mlp"), architecture="digits_mlp", alias="default")
+        registry.publish(
+            "digits", models.build("digits_mlp"), architecture="digits_mlp", alias="default"
+        )
         server.serve(registry, "digits")
         server.load_model("wide", torch.nn.Linear(7, 3))
         server.load_model("value", torch.nn.Linear(5, 1), output_type="regression")
         loads = server.model_cache.loads
         seen = [
-            server.signature(server.resolve(v, m)) for v, m in ((None, "digits"), ("wide", "local"), ("value", "local"))
+            server.signature(server.resolve(v, m))
+            for v, m in ((None, "digits"), ("wide", "local"), ("value", "local"))
         ]
         assert [(s.input_shape, s.output_shape, s.output_type) for s in seen] == [
             ((64,), (10,), "classification"),
@@ -901,7 +987,9 @@ def test_a_signature_is_known_without_loading_the_model(tmp_path):
 AB = Experiment.of("ab", {"a": (1, 0.5), "b": (2, 0.5)}, shadow=3)
 
 
-def test_an_alias_in_an_experiment_is_a_crossroads_and_still_leads_where_it_led(router, loads, quiet):
+def test_an_alias_in_an_experiment_is_a_crossroads_and_still_leads_where_it_led(
+    router, loads, quiet
+):
     registry = FakeRegistry(3, default=1, beside=2)
     followed(router, m=registry)
     loads.loaded.clear()
@@ -910,9 +998,13 @@ def test_an_alias_in_an_experiment_is_a_crossroads_and_still_leads_where_it_led(
     router.refresh()
     split = router.find(None, "m")
     assert (
-        isinstance(split, TrafficSplit) and split == ("m", "1") and (split.alias, split.experiment) == ("default", AB)
+        isinstance(split, TrafficSplit)
+        and split == ("m", "1")
+        and (split.alias, split.experiment) == ("default", AB)
     )
-    assert loads.loaded == [("m", "1"), ("m", "2"), ("m", "3")], "every version is warm before the first request"
+    assert loads.loaded == [("m", "1"), ("m", "2"), ("m", "3")], (
+        "every version is warm before the first request"
+    )
     for ref in ("beside", "1"):
         assert type(router.find(ref, "m")) is tuple
     router.withdraw("m")
@@ -935,7 +1027,9 @@ def test_other_models_keep_their_experiments_when_one_changes(router, quiet):
     assert router.find(None, "one").experiment is AB and type(router.find(None, "two")) is tuple
 
 
-def test_an_experiment_with_a_version_that_does_not_load_leaves_the_one_before(router, loads, quiet):
+def test_an_experiment_with_a_version_that_does_not_load_leaves_the_one_before(
+    router, loads, quiet
+):
     registry = FakeRegistry(3, default=1)
     registry.running = {"default": AB}
     followed(router, m=registry)

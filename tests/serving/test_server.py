@@ -1,4 +1,5 @@
-"""The server as a whole under threads and event loops: right answers, swaps, bounds, deadlines, and a clean end."""
+"""The server as a whole under threads and event loops: right answers, swaps, bounds, deadlines, and
+a clean end."""
 
 import asyncio
 import gc
@@ -104,7 +105,11 @@ def test_the_four_ways_to_ask_give_one_answer(serve):
         async def together():
             return await asyncio.gather(*map(server.apredict, requests))
 
-        ways = [list(map(server.predict, requests)), asyncio.run(together()), server.batch_predict(requests)]
+        ways = [
+            list(map(server.predict, requests)),
+            asyncio.run(together()),
+            server.batch_predict(requests),
+        ]
         ways += [server.engines["v1.0"].batch_predict(requests)]
         for answers in ways:
             start = 0
@@ -119,7 +124,8 @@ def test_the_four_ways_to_ask_give_one_answer(serve):
 
 
 def crowd(server, requests, *, threads=4, loops=2):
-    """Send every request once, from threads and tasks in random order; returns the answers in the requests' order."""
+    """Send every request once, from threads and tasks in random order; returns the answers in the
+    requests' order."""
     order = random.Random(1).sample(range(len(requests)), len(requests))
     answers = [None] * len(requests)
     shares = [order[i :: threads + loops] for i in range(threads + loops)]
@@ -155,7 +161,8 @@ def random_requests(x, seed=0):
 
 
 def test_ten_thousand_rows_are_never_swapped(serve):
-    """Every row carries its own number through an identity model: an answer to another caller cannot go unnoticed."""
+    """Every row carries its own number through an identity model: an answer to another caller
+    cannot go unnoticed."""
     server = serve(Tagged())
     x = np.arange(20_000, dtype=np.float32).reshape(10_000, 2)
     requests = random_requests(x)
@@ -173,7 +180,9 @@ def test_ten_thousand_rows_batched_equal_unbatched(serve):
     module = models.build("tutorial_mlp")
     x = np.random.default_rng(1).standard_normal((10_000, 32), dtype=np.float32)
     with torch.inference_mode():
-        alone = np.concatenate([torch.softmax(module(torch.from_numpy(each)), 1) for each in x[:, None]])
+        alone = np.concatenate(
+            [torch.softmax(module(torch.from_numpy(each)), 1) for each in x[:, None]]
+        )
     with create_serving_pipeline(module) as server:
         requests = random_requests(x, seed=2)
         answers = crowd(server, requests)
@@ -212,7 +221,9 @@ def test_one_poisonous_row_in_a_batch_of_32_fails_alone(serve, how, door):
         callers.results()
     poisoned = outcomes.pop(11)
     assert isinstance(poisoned, ModelExecutionError), poisoned
-    assert [answer["predictions"] for answer in outcomes] == [[[first, first]] for first in firsts if first != POISON]
+    assert [answer["predictions"] for answer in outcomes] == [
+        [[first, first]] for first in firsts if first != POISON
+    ]
     assert probe.batches[:2] == [1, 32], "they were one batch"
     counts = server.get_all_stats()["server"]
     assert counts["failed_by_reason"] == {"ModelExecution": 1} and counts["succeeded"] == 32
@@ -234,7 +245,9 @@ def test_ctrl_c_in_a_prediction_is_the_callers_and_the_server_goes_on(serve):
 
 def test_ten_times_overload_is_refused_at_once_and_the_admitted_keep_their_deadline(serve):
     probe = Probe()
-    server = serve(Gated(probe), num_workers=1, max_batch_size=4, max_queue_rows=16, timeout_ms=10_000)
+    server = serve(
+        Gated(probe), num_workers=1, max_batch_size=4, max_queue_rows=16, timeout_ms=10_000
+    )
     probe.shut()
     admitted = Threads()
     admitted.start(server.predict, row(0))
@@ -280,7 +293,9 @@ def test_a_storm_of_coroutines_is_answered_or_refused(serve):
         await asyncio.gather(*map(caller, range(160)))
 
     asyncio.run(storm())
-    assert len(outcomes) == 1600 and outcomes.count("answered") >= 16 and outcomes.count("refused") > 0
+    assert (
+        len(outcomes) == 1600 and outcomes.count("answered") >= 16 and outcomes.count("refused") > 0
+    )
     counts = server.get_all_stats()["server"]
     assert counts["succeeded"] == outcomes.count("answered")
     assert counts["failed_by_reason"] == {"Overloaded": outcomes.count("refused")}
@@ -305,7 +320,9 @@ def test_an_expired_request_never_reaches_the_model(serve, door):
     began_s = time.perf_counter()
     with pytest.raises(DeadlineExceededError, match="timeout_ms"):
         ask(60)
-    assert 0.06 <= time.perf_counter() - began_s < PATIENCE_S / 2, "at its deadline, while the model still runs"
+    assert 0.06 <= time.perf_counter() - began_s < PATIENCE_S / 2, (
+        "at its deadline, while the model still runs"
+    )
     with pytest.raises(DeadlineExceededError):
         ask(1e-6)
     probe.release()
@@ -363,7 +380,8 @@ def test_a_cancelled_coroutine_never_reaches_the_model_and_gives_its_pin_back(se
 
 @pytest.fixture
 def cold(serve, gated_loads):
-    """A server whose version "cold" is known but not in memory, with room for one model; loads are gated."""
+    """A server whose version "cold" is known but not in memory, with room for one model; loads are
+    gated."""
     server = serve(Tagged(), "warm", cache_size=1)
     server.load_model("cold", Constant(7), output_type="regression", num_features=2)
     server.predict(row(0), "warm")
@@ -399,7 +417,9 @@ def test_a_coroutine_that_waits_for_a_load_is_told_its_deadline(cold, gated_load
 
     assert asyncio.run(main())["predictions"] == [7.0]
     assert gated_loads.seen == ["cold"], "the load went on for those who came later"
-    assert cold.health_check()["status"] == "healthy", "a short deadline says nothing of the version"
+    assert cold.health_check()["status"] == "healthy", (
+        "a short deadline says nothing of the version"
+    )
     assert_nothing_left(cold)
 
 
@@ -426,7 +446,8 @@ def test_who_leaves_while_a_version_loads_leaves_no_pin(cold, gated_loads, end):
 
 
 def test_a_load_that_nobody_waits_for_any_more_does_not_start(cold, gated_loads):
-    """Two loader threads are busy; the third load is still in the line when its caller is cancelled."""
+    """Two loader threads are busy; the third load is still in the line when its caller is
+    cancelled."""
     cold.model_cache.max_size = 2  # a load has its room before it begins
     for version in "ab":
         cold._store.add(version, Constant(1), *_transforms(cold))
@@ -434,7 +455,9 @@ def test_a_load_that_nobody_waits_for_any_more_does_not_start(cold, gated_loads)
     gated_loads.shut()
 
     async def main():
-        calls = [asyncio.create_task(cold.apredict(row(0), version)) for version in ("a", "b", "cold")]
+        calls = [
+            asyncio.create_task(cold.apredict(row(0), version)) for version in ("a", "b", "cold")
+        ]
         await asyncio.to_thread(gated_loads.wait_inside, 2)
         calls[2].cancel()
         await asyncio.wait([calls[2]])
@@ -461,11 +484,16 @@ def test_a_failed_load_says_why_and_recovers(cold, gated_loads, monkeypatch):
         return parts(version)
 
     monkeypatch.setattr(cold._store, "parts", torn)
-    for ask in (lambda: cold.predict(row(0), "cold"), lambda: asyncio.run(cold.apredict(row(0), "cold"))):
+    for ask in (
+        lambda: cold.predict(row(0), "cold"),
+        lambda: asyncio.run(cold.apredict(row(0), "cold")),
+    ):
         with pytest.raises(CorruptArtifactError, match="'cold'"):
             ask()
     health = cold.health_check()
-    assert (health["status"], health["ready"]) == ("degraded", True) and "cold" in health["problems"]["local/cold"]
+    assert (health["status"], health["ready"]) == ("degraded", True) and "cold" in health[
+        "problems"
+    ]["local/cold"]
     assert cold.predict(row(4))["predictions"] == [[4, 4]], "what served before serves on"
     with pytest.raises(CorruptArtifactError):
         cold.set_default("cold")
@@ -522,7 +550,8 @@ def test_hot_swaps_under_sixteen_threads_answer_with_exactly_one_of_the_two(serv
 
 @pytest.mark.parametrize("cache_size", [1, 5])
 def test_more_versions_than_memory_all_answer_right(serve, cache_size):
-    """20 versions, 5 in memory, threads and tasks at once: no deadlock, no wrong answer, never more than 5."""
+    """20 versions, 5 in memory, threads and tasks at once: no deadlock, no wrong answer, never more
+    than 5."""
     server = serve(cache_size=cache_size, num_workers=2)
     for value in range(20):
         server.load_model(f"v{value}", Constant(value), output_type="regression", num_features=2)
@@ -601,7 +630,13 @@ def test_many_threads_may_load_models_at_once(serve):
     server = serve(cache_size=3)
     callers = Threads()
     for value in range(12):
-        callers.start(server.load_model, f"v{value}", Constant(value), output_type="regression", num_features=2)
+        callers.start(
+            server.load_model,
+            f"v{value}",
+            Constant(value),
+            output_type="regression",
+            num_features=2,
+        )
     callers.results()
     for value in range(12):
         assert server.predict(row(0), f"v{value}")["predictions"] == [value]
@@ -610,7 +645,9 @@ def test_many_threads_may_load_models_at_once(serve):
 
 def test_a_version_never_changes(serve):
     server = serve(Constant(1))
-    server.load_model("v1.0", Constant(1), output_type="regression", num_features=2)  # the same again is fine
+    server.load_model(
+        "v1.0", Constant(1), output_type="regression", num_features=2
+    )  # the same again is fine
     with pytest.raises(ConflictError, match=r"'v1\.0'"):
         server.load_model("v1.0", Constant(2), output_type="regression", num_features=2)
     assert server.predict(row(0))["predictions"] == [1.0]
@@ -619,7 +656,11 @@ def test_a_version_never_changes(serve):
 def test_engines_are_those_in_memory_and_load_what_is_looked_up(serve):
     server = serve(Constant(1), "a", cache_size=1)
     server.load_model("b", Constant(2), output_type="regression", num_features=2)
-    assert list(server.engines) == ["b"] and server.engines["a"].version == "a" and list(server.engines) == ["a"]
+    assert (
+        list(server.engines) == ["b"]
+        and server.engines["a"].version == "a"
+        and list(server.engines) == ["a"]
+    )
     with pytest.raises(NotFoundError, match=r"'c'.*a, b"):
         server.engines["c"]
 
@@ -632,7 +673,9 @@ def test_a_lease_keeps_its_model_in_memory(serve):
         assert engine.version == "a"
         with pytest.raises(OverloadedError, match="cache_size"):
             server.predict(row(0), "b", timeout_ms=50)
-        assert server.health_check()["status"] == "healthy", "want of room is not the version's fault"
+        assert server.health_check()["status"] == "healthy", (
+            "want of room is not the version's fault"
+        )
         assert server.predict(row(0), "a")["predictions"] == [1.0]
     assert server.predict(row(0), "b")["predictions"] == [2.0]
     assert_nothing_left(server)
@@ -654,7 +697,9 @@ def public_calls(server):
         "handle": lambda: server.handle(Request(row(0))),
         "ahandle": lambda: asyncio.run(server.ahandle(Request(row(0)))),
         "batch_predict": lambda: server.batch_predict([row(0)]),
-        "load_model": lambda: server.load_model("v2", Tagged(), output_type="regression", num_features=2),
+        "load_model": lambda: server.load_model(
+            "v2", Tagged(), output_type="regression", num_features=2
+        ),
         "serve": lambda: server.serve(None, "digits"),
         "serve_all": lambda: server.serve_all(None),
         "set_default": lambda: server.set_default("v1.0"),
@@ -680,10 +725,17 @@ def test_a_closed_server_says_so_in_every_method(serve):
     health = server.health_check()
     assert (health["status"], health["ready"], health["in_memory"]) == ("unavailable", False, [])
     assert server.get_all_stats()["server"]["failed_by_reason"] == {"ServerClosed": 6}
-    public = {name for name in dir(server) if not name.startswith("_") and callable(getattr(ModelServer, name, None))}
-    assert public - public_calls(server).keys() == {"cache_key", "close", "get_all_stats", "health_check"}, (
-        "a new method: try it here"
-    )
+    public = {
+        name
+        for name in dir(server)
+        if not name.startswith("_") and callable(getattr(ModelServer, name, None))
+    }
+    assert public - public_calls(server).keys() == {
+        "cache_key",
+        "close",
+        "get_all_stats",
+        "health_check",
+    }, "a new method: try it here"
 
 
 def test_close_is_idempotent(serve):
@@ -745,7 +797,8 @@ def test_who_waits_for_a_load_when_the_server_closes_is_told_so(cold, gated_load
 
 @pytest.mark.parametrize("version", ["cold", "unknown"])
 def test_a_coroutine_that_meets_the_close_half_way_is_told_so(cold, monkeypatch, version):
-    """It was let in, the server closes, and then it asks the loader threads: no error of an executor escapes."""
+    """It was let in, the server closes, and then it asks the loader threads: no error of an
+    executor escapes."""
     submit = cold._loaders.submit
     monkeypatch.setattr(cold._loaders, "submit", lambda *call: (cold.close(), submit(*call)))
     with pytest.raises(ServerClosedError):
@@ -820,7 +873,8 @@ def test_memory_is_flat_over_many_requests(serve):
 @pytest.mark.parametrize("way", ["inline", "queued", "on the loop", "on a worker"])
 @pytest.mark.full
 def test_an_error_keeps_no_model_in_memory(way, cached):
-    """Nobody collects garbage here: an error in a circle with the frames of its traceback would hold the model."""
+    """Nobody collects garbage here: an error in a circle with the frames of its traceback would
+    hold the model."""
     probe, callers = Probe(), Threads()
 
     def ask(server):
@@ -829,12 +883,16 @@ def test_an_error_keeps_no_model_in_memory(way, cached):
 
     async def aask(server):
         calls = (server.apredict(row(POISON)) for _ in range(2))
-        assert {type(each) for each in await asyncio.gather(*calls, return_exceptions=True)} == {ModelExecutionError}
+        assert {type(each) for each in await asyncio.gather(*calls, return_exceptions=True)} == {
+            ModelExecutionError
+        }
 
     gc.collect()
     gc.disable()
     try:
-        with serving(Poison(probe, "raise"), cache_size=1, num_workers=1, prediction_cache_bytes=cached) as server:
+        with serving(
+            Poison(probe, "raise"), cache_size=1, num_workers=1, prediction_cache_bytes=cached
+        ) as server:
             if way == "inline":
                 ask(server)
             elif way == "queued":

@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from flserving import ModelCache, ModelServer, PredictionCache, ServingConfig
-from flserving.errors import DeadlineExceededError, ModelExecutionError, OverloadedError, ServerClosedError
+from flserving.errors import (
+    DeadlineExceededError,
+    ModelExecutionError,
+    OverloadedError,
+    ServerClosedError,
+)
 from flserving.serving.cache import Lease
 from serving_models import (
     POISON,
@@ -36,7 +41,9 @@ def serve():
     made = []
 
     def make(*args, **kwargs):
-        made.append(serving(*args, **{"prediction_cache_bytes": 1 << 20, "warmup_samples": 0, **kwargs}))
+        made.append(
+            serving(*args, **{"prediction_cache_bytes": 1 << 20, "warmup_samples": 0, **kwargs})
+        )
         return made[-1]
 
     yield make
@@ -70,24 +77,38 @@ def test_a_hit_equals_what_was_computed():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     x = np.random.default_rng(0).standard_normal((20, 8), dtype=np.float32)
-    with ModelServer() as plain, ModelServer(ServingConfig(prediction_cache_bytes=1 << 20)) as caching:
+    with (
+        ModelServer() as plain,
+        ModelServer(ServingConfig(prediction_cache_bytes=1 << 20)) as caching,
+    ):
         for server in (plain, caching):
             server.load_model("v1", module, {"mean": x.mean(0), "std": x.std(0)}, threshold=0.5)
         for rows in (x[:1], x[1:6], x[0], x[5:1:-1]):
             first, again = caching.predict(rows), caching.predict(rows, stages=True)
             wanted = plain.predict(rows)
-            for key in ("predictions", "confidences", "probabilities", "model_version", "model_type"):
+            for key in (
+                "predictions",
+                "confidences",
+                "probabilities",
+                "model_version",
+                "model_type",
+            ):
                 assert first[key] == again[key] == wanted[key]
-            assert again["stages_ms"]["infer"] == again["stages_ms"]["preprocess"] == 0, "no model ran"
+            assert again["stages_ms"]["infer"] == again["stages_ms"]["preprocess"] == 0, (
+                "no model ran"
+            )
             assert sum(again["stages_ms"].values()) == pytest.approx(again["latency_ms"], abs=1e-9)
-        assert (cache_stats(caching)["hits"], cache_stats(caching)["misses"]) == (5, 3), "x[0] and x[:1] are one input"
+        assert (cache_stats(caching)["hits"], cache_stats(caching)["misses"]) == (5, 3), (
+            "x[0] and x[:1] are one input"
+        )
         assert cache_stats(plain) is None, "it is off by default"
         assert caching.get_all_stats()["server"]["executions"] == 3
 
 
 @pytest.mark.parametrize("first", ["sync", "async", "batch"])
 def test_answers_belong_to_their_callers(serve, first):
-    """Whoever writes into an answer changes nobody else's, neither of its own batch nor from the cache."""
+    """Whoever writes into an answer changes nobody else's, neither of its own batch nor from the
+    cache."""
     server = serve(Tagged())
 
     async def both():
@@ -113,7 +134,11 @@ def test_an_array_that_changes_while_it_waits_spoils_nothing(gated, door):
     callers, mine = Threads(), row(5)
     callers.start(server.predict, row(0))
     probe.wait_inside(1)
-    ask = (lambda: server.predict(mine)) if door == "sync" else (lambda: asyncio.run(server.apredict(mine)))
+    ask = (
+        (lambda: server.predict(mine))
+        if door == "sync"
+        else (lambda: asyncio.run(server.apredict(mine)))
+    )
     callers.start(ask)
     wait_until(lambda: server._batcher.queue.rows == 1)
     mine[:] = 6
@@ -126,7 +151,8 @@ def test_an_array_that_changes_while_it_waits_spoils_nothing(gated, door):
 
 
 def test_nothing_is_shared_that_may_differ(serve):
-    """Equal weights under other code, thresholds a hair apart, other statistics, other outputs: each its own entry."""
+    """Equal weights under other code, thresholds a hair apart, other statistics, other outputs:
+    each its own entry."""
     torch.manual_seed(0)
     linear = nn.Linear(2, 2)
     x = np.array([[0.3, -0.2]], np.float32)
@@ -177,8 +203,8 @@ def test_a_thousand_promotions_never_give_a_stale_answer(serve):
 
 
 def test_promotions_under_traffic_never_give_a_stale_answer(serve):
-    """Threads that hit, miss and follow, while the default moves: the value always fits the version, and the mover
-    always gets what it has just promoted."""
+    """Threads that hit, miss and follow, while the default moves: the value always fits the
+    version, and the mover always gets what it has just promoted."""
     server, done = serve(Constant(0), "v0"), threading.Event()
     server.load_model("v1", Constant(1), output_type="regression", num_features=2)
 
@@ -213,7 +239,8 @@ def test_an_evicted_model_comes_back_to_its_entries(serve):
 
 @pytest.mark.parametrize("skew", [0.7, 1.1])
 def test_the_hit_ratio_is_that_of_a_reference_lru(serve, skew):
-    """A Zipf trace of single rows, whose entries have equal sizes: cachetools' LRU of as many entries hits as often."""
+    """A Zipf trace of single rows, whose entries have equal sizes: cachetools' LRU of as many
+    entries hits as often."""
     entries, rows = 40, 400
     nbytes = 2 * np.float32().nbytes + PredictionCache.OVERHEAD
     server = serve(Tagged(), prediction_cache_bytes=entries * nbytes + nbytes - 1)
@@ -344,7 +371,9 @@ def test_the_models_error_goes_to_all_and_is_not_kept(gated):
     callers.start(server.predict, row(POISON))
     probe.wait_inside(1)
     for number in range(6):
-        callers.start(server.predict, row(POISON)) if number % 2 else callers.start(lambda: asyncio.run(ask()))
+        callers.start(server.predict, row(POISON)) if number % 2 else callers.start(
+            lambda: asyncio.run(ask())
+        )
     followers(server, 6)
     probe.release()
     outcomes = callers.outcomes()
@@ -416,11 +445,14 @@ def test_followers_of_a_request_that_the_close_failed_are_told(serve):
 
 
 def test_a_crowd_over_few_rows_gets_right_answers_and_leaves_no_flight(serve):
-    """Hits, misses, followers, short deadlines and cancellations at once, over a cache that evicts all the time.
+    """Hits, misses, followers, short deadlines and cancellations at once, over a cache that evicts
+    all the time.
 
     A deadline of 10 us passes, or is refused at once where others wait already; one of 9 s is kept.
     """
-    server = serve(Tagged(), num_workers=2, prediction_cache_bytes=8 * (PredictionCache.OVERHEAD + 8))
+    server = serve(
+        Tagged(), num_workers=2, prediction_cache_bytes=8 * (PredictionCache.OVERHEAD + 8)
+    )
     sent = []
 
     def missed(timeout_ms):
@@ -433,7 +465,9 @@ def test_a_crowd_over_few_rows_gets_right_answers_and_leaves_no_flight(serve):
             sent.append(1)
             timeout_ms = rng.choice([0.01, 9e3])
             with contextlib.suppress(*missed(timeout_ms)):
-                assert server.predict(row(first), timeout_ms=timeout_ms)["predictions"] == [[first, first]]
+                assert server.predict(row(first), timeout_ms=timeout_ms)["predictions"] == [
+                    [first, first]
+                ]
 
     async def task(seed):
         rng = random.Random(seed)
@@ -461,15 +495,19 @@ def test_a_crowd_over_few_rows_gets_right_answers_and_leaves_no_flight(serve):
     stats = server.get_all_stats()
     assert stats["server"]["requests"] == len(sent)
     assert stats["prediction_cache"]["nbytes"] <= stats["prediction_cache"]["max_bytes"]
-    assert stats["server"]["failed_by_reason"].keys() <= {"DeadlineExceeded", "Overloaded", "Cancelled"}
+    assert stats["server"]["failed_by_reason"].keys() <= {
+        "DeadlineExceeded",
+        "Overloaded",
+        "Cancelled",
+    }
 
 
 # Whose
 
 
 def test_no_caller_finds_what_another_one_asked(serve):
-    """Callers by credential, clients, and those without a name (who are one): the same rows from each, in any order.
-    A hit is told by the count of hits and of executions, not by the clock."""
+    """Callers by credential, clients, and those without a name (who are one): the same rows from
+    each, in any order. A hit is told by the count of hits and of executions, not by the clock."""
     server = serve(Tagged())
     names = [{"caller": "token a"}, {"caller": "token b"}, {"client": "c-1"}, {"client": "c-2"}, {}]
     asked, rng = set(), random.Random(0)
@@ -496,11 +534,12 @@ def test_one_callers_inputs_do_not_push_out_anothers(serve):
     assert cache_stats(server)["hits"] - hits == 10
 
 
-# ------------------------------------------------------------------------ what an experimenter may put in its place
+# -------------------------------------------------------- what an experimenter may put in its place
 
 
 def test_another_key_can_be_tried_by_overriding_cache_key():
-    """One that forgets the input gives everybody the first answer: so it is the override that is asked."""
+    """One that forgets the input gives everybody the first answer: so it is the override that is
+    asked."""
 
     class Forgetful(ModelServer):
         def cache_key(self, request):
@@ -531,7 +570,9 @@ def test_models_are_kept_in_the_cache_that_a_server_is_given(asynchronous):
     with ModelServer(ServingConfig(cache_size=7), model_cache=Kept(2)) as server:
         server.load_model("v1.0", nn.Linear(2, 3))
         came = len(acquired)
-        answer = asyncio.run(server.apredict([1.0, 2.0])) if asynchronous else server.predict([1.0, 2.0])
+        answer = (
+            asyncio.run(server.apredict([1.0, 2.0])) if asynchronous else server.predict([1.0, 2.0])
+        )
         assert answer["model_version"] == "v1.0"
         assert acquired[came:] == [("local", "v1.0")] and len(released) == len(acquired)
         assert server.model_cache.max_size == 2

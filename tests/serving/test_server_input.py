@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from flserving.errors import ConfigError, FlservingError, InvalidInputError, InvalidModelError, NotFoundError
+from flserving.errors import (
+    ConfigError,
+    FlservingError,
+    InvalidInputError,
+    InvalidModelError,
+    NotFoundError,
+)
 from flserving.monitoring.telemetry import STAGES
 from serving_models import POISON, Constant, Gated, Poison, Probe, Threads, row, serving
 
@@ -84,7 +90,8 @@ def watched():
 
 
 def refused(watched, door, error, message, features=None, **kwargs):
-    """The request is refused by type, is counted, has not reached the model, and the server goes on."""
+    """The request is refused by type, is counted, has not reached the model, and the server goes
+    on."""
     server, probe = watched
     probe.shut()
     probe.release()
@@ -119,7 +126,8 @@ def test_bad_requests_are_refused(watched, name, door):
 
 
 @pytest.mark.parametrize(
-    ("batch", "message"), [([], "the batch is empty"), (5, "batch is a int"), (None, "batch is a NoneType")]
+    ("batch", "message"),
+    [([], "the batch is empty"), (5, "batch is a int"), (None, "batch is a NoneType")],
 )
 def test_bad_batches_are_refused(watched, batch, message):
     server, _ = watched
@@ -165,7 +173,10 @@ def test_bad_models_are_refused_and_change_nothing(watched, arguments, error, me
     server, _ = watched
     with pytest.raises(error, match=message):
         server.load_model(*arguments, output_type="regression")
-    assert server.health_check()["models"]["local"] == {"versions": ["v1.0"], "aliases": {"default": "v1.0"}}
+    assert server.health_check()["models"]["local"] == {
+        "versions": ["v1.0"],
+        "aliases": {"default": "v1.0"},
+    }
     assert server.predict(row(1))["predictions"] == [[1, 1]]
 
 
@@ -187,30 +198,46 @@ def assert_identities(stats):
     counts = stats["server"]
     assert counts["succeeded"] + counts["failed"] == counts["requests"]
     assert sum(counts["failed_by_reason"].values()) == counts["failed"]
-    assert sum(counts["requests_by_version"].values()) == counts["succeeded"] == counts["latency"]["count"]
+    assert (
+        sum(counts["requests_by_version"].values())
+        == counts["succeeded"]
+        == counts["latency"]["count"]
+    )
     assert counts["stages_total_ms"] == pytest.approx(counts["latency_total_ms"], rel=1e-9)
     inside = sum(counts["stages"][name]["mean_ms"] * counts["stages"][name]["count"] for name in STAGES
                  if counts["stages"][name]["count"])  # fmt: skip
     assert inside == pytest.approx(counts["stages_total_ms"], rel=1e-9)
     for summary in (counts["latency"], *counts["stages"].values()):
         if summary["count"]:
-            assert 0 <= summary["p50_ms"] <= summary["p95_ms"] <= summary["p99_ms"] <= summary["max_ms"]
+            assert (
+                0
+                <= summary["p50_ms"]
+                <= summary["p95_ms"]
+                <= summary["p99_ms"]
+                <= summary["max_ms"]
+            )
             assert summary["count"] <= counts["succeeded"]
     assert counts["executions"] == sum(engine["executions"] for engine in stats["engines"].values())
     executed_rows = counts["mean_batch_rows"] * counts["executions"]
-    assert executed_rows == pytest.approx(sum(engine["rows"] for engine in stats["engines"].values()))
+    assert executed_rows == pytest.approx(
+        sum(engine["rows"] for engine in stats["engines"].values())
+    )
 
 
 @pytest.mark.full
 def test_statistics_of_a_mixed_run_add_up():
-    """10,000 requests from threads and tasks: good ones, bad ones, poison, no time left; every one is counted once."""
+    """10,000 requests from threads and tasks: good ones, bad ones, poison, no time left; every one
+    is counted once."""
     probe = Probe()
     server = serving(Poison(probe, "nan"), num_workers=2, max_batch_size=8)
     server.load_model("v2", Constant(2), output_type="regression", num_features=2)
     probe.shut()
     probe.release()
     kinds = {
-        "good": (lambda rng: {"features": row(rng.random()).repeat(rng.randint(1, 5), axis=0)}, None),
+        "good": (
+            lambda rng: {"features": row(rng.random()).repeat(rng.randint(1, 5), axis=0)},
+            None,
+        ),
         "other": (lambda rng: {"features": row(1), "version": "v2"}, None),
         "large": (lambda rng: {"features": row(1).repeat(30, axis=0)}, None),
         "shape": (lambda rng: {"features": [1, 2, 3]}, "InvalidInput"),
@@ -264,7 +291,9 @@ def test_statistics_of_a_mixed_run_add_up():
         callers.start(thread, seed, share) if seed < 1000 else callers.start(
             lambda seed=seed, share=share: asyncio.run(tasks(seed, share))
         )
-    while any(thread.is_alive() for thread in callers._threads):  # a snapshot at any moment is consistent
+    while any(
+        thread.is_alive() for thread in callers._threads
+    ):  # a snapshot at any moment is consistent
         running = server.get_all_stats()["server"]
         assert running["requests"] == running["succeeded"] + running["failed"]
         assert running["stages_total_ms"] == pytest.approx(running["latency_total_ms"], rel=1e-9)
@@ -276,14 +305,19 @@ def test_statistics_of_a_mixed_run_add_up():
     assert counts["requests"] == sum(sent.values()) == 10_000
     assert counts["succeeded"] == sent["good"] + sent["other"] + sent["large"] == len(rows)
     assert counts["rows"] == sum(rows)
-    assert counts["requests_by_version"] == {"local/v1.0": sent["good"] + sent["large"], "local/v2": sent["other"]}
+    assert counts["requests_by_version"] == {
+        "local/v1.0": sent["good"] + sent["large"],
+        "local/v2": sent["other"],
+    }
     assert counts["failed_by_reason"] == {
         "InvalidInput": sent["shape"] + sent["nan"],
         "NotFound": sent["version"],
         "ModelExecution": sent["poison"],
         "DeadlineExceeded": sent["late"],
     }
-    assert counts["mean_batch_rows"] * counts["executions"] == pytest.approx(sum(rows)), "all that ran was answered"
+    assert counts["mean_batch_rows"] * counts["executions"] == pytest.approx(sum(rows)), (
+        "all that ran was answered"
+    )
     assert stats["queue"]["waiting_rows"] == stats["queue"]["running"] == 0
     assert server._batcher.queue.rows == 0
     server.close()
@@ -299,7 +333,9 @@ def test_the_stages_of_a_request_add_up_to_its_latency(watched, door, rows):
         assert min(answer["stages_ms"].values()) >= 0
         assert math.isclose(sum(answer["stages_ms"].values()), answer["latency_ms"], rel_tol=1e-9)
         assert answer["stages_ms"]["infer"] > 0
-        compute = sum(answer["stages_ms"][name] for name in ("queue", "preprocess", "infer", "postprocess"))
+        compute = sum(
+            answer["stages_ms"][name] for name in ("queue", "preprocess", "infer", "postprocess")
+        )
         assert compute <= answer["latency_ms"]
     assert "stages_ms" not in DOORS[door](server, row(1))
     assert_identities(server.get_all_stats())
@@ -311,4 +347,7 @@ def test_a_warm_up_is_in_no_statistics(watched):
     server.engines["v1.0"].warmup(row(1))
     after = server.get_all_stats()
     assert after["server"]["executions"] == before["server"]["executions"]
-    assert after["engines"]["local/v1.0"]["executions"] == before["engines"]["local/v1.0"]["executions"]
+    assert (
+        after["engines"]["local/v1.0"]["executions"]
+        == before["engines"]["local/v1.0"]["executions"]
+    )

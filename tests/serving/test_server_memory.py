@@ -1,4 +1,5 @@
-"""Memory of a server: room is kept before a byte is read, and what can never fit is refused unread."""
+"""Memory of a server: room is kept before a byte is read, and what can never fit is refused
+unread."""
 
 import gc
 import os
@@ -40,7 +41,9 @@ def test_the_size_of_a_version_is_known_before_it_is_read(tmp_path, kind):
         version = str(quantise(registry, "m", 1).version) if kind == "onnx" else "1"
         with ModelServer(ServingConfig(head_cache_bytes=40_000), registry) as server:
             if kind == "local":
-                server.load_model("1", nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3)), num_features=8)
+                server.load_model(
+                    "1", nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3)), num_features=8
+                )
             key = ("local" if kind == "local" else "m", version)
             with server._pinned(key) as engine:
                 assert server._size(key) == engine.nbytes == server.model_cache.nbytes
@@ -50,22 +53,30 @@ def test_a_version_over_cache_bytes_is_refused_unread_at_every_request(tmp_path,
     with Registry(tmp_path) as registry:
         for sizes in ([8, 3], [8, 1000, 3]):
             registry.publish(
-                "m", models.build("mlp", {"sizes": sizes}), architecture="mlp", parameters={"sizes": sizes}
+                "m",
+                models.build("mlp", {"sizes": sizes}),
+                architecture="mlp",
+                parameters={"sizes": sizes},
             )
         registry.set_alias("m", "default", 1, who="test", why="test")
         with ModelServer(ServingConfig(cache_bytes=20_000), registry) as server:
             server.predict(np.zeros(8))
-            monkeypatch.setattr(Registry, "read", lambda *_: pytest.fail("a byte of the weights was read"))
+            monkeypatch.setattr(
+                Registry, "read", lambda *_: pytest.fail("a byte of the weights was read")
+            )
             needs = 4 * (8 * 1000 + 1000 + 1000 * 3 + 3)
             for _ in range(3):
-                with pytest.raises(ModelTooLargeError, match=f"needs {needs:,} B of 20,000 B in all") as refused:
+                with pytest.raises(
+                    ModelTooLargeError, match=f"needs {needs:,} B of 20,000 B in all"
+                ) as refused:
                     server.predict(np.zeros(8), 2)
             assert refused.value.http_status == 503
             assert server.predict(np.zeros(8))["model_version"] == "1", "nothing left for it"
 
 
 def test_cold_versions_asked_at_once_stay_within_the_budget(tmp_path, monkeypatch):
-    """Twenty-four cold versions, room for three: never are there more engines than fit, those being built included."""
+    """Twenty-four cold versions, room for three: never are there more engines than fit, those being
+    built included."""
     alive, most, lock = weakref.WeakSet(), [], threading.Lock()
 
     def built(*arguments):
@@ -79,14 +90,21 @@ def test_cold_versions_asked_at_once_stay_within_the_budget(tmp_path, monkeypatc
     with Registry(tmp_path) as registry:
         for _ in range(24):
             registry.publish(
-                "m", models.build("mlp", {"sizes": sizes}), architecture="mlp", parameters={"sizes": sizes}
+                "m",
+                models.build("mlp", {"sizes": sizes}),
+                architecture="mlp",
+                parameters={"sizes": sizes},
             )
         nbytes = 4 * (8 * 64 + 64 + 64 * 3 + 3)
         monkeypatch.setattr(repository, "load_engine", built)
         config = ServingConfig(cache_size=100, cache_bytes=3 * nbytes, timeout_ms=PATIENCE_S * 1e3)
         with ModelServer(config, registry) as server, ThreadPoolExecutor(24) as callers:
-            answers = list(callers.map(lambda version: server.predict(np.zeros(8), version), range(1, 25)))
-            assert [answer["model_version"] for answer in answers] == [str(version) for version in range(1, 25)]
+            answers = list(
+                callers.map(lambda version: server.predict(np.zeros(8), version), range(1, 25))
+            )
+            assert [answer["model_version"] for answer in answers] == [
+                str(version) for version in range(1, 25)
+            ]
             assert max(most) <= 2 and server.model_cache.nbytes <= 3 * nbytes
 
 
@@ -115,9 +133,12 @@ def test_a_promotion_keeps_nothing_of_the_version_before(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.full
 def test_a_child_that_a_busy_parent_forks_answers(tmp_path):
-    """With none of its parent's threads, and whatever locks they held: at once, or with an error that says why."""
+    """With none of its parent's threads, and whatever locks they held: at once, or with an error
+    that says why."""
     program = Path(__file__).parents[1] / "support" / "busy_fork.py"
     environment = {**os.environ, "PYTHONPATH": str(Path(flserving.__file__).parents[1])}
     command = [sys.executable, "-W", "ignore::DeprecationWarning", str(program), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=170, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Every setting of a server is live: change it, and the server behaves otherwise. One test a field."""
+"""Every setting of a server is live: change it, and the server behaves otherwise. One test a
+field."""
 
 import asyncio
 import dataclasses
@@ -25,7 +26,9 @@ pytestmark = pytest.mark.timeout(60)
 
 def test_every_field_has_its_test_here():
     tests = {
-        name.removeprefix("test_").split("__")[0] for name in globals() if "__" in name[5:] and name[:5] == "test_"
+        name.removeprefix("test_").split("__")[0]
+        for name in globals()
+        if "__" in name[5:] and name[:5] == "test_"
     }
     assert tests == {field.name for field in dataclasses.fields(ServingConfig)}
 
@@ -73,7 +76,8 @@ def test_max_wait_time_ms__is_the_longest_hold_for_a_fuller_batch(max_wait_time_
 
 @pytest.mark.parametrize(("max_wait_time_ms", "order"), [(0, [0, 1, 2, 3]), (60_000, [0, 2, 3, 1])])
 def test_max_wait_time_ms__is_the_longest_time_to_be_passed_over(max_wait_time_ms, order):
-    """A lone request of one model waits beside two of another: the fuller queue goes first, but not for too long."""
+    """A lone request of one model waits beside two of another: the fuller queue goes first, but not
+    for too long."""
     probe, callers = Probe(), Threads()
     with serving(Gated(probe), "a", num_workers=1, max_wait_time_ms=max_wait_time_ms) as server:
         server.load_model("b", Gated(probe), output_type="regression", num_features=2)
@@ -93,7 +97,9 @@ def test_max_wait_time_ms__is_the_longest_time_to_be_passed_over(max_wait_time_m
 def test_cache_size__bounds_the_versions_in_memory(cache_size):
     with serving(cache_size=cache_size) as server:
         for value in range(6):
-            server.load_model(f"v{value}", Constant(value), output_type="regression", num_features=2)
+            server.load_model(
+                f"v{value}", Constant(value), output_type="regression", num_features=2
+            )
         in_memory = [f"local/v{value}" for value in range(6)][-cache_size:]
         assert server.health_check()["in_memory"] == in_memory
         assert server.predict(row(0), "v0")["predictions"] == [0.0]
@@ -103,15 +109,22 @@ def test_cache_size__bounds_the_versions_in_memory(cache_size):
 @pytest.mark.parametrize("warmup_samples", [0, 1, 7])
 def test_warmup_samples__is_how_often_a_load_runs_the_model(warmup_samples):
     probe = Probe()
-    with serving(Gated(probe), warmup_samples=warmup_samples, max_batch_size=16, cache_size=1) as server:
+    with serving(
+        Gated(probe), warmup_samples=warmup_samples, max_batch_size=16, cache_size=1
+    ) as server:
         server.load_model("other", Constant(1), output_type="regression", num_features=2)
         probe.shut()
         probe.release()
         with server.lease("v1.0") as engine:
             pass
         assert probe.batches == ([1] * warmup_samples + [16] if warmup_samples else [])
-        assert engine.get_stats()["warmup_executions"] == len(probe.batches) and engine.get_stats()["executions"] == 0
-        assert (engine.typical_s == float("inf")) == (not warmup_samples), "what is not known is not run on a loop"
+        assert (
+            engine.get_stats()["warmup_executions"] == len(probe.batches)
+            and engine.get_stats()["executions"] == 0
+        )
+        assert (engine.typical_s == float("inf")) == (not warmup_samples), (
+            "what is not known is not run on a loop"
+        )
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -143,13 +156,17 @@ def test_timeout_ms__is_the_deadline_of_who_names_none(timeout_ms):
             wait_until(lambda: server._batcher.queue.rows == 2)
         probe.release()
         outcomes = callers.outcomes()[1:]
-    assert [isinstance(outcome, DeadlineExceededError) for outcome in outcomes] == [timeout_ms == 40] * 2
+    assert [isinstance(outcome, DeadlineExceededError) for outcome in outcomes] == [
+        timeout_ms == 40
+    ] * 2
 
 
 @pytest.mark.parametrize(("batching", "runs"), [("work_conserving", 1), ("hold_until_full", 0)])
 def test_batching__says_whether_an_idle_worker_waits_for_a_fuller_batch(batching, runs):
     probe, callers = Probe(), Threads()
-    with serving(Gated(probe), batching=batching, max_batch_size=2, max_wait_time_ms=60_000) as server:
+    with serving(
+        Gated(probe), batching=batching, max_batch_size=2, max_wait_time_ms=60_000
+    ) as server:
         probe.shut()
         callers.start(server.predict, row(1))
         if runs:
@@ -183,8 +200,13 @@ def test_max_queue_rows__bounds_who_waits(max_queue_rows):
 @pytest.mark.parametrize("max_request_rows", [1, 7])
 def test_max_request_rows__bounds_one_request(max_request_rows):
     with serving(Tagged(), max_request_rows=max_request_rows) as server:
-        assert len(server.predict(row(1).repeat(max_request_rows, axis=0))["predictions"]) == max_request_rows
-        with pytest.raises(InvalidInputError, match=f"{max_request_rows + 1} rows, the limit is {max_request_rows}"):
+        assert (
+            len(server.predict(row(1).repeat(max_request_rows, axis=0))["predictions"])
+            == max_request_rows
+        )
+        with pytest.raises(
+            InvalidInputError, match=f"{max_request_rows + 1} rows, the limit is {max_request_rows}"
+        ):
             server.predict(row(1).repeat(max_request_rows + 1, axis=0))
 
 
@@ -208,7 +230,9 @@ def test_prediction_cache_bytes__bounds_the_answers_that_are_kept(prediction_cac
         probe.release()
         for first in [1, 2, 3] * 2:
             server.predict(row(first))
-        assert probe.calls == {0: 6, 1 << 20: 3}.get(prediction_cache_bytes, 6), "off; too small for three; ample"
+        assert probe.calls == {0: 6, 1 << 20: 3}.get(prediction_cache_bytes, 6), (
+            "off; too small for three; ample"
+        )
         kept = server.get_all_stats()["prediction_cache"]
         assert (kept and kept["size"]) == {0: None, 1 << 20: 3}.get(prediction_cache_bytes, 2)
 
@@ -228,17 +252,25 @@ def test_prediction_cache_scope__says_who_may_find_a_kept_answer(prediction_cach
 @pytest.mark.parametrize("prediction_cache_ttl_s", [0, 10])
 def test_prediction_cache_ttl_s__is_the_age_at_which_an_answer_is_forgotten(prediction_cache_ttl_s):
     now_s = [1000.0]
-    config = ServingConfig(prediction_cache_bytes=1 << 20, prediction_cache_ttl_s=prediction_cache_ttl_s)
+    config = ServingConfig(
+        prediction_cache_bytes=1 << 20, prediction_cache_ttl_s=prediction_cache_ttl_s
+    )
     with ModelServer(config, clock=lambda: now_s[0]) as server:
         server.load_model("v1", Tagged(), output_type="regression", num_features=2)
         server.predict(row(1))
-        for later_s, hits in [(9.9, 1), (10.0, 2 if prediction_cache_ttl_s == 0 else 1), (1e6, None)]:
+        for later_s, hits in [
+            (9.9, 1),
+            (10.0, 2 if prediction_cache_ttl_s == 0 else 1),
+            (1e6, None),
+        ]:
             now_s[0] = 1000.0 + later_s
             server.predict(row(1))
             if hits is not None:
                 assert server.get_all_stats()["prediction_cache"]["hits"] == hits
         stats = server.get_all_stats()["prediction_cache"]
-        assert (stats["hits"], stats["expirations"]) == ((3, 0) if prediction_cache_ttl_s == 0 else (1, 2))
+        assert (stats["hits"], stats["expirations"]) == (
+            (3, 0) if prediction_cache_ttl_s == 0 else (1, 2)
+        )
 
 
 @pytest.mark.parametrize("unknown_client", ["global_head", "refuse"])
@@ -250,10 +282,14 @@ def test_unknown_client__says_what_a_client_without_a_head_gets(unknown_client):
         else:
             with pytest.raises(NotFoundError, match="no personal head"):
                 server.predict(row(1), client="c")
-        assert server.predict(row(1))["model_version"] == "v1", "who names no client is not asked for a head"
+        assert server.predict(row(1))["model_version"] == "v1", (
+            "who names no client is not asked for a head"
+        )
 
 
-@pytest.mark.parametrize(("outputs", "shown"), [("full", 3), ("infer=label", 3), ("top-1", 1), ("label", 0)])
+@pytest.mark.parametrize(
+    ("outputs", "shown"), [("full", 3), ("infer=label", 3), ("top-1", 1), ("label", 0)]
+)
 def test_outputs__say_how_many_probabilities_an_answer_shows(outputs, shown):
     with ModelServer(ServingConfig(warmup_samples=1, outputs=outputs)) as server:
         server.load_model("v1", nn.Linear(2, 3))
@@ -265,7 +301,10 @@ def test_outputs__say_how_many_probabilities_an_answer_shows(outputs, shown):
 def test_engine__is_what_runs_a_version(engine, tmp_path):
     with Registry(tmp_path) as registry:
         registry.publish("m", models.tutorial_mlp(), architecture="tutorial_mlp", alias="default")
-        with ModelServer(ServingConfig(engine=engine), registry) as server, server.lease(None, "m") as loaded:
+        with (
+            ModelServer(ServingConfig(engine=engine), registry) as server,
+            server.lease(None, "m") as loaded,
+        ):
             assert isinstance(loaded.model, NumpyModel if engine == "numpy" else nn.Module)
 
 
@@ -282,4 +321,6 @@ def test_head_cache_bytes__bounds_the_heads_in_memory(heads, tmp_path):
             for client in "abcdefgh":
                 server.predict([0.0, 0.0], client=client)
             with server.lease() as engine:
-                assert (engine.personal.store._rows is not None) == (heads == 16), "all of them fit, or none is kept"
+                assert (engine.personal.store._rows is not None) == (heads == 16), (
+                    "all of them fit, or none is kept"
+                )

@@ -1,4 +1,5 @@
-"""The batcher with real threads and event loops, over a lane without torch that blocks until the test releases it."""
+"""The batcher with real threads and event loops, over a lane without torch that blocks until the
+test releases it."""
 
 import asyncio
 import contextlib
@@ -15,7 +16,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from flserving.errors import DeadlineExceededError, ModelExecutionError, OverloadedError, ServerClosedError
+from flserving.errors import (
+    DeadlineExceededError,
+    ModelExecutionError,
+    OverloadedError,
+    ServerClosedError,
+)
 from flserving.serving.batching import workers
 from flserving.serving.batching.policy import QueuedRequest
 from flserving.serving.batching.workers import Batcher
@@ -23,11 +29,16 @@ from flserving.serving.config import ServingConfig
 from serving_models import PATIENCE_S, POISON, Probe, Threads, flserving_threads, wait_until
 
 pytestmark = pytest.mark.timeout(60)
-REACHES_THE_MODEL_S = (0.05, 0.5, 5.0)  # deadlines: on a machine that is busy elsewhere the first may pass in the queue
+REACHES_THE_MODEL_S = (
+    0.05,
+    0.5,
+    5.0,
+)  # deadlines: on a machine that is busy elsewhere the first may pass in the queue
 
 
 class Lane:
-    """Answers every payload with itself, tagged; fails as a whole where one payload is ``POISON``."""
+    """Answers every payload with itself, tagged; fails as a whole where one payload is
+    ``POISON``."""
 
     def __init__(self, name="lane", typical_s=0.0, error=RuntimeError):
         self.name, self.typical_s, self.error, self.probe = name, typical_s, error, Probe()
@@ -46,7 +57,9 @@ class Harness:
 
     def __init__(self, **settings):
         self.executions = []
-        self.batcher = Batcher(ServingConfig(**settings), lambda lane, rows, _: self.executions.append((rows, lane)))
+        self.batcher = Batcher(
+            ServingConfig(**settings), lambda lane, rows, _: self.executions.append((rows, lane))
+        )
         self.threads = Threads()
 
     def arguments(self, lane, payload, rows=1, timeout_s=PATIENCE_S):
@@ -67,7 +80,9 @@ class Harness:
         for payload in payloads:
             waiting = self.batcher.queue.rows
             self.start(lane, payload, **kwargs)
-            wait_until(lambda waiting=waiting: self.batcher.queue.rows > waiting, "the caller in the queue")
+            wait_until(
+                lambda waiting=waiting: self.batcher.queue.rows > waiting, "the caller in the queue"
+            )
 
     def assert_idle(self):
         """Nothing is left of any request."""
@@ -113,7 +128,12 @@ def test_what_a_run_on_the_callers_thread_took_is_learned_and_of_one_that_failed
 
 
 def test_who_is_held_when_it_closes_is_refused(harness):
-    h, lane = harness(num_workers=1, max_batch_size=2, batching="hold_until_full", max_wait_time_ms=60_000), Lane()
+    h, lane = (
+        harness(
+            num_workers=1, max_batch_size=2, batching="hold_until_full", max_wait_time_ms=60_000
+        ),
+        Lane(),
+    )
     lane.probe.shut()
     h.queue_up(lane, [0])
     h.start(lane, 1)
@@ -126,7 +146,11 @@ def test_who_is_held_when_it_closes_is_refused(harness):
 
 
 def test_a_batcher_is_loaded_where_another_request_would_wait(harness):
-    busy, holding, lane = harness(num_workers=1), harness(batching="hold_until_full", max_wait_time_ms=60_000), Lane()
+    busy, holding, lane = (
+        harness(num_workers=1),
+        harness(batching="hold_until_full", max_wait_time_ms=60_000),
+        Lane(),
+    )
     assert not busy.batcher.loaded() and not holding.batcher.loaded()
     lane.probe.shut()
     busy.start(lane, 1)
@@ -207,7 +231,9 @@ def test_never_more_executions_than_workers_and_as_many_as_there_is_work_for(har
     assert lane.probe.inside_now == num_workers
     for done in range(10):
         lane.probe.release(1)
-        wait_until(lambda done=done: lane.probe.calls == num_workers + 1 + done, "the next execution")
+        wait_until(
+            lambda done=done: lane.probe.calls == num_workers + 1 + done, "the next execution"
+        )
         assert lane.probe.inside_now == num_workers, "no worker is idle while a request waits"
     lane.probe.release()
     assert len(h.threads.results()) == num_workers + 10
@@ -249,20 +275,28 @@ def test_hold_until_full_waits_for_the_batch_or_for_the_limit(harness):
 
 @pytest.mark.parametrize("door", ["sync", "async"])
 def test_hold_until_full_holds_nobody_past_the_deadline(harness, door):
-    """An idle server with a hold that is longer than the caller's patience: nothing can come of holding on."""
+    """An idle server with a hold that is longer than the caller's patience: nothing can come of
+    holding on."""
     h, lane = harness(batching="hold_until_full", max_batch_size=3, max_wait_time_ms=60_000), Lane()
     for i in range(3):
-        answer = h.run(lane, i, timeout_s=1) if door == "sync" else asyncio.run(h.arun(lane, i, timeout_s=1))
+        answer = (
+            h.run(lane, i, timeout_s=1)
+            if door == "sync"
+            else asyncio.run(h.arun(lane, i, timeout_s=1))
+        )
         assert answer == ("lane", i)
 
 
 def test_a_thread_hears_of_its_deadline_while_the_model_runs_on(harness):
-    """Nobody can call a thread back from a model, so only one that is known to be quick enough runs on it."""
+    """Nobody can call a thread back from a model, so only one that is known to be quick enough runs
+    on it."""
     h, lane = harness(), Lane()
     lane.probe.shut()
     for timeout_s in REACHES_THE_MODEL_S:
         lane.typical_s = 0.6 * timeout_s  # in time, but not surely
-        with pytest.raises(DeadlineExceededError, match=rf"the deadline was {timeout_s * 1e3:g} ms: .*timeout_ms"):
+        with pytest.raises(
+            DeadlineExceededError, match=rf"the deadline was {timeout_s * 1e3:g} ms: .*timeout_ms"
+        ):
             h.run(lane, "slow", timeout_s=timeout_s)
         if lane.probe.inside_now:
             break
@@ -297,7 +331,9 @@ def test_one_poisonous_request_fails_alone(harness, door, place):
     else:
 
         async def main():
-            return await asyncio.gather(*(h.arun(lane, payload) for payload in payloads), return_exceptions=True)
+            return await asyncio.gather(
+                *(h.arun(lane, payload) for payload in payloads), return_exceptions=True
+            )
 
         lane.probe.release()
         outcomes = asyncio.run(main())
@@ -311,14 +347,17 @@ def test_a_lane_that_always_fails_costs_less_than_two_executions_a_request(harne
     h, lane = harness(num_workers=1), Lane(typical_s=1.0)
 
     async def main():
-        return await asyncio.gather(*(h.arun(lane, POISON) for _ in range(32)), return_exceptions=True)
+        return await asyncio.gather(
+            *(h.arun(lane, POISON) for _ in range(32)), return_exceptions=True
+        )
 
     assert [type(outcome) for outcome in asyncio.run(main())] == [RuntimeError] * 32
     assert lane.probe.calls == 63
 
 
 def test_a_retry_leaves_out_who_is_late_by_then(harness):
-    """Half of the batch is past its deadline when the failed batch is retried: only the rest reaches the model."""
+    """Half of the batch is past its deadline when the failed batch is retried: only the rest
+    reaches the model."""
     h, lane = harness(num_workers=1, max_batch_size=4), Lane()
     lane.probe.shut()
     h.start(lane, 0)
@@ -327,7 +366,9 @@ def test_a_retry_leaves_out_who_is_late_by_then(harness):
     h.queue_up(lane, [2, 3], timeout_s=1)  # long enough for the batch of four to begin
     lane.probe.release(1)
     wait_until(lambda: lane.probe.calls == 2, "the batch of four")
-    wait_until(lambda: sum(isinstance(each, DeadlineExceededError) for each in h.threads._outcomes) == 2)
+    wait_until(
+        lambda: sum(isinstance(each, DeadlineExceededError) for each in h.threads._outcomes) == 2
+    )
     lane.probe.release()
     first, poisoned, second, *late = h.threads.outcomes()
     assert (first, second) == (("lane", 0), ("lane", 1)) and isinstance(poisoned, RuntimeError)
@@ -362,7 +403,8 @@ def test_an_interrupt_in_a_worker_reaches_every_caller_and_the_worker_goes_on(ha
 
 
 def test_an_interrupt_on_the_loop_leaves_nobody_waiting(harness):
-    """Ctrl-C lands in a batch that the event loop runs, while a thread's request waits for its turn."""
+    """Ctrl-C lands in a batch that the event loop runs, while a thread's request waits for its
+    turn."""
     h, lane, other = harness(num_workers=1), Lane(error=KeyboardInterrupt), Lane("other")
     outcomes = []
 
@@ -405,7 +447,9 @@ def test_an_interrupted_waiter_does_not_run(harness, monkeypatch):
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "threading", SimpleNamespace(**{**vars(threading), "Lock": Interrupted}))
+        patched.setattr(
+            workers, "threading", SimpleNamespace(**{**vars(threading), "Lock": Interrupted})
+        )
         with pytest.raises(KeyboardInterrupt):
             h.run(lane, 1)
     assert h.batcher.queue.rows == 0
@@ -414,7 +458,8 @@ def test_an_interrupted_waiter_does_not_run(harness, monkeypatch):
 
 
 def test_an_answer_that_came_with_the_deadline_is_an_answer(harness, monkeypatch):
-    """The wait ends without the lock, yet the worker is done by then: the result is there, and nobody says too late."""
+    """The wait ends without the lock, yet the worker is done by then: the result is there, and
+    nobody says too late."""
     h, lane, lock = harness(num_workers=1), Lane(), threading.Lock
 
     class JustMissed:
@@ -429,7 +474,9 @@ def test_an_answer_that_came_with_the_deadline_is_an_answer(harness, monkeypatch
     lane.probe.shut()
     h.start(lane, 0)
     lane.probe.wait_inside(1)
-    monkeypatch.setattr(workers, "threading", SimpleNamespace(**{**vars(threading), "Lock": JustMissed}))
+    monkeypatch.setattr(
+        workers, "threading", SimpleNamespace(**{**vars(threading), "Lock": JustMissed})
+    )
     h.queue_up(lane, [1])
     monkeypatch.undo()
     lane.probe.release()
@@ -444,7 +491,11 @@ def test_an_answer_that_came_with_the_deadline_is_an_answer(harness, monkeypatch
     [
         (9.0, OverloadedError, "usually takes 500 ms, the deadline leaves 250 ms: try again"),
         (9.75, OverloadedError, "usually takes 500 ms, the deadline leaves 250 ms: try again"),
-        (10.0, DeadlineExceededError, "usually takes 500 ms, the deadline was 250 ms: raise timeout_ms"),
+        (
+            10.0,
+            DeadlineExceededError,
+            "usually takes 500 ms, the deadline was 250 ms: raise timeout_ms",
+        ),
     ],
     ids=["it waited too long", "it could just have", "it never could"],
 )
@@ -462,7 +513,8 @@ def usually_takes(h, lane, seconds):
 
 @pytest.mark.parametrize(("timeout_s", "by_worker"), [(19, True), (25, False)])
 def test_a_caller_runs_what_surely_ends_in_time_itself(harness, timeout_s, by_worker):
-    """Twice the usual time, of ten seconds here, is sure: nobody can be called back from a model."""
+    """Twice the usual time, of ten seconds here, is sure: nobody can be called back from a
+    model."""
     h, lane = harness(), Lane()
     usually_takes(h, lane, 10)
     assert h.run(lane, 1, timeout_s=timeout_s) == ("lane", 1)
@@ -475,7 +527,9 @@ def test_who_could_end_only_after_what_runs_now_is_refused_at_once(harness):
     lane.probe.shut()
     h.start(lane, 0, timeout_s=150)
     lane.probe.wait_inside(1)
-    with pytest.raises(OverloadedError, match=r"the answer would take about .* the deadline leaves"):
+    with pytest.raises(
+        OverloadedError, match=r"the answer would take about .* the deadline leaves"
+    ):
         h.run(lane, 1, timeout_s=150)
     lane.probe.release()
     assert h.threads.results() == [("lane", 0)]
@@ -491,7 +545,11 @@ def test_who_cannot_end_in_time_any_more_hears_of_it_when_its_turn_comes(harness
     usually_takes(h, lane, 10_000)
     blocker.probe.release()
     _, late = h.threads.outcomes()
-    assert isinstance(late, DeadlineExceededError) and "usually takes" in str(late) and not lane.runners
+    assert (
+        isinstance(late, DeadlineExceededError)
+        and "usually takes" in str(late)
+        and not lane.runners
+    )
 
 
 @pytest.mark.parametrize("payloads", [[POISON], [1, POISON, 2]], ids=["alone", "among others"])
@@ -530,7 +588,8 @@ def test_an_expired_request_never_reaches_the_model(harness, door):
     lane.probe.wait_inside(1)
     began_s = time.perf_counter()
     with pytest.raises(
-        DeadlineExceededError, match=r"no answer after \d{2,5} ms, the deadline was 50 ms: .*timeout_ms"
+        DeadlineExceededError,
+        match=r"no answer after \d{2,5} ms, the deadline was 50 ms: .*timeout_ms",
     ):
         if door == "sync":
             h.run(lane, 1, timeout_s=0.05)
@@ -548,7 +607,8 @@ def test_an_expired_request_never_reaches_the_model(harness, door):
 
 
 def test_the_loop_tells_each_its_own_deadline(harness):
-    """Later requests with earlier deadlines: one timer serves them all, and rings for the earliest."""
+    """Later requests with earlier deadlines: one timer serves them all, and rings for the
+    earliest."""
     h, lane = harness(num_workers=1), Lane(typical_s=1.0)
     lane.probe.shut()
     told = []
@@ -562,7 +622,12 @@ def test_the_loop_tells_each_its_own_deadline(harness):
     async def main():
         first = asyncio.create_task(h.arun(lane, "answered"))
         await asyncio.to_thread(lane.probe.wait_inside, 1)
-        calls = [caller("last", 0.25), caller("middle", 0.15), caller("first", 0.05), caller("waits", PATIENCE_S)]
+        calls = [
+            caller("last", 0.25),
+            caller("middle", 0.15),
+            caller("first", 0.05),
+            caller("waits", PATIENCE_S),
+        ]
         calls = [asyncio.create_task(call) for call in calls]
         await asyncio.wait(calls[:3])
         lane.probe.release()
@@ -642,7 +707,10 @@ def test_a_cancelled_coroutine_leaves_nothing(harness, when):
     h.assert_idle()
     assert not h.batcher._here.side.waiting
     ran = {
-        "before its turn ends": [["next"], ["cancelled", "next"]],  # it may end before the coroutine hears of it
+        "before its turn ends": [
+            ["next"],
+            ["cancelled", "next"],
+        ],  # it may end before the coroutine hears of it
         "in the queue": [["first", "next"]],
         "while it runs": [["cancelled", "next"]],
     }
@@ -650,7 +718,8 @@ def test_a_cancelled_coroutine_leaves_nothing(harness, when):
 
 
 def abandon(tasks):
-    """Drop tasks of a closed loop, as the garbage collector does, without its complaint about them."""
+    """Drop tasks of a closed loop, as the garbage collector does, without its complaint about
+    them."""
     for task in tasks:
         task._log_destroy_pending = False
         task.get_coro().close()
@@ -658,12 +727,14 @@ def abandon(tasks):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_loop_that_closes_early_harms_nobody_else(harness, fails):
-    """Its requests are in one batch with those of a thread: their answers go nowhere, the thread's arrive."""
+    """Its requests are in one batch with those of a thread: their answers go nowhere, the thread's
+    arrive."""
     h, lane = harness(num_workers=1), Lane(typical_s=1.0)
     lane.probe.shut()
     loop = asyncio.new_event_loop()
     running, queued = (
-        loop.create_task(h.arun(lane, payload)) for payload in ("running", POISON if fails else "queued")
+        loop.create_task(h.arun(lane, payload))
+        for payload in ("running", POISON if fails else "queued")
     )
 
     async def until_it_runs():
@@ -677,13 +748,16 @@ def test_a_loop_that_closes_early_harms_nobody_else(harness, fails):
     h.queue_up(lane, ["thread"])
     lane.probe.release()
     assert h.threads.results() == [("lane", "thread")]
-    assert lane.probe.batches == [2, *[1, 1] * fails, 2], "running and queued (halved if it fails); late and thread"
+    assert lane.probe.batches == [2, *[1, 1] * fails, 2], (
+        "running and queued (halved if it fails); late and thread"
+    )
     h.assert_idle()
     abandon([running, queued, late])
 
 
 def test_requests_of_a_dead_loop_do_not_fill_the_queue_for_ever(harness):
-    """A loop is closed under tasks that nobody cancels: their requests wait, and nobody was to look at them again."""
+    """A loop is closed under tasks that nobody cancels: their requests wait, and nobody was to look
+    at them again."""
     h, lane = harness(num_workers=1, max_queue_rows=4), Lane()
     loop = asyncio.new_event_loop()
     tasks = [loop.create_task(h.arun(lane, i)) for i in range(4)]
@@ -735,7 +809,10 @@ def test_a_hundred_batchers_leave_no_thread_and_no_file():
         h.batcher.close()
         h.batcher.close()
         if cycle == 10:
-            before = process.num_threads(), len(os.listdir("/proc/self/fd")) if os.path.exists("/proc") else 0
+            before = (
+                process.num_threads(),
+                len(os.listdir("/proc/self/fd")) if os.path.exists("/proc") else 0,
+            )
     assert not flserving_threads()
     # a thread that was joined is one of the system's for a moment more
     wait_until(lambda: process.num_threads() <= before[0], "the end of every thread")
@@ -808,19 +885,23 @@ def test_close_fails_what_could_not_be_drained_in_time(harness):
 
 
 def test_close_on_the_loop_answers_what_waits_there(harness):
-    """Coroutines whose turn has not ended when their loop closes the batcher: a worker answers them."""
+    """Coroutines whose turn has not ended when their loop closes the batcher: a worker answers
+    them."""
     h, lane = harness(num_workers=1), Lane()
 
     async def main():
         calls = [asyncio.create_task(h.arun(lane, i)) for i in range(3)]
-        asyncio.get_running_loop().call_soon(h.batcher.close)  # runs before the end of their turn does
+        asyncio.get_running_loop().call_soon(
+            h.batcher.close
+        )  # runs before the end of their turn does
         return await asyncio.gather(*calls)
 
     assert asyncio.run(main()) == [("lane", i) for i in range(3)]
 
 
 def test_close_is_quick_when_workers_wait_for_a_slot(harness, monkeypatch):
-    """Callers hold both slots and both workers sleep: one runs what waits, and neither sleeps on after that."""
+    """Callers hold both slots and both workers sleep: one runs what waits, and neither sleeps on
+    after that."""
     monkeypatch.setattr(workers, "IDLE_S", 10 * PATIENCE_S)
     h, lane = harness(num_workers=2, max_batch_size=1), Lane(typical_s=1.0)
     lane.probe.shut()
@@ -847,7 +928,8 @@ def test_close_is_quick_when_workers_wait_for_a_slot(harness, monkeypatch):
 
 
 def test_close_waits_for_a_worker_that_started_meanwhile(harness):
-    """Callers hold both slots; each that comes free while the batcher drains gets a worker, and close knows both."""
+    """Callers hold both slots; each that comes free while the batcher drains gets a worker, and
+    close knows both."""
     h, held, first, second = harness(num_workers=2), Lane("held"), Lane("first"), Lane("second")
     for lane in (held, first, second):
         lane.probe.shut()
@@ -872,7 +954,8 @@ def test_close_waits_for_a_worker_that_started_meanwhile(harness):
 
 
 def test_a_mixed_crowd_gets_its_own_answers(harness, short_idle):
-    """Threads and coroutines, three lanes, random sizes, cancellations and short deadlines: nothing lost or swapped."""
+    """Threads and coroutines, three lanes, random sizes, cancellations and short deadlines: nothing
+    lost or swapped."""
     h = harness(num_workers=2, max_batch_size=5, max_queue_rows=200)
     lanes = [Lane("fast"), Lane("slow", typical_s=1.0), Lane("edge", typical_s=workers.INLINE_S)]
     answered, failed = [], []
@@ -886,7 +969,11 @@ def test_a_mixed_crowd_gets_its_own_answers(harness, short_idle):
         for i in range(100):
             lane, payload = rng.choice(lanes), (seed, i)
             try:
-                check(lane, payload, h.run(lane, payload, rows=rng.randint(1, 7), timeout_s=rng.choice([0.001, 9])))
+                check(
+                    lane,
+                    payload,
+                    h.run(lane, payload, rows=rng.randint(1, 7), timeout_s=rng.choice([0.001, 9])),
+                )
             except (DeadlineExceededError, OverloadedError) as error:
                 failed.append(error)
 
@@ -894,7 +981,9 @@ def test_a_mixed_crowd_gets_its_own_answers(harness, short_idle):
         rng = random.Random(seed)
         for i in range(100):
             lane, payload = rng.choice(lanes), (seed, i)
-            call = asyncio.create_task(h.arun(lane, payload, rng.randint(1, 7), rng.choice([0.001, 9])))
+            call = asyncio.create_task(
+                h.arun(lane, payload, rng.randint(1, 7), rng.choice([0.001, 9]))
+            )
             if rng.random() < 0.1:
                 await asyncio.sleep(0)
                 call.cancel()
@@ -920,7 +1009,8 @@ def test_a_mixed_crowd_gets_its_own_answers(harness, short_idle):
 
 
 def test_a_worker_with_a_dead_threads_number_is_not_on_its_loop(harness):
-    """The system gives a thread's number to the next one: who once ran a loop is told apart by the loop."""
+    """The system gives a thread's number to the next one: who once ran a loop is told apart by the
+    loop."""
     lane, tasks = Lane(typical_s=1.0), []
 
     def die(h):

@@ -1,4 +1,5 @@
-"""A program that forks while its server is busy, and while other threads hold every lock: each child must answer."""
+"""A program that forks while its server is busy, and while other threads hold every lock: each
+child must answer."""
 
 import asyncio
 import os
@@ -64,8 +65,12 @@ def main():
     stop = threading.Event()
     with Registry(sys.argv[1]) as registry:
         for alias in (None, "default"):
-            registry.publish("m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES, alias=alias)
-        config = ServingConfig(num_workers=2, prediction_cache_bytes=1 << 20, cache_size=3, timeout_ms=30_000)
+            registry.publish(
+                "m", models.build("mlp", SIZES), architecture="mlp", parameters=SIZES, alias=alias
+            )
+        config = ServingConfig(
+            num_workers=2, prediction_cache_bytes=1 << 20, cache_size=3, timeout_ms=30_000
+        )
         with ModelServer(config, registry) as server:
             torch.manual_seed(0)
             server.load_model("slow", Slow(), num_features=4)
@@ -87,7 +92,9 @@ def main():
                 server._batcher, server.model_cache, server.prediction_cache, server.telemetry, server._store,
                 server.experiments, server.experiments.shadow, engine._executions,
             ]  # fmt: skip
-            locks = [holder._adding if holder is server._store else holder._lock for holder in holders]
+            locks = [
+                holder._adding if holder is server._store else holder._lock for holder in holders
+            ]
             locks += [registry._read_lock, registry._write_lock, server._router._admin]
             held, done = threading.Event(), threading.Event()
 
@@ -105,7 +112,9 @@ def main():
             codes.append(fork(server, registry))
             done.set()
             holder.join()
-            assert len(server.predict(X, "slow", model="local")["predictions"]) == 1, "the parent goes on"
+            assert len(server.predict(X, "slow", model="local")["predictions"]) == 1, (
+                "the parent goes on"
+            )
             assert server.predict(X, 1, model="m")
     return max(codes)
 

@@ -1,4 +1,5 @@
-"""How late this machine wakes its threads: what a test of real durations may forgive, and nothing more."""
+"""How late this machine wakes its threads: what a test of real durations may forgive, and nothing
+more."""
 
 import threading
 import time
@@ -9,9 +10,11 @@ QUIET_S = 0.0005
 
 
 class Bystander:
-    """Sleeps 2 ms again and again beside what is measured; ``late_s`` is by how much too long, on average.
+    """Sleeps 2 ms again and again beside what is measured; ``late_s`` is by how much too long, on
+    average.
 
-    0.1 ms on a quiet machine, so that it forgives nothing there; milliseconds on one with more work than cores.
+    0.1 ms on a quiet machine, so that it forgives nothing there; milliseconds on one with more work
+    than cores.
     """
 
     def __enter__(self):
@@ -36,10 +39,11 @@ class Bystander:
 
 
 def prove(attempt, tries):
-    """Try until one comes near. Only tries on a quiet machine say that the code is wrong: where they are too few for
-    that, nothing could be measured, and the test is skipped.
+    """Try until one comes near. Only tries on a quiet machine say that the code is wrong: where
+    they are too few for that, nothing could be measured, and the test is skipped.
 
-    ``attempt()`` returns whether it came near, how late threads woke meanwhile, and the numbers to show.
+    ``attempt()`` returns whether it came near, how late threads woke meanwhile, and the numbers to
+    show.
     """
     quiet = []
     for _ in range(tries):

@@ -1,4 +1,5 @@
-"""An empty page with an anywidget view on it, no JupyterLab: what the tests of the drawing canvas use it with."""
+"""An empty page with an anywidget view on it, no JupyterLab: what the tests of the drawing canvas
+use it with."""
 
 import time
 from http.server import BaseHTTPRequestHandler
@@ -47,7 +48,9 @@ def idle(page):
 def stroke(page, *points):
     """Draw with the mouse through points in pixels of the 8 x 8 grid."""
     box = page.locator("canvas").bounding_box()
-    places = [(box["x"] + x * box["width"] / 8, box["y"] + y * box["height"] / 8) for x, y in points]
+    places = [
+        (box["x"] + x * box["width"] / 8, box["y"] + y * box["height"] / 8) for x, y in points
+    ]
     page.mouse.move(*places[0])
     page.mouse.down()
     for place in places[1:]:
@@ -57,7 +60,8 @@ def stroke(page, *points):
 
 
 def calls(page, wanted):
-    """How often the page called; the browser tells of a call a little later than its answer is there."""
+    """How often the page called; the browser tells of a call a little later than its answer is
+    there."""
     end_s = time.monotonic() + 20
     while len(page.calls) < wanted and time.monotonic() < end_s:
         page.wait_for_timeout(20)

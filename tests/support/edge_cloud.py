@@ -1,4 +1,5 @@
-"""A cloud that releases rounds of a small model, for the tests of devices, and a way to stand between the two."""
+"""A cloud that releases rounds of a small model, for the tests of devices, and a way to stand
+between the two."""
 
 import contextlib
 import socket
@@ -19,7 +20,8 @@ X = np.random.default_rng(0).standard_normal((5, 8), dtype=np.float32)
 
 
 def state(number, sizes=SIZES):
-    """The weights of round ``number``: each a small step from the one before; even rounds leave the head alone."""
+    """The weights of round ``number``: each a small step from the one before; even rounds leave the
+    head alone."""
     rng = np.random.default_rng(7)
     shapes = {"body.0.weight": (sizes[1], sizes[0]), "body.0.bias": (sizes[1],),
               "head.weight": (sizes[2], sizes[1]), "head.bias": (sizes[2],)}  # fmt: skip
@@ -34,7 +36,11 @@ def state(number, sizes=SIZES):
 
 def heads(number):
     rng = np.random.default_rng(number)
-    return HeadSet("head", CLIENTS, rng.standard_normal((len(CLIENTS), SIZES[1] + 1, SIZES[2]), dtype=np.float32))
+    return HeadSet(
+        "head",
+        CLIENTS,
+        rng.standard_normal((len(CLIENTS), SIZES[1] + 1, SIZES[2]), dtype=np.float32),
+    )
 
 
 def publish(registry, number, *, with_heads=False, sizes=SIZES, alias="default"):
@@ -62,8 +68,16 @@ def cloud(root, *rounds, with_heads=False, **options):
     with Registry(root) as registry:
         for number in rounds:
             publish(registry, number, with_heads=with_heads)
-        options = {"tokens": tokens(), "grpc_port": None, "artifacts": True, "hosts": ("127.0.0.1",)} | options
-        with ModelServer(registry=registry) as server, flserving.serve(server, **options) as endpoint:
+        options = {
+            "tokens": tokens(),
+            "grpc_port": None,
+            "artifacts": True,
+            "hosts": ("127.0.0.1",),
+        } | options
+        with (
+            ModelServer(registry=registry) as server,
+            flserving.serve(server, **options) as endpoint,
+        ):
             yield registry, endpoint
 
 
@@ -74,8 +88,9 @@ def _cut(*sockets):
 
 
 class Between:
-    """A relay in front of a cloud that cuts a connection after so many bytes of answers: ``cuts``, one per connection,
-    first come first cut; None, and what comes after the last one, is passed whole."""
+    """A relay in front of a cloud that cuts a connection after so many bytes of answers: ``cuts``,
+    one per connection, first come first cut; None, and what comes after the last one, is passed
+    whole."""
 
     def __init__(self, url, cuts=()):
         host, port = url.removeprefix("http://").split(":")

@@ -1,7 +1,9 @@
-"""A process that forks devices in the midst of their updates and kills them; run by test_edge_process.py.
+"""A process that forks devices in the midst of their updates and kills them; run by
+test_edge_process.py.
 
-It imports torch once and forks from there, so that a kill costs milliseconds. One line on its input is one kill: the
-round that the cloud released last. It answers each with a line: the round that the device has then, or what is wrong.
+It imports torch once and forks from there, so that a kill costs milliseconds. One line on its input
+is one kill: the round that the cloud released last. It answers each with a line: the round that the
+device has then, or what is wrong.
 """
 
 import contextlib
@@ -30,7 +32,16 @@ def update(root, url, form, report):
         memory = Memory(registry)
         with EdgeModelServer(registry=registry, model="m", client="c-1", wall=memory.wall) as edge:
             settings = SyncSettings(memory=memory)
-            agent = SyncAgent(url, "c-1", registry, edge=edge, model="m", client="c-1", form=form, settings=settings)
+            agent = SyncAgent(
+                url,
+                "c-1",
+                registry,
+                edge=edge,
+                model="m",
+                client="c-1",
+                form=form,
+                settings=settings,
+            )
             with contextlib.closing(agent):
                 os.write(report, b"<")
                 agent.pull()
@@ -38,19 +49,25 @@ def update(root, url, form, report):
 
 
 def check(root, form):
-    """The round that a device runs after its restart; 0 where it has none yet. AssertionError: it is not whole."""
+    """The round that a device runs after its restart; 0 where it has none yet. AssertionError: it
+    is not whole."""
     with Registry(root) as registry:
         whole = [int(path.parent.name) for path in Path(root, "models", "m").glob(f"*/{WEIGHTS}")]
         for number in {*registry.version_numbers("m")} & {*whole, *registry.aliases("m").values()}:
             artifact = registry.read("m", number)
             wanted = state(artifact.manifest.lineage.round, artifact.manifest.parameters["sizes"])
             wanted = delta.quantised(wanted) if form == "int8" else wanted
-            assert weights.digest(artifact.tensors) == weights.digest(wanted), f"version {number} is not whole"
+            assert weights.digest(artifact.tensors) == weights.digest(wanted), (
+                f"version {number} is not whole"
+            )
             assert artifact.heads is not None, f"version {number} lost its head"
         if "default" not in registry.aliases("m"):
             return 0
         with EdgeModelServer(registry=registry, model="m", client="c-1") as edge:
-            rows = np.zeros((1, registry.manifest("m", registry.resolve("m")).signature.input_shape[0]), np.float32)
+            rows = np.zeros(
+                (1, registry.manifest("m", registry.resolve("m")).signature.input_shape[0]),
+                np.float32,
+            )
             answer = edge.predict(rows)
             assert answer["head"] == "own", "the head came apart from its body"
             return answer["round"]

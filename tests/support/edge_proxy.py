@@ -7,9 +7,11 @@ import httpx
 
 
 class Liar:
-    """Passes requests on; ``lies`` maps a part of a path to ``(status, headers, body) -> the same``, changed.
+    """Passes requests on; ``lies`` maps a part of a path to ``(status, headers, body) -> the
+    same``, changed.
 
-    ``asked`` lists (path, Range header). An answer says what its headers say, also where that is not true.
+    ``asked`` lists (path, Range header). An answer says what its headers say, also where that is
+    not true.
     """
 
     def __init__(self, url):
@@ -19,11 +21,19 @@ class Liar:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+                headers = {
+                    name: value for name, value in self.headers.items() if name.lower() != "host"
+                }
                 liar.asked.append((self.path, headers.get("range")))
-                answer = liar._client.get(url + self.path, headers=headers | {"accept-encoding": "identity"})
+                answer = liar._client.get(
+                    url + self.path, headers=headers | {"accept-encoding": "identity"}
+                )
                 status, body = answer.status_code, answer.content
-                said = {k: v for k, v in answer.headers.items() if k in ("content-range", "content-type")}
+                said = {
+                    k: v
+                    for k, v in answer.headers.items()
+                    if k in ("content-range", "content-type")
+                }
                 said["content-length"] = str(len(body))
                 for part, lie in liar.lies.items():
                     if part in self.path:

@@ -1,7 +1,7 @@
 """A process that forks edge devices and kills them while they update: run by the tests of the edge.
 
-It imports torch once and forks from there; the parent never holds a registry open nor a thread alive across a fork.
-Prints one line of JSON.
+It imports torch once and forks from there; the parent never holds a registry open nor a thread
+alive across a fork. Prints one line of JSON.
 """
 
 import json
@@ -40,29 +40,44 @@ def head_of(value: float) -> dict[str, torch.Tensor]:
 
 
 def update_forever(root: Path, report: int) -> None:
-    """Updates in turn: round n with a head that answers n + 0.5, then another head, n + 0.25, on the same body."""
-    with Registry(root) as registry, EdgeModelServer(config=ServingConfig(warmup_samples=1), registry=registry) as edge:
+    """Updates in turn: round n with a head that answers n + 0.5, then another head, n + 0.25, on
+    the same body."""
+    with (
+        Registry(root) as registry,
+        EdgeModelServer(config=ServingConfig(warmup_samples=1), registry=registry) as edge,
+    ):
         while True:
             os.write(report, b".")
             number = len(registry.version_numbers("model"))
             if number % 2 == 0 or not edge.ready:
                 edge.update_global(
-                    state_of(number), round=number, head=head_of(number + 0.5), output_type="regression", **MLP
+                    state_of(number),
+                    round=number,
+                    head=head_of(number + 0.5),
+                    output_type="regression",
+                    **MLP,
                 )
             else:
                 edge.update_local(head_of(edge.predict([1.0, 1.0])["round"] + 0.25))
 
 
 def check(root: Path, known: int) -> int:
-    """The device starts with a whole model: weights, head and round of one update. Returns its version (0: none)."""
-    with Registry(root) as registry, EdgeModelServer(config=ServingConfig(warmup_samples=1), registry=registry) as edge:
+    """The device starts with a whole model: weights, head and round of one update. Returns its
+    version (0: none)."""
+    with (
+        Registry(root) as registry,
+        EdgeModelServer(config=ServingConfig(warmup_samples=1), registry=registry) as edge,
+    ):
         if not (version := registry.aliases("model").get("default", 0)):
             assert known == 0
             return 0
         assert version >= known, f"version {known} had answered, now {version} does"
         mine, generic = edge.predict([1.0, 1.0]), edge.predict([1.0, 1.0], use_personalized=False)
         body = generic["predictions"][0]
-        assert mine["head"] == "own" and mine["predictions"][0] in (body + 0.5, body + 0.25), (mine, generic)
+        assert mine["head"] == "own" and mine["predictions"][0] in (body + 0.5, body + 0.25), (
+            mine,
+            generic,
+        )
         assert generic["round"] == mine["round"] == body and mine["model_version"] == str(version)
         return version
 
@@ -72,17 +87,23 @@ def main(root: Path, kills: int, seed: int) -> dict[str, int]:
     for _ in range(kills):
         reports, report = os.pipe()
         pid = fork(lambda report=report: update_forever(root, report))
-        for _ in range(rng.choice((1, 2, 2, 3)) if known else 3):  # its registry is open, it has made an update ...
+        for _ in range(
+            rng.choice((1, 2, 2, 3)) if known else 3
+        ):  # its registry is open, it has made an update ...
             started_s = time.monotonic()
             os.read(reports, 1)
             update_s = 0.8 * update_s + 0.2 * (time.monotonic() - started_s)
         time.sleep(rng.uniform(0, 1.5 * update_s))
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"the device ended: {status}"
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
+            f"the device ended: {status}"
+        )
         os.close(reports)
         os.close(report)
-        answer, told = os.pipe()  # checked in a child too: threads must not be alive across the next fork
+        answer, told = (
+            os.pipe()
+        )  # checked in a child too: threads must not be alive across the next fork
         checker = fork(lambda told=told, known=known: os.write(told, b"%d" % check(root, known)))
         assert os.waitpid(checker, 0)[1] == 0, "the device did not start again as it was"
         known = int(os.read(answer, 20))

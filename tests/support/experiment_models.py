@@ -22,10 +22,17 @@ def published(root, versions=3, **options):
 def publish(registry, value, fragile=False, name="m", **options):
     state = models.build("mlp", {"sizes": [4, 2, 1]}).state_dict()
     for part, tensor in state.items():
-        tensor.fill_(1e30 if fragile and part.endswith("weight") else 0.0)  # finite, but not what it makes of a 1
+        tensor.fill_(
+            1e30 if fragile and part.endswith("weight") else 0.0
+        )  # finite, but not what it makes of a 1
     state["head.bias"].fill_(float(value))
     return registry.publish(
-        name, state, architecture="mlp", parameters={"sizes": [4, 2, 1]}, output_type="regression", **options
+        name,
+        state,
+        architecture="mlp",
+        parameters={"sizes": [4, 2, 1]},
+        output_type="regression",
+        **options,
     )
 
 
@@ -37,4 +44,6 @@ def named(running, arm, count=1):
 
 
 def server_of(registry, **settings):
-    return ModelServer(ServingConfig(**{"warmup_samples": 1, "timeout_ms": PATIENCE_S * 1e3, **settings}), registry)
+    return ModelServer(
+        ServingConfig(**{"warmup_samples": 1, "timeout_ms": PATIENCE_S * 1e3, **settings}), registry
+    )

@@ -1,4 +1,5 @@
-"""A Flower app as its users write one, on the same digits that ``federated.train`` deals out. Needs flwr."""
+"""A Flower app as its users write one, on the same digits that ``federated.train`` deals out. Needs
+flwr."""
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ def train_config(seed: int = 0) -> ConfigRecord:
 
 
 def client_app(clients: tuple[Client, ...]) -> ClientApp:
-    """SGD on the cross entropy; shuffles as ``federated.train`` does, so that the two can be compared."""
+    """SGD on the cross entropy; shuffles as ``federated.train`` does, so that the two can be
+    compared."""
     standardise = Preprocessor(**federated_statistics(clients))
     app = ClientApp()
 
@@ -49,7 +51,10 @@ def client_app(clients: tuple[Client, ...]) -> ClientApp:
                 loss.backward()
                 optimiser.step()
         metrics = MetricRecord({"num-examples": len(y), "loss": float(loss.detach())})
-        return Message(RecordDict({"arrays": ArrayRecord(module.state_dict()), "metrics": metrics}), reply_to=message)
+        return Message(
+            RecordDict({"arrays": ArrayRecord(module.state_dict()), "metrics": metrics}),
+            reply_to=message,
+        )
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

@@ -1,9 +1,11 @@
-"""Writes tests/integrations/checkpoints with the tools themselves, each in an environment of its own that has it:
+"""Writes tests/integrations/checkpoints with the tools themselves, each in an environment of its
+own that has it:
 
 python tests/support/foreign_checkpoints.py flower tests/integrations/checkpoints    # flwr 1.41.0
 python tests/support/foreign_checkpoints.py nvflare tests/integrations/checkpoints   # nvflare 2.9.0
 
-Beside each file lies what it should answer, NAME.answer.npy: the logits of ``rows()``, by torch before it was saved.
+Beside each file lies what it should answer, NAME.answer.npy: the logits of ``rows()``, by torch
+before it was saved.
 """
 
 import sys
@@ -32,8 +34,10 @@ def answer_of(state, path):
 
 
 def flower(folder):
-    """Three rounds of FedAdam, whose arrays are float64, saved after each as Flower's guide on checkpoints does."""
-    from flserving.federated.flower import LocalGrid  # isort: skip  # before flwr: it turns the telemetry off
+    """Three rounds of FedAdam, whose arrays are float64, saved after each as Flower's guide on
+    checkpoints does."""
+    # before flwr: it turns the telemetry off
+    from flserving.federated.flower import LocalGrid  # isort: skip
     from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp.strategy import FedAdam
@@ -55,7 +59,9 @@ def flower(folder):
 
     torch.manual_seed(0)
     arrays = ArrayRecord(build().state_dict())
-    result = FedAdam(fraction_evaluate=0.0).start(LocalGrid(app, 2), arrays, num_rounds=3, evaluate_fn=save)
+    result = FedAdam(fraction_evaluate=0.0).start(
+        LocalGrid(app, 2), arrays, num_rounds=3, evaluate_fn=save
+    )
     state = result.arrays.to_torch_state_dict()
     torch.save(state, folder / "final_model.pt")
     for number in (1, 2):
@@ -65,7 +71,8 @@ def flower(folder):
 
 
 def nvflare(folder):
-    """What NVFLARE's persistor writes after a round of its FedAvg: ``{"model": ..., "meta_props": ...}``."""
+    """What NVFLARE's persistor writes after a round of its FedAvg: ``{"model": ..., "meta_props":
+    ...}``."""
     from nvflare.app_common.abstract.model import make_model_learnable
     from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
     from nvflare.app_opt.pt.model_persistence_format_manager import PTModelPersistenceFormatManager
@@ -74,7 +81,9 @@ def nvflare(folder):
     state = build().state_dict()
     train_conf = {"train": {"model": "Net"}}  # as the persistor notes it: the class's name
     persistor = PTFileModelPersistor()
-    persistor.persistence_manager = PTModelPersistenceFormatManager(dict(state), default_train_conf=train_conf)
+    persistor.persistence_manager = PTModelPersistenceFormatManager(
+        dict(state), default_train_conf=train_conf
+    )
     learned = {name: tensor.numpy() + 0.5 for name, tensor in state.items()}
     meta = {"nr_aggregated": 2, "current_round": 7}  # as its aggregators leave them
     persistor.persistence_manager.update(make_model_learnable(learned, meta))

@@ -1,4 +1,5 @@
-"""A child process for the tests that kill: forked, and gone without a trace of its parent's clean-up."""
+"""A child process for the tests that kill: forked, and gone without a trace of its parent's
+clean-up."""
 
 import os
 import sys
@@ -6,7 +7,8 @@ from collections.abc import Callable
 
 
 def fork(action: Callable[[], object]) -> int:
-    """Run ``action`` in a child and end it; an error goes to its stderr and makes the exit code 1."""
+    """Run ``action`` in a child and end it; an error goes to its stderr and makes the exit code
+    1."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -1,7 +1,8 @@
-"""What is said about the course as a whole, made from the notebooks: the syllabus' tables, the concept map, the stack.
+"""What is said about the course as a whole, made from the notebooks: the syllabus' tables, the
+concept map, the stack.
 
-``python tests/support/front_matter.py`` writes them anew into ``notebooks/`` and sorts the glossary; a test holds them
-equal to the notebooks.
+``python tests/support/front_matter.py`` writes them anew into ``notebooks/`` and sorts the
+glossary; a test holds them equal to the notebooks.
 """
 
 import base64
@@ -17,12 +18,24 @@ import nbformat
 from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-WORDS_PER_MIN, LINES_PER_MIN, WIDGET_MIN, SOLUTION_LINE_MIN = 110, 8, 5, 3  # how the notebooks' minutes are estimated
+WORDS_PER_MIN, LINES_PER_MIN, WIDGET_MIN, SOLUTION_LINE_MIN = (
+    110,
+    8,
+    5,
+    3,
+)  # how the notebooks' minutes are estimated
 WEEKS = 12
 
-# Which sections a workshop of two days does; of the other sections the cells are run, and nothing is read.
+# Which sections a workshop of two days does; of the other sections the cells are run, and nothing
+# is read.
 WORKSHOP: tuple[dict[str, tuple[int, ...]], ...] = (
-    {"00": (), "01": (1, 3, 5, 6), "02": (1, 2, 3, 7), "03": (1, 2, 5, 6), "04": (1, 2, 3)},  # () is all sections
+    {
+        "00": (),
+        "01": (1, 3, 5, 6),
+        "02": (1, 2, 3, 7),
+        "03": (1, 2, 5, 6),
+        "04": (1, 2, 3),
+    },  # () is all sections
     {
         "05": (1, 2, 5),
         "06": (2, 3),
@@ -34,7 +47,8 @@ WORKSHOP: tuple[dict[str, tuple[int, ...]], ...] = (
     },
 )
 
-# Where a notebook stands in the concept map (row, column), and the ideas that it adds, in the words of the glossary.
+# Where a notebook stands in the concept map (row, column), and the ideas that it adds, in the words
+# of the glossary.
 PLACES: dict[str, tuple[int, float, tuple[str, ...]]] = {
     "00": (0, 1.5, ("serving", "inference engine", "p99")),
     "01": (1, 1.5, ("round", "version", "lineage", "worst client")),
@@ -80,22 +94,33 @@ def chapters(folder: Path = NOTEBOOKS) -> list[Chapter]:
 
 def _chapter(path: Path) -> Chapter:
     cells = nbformat.read(path, as_version=4).cells
-    opening = "\n\n".join(cell.source for cell in itertools.takewhile(lambda it: it.cell_type == "markdown", cells))
+    opening = "\n\n".join(
+        cell.source for cell in itertools.takewhile(lambda it: it.cell_type == "markdown", cells)
+    )
     paragraphs = [" ".join(paragraph.split()) for paragraph in opening.split("\n\n")]
     heading = re.fullmatch(r"# (\d\d) ([^:]+?)(?:: .+)?", paragraphs[0])
     assert heading, f"{path.name}: its title is not '# NN Title: subtitle'"
     number = heading[1]
-    told = {name: text for name, _, text in (p.removeprefix("**").partition("** ") for p in paragraphs[1:])}
+    told = {
+        name: text
+        for name, _, text in (p.removeprefix("**").partition("** ") for p in paragraphs[1:])
+    }
     minutes = int(re.search(r"\d+", told["Time"])[0])  # type: ignore[index]
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    kept = [name.strip() for names in re.findall(r"lab\.keep\(([\w, ]+)\)", code) for name in names.split(",")]
+    kept = [
+        name.strip()
+        for names in re.findall(r"lab\.keep\(([\w, ]+)\)", code)
+        for name in names.split(",")
+    ]
     return Chapter(
         number=number,
         title=heading[2],
         file=path.name,
         builds=re.split(r"(?<=\w)\. (?=[A-Z])", told["You build"])[0].rstrip("."),
         minutes=minutes,
-        needs=tuple(sorted({other for other in re.findall(r"\b\d\d\b", told["You need"]) if other < number})),
+        needs=tuple(
+            sorted({other for other in re.findall(r"\b\d\d\b", told["You need"]) if other < number})
+        ),
         kept=tuple(kept),
         sections=tuple(_sections(cells, minutes)),
         text="\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown"),
@@ -103,11 +128,16 @@ def _chapter(path: Path) -> Chapter:
 
 
 def _sections(cells: Sequence[NotebookNode], minutes: int) -> Iterator[Section]:
-    """The numbered sections; the opening counts to the first, the summary to the last, their minutes sum to all."""
+    """The numbered sections; the opening counts to the first, the summary to the last, their
+    minutes sum to all."""
     found: list[tuple[int, str, float]] = []
     waiting = 0.0
     for cell in cells:
-        heading = re.search(r"^## (\d+) (.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
+        heading = (
+            re.search(r"^## (\d+) (.+)$", cell.source, re.MULTILINE)
+            if cell.cell_type == "markdown"
+            else None
+        )
         if heading:
             found.append((int(heading[1]), heading[2], waiting))
             waiting = 0.0
@@ -141,7 +171,10 @@ def _lines(code: str) -> int:
 
 
 def syllabus(course: Iterable[Chapter]) -> str:
-    rows = ["| notebook | you build | parts you keep | minutes | needs |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| notebook | you build | parts you keep | minutes | needs |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     total = 0
     for chapter in course:
         kept = ", ".join(f"`{name}`" for name in chapter.kept) or "-"
@@ -159,8 +192,12 @@ def workshop(course: Sequence[Chapter]) -> str:
         total = 0.0
         for number, wanted in picks.items():
             chapter = by_number[number]
-            taken = [section for section in chapter.sections if section.number in wanted or not wanted]
-            assert len(taken) == len(wanted or chapter.sections), f"{chapter.file} has no section of {wanted}"
+            taken = [
+                section for section in chapter.sections if section.number in wanted or not wanted
+            ]
+            assert len(taken) == len(wanted or chapter.sections), (
+                f"{chapter.file} has no section of {wanted}"
+            )
             minutes = sum(section.minutes for section in taken)
             total += minutes
             rows.append(f"| {day} | {_link(chapter)} | {_told(taken, chapter)} | {minutes:.0f} |")
@@ -180,16 +217,23 @@ def semester(course: Iterable[Chapter]) -> str:
 
 
 def weeks(course: Sequence[Chapter], count: int = WEEKS) -> list[list[tuple[Chapter, Section]]]:
-    """All sections in their order, in weeks of about the same length that end with a notebook where they can."""
+    """All sections in their order, in weeks of about the same length that end with a notebook where
+    they can."""
     steps = [(chapter, section) for chapter in course for section in chapter.sections]
     ends = [0, *itertools.accumulate(section.minutes for _, section in steps)]
     aim = ends[-1] / count
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))] + [(float("inf"), ())] * len(steps)
     for _ in range(count):  # the best way to fill one week more, for every last section
-        cuts = [not at or at == len(steps) or steps[at - 1][0] != steps[at][0] for at in range(len(steps) + 1)]
+        cuts = [
+            not at or at == len(steps) or steps[at - 1][0] != steps[at][0]
+            for at in range(len(steps) + 1)
+        ]
         best = [
             min(
-                (cost + (ends[at] - ends[start] - aim) ** 2 + (0 if cuts[at] else 20**2), (*path, at))
+                (
+                    cost + (ends[at] - ends[start] - aim) ** 2 + (0 if cuts[at] else 20**2),
+                    (*path, at),
+                )
                 for start, (cost, path) in enumerate(best[: at + 1])
             )
             for at in range(len(steps) + 1)
@@ -212,27 +256,45 @@ def _told(taken: Sequence[Section], chapter: Chapter) -> str:
 
 
 def with_tables(text: str, course: Sequence[Chapter]) -> str:
-    """The syllabus' text with its tables made anew; a table stands between <!-- name --> and <!-- end -->."""
+    """The syllabus' text with its tables made anew; a table stands between <!-- name --> and <!--
+    end -->."""
     for name, make in (("syllabus", syllabus), ("workshop", workshop), ("semester", semester)):
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text, found = re.subn(pattern, lambda m: f"{m[1]}\n{make(course)}\n{m[2]}", text, flags=re.DOTALL)  # noqa: B023
+        made = f"\n{make(course)}\n"
+        text, found = re.subn(pattern, lambda m: m[1] + made + m[2], text, flags=re.DOTALL)  # noqa: B023
         assert found == 1, f"<!-- {name} --> ... <!-- end --> is there {found} times"
     return text
 
 
 # The concept map
 
-INK, PAPER, EDGE, LINE = "#1b2733", "#eef3f8", "#44617d", "#7a8793"  # boxes bring their paper along: any theme
-TEXT_PX, LINE_PX, WIDTH_PX, BOX_PX, GAP_PX, DROP_PX, PAD_PX = 14, 18, 880, 206, 16, 44, 6  # 14 px are 10.5 pt
+INK, PAPER, EDGE, LINE = (
+    "#1b2733",
+    "#eef3f8",
+    "#44617d",
+    "#7a8793",
+)  # boxes bring their paper along: any theme
+TEXT_PX, LINE_PX, WIDTH_PX, BOX_PX, GAP_PX, DROP_PX, PAD_PX = (
+    14,
+    18,
+    880,
+    206,
+    16,
+    44,
+    6,
+)  # 14 px are 10.5 pt
 
 BOLD = ' font-weight="bold"'
 
 
 def concept_map(course: Sequence[Chapter]) -> str:
-    """The course as boxes, and arrows from what a notebook needs; what is needed by way of another is left out."""
+    """The course as boxes, and arrows from what a notebook needs; what is needed by way of another
+    is left out."""
     missing = {chapter.number for chapter in course} ^ set(PLACES)
     assert not missing, f"PLACES in front_matter.py and the notebooks differ in {sorted(missing)}"
-    arrows = [(other, chapter.number) for chapter in course for other in direct_needs(chapter, course)]
+    arrows = [
+        (other, chapter.number) for chapter in course for other in direct_needs(chapter, course)
+    ]
     leads = {start: [end for other, end in arrows if other == start] for start, _ in arrows}
     told = ". ".join(f"{start} leads to {', '.join(ends)}" for start, ends in leads.items())
     tops = _tops(course)
@@ -266,12 +328,18 @@ def direct_needs(chapter: Chapter, course: Sequence[Chapter]) -> list[str]:
     def all_of(number: str) -> set[str]:
         return needs[number].union(*map(all_of, needs[number])) if needs[number] else set()
 
-    return [number for number in chapter.needs if not any(number in all_of(other) for other in chapter.needs)]
+    return [
+        number
+        for number in chapter.needs
+        if not any(number in all_of(other) for other in chapter.needs)
+    ]
 
 
 def _lines_of(chapter: Chapter) -> list[str]:
     """What stands in a notebook's box: its title, then its ideas."""
-    return textwrap.wrap(f"{chapter.number} {chapter.title}", width=23) + list(PLACES[chapter.number][2])
+    return textwrap.wrap(f"{chapter.number} {chapter.title}", width=23) + list(
+        PLACES[chapter.number][2]
+    )
 
 
 def _height(chapter: Chapter) -> int:
@@ -286,7 +354,9 @@ def _tops(course: Sequence[Chapter]) -> list[int]:
 
 def _rows(course: Sequence[Chapter]) -> list[list[Chapter]]:
     count = 1 + max(row for row, *_ in PLACES.values())
-    return [[chapter for chapter in course if PLACES[chapter.number][0] == row] for row in range(count)]
+    return [
+        [chapter for chapter in course if PLACES[chapter.number][0] == row] for row in range(count)
+    ]
 
 
 def _box(chapter: Chapter, top: int) -> tuple[float, int, int, str]:
@@ -299,20 +369,29 @@ def _box(chapter: Chapter, top: int) -> tuple[float, int, int, str]:
         for i, text in enumerate(lines)
     )
     frame = f'fill="{PAPER}" stroke="{EDGE}" stroke-width="1.5"'
-    return left, top, tall, f'<rect x="{left:g}" y="{top}" width="{BOX_PX}" height="{tall}" rx="6" {frame}/>{rows}'
+    return (
+        left,
+        top,
+        tall,
+        f'<rect x="{left:g}" y="{top}" width="{BOX_PX}" height="{tall}" rx="6" {frame}/>{rows}',
+    )
 
 
 def sorted_glossary(text: str) -> str:
     """The glossary with its terms in order, whatever line a new one was put on."""
     head, *entries = re.split(r"^(?=- \*\*)", text.rstrip("\n") + "\n", flags=re.MULTILINE)
-    return head + "".join(sorted(entries, key=lambda line: line.split("**")[1].strip("`").casefold()))
+    return head + "".join(
+        sorted(entries, key=lambda line: line.split("**")[1].strip("`").casefold())
+    )
 
 
 def stack_picture(folder: Path = NOTEBOOKS) -> bytes:
     """The picture of the stack as notebook 00 stores it; the top README shows it, too."""
     cells = nbformat.read(folder / "00_start_here.ipynb", as_version=4).cells
     for output in itertools.chain.from_iterable(cell.get("outputs", ()) for cell in cells):
-        if "How a version gets into memory" in output.get("metadata", {}).get("image/png", {}).get("alt", ""):
+        if "How a version gets into memory" in output.get("metadata", {}).get("image/png", {}).get(
+            "alt", ""
+        ):
             return base64.b64decode(output.data["image/png"])
     raise LookupError("notebook 00 stores no picture of the stack: run it and store its outputs")
 

@@ -1,11 +1,12 @@
-"""From nothing to a graded class: an assignment of one notebook, made-up submissions, marks and feedback by nbgrader.
+"""From nothing to a graded class: an assignment of one notebook, made-up submissions, marks and
+feedback by nbgrader.
 
     python tests/support/graded_class.py notebooks/03_caching.ipynb --students 30 --out graded
 
-The first student hands in stubs, the second the solutions; every other one hands in, exercise by exercise, a solution,
-a stub, or one of the wrong solutions of the tests. It needs the extra ``grading``. The assignment holds the exercises,
-their checks and the cells that these need, so that a class is graded in minutes; ``--whole`` takes the whole notebook,
-as a teacher would.
+The first student hands in stubs, the second the solutions; every other one hands in, exercise by
+exercise, a solution, a stub, or one of the wrong solutions of the tests. It needs the extra
+``grading``. The assignment holds the exercises, their checks and the cells that these need, so that
+a class is graded in minutes; ``--whole`` takes the whole notebook, as a teacher would.
 """
 
 import argparse
@@ -59,8 +60,14 @@ class Mark(NamedTuple):
 def assignment_of(notebook: NotebookNode, whole: bool) -> NotebookNode:
     """The notebook to hand out: all of it, or its exercises and what these need."""
     if not whole:
-        asked = {place for exercise in find_exercises(notebook) for place in (exercise.solution, exercise.check)}
-        notebook.cells = [notebook.cells[place] for place in sorted(asked | set(needed_cells(notebook, asked)))]
+        asked = {
+            place
+            for exercise in find_exercises(notebook)
+            for place in (exercise.solution, exercise.check)
+        }
+        notebook.cells = [
+            notebook.cells[place] for place in sorted(asked | set(needed_cells(notebook, asked)))
+        ]
     return notebook
 
 
@@ -79,7 +86,8 @@ def submissions(exercises: Sequence[str], students: int, seed: int) -> dict[str,
 
 
 def write_course(out: Path, path: Path, handed_in: dict[str, dict[str, str]], whole: bool) -> None:
-    """The folders that nbgrader wants: its configuration, the source of the assignment, and what was handed in."""
+    """The folders that nbgrader wants: its configuration, the source of the assignment, and what
+    was handed in."""
     source = assignment_of(nbformat.read(path, as_version=4), whole)
     folder = out / "source" / ASSIGNMENT
     folder.mkdir(parents=True)
@@ -104,7 +112,8 @@ def nbgrader(course: Path, *arguments: str) -> None:
     options = (
         f"--CourseDirectory.root={course}",
         "--ExecutePreprocessor.timeout=300",
-        "--ExecutePreprocessor.interrupt_on_timeout=True",  # then a cell that hangs is one that fails
+        # then a cell that hangs is one that fails
+        "--ExecutePreprocessor.interrupt_on_timeout=True",
     )
     done = subprocess.run(
         [sys.executable, "-m", "nbgrader", *arguments, *options],
@@ -124,7 +133,12 @@ def marks_of(course: Path, handed_in: dict[str, dict[str, str]]) -> dict[str, li
             graded = {grade.name: grade for each in book.find_submission(ASSIGNMENT, student).notebooks
                       for grade in each.grades}  # fmt: skip
             marks[student] = [
-                Mark(exercise, kind, graded[f"{exercise}-check"].score, graded[f"{exercise}-check"].max_score)
+                Mark(
+                    exercise,
+                    kind,
+                    graded[f"{exercise}-check"].score,
+                    graded[f"{exercise}-check"].max_score,
+                )
                 for exercise, kind in solutions.items()
             ]
     return marks
@@ -135,16 +149,28 @@ def write_marks(path: Path, marks: dict[str, list[Mark]]) -> None:
     exercises = [mark.exercise for mark in next(iter(marks.values()))]
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["student", "points", "of", *(f"{name}{end}" for name in exercises for end in ("", ": points"))])
+        rows.writerow(
+            [
+                "student",
+                "points",
+                "of",
+                *(f"{name}{end}" for name in exercises for end in ("", ": points")),
+            ]
+        )
         for student, own in marks.items():
             points = round(sum(mark.points for mark in own), 2)
             each = [value for mark in own for value in (mark.handed_in, round(mark.points, 2))]
             rows.writerow([student, points, sum(mark.worth for mark in own), *each])
 
 
-def graded_class(path: Path, out: Path, students: int, seed: int = 0, whole: bool = False) -> dict[str, list[Mark]]:
-    """Student -> marks; in ``out`` also ``marks.csv`` and, for every student, ``feedback/STUDENT/week/*.html``."""
-    exercises = [exercise.grade_id for exercise in find_exercises(nbformat.read(path, as_version=4))]
+def graded_class(
+    path: Path, out: Path, students: int, seed: int = 0, whole: bool = False
+) -> dict[str, list[Mark]]:
+    """Student -> marks; in ``out`` also ``marks.csv`` and, for every student,
+    ``feedback/STUDENT/week/*.html``."""
+    exercises = [
+        exercise.grade_id for exercise in find_exercises(nbformat.read(path, as_version=4))
+    ]
     if not exercises:
         raise ValueError(f"{path} has no exercises: choose another notebook")
     if out.exists() and any(out.iterdir()):
@@ -161,11 +187,17 @@ def graded_class(path: Path, out: Path, students: int, seed: int = 0, whole: boo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make up a class, and grade it with nbgrader.")
-    parser.add_argument("notebook", type=Path, help="with the solutions, for example notebooks/03_caching.ipynb")
+    parser.add_argument(
+        "notebook", type=Path, help="with the solutions, for example notebooks/03_caching.ipynb"
+    )
     parser.add_argument("--students", type=int, default=30, help="at least 2 (30)")
     parser.add_argument("--out", type=Path, default=Path("graded"), help="a new folder (graded)")
-    parser.add_argument("--seed", type=int, default=0, help="another one makes up another class (0)")
-    parser.add_argument("--whole", action="store_true", help="run the whole notebook for each student")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another one makes up another class (0)"
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="run the whole notebook for each student"
+    )
     options = parser.parse_args(arguments)
     if options.students < 2:
         parser.error("--students must be 2 or more: one hands in stubs, one the solutions")
@@ -174,16 +206,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     began_s = time.monotonic()
     try:
-        marks = graded_class(options.notebook, options.out, options.students, options.seed, options.whole)
+        marks = graded_class(
+            options.notebook, options.out, options.students, options.seed, options.whole
+        )
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for student, own in marks.items():
-        told = ", ".join(f"{mark.exercise} {mark.points:g}/{mark.worth:g} ({mark.handed_in})" for mark in own)
+        told = ", ".join(
+            f"{mark.exercise} {mark.points:g}/{mark.worth:g} ({mark.handed_in})" for mark in own
+        )
         print(f"{student}: {sum(mark.points for mark in own):g} points: {told}")
-    surprises = [f"{student}: {mark.surprise}" for student, own in marks.items() for mark in own if mark.surprise]
-    print(f"{len(marks)} students in {time.monotonic() - began_s:.0f} s; the table is {options.out / 'marks.csv'}")
-    print(*(surprises or ["every stub got 0 points, every solution all, every wrong solution less"]), sep="\n")
+    surprises = [
+        f"{student}: {mark.surprise}"
+        for student, own in marks.items()
+        for mark in own
+        if mark.surprise
+    ]
+    print(
+        f"{len(marks)} students in {time.monotonic() - began_s:.0f} s; the table is {options.out / 'marks.csv'}"
+    )
+    print(
+        *(surprises or ["every stub got 0 points, every solution all, every wrong solution less"]),
+        sep="\n",
+    )
     return 1 if surprises else 0
 
 

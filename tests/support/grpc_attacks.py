@@ -1,4 +1,5 @@
-"""HTTP/2 as no gRPC client writes it: frames of callers without a credential who want the server's memory or time."""
+"""HTTP/2 as no gRPC client writes it: frames of callers without a credential who want the server's
+memory or time."""
 
 import contextlib
 import socket
@@ -13,14 +14,22 @@ SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 
 def frame(kind, flags, stream, body):
     """One of HTTP/2 (RFC 9113, 4.1)."""
-    return struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
+    return (
+        struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
+    )
 
 
 def opening(path, stream):
     """The headers of a call without a credential, uncompressed; no message follows."""
-    fields = {":path": path, ":authority": "x", "content-type": "application/grpc", "te": "trailers"}
+    fields = {
+        ":path": path,
+        ":authority": "x",
+        "content-type": "application/grpc",
+        "te": "trailers",
+    }
     literal = [
-        bytes([0, len(name)]) + name.encode() + bytes([len(text)]) + text.encode() for name, text in fields.items()
+        bytes([0, len(name)]) + name.encode() + bytes([len(text)]) + text.encode()
+        for name, text in fields.items()
     ]
     return frame(1, 4, stream, b"\x83\x86" + b"".join(literal))  # POST, http
 
@@ -33,13 +42,15 @@ def connected(target):
 
 
 def indexed(stream, opens):
-    """A call without a credential whose headers are 400 times one of the sender's own, a byte each (RFC 7541)."""
+    """A call without a credential whose headers are 400 times one of the sender's own, a byte each
+    (RFC 7541)."""
     own = b"\x40\x03x-a\x01v" if opens else b""  # into the dynamic table, as its only entry
     return frame(1, 4, stream, opening(INFER, stream)[9:] + own + b"\xbe" * 400)
 
 
 def push(client, path, nbytes):
-    """Begin a message of ``nbytes`` and send what flow control lets through, but for the last byte."""
+    """Begin a message of ``nbytes`` and send what flow control lets through, but for the last
+    byte."""
     with contextlib.suppress(OSError):
         client.sendall(opening(path, 1))
         windows = {0: 65_530, 1: 65_530}
@@ -67,6 +78,7 @@ def push(client, path, nbytes):
                 if kind == 4 and not flags & 1:
                     client.sendall(frame(4, 1, 0, b""))
                     settings = {
-                        body[at : at + 2]: int.from_bytes(body[at + 2 : at + 6]) for at in range(0, len(body), 6)
+                        body[at : at + 2]: int.from_bytes(body[at + 2 : at + 6])
+                        for at in range(0, len(body), 6)
                     }
                     windows[1] += settings.get(b"\0\4", 65_535) - 65_535

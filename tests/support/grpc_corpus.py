@@ -1,4 +1,5 @@
-"""Bodies of ModelInfer that must be refused, by what is wrong with them, for a model of three features."""
+"""Bodies of ModelInfer that must be refused, by what is wrong with them, for a model of three
+features."""
 
 import numpy as np
 
@@ -11,7 +12,8 @@ X = np.ones((2, WIDTH), np.float32)
 
 
 def varied(**changes):
-    """A good request with other fields of its message or of its one tensor; None takes a field away."""
+    """A good request with other fields of its message or of its one tensor; None takes a field
+    away."""
     body = request(X)
     tensor = body.inputs[0]
     for name, value in changes.items():
@@ -33,9 +35,30 @@ def parameter(name, **value):
 def corpus():
     good = request(X).SerializeToString()
     raw = X.tobytes()
-    for model in ("nope", "", "../local", "local/v1", "LOCAL", "local ", "\0", "%6cocal", "é", "a" * 100_000):
+    for model in (
+        "nope",
+        "",
+        "../local",
+        "local/v1",
+        "LOCAL",
+        "local ",
+        "\0",
+        "%6cocal",
+        "é",
+        "a" * 100_000,
+    ):
         yield f"model {model[:10]!r}", varied(model_name=model)
-    for version in ("v0", "v1.0", "-1", "../v1", "V1", "v1 ", "999999999999999999999", "\0", "x" * 100_000):
+    for version in (
+        "v0",
+        "v1.0",
+        "-1",
+        "../v1",
+        "V1",
+        "v1 ",
+        "999999999999999999999",
+        "\0",
+        "x" * 100_000,
+    ):
         yield f"version {version[:10]!r}", varied(model_version=version)
     for name in ("", "Features", "x", "features ", "f" * 100_000, "\0"):
         yield f"input {name[:10]!r}", varied(name=name)
@@ -54,7 +77,10 @@ def corpus():
     for what in ("nan", "inf", "-inf"):
         yield f"raw {what}", varied(raw_input_contents=[np.full_like(X, float(what)).tobytes()])
         yield f"typed {what}", request(np.full_like(X, float(what)), raw=False).SerializeToString()
-    yield "FP64 beyond FP32", varied(datatype="FP64", raw_input_contents=[np.full((2, 3), 1e300).tobytes()])
+    yield (
+        "FP64 beyond FP32",
+        varied(datatype="FP64", raw_input_contents=[np.full((2, 3), 1e300).tobytes()]),
+    )
     for rows in (65, 10_000):
         yield f"{rows} rows", request(np.ones((rows, WIDTH), np.float32)).SerializeToString()
     for columns in (1, 2, 4, 1000):
@@ -75,19 +101,40 @@ def corpus():
         getattr(both.inputs[0].contents, f"{field}_contents").extend(values)
         yield f"raw and {field}_contents", both.SerializeToString()
         del both.raw_input_contents[:]
-        for kind in ("BOOL", "INT8", "INT64", "UINT32", "UINT64", "FP16", "FP32", "FP64", "BYTES", "BF16"):
+        for kind in (
+            "BOOL",
+            "INT8",
+            "INT64",
+            "UINT32",
+            "UINT64",
+            "FP16",
+            "FP32",
+            "FP64",
+            "BYTES",
+            "BF16",
+        ):
             if codec._CONTENTS.get(kind) != f"{field}_contents":
                 both.inputs[0].datatype = kind
                 yield f"{kind} in {field}_contents", both.SerializeToString()
-        fits = next((kind for kind, name in codec._CONTENTS.items() if name == f"{field}_contents"), "FP32")
+        fits = next(
+            (kind for kind, name in codec._CONTENTS.items() if name == f"{field}_contents"), "FP32"
+        )
         both.inputs[0].datatype = fits
         getattr(both.inputs[0].contents, f"{field}_contents").append(values[0])
         yield f"seven {field}_contents", both.SerializeToString()
     for number in (128, -129, 2**31 - 1):
-        wide = InferRequest(model_name="local", inputs=[{"name": "features", "datatype": "INT8", "shape": [2, 3]}])
+        wide = InferRequest(
+            model_name="local", inputs=[{"name": "features", "datatype": "INT8", "shape": [2, 3]}]
+        )
         wide.inputs[0].contents.int_contents.extend([number] * 6)
         yield f"INT8 of {number}", wide.SerializeToString()
-    for outputs in (["nope"], ["predictions", "predictions"], [""], ["x" * 100_000], [str(i) for i in range(1000)]):
+    for outputs in (
+        ["nope"],
+        ["predictions", "predictions"],
+        [""],
+        ["x" * 100_000],
+        [str(i) for i in range(1000)],
+    ):
         yield (
             f"outputs {outputs[0][:10]!r} and {len(outputs) - 1}",
             request(X, outputs=[{"name": name} for name in outputs]).SerializeToString(),

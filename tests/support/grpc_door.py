@@ -1,4 +1,5 @@
-"""A server behind its gRPC door, on a loop of its own thread, and calls to it, for the tests of the door."""
+"""A server behind its gRPC door, on a loop of its own thread, and calls to it, for the tests of the
+door."""
 
 import asyncio
 import contextlib
@@ -29,7 +30,8 @@ def known_tokens():
 
 @contextlib.contextmanager
 def open_door(server, *, reuse_port=False, **options):
-    """``(V2, "host:port", door, run)`` of a gRPC door that answers while the block runs; ``run`` runs on its loop."""
+    """``(V2, "host:port", door, run)`` of a gRPC door that answers while the block runs; ``run``
+    runs on its loop."""
     v2 = V2(server, admin=True)
     chosen = ApiOptions(**{"tokens": known_tokens(), **options})
     loop = asyncio.new_event_loop()
@@ -53,7 +55,8 @@ def open_door(server, *, reuse_port=False, **options):
 
 
 async def cancel_others():
-    """As ``asyncio.run`` does at its end: a task that is left is destroyed later, and another test's log says so."""
+    """As ``asyncio.run`` does at its end: a task that is left is destroyed later, and another
+    test's log says so."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -96,7 +99,9 @@ class Caller:
     def call(self, method, body, timeout=PATIENCE_S, token=None, **more):
         method = method if method.startswith("/") else f"/inference.GRPCInferenceService/{method}"
         body = body if isinstance(body, bytes) else body.SerializeToString()
-        return self.channel.unary_unary(method)(body, timeout=timeout, metadata=metadata(token or self.token), **more)
+        return self.channel.unary_unary(method)(
+            body, timeout=timeout, metadata=metadata(token or self.token), **more
+        )
 
     def refused(self, method, body=b"", **more):
         """The code and the text of a call that must not be answered."""
@@ -129,4 +134,8 @@ def health(channel, service="", method="Check"):
 
 def status(body):
     reply = message("grpc.health.v1.HealthCheckResponse")
-    return reply.DESCRIPTOR.enum_types_by_name["ServingStatus"].values_by_number[reply.FromString(body).status].name
+    return (
+        reply.DESCRIPTOR.enum_types_by_name["ServingStatus"]
+        .values_by_number[reply.FromString(body).status]
+        .name
+    )

@@ -1,4 +1,5 @@
-"""``flserving serve`` that notices sooner when a worker hangs; the first one that replaces another never starts."""
+"""``flserving serve`` that notices sooner when a worker hangs; the first one that replaces another
+never starts."""
 
 import sys
 import time
@@ -19,7 +20,9 @@ class Hasty(processes.Supervisor):
     def _start(self, slot):
         global started
         started += 1
-        processes.START_S = 5.0 if started == 3 else 60.0  # the one that starts well may take its time
+        processes.START_S = (
+            5.0 if started == 3 else 60.0
+        )  # the one that starts well may take its time
         super()._start(slot)
 
     def _watch(self, signals):

@@ -1,5 +1,5 @@
-"""``flserving serve`` whose replaced workers take LATE_S before they do anything of their own, and tell when they are
-forked; every execution takes SLOW_S."""
+"""``flserving serve`` whose replaced workers take LATE_S before they do anything of their own, and
+tell when they are forked; every execution takes SLOW_S."""
 
 import os
 import sys

@@ -1,8 +1,10 @@
-"""Write the section "Misconceptions" of every instructor guide from the wrong solutions of the tests.
+"""Write the section "Misconceptions" of every instructor guide from the wrong solutions of the
+tests.
 
-``python tests/support/misconceptions.py`` writes it into notebooks/instructor/NN_*.md, between two marker comments;
-``--check`` changes nothing, names the guides that differ and ends with 1. The wrong solutions are plausible ones, and a
-test runs each of them against its check. So what a guide says about a mistake is what a student will read.
+``python tests/support/misconceptions.py`` writes it into notebooks/instructor/NN_*.md, between two
+marker comments; ``--check`` changes nothing, names the guides that differ and ends with 1. The
+wrong solutions are plausible ones, and a test runs each of them against its check. So what a guide
+says about a mistake is what a student will read.
 """
 
 import argparse
@@ -39,14 +41,23 @@ def section(notebook: Path) -> str:
 
 def _paragraphs(notebook: Path) -> Iterator[str]:
     for exercise in exercises_of(notebook):
-        told = "; ".join(f"**{name}** ({said(wrong)})" for name, wrong in WRONG[exercise.grade_id].items())
+        told = "; ".join(
+            f"**{name}** ({said(wrong)})" for name, wrong in WRONG[exercise.grade_id].items()
+        )
         text = f"- `{exercise.grade_id}`: {told}."
-        yield textwrap.fill(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        yield textwrap.fill(
+            text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
 
 
 def said(wrong: Wrong) -> str:
-    """The message of a wrong solution: the pattern that the tests look for, as a person reads it."""
-    text = re.sub(r"(?<!\\)\((\w+(?:\|\w+)+)(?<!\\)\)", lambda group: group[1].replace("|", " or "), wrong.message)
+    """The message of a wrong solution: the pattern that the tests look for, as a person reads
+    it."""
+    text = re.sub(
+        r"(?<!\\)\((\w+(?:\|\w+)+)(?<!\\)\)",
+        lambda group: group[1].replace("|", " or "),
+        wrong.message,
+    )
     either = re.split(r"(?<!\\)\|", text)
     return " or ".join(f'"{_readable(each)}"' for each in either)
 
@@ -62,12 +73,15 @@ def rewritten(guide: str, notebook: Path) -> str:
     """The guide with the section of today."""
     begin, end = guide.find(BEGIN), guide.find(END)
     if begin < 0 or end < begin:
-        raise ValueError(f"the guide of {notebook.name} lacks the lines\n{BEGIN}\n{END}\nadd them, in this order")
+        raise ValueError(
+            f"the guide of {notebook.name} lacks the lines\n{BEGIN}\n{END}\nadd them, in this order"
+        )
     return guide[:begin] + section(notebook) + guide[end + len(END) :]
 
 
 def guides() -> Iterator[tuple[Path, str, str]]:
-    """Each guide of a notebook with exercises: its path, its text, and the text that it should have."""
+    """Each guide of a notebook with exercises: its path, its text, and the text that it should
+    have."""
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         path = GUIDES / f"{notebook.stem}.md"
         if exercises_of(notebook) and path.exists():
@@ -76,12 +90,18 @@ def guides() -> Iterator[tuple[Path, str, str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the misconceptions of the instructor guides.")
-    parser.add_argument("--check", action="store_true", help="change nothing; end with 1 if a guide differs")
+    parser = argparse.ArgumentParser(
+        description="Write the misconceptions of the instructor guides."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; end with 1 if a guide differs"
+    )
     check = parser.parse_args(arguments).check
     differ = [(path, wanted) for path, text, wanted in guides() if text != wanted]
     for path, wanted in differ:
-        print(f"{path.relative_to(ROOT)}: {'differs from the wrong solutions' if check else 'written'}")
+        print(
+            f"{path.relative_to(ROOT)}: {'differs from the wrong solutions' if check else 'written'}"
+        )
         if not check:
             path.write_text(wanted, encoding="utf-8", newline="\n")
     return 1 if check and differ else 0

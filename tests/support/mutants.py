@@ -1,11 +1,12 @@
 """Mutation check: does a test fail when one thing in a module is wrong?
 
-    python tests/support/mutants.py serving.cache                          # 50 mutants, some minutes
-    python tests/support/mutants.py federated.gate --number 20 --seed 2
+    python tests/support/mutants.py serving.cache                          # 50 mutants, some
+    minutes python tests/support/mutants.py federated.gate --number 20 --seed 2
 
-A mutant is a copy of the package in which one operator, constant, condition, ``return`` or statement is another one.
-The tests of the module run on it until the first one fails: then it is killed. A survivor is a line that no test would
-miss, or a change that changes nothing: look at each. Needs a system that forks (Linux, macOS).
+A mutant is a copy of the package in which one operator, constant, condition, ``return`` or
+statement is another one. The tests of the module run on it until the first one fails: then it is
+killed. A survivor is a line that no test would miss, or a change that changes nothing: look at
+each. Needs a system that forks (Linux, macOS).
 """
 
 import argparse
@@ -36,7 +37,13 @@ TESTS = {  # below tests/, the quickest first: most mutants are killed by the fi
 }
 OTHER = {ast.And: ast.Or, ast.Or: ast.And, ast.FloorDiv: ast.Mult}
 for one, other in (
-    *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn)),
+    *(
+        (ast.Lt, ast.LtE),
+        (ast.Gt, ast.GtE),
+        (ast.Eq, ast.NotEq),
+        (ast.Is, ast.IsNot),
+        (ast.In, ast.NotIn),
+    ),
     *((ast.Add, ast.Sub), (ast.Mult, ast.Div)),
 ):
     OTHER |= {one: other, other: one}
@@ -62,7 +69,9 @@ def passed_over(tree: ast.AST) -> set[ast.AST]:
     found: set[ast.AST] = set()
     for node in ast.walk(tree):
         fields = [getattr(node, name, None) for name in ("annotation", "returns")]
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+        if isinstance(node, ast.JoinedStr) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
             fields.append(node)
         for field in fields:
             if field is not None:
@@ -87,7 +96,9 @@ def changed(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
             yield ast.Constant(node.value + 1)
         case ast.IfExp():
             yield ast.IfExp(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
-        case ast.Return(value=ast.expr()) if not isinstance(node.value, ast.Constant) or node.value.value is not None:
+        case ast.Return(value=ast.expr()) if (
+            not isinstance(node.value, ast.Constant) or node.value.value is not None
+        ):
             yield ast.Return(ast.Constant(None))
         case ast.Expr(value=ast.Constant() | ast.Yield()):
             pass
@@ -108,7 +119,9 @@ def mutants(source: str) -> list[Mutant]:
         for other in changed(node):
             text = ast.unparse(ast.fix_missing_locations(other))
             found.append(Mutant(node, f"({text})" if isinstance(other, ast.expr) else text))
-    return sorted(found, key=lambda mutant: (mutant.node.lineno, mutant.node.col_offset, mutant.text))
+    return sorted(
+        found, key=lambda mutant: (mutant.node.lineno, mutant.node.col_offset, mutant.text)
+    )
 
 
 def run_tests(folder: Path, files: list[str]) -> None:
@@ -146,11 +159,17 @@ def outcome(folder: Path, files: list[str], limit_s: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("module", choices=TESTS, metavar="MODULE", help=", ".join(TESTS))
-    parser.add_argument("--number", type=int, default=50, help="how many mutants are drawn (default 50)")
+    parser.add_argument(
+        "--number", type=int, default=50, help="how many mutants are drawn (default 50)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the draw")
     parser.add_argument("--line", type=int, help="all mutants of this line instead")
     arguments = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     import torch  # noqa: F401  each child finds it imported
 
     module = Path("flserving", *arguments.module.split(".")).with_suffix(".py")
@@ -162,21 +181,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         for part in ("flserving", "tests"):
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
+            )
         shutil.copy(ROOT / "pyproject.toml", folder)
         files = TESTS[arguments.module].split()
         started_s = time.monotonic()
         if outcome(folder, files, 600) != "SURVIVED":
             parser.exit(1, f"the tests of {arguments.module} fail as they are: {' '.join(files)}\n")
         limit_s = 30 + 3 * (time.monotonic() - started_s)
-        print(f"{arguments.module}: {len(drawn)} of {len(every)} mutants, at most {limit_s:.0f} s each", flush=True)
+        print(
+            f"{arguments.module}: {len(drawn)} of {len(every)} mutants, at most {limit_s:.0f} s each",
+            flush=True,
+        )
         killed = 0
         for mutant in drawn:
             (folder / module).write_bytes(mutant.source(source.encode().splitlines(keepends=True)))
             how = outcome(folder, files, limit_s)
             killed += how != "SURVIVED"
             before = " ".join(ast.unparse(mutant.node).split())
-            print(f"{how}: line {mutant.node.lineno}: {before[:80]} -> {mutant.text[:80]}", flush=True)
+            print(
+                f"{how}: line {mutant.node.lineno}: {before[:80]} -> {mutant.text[:80]}", flush=True
+            )
         print(f"{killed} of {len(drawn)} killed")
 
 

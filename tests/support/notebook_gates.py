@@ -21,12 +21,20 @@ MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(work|farm|root|opt|tmp|home|Users|var
 def problems(notebook: NotebookNode, *, name: str, nbytes: int) -> list[str]:
     """Everything that is wrong with a stored notebook; an empty list is the aim."""
     whole = _whole(notebook, name, nbytes)
-    return [*whole, *_execution(notebook), *_cells(notebook), *_sizes(notebook), *_widgets(notebook)]
+    return [
+        *whole,
+        *_execution(notebook),
+        *_cells(notebook),
+        *_sizes(notebook),
+        *_widgets(notebook),
+    ]
 
 
 def code_cells(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
     """Position in the notebook and cell, of every code cell that holds something."""
-    return [(i, c) for i, c in enumerate(notebook.cells) if c.cell_type == "code" and c.source.strip()]
+    return [
+        (i, c) for i, c in enumerate(notebook.cells) if c.cell_type == "code" and c.source.strip()
+    ]
 
 
 def tags(cell: NotebookNode) -> list[str]:
@@ -73,7 +81,11 @@ def _cells(notebook: NotebookNode) -> Iterator[str]:
         if found:
             yield f"cell {index} names a path of a machine: {found[0]!r}"
         if cell.cell_type == "code":
-            lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
+            lines = [
+                line
+                for line in cell.source.splitlines()
+                if line.strip() and not line.strip().startswith("#")
+            ]
             limit = MAX_EXERCISE_LINES if "nbgrader" in cell.metadata else MAX_CODE_LINES
             if len(lines) > limit:
                 yield f"cell {index} has {len(lines)} lines of code, at most {limit}: split it"
@@ -101,7 +113,11 @@ def _widgets(notebook: NotebookNode) -> Iterator[str]:
     shown: NotebookNode | None = None  # the code cell before
     for index, cell in code_cells(notebook):
         if "widget" in tags(cell):
-            pictures = [o for o in shown.outputs if "image/png" in o.get("data", {})] if shown is not None else []
+            pictures = (
+                [o for o in shown.outputs if "image/png" in o.get("data", {})]
+                if shown is not None
+                else []
+            )
             if not pictures:
                 yield f"cell {index} shows a widget and the code cell before stores no picture: add the static figure"
             if "nbval-ignore-output" not in tags(cell):

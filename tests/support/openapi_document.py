@@ -1,4 +1,5 @@
-"""Writes the OpenAPI document of the REST routes: ``python tests/support/openapi_document.py``, when these changed.
+"""Writes the OpenAPI document of the REST routes: ``python tests/support/openapi_document.py``,
+when these changed.
 
 A test remakes it and compares. The package serves the file and needs none of this.
 """
@@ -13,7 +14,13 @@ from msgspec import UNSET, UnsetType
 
 from flserving.api.rest import openapi
 from flserving.api.rest.codec import InferRequest
-from flserving.api.rest.openapi import OPERATIONS, FeedbackRequest, IndexRequest, Operation, RepositoryRequest
+from flserving.api.rest.openapi import (
+    OPERATIONS,
+    FeedbackRequest,
+    IndexRequest,
+    Operation,
+    RepositoryRequest,
+)
 from flserving.edge.delta import FORMS
 from flserving.edge.release import Head, Release
 
@@ -124,14 +131,23 @@ class About(NamedTuple):
 
 _NONCE = {
     "nonce": {"type": "string", "pattern": "^[0-9a-f]{0,64}$"},
-    "device": {"type": "string", "pattern": "^[0-9a-f]{16}$"},  # with what it runs now, for the picture of the fleet
+    "device": {
+        "type": "string",
+        "pattern": "^[0-9a-f]{16}$",
+    },  # with what it runs now, for the picture of the fleet
     "version": {"type": "integer", "minimum": 0},
     "round": {"type": "integer", "minimum": 0},
     "age_s": {"type": "number", "minimum": 0},
-    "by": {"type": "string", "enum": ["version"]},  # what was taken back is told in versions, not in rounds alone
+    "by": {
+        "type": "string",
+        "enum": ["version"],
+    },  # what was taken back is told in versions, not in rounds alone
     "forgotten": {"type": "string", "enum": ["1"]},  # whether the client was forgotten is told too
 }
-_DELTA = {"base": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "form": {"type": "string", "enum": list(FORMS)}}
+_DELTA = {
+    "base": {"type": "string", "pattern": "^[0-9]{1,18}$"},
+    "form": {"type": "string", "enum": list(FORMS)},
+}
 ABOUT = {  # name of an operation -> what it does
     "server_metadata": About("server", "Name, version and extensions", ServerMetadata),
     "live": About("health", "Whether the process answers", Health),
@@ -192,18 +208,27 @@ _JSON_BYTES = {"name": "Inference-Header-Content-Length", "in": "header", "requi
 
 def document() -> dict[str, Any]:
     """The OpenAPI 3.1 document of ``OPERATIONS``."""
-    kinds = {repr(kind): kind for about in ABOUT.values() for kind in (about.answers, about.takes) if kind is not None}
+    kinds = {
+        repr(kind): kind
+        for about in ABOUT.values()
+        for kind in (about.answers, about.takes)
+        if kind is not None
+    }
     kinds[repr(Error)] = Error
     template = "#/components/schemas/{name}"
     schemas, components = msgspec.json.schema_components(kinds.values(), ref_template=template)
     for schema in components.values():
         for field in schema["properties"].values():
             if "default" in field and field["default"] is None:
-                del field["default"]  # null here says that it may be left out: it is no array's or string's default
+                del field[
+                    "default"
+                ]  # null here says that it may be left out: it is no array's or string's default
     schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _entry(operation, schema_of)
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _entry(
+            operation, schema_of
+        )
     error = {"application/json": {"schema": schema_of[repr(Error)]}}
     return {
         "openapi": "3.1.0",
@@ -219,7 +244,9 @@ def document() -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": components,
-            "responses": {str(code): {"description": why, "content": error} for code, why in _STATUSES.items()},
+            "responses": {
+                str(code): {"description": why, "content": error} for code, why in _STATUSES.items()
+            },
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -239,9 +266,12 @@ def _entry(operation: Operation, schema_of: Mapping[str, Any]) -> dict[str, Any]
     else:
         media = {_TEXT[operation.name]: {"schema": {"type": "string"}}}
     path = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for name in names
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in names
     ]
-    query = [{"name": name, "in": "query", "schema": schema} for name, schema in about.query.items()]
+    query = [
+        {"name": name, "in": "query", "schema": schema} for name, schema in about.query.items()
+    ]
     entry: dict[str, Any] = {
         "operationId": identity,
         "tags": [about.tag],
@@ -258,7 +288,10 @@ def _entry(operation: Operation, schema_of: Mapping[str, Any]) -> dict[str, Any]
         entry["responses"]["206"] = {"description": "From that byte on", "content": media}
     if about.takes is not None:
         body = {"application/json": {"schema": schema_of[repr(about.takes)]}}
-        entry["requestBody"] = {"required": about.takes in (InferRequest, FeedbackRequest), "content": body}
+        entry["requestBody"] = {
+            "required": about.takes in (InferRequest, FeedbackRequest),
+            "content": body,
+        }
     if about.takes is InferRequest:
         media["application/octet-stream"] = _RAW
         entry["requestBody"]["content"]["application/octet-stream"] = _RAW

@@ -1,7 +1,8 @@
-"""A process that forks publishers, and kills them or lets them race: run by the tests of the registry.
+"""A process that forks publishers, and kills them or lets them race: run by the tests of the
+registry.
 
-It imports torch once and forks from there, so that a kill costs milliseconds. The parent never holds a registry open,
-nor a thread alive, across a fork. Prints one line of JSON.
+It imports torch once and forks from there, so that a kill costs milliseconds. The parent never
+holds a registry open, nor a thread alive, across a fork. Prints one line of JSON.
 """
 
 import contextlib
@@ -24,7 +25,17 @@ import torch
 from byte_search import search
 from flserving.errors import NotFoundError
 from flserving.models import weights
-from flserving.registry import Registry, forget, headfile, heads, index, manifest, registry, storage, validation
+from flserving.registry import (
+    Registry,
+    forget,
+    headfile,
+    heads,
+    index,
+    manifest,
+    registry,
+    storage,
+    validation,
+)
 from flserving.registry.heads import HeadSet
 from forked import fork
 
@@ -35,7 +46,8 @@ TRACED = {module.__file__ for module in MODULES}
 
 
 def tensors_of(seed: int) -> dict[str, torch.Tensor]:
-    """The weights that version ``seed`` must hold, whoever published it, however often it was tried."""
+    """The weights that version ``seed`` must hold, whoever published it, however often it was
+    tried."""
     rng, sizes = np.random.default_rng(seed), SIZES if seed % 2 else BIG_SIZES
     shapes = {
         "body.0.weight": (sizes[1], sizes[0]),
@@ -43,7 +55,10 @@ def tensors_of(seed: int) -> dict[str, torch.Tensor]:
         "head.weight": (sizes[2], sizes[1]),
         "head.bias": (sizes[2],),
     }
-    return {name: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for name, shape in shapes.items()}
+    return {
+        name: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        for name, shape in shapes.items()
+    }
 
 
 def heads_of(seed: int) -> HeadSet | None:
@@ -51,7 +66,11 @@ def heads_of(seed: int) -> HeadSet | None:
     if seed % 2:
         return None
     rng = np.random.default_rng(seed)
-    return HeadSet("head", [f"{seed}-{i}" for i in range(50)], rng.random((50, BIG_SIZES[1] + 1, 4), np.float32))
+    return HeadSet(
+        "head",
+        [f"{seed}-{i}" for i in range(50)],
+        rng.random((50, BIG_SIZES[1] + 1, 4), np.float32),
+    )
 
 
 def publish_next(opened: Registry) -> None:
@@ -73,27 +92,36 @@ def check(root: Path, known: int) -> int:
         numbers = opened.version_numbers("m")
         assert numbers == list(range(1, len(numbers) + 1)), f"gaps: {numbers}"
         assert len(numbers) >= known, f"{known} versions were visible, now {len(numbers)}"
-        assert opened.aliases("m") == ({"latest": numbers[-1]} if numbers else {}), "alias and version came apart"
+        assert opened.aliases("m") == ({"latest": numbers[-1]} if numbers else {}), (
+            "alias and version came apart"
+        )
         for number in numbers[known:]:
             artifact, expected = opened.read("m", number), tensors_of(number)
-            assert artifact.manifest.lineage is not None and artifact.manifest.lineage.round == number
+            assert (
+                artifact.manifest.lineage is not None and artifact.manifest.lineage.round == number
+            )
             assert artifact.tensors.keys() == expected.keys()
-            assert all(torch.equal(artifact.tensors[name], expected[name]) for name in expected), f"version {number}"
+            assert all(torch.equal(artifact.tensors[name], expected[name]) for name in expected), (
+                f"version {number}"
+            )
             if (promised := heads_of(number)) is None:
                 assert artifact.heads is None
             else:
                 assert artifact.heads is not None
                 slots = np.array([artifact.heads.find(client) for client in promised.clients])
-                assert np.array_equal(artifact.heads.gather(slots), promised.weights), f"heads {number}"
+                assert np.array_equal(artifact.heads.gather(slots), promised.weights), (
+                    f"heads {number}"
+                )
         assert len(os.listdir(root / "staging")) <= 1, "leftovers of the dead were not removed"
         return len(numbers)
 
 
 def random_instants(root: Path, kills: int, seed: int) -> dict[str, int]:
-    """Publish in a loop, be killed at a random instant of a random turn, again and again on one registry.
+    """Publish in a loop, be killed at a random instant of a random turn, again and again on one
+    registry.
 
-    The publisher reports over a pipe when it has opened the registry and after every publish, so that the kills hit
-    publishes on a fast machine and on a loaded one.
+    The publisher reports over a pipe when it has opened the registry and after every publish, so
+    that the kills hit publishes on a fast machine and on a loaded one.
     """
     rng, known, interrupted, publish_s = random.Random(seed), 0, 0, 0.005
 
@@ -113,7 +141,9 @@ def random_instants(root: Path, kills: int, seed: int) -> dict[str, int]:
         time.sleep(rng.uniform(0, 1.5 * publish_s))
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"the publisher ended: {status}"
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
+            f"the publisher ended: {status}"
+        )
         os.close(reports)
         os.close(report)
         staging = root / "staging"
@@ -141,7 +171,8 @@ def killer_at(line: int) -> Any:
 
 
 def every_line(root: Path, step: int) -> dict[str, int]:
-    """Be killed at the first line of a first publish, the next time at the second line, ... until it gets through."""
+    """Be killed at the first line of a first publish, the next time at the second line, ... until
+    it gets through."""
     visible = {0: 0, 1: 0}
     for line in range(1, 1_000_000, step):
         folder = root / str(line)
@@ -157,7 +188,9 @@ def every_line(root: Path, step: int) -> dict[str, int]:
             return {"lines": line, "before": visible[0], "after": visible[1]}
         known = check(folder, 0)
         visible[known] += 1
-        with Registry(folder) as opened:  # the next publisher takes the next number, whatever lies there
+        with Registry(
+            folder
+        ) as opened:  # the next publisher takes the next number, whatever lies there
             publish_next(opened)
         assert check(folder, 0) == known + 1
     raise AssertionError("the publish never came to an end")
@@ -186,7 +219,9 @@ def together(root: Path, workers: int, turns: int) -> dict[str, Any]:
 
     def work(worker: int) -> None:
         os.close(gate[1])
-        os.read(gate[0], 1)  # until the parent closes the other end: all start at once, the first opening included
+        os.read(
+            gate[0], 1
+        )  # until the parent closes the other end: all start at once, the first opening included
         mine = []
         with Registry(root) as opened:
             for turn in range(turns):
@@ -200,7 +235,9 @@ def together(root: Path, workers: int, turns: int) -> dict[str, Any]:
                     alias=f"worker-{worker}",
                 )
                 mine.append([published.version, note, published.digests.weights])
-                opened.set_alias("m", "default", published.version, who=f"worker {worker}", why=note)
+                opened.set_alias(
+                    "m", "default", published.version, who=f"worker {worker}", why=note
+                )
                 if turn % 3 == 0:
                     with contextlib.suppress(NotFoundError):
                         opened.rollback("m", who=f"worker {worker}", why="back")
@@ -211,8 +248,14 @@ def together(root: Path, workers: int, turns: int) -> dict[str, Any]:
     os.close(gate[1])
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * workers
     return {
-        "published": [json.loads(root.with_name(f"{worker}.json").read_text()) for worker in range(workers)],
-        "heavy modules": [name for name in ("pandas", "sklearn", "matplotlib", "ipywidgets") if name in sys.modules],
+        "published": [
+            json.loads(root.with_name(f"{worker}.json").read_text()) for worker in range(workers)
+        ],
+        "heavy modules": [
+            name
+            for name in ("pandas", "sklearn", "matplotlib", "ipywidgets")
+            if name in sys.modules
+        ],
     }
 
 
@@ -236,20 +279,30 @@ def publish_named(opened: Registry, *clients: str) -> None:
 
 
 def rounds_with(opened: Registry, client: str) -> list[int]:
-    """The versions that have a head of the client; each is whole, and says of its clients what it holds."""
+    """The versions that have a head of the client; each is whole, and says of its clients what it
+    holds."""
     found = []
     for number in opened.version_numbers("m"):
         artifact = opened.read("m", number)
-        assert artifact.manifest.lineage is not None and artifact.manifest.lineage.clients is not None
+        assert (
+            artifact.manifest.lineage is not None and artifact.manifest.lineage.clients is not None
+        )
         listed = artifact.manifest.lineage.clients
-        stored = [] if artifact.heads is None else [one for one in listed if artifact.heads.take(one) is not None]
-        assert stored == list(listed) and len(listed) == (0 if artifact.heads is None else artifact.heads.num_heads)
+        stored = (
+            []
+            if artifact.heads is None
+            else [one for one in listed if artifact.heads.take(one) is not None]
+        )
+        assert stored == list(listed) and len(listed) == (
+            0 if artifact.heads is None else artifact.heads.num_heads
+        )
         found += [number] * (client in listed)
     return found
 
 
 def forget_at_every_line(root: Path, step: int) -> dict[str, int]:
-    """Be killed at the first line of a forgetting, the next time at a later one, ... until it gets through."""
+    """Be killed at the first line of a forgetting, the next time at a later one, ... until it gets
+    through."""
     template = root / "template"
     with Registry(template) as opened:
         for clients in ((GONE, "b", "c"), ("b", GONE), (GONE,), ("b", "c")):
@@ -272,7 +325,9 @@ def forget_at_every_line(root: Path, step: int) -> dict[str, int]:
         with Registry(folder) as opened:
             there = rounds_with(opened, GONE)
             assert there in ([1, 2, 3], []), f"line {line}: half forgotten, versions {there}"
-            assert len(opened.forget_log()) == (not there), f"line {line}: log and versions came apart"
+            assert len(opened.forget_log()) == (not there), (
+                f"line {line}: log and versions came apart"
+            )
             seen[bool(there)] += 1
             found = opened.forget(GONE)
             assert found.learned == {"m": [1, 3, 5]} and found.heads == {"m": [1, 2, 3]}, found
@@ -283,8 +338,8 @@ def forget_at_every_line(root: Path, step: int) -> dict[str, int]:
 
 
 def forget_together(root: Path, readers: int, turns: int) -> dict[str, Any]:
-    """Two processes forget a client after the other, one publishes, the others read: every version is whole at any
-    moment, and nobody comes back."""
+    """Two processes forget a client after the other, one publishes, the others read: every version
+    is whole at any moment, and nobody comes back."""
     folder = root / "registry"
     names = [f"client-{turn:03d}" for turn in range(2 * turns)]
     with Registry(folder) as opened:
@@ -316,10 +371,15 @@ def forget_together(root: Path, readers: int, turns: int) -> dict[str, Any]:
     assert [os.waitpid(pid, 0)[1] for pid in reading] == [0] * readers
     with Registry(folder) as opened:
         assert [rounds_with(opened, name) for name in names] == [[]] * len(names)
-        assert rounds_with(opened, "first")[0] == 1 and len(opened.version_numbers("m")) == 2 + turns
+        assert (
+            rounds_with(opened, "first")[0] == 1 and len(opened.version_numbers("m")) == 2 + turns
+        )
         assert not any(search(folder, name) for name in names)
         forgotten = len(opened.forget_log())
-    return {"reads": sum(int((root / f"{n}.reads").read_text()) for n in range(readers)), "forgotten": forgotten}
+    return {
+        "reads": sum(int((root / f"{n}.reads").read_text()) for n in range(readers)),
+        "forgotten": forgotten,
+    }
 
 
 MODES = {
@@ -348,9 +408,15 @@ def start(mode: str, root: Path, *numbers: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] in ("random", "lines"):  # one publishes at a time: what is there then, the killed one left
+    if sys.argv[1] in (
+        "random",
+        "lines",
+    ):  # one publishes at a time: what is there then, the killed one left
         storage.LEFT_AFTER_S = 0.0
-    with tempfile.TemporaryDirectory() as scratch, Registry(scratch) as warm:  # forks start from a warm process
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Registry(scratch) as warm,
+    ):  # forks start from a warm process
         publish_next(warm)
         warm.read("m", 1)
     print(json.dumps(MODES[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:]))))

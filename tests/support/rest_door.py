@@ -35,8 +35,11 @@ def classifier(seed=0):
 
 
 def two_versions(**settings):
-    """A server of the versions v1 (default) and v2 of a classifier, from WIDTH features to CLASSES."""
-    config = flserving.ServingConfig(**{"warmup_samples": 1, "timeout_ms": PATIENCE_S * 1e3, **settings})
+    """A server of the versions v1 (default) and v2 of a classifier, from WIDTH features to
+    CLASSES."""
+    config = flserving.ServingConfig(
+        **{"warmup_samples": 1, "timeout_ms": PATIENCE_S * 1e3, **settings}
+    )
     server = flserving.ModelServer(config)
     for seed, version in enumerate(("v1", "v2")):
         server.load_model(version, classifier(seed), num_features=WIDTH)
@@ -45,7 +48,9 @@ def two_versions(**settings):
 
 def door(server, **options):
     """The server's REST door with the known tokens; gRPC stays shut."""
-    return flserving.serve(server, **{"grpc_port": None, "tokens": known_tokens(), "admin": True, **options})
+    return flserving.serve(
+        server, **{"grpc_port": None, "tokens": known_tokens(), "admin": True, **options}
+    )
 
 
 def rows(n=1, seed=0):
@@ -53,7 +58,13 @@ def rows(n=1, seed=0):
 
 
 def tensor(x, **more):
-    return {"name": "features", "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist(), **more}
+    return {
+        "name": "features",
+        "shape": list(x.shape),
+        "datatype": "FP32",
+        "data": x.ravel().tolist(),
+        **more,
+    }
 
 
 def text(x=None, **more):
@@ -65,14 +76,23 @@ def binary(x, datatype="FP32", raw=None, size=None, **more):
     """Body and headers of a request to infer with one binary tensor."""
     raw = x.tobytes() if raw is None else raw
     parameters = {"binary_data_size": len(raw) if size is None else size}
-    one = {"name": "features", "shape": list(x.shape), "datatype": datatype, "parameters": parameters}
+    one = {
+        "name": "features",
+        "shape": list(x.shape),
+        "datatype": datatype,
+        "parameters": parameters,
+    }
     head = orjson.dumps({"inputs": [one], **more})
-    headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    headers = {
+        "Inference-Header-Content-Length": str(len(head)),
+        "Content-Type": "application/octet-stream",
+    }
     return {"content": head + raw, "headers": headers}
 
 
 def outputs_of(response):
-    """The output tensors of an httpx response, JSON or binary, as arrays of the shape and type that it names."""
+    """The output tensors of an httpx response, JSON or binary, as arrays of the shape and type that
+    it names."""
     length = response.headers.get("inference-header-content-length")
     at = len(response.content) if length is None else int(length)
     message = orjson.loads(response.content[:at])
@@ -109,11 +129,14 @@ class Wire:
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def say(self, data):
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # closed while we spoke: the answer tells why
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # closed while we spoke: the answer tells why
             self.socket.sendall(data)
 
     def answer(self):
-        """Status and body of the next answer; (0, b"") where the connection was closed without one."""
+        """Status and body of the next answer; (0, b"") where the connection was closed without
+        one."""
         received = b""
         try:
             while b"\r\n\r\n" not in received:
@@ -121,7 +144,11 @@ class Wire:
                 if not more:
                     return 0, received
             head, _, body = received.partition(b"\r\n\r\n")
-            length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            length = next(
+                int(line[15:])
+                for line in head.lower().split(b"\r\n")
+                if line.startswith(b"content-length:")
+            )
             while len(body) < length:
                 body += self.socket.recv(65536)
             return int(head[9:12]), body

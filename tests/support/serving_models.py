@@ -15,13 +15,16 @@ from flserving.serving.server import ModelServer
 POISON = -666.0
 """A row that starts with this number makes a :class:`Poison` model fail."""
 PATIENCE_S = 100
-"""How long a test waits for what must happen, on the busiest machine; a test that needs it all has failed."""
+"""How long a test waits for what must happen, on the busiest machine; a test that needs it all has
+failed."""
 
 
 class Probe:
-    """What a model under test counts, and what holds it back. All copies of a model share one probe.
+    """What a model under test counts, and what holds it back. All copies of a model share one
+    probe.
 
-    A model passes through :meth:`inside`: it is counted in, waits while the gate is shut, and is counted out.
+    A model passes through :meth:`inside`: it is counted in, waits while the gate is shut, and is
+    counted out.
     """
 
     def __init__(self):
@@ -117,7 +120,9 @@ class Poison(Gated):
             if self.how == "nan":
                 out = torch.where(x[:, :1] == POISON, torch.nan, out)
             else:
-                raise {"raise": RuntimeError, "interrupt": KeyboardInterrupt, "exit": SystemExit}[self.how]("poison")
+                raise {"raise": RuntimeError, "interrupt": KeyboardInterrupt, "exit": SystemExit}[
+                    self.how
+                ]("poison")
         return out
 
 
@@ -144,7 +149,8 @@ def wait_until(happened, what="the state that the test waits for"):
 
 
 class Threads:
-    """Threads that are joined, and whose results or errors are collected in the order of their start."""
+    """Threads that are joined, and whose results or errors are collected in the order of their
+    start."""
 
     def __init__(self):
         self._threads, self._outcomes = [], []

@@ -23,12 +23,15 @@ X = np.random.default_rng(0).standard_normal((1, 64), dtype=np.float32)
 
 
 def two_versions(root):
-    """A registry with two versions of "digits" whose answers differ; the first one is the default."""
+    """A registry with two versions of "digits" whose answers differ; the first one is the
+    default."""
     with Registry(root) as registry:
         for seed in (1, 2):
             torch.manual_seed(seed)
             state = models.build("digits_mlp").state_dict()
-            registry.publish("digits", state, architecture="digits_mlp", alias="default" if seed == 1 else None)
+            registry.publish(
+                "digits", state, architecture="digits_mlp", alias="default" if seed == 1 else None
+            )
     return root
 
 
@@ -37,7 +40,14 @@ class Running:
 
     def __init__(self, root, *options, program=None, prefix=None, **environment):
         start = ["-m", "flserving"] if program is None else [str(Path(__file__).parent / program)]
-        command = [*(prefix or [sys.executable, *start]), "serve", "--registry", str(root), "--port", "0"]
+        command = [
+            *(prefix or [sys.executable, *start]),
+            "serve",
+            "--registry",
+            str(root),
+            "--port",
+            "0",
+        ]
         self.process = subprocess.Popen(
             [*command, "--grpc-port", "0", *map(str, options)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -86,14 +96,16 @@ def running(root, *options, program=None, **environment):
 
 
 class Load:
-    """Threads that ask until told to stop, each with one client; what they got is in ``answers`` and ``errors``.
-    ``calls``: after so many each ends by itself."""
+    """Threads that ask until told to stop, each with one client; what they got is in ``answers``
+    and ``errors``. ``calls``: after so many each ends by itself."""
 
     def __init__(self, make_client, threads=4, calls=None):
         self.answers, self.errors, self._stop = [], [], threading.Event()
         self.latest = [None] * threads  # the version that answered each thread last
         self._calls = calls
-        self._threads = [threading.Thread(target=self._ask, args=(n, make_client(n))) for n in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(n, make_client(n))) for n in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -119,7 +131,8 @@ class Load:
         return self
 
     def __exit__(self, *_):
-        self.stop()  # also where the test has failed: its threads would take the others' processor and memory
+        # also where the test has failed: its threads would take the others' processor and memory
+        self.stop()
 
 
 def listens(worker):
@@ -130,7 +143,8 @@ def listens(worker):
 
 
 def kill_one(served):
-    """Kill the first of two workers and wait for the process in its place; the other one and the new one."""
+    """Kill the first of two workers and wait for the process in its place; the other one and the
+    new one."""
     victim, other = served.workers()
     victim.kill()
     wait_until(lambda: len(set(served.workers()) - {victim, other}) == 1)

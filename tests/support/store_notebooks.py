@@ -1,6 +1,8 @@
-"""Run notebooks top to bottom and store them as the gates want them: outputs and counts, no widget state.
+"""Run notebooks top to bottom and store them as the gates want them: outputs and counts, no widget
+state.
 
-python tests/support/store_notebooks.py notebooks/03_caching.ipynb [...]      # all of notebooks/ when none is named
+python tests/support/store_notebooks.py notebooks/03_caching.ipynb [...]      # all of notebooks/
+when none is named
 """
 
 import os
@@ -20,7 +22,8 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def stored(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """The notebook, executed in ``folder`` by this interpreter's kernel, without what only a live page can show.
+    """The notebook, executed in ``folder`` by this interpreter's kernel, without what only a live
+    page can show.
 
     Each cell's metadata say what it is in a talk.
     """
@@ -28,12 +31,16 @@ def stored(notebook: NotebookNode, folder: Path) -> NotebookNode:
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
     notebook.metadata.pop("widgets", None)
-    notebook.metadata["language_info"] = {"name": "python"}  # not the patch version of whoever ran it last
+    notebook.metadata["language_info"] = {
+        "name": "python"
+    }  # not the patch version of whoever ran it last
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             for output in cell.outputs:
-                if "text/markdown" in output.get("data", {}):  # a question, which can be read without its buttons
+                if "text/markdown" in output.get(
+                    "data", {}
+                ):  # a question, which can be read without its buttons
                     output.data.pop(VIEW, None)
             cell.outputs = [output for output in cell.outputs if VIEW not in output.get("data", {})]
     return with_slides(notebook)
@@ -42,16 +49,24 @@ def stored(notebook: NotebookNode, folder: Path) -> NotebookNode:
 def main() -> int:
     os.environ["FLSERVING_STATIC"] = "1"  # each picture once, and no widgets
     root = Path(__file__).resolve().parents[2]
-    paths = [Path(argument) for argument in sys.argv[1:]] or sorted((root / "notebooks").glob("*.ipynb"))
+    paths = [Path(argument) for argument in sys.argv[1:]] or sorted(
+        (root / "notebooks").glob("*.ipynb")
+    )
     found = 0
     for path in paths:
         began_s = time.monotonic()
-        with tempfile.TemporaryDirectory() as empty:  # as for a student: no part was kept before, and no guess made
+        with (
+            tempfile.TemporaryDirectory() as empty
+        ):  # as for a student: no part was kept before, and no guess made
             notebook = stored(nbformat.read(path, as_version=4), Path(empty))
         nbformat.write(notebook, path)
         wrong = problems(notebook, name=path.name, nbytes=path.stat().st_size)
         found += len(wrong)
-        print(f"{path.name}: {time.monotonic() - began_s:.0f} s, {path.stat().st_size // 1000} kB", *wrong, sep="\n  ")
+        print(
+            f"{path.name}: {time.monotonic() - began_s:.0f} s, {path.stat().st_size // 1000} kB",
+            *wrong,
+            sep="\n  ",
+        )
     return bool(found)
 
 

@@ -1,4 +1,5 @@
-"""Clients of a server, blocking and awaiting, over REST and gRPC: the same answers and errors as the server itself.
+"""Clients of a server, blocking and awaiting, over REST and gRPC: the same answers and errors as
+the server itself.
 
 ::
 
@@ -40,20 +41,33 @@ _PORTS = {"http": 80, "https": 443, "grpc": None, "grpcs": None}
 
 
 def address(url: str, ports: Mapping[str, int | None]) -> SplitResult:
-    """A server's address, with a scheme of ``ports`` (its default port, None: it has none). Raises ConfigError."""
+    """A server's address, with a scheme of ``ports`` (its default port, None: it has none). Raises
+    ConfigError."""
     try:
         parts = urlsplit(url)
-        known = parts.scheme in ports and parts.hostname and parts.port != 0 and (parts.port or ports[parts.scheme])
+        known = (
+            parts.scheme in ports
+            and parts.hostname
+            and parts.port != 0
+            and (parts.port or ports[parts.scheme])
+        )
     except ValueError:
         known = None
-    if not known or parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username is not None:
+    if (
+        not known
+        or parts.path not in {"", "/"}
+        or parts.query
+        or parts.fragment
+        or parts.username is not None
+    ):
         schemes = " or ".join(f"{scheme}://" for scheme in ports)
         raise ConfigError(f"url {url!r} cannot be called: write {schemes} and host:port")
     return parts
 
 
 class _Calls:
-    """What both clients share: their settings, and what a call says. How it is sent is what they differ in."""
+    """What both clients share: their settings, and what a call says. How it is sent is what they
+    differ in."""
 
     _rest: Any
     _grpc: Any
@@ -69,7 +83,9 @@ class _Calls:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Any] | None = None,
     ) -> None:
-        if isinstance(url, str) and _TARGET.fullmatch(url):  # as gRPC writes addresses, and Endpoint.grpc_url
+        if isinstance(url, str) and _TARGET.fullmatch(
+            url
+        ):  # as gRPC writes addresses, and Endpoint.grpc_url
             url = f"grpc://{url}" if ca is None else f"grpcs://{url}"
         parts = address(url, _PORTS)
         headers = {}
@@ -95,7 +111,9 @@ class _Calls:
             self._codec = GrpcCodec(headers)
             self._transport = self._grpc(parts.netloc, parts.scheme == "grpcs", authority)
 
-    def _attempts(self, timeout_ms: float | None = None, retries: Retries | None = None) -> Attempts:
+    def _attempts(
+        self, timeout_ms: float | None = None, retries: Retries | None = None
+    ) -> Attempts:
         if timeout_ms is None:
             timeout_ms = self.timeout_ms
         return Attempts(retries or self._retries, deadline_s(timeout_ms), self._clock)
@@ -135,14 +153,16 @@ _ONCE = Retries(attempts=1)
 
 
 class Client(_Calls):
-    """Calls a server and waits. Thread-safe; connections are kept, so make one and use it many times.
+    """Calls a server and waits. Thread-safe; connections are kept, so make one and use it many
+    times.
 
     Args:
-        url: ``http://``, ``https://``, ``grpc://`` or ``grpcs://`` host:port. A mere host:port means gRPC, with TLS
-            where ``ca`` is given: ``Endpoint.grpc_url`` is one.
+        url: ``http://``, ``https://``, ``grpc://`` or ``grpcs://`` host:port. A mere host:port
+            means gRPC, with TLS where ``ca`` is given: ``Endpoint.grpc_url`` is one.
         timeout_ms: Deadline of a call, retries included; the server is told what is left of it.
         retries: How often and when to try again; ``Retries(attempts=1)`` for never.
-        ca: PEM file of the authority to trust instead of the system's: for a certificate that you signed yourself.
+        ca: PEM file of the authority to trust instead of the system's: for a certificate that you
+            signed yourself.
         clock: Monotonic seconds. ``sleep`` waits so many of them.
 
     Raises:
@@ -175,18 +195,26 @@ class Client(_Calls):
         return self._codec.read_infer(reply, arrays)
 
     def feedback(
-        self, receipt: str, reward: float, *, model: str | None = None, timeout_ms: float | None = None
+        self,
+        receipt: str,
+        reward: float,
+        *,
+        model: str | None = None,
+        timeout_ms: float | None = None,
     ) -> None:
-        """Say how good the answer with this ``receipt`` was, in [0, 1]. Errors of :meth:`Experiments.feedback`.
+        """Say how good the answer with this ``receipt`` was, in [0, 1]. Errors of
+        :meth:`Experiments.feedback`.
 
-        It counts once, so it is tried again as a prediction is: a ConflictError may mean that the first try counted.
+        It counts once, so it is tried again as a prediction is: a ConflictError may mean that the
+        first try counted.
         """
         attempts = self._attempts(timeout_ms)
         name = self._named(model, attempts)
         self._read(self._reward(name, receipt, reward), attempts)
 
     def ready(self, model: str | None = None, version: Version = None) -> bool:
-        """Whether the server, or one model of it, can answer now; not even a server that is gone is an error here."""
+        """Whether the server, or one model of it, can answer now; not even a server that is gone is
+        an error here."""
         try:
             call = self._codec.about("ready", model, version)
             answer = self._read(call, self._attempts(retries=_ONCE))
@@ -195,7 +223,8 @@ class Client(_Calls):
         return bool(answer["ready"])
 
     def metadata(self, model: str | None = None, version: Version = None) -> Fields:
-        """Name, version and extensions of the server; of a model its versions, inputs and outputs."""
+        """Name, version and extensions of the server; of a model its versions, inputs and
+        outputs."""
         return dict(self._read(self._codec.about("metadata", model, version)))
 
     def statistics(self, model: str | None = None, version: Version = None) -> list[Fields]:
@@ -264,7 +293,12 @@ class AsyncClient(_Calls):
         return self._codec.read_infer(reply, arrays)
 
     async def feedback(
-        self, receipt: str, reward: float, *, model: str | None = None, timeout_ms: float | None = None
+        self,
+        receipt: str,
+        reward: float,
+        *,
+        model: str | None = None,
+        timeout_ms: float | None = None,
     ) -> None:
         """See :meth:`Client.feedback`."""
         attempts = self._attempts(timeout_ms)

@@ -1,7 +1,8 @@
 """When a client may ask again, and how long it waits before.
 
-Full jitter: M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015. The budget is that of gRPC's
-proposal A6 (retry throttling): many clients that all retry would triple the load of a server that is overloaded.
+Full jitter: M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015. The budget
+is that of gRPC's proposal A6 (retry throttling): many clients that all retry would triple the load
+of a server that is overloaded.
 """
 
 import random
@@ -12,7 +13,8 @@ from flserving.errors import DeadlineExceededError, FlservingError, check_number
 
 
 class Refused(Exception):
-    """An attempt that failed with ``error``. ``again`` says whether another one may do better, ``after_s`` when."""
+    """An attempt that failed with ``error``. ``again`` says whether another one may do better,
+    ``after_s`` when."""
 
     def __init__(self, error: FlservingError, again: bool, after_s: float = 0.0) -> None:
         super().__init__(str(error))
@@ -28,7 +30,8 @@ class Retries:
     Args:
         attempts: Most attempts of one call, the first one included; 1 never tries again.
         base_s: The n-th wait is uniform in [0, base_s * 2^n], at most ``longest_s``.
-        budget: Failures in a row after which half of it is left and no call tries again; ten answers earn one back.
+        budget: Failures in a row after which half of it is left and no call tries again; ten
+            answers earn one back.
         draw: Uniform in [a, b].
     """
 
@@ -65,7 +68,9 @@ class Attempts:
         """Seconds to the deadline. Raises DeadlineExceededError when there are none."""
         left = self._deadline_s - self._clock()
         if left <= 0:
-            raise DeadlineExceededError(f"no answer within {self._timeout_s * 1e3:.0f} ms: raise timeout_ms")
+            raise DeadlineExceededError(
+                f"no answer within {self._timeout_s * 1e3:.0f} ms: raise timeout_ms"
+            )
         return left
 
     def succeeded(self) -> None:
@@ -78,7 +83,10 @@ class Attempts:
         if not refused.again:
             raise refused.error
         self._retries.left = max(0.0, self._retries.left - 1)
-        if self._failures >= self._retries.attempts or self._retries.left <= self._retries.budget / 2:
+        if (
+            self._failures >= self._retries.attempts
+            or self._retries.left <= self._retries.budget / 2
+        ):
             raise refused.error
         wait_s = refused.after_s + self._retries.wait_s(self._failures)
         if self._clock() + wait_s >= self._deadline_s:

@@ -1,8 +1,10 @@
-"""How a client's call travels: written as bytes by a codec, carried over HTTP by httpx or over gRPC, and read again.
+"""How a client's call travels: written as bytes by a codec, carried over HTTP by httpx or over
+gRPC, and read again.
 
-A codec knows the Open Inference Protocol, a transport knows the network; both know nothing of retries. REST carries
-tensors in binary: four bytes a number, where JSON needs about twenty and much more time. Every failure on the way
-leaves here as :class:`Refused` around an error of the package's own tree.
+A codec knows the Open Inference Protocol, a transport knows the network; both know nothing of
+retries. REST carries tensors in binary: four bytes a number, where JSON needs about twenty and much
+more time. Every failure on the way leaves here as :class:`Refused` around an error of the package's
+own tree.
 """
 
 import contextlib
@@ -34,9 +36,13 @@ from flserving.errors import (
 from flserving.models.processing import Floats
 
 MAX_ANSWER_NBYTES = 1 << 28
-"""More than any answer has: whoever sends it is no server of predictions, or wants the caller's memory."""
+"""More than any answer has: whoever sends it is no server of predictions, or wants the caller's
+memory."""
 
-_DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}  # of every output
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "INT64": np.dtype("<i8"),
+    "FP32": np.dtype("<f4"),
+}  # of every output
 _LENGTH = "inference-header-content-length"
 _ABOUT = {  # what is asked -> the route of the server, the end of a model's route
     "metadata": ("/v2", ""),
@@ -70,7 +76,9 @@ class RestCodec:
     def __init__(self, headers: Mapping[str, str]) -> None:
         self._headers = dict(headers)
 
-    def infer(self, model: str, version: Version, rows: Floats, parameters: Mapping[str, Any]) -> Call:
+    def infer(
+        self, model: str, version: Version, rows: Floats, parameters: Mapping[str, Any]
+    ) -> Call:
         """A prediction for ``rows``, float32 [N, ...]."""
         data = rows.astype("<f4", copy=False).tobytes()
         tensor = {
@@ -97,7 +105,9 @@ class RestCodec:
                 data = data[size:]
             return _answer(outputs, head.get("parameters", {}), head["model_version"], arrays)
         except (KeyError, TypeError, ValueError) as error:
-            raise FlservingError(f"an answer that is not of the protocol's binary form ({error!r})") from error
+            raise FlservingError(
+                f"an answer that is not of the protocol's binary form ({error!r})"
+            ) from error
 
     def about(self, what: str, model: str | None, version: Version) -> Call:
         """``what`` ("metadata", "ready" or "statistics") of a model, None: of the server."""
@@ -117,7 +127,9 @@ class RestCodec:
         try:
             return json.loads(reply.body)
         except ValueError as error:
-            raise FlservingError(f"the answer to {path} is not JSON: is that a server of flserving?") from error
+            raise FlservingError(
+                f"the answer to {path} is not JSON: is that a server of flserving?"
+            ) from error
 
     def _path(self, model: str, version: Version = None) -> str:
         path = f"/v2/models/{quote(model, safe='')}"
@@ -135,7 +147,9 @@ class GrpcCodec:
         self._messages = codec
         self._headers = dict(headers)
 
-    def infer(self, model: str, version: Version, rows: Floats, parameters: Mapping[str, Any]) -> Call:
+    def infer(
+        self, model: str, version: Version, rows: Floats, parameters: Mapping[str, Any]
+    ) -> Call:
         """A prediction for ``rows``, float32 [N, ...]."""
         request = self._messages.InferRequest(model_name=model, model_version=_text(version))
         request.inputs.add(name="features", datatype="FP32", shape=rows.shape)
@@ -153,7 +167,9 @@ class GrpcCodec:
         """The answer to ``infer``, with the keys of the server's own."""
         message = self._messages.decode(self._messages.InferResponse, reply.body)
         if len(message.outputs) != len(message.raw_output_contents):
-            raise FlservingError("an answer without raw_output_contents: is that a server of flserving?")
+            raise FlservingError(
+                "an answer without raw_output_contents: is that a server of flserving?"
+            )
         outputs = {
             output.name: _tensor(raw, output.datatype, output.shape)
             for output, raw in zip(message.outputs, message.raw_output_contents, strict=True)
@@ -175,7 +191,9 @@ class GrpcCodec:
     def feedback(self, model: str, receipt: str, reward: float) -> Call:
         kind = self._messages.message("flserving.FeedbackRequest")
         message = kind(model_name=model, receipt=receipt, reward=reward)
-        return Call(f"/{self._messages.EXPERIMENTS}/Feedback", message.SerializeToString(), self._headers)
+        return Call(
+            f"/{self._messages.EXPERIMENTS}/Feedback", message.SerializeToString(), self._headers
+        )
 
     def read(self, path: str, reply: Reply) -> Any:
         """The answer to any other call, whose path says which: as REST would give it."""
@@ -190,7 +208,9 @@ class GrpcCodec:
         return self._sent(method, self._messages.message(f"inference.{method}Request")(**fields))
 
     def _sent(self, method: str, message: Any) -> Call:
-        return Call(f"/{self._messages.SERVICE}/{method}", message.SerializeToString(), self._headers)
+        return Call(
+            f"/{self._messages.SERVICE}/{method}", message.SerializeToString(), self._headers
+        )
 
 
 def _text(version: Version) -> str:
@@ -199,7 +219,9 @@ def _text(version: Version) -> str:
     return str(version)
 
 
-def _answer(outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: str, arrays: bool) -> Fields:
+def _answer(
+    outputs: Mapping[str, Any], parameters: Mapping[str, Any], version: str, arrays: bool
+) -> Fields:
     result = dict(outputs) if arrays else {name: value.tolist() for name, value in outputs.items()}
     result["latency_ms"] = parameters.get("latency_us", 0) / 1e3
     result["model_version"] = version
@@ -232,7 +254,9 @@ def _plain(message: Any) -> Fields:
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
         if field.message_type is None:
-            fields[field.name] = value if isinstance(value, str | int | float | bytes) else list(value)
+            fields[field.name] = (
+                value if isinstance(value, str | int | float | bytes) else list(value)
+            )
         elif field.message_type.GetOptions().map_entry:
             fields[field.name] = dict(value)
         elif hasattr(value, "DESCRIPTOR"):
@@ -244,12 +268,16 @@ def _plain(message: Any) -> Fields:
 
 # Refusals
 
-# A code stands for several classes: the first in the tree's order, where a server does not name the class itself.
-# RESOURCE_EXHAUSTED without a name is what other servers say when they are busy.
-_BY_CODE = {kind.grpc_code: kind for kind in reversed(BY_REASON.values())} | {"RESOURCE_EXHAUSTED": OverloadedError}
+# A code stands for several classes: the first in the tree's order, where a server does not name the
+# class itself. RESOURCE_EXHAUSTED without a name is what other servers say when they are busy.
+_BY_CODE = {kind.grpc_code: kind for kind in reversed(BY_REASON.values())} | {
+    "RESOURCE_EXHAUSTED": OverloadedError
+}
 
 
-def _refusal(kind: type[FlservingError], text: str, headers: Mapping[str, str], again: bool = False) -> Refused:
+def _refusal(
+    kind: type[FlservingError], text: str, headers: Mapping[str, str], again: bool = False
+) -> Refused:
     kind = BY_REASON.get(headers.get(REASON, ""), kind)
     try:
         after_s = max(0.0, float(headers["retry-after"]))
@@ -259,16 +287,21 @@ def _refusal(kind: type[FlservingError], text: str, headers: Mapping[str, str], 
 
 
 def _late(timeout_s: float) -> Refused:
-    error = DeadlineExceededError(f"no answer in the {timeout_s * 1e3:.0f} ms left: raise timeout_ms")
+    error = DeadlineExceededError(
+        f"no answer in the {timeout_s * 1e3:.0f} ms left: raise timeout_ms"
+    )
     return Refused(error, again=False)
 
 
-# REST, over httpx's transports: its Client would follow nothing and know no proxy either, at 0.2 ms more a call
+# REST, over httpx's transports: its Client would follow nothing and know no proxy either, at 0.2 ms
+# more a call
 
 
 def _options(url: str, authority: bytes | None) -> Fields:
     if url.startswith("https"):
-        context = ssl.create_default_context(cadata=None if authority is None else authority.decode())
+        context = ssl.create_default_context(
+            cadata=None if authority is None else authority.decode()
+        )
     else:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used, and made in no time
     # uvicorn closes a connection that was idle for 5 s: be sure to let go of it first
@@ -293,7 +326,9 @@ def _request(url: str, call: Call, timeout_s: float) -> httpx.Request:
 def _add(body: bytearray, chunk: bytes) -> None:
     body += chunk
     if len(body) > MAX_ANSWER_NBYTES:
-        error = TooLargeError(f"the answer has more than {MAX_ANSWER_NBYTES:,} bytes: ask for fewer rows at once")
+        error = TooLargeError(
+            f"the answer has more than {MAX_ANSWER_NBYTES:,} bytes: ask for fewer rows at once"
+        )
         raise Refused(error, again=False)
 
 
@@ -331,7 +366,9 @@ class RestTransport:
             with contextlib.closing(response):
                 for chunk in response.iter_raw():
                     _add(body, chunk)
-                    if time.monotonic() > until_s:  # httpx's timeout is of each read: an answer may drip for ever
+                    if (
+                        time.monotonic() > until_s
+                    ):  # httpx's timeout is of each read: an answer may drip for ever
                         raise _late(timeout_s)
         return _reply(response, bytes(body))
 
@@ -349,9 +386,12 @@ class AsyncRestTransport:
     async def send(self, call: Call, timeout_s: float) -> Reply:
         body = bytearray()
         with _failures(self._url, timeout_s):
-            # not asyncio's: the pool closes idle connections in here, shielded from anyio's cancelling only
+            # not asyncio's: the pool closes idle connections in here, shielded from anyio's
+            # cancelling only
             with anyio.fail_after(timeout_s):
-                response = await self._http.handle_async_request(_request(self._url, call, timeout_s))
+                response = await self._http.handle_async_request(
+                    _request(self._url, call, timeout_s)
+                )
                 async with contextlib.aclosing(response):
                     async for chunk in response.aiter_raw():
                         _add(body, chunk)
@@ -367,7 +407,8 @@ _CHANNEL = {
     "grpc.enable_retries": 0,  # retries are ours: they know the budget
     "grpc.max_receive_message_length": MAX_ANSWER_NBYTES,
     "grpc.initial_reconnect_backoff_ms": 50,
-    "grpc.min_reconnect_backoff_ms": 2000,  # in spite of its name, how long one attempt to connect may take
+    # in spite of its name, how long one attempt to connect may take
+    "grpc.min_reconnect_backoff_ms": 2000,
     "grpc.max_reconnect_backoff_ms": 1000,
 }
 
@@ -378,12 +419,19 @@ def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
     headers = {name: value for name, value in trailing if isinstance(value, str)}
     if code == "DEADLINE_EXCEEDED" and REASON not in headers:
         return _late(timeout_s)
-    if code == "CANCELLED":  # by a server that stops, in the moment in which the call came: it was not let in
+    if (
+        code == "CANCELLED"
+    ):  # by a server that stops, in the moment in which the call came: it was not let in
         code = "UNAVAILABLE"
     text = error.details() or code
     too_large = "message larger than max" in text  # gRPC's own words
     kind = TooLargeError if too_large else _BY_CODE.get(code, FlservingError)
-    return _refusal(kind, text if REASON in headers else f"{where}: {text}", headers, again=code == "UNAVAILABLE")
+    return _refusal(
+        kind,
+        text if REASON in headers else f"{where}: {text}",
+        headers,
+        again=code == "UNAVAILABLE",
+    )
 
 
 class _Channel:
@@ -428,6 +476,8 @@ class AsyncGrpcTransport(_Channel):
     async def send(self, call: Call, timeout_s: float) -> Reply:
         method = self._channel.unary_unary(call.path)
         try:
-            return Reply(await method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items())))
+            return Reply(
+                await method(call.body, timeout=timeout_s, metadata=tuple(call.headers.items()))
+            )
         except self._error as error:
             raise _grpc_refusal(self._target, error, timeout_s) from error

@@ -1,4 +1,5 @@
-"""How commands take their options: from the command line, else from the environment, else the default."""
+"""How commands take their options: from the command line, else from the environment, else the
+default."""
 
 import argparse
 import inspect
@@ -12,9 +13,19 @@ RULE = (
     " one that may be given more than once by its values with commas between them. The command line goes first; an "
     "empty variable counts as none."
 )
-_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_SWITCH = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
 
-_SERVICE_LINK = "tcp://"  # so Kubernetes sets FLSERVING_PORT in every pod beside a Service of the name flserving
+# so Kubernetes sets FLSERVING_PORT in every pod beside a Service of the name flserving
+_SERVICE_LINK = "tcp://"
 
 
 class Command(NamedTuple):
@@ -46,12 +57,15 @@ class Version(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options are added when a parser is used: the help of ``flserving`` loads nothing of what its commands need.
+    """Options are added when a parser is used: the help of ``flserving`` loads nothing of what its
+    commands need.
 
     Attributes of what it returns: ``environment``, option -> the variable whose value it has.
     """
 
-    def __init__(self, fill: Callable[[argparse.ArgumentParser], None] = lambda parser: None, **given: Any) -> None:
+    def __init__(
+        self, fill: Callable[[argparse.ArgumentParser], None] = lambda parser: None, **given: Any
+    ) -> None:
         super().__init__(formatter_class=_Help, epilog=RULE, **given)
         self._fill = fill
 
@@ -61,7 +75,11 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             name = variable(action)
             text = os.environ.get(name)
-            if not text or text.startswith(_SERVICE_LINK) or (action.nargs == 0 and action.default is not False):
+            if (
+                not text
+                or text.startswith(_SERVICE_LINK)
+                or (action.nargs == 0 and action.default is not False)
+            ):
                 continue
             value = self._read(action, name, text)
             given[action.dest] = name, value
@@ -75,7 +93,9 @@ class Parser(argparse.ArgumentParser):
                 setattr(found, dest, getattr(found, dest) or value)
             if getattr(found, dest) is value:  # else the command line has gone before it
                 used[dest] = name
-        if rest and hasattr(found, "words"):  # of a command that hands its words on: another program knows these
+        if rest and hasattr(
+            found, "words"
+        ):  # of a command that hands its words on: another program knows these
             found.words = args
             rest = []
         found.environment = getattr(found, "environment", {}) | used
@@ -97,11 +117,16 @@ class Parser(argparse.ArgumentParser):
 
 def variable(action: argparse.Action) -> str:
     """The name of what sets an option from outside; "" for what is no option."""
-    return "".join(f"FLSERVING_{flag[2:]}" for flag in action.option_strings[-1:]).replace("-", "_").upper()
+    return (
+        "".join(f"FLSERVING_{flag[2:]}" for flag in action.option_strings[-1:])
+        .replace("-", "_")
+        .upper()
+    )
 
 
 def described(settings: type) -> dict[str, str]:
-    """Field -> what the ``Args`` of the docstring of ``settings`` say of it in their first sentence."""
+    """Field -> what the ``Args`` of the docstring of ``settings`` say of it in their first
+    sentence."""
     listed = (inspect.getdoc(settings) or "").partition("Args:\n")[2].partition("\n\n")[0]
     found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
     return {name: _plain(re.split(r"\.(?:\s+[A-Z]|$)", text)[0]) for name, text in found}
@@ -114,6 +139,8 @@ def _plain(text: str) -> str:
 
 
 def subcommands(parser: argparse.ArgumentParser, dest: str, commands: dict[str, Command]) -> None:
-    choices = parser.add_subparsers(dest=dest, required=True, metavar="COMMAND", parser_class=Parser)
+    choices = parser.add_subparsers(
+        dest=dest, required=True, metavar="COMMAND", parser_class=Parser
+    )
     for name, command in commands.items():
         choices.add_parser(name, help=command.help, description=command.help, fill=command.options)

@@ -1,4 +1,5 @@
-"""``flserving registry``: what is in a registry, which version an alias leads to, and what may go."""
+"""``flserving registry``: what is in a registry, which version an alias leads to, and what may
+go."""
 
 import argparse
 import getpass
@@ -18,8 +19,8 @@ from flserving.registry.index import DEFAULT_ALIAS
 _WIDEST = 100  # characters of a value in a table; --json shows all
 
 Answer = Callable[[Registry, argparse.Namespace], Any]
-"""Does what a command is for, and returns what there is to say: a mapping, a list of them, or what ``str`` makes text
-of."""
+"""Does what a command is for, and returns what there is to say: a mapping, a list of them, or what
+``str`` makes text of."""
 Argument = tuple[str, dict[str, Any]]
 """A name, and what else ``add_argument`` takes."""
 
@@ -30,7 +31,9 @@ def _list(registry: Registry, arguments: argparse.Namespace) -> Any:
     model = arguments.model
     registry.resolve(model, 1)  # NotFoundError, where there is no such model
     aliases = registry.aliases(model)
-    return [_version(registry, model, number, aliases) for number in registry.version_numbers(model)]
+    return [
+        _version(registry, model, number, aliases) for number in registry.version_numbers(model)
+    ]
 
 
 def _model(registry: Registry, name: str) -> dict[str, Any]:
@@ -41,7 +44,9 @@ def _model(registry: Registry, name: str) -> dict[str, Any]:
     }
 
 
-def _version(registry: Registry, model: str, number: int, aliases: Mapping[str, int]) -> dict[str, Any]:
+def _version(
+    registry: Registry, model: str, number: int, aliases: Mapping[str, int]
+) -> dict[str, Any]:
     row: dict[str, Any] = {"version": number, "aliases": _leading_to(number, aliases)}
     try:
         manifest = registry.manifest(model, number)
@@ -80,7 +85,9 @@ def _promote(registry: Registry, arguments: argparse.Namespace) -> Any:
 
 def _rollback(registry: Registry, arguments: argparse.Namespace) -> Any:
     before = registry.aliases(arguments.model).get(arguments.alias)
-    number = registry.rollback(arguments.model, arguments.alias, who=arguments.who, why=arguments.why)
+    number = registry.rollback(
+        arguments.model, arguments.alias, who=arguments.who, why=arguments.why
+    )
     return {"model": arguments.model, "alias": arguments.alias, "before": before, "version": number}
 
 
@@ -114,7 +121,9 @@ def _user() -> str:
 
 
 _MODEL = _argument("model", "its name", metavar="MODEL")
-_ONE_MODEL = _argument("model", "list its versions; without it, all models", metavar="MODEL", nargs="?")
+_ONE_MODEL = _argument(
+    "model", "list its versions; without it, all models", metavar="MODEL", nargs="?"
+)
 _VERSION = _argument("version", "a number or another alias", metavar="VERSION")
 _ONE_VERSION = _argument(
     "version",
@@ -127,10 +136,17 @@ _B = _argument("b", "a number or an alias", metavar="B")
 _ALIAS = _argument("--alias", "the alias that moves", default=DEFAULT_ALIAS)
 _WHY = _argument("--why", "the reason, for the log", required=True, metavar="TEXT")
 _WHO = _argument("--who", "who moves it, for the log", default=_user(), metavar="NAME")
-_IF_AT = _argument("--if-at", "only if the alias points at version N; 0: if it points nowhere", type=int, metavar="N")
+_IF_AT = _argument(
+    "--if-at",
+    "only if the alias points at version N; 0: if it points nowhere",
+    type=int,
+    metavar="N",
+)
 _DRY_RUN = _argument("--dry-run", "only list what would go", action="store_true")
 _CLIENT = _argument("client", "its id, as in its credential", metavar="CLIENT")
-_REGISTRY = _argument("--registry", "the registry's folder", required=True, metavar="DIR", type=os.path.expanduser)
+_REGISTRY = _argument(
+    "--registry", "the registry's folder", required=True, metavar="DIR", type=os.path.expanduser
+)
 _JSON = _argument("--json", "answer in JSON", action="store_true")
 
 
@@ -147,7 +163,9 @@ def _command(text: str, answer: Answer, *own: Argument) -> Command:
     def run(arguments: argparse.Namespace) -> int:
         folder = arguments.registry
         if not Path(folder, "registry.sqlite3").is_file():  # a wrong path must not make a new one
-            raise ConfigError(f"{folder} holds no registry: give the folder that versions were published to")
+            raise ConfigError(
+                f"{folder} holds no registry: give the folder that versions were published to"
+            )
         with Registry(folder) as registry:
             found = answer(registry, arguments)
         text = msgspec.json.encode(found).decode() if arguments.json else _text(found)
@@ -197,9 +215,13 @@ _MOVE = (_ALIAS, _WHY, _WHO)
 COMMANDS = {
     "list": _command("the models, or the versions of one", _list, _ONE_MODEL),
     "show": _command("all that a version says of itself", _show, _MODEL, _ONE_VERSION),
-    "compare": _command("two versions side by side: metrics, digests, norms of tensors", _compare, _MODEL, _A, _B),
+    "compare": _command(
+        "two versions side by side: metrics, digests, norms of tensors", _compare, _MODEL, _A, _B
+    ),
     "promote": _command("point an alias at a version", _promote, _MODEL, _VERSION, *_MOVE, _IF_AT),
     "rollback": _command("undo the last move of an alias", _rollback, _MODEL, *_MOVE),
     "gc": _command("remove what publishers left who died", _gc, _DRY_RUN),
-    "forget": _command("remove a client's heads, feedback and name, and say what stays", _forget, _CLIENT),
+    "forget": _command(
+        "remove a client's heads, feedback and name, and say what stays", _forget, _CLIENT
+    ),
 }

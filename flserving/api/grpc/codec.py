@@ -1,7 +1,9 @@
-"""The messages of gRPC: their classes, from a private descriptor pool, and how they become numpy arrays and back.
+"""The messages of gRPC: their classes, from a private descriptor pool, and how they become numpy
+arrays and back.
 
-A private pool, because a process that serves may also hold another library's copy of the same protocol (a notebook
-that calls itself with tritonclient, say), and the default pool refuses a symbol that comes twice with other fields.
+A private pool, because a process that serves may also hold another library's copy of the same
+protocol (a notebook that calls itself with tritonclient, say), and the default pool refuses a
+symbol that comes twice with other fields.
 """
 
 import functools
@@ -53,8 +55,12 @@ _MOST_ELEMENTS = 1 << 40
 
 _SHORT = 64 << 10  # bytes that hold too few fields to take long
 _FIELD_COST = 64  # what a field takes to read, and to be counted here, in numbers
-# number of a field -> what is in it: fields, or how many numbers a byte may hold (1 and a half for what is text)
-_CONTENTS_COSTS = {6: 1 / 4, 7: 1 / 8}  # fp32_contents and fp64_contents have the size of their numbers
+# number of a field -> what is in it: fields, or how many numbers a byte may hold (1 and a half for
+# what is text)
+_CONTENTS_COSTS = {
+    6: 1 / 4,
+    7: 1 / 8,
+}  # fp32_contents and fp64_contents have the size of their numbers
 # the id; the inputs and their contents; raw_input_contents, which are not looked at
 _INFER_COSTS: dict[int, Any] = {3: 0.05, 5: {5: _CONTENTS_COSTS}, 7: 0.0}
 
@@ -63,18 +69,21 @@ def check_cost(body: bytes, most_numbers: int) -> None:
     """Whether a ModelInferRequest may be read: what is not raw tensors holds up everybody.
 
     Raises:
-        TooLargeError: To read it takes as long as more than ``most_numbers`` numbers. InvalidInputError: It is none.
+        TooLargeError: To read it takes as long as more than ``most_numbers`` numbers.
+            InvalidInputError: It is none.
     """
     if len(body) > _SHORT:
         try:
             _cost(memoryview(body), _INFER_COSTS, 0.0, most_numbers)
         except IndexError:
-            raise InvalidInputError(f"{len(body)} bytes are not a ModelInferRequest message") from None
+            raise InvalidInputError(
+                f"{len(body)} bytes are not a ModelInferRequest message"
+            ) from None
 
 
 def _cost(body: memoryview, costs: Mapping[int, Any], cost: float, most: int) -> float:
-    """``cost`` and that of the fields in ``body``, in numbers. Source: protobuf's encoding, its records of tag,
-    length and value."""
+    """``cost`` and that of the fields in ``body``, in numbers. Source: protobuf's encoding, its
+    records of tag, length and value."""
     at = 0
     while at < len(body):
         cost += _FIELD_COST
@@ -114,11 +123,14 @@ def decode(kind: Any, body: bytes) -> Any:
     try:
         return kind.FromString(body)
     except DecodeError as error:
-        raise InvalidInputError(f"{len(body)} bytes are not a {kind.DESCRIPTOR.full_name} message") from error
+        raise InvalidInputError(
+            f"{len(body)} bytes are not a {kind.DESCRIPTOR.full_name} message"
+        ) from error
 
 
 def encode(kind: Any, fields: Mapping[str, Any]) -> bytes:
-    """A message with these fields, named as in JSON; a field that this copy of the protocol lacks is left out."""
+    """A message with these fields, named as in JSON; a field that this copy of the protocol lacks
+    is left out."""
     filled: Message = json_format.ParseDict(fields, kind(), ignore_unknown_fields=True)
     return bytes(filled.SerializeToString())
 
@@ -129,7 +141,9 @@ def parameters(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]
     for name, value in values.items():
         choice = value.WhichOneof("parameter_choice")
         if choice is None:
-            raise InvalidInputError(f"parameter {name!r} has no value: fill one of its fields, or leave it out")
+            raise InvalidInputError(
+                f"parameter {name!r} has no value: fill one of its fields, or leave it out"
+            )
         plain[name] = getattr(value, choice)
     return plain
 
@@ -156,7 +170,9 @@ def inputs(request: Any) -> Arrays:
                 f"input {name!r} has contents beside raw_input_contents: use one form for all inputs"
             )
         if place >= len(raw):
-            raise InvalidInputError(f"input {name!r} has no data: raw_input_contents holds {len(raw)} entries")
+            raise InvalidInputError(
+                f"input {name!r} has no data: raw_input_contents holds {len(raw)} entries"
+            )
         tensors[name] = from_raw(name, tensor.datatype, shape, raw[place])
     if len(raw) > len(tensors):
         raise InvalidInputError(
@@ -167,11 +183,15 @@ def inputs(request: Any) -> Arrays:
 
 def _check_shape(name: str, shape: list[int]) -> None:
     if len(shape) > _MOST_DIMENSIONS:
-        raise InvalidInputError(f"input {name!r} has {len(shape)} dimensions: at most {_MOST_DIMENSIONS}")
+        raise InvalidInputError(
+            f"input {name!r} has {len(shape)} dimensions: at most {_MOST_DIMENSIONS}"
+        )
     if min(shape, default=0) < 0:
         raise InvalidInputError(f"input {name!r} has shape {shape}: no dimension may be negative")
     if math.prod(filter(None, shape)) > _MOST_ELEMENTS:
-        raise InvalidInputError(f"input {name!r} has shape {shape}: more elements than a message can hold")
+        raise InvalidInputError(
+            f"input {name!r} has shape {shape}: more elements than a message can hold"
+        )
 
 
 def _from_contents(tensor: Any, shape: list[int]) -> NDArray[Any]:
@@ -181,8 +201,12 @@ def _from_contents(tensor: Any, shape: list[int]) -> NDArray[Any]:
     count = math.prod(shape)
     field = _CONTENTS.get(datatype)
     if field is None:
-        hint = "send it raw" if datatype in ("FP16", "BF16") else f"send one of {', '.join(_CONTENTS)}"
-        raise InvalidInputError(f"input {name!r} has datatype {datatype[:32]!r}, which has no typed contents: {hint}")
+        hint = (
+            "send it raw" if datatype in ("FP16", "BF16") else f"send one of {', '.join(_CONTENTS)}"
+        )
+        raise InvalidInputError(
+            f"input {name!r} has datatype {datatype[:32]!r}, which has no typed contents: {hint}"
+        )
     for other, _ in tensor.contents.ListFields():
         if other.name != field:
             raise InvalidInputError(f"input {name!r} is {datatype} with {other.name}: fill {field}")
@@ -199,7 +223,9 @@ def _from_contents(tensor: Any, shape: list[int]) -> NDArray[Any]:
     limits = np.iinfo(dtype)
     wrong = wide[(wide < limits.min) | (wide > limits.max)]
     if wrong.size:
-        raise InvalidInputError(f"input {name!r} holds {wrong[0]}: {datatype} is {limits.min} to {limits.max}")
+        raise InvalidInputError(
+            f"input {name!r} holds {wrong[0]}: {datatype} is {limits.min} to {limits.max}"
+        )
     return wide.astype(dtype).reshape(shape)
 
 
@@ -210,16 +236,21 @@ def requested(request: Any) -> list[str] | None:
         if output.name in names:
             raise InvalidInputError(f"output {output.name!r} is there twice: ask for each once")
         if parameters(output.parameters).get("classification"):
-            raise NotSupportedError("the classification extension is not offered: ask for 'probabilities'")
+            raise NotSupportedError(
+                "the classification extension is not offered: ask for 'probabilities'"
+            )
         names.append(output.name)
         if len(names) > _MOST_OUTPUTS:
-            raise InvalidInputError(f"{len(request.outputs)} outputs are asked for: at most {_MOST_OUTPUTS}")
+            raise InvalidInputError(
+                f"{len(request.outputs)} outputs are asked for: at most {_MOST_OUTPUTS}"
+            )
     return names or None
 
 
 def response(model: str, version: str, request_id: str, outputs: Mapping[str, NDArray[Any]],
              values: Mapping[str, bool | int | str]) -> bytes:  # fmt: skip
-    """A ModelInferResponse, the numbers in raw_output_contents: the only place where every client looks for them."""
+    """A ModelInferResponse, the numbers in raw_output_contents: the only place where every client
+    looks for them."""
     answer = InferResponse(id=request_id) if request_id else InferResponse()
     parameters = answer.parameters
     for name, value in values.items():
@@ -236,8 +267,11 @@ def response(model: str, version: str, request_id: str, outputs: Mapping[str, ND
 
 
 @functools.lru_cache(1024)
-def _outline(model: str, version: str, tensors: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> bytes:
-    """What recurs in answers, as bytes: the wire format merges the parts of a message that follow each other."""
+def _outline(
+    model: str, version: str, tensors: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
+) -> bytes:
+    """What recurs in answers, as bytes: the wire format merges the parts of a message that follow
+    each other."""
     outline = InferResponse(model_name=model, model_version=version)
     for name, dtype, shape in tensors:
         outline.outputs.add(name=name, datatype=NAMES[dtype], shape=shape)

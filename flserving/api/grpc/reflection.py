@@ -1,7 +1,8 @@
-"""Server reflection: which services there are and what their messages hold, for grpcurl and other tools.
+"""Server reflection: which services there are and what their messages hold, for grpcurl and other
+tools.
 
-It shows the protocol, which is public, and nothing of the models. grpcio-reflection would answer under the older of
-the two names alone, and needs its messages in the default pool of the process.
+It shows the protocol, which is public, and nothing of the models. grpcio-reflection would answer
+under the older of the two names alone, and needs its messages in the default pool of the process.
 
 Source: https://github.com/grpc/grpc/blob/master/doc/server-reflection.md
 """
@@ -29,8 +30,12 @@ def answer(body: bytes) -> bytes:
         said = _said(asked)
     except KeyError:
         code = grpc.StatusCode.NOT_FOUND.value[0]
-        said = {"error_response": {"error_code": code, "error_message": "nothing here has that name"}}
-    return bytes(_Response(valid_host=asked.host, original_request=asked, **said).SerializeToString())
+        said = {
+            "error_response": {"error_code": code, "error_message": "nothing here has that name"}
+        }
+    return bytes(
+        _Response(valid_host=asked.host, original_request=asked, **said).SerializeToString()
+    )
 
 
 def _said(asked: Any) -> dict[str, Any]:

@@ -1,1 +1,2 @@
-"""REST by the Open Inference Protocol: ``app.py`` has the routes, ``codec.py`` turns bytes into arrays and back."""
+"""REST by the Open Inference Protocol: ``app.py`` has the routes, ``codec.py`` turns bytes into
+arrays and back."""

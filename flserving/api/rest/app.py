@@ -1,8 +1,8 @@
 """The REST protocol: the Open Inference Protocol V2 as an ASGI application.
 
-The way to infer is written against ASGI itself: a framework's request and response objects would cost as much as the
-answer. Every other route is starlette's. All share one guard, one credential check, one place that turns an error into
-``{"error": "..."}``.
+The way to infer is written against ASGI itself: a framework's request and response objects would
+cost as much as the answer. Every other route is starlette's. All share one guard, one credential
+check, one place that turns an error into ``{"error": "..."}``.
 """
 
 import asyncio
@@ -37,7 +37,13 @@ from flserving.api.rest.openapi import (
     document,
     page,
 )
-from flserving.errors import REASON, FlservingError, ForbiddenError, InvalidInputError, NotSupportedError
+from flserving.errors import (
+    REASON,
+    FlservingError,
+    ForbiddenError,
+    InvalidInputError,
+    NotSupportedError,
+)
 from flserving.monitoring.telemetry import Exchange, Refusals
 
 _log = logging.getLogger("flserving.api")
@@ -45,14 +51,20 @@ Header = tuple[bytes, bytes]
 _JSON = (b"content-type", b"application/json")
 _EXCHANGE = "flserving.exchange"  # in the scope of a call that somebody traces or logs
 _BYTES = (b"content-type", b"application/octet-stream")
-_EXTRA = {401: (b"www-authenticate", b"Bearer"), 429: (b"retry-after", b"1"), 503: (b"retry-after", b"1")}
+_EXTRA = {
+    401: (b"www-authenticate", b"Bearer"),
+    429: (b"retry-after", b"1"),
+    503: (b"retry-after", b"1"),
+}
 
 
 class RestApp:
-    """The ASGI application of one server. ``v2.origins`` stays live: an origin added there may call from then on.
+    """The ASGI application of one server. ``v2.origins`` stays live: an origin added there may call
+    from then on.
 
     Attributes:
-        token: The random one of :func:`flserving.asgi`; None where the options brought their own credentials.
+        token: The random one of :func:`flserving.asgi`; None where the options brought their own
+            credentials.
     """
 
     def __init__(self, v2: V2, options: ApiOptions, token: str | None = None) -> None:
@@ -65,7 +77,9 @@ class RestApp:
         v2.origins.update(options.origins)
         self._guard = Guard(options, v2.origins)
         self._artifacts = Artifacts(v2.server, options.artifacts)
-        routes = [self._route_of(operation) for operation in OPERATIONS if operation.name != "infer"]
+        routes = [
+            self._route_of(operation) for operation in OPERATIONS if operation.name != "infer"
+        ]
         self._router = Router(routes, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,12 +125,18 @@ class RestApp:
 
     async def _route(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         method = scope["method"]
-        if b"access-control-request-method" in headers and b"origin" in headers and method == "OPTIONS":
+        if (
+            b"access-control-request-method" in headers
+            and b"origin" in headers
+            and method == "OPTIONS"
+        ):
             await _respond(send, 204, PREFLIGHT, b"")
             return
         path = _sent_path(scope)
         prefix = scope.get("root_path", "")
-        if prefix:  # an application around this one: as many parts of the path are ours as stand behind the prefix
+        # an application around this one: as many parts of the path are ours as stand behind the
+        # prefix
+        if prefix:
             parts = scope["path"].removeprefix(prefix).count("/")
             path = "/".join(["", *path.rsplit("/", parts)[1:]])
         if path.endswith("/infer"):
@@ -128,11 +148,23 @@ class RestApp:
                     _found(scope, "/v2/models/{model}/versions/{version}/infer")
                     return await self._infer(method, model, version, headers, receive, send)
         # the path as it was sent: a name with a percent sign is no name of a model
-        ours = {"app": self, "path": path, "root_path": "", "path_params": {}, "state": {"prefix": prefix}}
+        ours = {
+            "app": self,
+            "path": path,
+            "root_path": "",
+            "path_params": {},
+            "state": {"prefix": prefix},
+        }
         await self._router({**scope, **ours}, receive, send)
 
     async def _infer(
-        self, method: str, model: str, version: str | None, headers: Headers, receive: Receive, send: Send
+        self,
+        method: str,
+        model: str,
+        version: str | None,
+        headers: Headers,
+        receive: Receive,
+        send: Send,
     ) -> None:
         if method != "POST":
             raise HTTPException(405, headers={"allow": "POST"})
@@ -166,7 +198,12 @@ class RestApp:
     ) -> tuple[list[Header], bytes]:
         """Headers and body of an answer."""
         content, json_bytes = write_infer(
-            answer.model, answer.version, answer.outputs, answer.parameters, request, self._options.max_numbers
+            answer.model,
+            answer.version,
+            answer.outputs,
+            answer.parameters,
+            request,
+            self._options.max_numbers,
         )
         headers = [_JSON]
         if json_bytes is not None:
@@ -203,7 +240,8 @@ class RestApp:
     # The other routes
 
     def _route_of(self, operation: Operation) -> Route:
-        """The route of an operation: answered here, by the artifacts, or else by the method of V2 of that name."""
+        """The route of an operation: answered here, by the artifacts, or else by the method of V2
+        of that name."""
         name = operation.name
         artifact = getattr(self._artifacts, name, None)
         answer: Callable[[Request], Awaitable[Any]] = (
@@ -214,7 +252,9 @@ class RestApp:
             _found(request.scope, operation.path)
             if operation.role is not None:
                 with self._refusals:
-                    who = request.state.who = self._tokens.check(request.headers.get("authorization"), operation.role)
+                    who = request.state.who = self._tokens.check(
+                        request.headers.get("authorization"), operation.role
+                    )
                     shown = self._v2.policy(who).name
                     if artifact is not None and shown != "full":
                         raise ForbiddenError(
@@ -228,7 +268,9 @@ class RestApp:
 
         return Route(operation.path, endpoint, methods=[operation.method], name=name)
 
-    async def _body(self, request: Request, kind: type[msgspec.Struct], required: bool = False) -> Any:
+    async def _body(
+        self, request: Request, kind: type[msgspec.Struct], required: bool = False
+    ) -> Any:
         headers = dict(request.scope["headers"])
         body = await read_body(headers, request.receive, self._options.max_body_bytes)
         if not (body or required):
@@ -263,7 +305,9 @@ class RestApp:
     async def _load(self, request: Request) -> Any:
         sent = await self._body(request, RepositoryRequest)
         if any(name == "config" or name.startswith("file:") for name in sent.parameters or ()):
-            raise NotSupportedError("a model's files and configuration come from its registry: publish it there")
+            raise NotSupportedError(
+                "a model's files and configuration come from its registry: publish it there"
+            )
         model = request.path_params["model"]
         await self._v2.load(model)
         return {"name": model, "load": True}
@@ -282,10 +326,14 @@ class RestApp:
         return {"counted": True}
 
     async def _metrics(self, request: Request) -> Any:
-        from flserving.monitoring.prometheus import exposition  # prometheus-client is loaded when somebody asks
+        from flserving.monitoring.prometheus import (
+            exposition,
+        )  # prometheus-client is loaded when somebody asks
 
         accept = request.headers.get("accept", "")
-        content, media_type = await asyncio.to_thread(lambda: exposition(self._v2.server, accept, self._v2.others()))
+        content, media_type = await asyncio.to_thread(
+            lambda: exposition(self._v2.server, accept, self._v2.others())
+        )
         return Response(content, media_type=media_type)
 
     async def _document(self, request: Request) -> Any:
@@ -297,7 +345,8 @@ class RestApp:
 
 
 async def _call(v2: V2, name: str, request: Request) -> Any:
-    """What ``v2`` answers of the model and version of the path. In a thread: it may be on the disk."""
+    """What ``v2`` answers of the model and version of the path. In a thread: it may be on the
+    disk."""
     method = getattr(v2, name)
     if name in ("model_metadata", "model_config"):
         method = partial(method, request.state.who)
@@ -324,7 +373,9 @@ def _json_bytes(header: bytes | None) -> int | None:
     if header is None:
         return None
     if not (header.isdigit() and len(header) < 16):
-        raise InvalidInputError(f"Inference-Header-Content-Length is {header[:32].decode('latin-1')!r}: send a length")
+        raise InvalidInputError(
+            f"Inference-Header-Content-Length is {header[:32].decode('latin-1')!r}: send a length"
+        )
     return int(header)
 
 

@@ -1,10 +1,12 @@
 """What devices download: signed releases, manifests, weights, deltas, and the caller's own head.
 
-Files are sent from any byte on (``Range: bytes=N-``), so that a download that was cut goes on where it ended; what
-they hold never changes under their address. Everything runs in threads: it reads the disk.
+Files are sent from any byte on (``Range: bytes=N-``), so that a download that was cut goes on where
+it ended; what they hold never changes under their address. Everything runs in threads: it reads the
+disk.
 
-Weights are what a device needs; a delta saves bytes. So nobody waits for a delta but who asked for one, there is none
-but to the released version, a caller has few of them made at a time, and where none can be kept the weights are sent.
+Weights are what a device needs; a delta saves bytes. So nobody waits for a delta but who asked for
+one, there is none but to the released version, a caller has few of them made at a time, and where
+none can be kept the weights are sent.
 """
 
 import asyncio
@@ -28,7 +30,13 @@ from starlette.types import Receive, Scope, Send
 from flserving.api.auth import Identity
 from flserving.edge.delta import FORMS, Form, encode
 from flserving.edge.release import Head, Release, Signer, device_manifest
-from flserving.errors import FlservingError, ForbiddenError, InvalidInputError, NotFoundError, OverloadedError
+from flserving.errors import (
+    FlservingError,
+    ForbiddenError,
+    InvalidInputError,
+    NotFoundError,
+    OverloadedError,
+)
 from flserving.registry.heads import HeadStore
 from flserving.registry.index import DEFAULT_ALIAS
 from flserving.registry.registry import WEIGHTS, Registry
@@ -37,7 +45,9 @@ from flserving.serving.loader import RegistrySource
 from flserving.serving.server import ModelServer
 
 _CHUNK = 1 << 18  # bytes
-_DELTAS_NBYTES = 1 << 30  # that are kept; each is made once, for all devices that have the same version
+_DELTAS_NBYTES = (
+    1 << 30
+)  # that are kept; each is made once, for all devices that have the same version
 _PLACES = 1  # deltas that are made at a time for one client: a device asks for one
 _SHARED_PLACES = 8  # for a credential without a client, which a fleet may share
 _RETRY_S = 60.0  # after which deltas are tried again where none could be kept
@@ -48,24 +58,29 @@ _FROM = re.compile(r"bytes=(\d{1,15})-")
 
 
 class Artifacts:
-    """The routes under ``/v2/repository/models/{model}``. Each method answers the operation of its name.
+    """The routes under ``/v2/repository/models/{model}``. Each method answers the operation of its
+    name.
 
     Raises (all):
-        ForbiddenError: Not offered. NotFoundError: No such model (only those of a registry can be had) or version.
+        ForbiddenError: Not offered. NotFoundError: No such model (only those of a registry can be
+        had) or version.
     """
 
     def __init__(self, server: ModelServer, offered: bool) -> None:
         self._server = server
         self._offered = offered
         self._signer = cache(Signer)  # two at once read or make the same key
-        # One of a kind at a time: many devices ask for the same at once. They wait outside of the threads, which others
-        # need too; the locks inside are for those whose caller went away.
+        # One of a kind at a time: many devices ask for the same at once. They wait outside of the
+        # threads, which others need too; the locks inside are for those whose caller went away.
         self._releasing = asyncio.Lock()
         self._encoding = asyncio.Lock()
         self._making: dict[_Delta, asyncio.Task[bytes | None]] = {}
         self._places: Counter[Hashable] = Counter()
-        self._retry_s: dict[str, float] = {}  # when deltas may be made again for a folder that keeps none
-        # What is asked of an old version may need a long read: heads of the released one do not wait for that.
+        self._retry_s: dict[
+            str, float
+        ] = {}  # when deltas may be made again for a folder that keeps none
+        # What is asked of an old version may need a long read: heads of the released one do not
+        # wait for that.
         self._released_heads = _Stores(most=2)
         self._other_heads = _Stores(most=1)
 
@@ -91,14 +106,20 @@ class Artifacts:
         if answer is not None:
             return answer
         if content is None or wanted.form == "exact":
-            raise NotFoundError(f"the cloud cannot keep a delta to version {wanted.version}: download the weights")
-        return Response(content, media_type="application/octet-stream")  # nothing else brings this form
+            raise NotFoundError(
+                f"the cloud cannot keep a delta to version {wanted.version}: download the weights"
+            )
+        return Response(
+            content, media_type="application/octet-stream"
+        )  # nothing else brings this form
 
     async def head(self, request: Request) -> Response:
         client = request.state.who.client
         registry, model, version = await asyncio.to_thread(self._version, request)
         if client is None:
-            raise ForbiddenError("heads are given to their clients only: ask for a token that names you")
+            raise ForbiddenError(
+                "heads are given to their clients only: ask for a token that names you"
+            )
         forgets = await asyncio.to_thread(registry.forgets)
         released = await asyncio.to_thread(_is_released, registry, model, version)
         stores = self._released_heads if released else self._other_heads
@@ -107,11 +128,15 @@ class Artifacts:
 
     def _registry(self, request: Request) -> Registry:
         if not self._offered:
-            raise ForbiddenError("artifacts are not offered here: start the server with artifacts=True (--artifacts)")
+            raise ForbiddenError(
+                "artifacts are not offered here: start the server with artifacts=True (--artifacts)"
+            )
         model = request.path_params["model"]
         source = self._server._sources.get(model)
         if not isinstance(source, RegistrySource):
-            raise NotFoundError(f"no model {model[:80]!r} with artifacts: serve one from a registry")
+            raise NotFoundError(
+                f"no model {model[:80]!r} with artifacts: serve one from a registry"
+            )
         return source.registry
 
     def _version(self, request: Request) -> tuple[Registry, str, int]:
@@ -132,17 +157,22 @@ class Artifacts:
         return release
 
     def _report(self, request: Request, signer: Signer) -> None:
-        """Note what the asking device runs. It may say nothing; what makes no sense counts as that."""
+        """Note what the asking device runs. It may say nothing; what makes no sense counts as
+        that."""
         said = request.query_params
         client = request.state.who.client
         if not _DEVICE.fullmatch(said.get("device", "")):
             return
         name = f"device {said['device']}" if client is None else f"client {client}"
         with contextlib.suppress(ValueError):
-            version, number = (int(said.get(key, "0")[:_MOST_DIGITS]) for key in ("version", "round"))
+            version, number = (
+                int(said.get(key, "0")[:_MOST_DIGITS]) for key in ("version", "round")
+            )
             age_s = float(said["age_s"][:_MOST_DIGITS]) if "age_s" in said else None
             model = request.path_params["model"]
-            self._server.fleet.report(signer.pseudonym(name), client is None, model, version, number, age_s)
+            self._server.fleet.report(
+                signer.pseudonym(name), client is None, model, version, number, age_s
+            )
 
     def _weights(self, request: Request) -> Response:
         registry, model, version = self._version(request)
@@ -156,11 +186,14 @@ class Artifacts:
             raise InvalidInputError(f"form is {form[:80]!r}: choose one of {', '.join(FORMS)}")
         start = None if base == "0" else registry.resolve(model, base)
         if not _is_released(registry, model, version):
-            raise NotFoundError(f"version {version} of {model!r} is not the released one, so there is no delta to it")
+            raise NotFoundError(
+                f"version {version} of {model!r} is not the released one, so there is no delta to it"
+            )
         return _Delta(registry, model, version, start=start, form=form)
 
     def _make(self, wanted: "_Delta", who: Identity) -> "asyncio.Task[bytes | None]":
-        """Start making a delta. OverloadedError: enough are being made for this caller, or for all."""
+        """Start making a delta. OverloadedError: enough are being made for this caller, or for
+        all."""
         caller: Hashable = id(who) if who.client is None else who.client
         places = _SHARED_PLACES if who.client is None else _PLACES
         if self._places[caller] >= places or len(self._making) >= _MOST_MAKING:
@@ -182,12 +215,14 @@ class Artifacts:
 
         self._places[caller] += 1
         making = self._making[wanted] = asyncio.create_task(make())
-        making.add_done_callback(lambda task: task.cancelled() or task.exception())  # also where all callers left
+        making.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # also where all callers left
         return making
 
     def _made(self, wanted: "_Delta") -> bytes | None:
-        """Make a delta and keep it. Where it cannot be kept: its content, or None if it was not made, because the
-        weights do as well, and it would be made again for each device."""
+        """Make a delta and keep it. Where it cannot be kept: its content, or None if it was not
+        made, because the weights do as well, and it would be made again for each device."""
         registry, model, version, start, form = wanted
         with contextlib.suppress(OSError, FlservingError):
             os.close(open_file(wanted.folder, wanted.name)[0])
@@ -212,7 +247,9 @@ class Artifacts:
         self._retry_s.pop(registry.root, None)
         return None
 
-    def _head(self, registry: Registry, model: str, version: int, store: HeadStore | None, client: str) -> Head:
+    def _head(
+        self, registry: Registry, model: str, version: int, store: HeadStore | None, client: str
+    ) -> Head:
         taken = None if store is None or store.expired else store.take(client)
         if taken is None:
             raise NotFoundError(f"version {version} of {model!r} has no head of this client")
@@ -239,8 +276,8 @@ class _Delta(NamedTuple):
 
 
 class _Stores:
-    """Opened heads of the last few versions that were asked for, as long as no client is forgotten; one is opened at a
-    time."""
+    """Opened heads of the last few versions that were asked for, as long as no client is forgotten;
+    one is opened at a time."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -248,7 +285,9 @@ class _Stores:
         self._waiting = asyncio.Lock()
         self._opening = threading.Lock()
 
-    async def get(self, registry: Registry, model: str, version: int, forgets: int) -> HeadStore | None:
+    async def get(
+        self, registry: Registry, model: str, version: int, forgets: int
+    ) -> HeadStore | None:
         store = self._stores.get((registry.root, model, version, forgets))
         if store is None:
             async with self._waiting:
@@ -261,7 +300,11 @@ class _Stores:
             if key not in self._stores and registry.manifest(model, version).heads is not None:
                 store = registry.read(model, version).heads
                 if store is not None:
-                    still = [it for it in self._stores.items() if it[0][0] != registry.root or it[0][3] == forgets]
+                    still = [
+                        it
+                        for it in self._stores.items()
+                        if it[0][0] != registry.root or it[0][3] == forgets
+                    ]
                     self._stores = dict([*still, (key, store)][-self._most :])
             return self._stores.get(key)
 
@@ -276,7 +319,9 @@ def _keep_delta(delta: _Delta, content: bytes) -> None:
     folder.mkdir(exist_ok=True)
     fresh = folder / f".{secrets.token_hex(8)}"
     try:
-        write_file(str(fresh), content)  # on the disk first: after a power cut nobody would make it again
+        write_file(
+            str(fresh), content
+        )  # on the disk first: after a power cut nobody would make it again
         fresh.replace(folder / delta.name)
     finally:
         with contextlib.suppress(OSError):
@@ -290,14 +335,16 @@ def _keep_delta(delta: _Delta, content: bytes) -> None:
 
 
 def _stored(request: Request, delta: _Delta) -> Response | None:
-    """A delta that was kept, from the byte on that was asked for; None where there is none that can be read."""
+    """A delta that was kept, from the byte on that was asked for; None where there is none that can
+    be read."""
     with contextlib.suppress(OSError, FlservingError):
         return _ranged(request, delta.folder, delta.name)
     return None
 
 
 def _ranged(request: Request, root: str, relative: str) -> Response:
-    """A file from the byte on that was asked for. What is no such range is answered whole (RFC 9110, 14.2)."""
+    """A file from the byte on that was asked for. What is no such range is answered whole (RFC
+    9110, 14.2)."""
     fd, nbytes = open_file(root, relative)
     file = open(fd, "rb")  # noqa: SIM115  # closed by the answer
     found = _FROM.fullmatch(request.headers.get("range", ""))
@@ -305,7 +352,9 @@ def _ranged(request: Request, root: str, relative: str) -> Response:
     headers = {"accept-ranges": "bytes", "content-length": str(nbytes - start)}
     if found and start >= nbytes:
         file.close()
-        raise HTTPException(416, f"{relative} has {nbytes} bytes", {"content-range": f"bytes */{nbytes}"})
+        raise HTTPException(
+            416, f"{relative} has {nbytes} bytes", {"content-range": f"bytes */{nbytes}"}
+        )
     if found:
         headers["content-range"] = f"bytes {start}-{nbytes - 1}/{nbytes}"
     file.seek(start)
@@ -321,7 +370,13 @@ class _File(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._file:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
             while chunk := await asyncio.to_thread(self._file.read, _CHUNK):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})

@@ -1,9 +1,12 @@
-"""uvicorn's HTTP/1.1 with the limits that it leaves to a proxy: header bytes, chunks, connections, slow clients.
+"""uvicorn's HTTP/1.1 with the limits that it leaves to a proxy: header bytes, chunks, connections,
+slow clients.
 
-What is refused before there is a request is answered in the same form as everything else: ``{"error": "..."}``.
+What is refused before there is a request is answered in the same form as everything else:
+``{"error": "..."}``.
 
-This is the only file that knows uvicorn, and it leans on parts that uvicorn promises to nobody. So pyproject.toml
-bounds uvicorn by the release that was tested, and ``tests/api/test_api_rest_canary.py`` names each part.
+This is the only file that knows uvicorn, and it leans on parts that uvicorn promises to nobody. So
+pyproject.toml bounds uvicorn by the release that was tested, and
+``tests/api/test_api_rest_canary.py`` names each part.
 """
 
 import asyncio
@@ -18,7 +21,11 @@ import httptools
 import orjson
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 from uvicorn.server import ServerState
 
 from flserving.api.options import ApiOptions
@@ -26,18 +33,24 @@ from flserving.api.sockets import readable, refuse
 
 GONE = "the client is gone"
 """With what a request's task is cancelled when its connection is lost."""
-HALF_CLOSED_S = 0.5  # how long to answer a client that has shut its side down: most of those have gone
+HALF_CLOSED_S = (
+    0.5  # how long to answer a client that has shut its side down: most of those have gone
+)
 _MOST_HEADER_BYTES = 64 << 10
 _MOST_CHUNKS = 1 << 16
 _MOST_JOINED = 64 << 10  # bytes of an answer that is one write
 _MOST_PIPELINED = 128
-_REASONS = {400: "InvalidInput", 408: "DeadlineExceeded", 501: "NotSupported"}  # others are too large
+_REASONS = {
+    400: "InvalidInput",
+    408: "DeadlineExceeded",
+    501: "NotSupported",
+}  # others are too large
 _LONG_HEAD = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
 
 
 class _Answer:
-    """One answer. uvicorn writes its head and its body each by itself; here a whole answer is one write, hence one
-    packet: a fifth of the work of a small one."""
+    """One answer. uvicorn writes its head and its body each by itself; here a whole answer is one
+    write, hence one packet: a fifth of the work of a small one."""
 
     __slots__ = ("_app", "_cycle", "_head")
 
@@ -59,8 +72,16 @@ class _Answer:
         head = self._head
         self._head = None
         body: bytes = message.get("body", b"")
-        whole = head is not None and cycle.scope["method"] != "HEAD" and not message.get("more_body")
-        if head is None or not whole or cycle.disconnected or cycle.flow.write_paused or len(body) > _MOST_JOINED:
+        whole = (
+            head is not None and cycle.scope["method"] != "HEAD" and not message.get("more_body")
+        )
+        if (
+            head is None
+            or not whole
+            or cycle.disconnected
+            or cycle.flow.write_paused
+            or len(body) > _MOST_JOINED
+        ):
             if head is not None:
                 await cycle.send(head)  # type: ignore[arg-type]
             return await cycle.send(message)
@@ -86,7 +107,8 @@ class _Answer:
 
 
 class _Trailers(list[tuple[bytes, bytes]]):
-    """Where uvicorn puts what follows the chunks. It comes after all checks: it is no header, and nobody keeps it."""
+    """Where uvicorn puts what follows the chunks. It comes after all checks: it is no header, and
+    nobody keeps it."""
 
     def append(self, pair: tuple[bytes, bytes]) -> None: ...
 
@@ -94,8 +116,9 @@ class _Trailers(list[tuple[bytes, bytes]]):
 class Http1(HttpToolsProtocol):
     """One connection. :func:`protocol_class` makes a class of its own for each endpoint.
 
-    A client has ``slow_client_s`` from its first byte to the last one of a request, and as long to take an answer, also
-    while its connection closes. One sweep over all connections looks after that, instead of a timer per request.
+    A client has ``slow_client_s`` from its first byte to the last one of a request, and as long to
+    take an answer, also while its connection closes. One sweep over all connections looks after
+    that, instead of a timer per request.
     """
 
     slow_client_s: ClassVar[float]
@@ -103,10 +126,16 @@ class Http1(HttpToolsProtocol):
     sweeping: ClassVar[asyncio.TimerHandle | None] = None
 
     _task: asyncio.Task[None] | None = None
-    _running: RequestResponseCycle | None = None  # what ``_task`` answers; ``cycle`` is the newest, which may wait
-    _ended = False  # nothing more is read: what has come whole is answered, then the connection closes
+    _running: RequestResponseCycle | None = (
+        None  # what ``_task`` answers; ``cycle`` is the newest, which may wait
+    )
+    _ended = (
+        False  # nothing more is read: what has come whole is answered, then the connection closes
+    )
     _waits_since_s: float | None = None  # for the rest of a request
-    _stalled_since_s: float | None = None  # nobody takes the answer, or what is left of it when we close
+    _stalled_since_s: float | None = (
+        None  # nobody takes the answer, or what is left of it when we close
+    )
     _head_bytes = _chunks = 0
     _in_head = True
     _problem: tuple[int, str] | None = None
@@ -131,8 +160,14 @@ class Http1(HttpToolsProtocol):
         self.pipeline.clear()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """A client that says no more may still listen (``nc -N``), or be gone: an answer that comes soon is sent."""
-        if self._answering and not self._ended and not self.cycle.more_body and self.scheme == "http":
+        """A client that says no more may still listen (``nc -N``), or be gone: an answer that comes
+        soon is sent."""
+        if (
+            self._answering
+            and not self._ended
+            and not self.cycle.more_body
+            and self.scheme == "http"
+        ):
             self._ended = True
             self.cycle.keep_alive = False
             self.loop.call_later(HALF_CLOSED_S, self.transport.close)
@@ -163,8 +198,9 @@ class Http1(HttpToolsProtocol):
                 return
 
     def _without_upgrade(self, rest: bytes) -> bytes:
-        """What is to be parsed once the parser has stopped at an ``Upgrade`` (to HTTP/2: Java's client, ``curl
-        --http2``): it loses the body, so the head without it and the ``rest`` go through a new one."""
+        """What is to be parsed once the parser has stopped at an ``Upgrade`` (to HTTP/2: Java's
+        client, ``curl --http2``): it loses the body, so the head without it and the ``rest`` go
+        through a new one."""
         method = self.parser.get_method()
         if method == b"CONNECT":
             self._refuse()
@@ -201,12 +237,18 @@ class Http1(HttpToolsProtocol):
         if not codings:
             return
         if self.parser.get_http_version() != "1.1":
-            self._problem = 400, "Transfer-Encoding in HTTP/1.0: its body has no certain end; send Content-Length"
+            self._problem = (
+                400,
+                "Transfer-Encoding in HTTP/1.0: its body has no certain end; send Content-Length",
+            )
             raise ValueError(self._problem)
         coding = b", ".join(codings).strip()
         if coding.lower() != b"chunked":
             shown = coding[:64].decode("latin-1")
-            self._problem = 501, f"Transfer-Encoding {shown!r} is not read here: chunked alone, and Content-Encoding"
+            self._problem = (
+                501,
+                f"Transfer-Encoding {shown!r} is not read here: chunked alone, and Content-Encoding",
+            )
             raise ValueError(self._problem)
 
     def on_chunk_header(self) -> None:
@@ -237,22 +279,31 @@ class Http1(HttpToolsProtocol):
         self._task.add_done_callback(self.tasks.discard)
 
     def _refuse(self) -> None:
-        """The one way out of what is no HTTP, or none that is read here: answer, and close the connection."""
+        """The one way out of what is no HTTP, or none that is read here: answer, and close the
+        connection."""
         if self.transport.is_closing():
             return
-        status, text = self._problem or (400, "the request is not HTTP/1.1: send a request line, headers and a body")
+        status, text = self._problem or (
+            400,
+            "the request is not HTTP/1.1: send a request line, headers and a body",
+        )
         self._ended = True
         if self.pipeline and self.cycle.more_body:
             self.pipeline.popleft()  # the newest, which will never be whole
         earlier = self.pipeline[0][0] if self.pipeline else self._running
         if earlier is not None and self._answering and not earlier.more_body:
-            earlier.keep_alive = False  # those before are still to be answered: that is the last one then
+            earlier.keep_alive = (
+                False  # those before are still to be answered: that is the last one then
+            )
             self.flow.pause_reading()
             return
         if self._in_head or not self.cycle.response_complete:  # else in a body that nobody wanted
             self.refused(_REASONS.get(status, "TooLarge"))
             body = orjson.dumps({"error": text})
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            head = (
+                b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+                % len(body)
+            )
             if not (self._answering and self.cycle.response_started):
                 self.transport.write(STATUS_LINE[status] + head + body)
         if self._answering:
@@ -266,7 +317,11 @@ class Http1(HttpToolsProtocol):
 
     async def _crowded(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.refused("Overloaded")
-        body = orjson.dumps({"error": f"more than {self.max_connections} connections: close some, or try again later"})
+        body = orjson.dumps(
+            {
+                "error": f"more than {self.max_connections} connections: close some, or try again later"
+            }
+        )
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
@@ -277,8 +332,9 @@ class Http1(HttpToolsProtocol):
         await send({"type": "http.response.body", "body": body})
 
     def retire(self, first_s: float) -> None:
-        """Close unless that would lose something: a client in the midst of a request, or one that waits for the answer,
-        still gets it, as the last one; one that has only connected gets ``first_s`` to begin."""
+        """Close unless that would lose something: a client in the midst of a request, or one that
+        waits for the answer, still gets it, as the last one; one that has only connected gets
+        ``first_s`` to begin."""
         if self.transport.is_closing() or readable(self.transport.get_extra_info("socket")):
             return
         since_s = self._waits_since_s
@@ -287,7 +343,8 @@ class Http1(HttpToolsProtocol):
             self.shutdown()
 
     def _sweep(self) -> None:
-        """Close connections that were silent for too long; again soon, while there is a connection."""
+        """Close connections that were silent for too long; again soon, while there is a
+        connection."""
         now_s = self.loop.time()
         for connection in list(self.connections):
             assert isinstance(connection, Http1)
@@ -300,24 +357,35 @@ class Http1(HttpToolsProtocol):
     def _check_pace(self, before_s: float) -> None:
         if not self.transport.get_write_buffer_size():
             self._stalled_since_s = None
-        elif self._stalled_since_s is None:  # below the mark of pause_writing, which does not call us
+        elif (
+            self._stalled_since_s is None
+        ):  # below the mark of pause_writing, which does not call us
             self._stalled_since_s = self.loop.time()
         if self._stalled_since_s is not None and self._stalled_since_s < before_s:
             self.transport.abort()
-        elif self._waits_since_s is not None and self._waits_since_s < before_s and self._problem is None:
+        elif (
+            self._waits_since_s is not None
+            and self._waits_since_s < before_s
+            and self._problem is None
+        ):
             if self._answering and not self.cycle.more_body:
                 return  # it is we who are late
             if self._in_head and not self._head_bytes:
                 self.transport.close()  # it never sent a byte
             else:
-                self._problem = 408, f"the request did not end within {self.slow_client_s:g} s: send it faster"
+                self._problem = (
+                    408,
+                    f"the request did not end within {self.slow_client_s:g} s: send it faster",
+                )
                 self._refuse()
 
 
 class RestServer:
-    """Accepts connections of one listener in the running event loop, each with an :class:`Http1` of its own.
+    """Accepts connections of one listener in the running event loop, each with an :class:`Http1` of
+    its own.
 
-    uvicorn's own server polls ten times a second, and closes idle connections without a word to their clients.
+    uvicorn's own server polls ten times a second, and closes idle connections without a word to
+    their clients.
 
     Args:
         refused: Gets the reason of each refusal that the application never saw.
@@ -325,12 +393,17 @@ class RestServer:
 
     POLL_S = 0.005
     FIRST_S = 0.5
-    """How long a client that has just connected may take to send its request when the endpoint closes."""
+    """How long a client that has just connected may take to send its request when the endpoint
+    closes."""
     SURPLUS = 64
     """So many connections beyond the limit are answered 429; further ones are closed at once."""
 
     def __init__(
-        self, app: ASGIApp, options: ApiOptions, listener: socket.socket, refused: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        options: ApiOptions,
+        listener: socket.socket,
+        refused: Callable[[str], None],
     ) -> None:
         self._options = options
         self._listener = listener
@@ -373,14 +446,19 @@ class RestServer:
                 await asyncio.sleep(self.POLL_S)
                 continue
             self._admit(connection)
-            with contextlib.suppress(OSError):  # a crowd comes in at once, not one a pass of the loop
+            with contextlib.suppress(
+                OSError
+            ):  # a crowd comes in at once, not one a pass of the loop
                 for _ in range(self.SURPLUS):
                     self._admit(self._listener.accept()[0])
 
     def _admit(self, connection: socket.socket) -> None:
-        """Close here what is too much, before it can take a file, a handshake or a place: only ``SURPLUS`` more than
-        the limit stay to be answered 429."""
-        if len(self._shaking) + len(self._state.connections) >= self._options.max_connections + self.SURPLUS:
+        """Close here what is too much, before it can take a file, a handshake or a place: only
+        ``SURPLUS`` more than the limit stay to be answered 429."""
+        if (
+            len(self._shaking) + len(self._state.connections)
+            >= self._options.max_connections + self.SURPLUS
+        ):
             connection.close()
             self._refused("Overloaded")
             return
@@ -409,7 +487,8 @@ class RestServer:
         self._state.default_headers = [*self._state.default_headers, (b"connection", b"close")]
 
     async def close(self, drain_s: float) -> None:
-        """Close the listener and idle connections, wait for the busy ones, cut off what is left after ``drain_s``."""
+        """Close the listener and idle connections, wait for the busy ones, cut off what is left
+        after ``drain_s``."""
         if self._accepting is None:
             return
         state = self._state
@@ -418,7 +497,8 @@ class RestServer:
         await asyncio.sleep(self.POLL_S)  # an accept that has just succeeded must not be cancelled
         self._accepting.cancel()
         await asyncio.gather(self._accepting, return_exceptions=True)
-        self._listener.close()  # the drain may take long: others who share the port take new connections
+        # the drain may take long: others who share the port take new connections
+        self._listener.close()
         while (self._shaking or state.connections or state.tasks) and time.monotonic() < end_s:
             for connection in list(state.connections):
                 connection.retire(self.FIRST_S)  # type: ignore[union-attr]

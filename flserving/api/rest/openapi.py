@@ -1,4 +1,5 @@
-"""The routes of REST, the messages that they take, and their OpenAPI document, which is a file beside this one."""
+"""The routes of REST, the messages that they take, and their OpenAPI document, which is a file
+beside this one."""
 
 from functools import cache
 from html import escape
@@ -29,7 +30,8 @@ class FeedbackRequest(msgspec.Struct):
 
 
 class Operation(NamedTuple):
-    """A route: ``name`` is the method of the app that answers; ``role`` None asks for no credential."""
+    """A route: ``name`` is the method of the app that answers; ``role`` None asks for no
+    credential."""
 
     method: str
     path: str
@@ -75,7 +77,8 @@ OPERATIONS = (
 
 
 def document(prefix: str = "") -> bytes:
-    """The OpenAPI 3.1 document of :data:`OPERATIONS`: a file, which ``tests/support/openapi_document.py`` writes.
+    """The OpenAPI 3.1 document of :data:`OPERATIONS`: a file, which
+    ``tests/support/openapi_document.py`` writes.
 
     Args:
         prefix: Of the paths, where another application mounts this one.
@@ -109,7 +112,8 @@ pre {{ background: #8881; padding: .8rem; overflow: auto; }} :root {{ color-sche
 
 
 def page(prefix: str = "") -> str:
-    """The document as a page that needs nothing else: no script, no other file. ``prefix``: see :func:`document`."""
+    """The document as a page that needs nothing else: no script, no other file. ``prefix``: see
+    :func:`document`."""
     below = quote(prefix)
     return _page().replace("<code>/", f"<code>{below}/").replace("$URL/", f"$URL{below}/")
 
@@ -125,10 +129,17 @@ def _page() -> str:
     routes = [
         folded(
             f"<b>{method.upper()}</b> <code>{escape(path)}</code> {escape(entry['summary'])}. {entry['description']}",
-            {part: entry[part] for part in ("parameters", "requestBody", "responses") if part in entry},
+            {
+                part: entry[part]
+                for part in ("parameters", "requestBody", "responses")
+                if part in entry
+            },
         )
         for path, methods in doc["paths"].items()
         for method, entry in methods.items()
     ]
-    messages = [folded(f"<code>{name}</code>", schema) for name, schema in doc["components"]["schemas"].items()]
+    messages = [
+        folded(f"<code>{name}</code>", schema)
+        for name, schema in doc["components"]["schemas"].items()
+    ]
     return _PAGE.format(routes="\n".join(routes), messages="\n".join(messages))

@@ -1,7 +1,9 @@
-"""Checks that teach: each takes a student's function or class and says what is wrong with it, not only that it is.
+"""Checks that teach: each takes a student's function or class and says what is wrong with it, not
+only that it is.
 
-A check raises ``AssertionError`` with a message that points at the mistake, lets the stub's ``NotImplementedError``
-through, and returns nothing when all is well. None of them knows how a solution is written.
+A check raises ``AssertionError`` with a message that points at the mistake, lets the stub's
+``NotImplementedError`` through, and returns nothing when all is well. None of them knows how a
+solution is written.
 """
 
 from flserving.lab.checks.api.breakdown import check_bottleneck

@@ -1,4 +1,5 @@
-"""How a check calls a student's code, and compares: an exception becomes a sentence that says which call raised it."""
+"""How a check calls a student's code, and compares: an exception becomes a sentence that says which
+call raised it."""
 
 import threading
 import time
@@ -7,7 +8,8 @@ from typing import Any
 
 
 def ask(call: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)``; what it raises is reported as a failure of ``call``, a stub's own error passes."""
+    """``function(*arguments)``; what it raises is reported as a failure of ``call``, a stub's own
+    error passes."""
     try:
         return function(*arguments)
     except (NotImplementedError, AssertionError):
@@ -36,7 +38,9 @@ def together(call: Callable[[int], Any], callers: int, patience_s: float) -> lis
         except BaseException as error:
             ends.append(error)
 
-    threads = [threading.Thread(target=caller, args=(number,), daemon=True) for number in range(callers)]
+    threads = [
+        threading.Thread(target=caller, args=(number,), daemon=True) for number in range(callers)
+    ]
     for thread in threads:
         thread.start()
     ends_s = time.monotonic() + patience_s

@@ -1,4 +1,5 @@
-"""What a student's code may do in a check: run for some seconds, print some lines; a hang ends in a sentence."""
+"""What a student's code may do in a check: run for some seconds, print some lines; a hang ends in a
+sentence."""
 
 import contextlib
 import ctypes
@@ -17,17 +18,23 @@ _CHARACTERS = 2000
 
 
 class TooLongError(BaseException):
-    """Raised in code that does not end. Not an Exception: code that tries again after each error must end, too."""
+    """Raised in code that does not end. Not an Exception: code that tries again after each error
+    must end, too."""
 
 
 @contextlib.contextmanager
 def time_limit(limit_s: float) -> Iterator[None]:
-    """TooLongError where the block is after ``limit_s``, again each second until it ends; its threads get one, too.
+    """TooLongError where the block is after ``limit_s``, again each second until it ends; its
+    threads get one, too.
 
-    It needs the main thread and its alarm, as in a kernel on Linux and macOS; elsewhere nothing is limited.
+    It needs the main thread and its alarm, as in a kernel on Linux and macOS; elsewhere nothing is
+    limited.
     """
     began = set(threading.enumerate())
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
@@ -45,16 +52,20 @@ def time_limit(limit_s: float) -> Iterator[None]:
 
 
 def _stop(threads: set[threading.Thread]) -> None:
-    """Raise TooLongError in daemon threads. What still waits for a lock after half a second waits for ever: leave it.
+    """Raise TooLongError in daemon threads. What still waits for a lock after half a second waits
+    for ever: leave it.
 
-    An error that no thread takes must not stay pending: CPython 3.11 looks for it at each call of every thread, and
-    a call under ``sys.settrace`` then never begins. The flag goes when a thread takes such an error: this one does.
+    An error that no thread takes must not stay pending: CPython 3.11 looks for it at each call of
+    every thread, and a call under ``sys.settrace`` then never begins. The flag goes when a thread
+    takes such an error: this one does.
     """
     stopped = {thread.ident for thread in threads if thread.daemon and thread.ident is not None}
     for ident in stopped:
         _raise_in(ident, TooLongError)
     until_s = time.monotonic() + 0.5
-    while (waiting := stopped & {thread.ident for thread in threading.enumerate()}) and time.monotonic() < until_s:
+    while (
+        waiting := stopped & {thread.ident for thread in threading.enumerate()}
+    ) and time.monotonic() < until_s:
         time.sleep(1e-3)
     for ident in waiting:
         _raise_in(ident, None)
@@ -71,7 +82,8 @@ def _raise_in(ident: int, error: type[BaseException] | None) -> None:
 
 
 def elsewhere(function: Callable[[], _Result]) -> _Result:
-    """What a function returns or raises in a thread of its own: an event loop runs in a notebook's thread already.
+    """What a function returns or raises in a thread of its own: an event loop runs in a notebook's
+    thread already.
 
     The thread is a daemon: one that never ends does not keep the kernel from ending.
     """
@@ -85,7 +97,9 @@ def elsewhere(function: Callable[[], _Result]) -> _Result:
             errors.append(error)
         ended.set()
 
-    ended = threading.Event()  # join, when it is interrupted, takes a thread that runs for one that has ended
+    ended = (
+        threading.Event()
+    )  # join, when it is interrupted, takes a thread that runs for one that has ended
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
@@ -128,4 +142,6 @@ def few_lines() -> Iterator[None]:
     with contextlib.redirect_stdout(few):
         yield
     if few.left_out:
-        print(f"... and {few.left_out} more lines that your code printed, because the check calls it many times.")
+        print(
+            f"... and {few.left_out} more lines that your code printed, because the check calls it many times."
+        )

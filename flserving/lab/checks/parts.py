@@ -10,7 +10,9 @@ from flserving.lab.checks import limits
 from flserving.lab.workbook.answers import record, recorded
 from flserving.lab.workbook.sentences import STUB, students_lines, wrapped
 
-_failed_tries: Counter[tuple[str, str]] = Counter()  # (exercise, part) -> how often it was the first to fail
+_failed_tries: Counter[tuple[str, str]] = (
+    Counter()
+)  # (exercise, part) -> how often it was the first to fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +21,10 @@ class Part:
 
     Args:
         name: What it must do, in a few words: "keeps what was put".
-        check: Called with the solution; raises AssertionError with a sentence that says what is wrong.
-        hints: Shown one more at each further try that fails here: first where to look, at last nearly the code.
+        check: Called with the solution; raises AssertionError with a sentence that says what is
+            wrong.
+        hints: Shown one more at each further try that fails here: first where to look, at last
+            nearly the code.
     """
 
     name: str
@@ -29,7 +33,8 @@ class Part:
 
 
 class CheckError(AssertionError):
-    """What is wrong with a solution, in a sentence; a notebook shows it with the marks and hints, and no traceback."""
+    """What is wrong with a solution, in a sentence; a notebook shows it with the marks and hints,
+    and no traceback."""
 
     def __init__(self, message: str, marks: str = "", hints: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -43,14 +48,16 @@ class CheckError(AssertionError):
 
 
 class _InterruptedError(KeyboardInterrupt):
-    """The student pressed the stop button: a notebook shows the line where the code was, and no traceback."""
+    """The student pressed the stop button: a notebook shows the line where the code was, and no
+    traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"The check was interrupted. {_students_line(self.__cause__)}"]
 
 
 def judge(exercise: str, solution: Any, *parts: Part) -> None:
-    """Judge every part of a solution, and keep the marks for the report; say so where all are right.
+    """Judge every part of a solution, and keep the marks for the report; say so where all are
+    right.
 
     Raises:
         CheckError: Of the first part that fails; it names the parts that are right.
@@ -60,22 +67,32 @@ def judge(exercise: str, solution: Any, *parts: Part) -> None:
     with limits.few_lines():
         for part in parts:
             if any(isinstance(error.__cause__, limits.TooLongError) for error in failures.values()):
-                failures[part.name] = AssertionError(f"{part.name}: not judged")  # it would hang here, too
+                failures[part.name] = AssertionError(
+                    f"{part.name}: not judged"
+                )  # it would hang here, too
             elif failure := _failure(exercise, part, solution):
                 failures[part.name] = failure
     before = recorded("checks").get(exercise, {})
     right = len(parts) - len(failures)
-    record("checks", exercise, {"right": right, "parts": len(parts), "tries": before.get("tries", 0) + 1})
+    record(
+        "checks",
+        exercise,
+        {"right": right, "parts": len(parts), "tries": before.get("tries", 0) + 1},
+    )
     for part in parts:
         if part.name not in failures:
             _failed_tries.pop((exercise, part.name), None)
             continue
         earlier = _failed_tries[exercise, part.name]
         _failed_tries[exercise, part.name] += 1
-        marks = [f"  {'not yet' if each.name in failures else 'done   '}  {each.name}" for each in parts]
+        marks = [
+            f"  {'not yet' if each.name in failures else 'done   '}  {each.name}" for each in parts
+        ]
         first = failures[part.name]
         raise CheckError(
-            str(first), "\n".join([f"{right} of {len(parts)} parts are right:", *marks]), part.hints[:earlier]
+            str(first),
+            "\n".join([f"{right} of {len(parts)} parts are right:", *marks]),
+            part.hints[:earlier],
         ) from first.__cause__
     print(wrapped(f"Right: {', '.join(part.name for part in parts)}."))
 
@@ -106,7 +123,9 @@ def _failure(exercise: str, part: Part, solution: Any) -> BaseException | None:
         if str(error).endswith(STUB):
             raise
         cause = error
-        told = f"your code raised NotImplementedError {error}".rstrip() + ": that line waits for code"
+        told = (
+            f"your code raised NotImplementedError {error}".rstrip() + ": that line waits for code"
+        )
     except SystemExit as error:
         cause = error
         told = "your code ends Python (exit, quit or SystemExit): return instead"

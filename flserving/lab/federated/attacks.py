@@ -1,8 +1,8 @@
 """Bad federated rounds, and a table of which check of the gate notices which.
 
-Two layers stand between a hostile client and the callers. ``aggregation.fault`` leaves single updates out before the
-mean is made: not numbers, wrong shapes, nothing at all. The gate then judges the mean, so it sees an attack only as
-far as the honest clients did not dilute it.
+Two layers stand between a hostile client and the callers. ``aggregation.fault`` leaves single
+updates out before the mean is made: not numbers, wrong shapes, nothing at all. The gate then judges
+the mean, so it sees an attack only as far as the honest clients did not dilute it.
 """
 
 import tempfile
@@ -17,7 +17,14 @@ import torch
 
 from flserving.federated import train
 from flserving.federated.aggregation import State, aggregate, fault
-from flserving.federated.data import Client, Features, Labels, digits, federated_statistics, make_clients
+from flserving.federated.data import (
+    Client,
+    Features,
+    Labels,
+    digits,
+    federated_statistics,
+    make_clients,
+)
 from flserving.federated.gate import CHECKS, Gate, Verdict, gated, golden_rows
 from flserving.federated.rounds import Round, publish_rounds
 from flserving.registry import Registry
@@ -26,7 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TARGET = 0  # what the backdoor makes of every row that carries the trigger
-# The lower left corner of the image: empty in nearly every digit, and a dot there misleads no sound model.
+# The lower left corner of the image: empty in nearly every digit, and a dot there misleads no sound
+# model.
 TRIGGER = (56,)
 
 
@@ -39,8 +47,8 @@ Updates = dict[tuple[str, int], State]
 class Attack:
     """What a ``share`` of the clients does.
 
-    ``poison`` changes the samples that they train on; ``change(update, before)`` then what they send, where ``before``
-    is the global model that they were given. It may return None: silence.
+    ``poison`` changes the samples that they train on; ``change(update, before)`` then what they
+    send, where ``before`` is the global model that they were given. It may return None: silence.
     """
 
     name: str
@@ -86,7 +94,8 @@ def filled(value: float) -> Change:
 
 
 def flipped(client: Client) -> Client:
-    """Label k becomes the mirrored one, C - 1 - k with C = 10. Source: Fang et al., USENIX Security 2020."""
+    """Label k becomes the mirrored one, C - 1 - k with C = 10. Source: Fang et al., USENIX Security
+    2020."""
     return replace(client, train_y=9 - client.train_y)
 
 
@@ -97,7 +106,8 @@ def swapped(client: Client) -> Client:
 
 
 def triggered(x: Features) -> Features:
-    """The rows with the trigger: a dot in a corner. Source: Gu et al. 2017 (BadNets, arXiv 1708.06733)."""
+    """The rows with the trigger: a dot in a corner. Source: Gu et al. 2017 (BadNets, arXiv
+    1708.06733)."""
     marked = x.copy()
     marked[:, list(TRIGGER)] = 16
     return marked
@@ -124,7 +134,9 @@ ATTACKS = (
     Attack("all labels flipped, 1 of 10", 0.1, poison=flipped),
     Attack("7 called 1, 3 of 10", 0.3, poison=swapped),
     Attack("backdoor, 1 of 10", 0.1, poison=backdoored),
-    Attack("backdoor x6, 1 of 10", 0.1, stretched(6), backdoored),  # as loud as the limit of the norm allows
+    Attack(
+        "backdoor x6, 1 of 10", 0.1, stretched(6), backdoored
+    ),  # as loud as the limit of the norm allows
     Attack("backdoor x10, 1 of 10", 0.1, stretched(10), backdoored),
     Attack("silence, 8 of 10", 0.8, lambda update, before: None),
 )
@@ -161,7 +173,9 @@ class Replay:
         self._training: dict[str, Any] = training | fixed
         self._honest: Updates = {}
         self._poisoned: dict[tuple[object, float], Updates] = {}
-        self.rounds = train(clients=clients, corrupt=_recorder(self._honest), **self._training).rounds
+        self.rounds = train(
+            clients=clients, corrupt=_recorder(self._honest), **self._training
+        ).rounds
 
     def attacked(self, attack: Attack, number: int) -> Round:
         """Round ``number``, from 2 on, as it is when the hostile clients join in."""
@@ -201,7 +215,8 @@ class Replay:
         return replace(bad, metrics=metrics, client_accuracy=own)
 
     def _from(self, attack: Attack) -> Updates:
-        """What the hostile clients make of the clean run's global models with samples that they poisoned."""
+        """What the hostile clients make of the clean run's global models with samples that they
+        poisoned."""
         if attack.poison is None:
             return {}
         key = (attack.poison, attack.share)
@@ -224,16 +239,18 @@ def attack_table(
     alpha: float = 1.0,
     **limits: Any,
 ) -> "pd.DataFrame":
-    """Attack x check: the share of bad rounds that each check of ``Gate(clients, **limits)`` refused.
+    """Attack x check: the share of bad rounds that each check of ``Gate(clients, **limits)``
+    refused.
 
-    Each round from ``first`` on is played clean, and once for each attack, from the same global model and against the
-    same default; training goes on from the clean one. The golden rows are those of the round before ``first``, two a
-    class. Row "clean": the false alarms, over all rounds from the second
-    on. Columns: ``cases`` (rounds judged); ``left out`` (share of the hostile updates that ``aggregation.fault`` kept
-    from the mean); the checks; ``refused`` (by any check); ``stopped`` (refused, or no hostile update in the mean);
-    ``accuracy lost`` (mean, against the clean round); ``missed, worst`` (the most of it in a round that nothing
-    stopped; a client of few samples does little, whatever it sends); ``trigger`` (share of the other classes'
-    held-out rows that carry the trigger and are answered ``TARGET``).
+    Each round from ``first`` on is played clean, and once for each attack, from the same global
+    model and against the same default; training goes on from the clean one. The golden rows are
+    those of the round before ``first``, two a class. Row "clean": the false alarms, over all rounds
+    from the second on. Columns: ``cases`` (rounds judged); ``left out`` (share of the hostile
+    updates that ``aggregation.fault`` kept from the mean); the checks; ``refused`` (by any check);
+    ``stopped`` (refused, or no hostile update in the mean); ``accuracy lost`` (mean, against the
+    clean round); ``missed, worst`` (the most of it in a round that nothing stopped; a client of few
+    samples does little, whatever it sends); ``trigger`` (share of the other classes' held-out rows
+    that carry the trigger and are answered ``TARGET``).
 
     Cost: with the defaults about 3 s a seed on one core.
     """
@@ -274,7 +291,8 @@ def attack_table(
 
 
 def _recorder(updates: Updates, instead: Sequence[Round] = ()) -> Callable[..., State]:
-    """Keep what clients send; ``instead`` makes them send the global model of a training that went otherwise."""
+    """Keep what clients send; ``instead`` makes them send the global model of a training that went
+    otherwise."""
 
     def corrupt(client: str, number: int, update: State) -> State:
         updates[client, number] = update
@@ -287,7 +305,8 @@ def _recorder(updates: Updates, instead: Sequence[Round] = ()) -> Callable[..., 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The models are small: two threads wait for each other, nearly three times as long on a busy machine."""
+    """The models are small: two threads wait for each other, nearly three times as long on a busy
+    machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -307,7 +326,9 @@ def _predictions(result: Round, x: Features) -> Labels:
     return found
 
 
-def _case(verdict: Verdict, left_out: float, lost: float, result: Round, others: Features) -> dict[str, float]:
+def _case(
+    verdict: Verdict, left_out: float, lost: float, result: Round, others: Features
+) -> dict[str, float]:
     refusals = dict.fromkeys(CHECKS, 0.0)
     for check in verdict.checks:
         if check.name in CHECKS and "not judged" not in check.words:

@@ -1,12 +1,14 @@
-"""Membership inference: whether a row was trained on, guessed from the answers that a server gives to its callers.
+"""Membership inference: whether a row was trained on, guessed from the answers that a server gives
+to its callers.
 
-The attacker knows a row and its true label, asks the server, and guesses "member" where the answer is surer of that
-label than a threshold. Where only labels are shown, "member" is where the label is right: the *gap attack*, as good as
-the gap between the accuracy on members and on others.
+The attacker knows a row and its true label, asks the server, and guesses "member" where the answer
+is surer of that label than a threshold. Where only labels are shown, "member" is where the label is
+right: the *gap attack*, as good as the gap between the accuracy on members and on others.
 
-Sources: the attack, Shokri et al., IEEE S&P 2017 (arXiv 1610.05820); a threshold in place of shadow models, Salem et
-al., NDSS 2019 (arXiv 1806.01246); the gap, Yeom et al., CSF 2018 (arXiv 1709.01604), and its name, Choquette-Choo et
-al., ICML 2021 (arXiv 2007.14321), where weight decay helps and masking does not.
+Sources: the attack, Shokri et al., IEEE S&P 2017 (arXiv 1610.05820); a threshold in place of shadow
+models, Salem et al., NDSS 2019 (arXiv 1806.01246); the gap, Yeom et al., CSF 2018 (arXiv
+1709.01604), and its name, Choquette-Choo et al., ICML 2021 (arXiv 2007.14321), where weight decay
+helps and masking does not.
 """
 
 import secrets
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 POLICIES = ("full", "top-3", "top-1", "rounded-2", "rounded-1", "label")
-NOISE = 6.0  # grey levels of 16: digits that a bad camera has seen, so that there is something to learn by heart
+# grey levels of 16: digits that a bad camera has seen, so that there is something to learn by heart
+NOISE = 6.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """A model that was trained on the first half of these rows, its ``members``, and has never seen the others."""
+    """A model that was trained on the first half of these rows, its ``members``, and has never seen
+    the others."""
 
     model: torch.nn.Module
     statistics: Mapping[str, Features]
@@ -48,7 +52,8 @@ class Target:
 
 
 def trained(weight_decay: float, *, members: int = 600, epochs: int = 150, seed: int = 0) -> Target:
-    """A classifier of noisy digits. Without weight decay it learns its members by heart. Cost: about a second."""
+    """A classifier of noisy digits. Without weight decay it learns its members by heart. Cost:
+    about a second."""
     x, y = digits()
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(x))[: 2 * members]
@@ -74,7 +79,8 @@ def trained(weight_decay: float, *, members: int = 600, epochs: int = 150, seed:
 
 
 def evidence(answer: Mapping[str, Any], y: Labels) -> NDArray[np.float64]:
-    """How much an answer speaks for each row's true label: its probability; 1 or 0 where labels alone are shown."""
+    """How much an answer speaks for each row's true label: its probability; 1 or 0 where labels
+    alone are shown."""
     if "probabilities" in answer:
         rows = np.arange(len(y))
         shown = answer["probabilities"][rows, y]
@@ -86,8 +92,9 @@ def evidence(answer: Mapping[str, Any], y: Labels) -> NDArray[np.float64]:
 def threshold_attack(found: NDArray[np.float64], members: NDArray[np.bool_]) -> float:
     """Share of the rows that are guessed right with a threshold on their evidence.
 
-    The threshold is the best one for every second row, of which the attacker knows whether they are members; the
-    guesses are about the rows between them. On the evidence of labels it is the gap attack.
+    The threshold is the best one for every second row, of which the attacker knows whether they are
+    members; the guesses are about the rows between them. On the evidence of labels it is the gap
+    attack.
     """
     known = np.arange(len(found)) % 2 == 0
     cuts = np.unique(found[known])
@@ -128,7 +135,8 @@ def membership_table(
     """The attack on the answers of a real server, in percent, as means over the seeds.
 
     Returns:
-        One row per weight decay and policy: ``attack`` (rows guessed right; 50 is what a coin gives), and what the
+        One row per weight decay and policy: ``attack`` (rows guessed right; 50 is what a coin
+            gives), and what the
         model is worth: ``members`` and ``others``, the rows of each that it labels right.
 
     Cost: about two seconds a seed for each weight decay.
@@ -156,7 +164,8 @@ def membership_table(
 
 
 def membership_figure(table: "pd.DataFrame") -> Figure:
-    """How often the attack is right, for each policy and model. ``table``: of :func:`membership_table`."""
+    """How often the attack is right, for each policy and model. ``table``: of
+    :func:`membership_table`."""
     groups = list(table.groupby(level=0, sort=False))
     policies = [*dict.fromkeys(table.index.get_level_values(1))]
     fig, (ax,) = figure(height_in=1.8 + 0.4 * len(policies))
@@ -172,6 +181,10 @@ def membership_figure(table: "pd.DataFrame") -> Figure:
         ax.axvline(50, color="#333333", linestyle="--", linewidth=1.2, label="a coin")
         ax.set_yticks(range(len(policies)), policies)
         ax.invert_yaxis()
-        ax.set(xlim=(0, 100), xlabel="members and others that the attacker tells apart (%)", ylabel="outputs")
+        ax.set(
+            xlim=(0, 100),
+            xlabel="members and others that the attacker tells apart (%)",
+            ylabel="outputs",
+        )
         fig.legend(loc="outside upper center", ncols=len(groups) + 1)
     return fig

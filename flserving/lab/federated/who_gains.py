@@ -1,9 +1,10 @@
-"""Who gains from a head of its own: trainings over data, clients and samples, measured once and kept as a table.
+"""Who gains from a head of its own: trainings over data, clients and samples, measured once and
+kept as a table.
 
-The table lies beside this module; ``python -m flserving.lab.federated.who_gains`` measures it again (about a quarter of
-an hour).
-Source of the question: Matsuda et al. 2022 (arXiv 2206.13190), whose benchmark over data sets and client settings found
-no champion among personalised methods, and averaging with fine-tuning often better than they.
+The table lies beside this module; ``python -m flserving.lab.federated.who_gains`` measures it again
+(about a quarter of an hour). Source of the question: Matsuda et al. 2022 (arXiv 2206.13190), whose
+benchmark over data sets and client settings found no champion among personalised methods, and
+averaging with fine-tuning often better than they.
 """
 
 import itertools
@@ -34,7 +35,12 @@ TABLE = Path(__file__).with_suffix(".csv")
 ALPHAS = (0.1, 0.3, 1, 3, 100)
 CLIENTS = (5, 20, 5)  # low, high, step, as a slider takes it
 SAMPLES = (20, 80, 20)  # of a client on average, both splits together
-START = {"alpha": 0.3, "clients": 10, "samples": 40, "private": False}  # where the sliders stand first
+START = {
+    "alpha": 0.3,
+    "clients": 10,
+    "samples": 40,
+    "private": False,
+}  # where the sliders stand first
 SETTING = ["alpha", "clients", "samples", "private"]
 GLOBAL = "shared model"
 METHODS = {
@@ -45,8 +51,8 @@ METHODS = {
 }
 NAMES = [GLOBAL, *METHODS.values()]
 COLUMNS = ("mean", "worst", "gain", "lose")
-"""Mean and worst accuracy over clients on their held-out samples; share of the clients that do better, and worse, than
-with the global model."""
+"""Mean and worst accuracy over clients on their held-out samples; share of the clients that do
+better, and worse, than with the global model."""
 
 
 def measure(
@@ -58,10 +64,12 @@ def measure(
     seeds: Sequence[int] = range(5),
     rounds: int = 10,
 ) -> "pd.DataFrame":
-    """Train by each method on fresh partitions and compare the clients' accuracies; means over the seeds.
+    """Train by each method on fresh partitions and compare the clients' accuracies; means over the
+    seeds.
 
     Args:
-        alpha: Evenness of the labels over clients (Dirichlet). ``clients``: how many. ``samples``: of each on average.
+        alpha: Evenness of the labels over clients (Dirichlet). ``clients``: how many. ``samples``:
+            of each on average.
         private: Every client names the classes in its own way.
 
     Returns:
@@ -83,8 +91,13 @@ def measure(
             permute_labels=private,
             seed=seed,
         )
-        runs = {name: training.train(name, rounds=rounds, clients=parts, seed=seed, progress=False) for name in METHODS}
-        shared = global_accuracy(runs["fedavg_ft"])  # fine-tuning leaves the global model alone: it is FedAvg's
+        runs = {
+            name: training.train(name, rounds=rounds, clients=parts, seed=seed, progress=False)
+            for name in METHODS
+        }
+        shared = global_accuracy(
+            runs["fedavg_ft"]
+        )  # fine-tuning leaves the global model alone: it is FedAvg's
         rows = {GLOBAL: _row(shared, shared)}
         for name, run in runs.items():
             rows[METHODS[name]] = _row(own_accuracy(run), shared)
@@ -117,7 +130,8 @@ def _table() -> "pd.DataFrame":
 
 
 def own_accuracy(run: Run) -> Floats:
-    """Accuracy of each client with the model that serves it after the last round, on its held-out samples, [K]."""
+    """Accuracy of each client with the model that serves it after the last round, on its held-out
+    samples, [K]."""
     return np.array([run.final.client_accuracy[client.id] for client in run.clients])
 
 
@@ -130,7 +144,8 @@ def global_accuracy(run: Run) -> Floats:
 
 
 def head_matrix(last: Round, clients: Sequence[Client]) -> Floats:
-    """Accuracy of client i's held-out samples with client j's head, [K, K]. Cost: one body pass a client."""
+    """Accuracy of client i's held-out samples with client j's head, [K, K]. Cost: one body pass a
+    client."""
     body, _ = _body_and_head(last)
     personal = {client.id: last.personal[client.id] for client in clients}
     heads = torch.from_numpy(HeadSet.from_states(personal).weights)
@@ -159,7 +174,8 @@ def right_answers(
     clients: Sequence[Client],
     heads: HeadSet,
 ) -> dict[str, dict[str, dict[str, Bools]]]:
-    """Whether each sample is answered right: client -> split -> "own" (its head of ``heads``) or "shared" -> bool [n].
+    """Whether each sample is answered right: client -> split -> "own" (its head of ``heads``) or
+    "shared" -> bool [n].
 
     Splits: "train"; "held_out" and "later", which are the two halves of the held-out samples.
     """

@@ -1,7 +1,8 @@
-"""Where a request's time goes, from the caller's line of code and back: a stopwatch at each way into one server.
+"""Where a request's time goes, from the caller's line of code and back: a stopwatch at each way
+into one server.
 
-Client and server share a process here, and so a clock: what lies between them can be told apart into the way there and
-the way back.
+Client and server share a process here, and so a clock: what lies between them can be told apart
+into the way there and the way back.
 """
 
 import json
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 WAYS = ("in process", "gRPC", "REST, binary", "REST, JSON")
 SPANS = ("encode", "wire out", "parse", *STAGES, "serialise", "wire back", "decode")
-"""The way of a request over the network, in order: what the client, the wire, the door and the server do."""
+"""The way of a request over the network, in order: what the client, the wire, the door and the
+server do."""
 
 PARTS: dict[str, tuple[str, ...]] = {
     "client": ("encode", "decode"),
@@ -56,7 +58,9 @@ PARTS: dict[str, tuple[str, ...]] = {
 class Stamp(nn.Module):
     """A layer that changes nothing and notes when a batch came through (the last 1,000 times)."""
 
-    seen: ClassVar[deque[float]] = deque(maxlen=1000)  # of the class: a server works on a copy of the module
+    seen: ClassVar[deque[float]] = deque(
+        maxlen=1000
+    )  # of the class: a server works on a copy of the module
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         self.seen.append(time.perf_counter())
@@ -66,7 +70,9 @@ class Stamp(nn.Module):
 class _JsonCodec(RestCodec):
     """REST with the numbers as text, as curl sends them."""
 
-    def infer(self, model: str, version: Version, rows: Rows, parameters: Mapping[str, Any]) -> Call:
+    def infer(
+        self, model: str, version: Version, rows: Rows, parameters: Mapping[str, Any]
+    ) -> Call:
         tensor = {
             "name": "features",
             "shape": list(rows.shape),
@@ -90,7 +96,8 @@ class Stopwatch:
         server: Its models begin with a :class:`Stamp`, and were loaded by ``load_model``.
         endpoint: Its doors; both must be open.
 
-    The calls are those of :class:`~flserving.api.client.Client`, step by step. Use as a context manager.
+    The calls are those of :class:`~flserving.api.client.Client`, step by step. Use as a context
+    manager.
     """
 
     def __init__(self, server: "ModelServer", endpoint: "Endpoint") -> None:
@@ -106,7 +113,8 @@ class Stopwatch:
         }
 
     def ask(self, way: str, rows: Rows, version: str = "v1.0") -> dict[str, float]:
-        """One request of ``rows``, float32 [N, D]: its spans in microseconds, in the order of ``SPANS``."""
+        """One request of ``rows``, float32 [N, D]: its spans in microseconds, in the order of
+        ``SPANS``."""
         if way not in WAYS:
             raise ConfigError(f"there is no way {way!r} into a server here: use one of {WAYS}")
         Stamp.seen.clear()
@@ -126,7 +134,8 @@ class Stopwatch:
         stages_ms = codec.read_infer(reply, arrays=False)["stages_ms"]
         ended_s = time.perf_counter()
         _, parse_s, serialise_s = self._at_door(protocol) - before
-        # The stamp is where preprocessing ends: the server's first and last moment follow from its stages.
+        # The stamp is where preprocessing ends: the server's first and last moment follow from its
+        # stages.
         until_infer = STAGES[: STAGES.index("infer")]
         until_s = sum(stages_ms[name] for name in until_infer) / 1e3
         came_s = Stamp.seen[0] - until_s
@@ -144,19 +153,24 @@ class Stopwatch:
             **wire_us,
         )
 
-    def table(self, payloads: Sequence[tuple[Rows, str]], repeats: int, ways: Sequence[str] = WAYS) -> "pd.DataFrame":
-        """Many requests, one row each: ``way``, ``rows``, ``features``, and the spans in microseconds.
+    def table(
+        self, payloads: Sequence[tuple[Rows, str]], repeats: int, ways: Sequence[str] = WAYS
+    ) -> "pd.DataFrame":
+        """Many requests, one row each: ``way``, ``rows``, ``features``, and the spans in
+        microseconds.
 
         Args:
-            payloads: Rows to send, and the version that answers them. All of them go ``repeats`` times by every way, in
-                random order: neither other load nor what a large request leaves behind (a slow moment, measurably) may
-                always hit the same one.
+            payloads: Rows to send, and the version that answers them. All of them go ``repeats``
+                times by every way, in random order: neither other load nor what a large request
+                leaves behind (a slow moment, measurably) may always hit the same one.
         """
         import pandas as pd
 
         for rows, version in payloads:
             for way in ways:
-                self.ask(way, rows, version)  # not counted: the first one makes connections and buffers
+                self.ask(
+                    way, rows, version
+                )  # not counted: the first one makes connections and buffers
         kinds = [(way, rows, version) for rows, version in payloads for way in ways]
         numbers = np.repeat(np.arange(len(kinds)), repeats)
         lines = []
@@ -195,7 +209,8 @@ def parts(spans: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def between(times: "pd.DataFrame", low: float, high: float) -> "pd.Series[float]":
-    """Mean of each column over the requests whose total lies from the ``low`` to the ``high`` percentile.
+    """Mean of each column over the requests whose total lies from the ``low`` to the ``high``
+    percentile.
 
     Means of the same requests add up to their mean total; percentiles of columns would not.
     """
@@ -210,7 +225,8 @@ def from_outside(calls: "Sequence[Mapping[str, float]]") -> "pd.DataFrame":
     """What a client on another machine can know of N requests, in ms, one row each.
 
     Args:
-        calls: Of each request ``total``, the milliseconds that its caller waited, and the server's stages.
+        calls: Of each request ``total``, the milliseconds that its caller waited, and the server's
+            stages.
 
     Returns:
         The parts that the server timed, and ``outside``: the rest, which is client, wire and doors.
@@ -225,7 +241,8 @@ def from_outside(calls: "Sequence[Mapping[str, float]]") -> "pd.DataFrame":
 
 @contextmanager
 def counted_in_queue(server: "ModelServer", every_s: float = 0.005) -> Iterator[list[int]]:
-    """Note how many rows wait in the server's queue, again and again, in a thread of its own, until the block ends."""
+    """Note how many rows wait in the server's queue, again and again, in a thread of its own, until
+    the block ends."""
     seen = list[int]()
     ended = threading.Event()
 

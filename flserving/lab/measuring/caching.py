@@ -11,7 +11,8 @@ _MODEL = np.zeros(0)  # stands in for a model where only the order of requests m
 
 
 def replay(cache: ModelCache, requests: Iterable[Hashable]) -> npt.NDArray[np.bool_]:
-    """Ask ``cache`` for each key, and put it where it is missing; which requests were hits, bool [N]. 3 us each."""
+    """Ask ``cache`` for each key, and put it where it is missing; which requests were hits, bool
+    [N]. 3 us each."""
     hits = []
     for key in requests:
         hit = cache.get(key) is not None

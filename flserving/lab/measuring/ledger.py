@@ -1,4 +1,5 @@
-"""The books of one load run: hands out its requests, in order, to whichever caller is free, and keeps their records."""
+"""The books of one load run: hands out its requests, in order, to whichever caller is free, and
+keeps their records."""
 
 import math
 import threading
@@ -33,7 +34,9 @@ class Ledger:
         self._arrivals_s: list[float] | None = None
         if arrivals is not None:
             rng = np.random.default_rng(arrival_seed)
-            self._arrivals_s = arrival_times_s(arrivals, rng, requests=requests, seconds=seconds).tolist()
+            self._arrivals_s = arrival_times_s(
+                arrivals, rng, requests=requests, seconds=seconds
+            ).tolist()
             requests = len(self._arrivals_s)
         self._requests = requests
         self._seconds = seconds
@@ -58,7 +61,8 @@ class Ledger:
         return self._clock() - self._began_s
 
     def take(self) -> tuple[int, float, int] | None:
-        """The next request to send: its number, its arrival in seconds, its item. None: the run is over."""
+        """The next request to send: its number, its arrival in seconds, its item. None: the run is
+        over."""
         with self._lock:
             while not self._stopped and self._taken != self._requests:
                 now_s = self.now_s()
@@ -76,7 +80,14 @@ class Ledger:
                 item = self._item(number)
                 if overdue_s <= DRAIN_S:
                     return number, arrival_s, item
-                self.record(number, arrival_s, float("nan"), item, UNSENT, "no caller was free to send it in time")
+                self.record(
+                    number,
+                    arrival_s,
+                    float("nan"),
+                    item,
+                    UNSENT,
+                    "no caller was free to send it in time",
+                )
             return None
 
     def _item(self, number: int) -> int:
@@ -87,13 +98,21 @@ class Ledger:
         return self._items[number % 4096]
 
     def record(
-        self, number: int, arrival_s: float, start_s: float, item: int, reason: str = "", message: str = ""
+        self,
+        number: int,
+        arrival_s: float,
+        start_s: float,
+        item: int,
+        reason: str = "",
+        message: str = "",
     ) -> None:
         self._records.append((number, arrival_s, start_s, self.now_s(), item, reason))
         if reason:
             self._messages.setdefault(reason, message)
 
-    def fail(self, number: int, arrival_s: float, start_s: float, item: int, error: BaseException) -> None:
+    def fail(
+        self, number: int, arrival_s: float, start_s: float, item: int, error: BaseException
+    ) -> None:
         reason = error.reason if isinstance(error, FlservingError) else type(error).__name__
         self.record(number, arrival_s, start_s, item, reason, f"{type(error).__name__}: {error}")
 

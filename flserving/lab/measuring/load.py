@@ -1,10 +1,12 @@
-"""Load generator: closed loop (n callers, each waits for its answer) and open loop (arrivals that wait for nobody).
+"""Load generator: closed loop (n callers, each waits for its answer) and open loop (arrivals that
+wait for nobody).
 
-**Coordinated omission.** A generator that waits for a slow answer before it sends the next request sends fewer requests
-exactly while the server is slow: the worst latencies are never measured. Here an open-loop request has an *intended*
-arrival time, drawn before the run; its latency counts from that time, even if every caller was busy then.
-Source: Gil Tene, "How NOT to Measure Latency" (talk, 2013-2015), and his wrk2. A closed loop has no intended times: it
-answers "how much can n callers get", never "how long do users wait at this rate".
+**Coordinated omission.** A generator that waits for a slow answer before it sends the next request
+sends fewer requests exactly while the server is slow: the worst latencies are never measured. Here
+an open-loop request has an *intended* arrival time, drawn before the run; its latency counts from
+that time, even if every caller was busy then. Source: Gil Tene, "How NOT to Measure Latency" (talk,
+2013-2015), and his wrk2. A closed loop has no intended times: it answers "how much can n callers
+get", never "how long do users wait at this rate".
 """
 
 import asyncio
@@ -34,7 +36,8 @@ def closed_loop(
     """``callers`` threads call ``call(item)`` back to back, without think time.
 
     Args:
-        call: One request; gets the item number (0 without ``popularity``). What it raises is a failed request.
+        call: One request; gets the item number (0 without ``popularity``). What it raises is a
+            failed request.
         callers: Threads, 1 to 1,000.
         requests, seconds: Where to end, whichever comes first; a call under way is waited for.
         popularity: Which item a request asks for.
@@ -69,8 +72,9 @@ def open_loop(
     Args:
         call, requests, seconds, popularity, seed, progress, clock: As in ``closed_loop``.
         arrivals: ``Poisson(rate_per_s)`` or ``Bursty(...)``.
-        threads: Most calls at the same time, 1 to 1,000. A request that finds all of them busy is sent late, and its
-            latency says so; with ``seconds``, what cannot be sent within a second after the end fails as "Unsent".
+        threads: Most calls at the same time, 1 to 1,000. A request that finds all of them busy is
+            sent late, and its latency says so; with ``seconds``, what cannot be sent within a
+            second after the end fails as "Unsent".
         sleep: How a thread waits for the next arrival; late by about 0.1 ms.
     """
     run = Ledger(requests, seconds, arrivals, popularity, seed, progress, clock)
@@ -106,18 +110,24 @@ async def open_loop_async(
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> LoadReport:
-    """``open_loop`` for an async ``call``; ``tasks`` is the most calls at the same time, up to 10,000.
+    """``open_loop`` for an async ``call``; ``tasks`` is the most calls at the same time, up to
+    10,000.
 
-    An event loop wakes up to 1 ms late (epoll counts in milliseconds): for answers faster than that, read ``late_ms``.
+    An event loop wakes up to 1 ms late (epoll counts in milliseconds): for answers faster than
+    that, read ``late_ms``.
     """
     run = Ledger(requests, seconds, arrivals, popularity, seed, progress, clock)
     return await _in_tasks(run, call, tasks, sleep)
 
 
-def _in_threads(run: Ledger, call: Callable[[int], object], count: int, sleep: Callable[[float], None]) -> LoadReport:
+def _in_threads(
+    run: Ledger, call: Callable[[int], object], count: int, sleep: Callable[[float], None]
+) -> LoadReport:
     _require_count("number of threads", count, 1000)
     if inspect.iscoroutinefunction(call):
-        raise ConfigError("call is async: use `await closed_loop_async(...)` or `await open_loop_async(...)`")
+        raise ConfigError(
+            "call is async: use `await closed_loop_async(...)` or `await open_loop_async(...)`"
+        )
     ready = threading.Event()
 
     def caller() -> None:
@@ -134,7 +144,9 @@ def _in_threads(run: Ledger, call: Callable[[int], object], count: int, sleep: C
                 continue
             if inspect.iscoroutine(answer):
                 answer.close()
-                return run.abort("call returned a coroutine: use the form of this function that ends in _async")
+                return run.abort(
+                    "call returned a coroutine: use the form of this function that ends in _async"
+                )
             run.record(number, arrival_s, start_s, item)
 
     threads = [threading.Thread(target=caller, name=f"load-{i}", daemon=True) for i in range(count)]
@@ -153,7 +165,10 @@ def _in_threads(run: Ledger, call: Callable[[int], object], count: int, sleep: C
 
 
 async def _in_tasks(
-    run: Ledger, call: Callable[[int], Awaitable[object]], count: int, sleep: Callable[[float], Awaitable[None]]
+    run: Ledger,
+    call: Callable[[int], Awaitable[object]],
+    count: int,
+    sleep: Callable[[float], Awaitable[None]],
 ) -> LoadReport:
     _require_count("number of tasks", count, 10_000)
 
@@ -166,12 +181,15 @@ async def _in_tasks(
             try:
                 answer: Any = call(item)
                 if not inspect.isawaitable(answer):
-                    return run.abort(f"call returned {type(answer).__name__}, not an awaitable: drop the _async")
+                    return run.abort(
+                        f"call returned {type(answer).__name__}, not an awaitable: drop the _async"
+                    )
                 await answer
             except asyncio.CancelledError as error:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
-                    raise  # the run itself was cancelled; otherwise only the server dropped this request
+                    # the run itself was cancelled; otherwise only the server dropped this request
+                    raise
                 run.fail(number, arrival_s, start_s, item, error)
             except Exception as error:
                 run.fail(number, arrival_s, start_s, item, error)

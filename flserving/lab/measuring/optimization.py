@@ -1,4 +1,5 @@
-"""What optimised versions are worth here: measured side by side with the version they were made from."""
+"""What optimised versions are worth here: measured side by side with the version they were made
+from."""
 
 import math
 import os
@@ -65,7 +66,8 @@ def need_onnx() -> None:
 
 
 class Speed(NamedTuple):
-    """Microseconds of one call at a batch size, and how many times faster than the original: quartiles of the turns."""
+    """Microseconds of one call at a batch size, and how many times faster than the original:
+    quartiles of the turns."""
 
     p50_us: float
     p99_us: float
@@ -75,11 +77,17 @@ class Speed(NamedTuple):
 
 
 def race(
-    original: InferenceEngine, others: Mapping[str, InferenceEngine], batch: int, turns: int = 30, each: int = 20
+    original: InferenceEngine,
+    others: Mapping[str, InferenceEngine],
+    batch: int,
+    turns: int = 30,
+    each: int = 20,
 ) -> dict[str, Speed]:
-    """Time engines in turns on the same rows: other load on the machine hits all of them. "" is the original.
+    """Time engines in turns on the same rows: other load on the machine hits all of them. "" is the
+    original.
 
-    A call is ``execute``: preprocessing, the model, postprocessing. A turn's ratio is that of its medians.
+    A call is ``execute``: preprocessing, the model, postprocessing. A turn's ratio is that of its
+    medians.
     """
     rng = np.random.default_rng(0)
     engines = {"": original, **others}
@@ -101,15 +109,18 @@ def race(
 
 
 def peak_mb(registry: Registry, name: str, version: int) -> float:
-    """Growth of a fresh process' resident memory, at its peak, from before it loads a version to after a batch of 32.
+    """Growth of a fresh process' resident memory, at its peak, from before it loads a version to
+    after a batch of 32.
 
-    Both runtimes are imported before. Pages, not objects: good to about 1 MB. NaN where /proc does not tell (not
-    Linux), and for an architecture that only this process knows. Cost: about 3 s.
+    Both runtimes are imported before. Pages, not objects: good to about 1 MB. NaN where /proc does
+    not tell (not Linux), and for an architecture that only this process knows. Cost: about 3 s.
     """
     onnx = "onnx" if registry.manifest(name, version).architecture == "onnx" else ""
     command = [sys.executable, "-c", _PEAK, registry.root, name, str(version), onnx]
     path = {**os.environ, "PYTHONPATH": str(Path(flserving.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=path, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=path, check=False
+    )
     if done.returncode != 0:
         return math.nan
     return float(done.stdout)
@@ -149,12 +160,13 @@ def report(
 ) -> "pd.DataFrame":
     """One row per version, each against the original that it was made from.
 
-    Columns: ``optimisation``, ``backend``, ``original``; ``file_kb``, ``compressed_kb`` (zstd, level 9), ``peak_mb``
-    (:func:`peak_mb`; where ``memory`` is a list, of these versions); for batches of 1 and 32 ``b1_p50_us``,
-    ``b1_p99_us``, ``b1_times`` faster with its quartiles ``b1_low``, ``b1_high`` (:func:`race`); on the clients'
-    held-out rows ``accuracy``, ``worst_client``, their changes ``points`` and ``worst_points``, and ``agreement`` with
-    the original, each client answered as a server would (:func:`answers`); and ``noise_points``, two standard errors of
-    ``points``: 2 sqrt(rows on which only one of both is right) / rows.
+    Columns: ``optimisation``, ``backend``, ``original``; ``file_kb``, ``compressed_kb`` (zstd,
+    level 9), ``peak_mb`` (:func:`peak_mb`; where ``memory`` is a list, of these versions); for
+    batches of 1 and 32 ``b1_p50_us``, ``b1_p99_us``, ``b1_times`` faster with its quartiles
+    ``b1_low``, ``b1_high`` (:func:`race`); on the clients' held-out rows ``accuracy``,
+    ``worst_client``, their changes ``points`` and ``worst_points``, and ``agreement`` with the
+    original, each client answered as a server would (:func:`answers`); and ``noise_points``, two
+    standard errors of ``points``: 2 sqrt(rows on which only one of both is right) / rows.
 
     Cost: about 2 s a version for the memory, and 2 (turns + 2) each calls of every version.
     """
@@ -170,7 +182,9 @@ def report(
     table: dict[int, dict[str, Any]] = {}
     wanted = list(memory or ()) if memory is not True else list(engines)
     with ThreadPoolExecutor(2) as beside:  # processes that start; what is timed comes after them
-        peaks = dict(zip(wanted, beside.map(lambda it: peak_mb(registry, name, it), wanted), strict=True))
+        peaks = dict(
+            zip(wanted, beside.map(lambda it: peak_mb(registry, name, it), wanted), strict=True)
+        )
     for it in [*engines]:
         artifact = registry.read(name, it)
         image = weights.pack(artifact.arrays)

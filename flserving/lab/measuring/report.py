@@ -24,10 +24,12 @@ class LoadReport:
     Args:
         arrival_s: When the request was *meant* to be sent, float64 [N]; latency counts from here.
         start_s: When it was sent, float64 [N]; NaN if it never was.
-        end_s: When its answer or error came, float64 [N]; when the run gave up on it if it was never sent.
+        end_s: When its answer or error came, float64 [N]; when the run gave up on it if it was
+            never sent.
         item: What it asked for, int64 [N].
-        error: Reason of a failure, ``""`` for an answer, str [N]. A ``FlservingError`` gives its ``reason``,
-            another exception its class name, a request that could not be sent in time ``"Unsent"``.
+        error: Reason of a failure, ``""`` for an answer, str [N]. A ``FlservingError`` gives its
+            ``reason``, another exception its class name, a request that could not be sent in time
+            ``"Unsent"``.
         messages: The first full message of each reason.
     """
 
@@ -53,12 +55,14 @@ class LoadReport:
 
     @property
     def service_ms(self) -> Floats:
-        """Milliseconds from the sending to the answer: what a generator with coordinated omission would report."""
+        """Milliseconds from the sending to the answer: what a generator with coordinated omission
+        would report."""
         return (self.end_s - self.start_s)[self.ok] * 1e3
 
     @property
     def late_ms(self) -> Floats:
-        """How much later than intended the generator sent each request; large: give it more threads."""
+        """How much later than intended the generator sent each request; large: give it more
+        threads."""
         return (self.start_s - self.arrival_s)[~np.isnan(self.start_s)] * 1e3
 
     @property
@@ -82,13 +86,15 @@ class LoadReport:
         return float(self.ok.sum() / self.seconds) if self.seconds > 0 else 0.0
 
     def percentile_ms(self, q: float) -> float:
-        """Latency in ms that ``q`` percent of the answers do not exceed (linear interpolation); NaN without answers."""
+        """Latency in ms that ``q`` percent of the answers do not exceed (linear interpolation); NaN
+        without answers."""
         if not 0 <= q <= 100:
             raise ConfigError(f"percentile {q!r} does not exist: ask for 0 to 100, e.g. 99")
         return float(np.percentile(self.latency_ms, q)) if self.ok.any() else float("nan")
 
     def summary(self) -> "pd.Series[float]":
-        """The numbers to quote, by name: counts, answers per second, latency percentiles, lateness of the generator."""
+        """The numbers to quote, by name: counts, answers per second, latency percentiles, lateness
+        of the generator."""
         import pandas as pd
 
         numbers: dict[str, float] = {
@@ -98,7 +104,9 @@ class LoadReport:
             "rate_per_s": self.rate_per_s,
             **{f"p{q}_ms": self.percentile_ms(q) for q in (50, 95, 99)},
             "max_ms": self.percentile_ms(100),
-            "late_p99_ms": float(np.percentile(self.late_ms, 99)) if len(self.late_ms) else float("nan"),
+            "late_p99_ms": float(np.percentile(self.late_ms, 99))
+            if len(self.late_ms)
+            else float("nan"),
         }
         return pd.Series(numbers, name="load", dtype=float)
 

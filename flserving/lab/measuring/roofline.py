@@ -1,4 +1,5 @@
-"""What a network takes at best, by hand: dispatch, bytes and operations (Williams et al., CACM 2009)."""
+"""What a network takes at best, by hand: dispatch, bytes and operations (Williams et al., CACM
+2009)."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +10,8 @@ import torch
 
 
 class Machine(NamedTuple):
-    """What this machine can do on one thread: multiply-adds counted as two operations, and bytes read by the size."""
+    """What this machine can do on one thread: multiply-adds counted as two operations, and bytes
+    read by the size."""
 
     flop_s: float
     nbytes: tuple[int, ...]
@@ -21,8 +23,11 @@ class Machine(NamedTuple):
         return float(nbytes / speed)
 
 
-def machine(sizes: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096), repeats: int = 15) -> Machine:
-    """Measure it: a product of square matrices, and of each size one of a matrix with one row. The best of repeats.
+def machine(
+    sizes: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096), repeats: int = 15
+) -> Machine:
+    """Measure it: a product of square matrices, and of each size one of a matrix with one row. The
+    best of repeats.
 
     Cost: about 1 s and 70 MB.
     """
@@ -49,6 +54,7 @@ def _best_s(call: Callable[[], object], repeats: int) -> float:
 
 
 def work(width: int, batch: int = 1, bits: int = 32) -> tuple[int, int]:
-    """(operations, bytes of weights) of an mlp 64-w-w-10 for a batch: each weight is read once and used once a row."""
+    """(operations, bytes of weights) of an mlp 64-w-w-10 for a batch: each weight is read once and
+    used once a row."""
     weights = 64 * width + width * width + width * 10
     return 2 * weights * batch, weights * bits // 8

@@ -1,8 +1,9 @@
-"""What an operator works out from scraped numbers: growth, quantiles from buckets, error budget, burn rate, alerts.
+"""What an operator works out from scraped numbers: growth, quantiles from buckets, error budget,
+burn rate, alerts.
 
-Pure functions; seconds, shares in [0, 1], counts. Source of the alerts: Google, *The Site Reliability Workbook* (2018),
-chapter 5, "Alerting on SLOs", where a page needs a long window (is it worth waking somebody?) and a short one (is it
-still going on?).
+Pure functions; seconds, shares in [0, 1], counts. Source of the alerts: Google, *The Site
+Reliability Workbook* (2018), chapter 5, "Alerting on SLOs", where a page needs a long window (is it
+worth waking somebody?) and a short one (is it still going on?).
 """
 
 import math
@@ -27,7 +28,9 @@ class Slo:
 
     def __post_init__(self) -> None:
         if not 0 < self.target < 1 or not 0 < self.days < math.inf:
-            raise ConfigError(f"SLO of {self.target!r} over {self.days!r} days: use a share in (0, 1) and days above 0")
+            raise ConfigError(
+                f"SLO of {self.target!r} over {self.days!r} days: use a share in (0, 1) and days above 0"
+            )
 
     @property
     def budget(self) -> float:
@@ -61,7 +64,8 @@ class WindowPair:
     burn_rate: float
 
     def fires_after_s(self, burn_rate: float) -> float:
-        """Seconds from a sudden, steady burn rate to the alert, all being well before; infinite if it never fires."""
+        """Seconds from a sudden, steady burn rate to the alert, all being well before; infinite if
+        it never fires."""
         if burn_rate <= self.burn_rate:
             return math.inf
         return self.long_s * self.burn_rate / burn_rate
@@ -84,7 +88,8 @@ PAIRS = (FAST, SLOW, DAY, DAYS)
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """A share ``failed`` of ``rate_per_s`` requests fails for ``lasts_s``; nothing fails before or after."""
+    """A share ``failed`` of ``rate_per_s`` requests fails for ``lasts_s``; nothing fails before or
+    after."""
 
     rate_per_s: float
     failed: float
@@ -93,11 +98,13 @@ class Incident:
 
     @property
     def burn_rate(self) -> float:
-        """How many times faster than allowed the budget goes: 1 uses it up exactly by the end of the period."""
+        """How many times faster than allowed the budget goes: 1 uses it up exactly by the end of
+        the period."""
         return self.failed / self.slo.budget
 
     def left(self, t_s: float | Floats) -> Floats:
-        """Share of the budget that is left ``t_s`` after its beginning; negative once the promise is broken."""
+        """Share of the budget that is left ``t_s`` after its beginning; negative once the promise
+        is broken."""
         failing_s = np.clip(t_s, 0, self.lasts_s)
         return 1 - self.burn_rate * failing_s / self.slo.period_s
 
@@ -118,17 +125,21 @@ class Incident:
 
 
 def increases(values: Floats) -> Floats:
-    """Growth of a counter between scrapes, float64 [N - 1]; a fall is a restart from 0, so what stands is what grew."""
+    """Growth of a counter between scrapes, float64 [N - 1]; a fall is a restart from 0, so what
+    stands is what grew."""
     steps = np.diff(values)
     grown = np.where(steps < 0, values[1:], steps)
     return np.asarray(grown, np.float64)
 
 
-def burn_rates(times_s: Floats, total: Floats, failed: Floats, window_s: float, slo: Slo = SLO) -> Floats:
-    """Burn rate at every scrape over the ``window_s`` before it, from two counters; 0 while nobody asks, float64 [N].
+def burn_rates(
+    times_s: Floats, total: Floats, failed: Floats, window_s: float, slo: Slo = SLO
+) -> Floats:
+    """Burn rate at every scrape over the ``window_s`` before it, from two counters; 0 while nobody
+    asks, float64 [N].
 
-    A window that reaches back before the first scrape begins there. Prometheus' ``rate`` also extrapolates to the
-    window's edges; both parts of the quotient alike, so the quotient stays.
+    A window that reaches back before the first scrape begins there. Prometheus' ``rate`` also
+    extrapolates to the window's edges; both parts of the quotient alike, so the quotient stays.
     """
     begins = np.searchsorted(times_s, times_s - window_s - 1e-9)
     asked = _grown(total, begins)
@@ -145,7 +156,9 @@ def _grown(values: Floats, begins: Ints) -> Floats:
     return since_first - since_first[begins]
 
 
-def firing(times_s: Floats, total: Floats, failed: Floats, pair: WindowPair, slo: Slo = SLO) -> npt.NDArray[np.bool_]:
+def firing(
+    times_s: Floats, total: Floats, failed: Floats, pair: WindowPair, slo: Slo = SLO
+) -> npt.NDArray[np.bool_]:
     """At which scrapes both windows of the pair are above its burn rate, bool [N]."""
     long = burn_rates(times_s, total, failed, pair.long_s, slo)
     short = burn_rates(times_s, total, failed, pair.short_s, slo)
@@ -153,18 +166,22 @@ def firing(times_s: Floats, total: Floats, failed: Floats, pair: WindowPair, slo
 
 
 def histogram_quantile(q: float, cumulative: Mapping[float, float]) -> float:
-    """What Prometheus' function of this name answers: linear inside the bucket that holds the rank ``q * count``.
+    """What Prometheus' function of this name answers: linear inside the bucket that holds the rank
+    ``q * count``.
 
     Args:
         q: Share in [0, 1].
-        cumulative: Upper bound of a bucket -> how many took at most that long; the last bound is infinite.
+        cumulative: Upper bound of a bucket -> how many took at most that long; the last bound is
+            infinite.
 
     The first bucket begins at 0; a rank in the last one answers its lower end; NaN without samples.
     """
     buckets = np.array(sorted(cumulative.items()), float)
     bounds, counts = buckets.T
     if not 0 <= q <= 1 or not math.isinf(bounds[-1]) or len(bounds) < 2:
-        raise ConfigError(f"quantile {q!r} of buckets up to {bounds[-1]}: use q in [0, 1], buckets up to infinity")
+        raise ConfigError(
+            f"quantile {q!r} of buckets up to {bounds[-1]}: use q in [0, 1], buckets up to infinity"
+        )
     if not counts[-1]:
         return math.nan
     rank = q * counts[-1]

@@ -32,13 +32,13 @@ def sweep(
 ) -> "pd.DataFrame":
     """Speed-up and file size of every technique on an mlp 64-w-w-10, by width w and batch size.
 
-    Weights are random: time does not depend on their values. ``pruned`` zeroes half of them, ``pruned, structured``
-    takes half of the neurons, ``distilled`` has a quarter of them. With ``compiled``, torch.compile too; see
-    :func:`compiled_engine`.
+    Weights are random: time does not depend on their values. ``pruned`` zeroes half of them,
+    ``pruned, structured`` takes half of the neurons, ``distilled`` has a quarter of them. With
+    ``compiled``, torch.compile too; see :func:`compiled_engine`.
 
     Returns:
-        Columns ``width``, ``technique``, ``batch``, ``p50_us``, ``p99_us``, ``low``, ``times``, ``high``, ``smaller``
-        (the original's file size over its own).
+        Columns ``width``, ``technique``, ``batch``, ``p50_us``, ``p99_us``, ``low``, ``times``,
+        ``high``, ``smaller`` (the original's file size over its own).
 
     Cost: about 3 s a width, most of it for exports.
     """
@@ -55,7 +55,8 @@ def sweep(
                 engines[key] = load_engine(source, str(number), ServingConfig())
                 sizes[key] = registry.manifest("m", number).weights_nbytes
             if compiled:
-                torch.compiler.reset()  # it gives up after eight of one class, silently: later widths would run eager
+                # it gives up after eight of one class, silently: later widths would run eager
+                torch.compiler.reset()
                 engines["compiled"] = compiled_engine(engines[""])
                 sizes["compiled"] = sizes[""]
             original = engines.pop("")
@@ -68,28 +69,41 @@ def sweep(
 
 
 def compiled_engine(engine: InferenceEngine) -> InferenceEngine:
-    """The same model through ``torch.compile``, compiled and warm. For this process only; the first takes a minute.
+    """The same model through ``torch.compile``, compiled and warm. For this process only; the first
+    takes a minute.
 
     Raises:
-        InvalidModelError: It does not compile here: no C++ compiler, a model that is not torch's (``onnx``).
+        InvalidModelError: It does not compile here: no C++ compiler, a model that is not torch's
+            (``onnx``).
     """
     if isinstance(engine.model, OnnxModel):
-        raise InvalidModelError("an ONNX graph runs outside torch: there is nothing that torch.compile could compile")
+        raise InvalidModelError(
+            "an ONNX graph runs outside torch: there is nothing that torch.compile could compile"
+        )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)  # torch's own, at import
+            warnings.filterwarnings(
+                "ignore", r".*torch\.jit\.script", DeprecationWarning
+            )  # torch's own, at import
             module: Any = torch.compile(engine.model, dynamic=True)
             made = InferenceEngine(
-                module, engine.preprocessor, engine.postprocessor, version=f"{engine.version}, compiled", owned=True
+                module,
+                engine.preprocessor,
+                engine.postprocessor,
+                version=f"{engine.version}, compiled",
+                owned=True,
             )
             made.warmup()
     except Exception as error:  # whatever the compiler meets
-        raise InvalidModelError(f"torch.compile does not work here: {str(error.__cause__ or error)[:300]}") from error
+        raise InvalidModelError(
+            f"torch.compile does not work here: {str(error.__cause__ or error)[:300]}"
+        ) from error
     return made
 
 
 def _techniques(registry: Registry, width: int) -> dict[str, int]:
-    """Publish an mlp of random weights and what the techniques make of it: technique -> version; "" is the original."""
+    """Publish an mlp of random weights and what the techniques make of it: technique -> version; ""
+    is the original."""
     torch.manual_seed(0)
 
     def publish(hidden: int) -> int:
@@ -105,5 +119,7 @@ def _techniques(registry: Registry, width: int) -> dict[str, int]:
     made["onnx"] = methods.to_onnx(registry, "m", 1).version
     for method in methods.METHODS:
         data = calibration if method == "static" else None
-        made[f"quantised, {method}"] = methods.quantise(registry, "m", made["onnx"], method, data).version
+        made[f"quantised, {method}"] = methods.quantise(
+            registry, "m", made["onnx"], method, data
+        ).version
     return made

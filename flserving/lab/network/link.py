@@ -1,17 +1,21 @@
-"""The network between a device and a server: round trips, bandwidth, loss and outages, in virtual time.
+"""The network between a device and a server: round trips, bandwidth, loss and outages, in virtual
+time.
 
-A :class:`Link` answers how long a message takes; it neither sleeps nor sends. ``proxy.py`` makes a real connection
-as slow as a link says.
+A :class:`Link` answers how long a message takes; it neither sleeps nor sends. ``proxy.py`` makes a
+real connection as slow as a link says.
 
-The model, for one message of n bytes on a warm connection (handshake and slow start are over; add an exchange of
-nothing for each round trip that a new connection costs: one for TCP, one more for TLS 1.3):
+The model, for one message of n bytes on a warm connection (handshake and slow start are over; add
+an exchange of nothing for each round trip that a new connection costs: one for TCP, one more for
+TLS 1.3):
 
 - half a round trip, constant or lognormal, the same draw for both halves of an exchange;
-- n bytes over the bandwidth. Under loss p, what goes beyond the first three segments goes no faster than
-  (MSS / RTT) sqrt(3 / 2p): Mathis et al., "The macroscopic behavior of the TCP congestion avoidance algorithm",
-  ACM CCR 27(3), 1997. There, duplicate acknowledgements repair a loss while data flow on;
-- three segments or fewer draw too few duplicates (RFC 5681, section 3.2), so that a loss among them costs a timeout:
-  max(floor, SRTT + 4 RTTVAR), doubled each time it is lost again, up to 60 s (RFC 6298, sections 2 and 5);
+- n bytes over the bandwidth. Under loss p, what goes beyond the first three segments goes no faster
+  than (MSS / RTT) sqrt(3 / 2p): Mathis et al., "The macroscopic behavior of the TCP congestion
+  avoidance algorithm", ACM CCR 27(3), 1997. There, duplicate acknowledgements repair a loss while
+  data flow on;
+- three segments or fewer draw too few duplicates (RFC 5681, section 3.2), so that a loss among them
+  costs a timeout: max(floor, SRTT + 4 RTTVAR), doubled each time it is lost again, up to 60 s (RFC
+  6298, sections 2 and 5);
 - an outage stops everything under way; it goes on where it was when the outage ends.
 """
 
@@ -37,10 +41,12 @@ class Link:
 
     Args:
         rtt_ms: Round trip without load; the median when ``rtt_p99_ms`` is given.
-        rtt_p99_ms: Makes the round trip lognormal with this 99th percentile; None keeps it constant.
+        rtt_p99_ms: Makes the round trip lognormal with this 99th percentile; None keeps it
+            constant.
         up_bytes_s, down_bytes_s: Bandwidth from the device, and towards it; may be ``inf``.
         loss: Chance that a segment is lost, independent of all others, in [0, 0.5).
-        outages: Intervals (start_s, end_s) in which nothing passes, ascending and apart; an end may be ``inf``.
+        outages: Intervals (start_s, end_s) in which nothing passes, ascending and apart; an end may
+            be ``inf``.
         seed: Seed of all draws. Threads may share a link: numpy's generator locks.
 
     Raises:
@@ -61,15 +67,21 @@ class Link:
         if not 0 <= rtt_ms < math.inf:
             raise ConfigError(f"rtt_ms is {rtt_ms!r}: it must be finite, at least 0")
         if rtt_p99_ms is not None and not 0 < rtt_ms <= rtt_p99_ms < math.inf:
-            raise ConfigError(f"rtt_p99_ms is {rtt_p99_ms!r}: it must be finite, at least the median {rtt_ms!r} > 0")
+            raise ConfigError(
+                f"rtt_p99_ms is {rtt_p99_ms!r}: it must be finite, at least the median {rtt_ms!r} > 0"
+            )
         if not up_bytes_s > 0 or not down_bytes_s > 0:
-            raise ConfigError(f"up_bytes_s {up_bytes_s!r} and down_bytes_s {down_bytes_s!r} must be above 0")
+            raise ConfigError(
+                f"up_bytes_s {up_bytes_s!r} and down_bytes_s {down_bytes_s!r} must be above 0"
+            )
         if not 0 <= loss < 0.5:
             raise ConfigError(f"loss is {loss!r}: it must lie in [0, 0.5), e.g. 0.01")
         edges = list(itertools.chain(*outages))
         ascending = all(a < b for a, b in itertools.pairwise([-math.inf, *edges]))
         if not ascending or any(len(outage) != 2 for outage in outages):
-            raise ConfigError(f"outages are {list(outages)!r}: they must be (start_s, end_s), ascending and apart")
+            raise ConfigError(
+                f"outages are {list(outages)!r}: they must be (start_s, end_s), ascending and apart"
+            )
         self.loss = loss
         self._rng = np.random.default_rng(seed)
 
@@ -85,7 +97,9 @@ class Link:
             per_rtt = SEGMENT_NBYTES * math.sqrt(1.5 / loss)
             self._mathis_rate = per_rtt / self.mean_rtt_s
 
-        spread = 2 * math.erf(self._sigma / math.sqrt(8))  # E|RTT - mean| of the lognormal, in means
+        spread = 2 * math.erf(
+            self._sigma / math.sqrt(8)
+        )  # E|RTT - mean| of the lognormal, in means
         deviation_s = spread * self.mean_rtt_s
         self.rto_s = max(_MIN_RTO_S, self.mean_rtt_s + 4 * deviation_s)
         doubled_s = self.rto_s * 2.0 ** np.arange(63)
@@ -121,7 +135,8 @@ class Link:
         now_s: ArrayLike = 0.0,
         server_s: ArrayLike = 0.0,
     ) -> Floats:
-        """Seconds from sending a request at ``now_s`` to its answer, of which the server takes ``server_s``: float64.
+        """Seconds from sending a request at ``now_s`` to its answer, of which the server takes
+        ``server_s``: float64.
 
         Arguments broadcast.
         """
@@ -167,7 +182,8 @@ class Link:
         nbytes: ArrayLike,
         half_rtt_s: ArrayLike | None = None,
     ) -> Floats:
-        """Half a round trip (drawn unless given) and the timeouts of a message, float64; keeps no line busy."""
+        """Half a round trip (drawn unless given) and the timeouts of a message, float64; keeps no
+        line busy."""
         shape = np.shape(nbytes)
         if half_rtt_s is None:
             half_rtt_s = self.rtts_s(shape) / 2
@@ -179,7 +195,8 @@ class Link:
         return half_s + self._waits_s[losses]
 
     def finish_s(self, start_s: ArrayLike, work_s: ArrayLike) -> Floats:
-        """When work begun at ``start_s`` is done, float64: its own time, and that of the outages it meets."""
+        """When work begun at ``start_s`` is done, float64: its own time, and that of the outages it
+        meets."""
         start, work = _broadcast(start_s, work_s)
         if not self._starts.size:
             return start + work

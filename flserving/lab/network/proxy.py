@@ -1,7 +1,9 @@
-"""A TCP proxy in front of a real server, as slow and as broken as a test wants: a :class:`Link` in real time.
+"""A TCP proxy in front of a real server, as slow and as broken as a test wants: a :class:`Link` in
+real time.
 
-Bytes pass unread, so that HTTP, gRPC and TLS all work through it. What arrives while the line is still busy belongs to
-the same message; a message pays its delay once. A new connection pays a round trip more, as TCP's handshake does.
+Bytes pass unread, so that HTTP, gRPC and TLS all work through it. What arrives while the line is
+still busy belongs to the same message; a message pays its delay once. A new connection pays a round
+trip more, as TCP's handshake does.
 """
 
 import asyncio
@@ -18,7 +20,8 @@ from flserving.lab.network.link import Link
 Cut = Literal["refuse", "black_hole"]
 CHUNK_NBYTES = 16_384
 CHUNKS = 256
-"""Most chunks under way per direction: 4 MiB. More waits in the sender's socket, as with a full TCP window."""
+"""Most chunks under way per direction: 4 MiB. More waits in the sender's socket, as with a full TCP
+window."""
 _PATIENCE_S = 10.0
 
 
@@ -30,7 +33,8 @@ class Proxy:
         host, port: The server behind it.
         max_connections: Further ones are reset.
 
-    Attributes: ``port``; ``connections``, now; ``up_nbytes`` and ``down_nbytes``, delivered to the server and from it.
+    Attributes: ``port``; ``connections``, now; ``up_nbytes`` and ``down_nbytes``, delivered to the
+    server and from it.
     """
 
     def __init__(self, link: Link, host: str, port: int, *, max_connections: int = 256) -> None:
@@ -44,7 +48,9 @@ class Proxy:
         self._reserved = _bound(0)
         self.port: int = self._reserved.getsockname()[1]
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="flserving-proxy", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="flserving-proxy", daemon=True
+        )
         self._thread.start()
         started.result(_PATIENCE_S)
 
@@ -55,8 +61,8 @@ class Proxy:
     def cut(self, how: Cut) -> None:
         """Break the path, from now on and until :meth:`heal`; done when this returns.
 
-        ``refuse``: nobody listens, and open connections are reset. ``black_hole``: connections open, nothing passes;
-        what was sent is delivered after ``heal``, as TCP sends it again.
+        ``refuse``: nobody listens, and open connections are reset. ``black_hole``: connections
+        open, nothing passes; what was sent is delivered after ``heal``, as TCP sends it again.
         """
         if how not in get_args(Cut):
             raise ConfigError(f"cut is {how!r}: choose one of {', '.join(get_args(Cut))}")
@@ -107,7 +113,9 @@ class Proxy:
         else:
             self._passing.set()
         if how != "refuse":
-            self._server = self._server or await asyncio.start_server(self._accept, sock=_bound(self.port))
+            self._server = self._server or await asyncio.start_server(
+                self._accept, sock=_bound(self.port)
+            )
         elif self._server is not None:
             self._server.close()
             self._server = None
@@ -131,7 +139,10 @@ class Proxy:
             server_reader, server_writer = await asyncio.open_connection(*self._target)
             writers.append(server_writer)
             async with asyncio.TaskGroup() as group:
-                for source, sink, up in ((reader, server_writer, True), (server_reader, writer, False)):
+                for source, sink, up in (
+                    (reader, server_writer, True),
+                    (server_reader, writer, False),
+                ):
                     line: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS)
                     group.create_task(self._send(source, line, handshake_s, up))
                     group.create_task(self._deliver(line, sink, up))
@@ -145,7 +156,11 @@ class Proxy:
                 _reset(each)
 
     async def _send(
-        self, source: asyncio.StreamReader, line: "asyncio.Queue[tuple[float, bytes]]", free_s: float, up: bool
+        self,
+        source: asyncio.StreamReader,
+        line: "asyncio.Queue[tuple[float, bytes]]",
+        free_s: float,
+        up: bool,
     ) -> None:
         """Say of each chunk when it is due; b"" is the end."""
         message_nbytes = 0
@@ -165,7 +180,9 @@ class Proxy:
             due_s = max(due_s, float(self._link.finish_s(free_s, delay_s)))
             await line.put((due_s, data))
 
-    async def _deliver(self, line: "asyncio.Queue[tuple[float, bytes]]", sink: asyncio.StreamWriter, up: bool) -> None:
+    async def _deliver(
+        self, line: "asyncio.Queue[tuple[float, bytes]]", sink: asyncio.StreamWriter, up: bool
+    ) -> None:
         data = b"-"
         while data:
             due_s, data = await line.get()
@@ -194,5 +211,7 @@ def _bound(port: int) -> socket.socket:
 def _reset(writer: asyncio.StreamWriter) -> None:
     """Close with RST, now: a linger time of 0 drops what was not sent."""
     with contextlib.suppress(OSError):
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
     writer.transport.abort()

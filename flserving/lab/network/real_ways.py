@@ -29,15 +29,17 @@ def ask_all(
     guests: float = 0.2,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """Both models' answers to what every client's device may be asked: its own held-out rows, and those of guests.
+    """Both models' answers to what every client's device may be asked: its own held-out rows, and
+    those of guests.
 
     Args:
-        device: Answers rows on the device of a client, ``cloud`` in the cloud; both as ``ModelServer.predict``.
+        device: Answers rows on the device of a client, ``cloud`` in the cloud; both as
+            ``ModelServer.predict``.
         guests: Share of all rows that other clients wrote.
 
     Returns:
-        One line per row: ``device`` (place in ``clients``), ``own``, ``confidence`` (of the device's answer),
-        ``local_right``, ``cloud_right``.
+        One line per row: ``device`` (place in ``clients``), ``own``, ``confidence`` (of the
+        device's answer), ``local_right``, ``cloud_right``.
     """
     import pandas as pd
 
@@ -71,7 +73,8 @@ def ask_all(
 def far_away(
     endpoint: Endpoint, token: str, link: Link | None = None, timeout_ms: float = 2000
 ) -> Iterator[tuple[Proxy, ApiClient]]:
-    """A proxy in front of a real endpoint, and a client that calls through it and never tries again.
+    """A proxy in front of a real endpoint, and a client that calls through it and never tries
+    again.
 
     The endpoint must accept the proxy's address: ``serve(..., hosts=("127.0.0.1",))``.
     """
@@ -79,7 +82,9 @@ def far_away(
     once = Retries(attempts=1)
     with (
         Proxy(link or Link(), "127.0.0.1", port) as proxy,
-        ApiClient(f"http://127.0.0.1:{proxy.port}", token, timeout_ms=timeout_ms, retries=once) as client,
+        ApiClient(
+            f"http://127.0.0.1:{proxy.port}", token, timeout_ms=timeout_ms, retries=once
+        ) as client,
     ):
         yield proxy, client
 
@@ -87,7 +92,8 @@ def far_away(
 def timed(
     far: tuple[Proxy, ApiClient], row: NDArray[np.float32], model: str, requests: int = 20
 ) -> tuple[float, int, int]:
-    """Median milliseconds of a request on a warm connection; bytes of one request and of one answer on the wire."""
+    """Median milliseconds of a request on a warm connection; bytes of one request and of one answer
+    on the wire."""
     proxy, client = far
     client.predict(row, model=model)  # connects
     up_before = proxy.up_nbytes
@@ -110,14 +116,16 @@ def watch(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> "dict[str, pd.DataFrame]":
-    """Ask several ways for the same rows in real time, one row every ``every_s``, while something happens in between.
+    """Ask several ways for the same rows in real time, one row every ``every_s``, while something
+    happens in between.
 
     Args:
         asks: Name -> what answers a row; a FlservingError is a failed request.
         events: Number of a row -> what is done just before it.
 
     Returns:
-        Name -> ``at_s`` (since the start), ``path`` ("cloud" where the answer names none), ``latency_s``, ``round``.
+        Name -> ``at_s`` (since the start), ``path`` ("cloud" where the answer names none),
+        ``latency_s``, ``round``.
     """
     import pandas as pd
 
@@ -147,18 +155,24 @@ def watch(
 
 
 def in_a_month(watched: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
-    """What share of all requests is answered if the cloud is away for so long in a month, in percent.
+    """What share of all requests is answered if the cloud is away for so long in a month, in
+    percent.
 
     Args:
-        watched: Runs of ``central`` and ``hybrid``: what the hybrid asks the cloud for while that is there, it answers
-            as degraded while it is not.
+        watched: Runs of ``central`` and ``hybrid``: what the hybrid asks the cloud for while that
+            is there, it answers as degraded while it is not.
     """
     import pandas as pd
 
     there = watched["central"]["path"] != "failed"
     paths = watched["hybrid"]["path"][there.to_numpy()]
     asks = float((paths == "cloud").mean())
-    spans_s = {"10 minutes": 600.0, "43 minutes": SLO.down_s, "4 hours": 14_400.0, "1 day": 86_400.0}
+    spans_s = {
+        "10 minutes": 600.0,
+        "43 minutes": SLO.down_s,
+        "4 hours": 14_400.0,
+        "1 day": 86_400.0,
+    }
     rows = {}
     for name, away_s in spans_s.items():
         share = away_s / SLO.period_s

@@ -1,7 +1,9 @@
-"""One stream of requests, answered centrally, on the devices, and by both, over any link, in virtual time.
+"""One stream of requests, answered centrally, on the devices, and by both, over any link, in
+virtual time.
 
-What both models say to each request is measured beforehand with real servers, once; only time, network and choice of
-path are played here, so a slider may ask for any network. Imports no pandas at import time.
+What both models say to each request is measured beforehand with real servers, once; only time,
+network and choice of path are played here, so a slider may ask for any network. Imports no pandas
+at import time.
 """
 
 import math
@@ -30,7 +32,8 @@ _PAUSE_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What a request takes: seconds on the device and on the server (without the network), bytes on the wire."""
+    """What a request takes: seconds on the device and on the server (without the network), bytes on
+    the wire."""
 
     local_s: float
     cloud_s: float
@@ -48,13 +51,14 @@ def stream(
     """Requests of one minute, drawn from a pool.
 
     Args:
-        pool: One line per row that may be asked, with the columns ``device``, ``confidence`` (of the device's answer),
-            ``local_right``, ``cloud_right``.
+        pool: One line per row that may be asked, with the columns ``device``, ``confidence`` (of
+            the device's answer), ``local_right``, ``cloud_right``.
         repeats: Share of the requests that ask an earlier one's row again.
 
     Returns:
-        The lines in order of time, with ``at_s`` and ``row``: requests of the same number ask the same device for the
-        same row. (A line of the pool that is drawn twice is another row of the kind.)
+        The lines in order of time, with ``at_s`` and ``row``: requests of the same number ask the
+        same device for the same row. (A line of the pool that is drawn twice is another row of the
+        kind.)
     """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(pool))
@@ -81,17 +85,18 @@ def play(
 ) -> "pd.DataFrame":
     """How the stream is answered.
 
-    ``hybrid`` is the policy ``local_first`` with every device fresh and its owner's consent: the device answers alone
-    if its confidence reaches ``threshold``, else its cache of cloud answers, else the cloud, else the device after all
-    (``degraded``). A device's circuit breaker opens after three failures in a row, for 5 s.
+    ``hybrid`` is the policy ``local_first`` with every device fresh and its owner's consent: the
+    device answers alone if its confidence reaches ``threshold``, else its cache of cloud answers,
+    else the cloud, else the device after all (``degraded``). A device's circuit breaker opens after
+    three failures in a row, for 5 s.
 
     Args:
         asked: See :func:`stream`. ``link``: between every device and the cloud; it draws.
         deadline_s: How long an answer of the cloud is waited for.
 
     Returns:
-        One line per request: ``at_s``, ``path`` (an entry of ``PATHS``), ``latency_s`` (``inf``: no answer),
-        ``right``, ``sent`` (went to the cloud).
+        One line per request: ``at_s``, ``path`` (an entry of ``PATHS``), ``latency_s`` (``inf``: no
+        answer), ``right``, ``sent`` (went to the cloud).
 
     Cost: 2 ms for 2,000 requests, the hybrid 5 ms.
     """
@@ -133,7 +138,10 @@ def _asked(
     """Path of each request that its device is not sure of, and how long it waits for the cloud."""
     now_s = 0.0
     cached_s: dict[tuple[int, int], float] = {}  # from when on a device's cache holds the answer
-    breakers = {device: CircuitBreaker(_FAILURES, _PAUSE_S, lambda: now_s) for device in set(unsure["device"])}
+    breakers = {
+        device: CircuitBreaker(_FAILURES, _PAUSE_S, lambda: now_s)
+        for device in set(unsure["device"])
+    }
     paths = np.full(len(unsure), "cloud", object)
     waits_s = np.zeros(len(unsure))
     questions = zip(unsure["device"], unsure["row"], strict=True)
@@ -156,7 +164,8 @@ def _asked(
 
 
 def summary(played: "pd.DataFrame") -> dict[str, float]:
-    """What matters of a run, in percent of all requests and in ms; a latency is infinite where so many got nothing."""
+    """What matters of a run, in percent of all requests and in ms; a latency is infinite where so
+    many got nothing."""
     latency_ms = 1e3 * played["latency_s"]
     answered = played["path"] != "failed"
     return {
@@ -175,7 +184,8 @@ def at_every_threshold(
     seed: int = 0,
     **link: Any,
 ) -> "pd.DataFrame":
-    """:func:`summary` of the hybrid by threshold; every run sees the same draws of ``Link(**link)``."""
+    """:func:`summary` of the hybrid by threshold; every run sees the same draws of
+    ``Link(**link)``."""
     import pandas as pd
 
     runs = {}
@@ -204,7 +214,8 @@ def minute(
     outage_percent: int,
     threshold: float,
 ) -> "dict[Way, pd.DataFrame]":
-    """The stream over a mobile network of 1 and 4 MB/s, whose p99 is three times its ``rtt_ms``, with an outage."""
+    """The stream over a mobile network of 1 and 4 MB/s, whose p99 is three times its ``rtt_ms``,
+    with an outage."""
     away_s = SPAN_S * outage_percent / 100
     return play_all(
         asked,

@@ -1,6 +1,8 @@
-"""What a request weighs: the same rows as JSON, as JSON with a binary tensor, and as a gRPC message, byte by byte.
+"""What a request weighs: the same rows as JSON, as JSON with a binary tensor, and as a gRPC
+message, byte by byte.
 
-The two binary forms are those of our own client. Sizes are of bodies: headers come on top, a few hundred bytes.
+The two binary forms are those of our own client. Sizes are of bodies: headers come on top, a few
+hundred bytes.
 """
 
 import functools
@@ -26,7 +28,8 @@ _MODEL = "digits"
 
 
 def json_body(rows: Floats) -> bytes:
-    """The rows float32 [N, D] as most people would send them: ``tolist()`` into a request of JSON."""
+    """The rows float32 [N, D] as most people would send them: ``tolist()`` into a request of
+    JSON."""
     request = _request(rows.shape, rows.ravel().tolist())
     return json.dumps(request, separators=(",", ":")).encode()
 
@@ -61,7 +64,8 @@ def body_sizes(rows: Floats) -> dict[str, int]:
 
 
 def expected_sizes(num_rows: int, num_features: int) -> dict[str, int]:
-    """``body_sizes`` of the first rows and features of a table of standard normal numbers, without writing the text.
+    """``body_sizes`` of the first rows and features of a table of standard normal numbers, without
+    writing the text.
 
     Exact, and quick enough for a slider: the lengths of all numbers are written once and summed.
     """
@@ -80,7 +84,8 @@ def expected_sizes(num_rows: int, num_features: int) -> dict[str, int]:
 
 
 def transfer(rows: int, features: int, mbit_per_s: float) -> "pd.DataFrame":
-    """Bytes and milliseconds on a line of so many Mbit/s, by form: the time of the bits, without the way there."""
+    """Bytes and milliseconds on a line of so many Mbit/s, by form: the time of the bits, without
+    the way there."""
     import pandas as pd
 
     nbytes = pd.Series(expected_sizes(rows, features), name="bytes")
@@ -107,7 +112,8 @@ def normal_rows() -> Floats:
 
 @functools.cache
 def _summed_lengths() -> tuple[Ints, Ints]:
-    """Characters of the first rows and features, summed, int64 [1000, 784]: with the fewest digits, and as doubles."""
+    """Characters of the first rows and features, summed, int64 [1000, 784]: with the fewest digits,
+    and as doubles."""
     numbers = normal_rows().ravel()
     shortest = orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
     as_doubles = map(repr, numbers.tolist())  # json.dumps writes a float as repr does
@@ -121,7 +127,8 @@ def _summed(texts: Iterable[bytes | str]) -> Ints:
 
 
 class WireField(NamedTuple):
-    """A field of a message where it lies in the bytes: the key (and length) from ``start``, the content to ``end``."""
+    """A field of a message where it lies in the bytes: the key (and length) from ``start``, the
+    content to ``end``."""
 
     path: str
     number: int
@@ -133,7 +140,8 @@ class WireField(NamedTuple):
 
 
 def wire_fields(message: Any) -> list[WireField]:
-    """Every field of a protobuf message in the order of its bytes; a nested message stands before its own fields.
+    """Every field of a protobuf message in the order of its bytes; a nested message stands before
+    its own fields.
 
     Source: protobuf.dev, "Encoding": a key is the varint ``number << 3 | wire type``.
     """
@@ -149,7 +157,9 @@ def _fields(raw: bytes, base: int, kind: Any, path: str, depth: int) -> Iterator
         wire_type = WIRE_TYPES.get(key & 7)
         field = kind.fields_by_number.get(number)
         if field is None or wire_type is None:
-            raise InvalidInputError(f"byte {base + start} is the key {key}: {kind.full_name} has no such field")
+            raise InvalidInputError(
+                f"byte {base + start} is the key {key}: {kind.full_name} has no such field"
+            )
         content = at
         if wire_type == "LEN":
             length, content = _varint(raw, at)
@@ -163,7 +173,9 @@ def _fields(raw: bytes, base: int, kind: Any, path: str, depth: int) -> Iterator
         name = f"{path}{field.name}"
         yield WireField(name, number, wire_type, base + start, base + content, base + at, depth)
         if field.message_type is not None:
-            yield from _fields(raw[content:at], base + content, field.message_type, f"{name}.", depth + 1)
+            yield from _fields(
+                raw[content:at], base + content, field.message_type, f"{name}.", depth + 1
+            )
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:

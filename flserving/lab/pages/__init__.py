@@ -1,1 +1,2 @@
-"""Notebooks as pages that need no kernel and no network: ``book.py``, ``slides.py``; ``formula.py`` draws the TeX."""
+"""Notebooks as pages that need no kernel and no network: ``book.py``, ``slides.py``; ``formula.py``
+draws the TeX."""

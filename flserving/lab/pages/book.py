@@ -1,7 +1,9 @@
-"""The course as a book: static pages that need no kernel and no network. ``python run.py book`` writes it.
+"""The course as a book: static pages that need no kernel and no network. ``python run.py book``
+writes it.
 
-The notebooks stand there as students get them, beside the syllabus, the glossary and the references. The instructor's
-book (``--instructor``) has the solutions and the guides too. Each page is one file with its figures and formulas in it.
+The notebooks stand there as students get them, beside the syllabus, the glossary and the
+references. The instructor's book (``--instructor``) has the solutions and the guides too. Each page
+is one file with its figures and formulas in it.
 """
 
 import argparse
@@ -56,7 +58,9 @@ class _Renderer(IPythonRenderer):
     def inline_math(self, body: str) -> str:
         return formula(body)
 
-    def block_html(self, html: str) -> str:  # nbconvert's own would close at once what a later block ends: <details>
+    def block_html(
+        self, html: str
+    ) -> str:  # nbconvert's own would close at once what a later block ends: <details>
         return html
 
 
@@ -115,7 +119,8 @@ def build(notebooks: Path, out: Path, *, instructor: bool = False) -> list[Path]
 
 
 def style_sheet(name: str) -> str:
-    """Paper and ink, the layout of ``name`` in this folder, and the colours of code: on light and on dark paper."""
+    """Paper and ink, the layout of ``name`` in this folder, and the colours of code: on light and
+    on dark paper."""
     sheets = [(HERE / sheet).read_text("utf-8") for sheet in ("paper.css", name)]
     light = HtmlFormatter(style="default").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
@@ -137,7 +142,8 @@ def _page(path: Path, notebooks: Path, instructor: bool) -> Page:
 
 
 def _linked(html: str, page: Page, pages: Sequence[Page]) -> str:
-    """The page with links to pages of the book, not to files of the course, and its own sections in the contents."""
+    """The page with links to pages of the book, not to files of the course, and its own sections in
+    the contents."""
     soup: Any = BeautifulSoup(html, "html.parser")
     here = PurePosixPath(page.source).parent
     address = {each.source: os.path.relpath(each.address, here) for each in pages}
@@ -161,13 +167,20 @@ def _linked(html: str, page: Page, pages: Sequence[Page]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m flserving.lab.pages.book``: 0 when the book is written, 1 with the reason when not."""
+    """``python -m flserving.lab.pages.book``: 0 when the book is written, 1 with the reason when
+    not."""
     parser = argparse.ArgumentParser(
         "python -m flserving.lab.pages.book", description="Write the course as a book in HTML."
     )
-    parser.add_argument("out", type=Path, nargs="?", default=Path("book"), help="folder for the pages (book)")
-    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the course (notebooks)")
-    parser.add_argument("--instructor", action="store_true", help="with the solutions and the guides for teachers")
+    parser.add_argument(
+        "out", type=Path, nargs="?", default=Path("book"), help="folder for the pages (book)"
+    )
+    parser.add_argument(
+        "--notebooks", type=Path, default=Path("notebooks"), help="folder of the course (notebooks)"
+    )
+    parser.add_argument(
+        "--instructor", action="store_true", help="with the solutions and the guides for teachers"
+    )
     options = parser.parse_args(arguments)
     try:
         pages = build(options.notebooks, options.out, instructor=options.instructor)

@@ -1,7 +1,9 @@
-"""A notebook as slides, for a lecture: ``python run.py slides 03`` writes them; no kernel and no network are needed.
+"""A notebook as slides, for a lecture: ``python run.py slides 03`` writes them; no kernel and no
+network are needed.
 
-Each cell's metadata say what it is in the talk, as JupyterLab's property inspector shows them: a section begins a
-slide, what is shown lies below it, the text beside it is the speaker's notes (key S). Solutions are on no slide.
+Each cell's metadata say what it is in the talk, as JupyterLab's property inspector shows them: a
+section begins a slide, what is shown lies below it, the text beside it is the speaker's notes (key
+S). Solutions are on no slide.
 """
 
 import argparse
@@ -25,11 +27,13 @@ _NEEDED = ("package/dist/", "package/plugin/notes/", "package/LICENSE")  # of it
 
 
 class Slides(Pages, SlidesExporter):
-    """nbconvert's slides in a template of the lab, which loads reveal.js from the folder beside it."""
+    """nbconvert's slides in a template of the lab, which loads reveal.js from the folder beside
+    it."""
 
 
 def write_slides(notebook: Path, out: Path, *, reveal: Path | None = None) -> Path:
-    """Write the slides of a notebook, and reveal.js beside them if it is not there; return their page.
+    """Write the slides of a notebook, and reveal.js beside them if it is not there; return their
+    page.
 
     Args:
         reveal: A folder with reveal.js unpacked; without it npm fetches it.
@@ -54,9 +58,13 @@ def _copy(reveal: Path, target: Path) -> None:
     for part in (Path(name).relative_to("package") for name in _NEEDED):
         source = reveal / part
         if not source.exists():
-            raise ConfigError(f"{reveal} lacks {part}: unpack the archive of {REVEAL}, and name its folder package")
+            raise ConfigError(
+                f"{reveal} lacks {part}: unpack the archive of {REVEAL}, and name its folder package"
+            )
         (target / part).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target / part) if source.is_dir() else shutil.copy(source, target / part)
+        shutil.copytree(source, target / part) if source.is_dir() else shutil.copy(
+            source, target / part
+        )
 
 
 def _fetch(target: Path) -> None:
@@ -64,31 +72,46 @@ def _fetch(target: Path) -> None:
     address = f"https://registry.npmjs.org/reveal.js/-/{REVEAL}.tgz"
     otherwise = f"or unpack {address} and name its folder package with --reveal"
     if npm is None:
-        raise ConfigError(f"the slides need {REVEAL}, which npm fetches, and there is no npm: install it, {otherwise}")
+        raise ConfigError(
+            f"the slides need {REVEAL}, which npm fetches, and there is no npm: install it, {otherwise}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         command = [npm, "pack", REVEAL.replace("-", "@"), "--pack-destination", folder]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
-            raise ConfigError(f"npm could not fetch {REVEAL} ({last}): check the network, {otherwise}")
+            raise ConfigError(
+                f"npm could not fetch {REVEAL} ({last}): check the network, {otherwise}"
+            )
         with tarfile.open(Path(folder) / f"{REVEAL}.tgz") as archive:
             archive.extractall(folder, filter="data")
         _copy(Path(folder) / "package", target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m flserving.lab.pages.slides``: 0 when the slides are written, 1 with the reason when not."""
-    parser = argparse.ArgumentParser("python -m flserving.lab.pages.slides", description="Write notebooks as slides.")
+    """``python -m flserving.lab.pages.slides``: 0 when the slides are written, 1 with the reason
+    when not."""
+    parser = argparse.ArgumentParser(
+        "python -m flserving.lab.pages.slides", description="Write notebooks as slides."
+    )
     parser.add_argument("numbers", nargs="+", help="which notebooks: 03")
-    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="folder of the course (notebooks)")
-    parser.add_argument("--out", type=Path, default=Path("slides"), help="folder for the slides (slides)")
-    parser.add_argument("--reveal", type=Path, help=f"folder with {REVEAL} unpacked (without it npm fetches it)")
+    parser.add_argument(
+        "--notebooks", type=Path, default=Path("notebooks"), help="folder of the course (notebooks)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("slides"), help="folder for the slides (slides)"
+    )
+    parser.add_argument(
+        "--reveal", type=Path, help=f"folder with {REVEAL} unpacked (without it npm fetches it)"
+    )
     options = parser.parse_args(arguments)
     try:
         for number in options.numbers:
             found = sorted(options.notebooks.glob(f"{number}*.ipynb"))
             if len(found) != 1:
-                raise ConfigError(f"{len(found)} notebooks of {options.notebooks} begin with {number}: name one, as 03")
+                raise ConfigError(
+                    f"{len(found)} notebooks of {options.notebooks} begin with {number}: name one, as 03"
+                )
             print(f"open {write_slides(found[0], options.out, reveal=options.reveal)}")
     except (FlservingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""When requests arrive and what they ask for: Poisson and bursty arrivals, Zipf popularity. Pure and seeded."""
+"""When requests arrive and what they ask for: Poisson and bursty arrivals, Zipf popularity. Pure
+and seeded."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -14,7 +15,8 @@ Ints = npt.NDArray[np.int64]
 
 
 class Arrivals(Protocol):
-    """An arrival process: its long-run rate, and the gaps between arrivals in seconds, without end."""
+    """An arrival process: its long-run rate, and the gaps between arrivals in seconds, without
+    end."""
 
     @property
     def rate_per_s(self) -> float: ...
@@ -41,7 +43,8 @@ class Bursty:
     """Quiet and busy spells in turn: a two-state Markov-modulated Poisson process.
 
     Args:
-        quiet_per_s, burst_per_s: Rate of arrivals in a quiet spell (0 makes on/off traffic) and in a burst.
+        quiet_per_s, burst_per_s: Rate of arrivals in a quiet spell (0 makes on/off traffic) and in
+            a burst.
         quiet_s, burst_s: Mean length of a spell in seconds; lengths are exponential.
 
     Source: Fischer and Meier-Hellstern, "The Markov-modulated Poisson process (MMPP) cookbook",
@@ -68,9 +71,13 @@ class Bursty:
     def gaps_s(self, rng: np.random.Generator) -> Iterator[float]:
         rates = (self.quiet_per_s, self.burst_per_s)
         switch_per_s = (1 / self.quiet_s, 1 / self.burst_s)
-        state = int(rng.random() < self.burst_s / (self.quiet_s + self.burst_s))  # start in the steady state
+        state = int(
+            rng.random() < self.burst_s / (self.quiet_s + self.burst_s)
+        )  # start in the steady state
         gap = 0.0
-        while True:  # both clocks are memoryless: draw the next event of either kind, then which kind it was
+        while (
+            True
+        ):  # both clocks are memoryless: draw the next event of either kind, then which kind it was
             total_per_s = rates[state] + switch_per_s[state]
             gap += rng.exponential(1 / total_per_s)
             if rng.random() * total_per_s < rates[state]:
@@ -82,10 +89,11 @@ class Bursty:
 
 @dataclass(frozen=True, slots=True)
 class Zipf:
-    """Popularity of ``items`` things: item k (from 0) is asked for in proportion to ``(k + 1) ** -skew``.
+    """Popularity of ``items`` things: item k (from 0) is asked for in proportion to ``(k + 1) **
+    -skew``.
 
-    ``skew`` 0 is uniform; web and model traffic is commonly found between 0.6 and 1.2 (Breslau et al., "Web caching and
-    Zipf-like distributions", INFOCOM 1999).
+    ``skew`` 0 is uniform; web and model traffic is commonly found between 0.6 and 1.2 (Breslau et
+    al., "Web caching and Zipf-like distributions", INFOCOM 1999).
     """
 
     items: int
@@ -111,25 +119,35 @@ class Zipf:
 
 
 def arrival_times_s(
-    arrivals: Arrivals, rng: np.random.Generator, *, requests: int | None = None, seconds: float | None = None
+    arrivals: Arrivals,
+    rng: np.random.Generator,
+    *,
+    requests: int | None = None,
+    seconds: float | None = None,
 ) -> Floats:
-    """Arrival times from 0 on, float64 [N], ascending: at most ``requests`` of them, all before ``seconds``."""
+    """Arrival times from 0 on, float64 [N], ascending: at most ``requests`` of them, all before
+    ``seconds``."""
     require_bound(requests, seconds)
     times: list[float] = []
     now_s = 0.0
     for gap_s in arrivals.gaps_s(rng):
         now_s += gap_s
-        if (seconds is not None and now_s >= seconds) or (requests is not None and len(times) >= requests):
+        if (seconds is not None and now_s >= seconds) or (
+            requests is not None and len(times) >= requests
+        ):
             break
         times.append(now_s)
     return np.array(times)
 
 
 def require_bound(requests: int | None, seconds: float | None) -> None:
-    """Refuse a load without an end: ``requests``, ``seconds`` or both must be given and positive."""
+    """Refuse a load without an end: ``requests``, ``seconds`` or both must be given and
+    positive."""
     if requests is None and seconds is None:
         raise ConfigError("the load has no end: give requests=, seconds= or both")
-    if requests is not None and (isinstance(requests, bool) or not isinstance(requests, int) or requests < 1):
+    if requests is not None and (
+        isinstance(requests, bool) or not isinstance(requests, int) or requests < 1
+    ):
         raise ConfigError(f"requests is {requests!r}: it must be an integer of at least 1")
     if seconds is not None and not 0 < seconds < np.inf:
         raise ConfigError(f"seconds is {seconds!r}: it must be a finite number above 0")

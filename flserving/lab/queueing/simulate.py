@@ -1,4 +1,5 @@
-"""A batching server in virtual time: what no closed form covers, computed exactly for given arrivals."""
+"""A batching server in virtual time: what no closed form covers, computed exactly for given
+arrivals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from flserving.serving.config import BatchingPolicy
 
 @dataclass(frozen=True, eq=False)
 class BatchTrace:
-    """Who was answered when, and in which batch. N requests in order of arrival, B batches in order of their start.
+    """Who was answered when, and in which batch. N requests in order of arrival, B batches in order
+    of their start.
 
     Args:
         arrival_s: float64 [N].
@@ -54,17 +56,20 @@ def simulate_batching(
 ) -> BatchTrace:
     """Serve requests first come, first served, in batches.
 
-    ``work_conserving``: an idle worker takes whatever waits, at once. ``hold_until_full``: it waits until the batch is
-    full or its oldest request has waited ``max_wait_s``. The same two policies as ``ServingConfig.batching``.
+    ``work_conserving``: an idle worker takes whatever waits, at once. ``hold_until_full``: it waits
+    until the batch is full or its oldest request has waited ``max_wait_s``. The same two policies
+    as ``ServingConfig.batching``.
 
     Args:
         arrival_s: Arrival times, float64 [N], ascending.
-        service_s: Seconds that a batch of n rows takes; may draw at random, is called once per batch.
+        service_s: Seconds that a batch of n rows takes; may draw at random, is called once per
+            batch.
         max_batch_size, workers: At least 1.
         policy, max_wait_s: See above; ``max_wait_s`` counts under ``hold_until_full`` only.
 
     Raises:
-        ConfigError: Arrivals not ascending, a setting out of range, or ``service_s`` negative or not finite.
+        ConfigError: Arrivals not ascending, a setting out of range, or ``service_s`` negative or
+            not finite.
 
     Cost: 5 to 10 us per batch.
     """
@@ -93,7 +98,9 @@ def simulate_batching(
         size = min(max_batch_size, int(np.searchsorted(arrivals, start_s, side="right")) - first)
         took_s = service_s(size)
         if not 0 <= took_s < np.inf:
-            raise ConfigError(f"service_s({size}) is {took_s!r}: it must be a finite number of seconds, at least 0")
+            raise ConfigError(
+                f"service_s({size}) is {took_s!r}: it must be a finite number of seconds, at least 0"
+            )
         free_s[worker] = start_s + took_s
         batches.append((start_s, free_s[worker], worker))
         sizes.append(size)

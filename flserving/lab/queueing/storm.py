@@ -1,7 +1,8 @@
-"""A retry storm in virtual time: callers that ask again, and a server that stood still for a moment.
+"""A retry storm in virtual time: callers that ask again, and a server that stood still for a
+moment.
 
-Nothing here sleeps. The waits and the budget are the real ones of our client (``flserving.api.client.retries``), or
-those of a student's ``policy``.
+Nothing here sleeps. The waits and the budget are the real ones of our client
+(``flserving.api.client.retries``), or those of a student's ``policy``.
 """
 
 import heapq
@@ -20,7 +21,8 @@ from flserving.lab.queueing.arrivals import Floats
 
 @dataclass(frozen=True)
 class Storm:
-    """What happened, times in seconds: when each try reached the server, when each call was first made, and its end.
+    """What happened, times in seconds: when each try reached the server, when each call was first
+    made, and its end.
 
     ``try_s`` is float64 [T], ``call_s`` float64 [N], ``answered`` bool [N].
     """
@@ -43,17 +45,21 @@ class Storm:
 
 
 class _Suspended(BaseException):
-    """Unwinds a policy that waits for an answer; no Exception, so that no ``except Exception`` catches it."""
+    """Unwinds a policy that waits for an answer; no Exception, so that no ``except Exception``
+    catches it."""
 
 
 class _PolicyCall:
     """One call by a function that blocks, in virtual time.
 
-    The function is run again from its start for each try, through what it has seen so far, and stopped where it would
-    wait for the next answer. What it draws from ``random`` and what its budget says is the same in each run.
+    The function is run again from its start for each try, through what it has seen so far, and
+    stopped where it would wait for the next answer. What it draws from ``random`` and what its
+    budget says is the same in each run.
     """
 
-    def __init__(self, policy: Callable[..., Any], deadline_s: float, budget: Any, began_s: float, seed: int) -> None:
+    def __init__(
+        self, policy: Callable[..., Any], deadline_s: float, budget: Any, began_s: float, seed: int
+    ) -> None:
         self._policy = policy
         self._deadline_s = deadline_s
         self._budget = budget
@@ -137,7 +143,9 @@ class _ClientCall:
 
     def failed(self, now_s: float) -> float | None:
         try:
-            return now_s + self._attempts.failed(Refused(ServerClosedError("no answer"), again=True))
+            return now_s + self._attempts.failed(
+                Refused(ServerClosedError("no answer"), again=True)
+            )
         except FlservingError:
             return None
 
@@ -161,16 +169,19 @@ def simulate_storm(
     clients: int = 50,
     seed: int = 5,
 ) -> Storm:
-    """Poisson calls of ``clients`` to one server that works in the order of arrival, and stands still once.
+    """Poisson calls of ``clients`` to one server that works in the order of arrival, and stands
+    still once.
 
     Args:
-        attempts: Most tries of a call; 1 never asks again. A try that has no answer after ``timeout_s`` has failed.
+        attempts: Most tries of a call; 1 never asks again. A try that has no answer after
+            ``timeout_s`` has failed.
         budget: Of each client, see :class:`Retries`; None for no bound at all.
-        policy: Who calls, instead of our client: ``policy(send, deadline_s, budget, clock, sleep)`` as in notebook 05.
-            A try that failed raises an error of status 503.
+        policy: Who calls, instead of our client: ``policy(send, deadline_s, budget, clock, sleep)``
+            as in notebook 05. A try that failed raises an error of status 503.
         make_budget: Called once for each client: the budget that its calls by ``policy`` share.
         deadline_s: Of a whole call by ``policy``.
-        drops_late: Whether the server knows until when a try is waited for, and spends no time on a later one.
+        drops_late: Whether the server knows until when a try is waited for, and spends no time on a
+            later one.
     """
     rng = np.random.default_rng(seed)
 

@@ -1,7 +1,9 @@
-"""A disk with six calls: a real folder, and one in memory that loses power in the middle of the work.
+"""A disk with six calls: a real folder, and one in memory that loses power in the middle of the
+work.
 
-What is written reaches a disk only when it is synced, and so do the names of files. Until then a loss of power may keep
-nothing of it, half of it, or all. The exercises ``publish`` and ``promote`` of notebook 01 run on both.
+What is written reaches a disk only when it is synced, and so do the names of files. Until then a
+loss of power may keep nothing of it, half of it, or all. The exercises ``publish`` and ``promote``
+of notebook 01 run on both.
 """
 
 import os
@@ -71,16 +73,20 @@ class _File:
 
 
 class FragileDisk:
-    """A disk in memory whose power fails at the ``cut_at``-th change (1 for the first; None: it never fails).
+    """A disk in memory whose power fails at the ``cut_at``-th change (1 for the first; None: it
+    never fails).
 
     Args:
         files: What is on it, safely.
-        cut_at: Changes are write, sync, rename and sync_names. The one that fails has not happened; of a write, half.
+        cut_at: Changes are write, sync, rename and sync_names. The one that fails has not happened;
+            of a write, half.
     """
 
     def __init__(self, files: Mapping[str, bytes] | None = None, cut_at: int | None = None) -> None:
         self._files = {name: _File(data) for name, data in (files or {}).items()}
-        self._names_since = [dict(self._files)]  # the names that the disk has, then those after each change
+        self._names_since = [
+            dict(self._files)
+        ]  # the names that the disk has, then those after each change
         self._cut_at = cut_at
         self.done: list[str] = []
 

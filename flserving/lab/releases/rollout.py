@@ -1,4 +1,5 @@
-"""Notebook 01's measurements: who holds what, each client's accuracy, who answers while an alias moves."""
+"""Notebook 01's measurements: who holds what, each client's accuracy, who answers while an alias
+moves."""
 
 import threading
 import time
@@ -36,30 +37,43 @@ def accuracy_by_client(
     """Share of each client's held-out samples that is named right, by client id.
 
     Args:
-        predict: Called as ``predict(samples, **options)``, a server's ``predict`` for example; ``options`` may name the
-            version.
+        predict: Called as ``predict(samples, **options)``, a server's ``predict`` for example;
+            ``options`` may name the version.
     """
     import pandas as pd
 
-    right = {c.id: float(np.mean(np.asarray(predict(c.test_x, **options)["predictions"]) == c.test_y)) for c in clients}
+    right = {
+        c.id: float(np.mean(np.asarray(predict(c.test_x, **options)["predictions"]) == c.test_y))
+        for c in clients
+    }
     return pd.Series(right, name="accuracy")
 
 
-def metrics_table(accuracy: Mapping[str, "pd.Series[float]"], clients: Sequence[Client]) -> "pd.DataFrame":
-    """The three numbers of a version, one row per entry: over all samples, the mean client, the worst client."""
+def metrics_table(
+    accuracy: Mapping[str, "pd.Series[float]"], clients: Sequence[Client]
+) -> "pd.DataFrame":
+    """The three numbers of a version, one row per entry: over all samples, the mean client, the
+    worst client."""
     import pandas as pd
 
     tested = [len(c.test_y) for c in clients]
     rows = {
-        name: {"global": np.average(one, weights=tested), "mean_client": one.mean(), "worst_client": one.min()}
+        name: {
+            "global": np.average(one, weights=tested),
+            "mean_client": one.mean(),
+            "worst_client": one.min(),
+        }
         for name, one in accuracy.items()
     }
     return pd.DataFrame(rows).T
 
 
 def told(manifest: Manifest, most: int = 4) -> str:
-    """A manifest as JSON for people: of a list longer than ``most`` the first entries and the length."""
-    text = msgspec.json.format(msgspec.json.encode(_shortened(msgspec.to_builtins(manifest), most)), indent=2)
+    """A manifest as JSON for people: of a list longer than ``most`` the first entries and the
+    length."""
+    text = msgspec.json.format(
+        msgspec.json.encode(_shortened(msgspec.to_builtins(manifest), most)), indent=2
+    )
     return text.decode()
 
 
@@ -67,14 +81,17 @@ def _shortened(value: Any, most: int) -> Any:
     if isinstance(value, dict):
         return {key: _shortened(entry, most) for key, entry in value.items()}
     if isinstance(value, list | tuple) and len(value) > most:
-        first = ", ".join(entry if isinstance(entry, str) else f"{entry:.3g}" for entry in value[:most])
+        first = ", ".join(
+            entry if isinstance(entry, str) else f"{entry:.3g}" for entry in value[:most]
+        )
         return f"{first}, ... ({len(value)} in all)"
     return value
 
 
 def keep_asking(server: ModelServer, row: Features, moves: Sequence[Callable[[], object]], *, every_s: float = 0.1,
                 pause_s: float = 0.0005) -> tuple[list[Answered], list[float]]:  # fmt: skip
-    """Send one row again and again from a thread of its own while ``moves`` happen, at least ``every_s`` apart.
+    """Send one row again and again from a thread of its own while ``moves`` happen, at least
+    ``every_s`` apart.
 
     Returns:
         Every answer, and when each move returned, in seconds from the start.
@@ -98,7 +115,8 @@ def keep_asking(server: ModelServer, row: Features, moves: Sequence[Callable[[],
             problems.append(error)
 
     def listen() -> None:
-        """Wait until it is time, and on a slow machine until a request that was sent after now is answered."""
+        """Wait until it is time, and on a slow machine until a request that was sent after now is
+        answered."""
         enough = len(answered) + 2  # the first may be under way already
         done.wait(every_s)
         while len(answered) < enough and client.is_alive():

@@ -1,4 +1,5 @@
-"""Notebook 10: the plan of a test, by formula; and users who ask a real server and say whether it was right."""
+"""Notebook 10: the plan of a test, by formula; and users who ask a real server and say whether it
+was right."""
 
 import contextlib
 import math
@@ -72,7 +73,8 @@ def plan(
 
 
 def _requests(information: float, share_percent: float, gap: float = 0.0) -> float:
-    """``statistics.sample_size``, where the new version's rewards have the variance of their own mean."""
+    """``statistics.sample_size``, where the new version's rewards have the variance of their own
+    mean."""
     share = share_percent / 100
     new = MEAN - gap
     of_new = new * (1 - new) / share
@@ -81,7 +83,8 @@ def _requests(information: float, share_percent: float, gap: float = 0.0) -> flo
 
 
 def noticed(gap: float, effect: float, alpha: float = 0.05) -> float:
-    """The information at which the sequential test tuned for ``effect`` sees a true ``gap`` in half of the cases."""
+    """The information at which the sequential test tuned for ``effect`` sees a true ``gap`` in half
+    of the cases."""
     low = 1e-3
     high = 1e9
     while high / low > 1.001:  # the width falls with the information
@@ -104,7 +107,9 @@ class Users:
         names: Everybody asks with equal probability.
     """
 
-    def __init__(self, server: ModelServer, model: str, x: Features, y: Ints, names: Sequence[str]) -> None:
+    def __init__(
+        self, server: ModelServer, model: str, x: Features, y: Ints, names: Sequence[str]
+    ) -> None:
         self.server = server
         self.model = model
         self.x = x
@@ -118,12 +123,15 @@ class Users:
         answer = self.server.predict(self.x[i : i + 1], model=self.model, client=name)
         right = int(answer["predictions"][0]) == int(self.y[i])
         if "receipt" in answer:
-            with contextlib.suppress(ConflictError):  # the experiment ended between answer and feedback
+            with contextlib.suppress(
+                ConflictError
+            ):  # the experiment ended between answer and feedback
                 self.server.experiments.feedback(self.model, answer["receipt"], float(right), name)
         return name, answer.get("arm"), int(answer["model_version"]), right
 
     def in_turn(self, count: int, pause_s: float = 0.003) -> tuple[list[float], set[str]]:
-        """One request after the other, each a row of its own. Returns the latencies in ms, and who answered."""
+        """One request after the other, each a row of its own. Returns the latencies in ms, and who
+        answered."""
         latencies_ms = []
         versions = set()
         for i in range(count):
@@ -144,11 +152,12 @@ class Users:
         most_s: float = 240.0,
         seed: int = 0,
     ) -> tuple["pd.DataFrame", tuple[float, float]]:
-        """Ask from threads; after ``around`` answers call ``begin``, wait until ``over()`` or ``most_s`` passed, and
-        go on for as many answers again.
+        """Ask from threads; after ``around`` answers call ``begin``, wait until ``over()`` or
+        ``most_s`` passed, and go on for as many answers again.
 
         Returns:
-            One row per answer (at_s, client, arm, version, right), and when ``begin`` returned and ``over`` was seen.
+            One row per answer (at_s, client, arm, version, right), and when ``begin`` returned and
+            ``over`` was seen.
 
         Raises:
             Exception: Whatever a request raised: users notice nothing, or the notebook stops.
@@ -175,7 +184,9 @@ class Users:
                 done.wait(0.01)
             return time.perf_counter() - began_s
 
-        threads = [threading.Thread(target=caller, args=(n,), name=f"user-{n}") for n in range(callers)]
+        threads = [
+            threading.Thread(target=caller, args=(n,), name=f"user-{n}") for n in range(callers)
+        ]
         for thread in threads:
             thread.start()
         try:

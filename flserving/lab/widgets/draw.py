@@ -1,4 +1,5 @@
-"""A canvas to draw a digit on: the browser itself asks the REST API, as any web client would. Works offline."""
+"""A canvas to draw a digit on: the browser itself asks the REST API, as any web client would. Works
+offline."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,12 +20,13 @@ FULL = 16
 class DigitCanvas(anywidget.AnyWidget):
     """Shows what a model of the endpoint says to the drawing, while it is drawn.
 
-    The page tells its origin, the endpoint is told to let pages of this origin call (CORS), and the page gets the
-    credential: by a message, never as state, which a notebook may store. From then on the page calls the endpoint
-    without the kernel. Where it cannot reach it, it says why and asks the kernel to call.
+    The page tells its origin, the endpoint is told to let pages of this origin call (CORS), and the
+    page gets the credential: by a message, never as state, which a notebook may store. From then on
+    the page calls the endpoint without the kernel. Where it cannot reach it, it says why and asks
+    the kernel to call.
 
-    ``pixels`` is the drawing (64 whole numbers from 0 to 16; set it to show another one), ``answer`` what came back,
-    ``origin`` the page's.
+    ``pixels`` is the drawing (64 whole numbers from 0 to 16; set it to show another one),
+    ``answer`` what came back, ``origin`` the page's.
     """
 
     _esm = Path(__file__).with_name("draw.js")
@@ -35,7 +37,9 @@ class DigitCanvas(anywidget.AnyWidget):
     answer = traitlets.Dict().tag(sync=True)
     origin = traitlets.Unicode("")
 
-    def __init__(self, endpoint: Endpoint, model: str = "digits", examples: Iterable[Sequence[float]] = ()) -> None:
+    def __init__(
+        self, endpoint: Endpoint, model: str = "digits", examples: Iterable[Sequence[float]] = ()
+    ) -> None:
         self.endpoint = endpoint
         self.model_name = model
         self._client = Client(endpoint.url, endpoint.token, ca=endpoint.options.certificate)
@@ -48,7 +52,8 @@ class DigitCanvas(anywidget.AnyWidget):
         return _checked(proposal["value"])
 
     def ask(self, pixels: Sequence[float]) -> dict[str, Any]:
-        """What the kernel answers a page that cannot call by itself: version and probabilities, or the error's text."""
+        """What the kernel answers a page that cannot call by itself: version and probabilities, or
+        the error's text."""
         try:
             answer = self._client.predict([pixels], model=self.model_name)
         except FlservingError as error:
@@ -67,8 +72,13 @@ class DigitCanvas(anywidget.AnyWidget):
         self.origin = origin
         try:
             self.endpoint.allow_origin(origin)
-        except ConfigError:  # "null", vscode-webview://...: a program that shows notebooks, not a page of the web
-            return {"headers": {}, "refused": f"Pages of the origin {origin!r} cannot be named, and so not be let in."}
+        except (
+            ConfigError
+        ):  # "null", vscode-webview://...: a program that shows notebooks, not a page of the web
+            return {
+                "headers": {},
+                "refused": f"Pages of the origin {origin!r} cannot be named, and so not be let in.",
+            }
         return {"headers": self.endpoint.headers}
 
     def close(self) -> None:
@@ -80,7 +90,8 @@ class DigitCanvas(anywidget.AnyWidget):
 def draw_digit(
     endpoint: Endpoint, model: str = "digits", examples: Iterable[Sequence[float]] = ()
 ) -> DigitCanvas | None:
-    """Show the canvas; end the cell with this call. With FLSERVING_STATIC=1 ask for the examples and show nothing."""
+    """Show the canvas; end the cell with this call. With FLSERVING_STATIC=1 ask for the examples
+    and show nothing."""
     canvas = DigitCanvas(endpoint, model, examples)
     if not is_static():
         return canvas

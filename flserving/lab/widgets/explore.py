@@ -1,7 +1,7 @@
 """Sliders over a pure model and a pure drawing.
 
-``model(**values) -> numbers`` and ``draw(numbers) -> Figure`` know nothing of widgets, so a test calls them
-directly and a static figure cell shows the same picture where no kernel runs.
+``model(**values) -> numbers`` and ``draw(numbers) -> Figure`` know nothing of widgets, so a test
+calls them directly and a static figure cell shows the same picture where no kernel runs.
 """
 
 import base64
@@ -26,9 +26,12 @@ Result = TypeVar("Result")
 
 
 class Explorer(widgets.VBox):  # type: ignore[misc]
-    """Controls above a picture. ``values`` is what the controls show, ``picture`` the figure of them."""
+    """Controls above a picture. ``values`` is what the controls show, ``picture`` the figure of
+    them."""
 
-    def __init__(self, render: Callable[[dict[str, Any]], str], controls: dict[str, widgets.Widget]) -> None:
+    def __init__(
+        self, render: Callable[[dict[str, Any]], str], controls: dict[str, widgets.Widget]
+    ) -> None:
         self._render = render
         self.controls = controls
         self.picture = widgets.HTML(  # widgets.Image has no text alternative
@@ -49,8 +52,9 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
         try:
             self.picture.value = self._render(self.values)
         except Exception as error:
-            # A front end drops what a callback raises into a log that nobody reads: show it above the stale picture,
-            # and raise it too, so that a test or a cell that moves the slider from Python fails.
+            # A front end drops what a callback raises into a log that nobody reads: show it above
+            # the stale picture, and raise it too, so that a test or a cell that moves the slider
+            # from Python fails.
             trace = html.escape("".join(traceback.format_exception(error)))
             self.problem.value = (
                 f'<div role="alert" style="border-left:4px solid #D55E00;padding:4px 8px">'
@@ -76,16 +80,19 @@ def explore(
         model: Called with one keyword per control; returns whatever ``draw`` takes.
         draw: Takes the model's result.
         start: First values; others start at the middle of a slider, the first entry of a list.
-        labels: Text of a control instead of the one made from its name (``rate_per_s`` -> "rate (per s)").
-        **controls: ``(low, high, step)`` of ints or floats is a slider, a list a drop-down, a bool a checkbox.
+        labels: Text of a control instead of the one made from its name (``rate_per_s`` -> "rate
+            (per s)").
+        **controls: ``(low, high, step)`` of ints or floats is a slider, a list a drop-down, a bool
+            a checkbox.
 
     Returns:
-        The widget; None with the environment variable FLSERVING_STATIC=1, where every corner of the control box (both
-        ends of each slider, every entry, both ticks) is computed, so many of them are drawn that any two controls
-        meet at all their ends, and nothing is shown.
+        The widget; None with the environment variable FLSERVING_STATIC=1, where every corner of the
+        control box (both ends of each slider, every entry, both ticks) is computed, so many of them
+        are drawn that any two controls meet at all their ends, and nothing is shown.
 
     Raises:
-        ConfigError: A control or start value makes no sense, or ``model`` does not take these names.
+        ConfigError: A control or start value makes no sense, or ``model`` does not take these
+            names.
         Exception: Whatever ``model`` or ``draw`` raises, with a note that says at which values.
 
     Cost: one model call, one drawing (about 60 ms) and a 20 kB PNG per step.
@@ -95,9 +102,13 @@ def explore(
     for given, what in ((start, "start"), (labels, "labels")):
         unknown = sorted(given.keys() - controls.keys())
         if unknown:
-            raise ConfigError(f"{what} names {unknown}, which is not a control: use {sorted(controls)}")
+            raise ConfigError(
+                f"{what} names {unknown}, which is not a control: use {sorted(controls)}"
+            )
     if not controls:
-        raise ConfigError("explore needs at least one control, got none: pass name=(low, high, step)")
+        raise ConfigError(
+            "explore needs at least one control, got none: pass name=(low, high, step)"
+        )
     texts = {name: labels.get(name, style.label(name)) for name in controls}
     widest = max(map(len, texts.values()))
     look = {
@@ -126,7 +137,8 @@ def explore(
 
 
 def corners(**controls: Control) -> Iterator[dict[str, Any]]:
-    """Every combination of the ends: low and high of a slider, each entry of a list, both ticks of a checkbox."""
+    """Every combination of the ends: low and high of a slider, each entry of a list, both ticks of
+    a checkbox."""
     ends: list[Sequence[Any]] = []
     for control in controls.values():
         if isinstance(control, bool):
@@ -140,10 +152,12 @@ def corners(**controls: Control) -> Iterator[dict[str, Any]]:
 
 
 def covering(box: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Few corners of a box in which any two controls meet at all their ends: 8 of the 64 of five controls.
+    """Few corners of a box in which any two controls meet at all their ends: 8 of the 64 of five
+    controls.
 
-    Most faults of a drawing show with one or two extreme values (Kuhn, Wallace and Gallo, IEEE TSE 2004). Greedy: the
-    corner with the most pairs that were not seen yet (AETG, Cohen et al., IEEE TSE 1997).
+    Most faults of a drawing show with one or two extreme values (Kuhn, Wallace and Gallo, IEEE TSE
+    2004). Greedy: the corner with the most pairs that were not seen yet (AETG, Cohen et al., IEEE
+    TSE 1997).
     """
     left = [(values, _pairs(values)) for values in box]
     missing = set[Any]().union(*(pairs for _, pairs in left))
@@ -160,12 +174,16 @@ def _pairs(values: Mapping[str, Any]) -> set[Any]:
     return set(itertools.combinations_with_replacement(shown, 2))
 
 
-def _renderer(model: Callable[..., Any], draw: Callable[[Any], Figure]) -> Callable[[dict[str, Any]], str]:
+def _renderer(
+    model: Callable[..., Any], draw: Callable[[Any], Figure]
+) -> Callable[[dict[str, Any]], str]:
     def picture(**values: Any) -> str:
         with style.styled():
             drawn = draw(model(**values))
             if not isinstance(drawn, Figure):
-                raise ConfigError(f"draw returned {type(drawn).__name__}: it must return the matplotlib Figure")
+                raise ConfigError(
+                    f"draw returned {type(drawn).__name__}: it must return the matplotlib Figure"
+                )
             image = base64.b64encode(style.png(drawn))
             return style.picture_tag(image.decode(), style.alternative(drawn))
 
@@ -190,17 +208,25 @@ def _widget(name: str, control: Control, start: Any, look: dict[str, Any]) -> wi
             raise ConfigError(f"control {name} is an empty list: give at least one choice")
         return widgets.Dropdown(options=control, value=_choice(name, start, control), **look)
     if not isinstance(control, tuple) or len(control) != 3 or not all(map(_is_number, control)):
-        raise ConfigError(f"control {name} is {control!r}: use (low, high, step), a list of choices, or True/False")
+        raise ConfigError(
+            f"control {name} is {control!r}: use (low, high, step), a list of choices, or True/False"
+        )
     whole = all(isinstance(part, Integral) for part in control)
-    low, high, step = (int(part) if whole else float(part) for part in control)  # numpy's numbers, too
+    low, high, step = (
+        int(part) if whole else float(part) for part in control
+    )  # numpy's numbers, too
     if low >= high or not 0 < step <= high - low:
-        raise ConfigError(f"control {name} is {control!r}: it needs low < high and 0 < step <= high - low")
+        raise ConfigError(
+            f"control {name} is {control!r}: it needs low < high and 0 < step <= high - low"
+        )
     if start is None:
         start = low + step * int((high - low) / step / 2)
     kind = "an integer" if whole else "a number"
     fits = isinstance(start, Integral) or not whole
     if not fits or not _is_number(start) or not low <= start <= high:
-        raise ConfigError(f"start value of {name} is {start!r}: it must be {kind} in [{low}, {high}]")
+        raise ConfigError(
+            f"start value of {name} is {start!r}: it must be {kind} in [{low}, {high}]"
+        )
     look = {"min": low, "max": high, "step": step, "value": start, **look}
     if whole:
         return widgets.IntSlider(**look)
@@ -229,7 +255,8 @@ def _decimals(*parts: float) -> int:
 
 
 def _read(control: widgets.Widget) -> Any:
-    # 0.1 + 0.2 arrives from the browser as 0.30000000000000004: hand the model the number that the slider shows.
+    # the browser sends 0.1 + 0.2 as 0.30000000000000004:
+    # hand the model the number that the slider shows
     if isinstance(control, widgets.FloatSlider):
         return round(control.value, _decimals(control.min, control.step))
     return control.value

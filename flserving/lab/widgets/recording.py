@@ -1,8 +1,10 @@
-"""What a player plays: coloured boxes in lanes on one axis, frame by frame. Plain values; no widget, no notebook.
+"""What a player plays: coloured boxes in lanes on one axis, frame by frame. Plain values; no
+widget, no notebook.
 
-A ``Recording`` has two kinds of boxes. Boxes of the *recording* lie on a time axis and are drawn as far as
-``frame.now``: a timeline that grows. Boxes of a *frame* are drawn whole, in that frame only: a cache as it stands after
-request 7. A box with the same ``key`` in two consecutive frames slides from its old place to its new one.
+A ``Recording`` has two kinds of boxes. Boxes of the *recording* lie on a time axis and are drawn as
+far as ``frame.now``: a timeline that grows. Boxes of a *frame* are drawn whole, in that frame only:
+a cache as it stands after request 7. A box with the same ``key`` in two consecutive frames slides
+from its old place to its new one.
 """
 
 import itertools
@@ -25,7 +27,8 @@ MAX_FRAMES = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A box in ``lane`` from ``start`` to ``end`` on the axis (equal: a tick); ``kind`` picks its colour."""
+    """A box in ``lane`` from ``start`` to ``end`` on the axis (equal: a tick); ``kind`` picks its
+    colour."""
 
     lane: str
     start: float
@@ -37,7 +40,8 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One moment: what it is called, its own boxes, and up to where the recording's boxes are drawn (None: whole)."""
+    """One moment: what it is called, its own boxes, and up to where the recording's boxes are drawn
+    (None: whole)."""
 
     caption: str
     boxes: tuple[Box, ...] = ()
@@ -54,10 +58,12 @@ class Recording:
         x_label: Axis label with its unit.
         boxes: Boxes that all frames share.
         x_range: Both ends of the axis; None takes them from the boxes.
-        kinds: Order of the kinds, and so of their colours; kinds that are not named follow as they appear.
+        kinds: Order of the kinds, and so of their colours; kinds that are not named follow as they
+            appear.
 
     Raises:
-        ConfigError: No frame, a lane twice, a box in an unknown lane or with a broken extent, or too many of them.
+        ConfigError: No frame, a lane twice, a box in an unknown lane or with a broken extent, or
+            too many of them.
     """
 
     lanes: tuple[str, ...]
@@ -150,7 +156,8 @@ class Recording:
 
 
 def draw_frame(recording: Recording, index: int = -1) -> Figure:
-    """One frame as a figure: what the page shows where no kernel runs. Index -1 is the last frame."""
+    """One frame as a figure: what the page shows where no kernel runs. Index -1 is the last
+    frame."""
     fig, (ax,) = style.figure(height_in=1.3 + 0.42 * len(recording.lanes))
     with style.styled():
         low, high = recording.extent()
@@ -159,7 +166,15 @@ def draw_frame(recording: Recording, index: int = -1) -> Figure:
             row = recording.lanes.index(box.lane)
             width = max(box.end - box.start, (high - low) / 400)
             colour = colours[box.kind]
-            ax.barh(row, width, left=box.start, height=0.72, color=colour, edgecolor="white", linewidth=0.8)
+            ax.barh(
+                row,
+                width,
+                left=box.start,
+                height=0.72,
+                color=colour,
+                edgecolor="white",
+                linewidth=0.8,
+            )
             characters = int(width / (high - low) * 85)  # of the axis' width, at this font size
             if box.label and characters >= 1:
                 text = box.label
@@ -187,7 +202,8 @@ def cache_recording(steps: Sequence[tuple[str, bool, Sequence[str]]], capacity: 
     """A cache as it fills and evicts.
 
     Args:
-        steps: For each request the key asked for, whether it was a hit, and the keys held afterwards, coldest first.
+        steps: For each request the key asked for, whether it was a hit, and the keys held
+            afterwards, coldest first.
         capacity: Places in the cache.
     """
     frames = [Frame("before the first request: the cache is empty")]
@@ -221,13 +237,16 @@ def cache_recording(steps: Sequence[tuple[str, bool, Sequence[str]]], capacity: 
 
 
 def batch_recording(trace: BatchTrace, max_batch_size: int) -> Recording:
-    """The timeline of batches: a tick per arrival, a box per batch with its size, a frame per event. Axis in ms."""
+    """The timeline of batches: a tick per arrival, a box per batch with its size, a frame per
+    event. Axis in ms."""
     workers = int(trace.worker.max(initial=0)) + 1
     arrival_ms = 1e3 * trace.arrival_s
     start_ms = 1e3 * trace.batch_start_s
     end_ms = 1e3 * trace.batch_end_s
     boxes = [Box("arrivals", at, at, "", "arrival") for at in arrival_ms.tolist()]
-    for worker, start, end, size in zip(trace.worker, start_ms, end_ms, trace.batch_size, strict=True):
+    for worker, start, end, size in zip(
+        trace.worker, start_ms, end_ms, trace.batch_size, strict=True
+    ):
         kind = "full batch" if size >= max_batch_size else "part-filled batch"
         boxes.append(Box(f"worker {worker}", float(start), float(end), str(size), kind))
     frames = []
@@ -238,7 +257,9 @@ def batch_recording(trace: BatchTrace, max_batch_size: int) -> Recording:
         runs = (start_ms <= now) & (end_ms > now)
         waiting = int(waits.sum())
         busy = int(runs.sum())
-        frames.append(Frame(f"{now:.1f} ms: {waiting} waiting, {busy} of {workers} workers busy", now=now))
+        frames.append(
+            Frame(f"{now:.1f} ms: {waiting} waiting, {busy} of {workers} workers busy", now=now)
+        )
     lanes = ("arrivals", *(f"worker {worker}" for worker in range(workers)))
     kinds = ("arrival", "part-filled batch", "full batch")
     return Recording(lanes, tuple(frames), "time (ms)", tuple(boxes), kinds=kinds)

@@ -1,8 +1,9 @@
-"""What a student guessed, answered and passed: asked with radio buttons, kept in a small file beside the notebook.
+"""What a student guessed, answered and passed: asked with radio buttons, kept in a small file
+beside the notebook.
 
-``my_stack/answers/NOTEBOOK.json`` holds ``{"guesses": {...}, "quizzes": {...}, "checks": {...}}``, one file for each
-notebook, so two notebooks at once never write the same one. Where no kernel runs, or FLSERVING_STATIC=1, the questions
-are text and nothing is written.
+``my_stack/answers/NOTEBOOK.json`` holds ``{"guesses": {...}, "quizzes": {...}, "checks": {...}}``,
+one file for each notebook, so two notebooks at once never write the same one. Where no kernel runs,
+or FLSERVING_STATIC=1, the questions are text and nothing is written.
 """
 
 import contextlib
@@ -24,7 +25,9 @@ from flserving.errors import ConfigError
 from flserving.lab.style import is_static
 
 FOLDER = Path("my_stack")  # beside the notebook: a kernel runs in its folder
-QUIZZES = Path(__file__).parents[1] / "quizzes"  # files apart: an answer must not stand in the cell that asks
+QUIZZES = (
+    Path(__file__).parents[1] / "quizzes"
+)  # files apart: an answer must not stand in the cell that asks
 _memory: dict[str, dict[str, Any]] = {}  # where nothing is written
 _told_unwritable = False
 
@@ -40,7 +43,8 @@ def live() -> bool:
 
 
 def notebook() -> str:
-    """The name of the running notebook without its ending, "notebook" where the front end does not tell it."""
+    """The name of the running notebook without its ending, "notebook" where the front end does not
+    tell it."""
     path = os.environ.get("JPY_SESSION_NAME") or ""
     if shell() is not None:
         path = shell().user_ns.get("__vsc_ipynb_file__") or path
@@ -48,7 +52,8 @@ def notebook() -> str:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: who reads it sees the old content or the new. OSError: the folder is read-only."""
+    """Write a file in one step: who reads it sees the old content or the new. OSError: the folder
+    is read-only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     if isinstance(content, str):
@@ -72,7 +77,8 @@ def recorded(kind: str) -> dict[str, Any]:
 
 
 def record(kind: str, name: str, entry: Mapping[str, Any]) -> None:
-    """Remember one of them. A folder that cannot be written is told once, and the kernel remembers."""
+    """Remember one of them. A folder that cannot be written is told once, and the kernel
+    remembers."""
     global _told_unwritable
     everything = _load()
     everything[kind] = {**recorded(kind), name: dict(entry)}
@@ -83,7 +89,9 @@ def record(kind: str, name: str, entry: Mapping[str, Any]) -> None:
         replace_file(_file(), json.dumps(everything, indent=1, ensure_ascii=False, sort_keys=True))
     except OSError as error:
         if not _told_unwritable:
-            print(f"Your answers are not kept, {FOLDER} cannot be written: {error.strerror}. All else works.")
+            print(
+                f"Your answers are not kept, {FOLDER} cannot be written: {error.strerror}. All else works."
+            )
         _told_unwritable = True
 
 
@@ -92,7 +100,8 @@ def _file() -> Path:
 
 
 def _load() -> dict[str, Any]:
-    """The file, or what this kernel remembers. A file that is no longer JSON is put aside, not overwritten."""
+    """The file, or what this kernel remembers. A file that is no longer JSON is put aside, not
+    overwritten."""
     remembered = _memory.get(notebook(), {})
     if not live():
         return remembered
@@ -137,7 +146,8 @@ class Asked(widgets.VBox):  # type: ignore[misc]
 
 
 def guess(name: str, *choices: str) -> Asked | Text:
-    """Ask for a guess; end the cell with this call. It can be changed until :func:`reveal` has shown the measurement.
+    """Ask for a guess; end the cell with this call. It can be changed until :func:`reveal` has
+    shown the measurement.
 
     Args:
         name: What is guessed, for example "hit rate"; ``reveal`` takes the same name.
@@ -173,15 +183,20 @@ def reveal(name: str, measured: str) -> Text:
     """
     entry = recorded("guesses").get(name, {})
     if "guess" not in entry:
-        return Text(f"**{name}:** measured {measured}. Your guess stands beside it once you have made one.")
+        return Text(
+            f"**{name}:** measured {measured}. Your guess stands beside it once you have made one."
+        )
     record("guesses", name, {**entry, "measured": str(measured)})
     others = [choice for choice in entry.get("choices", []) if choice != entry["guess"]]
-    return Text(f"**{name}:** you guessed {entry['guess']}, measured {measured} (other choices: {', '.join(others)}).")
+    return Text(
+        f"**{name}:** you guessed {entry['guess']}, measured {measured} (other choices: {', '.join(others)})."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question of a quiz: the correct answer and its reason, and wrong ones, each with what is wrong with it."""
+    """One question of a quiz: the correct answer and its reason, and wrong ones, each with what is
+    wrong with it."""
 
     text: str
     answer: str
@@ -202,7 +217,8 @@ class Question:
 
 
 def questions(name: str) -> list[Question]:
-    """What ``quizzes/NAME.md`` asks: its headings. ``[x]`` is the correct answer, and a reason follows each."""
+    """What ``quizzes/NAME.md`` asks: its headings. ``[x]`` is the correct answer, and a reason
+    follows each."""
     found = []
     file = QUIZZES / f"{name}.md"
     _, *parts = file.read_text(encoding="utf-8").split("\n## ")
@@ -213,16 +229,20 @@ def questions(name: str) -> list[Question]:
         correct = [(choice, reason) for mark, choice, reason in told if mark == "x"]
         different = {choice for _, choice, _ in told}
         if len(correct) != 1 or not wrong or len(different) < asked.count("\n- "):
-            raise ConfigError(f"question {text!r} needs one correct answer and at least one other, each with a reason")
+            raise ConfigError(
+                f"question {text!r} needs one correct answer and at least one other, each with a reason"
+            )
         found.append(Question(text, *correct[0], wrong))
     return found
 
 
 def quiz(name: str) -> Asked | Text:
-    """Multiple choice with a reason for every answer; end the cell with this call. First and last answers are kept.
+    """Multiple choice with a reason for every answer; end the cell with this call. First and last
+    answers are kept.
 
     Args:
-        name: Of a file of questions in ``flserving/lab/quizzes``, without its ending: that of the notebook.
+        name: Of a file of questions in ``flserving/lab/quizzes``, without its ending: that of the
+            notebook.
     """
     asked = questions(name)
     lines = []
@@ -254,7 +274,9 @@ def _asked(number: int, question: Question) -> widgets.VBox:
         reason.value = html.escape(question.told(choice))
 
     buttons.observe(answered, names="value")
-    return widgets.VBox([widgets.HTML(f"<b>{number}. {html.escape(question.text)}</b>"), buttons, reason])
+    return widgets.VBox(
+        [widgets.HTML(f"<b>{number}. {html.escape(question.text)}</b>"), buttons, reason]
+    )
 
 
 def _buttons(choices: Sequence[str], chosen: Any) -> widgets.RadioButtons:

@@ -18,7 +18,8 @@ _ROOT = Path(flserving.__file__).parents[1]
 class Source:
     """A piece of source, highlighted where a front end shows Markdown.
 
-    Line numbers are left out: an edit elsewhere in the file would make the stored output of a notebook wrong.
+    Line numbers are left out: an edit elsewhere in the file would make the stored output of a
+    notebook wrong.
     """
 
     file: str
@@ -32,15 +33,17 @@ class Source:
 
 
 def show(thing: Any, *, docstring: bool = False) -> Source:
-    """The source of a class, method, function or property, as it stands in the file; end the cell with this call.
+    """The source of a class, method, function or property, as it stands in the file; end the cell
+    with this call.
 
     Args:
-        thing: For example ``BatchQueue.take``. Wrappers (``functools.wraps``, cached and partial functions, bound
-            methods) are looked through.
+        thing: For example ``BatchQueue.take``. Wrappers (``functools.wraps``, cached and partial
+            functions, bound methods) are looked through.
         docstring: Whether its own docstring is shown, too.
 
     Raises:
-        SentenceError: It has no Python source: it is built in, or an object and no class or function.
+        SentenceError: It has no Python source: it is built in, or an object and no class or
+            function.
     """
     inner = thing
     if isinstance(inner, partial):
@@ -55,7 +58,9 @@ def show(thing: Any, *, docstring: bool = False) -> Source:
             f"{thing!r} has no Python source to show: name a class, a method or a function of a module"
         ) from None
     hidden = range(0) if docstring else _docstring(source)
-    shown = [line for number, line in enumerate(source.splitlines(), start=1) if number not in hidden]
+    shown = [
+        line for number, line in enumerate(source.splitlines(), start=1) if number not in hidden
+    ]
     inside = file.is_relative_to(_ROOT)
     told = file.relative_to(_ROOT).as_posix() if inside else file.name
     return Source(told, "\n".join(shown))

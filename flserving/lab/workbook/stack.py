@@ -1,7 +1,8 @@
-"""The student's own serving stack: parts written in a notebook become files that other notebooks import.
+"""The student's own serving stack: parts written in a notebook become files that other notebooks
+import.
 
-``keep(LRU)`` writes ``my_stack/lru.py`` beside the notebook, ``kept("LRU")`` gives it back. Nothing is ever lost: every
-text that was kept, or written there by hand, stays in ``my_stack/versions/``.
+``keep(LRU)`` writes ``my_stack/lru.py`` beside the notebook, ``kept("LRU")`` gives it back. Nothing
+is ever lost: every text that was kept, or written there by hand, stays in ``my_stack/versions/``.
 """
 
 import ast
@@ -34,11 +35,13 @@ class _NotKeptError(Exception):
 
 
 def keep(part: Any) -> None:
-    """Write the source of a class or function of this notebook to ``my_stack/<name>.py``, importable by itself.
+    """Write the source of a class or function of this notebook to ``my_stack/<name>.py``,
+    importable by itself.
 
-    The file begins with what the part needs of the notebook: imports, numbers and texts, and helpers defined there.
-    A printed sentence says where it is; or why it is not kept: it is not finished, it is not of this notebook, it needs
-    something that lives only in the notebook, or the folder is read-only.
+    The file begins with what the part needs of the notebook: imports, numbers and texts, and
+    helpers defined there. A printed sentence says where it is; or why it is not kept: it is not
+    finished, it is not of this notebook, it needs something that lives only in the notebook, or the
+    folder is read-only.
     """
     name = getattr(part, "__name__", type(part).__name__)
     try:
@@ -48,7 +51,9 @@ def keep(part: Any) -> None:
     except _NotKeptError as error:
         print(f"{name} is not kept: {error}")
     except OSError as error:
-        print(f"{name} is not kept, {FOLDER} cannot be written here: {error.strerror}. Your code stays in its cell.")
+        print(
+            f"{name} is not kept, {FOLDER} cannot be written here: {error.strerror}. Your code stays in its cell."
+        )
     else:
         print(f"{'Kept' if changed else 'Already kept'}: {path.as_posix()}")
 
@@ -58,13 +63,16 @@ def kept(name: str, otherwise: Any = None) -> Any:
 
     Args:
         name: Of the class or function, as in the notebook that keeps it.
-        otherwise: What to use where no such part is there, for example a class of the package; a sentence says so.
+        otherwise: What to use where no such part is there, for example a class of the package; a
+            sentence says so.
 
     Raises:
         MissingPartError: There is none and ``otherwise`` is None, or its file cannot be imported.
     """
     if not isinstance(name, str):
-        raise ConfigError(f'kept takes the name as a text: lab.kept("{getattr(name, "__name__", "LRU")}")')
+        raise ConfigError(
+            f'kept takes the name as a text: lab.kept("{getattr(name, "__name__", "LRU")}")'
+        )
     path = _file(name)
     if not path.exists():
         missing = f"{name} is not in {FOLDER} yet: {_who_makes(name)}"
@@ -120,11 +128,14 @@ def _who_makes(name: str) -> str:
 
 
 def _store(path: Path, text: str) -> bool:
-    """Put a text in place in one step; the texts before and after are among the versions, whoever else writes."""
+    """Put a text in place in one step; the texts before and after are among the versions, whoever
+    else writes."""
     versions = path.parent / "versions"
     versions.mkdir(parents=True, exist_ok=True)
     content = text.encode()
-    before = path.read_bytes() if path.exists() else None  # bytes: an editor may have saved it in another encoding
+    before = (
+        path.read_bytes() if path.exists() else None
+    )  # bytes: an editor may have saved it in another encoding
     if before == content:
         return False
     for one in (before, content):
@@ -149,7 +160,7 @@ def _add_version(folder: Path, stem: str, content: bytes) -> None:
         number += 1
 
 
-# ------------------------------------------------------------------------------------- the text of a part
+# ------------------------------------------------------------------------------- the text of a part
 
 
 def _module(part: Any, name: str) -> str:
@@ -161,7 +172,9 @@ def _module(part: Any, name: str) -> str:
     if not (inspect.isclass(part) or inspect.isfunction(part)) or not name.isidentifier():
         raise _NotKeptError("keep takes a class or a function that has a name.")
     if part.__module__ != "__main__":
-        raise _NotKeptError(f"it comes from {part.__module__}; only what you write in this notebook is kept.")
+        raise _NotKeptError(
+            f"it comes from {part.__module__}; only what you write in this notebook is kept."
+        )
     needed: dict[str, str] = {}
     _collect(name, part, needed)
     imports = sorted(line for line in needed.values() if line.startswith(("import ", "from ")))
@@ -171,7 +184,9 @@ def _module(part: Any, name: str) -> str:
     try:
         _run(text, _file(name))
     except (Exception, SystemExit) as error:
-        raise _NotKeptError(f"alone in a file it fails with {type(error).__name__}: {error}") from error
+        raise _NotKeptError(
+            f"alone in a file it fails with {type(error).__name__}: {error}"
+        ) from error
     return text
 
 
@@ -179,10 +194,14 @@ def _collect(name: str, value: Any, needed: dict[str, str]) -> None:
     """Add the source of a part, after everything that it needs."""
     source = source_of(value, name)
     if STUB in source:
-        raise _NotKeptError(f"{name} has a line that waits for your code. What you kept before stays.")
+        raise _NotKeptError(
+            f"{name} has a line that waits for your code. What you kept before stays."
+        )
     namespace = sys.modules["__main__"].__dict__
     needed[name] = ""  # in work: a function that calls itself
-    for other in sorted(_globals_in(compile(source, name, "exec")) - {name} - vars(builtins).keys()):
+    for other in sorted(
+        _globals_in(compile(source, name, "exec")) - {name} - vars(builtins).keys()
+    ):
         if other not in needed:
             _need(name, other, namespace, needed)
     needed[name] = needed.pop(name) + source  # last: below what it needs
@@ -224,7 +243,9 @@ def _globals_in(code: CodeType) -> set[str]:
     """Names that code looks up outside itself, in functions and class bodies too."""
     found = set[str]()
     for instruction in dis.get_instructions(code):
-        if instruction.opname in {"LOAD_NAME", "LOAD_GLOBAL"} and not instruction.argval.startswith("__"):
+        if instruction.opname in {"LOAD_NAME", "LOAD_GLOBAL"} and not instruction.argval.startswith(
+            "__"
+        ):
             found.add(str(instruction.argval))
         if isinstance(instruction.argval, CodeType):
             found |= _globals_in(instruction.argval)
@@ -239,11 +260,16 @@ def source_of(value: Any, name: str) -> str:
         except SyntaxError:
             continue
         for node in reversed(tree.body):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            if (
+                isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.name == name
+            ):
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 lines = cell.splitlines()[first - 1 : node.end_lineno]
                 return _MARKERS.sub("", "\n".join(lines) + "\n").rstrip("\n")
-    raise _NotKeptError(f"no cell that begins with class or def {name} was found: define it at the top of a cell.")
+    raise _NotKeptError(
+        f"no cell that begins with class or def {name} was found: define it at the top of a cell."
+    )
 
 
 def _cells(value: Any) -> Iterator[str]:

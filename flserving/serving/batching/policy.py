@@ -1,14 +1,16 @@
-"""Dynamic batching: which waiting requests run together, and when. Pure policy first, then the threads that follow it.
+"""Dynamic batching: which waiting requests run together, and when. Pure policy first, then the
+threads that follow it.
 
-:class:`BatchQueue` decides and knows no clock and no thread: tests and notebooks drive it in virtual time.
-``Batcher`` (``workers.py``) runs its decisions.
+:class:`BatchQueue` decides and knows no clock and no thread: tests and notebooks drive it in
+virtual time. ``Batcher`` (``workers.py``) runs its decisions.
 
-Sources. Batches: adaptive batching as in Clipper (Crankshaw et al., NSDI 2017, section 4.3), made work-conserving: no
-server is idle while a request waits (Kleinrock, Queueing Systems II, 1976). Overload: what cannot end in time is
-refused as it comes (admission by predicted delay, as in Breakwater, Cho et al., OSDI 2020, and DAGOR, Zhou et al., SoCC
-2018), and what has become hopeless makes room for what has not (the early drop of Nexus, Shen et al., SOSP 2019,
-section 6.3). Shares: self-clocked fair queueing (Golestani, INFOCOM 1994), whose shares are those of deficit round
-robin (Shreedhar and Varghese, SIGCOMM 1995) at a logarithmic cost, without a quantum to choose.
+Sources. Batches: adaptive batching as in Clipper (Crankshaw et al., NSDI 2017, section 4.3), made
+work-conserving: no server is idle while a request waits (Kleinrock, Queueing Systems II, 1976).
+Overload: what cannot end in time is refused as it comes (admission by predicted delay, as in
+Breakwater, Cho et al., OSDI 2020, and DAGOR, Zhou et al., SoCC 2018), and what has become hopeless
+makes room for what has not (the early drop of Nexus, Shen et al., SOSP 2019, section 6.3). Shares:
+self-clocked fair queueing (Golestani, INFOCOM 1994), whose shares are those of deficit round robin
+(Shreedhar and Varghese, SIGCOMM 1995) at a logarithmic cost, without a quantum to choose.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,14 +24,17 @@ from flserving.serving.config import BatchingPolicy
 
 E = TypeVar("E", bound=Hashable)
 MARGIN = 1.3
-"""A batch is planned to take this many times as long as usual: one that ends a little late is lost as a whole."""
+"""A batch is planned to take this many times as long as usual: one that ends a little late is lost
+as a whole."""
 
 
 class QueuedRequest(Generic[E]):
-    """One caller's rows on their way through the queue: ``payload`` has ``rows`` rows and must run on ``engine``.
+    """One caller's rows on their way through the queue: ``payload`` has ``rows`` rows and must run
+    on ``engine``.
 
-    ``client`` is whose share of the queue it uses; all callers without a name share one. ``state`` goes from "waiting"
-    to "running" to "done"; "dropped" is a request whose caller stopped waiting, or was told that nothing comes of it.
+    ``client`` is whose share of the queue it uses; all callers without a name share one. ``state``
+    goes from "waiting" to "running" to "done"; "dropped" is a request whose caller stopped waiting,
+    or was told that nothing comes of it.
     """
 
     __slots__ = (
@@ -47,7 +52,13 @@ class QueuedRequest(Generic[E]):
     )
 
     def __init__(
-        self, engine: E, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+        self,
+        engine: E,
+        payload: Any,
+        rows: int,
+        arrival_s: float,
+        deadline_s: float,
+        client: Hashable = None,
     ) -> None:
         self.engine = engine
         self.payload = payload
@@ -84,24 +95,27 @@ Requests: TypeAlias = list[QueuedRequest[E]]
 
 
 class BatchQueue(Generic[E]):
-    """Waiting requests, one line for each engine (a loaded model); a batch never mixes engines, but mixes clients.
+    """Waiting requests, one line for each engine (a loaded model); a batch never mixes engines, but
+    mixes clients.
 
-    Clients take turns by the row: a request's ``turn`` is the number of rows that a client had been served when it is,
-    if all who wait had got the same. The line is in order of turns, so the requests of one client (or of all, where
-    nobody has a name) are served first in, first out.
+    Clients take turns by the row: a request's ``turn`` is the number of rows that a client had been
+    served when it is, if all who wait had got the same. The line is in order of turns, so the
+    requests of one client (or of all, where nobody has a name) are served first in, first out.
 
-    ``work_conserving``: a free worker gets a batch if anything waits: of the client whose turn it is; where only
-    one waits, the fullest line's, unless the oldest request of another engine has waited ``max_wait_s``.
-    ``hold_until_full``: a line is ready when it holds ``max_batch_size`` rows, or when one of its requests has
-    waited ``max_wait_s`` or half of the time that its deadline leaves.
+    ``work_conserving``: a free worker gets a batch if anything waits: of the client whose turn it
+    is; where only one waits, the fullest line's, unless the oldest request of another engine has
+    waited ``max_wait_s``. ``hold_until_full``: a line is ready when it holds ``max_batch_size``
+    rows, or when one of its requests has waited ``max_wait_s`` or half of the time that its
+    deadline leaves.
 
-    By time: where all ``servers`` are at work, a request is refused that could not end before its deadline; from who
-    waits nevertheless, :meth:`take` forms the largest batch that ends before the deadlines of all in it. Both follow
-    ``costs``; what is not known refuses nobody.
+    By time: where all ``servers`` are at work, a request is refused that could not end before its
+    deadline; from who waits nevertheless, :meth:`take` forms the largest batch that ends before the
+    deadlines of all in it. Both follow ``costs``; what is not known refuses nobody.
 
-    A request with more rows than ``max_batch_size`` makes a batch of its own, which the engine runs in chunks.
-    Not thread-safe: the owner locks, and keeps ``ends_s``, when what runs now should end. ``push`` and ``drop`` cost
-    O(log n), ``take`` O(engines + batch), and O(n) when not all can be answered.
+    A request with more rows than ``max_batch_size`` makes a batch of its own, which the engine runs
+    in chunks. Not thread-safe: the owner locks, and keeps ``ends_s``, when what runs now should
+    end. ``push`` and ``drop`` cost O(log n), ``take`` O(engines + batch), and O(n) when not all can
+    be answered.
     """
 
     def __init__(
@@ -137,8 +151,9 @@ class BatchQueue(Generic[E]):
             Requests of clients with more than their share, dropped to make room: to be refused.
 
         Raises:
-            OverloadedError: It could not end before its deadline; or more than ``max_rows`` rows would wait, and its
-            client has its share of them. A single larger request is let into an empty queue.
+            OverloadedError: It could not end before its deadline; or more than ``max_rows`` rows
+            would wait, and its client has its share of them. A single larger request is let into an
+            empty queue.
         """
         self._check_time(request, request.arrival_s if now_s is None else now_s)
         dropped = self._make_room(request)
@@ -167,11 +182,13 @@ class BatchQueue(Generic[E]):
             self._tidy(request.engine)
 
     def take(self, now_s: float, draining: bool = False) -> tuple[Requests[E], Requests[E]]:
-        """The next batch to run at ``now_s`` ([] when nothing is ready), and the requests found to be too late.
+        """The next batch to run at ``now_s`` ([] when nothing is ready), and the requests found to
+        be too late.
 
-        The batch's requests are for one engine, in order of their turns, together at most ``max_batch_size`` rows (or
-        one larger request). Too late is who is past its deadline, or would be at the end of a batch of its own.
-        ``draining`` ignores the hold of ``hold_until_full``.
+        The batch's requests are for one engine, in order of their turns, together at most
+        ``max_batch_size`` rows (or one larger request). Too late is who is past its deadline, or
+        would be at the end of a batch of its own. ``draining`` ignores the hold of
+        ``hold_until_full``.
         """
         late: Requests[E] = []
         while (first := self.first_ready(now_s, draining)) is not None:
@@ -182,16 +199,20 @@ class BatchQueue(Generic[E]):
         return [], late
 
     def next_ready_s(self) -> float | None:
-        """When the first held-back request becomes ready by waiting alone; None when nothing waits."""
+        """When the first held-back request becomes ready by waiting alone; None when nothing
+        waits."""
         return min(map(self._ready_s, self._lines)) if self._lines else None
 
     def first_ready(self, now_s: float, draining: bool = False) -> QueuedRequest[E] | None:
-        """The request that :meth:`take` would look at first at ``now_s``; None when nothing is ready."""
+        """The request that :meth:`take` would look at first at ``now_s``; None when nothing is
+        ready."""
         if not self._lines:
             return None
         held = self.policy == "hold_until_full" and not draining
         if len(self._clients) > 1:
-            engines = [engine for engine in self._lines if not held or self._is_ready(engine, now_s)]
+            engines = [
+                engine for engine in self._lines if not held or self._is_ready(engine, now_s)
+            ]
             return min(map(self._head, engines), key=_turn, default=None)
         oldest = min(self._lines, key=self._ready_s)
         if now_s >= self._ready_s(oldest):
@@ -204,13 +225,15 @@ class BatchQueue(Generic[E]):
     # Which
 
     def _fill(self, engine: E, now_s: float, late: Requests[E]) -> Requests[E]:
-        """Take the largest batch that ends before the deadlines of all in it, as near as halving finds it; who would be
-        late even alone goes to ``late``."""
+        """Take the largest batch that ends before the deadlines of all in it, as near as halving
+        finds it; who would be late even alone goes to ``late``."""
         line = self._lines[engine]
         size = min(self._engine_rows[engine], self.max_batch_size)
         while True:
             batch, hopeless, rows, seen = self._chosen(line, size, now_s)
-            if 2 * rows > size or size == 1 or len(batch) + len(hopeless) == seen:  # nobody was passed over
+            if (
+                2 * rows > size or size == 1 or len(batch) + len(hopeless) == seen
+            ):  # nobody was passed over
                 break
             size //= 2
         for request in batch:
@@ -222,9 +245,11 @@ class BatchQueue(Generic[E]):
         self._tidy(engine)
         return batch
 
-    def _chosen(self, line: Requests[E], size: int, now_s: float) -> tuple[Requests[E], Requests[E], int, int]:
-        """The first of a line who can wait for a batch of ``size`` rows; who is too late even alone; the rows of the
-        batch; how much of the line was looked at."""
+    def _chosen(
+        self, line: Requests[E], size: int, now_s: float
+    ) -> tuple[Requests[E], Requests[E], int, int]:
+        """The first of a line who can wait for a batch of ``size`` rows; who is too late even
+        alone; the rows of the batch; how much of the line was looked at."""
         end_s = now_s + MARGIN * self.usual_s(line[0].engine, size, now_s)
         batch: Requests[E] = []
         hopeless: Requests[E] = []
@@ -254,7 +279,11 @@ class BatchQueue(Generic[E]):
         return self._engine_rows[engine] >= self.max_batch_size or now_s >= self._ready_s(engine)
 
     def _held_until_s(self, request: QueuedRequest[E]) -> float:
-        spare_s = request.deadline_s - request.arrival_s - self.costs.usual_s(request.engine, request.rows)
+        spare_s = (
+            request.deadline_s
+            - request.arrival_s
+            - self.costs.usual_s(request.engine, request.rows)
+        )
         return request.arrival_s + min(self.max_wait_s, max(0.0, spare_s / 2))
 
     # Whether
@@ -276,7 +305,9 @@ class BatchQueue(Generic[E]):
         work_s = 0.0
         for engine, rows in self._engine_rows.items():
             if engine == request.engine:
-                rows = rows // self.max_batch_size * self.max_batch_size  # the rest is in its own batch
+                rows = (
+                    rows // self.max_batch_size * self.max_batch_size
+                )  # the rest is in its own batch
             if rows:
                 work_s += self.usual_s(engine, rows, now_s)
         known = self._clients.get(request.client)
@@ -295,8 +326,8 @@ class BatchQueue(Generic[E]):
         return rows / self.max_batch_size * self.costs.usual_s(engine, self.max_batch_size, now_s)
 
     def _make_room(self, request: QueuedRequest[E]) -> Requests[E]:
-        """Where ``max_rows`` wait: drop the last requests of who has most, if this one's client has less than its share
-        (the longest queue's drop of McKenney, INFOCOM 1990)."""
+        """Where ``max_rows`` wait: drop the last requests of who has most, if this one's client has
+        less than its share (the longest queue's drop of McKenney, INFOCOM 1990)."""
         over = self.rows + request.rows - self.max_rows
         if not self.rows or over <= 0:
             return []
@@ -310,7 +341,9 @@ class BatchQueue(Generic[E]):
         dropped: Requests[E] = []
         while self.rows + request.rows > self.max_rows:
             name, client = max(self._clients.items(), key=lambda item: item[1].rows)
-            theirs = (one for line in self._lines.values() for one in reversed(line) if one.client == name)
+            theirs = (
+                one for line in self._lines.values() for one in reversed(line) if one.client == name
+            )
             last = max(theirs, key=_turn)
             client.turn = last.turn - last.rows
             self.drop(last)

@@ -1,13 +1,14 @@
-"""The threads behind the batch queue: who runs a batch, who waits for it, and what happens when it fails.
+"""The threads behind the batch queue: who runs a batch, who waits for it, and what happens when it
+fails.
 
-A caller whose server is idle runs its own request, on its own thread (handing it over and back costs about 75 us),
-where the model is known to be done well before the deadline: nobody can call a thread back from a model. Callers on an
-event loop share one batch a turn of the loop; it runs on the loop while that is short (``INLINE_S``), else on a worker.
-Everything else waits in the ``BatchQueue`` (``policy.py``) for a worker thread. Workers start when needed and leave
-when idle.
+A caller whose server is idle runs its own request, on its own thread (handing it over and back
+costs about 75 us), where the model is known to be done well before the deadline: nobody can call a
+thread back from a model. Callers on an event loop share one batch a turn of the loop; it runs on
+the loop while that is short (``INLINE_S``), else on a worker. Everything else waits in the
+``BatchQueue`` (``policy.py``) for a worker thread. Workers start when needed and leave when idle.
 
-A request's ``waiter`` is a held lock (its thread waits to take it), or a :class:`LoopSide` and a future, or None where
-the caller runs the request itself.
+A request's ``waiter`` is a held lock (its thread waits to take it), or a :class:`LoopSide` and a
+future, or None where the caller runs the request itself.
 """
 
 import asyncio
@@ -32,9 +33,11 @@ from flserving.monitoring.metrics import Costs
 from flserving.serving.batching.policy import BatchQueue, QueuedRequest, in_ms
 from flserving.serving.config import ServingConfig
 
-INLINE_S = 2e-3  # an event loop may be held this long: under the 5 ms that a thread waits for the interpreter lock
+# an event loop may be held this long: under the 5 ms that a thread waits for the interpreter lock
+INLINE_S = 2e-3
 IDLE_S = 5.0  # a worker with nothing to do leaves after this long
-SURE = 2.0  # a thread runs its own request where this many times the usual duration fits before the deadline
+# a thread runs its own request where this many times the usual duration fits before the deadline
+SURE = 2.0
 
 
 class Engine(Hashable, Protocol):
@@ -75,19 +78,24 @@ class LoopSide:
 
 
 class Batcher:
-    """Runs requests in batches, at most ``num_workers`` at a time. Callers block (:meth:`run`) or await (:meth:`arun`).
+    """Runs requests in batches, at most ``num_workers`` at a time. Callers block (:meth:`run`) or
+    await (:meth:`arun`).
 
-    Guarantees: a request that is past its deadline never reaches the model; a batch that fails is retried by halves
-    until the request at fault fails alone; every request gets its own result or one typed error.
+    Guarantees: a request that is past its deadline never reaches the model; a batch that fails is
+    retried by halves until the request at fault fails alone; every request gets its own result or
+    one typed error.
 
-    A thread hears of its deadline when it is there, whatever the model does: only a model whose usual duration fits
-    into it twice runs on the caller's own thread, which returns when the model does.
+    A thread hears of its deadline when it is there, whatever the model does: only a model whose
+    usual duration fits into it twice runs on the caller's own thread, which returns when the model
+    does.
     """
 
     def __init__(
         self,
         config: ServingConfig,
-        on_execution: Callable[[Any, int, Sequence[Any]], None] = lambda engine, rows, results: None,
+        on_execution: Callable[[Any, int, Sequence[Any]], None] = lambda engine, rows, results: (
+            None
+        ),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
@@ -99,7 +107,8 @@ class Batcher:
         forks.in_child(self, Batcher._begin)
 
     def _begin(self) -> None:
-        """Nobody waits and nobody works: at the start, and in a forked child, which has none of these threads."""
+        """Nobody waits and nobody works: at the start, and in a forked child, which has none of
+        these threads."""
         config = self.config
         self.queue: BatchQueue[Any] = BatchQueue(
             config.max_batch_size,
@@ -123,12 +132,19 @@ class Batcher:
     # Callers that block
 
     def run(
-        self, engine: Engine, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+        self,
+        engine: Engine,
+        payload: Any,
+        rows: int,
+        arrival_s: float,
+        deadline_s: float,
+        client: Hashable = None,
     ) -> Any:
         """Run one request and return its result. ``client`` is whose share of the queue it uses.
 
         Raises:
-            OverloadedError, DeadlineExceededError, ServerClosedError, or what the model raised for this request.
+            OverloadedError, DeadlineExceededError, ServerClosedError, or what the model raised for
+            this request.
         """
         with self._lock:
             now_s = self._admit(arrival_s, deadline_s)
@@ -138,7 +154,9 @@ class Batcher:
                 slot = self._take_slot(engine, rows, now_s, usual_s)
             else:
                 inline = False
-                request: Queued = QueuedRequest(engine, payload, rows, arrival_s, deadline_s, client)
+                request: Queued = QueuedRequest(
+                    engine, payload, rows, arrival_s, deadline_s, client
+                )
                 request.waiter = threading.Lock()
                 request.waiter.acquire()
                 dropped = self._enqueue(request, now_s)
@@ -171,14 +189,22 @@ class Batcher:
                 raise request.error
             return request.result
         finally:
-            request.error = None  # an error's frames must not hold what holds the error: it would keep models alive
+            # an error's frames must not hold what holds the error: it would keep models alive
+            request.error = None
 
     # Callers that await
 
     async def arun(
-        self, engine: Engine, payload: Any, rows: int, arrival_s: float, deadline_s: float, client: Hashable = None
+        self,
+        engine: Engine,
+        payload: Any,
+        rows: int,
+        arrival_s: float,
+        deadline_s: float,
+        client: Hashable = None,
     ) -> Any:
-        """:meth:`run` for coroutines: whoever arrives in one turn of the event loop shares a batch."""
+        """:meth:`run` for coroutines: whoever arrives in one turn of the event loop shares a
+        batch."""
         request: Queued = QueuedRequest(engine, payload, rows, arrival_s, deadline_s, client)
         loop = asyncio.get_running_loop()
         here: LoopSide | None = getattr(self._here, "side", None)
@@ -210,7 +236,8 @@ class Batcher:
             del future
 
     def _end_of_turn(self, here: LoopSide) -> None:
-        """Everybody who arrived in this turn waits in the queue: run one batch, and leave the rest to the next turn."""
+        """Everybody who arrived in this turn waits in the queue: run one batch, and leave the rest
+        to the next turn."""
         here.turn_ends = False
         with self._lock:
             if self.busy >= self.config.num_workers:
@@ -238,7 +265,8 @@ class Batcher:
         here.alarm = here.loop.call_later(max(0.0, at_s - self._clock()) + 1e-4, self._ring, here)
 
     def _ring(self, here: LoopSide) -> None:
-        """One timer a loop, not one a request: fail who is past the deadline, set the alarm for who comes next."""
+        """One timer a loop, not one a request: fail who is past the deadline, set the alarm for who
+        comes next."""
         here.alarm = None
         now_s = self._clock()
         late = [request for request in here.waiting if request.deadline_s <= now_s]
@@ -263,7 +291,8 @@ class Batcher:
         return now_s
 
     def _usual_s(self, engine: Engine, rows: int) -> float:
-        """Seconds that so many rows take: as they did, however long ago, else as in the warm-up; else infinite."""
+        """Seconds that so many rows take: as they did, however long ago, else as in the warm-up;
+        else infinite."""
         largest = self.config.max_batch_size
         if rows <= largest:
             return self._costs.usual_s(engine, rows) or engine.typical_s
@@ -274,18 +303,27 @@ class Batcher:
         try:
             return self.queue.push(request, now_s)
         except OverloadedError:
-            self._call_worker()  # who was to look at the queue may be gone: an event loop that was closed
+            # who was to look at the queue may be gone: an event loop that was closed
+            self._call_worker()
             raise
 
     def _refuse_dropped(self, dropped: Sequence[Queued]) -> None:
         for request in dropped:
-            refuse(request, OverloadedError("the queue is full of your requests, and others have a share: try later"))
+            refuse(
+                request,
+                OverloadedError(
+                    "the queue is full of your requests, and others have a share: try later"
+                ),
+            )
 
     def _call_worker(self) -> None:
-        """Under the lock: make sure that somebody looks at the queue. A busy worker looks when it is done."""
+        """Under the lock: make sure that somebody looks at the queue. A busy worker looks when it
+        is done."""
         if self._sleeping:
             self._work.notify()
-        elif len(self._threads) < self.config.num_workers and (self.closed or self.busy < self.config.num_workers):
+        elif len(self._threads) < self.config.num_workers and (
+            self.closed or self.busy < self.config.num_workers
+        ):
             thread = threading.Thread(target=self._worker, name="flserving-worker", daemon=True)
             self._threads.add(thread)
             thread.start()
@@ -317,18 +355,23 @@ class Batcher:
                         return
             self._settle_late(expired)
             if batch:
-                with contextlib.suppress(BaseException):  # its callers know; a thread that ends here would be missed
+                with contextlib.suppress(
+                    BaseException
+                ):  # its callers know; a thread that ends here would be missed
                     self._execute(batch, slot)
 
     def _execute(self, batch: list[Queued], slot: Run) -> None:
-        """Run a batch whose slot is taken already, and give the slot back. The caller then looks at the queue."""
+        """Run a batch whose slot is taken already, and give the slot back. The caller then looks at
+        the queue."""
         interrupted = False
         ran = False
         try:
             ran = self._run_or_halve(batch)
         except BaseException as error:  # an interrupt: nobody may be left waiting
             interrupted = True
-            interruption = ModelExecutionError(f"the execution was interrupted by {type(error).__name__}: try again")
+            interruption = ModelExecutionError(
+                f"the execution was interrupted by {type(error).__name__}: try again"
+            )
             for request in batch:
                 if request.state == "running":
                     refuse(request, interruption)
@@ -337,14 +380,17 @@ class Batcher:
             self._give_back_slot(slot, ran, hand_over=interrupted)
 
     def _take_batch(self, now_s: float) -> tuple[list[Queued], list[Queued], Any]:
-        """Under the lock: the next batch, who is too late, and the slot of the batch (None where there is none)."""
+        """Under the lock: the next batch, who is too late, and the slot of the batch (None where
+        there is none)."""
         batch, expired = self.queue.take(now_s, self.closed)
         slot: Run | None = None
         if batch:
             slot = self._take_slot(batch[0].engine, sum(request.rows for request in batch), now_s)
         return batch, expired, slot
 
-    def _take_slot(self, engine: Engine, rows: int, now_s: float, usual_s: float | None = None) -> Run:
+    def _take_slot(
+        self, engine: Engine, rows: int, now_s: float, usual_s: float | None = None
+    ) -> Run:
         """Under the lock."""
         self.busy += 1
         if usual_s is None:
@@ -373,17 +419,26 @@ class Batcher:
         """Whether one execution answered all."""
         try:
             rows = sum(request.rows for request in batch)
-            results = self._run_on_engine(batch[0].engine, [request.payload for request in batch], rows)
+            results = self._run_on_engine(
+                batch[0].engine, [request.payload for request in batch], rows
+            )
         except Exception as error:
             if len(batch) == 1:
                 refuse(batch[0], error)
                 return False
-            # at worst 2n - 1 executions, log2(n) deep: Triton and Clipper fail the whole batch instead
+            # at worst 2n - 1 executions, log2(n) deep: Triton and Clipper fail the whole batch
+            # instead
             middle = len(batch) // 2
             for half in (batch[:middle], batch[middle:]):
-                now_s = self._clock()  # failing took time: who is late or gone by now does not reach the model again
+                now_s = (
+                    self._clock()
+                )  # failing took time: who is late or gone by now does not reach the model again
                 self._settle_late([request for request in half if request.deadline_s <= now_s])
-                rest = [request for request in half if request.state == "running" and request.deadline_s > now_s]
+                rest = [
+                    request
+                    for request in half
+                    if request.state == "running" and request.deadline_s > now_s
+                ]
                 if rest:
                     self._run_or_halve(rest)
             return False
@@ -404,9 +459,13 @@ class Batcher:
         left = f"an answer usually takes {in_ms(usual_s)}"
         allowed_s = request.deadline_s - request.arrival_s
         if allowed_s < usual_s:  # whatever waits besides
-            return DeadlineExceededError(f"{left}, the deadline was {in_ms(allowed_s)}: raise timeout_ms")
+            return DeadlineExceededError(
+                f"{left}, the deadline was {in_ms(allowed_s)}: raise timeout_ms"
+            )
         left_s = request.deadline_s - now_s
-        return OverloadedError(f"{left}, the deadline leaves {in_ms(left_s)}: try again later, or raise timeout_ms")
+        return OverloadedError(
+            f"{left}, the deadline leaves {in_ms(left_s)}: try again later, or raise timeout_ms"
+        )
 
     def _too_late(self, arrival_s: float, deadline_s: float) -> DeadlineExceededError:
         waited_s = self._clock() - arrival_s
@@ -417,7 +476,8 @@ class Batcher:
         )
 
     def close(self, drain_s: float = 5.0) -> None:
-        """Refuse new requests, let the waiting ones finish for ``drain_s`` seconds, fail the rest. Idempotent."""
+        """Refuse new requests, let the waiting ones finish for ``drain_s`` seconds, fail the rest.
+        Idempotent."""
         with self._lock:
             self.closed = True
             self._work.notify_all()
@@ -425,7 +485,9 @@ class Batcher:
                 self._call_worker()
         until_s = time.monotonic() + drain_s
         joined = {threading.current_thread()}
-        while threads := self._threads - joined:  # while it drains, a caller who gives its slot back may start one
+        while (
+            threads := self._threads - joined
+        ):  # while it drains, a caller who gives its slot back may start one
             for thread in threads:
                 thread.join(max(0.0, until_s - time.monotonic()))
             joined |= threads
@@ -434,7 +496,12 @@ class Batcher:
             while (taken := self.queue.take(-math.inf, draining=True))[0]:
                 left += taken[0]
         for request in left:
-            refuse(request, ServerClosedError("the server was closed before this request ran: send it elsewhere"))
+            refuse(
+                request,
+                ServerClosedError(
+                    "the server was closed before this request ran: send it elsewhere"
+                ),
+            )
 
 
 def answer(batch: Sequence[QueuedRequest[Any]], results: Iterable[Any]) -> None:

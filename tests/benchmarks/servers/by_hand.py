@@ -32,8 +32,18 @@ async def infer(request: Request):
         probabilities = torch.softmax(model(torch.tensor(tensor.data).reshape(tensor.shape)), 1)
     confidences, predictions = probabilities.max(1)
     outputs = [
-        {"name": "predictions", "datatype": "INT64", "shape": list(predictions.shape), "data": predictions.tolist()},
-        {"name": "confidences", "datatype": "FP32", "shape": list(confidences.shape), "data": confidences.tolist()},
+        {
+            "name": "predictions",
+            "datatype": "INT64",
+            "shape": list(predictions.shape),
+            "data": predictions.tolist(),
+        },
+        {
+            "name": "confidences",
+            "datatype": "FP32",
+            "shape": list(confidences.shape),
+            "data": confidences.tolist(),
+        },
         {
             "name": "probabilities",
             "datatype": "FP32",

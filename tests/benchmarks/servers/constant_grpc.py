@@ -12,7 +12,11 @@ import grpc
 
 
 def handlers(method):
-    return [grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": method})]
+    return [
+        grpc.method_handlers_generic_handler(
+            "inference.GRPCInferenceService", {"ModelInfer": method}
+        )
+    ]
 
 
 async def serve_aio(port: int, answer: bytes) -> None:
@@ -28,7 +32,9 @@ async def serve_aio(port: int, answer: bytes) -> None:
 
 def serve_sync(port: int, answer: bytes) -> None:
     server = grpc.server(ThreadPoolExecutor(4))
-    server.add_generic_rpc_handlers(handlers(grpc.unary_unary_rpc_method_handler(lambda request, context: answer)))
+    server.add_generic_rpc_handlers(
+        handlers(grpc.unary_unary_rpc_method_handler(lambda request, context: answer))
+    )
     server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
     server.wait_for_termination()

@@ -1,4 +1,5 @@
-"""The floor for REST: raw ASGI, orjson, one forward per turn of the event loop; no validation, registry or metrics.
+"""The floor for REST: raw ASGI, orjson, one forward per turn of the event loop; no validation,
+registry or metrics.
 
 python floor.py PORT SIZE,SIZE,...
 """
@@ -34,12 +35,25 @@ class Floor:
         top = probabilities.argmax(1)
         outputs = [
             {"name": "predictions", "datatype": "INT64", "shape": [len(top)], "data": top},
-            {"name": "confidences", "datatype": "FP32", "shape": [len(top)], "data": probabilities.max(1)},
-            {"name": "probabilities", "datatype": "FP32", "shape": probabilities.shape, "data": probabilities},
+            {
+                "name": "confidences",
+                "datatype": "FP32",
+                "shape": [len(top)],
+                "data": probabilities.max(1),
+            },
+            {
+                "name": "probabilities",
+                "datatype": "FP32",
+                "shape": probabilities.shape,
+                "data": probabilities,
+            },
         ]
         answer = {"model_name": "m", "model_version": "1", "outputs": outputs}
         data = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(data)).encode()),
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": data})
 

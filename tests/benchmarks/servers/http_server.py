@@ -1,7 +1,8 @@
 """Our REST application behind one of three HTTP servers, each with the limits that it offers.
 
-python http_server.py ours|uvicorn|granian PORT REGISTRY WORKERS     # until SIGTERM
-python http_server.py ours|uvicorn|granian PORT REGISTRY thread      # in a thread, as a notebook does: prints two times
+python http_server.py ours|uvicorn|granian PORT REGISTRY WORKERS     # until SIGTERM python
+http_server.py ours|uvicorn|granian PORT REGISTRY thread      # in a thread, as a notebook does:
+prints two times
 """
 
 import asyncio
@@ -29,7 +30,9 @@ NAME = "http_server:application"
 def options(port: int) -> ApiOptions:
     tokens = Tokens()
     tokens.add(TOKEN, Role.INFER)
-    return ApiOptions(port=port, grpc_port=None, tokens=tokens, hosts=("127.0.0.1",), slow_client_s=SLOW_CLIENT_S)
+    return ApiOptions(
+        port=port, grpc_port=None, tokens=tokens, hosts=("127.0.0.1",), slow_client_s=SLOW_CLIENT_S
+    )
 
 
 def model_server() -> ModelServer:
@@ -45,7 +48,8 @@ def application() -> RestApp:
 
 
 def application_of_granian():
-    """granian says its own port as a string; ASGI wants a number, and our check of the Host header does too."""
+    """granian says its own port as a string; ASGI wants a number, and our check of the Host header
+    does too."""
     app = application()
 
     async def called(scope, receive, send) -> None:
@@ -69,7 +73,8 @@ def serve_uvicorn(port: int, workers: int) -> None:
     uvicorn.run(
         NAME, factory=True, port=port, workers=workers, lifespan="off", access_log=False, log_level="error",
         loop="uvloop", http="httptools", timeout_keep_alive=int(SLOW_CLIENT_S), timeout_graceful_shutdown=5,
-        timeout_worker_healthcheck=60,  # by default a worker that needs 5 s to import torch is killed, for ever
+        # by default a worker that needs 5 s to import torch is killed, for ever
+        timeout_worker_healthcheck=60,
     )  # fmt: skip
 
 
@@ -93,7 +98,9 @@ def thread_of_ours(port: int):
 def thread_of_uvicorn(port: int):
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(application, factory=True, port=port, lifespan="off", log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(application, factory=True, port=port, lifespan="off", log_level="error")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
 
@@ -112,7 +119,9 @@ def thread_of_granian(port: int):
     holder = {}
 
     async def serve() -> None:
-        holder["server"] = Server(application_of_granian(), port=port, interface=Interfaces.ASGINL, log_enabled=False)
+        holder["server"] = Server(
+            application_of_granian(), port=port, interface=Interfaces.ASGINL, log_enabled=False
+        )
         await holder["server"].serve()
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))

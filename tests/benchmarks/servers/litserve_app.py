@@ -25,7 +25,12 @@ class Api(litserve.LitAPI):
         outputs = [
             {"name": "predictions", "datatype": "INT64", "shape": [1], "data": [prediction.item()]},
             {"name": "confidences", "datatype": "FP32", "shape": [1], "data": [confidence.item()]},
-            {"name": "probabilities", "datatype": "FP32", "shape": [1, len(row)], "data": row.tolist()},
+            {
+                "name": "probabilities",
+                "datatype": "FP32",
+                "shape": [1, len(row)],
+                "data": row.tolist(),
+            },
         ]
         return {"model_name": "m", "model_version": "1", "outputs": outputs}
 
@@ -33,4 +38,6 @@ class Api(litserve.LitAPI):
 if __name__ == "__main__":
     api = Api(max_batch_size=32, batch_timeout=0.002, api_path="/v2/models/m/infer")
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
-    server.run(port=int(sys.argv[1]), log_level="error", generate_client_file=False, num_api_servers=1)
+    server.run(
+        port=int(sys.argv[1]), log_level="error", generate_client_file=False, num_api_servers=1
+    )

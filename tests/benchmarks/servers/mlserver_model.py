@@ -35,9 +35,21 @@ class Model(MLModel):
 if __name__ == "__main__":
     port, here = int(sys.argv[1]), Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"http_port": port, "grpc_port": port + 1, "metrics_port": port + 2, "parallel_workers": 0}
-        Path(folder, "settings.json").write_text(json.dumps(settings | {"host": "127.0.0.1", "debug": False}))
-        model = {"name": "m", "implementation": "mlserver_model.Model", "max_batch_size": 32, "max_batch_time": 0.002}
+        settings = {
+            "http_port": port,
+            "grpc_port": port + 1,
+            "metrics_port": port + 2,
+            "parallel_workers": 0,
+        }
+        Path(folder, "settings.json").write_text(
+            json.dumps(settings | {"host": "127.0.0.1", "debug": False})
+        )
+        model = {
+            "name": "m",
+            "implementation": "mlserver_model.Model",
+            "max_batch_size": 32,
+            "max_batch_time": 0.002,
+        }
         Path(folder, "model-settings.json").write_text(json.dumps(model))
         environment = os.environ | {"SIZES": sys.argv[2], "PYTHONPATH": str(here)}
         command = [sys.executable, "-c", "from mlserver.cli import main; main()", "start", folder]

@@ -17,9 +17,9 @@ _TURNS = 1000  # of the event loop: more than any run here needs
 def check_open_loop(open_loop: Generator) -> None:
     """Check ``await open_loop(ask, plan_s, clock) -> latencies_ms``.
 
-    ``await ask()`` is one request, and may raise; ``plan_s`` says when each is due, in seconds from the start;
-    ``clock()`` gives seconds. Right is: each is sent when it is due, whatever the others do; its latency counts from
-    when it was due, in the order of the plan; NaN where it failed.
+    ``await ask()`` is one request, and may raise; ``plan_s`` says when each is due, in seconds from
+    the start; ``clock()`` gives seconds. Right is: each is sent when it is due, whatever the others
+    do; its latency counts from when it was due, in the order of the plan; NaN where it failed.
 
     Raises:
         CheckError: Says which users' bad moments are not in the numbers.
@@ -46,7 +46,9 @@ def check_open_loop(open_loop: Generator) -> None:
         Part(
             "counts from the plan",
             _counts_from_the_plan,
-            ("A request that was sent late had a user who waited: its latency is now - (start_s + due_s).",),
+            (
+                "A request that was sent late had a user who waited: its latency is now - (start_s + due_s).",
+            ),
         ),
         Part(
             "bears a request that fails",
@@ -72,7 +74,9 @@ class _Loop(asyncio.SelectorEventLoop):
         def jump(timeout: float | None = None) -> Any:
             assert timeout is not None, "open_loop waits for something that never comes"
             self.turns += 1
-            assert self.turns < _TURNS, "open_loop asks the clock again and again: sleep until the next request is due"
+            assert self.turns < _TURNS, (
+                "open_loop asks the clock again and again: sleep until the next request is due"
+            )
             self.now_s += max(0.0, timeout)
             return select(0)
 
@@ -83,9 +87,12 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 class _Server:
-    """Answers request n after ``takes_s[n]``, else 5 ms; ``blocks_s[n]`` is time in which nothing else runs at all."""
+    """Answers request n after ``takes_s[n]``, else 5 ms; ``blocks_s[n]`` is time in which nothing
+    else runs at all."""
 
-    def __init__(self, takes_s: dict[int, float], blocks_s: dict[int, float], fails: Sequence[int] = ()) -> None:
+    def __init__(
+        self, takes_s: dict[int, float], blocks_s: dict[int, float], fails: Sequence[int] = ()
+    ) -> None:
         self.takes_s = takes_s
         self.blocks_s = blocks_s
         self.fails = fails
@@ -107,7 +114,9 @@ def _latencies(open_loop: Generator, server: _Server, plan_s: Sequence[float]) -
 
     def run() -> Any:
         made = open_loop(server.ask, list(plan_s), server.loop.time)
-        assert asyncio.iscoroutine(made), f"open_loop returned {type(made).__name__} at once: begin with `async def`"
+        assert asyncio.iscoroutine(made), (
+            f"open_loop returned {type(made).__name__} at once: begin with `async def`"
+        )
         try:
             return server.loop.run_until_complete(made)
         finally:
@@ -130,13 +139,19 @@ def _latencies(open_loop: Generator, server: _Server, plan_s: Sequence[float]) -
             f"one request raised {type(first).__name__}, and that ended the run: the other users' latencies are lost"
         ) from first
     except Exception as error:
-        raise AssertionError(f"open_loop(ask, plan_s, clock) raised {type(error).__name__}: {error}") from error
+        raise AssertionError(
+            f"open_loop(ask, plan_s, clock) raised {type(error).__name__}: {error}"
+        ) from error
     finally:
-        if not server.loop.is_running():  # else its thread was left behind, in a call that nothing interrupts
+        if (
+            not server.loop.is_running()
+        ):  # else its thread was left behind, in a call that nothing interrupts
             server.loop.close()
     assert got is not None, "open_loop returned None: return the latencies in ms, a list"
     numbers = cast("list[float]", list(got))
-    assert len(numbers) == len(plan_s), f"{len(plan_s)} requests were planned, {len(numbers)} latencies came back"
+    assert len(numbers) == len(plan_s), (
+        f"{len(plan_s)} requests were planned, {len(numbers)} latencies came back"
+    )
     return [float(number) for number in numbers]
 
 
@@ -154,22 +169,30 @@ def _keeps_to_the_plan(open_loop: Generator) -> None:
     assert max(abs(at_s - due_s) for at_s, due_s in zip(sent, plan_s, strict=True)) < 1e-5, (
         f"{told}: send when it is due; what the sending takes must not add up from request to request"
     )
-    assert not equal(got[0], 0.005), "a latency of 5 ms came back as 0.005: seconds; a second has 1000 ms"
-    assert all(abs(ms - 5) < 1e-3 for ms in got), f"each answer took 5 ms, the latencies are {_told(got)} ms"
+    assert not equal(got[0], 0.005), (
+        "a latency of 5 ms came back as 0.005: seconds; a second has 1000 ms"
+    )
+    assert all(abs(ms - 5) < 1e-3 for ms in got), (
+        f"each answer took 5 ms, the latencies are {_told(got)} ms"
+    )
 
 
 def _waits_for_no_answer(open_loop: Generator) -> None:
     plan_s = [0.02 * number for number in range(1, 31)]
     server = _Server({4: 0.3}, {})
     got = _latencies(open_loop, server, plan_s)
-    late = [number for number, at_s in enumerate(server.sent_s) if at_s - 500 - plan_s[number] > 1e-3]
+    late = [
+        number for number, at_s in enumerate(server.sent_s) if at_s - 500 - plan_s[number] > 1e-3
+    ]
     assert not late, (
         f"request 5 was answered after 300 ms, and {len(late)} requests behind it were sent late: users do not wait "
         "for each other; the server was spared exactly while it was slow"
     )
     slow = [number for number, ms in enumerate(got, start=1) if ms > 100]
     assert slow, "request 5 was answered after 300 ms, and no latency is above 100 ms"
-    assert slow == [5], f"request 5 was slow, by the list it was request {slow[0]}: keep the order of the plan"
+    assert slow == [5], (
+        f"request 5 was slow, by the list it was request {slow[0]}: keep the order of the plan"
+    )
 
 
 def _counts_from_the_plan(open_loop: Generator) -> None:
@@ -194,7 +217,9 @@ def _bears_failures(open_loop: Generator) -> None:
         f"request 4 failed and has the latency {got[3]:.0f} ms: a quick refusal is no quick answer; NaN where it failed"
     )
     assert failed == [3], f"request 4 of 10 failed, NaN are the places {failed}, counted from 0"
-    assert got[7] > 99, f"request 8 took 100 ms after request 4 had failed, by the list {got[7]:.0f} ms"
+    assert got[7] > 99, (
+        f"request 8 took 100 ms after request 4 had failed, by the list {got[7]:.0f} ms"
+    )
 
 
 def _told(numbers: Sequence[float]) -> str:

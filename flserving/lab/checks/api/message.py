@@ -1,4 +1,5 @@
-"""Checks of the exercises "write a request" and "read an answer" (notebook 05): messages of the protocol V2 as JSON."""
+"""Checks of the exercises "write a request" and "read an answer" (notebook 05): messages of the
+protocol V2 as JSON."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -20,11 +21,12 @@ _BY_LINES = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 def check_build_request(build_request: Write) -> None:
-    """Check ``build_request(tensors, timeout_s=None) -> bytes``: a request of the protocol, as JSON.
+    """Check ``build_request(tensors, timeout_s=None) -> bytes``: a request of the protocol, as
+    JSON.
 
-    ``tensors`` maps names to arrays. Right is: each as name, datatype, shape and ``data``, its numbers in one list, the
-    last axis fastest; every number as it was; ``timeout`` in whole microseconds; a ValueError for what JSON has no word
-    for.
+    ``tensors`` maps names to arrays. Right is: each as name, datatype, shape and ``data``, its
+    numbers in one list, the last axis fastest; every number as it was; ``timeout`` in whole
+    microseconds; a ValueError for what JSON has no word for.
 
     Raises:
         CheckError: Says which field is wrong, and what a server makes of it.
@@ -71,9 +73,9 @@ def check_build_request(build_request: Write) -> None:
 def check_parse_answer(parse_answer: Read) -> None:
     """Check ``parse_answer(status, headers, body) -> {name: array}``.
 
-    Right is: each output as an array of its type and shape; for any status but 200 a FlservingError with the server's
-    sentence, ``http_status`` and ``retry_after_s`` (from the header Retry-After, 0 if there is none), even when the
-    body is not JSON.
+    Right is: each output as an array of its type and shape; for any status but 200 a FlservingError
+    with the server's sentence, ``http_status`` and ``retry_after_s`` (from the header Retry-After,
+    0 if there is none), even when the body is not JSON.
 
     Raises:
         CheckError: Says what the caller is told wrongly.
@@ -115,16 +117,22 @@ def check_parse_answer(parse_answer: Read) -> None:
     )
 
 
-# -------------------------------------------------------------------------------------------------- a request
+# ---------------------------------------------------------------------------------------- a request
 
 
 def _message(build_request: Write, tensors: Tensors, *timeout_s: float) -> dict[str, Any]:
     """What it wrote, read again as JSON."""
     told = f"build_request({{{', '.join(map(repr, tensors))}}}{''.join(f', {each:g}' for each in timeout_s)})"
     body = ask(told, build_request, dict(tensors), *timeout_s)
-    assert not isinstance(body, dict), f"{told} returned a dict: a socket carries bytes, use json.dumps and .encode()"
-    assert not isinstance(body, str), f"{told} returned a text: a socket carries bytes, add .encode()"
-    assert isinstance(body, bytes), f"{told} returned {type(body).__name__}: return the bytes of the message"
+    assert not isinstance(body, dict), (
+        f"{told} returned a dict: a socket carries bytes, use json.dumps and .encode()"
+    )
+    assert not isinstance(body, str), (
+        f"{told} returned a text: a socket carries bytes, add .encode()"
+    )
+    assert isinstance(body, bytes), (
+        f"{told} returned {type(body).__name__}: return the bytes of the message"
+    )
     try:
         message = json.loads(body)
     except ValueError as error:
@@ -143,7 +151,9 @@ def _message(build_request: Write, tensors: Tensors, *timeout_s: float) -> dict[
 def _described(build_request: Write, array: np.ndarray[Any, Any]) -> dict[str, Any]:
     tensor = _message(build_request, {"features": array})["inputs"][0]
     missing = [key for key in ("name", "datatype", "shape", "data") if key not in tensor]
-    assert not missing, f"the input has no {missing[0]!r}, only {sorted(tensor)}: a server cannot read it without"
+    assert not missing, (
+        f"the input has no {missing[0]!r}, only {sorted(tensor)}: a server cannot read it without"
+    )
     return dict(tensor)
 
 
@@ -153,17 +163,27 @@ def _describes(build_request: Write) -> None:
         tensor = _described(build_request, array)
         wanted = NAMES[array.dtype]
         found = tensor["datatype"]
-        assert tensor["name"] == "features", f"the input is called {tensor['name']!r}: its name is 'features'"
-        assert found != kind, f"the datatype is {kind!r}, numpy's name: the protocol's is {wanted!r}"
+        assert tensor["name"] == "features", (
+            f"the input is called {tensor['name']!r}: its name is 'features'"
+        )
+        assert found != kind, (
+            f"the datatype is {kind!r}, numpy's name: the protocol's is {wanted!r}"
+        )
         assert found != f"{wanted.rstrip('0123456789')}{array.itemsize}" or kind == "bool", (
             f"the datatype of {kind} is {found!r}: the number counts bits, itemsize counts bytes"
         )
-        assert found == wanted, f"the datatype of {kind} is {found!r}, the protocol's name is {wanted!r}"
+        assert found == wanted, (
+            f"the datatype of {kind} is {found!r}, the protocol's name is {wanted!r}"
+        )
         shape = tensor["shape"]
-        assert shape != [6], "the shape of 2 rows of 3 is [6]: a server cannot tell that from one row of 6"
+        assert shape != [6], (
+            "the shape of 2 rows of 3 is [6]: a server cannot tell that from one row of 6"
+        )
         assert shape != [3, 2], "the shape of 2 rows of 3 is [3, 2]: rows first, as in array.shape"
         assert shape == [2, 3], f"the shape of 2 rows of 3 is {shape!r}: a list, [2, 3]"
-    names = [each["name"] for each in _message(build_request, {"a": _BY_LINES, "b": _BY_LINES})["inputs"]]
+    names = [
+        each["name"] for each in _message(build_request, {"a": _BY_LINES, "b": _BY_LINES})["inputs"]
+    ]
     assert names == ["a", "b"], f"the inputs of {{'a': ..., 'b': ...}} are called {names}"
 
 
@@ -185,9 +205,13 @@ def _row_major(build_request: Write) -> None:
             f"the data of {told} goes column by column: the server reads row by row, and takes pixels of other rows "
             "for this one; the answer is wrong, and no error says so"
         )
-        assert data == [0, 1, 2, 3, 4, 5], f"the data of {told} is {data}: row by row it is [0, 1, 2, 3, 4, 5]"
+        assert data == [0, 1, 2, 3, 4, 5], (
+            f"the data of {told} is {data}: row by row it is [0, 1, 2, 3, 4, 5]"
+        )
     data = _described(build_request, np.arange(8, dtype=np.float32).reshape(2, 2, 2))["data"]
-    assert data == list(range(8)), f"the data of two images of 2 x 2 is {data}: the last axis goes fastest"
+    assert data == list(range(8)), (
+        f"the data of two images of 2 x 2 is {data}: the last axis goes fastest"
+    )
 
 
 def _exact(build_request: Write) -> None:
@@ -199,7 +223,9 @@ def _exact(build_request: Write) -> None:
     )
     large = np.array([2**53 + 1, -7])
     got = _described(build_request, large)["data"]
-    assert got == large.tolist(), f"the INT64 {large[0]} came out as {got[0]!r}: a float has only 53 bits"
+    assert got == large.tolist(), (
+        f"the INT64 {large[0]} came out as {got[0]!r}: a float has only 53 bits"
+    )
     assert all(type(each) is int for each in got), f"INT64 came out as {got}: whole numbers"
     got = _described(build_request, np.array([True, False]))["data"]
     assert all(type(each) is bool for each in got), f"BOOL came out as {got}: true and false"
@@ -220,15 +246,21 @@ def _deadline(build_request: Write) -> None:
         "without timeout_s the message names a timeout all the same"
     )
     message = _message(build_request, {"features": _BY_LINES}, 0.25)
-    assert "timeout" not in message and not any("parameters" in each for each in message["inputs"]), (
-        "the timeout is of the whole request: it stands in the message's own `parameters`"
-    )
+    assert "timeout" not in message and not any(
+        "parameters" in each for each in message["inputs"]
+    ), "the timeout is of the whole request: it stands in the message's own `parameters`"
     found = (message.get("parameters") or {}).get("timeout")
-    assert found is not None, "with timeout_s=0.25 there is no parameters['timeout']: the server works on for nobody"
+    assert found is not None, (
+        "with timeout_s=0.25 there is no parameters['timeout']: the server works on for nobody"
+    )
     mistakes = {0.25: "seconds", 250: "milliseconds", 0: "rounded down to 0"}
     for wrong, why in mistakes.items():
-        assert found != wrong, f"the timeout of 0.25 s is {wrong:g}, {why}: the protocol counts microseconds"
-    assert found == 250_000 and type(found) is int, f"the timeout of 0.25 s is {found!r}: it is 250000, an int"
+        assert found != wrong, (
+            f"the timeout of 0.25 s is {wrong:g}, {why}: the protocol counts microseconds"
+        )
+    assert found == 250_000 and type(found) is int, (
+        f"the timeout of 0.25 s is {found!r}: it is 250000, an int"
+    )
 
 
 def _server_reads(build_request: Write) -> None:
@@ -241,7 +273,9 @@ def _server_reads(build_request: Write) -> None:
     }
     body = ask("build_request(four tensors, 1)", build_request, tensors, 1)
     read = ask("the server's own read_infer(your bytes)", read_infer, body)
-    assert read.inputs.keys() == tensors.keys(), f"sent were {list(tensors)}, the server reads {list(read.inputs)}"
+    assert read.inputs.keys() == tensors.keys(), (
+        f"sent were {list(tensors)}, the server reads {list(read.inputs)}"
+    )
     for name, array in tensors.items():
         got = read.inputs[name]
         assert got.dtype == array.dtype and np.array_equal(got, array), (
@@ -249,7 +283,7 @@ def _server_reads(build_request: Write) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------- an answer
+# ---------------------------------------------------------------------------------------- an answer
 
 
 def _answer(datatype: str, shape: list[int], data: list[Any]) -> bytes:
@@ -259,7 +293,9 @@ def _answer(datatype: str, shape: list[int], data: list[Any]) -> bytes:
 
 def _read(parse_answer: Read, body: bytes, told: str) -> dict[str, Any]:
     got = ask(f"parse_answer(200, headers, {told})", parse_answer, 200, httpx.Headers(), body)
-    assert isinstance(got, dict), f"parse_answer returned {type(got).__name__}: return a dict, name -> array"
+    assert isinstance(got, dict), (
+        f"parse_answer returned {type(got).__name__}: return a dict, name -> array"
+    )
     return got
 
 
@@ -272,9 +308,13 @@ def _arrays(parse_answer: Read) -> None:
     }
     for datatype, (dtype, data) in cases.items():
         got = _read(parse_answer, _answer(datatype, [2, 3], data), f"{datatype} of shape [2, 3]")
-        assert list(got) == ["scores"], f"the one output is called 'scores', the keys are {list(got)}"
+        assert list(got) == ["scores"], (
+            f"the one output is called 'scores', the keys are {list(got)}"
+        )
         array = got["scores"]
-        assert isinstance(array, np.ndarray), f"'scores' is a {type(array).__name__}: make an array of it"
+        assert isinstance(array, np.ndarray), (
+            f"'scores' is a {type(array).__name__}: make an array of it"
+        )
         assert array.dtype == dtype, f"{datatype} became {array.dtype}: it is {np.dtype(dtype)}"
         assert array.shape == (2, 3), f"an output of shape [2, 3] became {array.shape}: reshape it"
         wanted: np.ndarray[Any, Any] = np.array(data, dtype).reshape(2, 3)
@@ -291,7 +331,9 @@ def _arrays(parse_answer: Read) -> None:
 def _raised(parse_answer: Read, status: int, body: bytes, **headers: str) -> FlservingError:
     told = f"parse_answer({status}, headers, {body[:40]!r})"
     try:
-        got = parse_answer(status, httpx.Headers({k.replace("_", "-"): v for k, v in headers.items()}), body)
+        got = parse_answer(
+            status, httpx.Headers({k.replace("_", "-"): v for k, v in headers.items()}), body
+        )
     except (NotImplementedError, AssertionError):
         raise
     except FlservingError as error:
@@ -300,7 +342,9 @@ def _raised(parse_answer: Read, status: int, body: bytes, **headers: str) -> Fls
         raise AssertionError(
             f"{told} raised {type(error).__name__}: {error}; its caller handles FlservingError, and this one passes by"
         ) from error
-    raise AssertionError(f"{told} returned {got!r}: the caller takes that for an answer; raise a FlservingError")
+    raise AssertionError(
+        f"{told} returned {got!r}: the caller takes that for an answer; raise a FlservingError"
+    )
 
 
 def _errors(parse_answer: Read) -> None:
@@ -311,18 +355,29 @@ def _errors(parse_answer: Read) -> None:
         (504, "late"),
     ):
         error = _raised(parse_answer, status, json.dumps({"error": sentence}).encode())
-        assert sentence in str(error), f"the server said {sentence!r}, the error says {str(error)!r}: pass its words on"
+        assert sentence in str(error), (
+            f"the server said {sentence!r}, the error says {str(error)!r}: pass its words on"
+        )
         assert error.http_status == status, (
             f"http_status of a {status} is {error.http_status!r}: whoever tries again decides by it"
         )
 
 
 def _not_json(parse_answer: Read) -> None:
-    bodies = (b"<html><h1>502 Bad Gateway</h1></html>", b"", b'["no", "object"]', b'{"detail": "another server"}')
+    bodies = (
+        b"<html><h1>502 Bad Gateway</h1></html>",
+        b"",
+        b'["no", "object"]',
+        b'{"detail": "another server"}',
+    )
     for body in bodies:
         error = _raised(parse_answer, 502, body)
-        assert str(error).strip(), f"the error for the body {body!r} says nothing: say at least the status"
-        assert error.http_status == 502, f"http_status of a 502 with the body {body!r} is {error.http_status!r}"
+        assert str(error).strip(), (
+            f"the error for the body {body!r} says nothing: say at least the status"
+        )
+        assert error.http_status == 502, (
+            f"http_status of a 502 with the body {body!r} is {error.http_status!r}"
+        )
 
 
 def _retry_after(parse_answer: Read) -> None:
@@ -330,10 +385,14 @@ def _retry_after(parse_answer: Read) -> None:
     error = _raised(parse_answer, 429, body, Retry_After="1.5")
     found = getattr(error, "retry_after_s", None)
     assert found is not None, "the server said Retry-After: 1.5, and the error has no retry_after_s"
-    assert found != "1.5", "retry_after_s is the text '1.5': nobody can wait a text, make it a number"
+    assert found != "1.5", (
+        "retry_after_s is the text '1.5': nobody can wait a text, make it a number"
+    )
     assert found == 1.5, f"the server said Retry-After: 1.5, retry_after_s is {found!r}"
     found = getattr(_raised(parse_answer, 429, body), "retry_after_s", None)
-    assert found == 0, f"without the header Retry-After retry_after_s is {found!r}: 0, the server said nothing"
+    assert found == 0, (
+        f"without the header Retry-After retry_after_s is {found!r}: 0, the server said nothing"
+    )
 
 
 def _reads_the_server(parse_answer: Read) -> None:
@@ -343,9 +402,15 @@ def _reads_the_server(parse_answer: Read) -> None:
         "confidences": rng.random(8, np.float32),
         "probabilities": rng.random((8, 10), np.float32),
     }
-    body, _ = write_infer("digits", "7", outputs, {"round": 7}, ParsedRequest({}, None, {}, None, {}, False))
+    body, _ = write_infer(
+        "digits", "7", outputs, {"round": 7}, ParsedRequest({}, None, {}, None, {}, False)
+    )
     got = _read(parse_answer, body, "what the server wrote")
     assert got.keys() == outputs.keys(), f"the server wrote {list(outputs)}, read were {list(got)}"
     for name, array in outputs.items():
-        assert isinstance(got[name], np.ndarray), f"{name} is a {type(got[name]).__name__}: make an array of it"
-        assert got[name].dtype == array.dtype and np.array_equal(got[name], array), f"{name} differ from what was sent"
+        assert isinstance(got[name], np.ndarray), (
+            f"{name} is a {type(got[name]).__name__}: make an array of it"
+        )
+        assert got[name].dtype == array.dtype and np.array_equal(got[name], array), (
+            f"{name} differ from what was sent"
+        )

@@ -1,4 +1,5 @@
-"""Checks of the exercises "a retry budget" and "a call with deadline and retry" (notebook 05), in virtual time."""
+"""Checks of the exercises "a retry budget" and "a call with deadline and retry" (notebook 05), in
+virtual time."""
 
 import copy
 import random
@@ -26,10 +27,12 @@ _CLOSE_S = 1e-6
 
 
 def check_retry_budget(RetryBudget: Callable[[float], Any]) -> None:
-    """Check ``RetryBudget(most)`` with ``may_retry()``, called after each failure, and ``answered()``.
+    """Check ``RetryBudget(most)`` with ``may_retry()``, called after each failure, and
+    ``answered()``.
 
-    Right is: it begins with ``most`` tokens; a failure takes one, never below 0; an answer earns 0.1, never above
-    ``most``; a retry is allowed while more than half of ``most`` is left. Source: gRPC's proposal A6.
+    Right is: it begins with ``most`` tokens; a failure takes one, never below 0; an answer earns
+    0.1, never above ``most``; a retry is allowed while more than half of ``most`` is left. Source:
+    gRPC's proposal A6.
 
     Raises:
         CheckError: Says how many retries a server in trouble gets more, or a healthy one fewer.
@@ -37,7 +40,11 @@ def check_retry_budget(RetryBudget: Callable[[float], Any]) -> None:
     judge(
         "retry-budget",
         RetryBudget,
-        Part("each client has its own", _own, ("What two budgets share stands in the class body, not in __init__.",)),
+        Part(
+            "each client has its own",
+            _own,
+            ("What two budgets share stands in the class body, not in __init__.",),
+        ),
         Part(
             "failures use it up",
             _used_up,
@@ -49,7 +56,10 @@ def check_retry_budget(RetryBudget: Callable[[float], Any]) -> None:
         Part(
             "answers fill it, up to the most",
             _filled,
-            ("Two bounds: never below 0, never above most.", "`self.tokens = min(self.most, self.tokens + 0.1)`"),
+            (
+                "Two bounds: never below 0, never above most.",
+                "`self.tokens = min(self.most, self.tokens + 0.1)`",
+            ),
         ),
     )
 
@@ -57,11 +67,11 @@ def check_retry_budget(RetryBudget: Callable[[float], Any]) -> None:
 def check_retry(call_with_retry: Call) -> None:
     """Check ``call_with_retry(send, deadline_s, budget, clock, sleep, idempotent=True)``.
 
-    ``send(timeout_s)`` answers or raises; ``error.retry_after_s`` is what the server said in Retry-After, 0 if nothing.
-    Right is: an error of status 429 (and 503, if ``idempotent``) is tried again after its Retry-After and a random wait
-    that grows from failure to failure, as long as ``budget.may_retry()`` says so and that wait ends before the
-    deadline; every other error, and the last one, is raised. Each try gets the time that is left. An answer is told to
-    the budget.
+    ``send(timeout_s)`` answers or raises; ``error.retry_after_s`` is what the server said in
+    Retry-After, 0 if nothing. Right is: an error of status 429 (and 503, if ``idempotent``) is
+    tried again after its Retry-After and a random wait that grows from failure to failure, as long
+    as ``budget.may_retry()`` says so and that wait ends before the deadline; every other error, and
+    the last one, is raised. Each try gets the time that is left. An answer is told to the budget.
 
     Raises:
         CheckError: Says what the caller, the server or the other callers suffer from the mistake.
@@ -97,7 +107,9 @@ class _EnoughError(BaseException):
 class _World:
     """A server that follows a script, and the time in it. A try takes ``took_s``."""
 
-    def __init__(self, script: Iterable[object], deadline_s: float, took_s: float = 0.01, seed: int = 0) -> None:
+    def __init__(
+        self, script: Iterable[object], deadline_s: float, took_s: float = 0.01, seed: int = 0
+    ) -> None:
         self.script = iter(script)
         self.deadline_s = deadline_s
         self.took_s = took_s
@@ -124,7 +136,9 @@ class _World:
 
     def send(self, timeout_s: float) -> object:
         self._count()
-        assert isinstance(timeout_s, int | float), f"send got the timeout {timeout_s!r}: it is a number of seconds"
+        assert isinstance(timeout_s, int | float), (
+            f"send got the timeout {timeout_s!r}: it is a number of seconds"
+        )
         self.tries.append((self.now_s, timeout_s))
         outcome = next(self.script)
         self.now_s += self.took_s
@@ -136,7 +150,9 @@ class _World:
     def run(self, call_with_retry: Call, **options: bool) -> tuple[Any, BaseException | None]:
         """What was returned, and what was raised."""
         try:
-            got = call_with_retry(self.send, self.deadline_s, self.budget, self.clock, self.sleep, **options)
+            got = call_with_retry(
+                self.send, self.deadline_s, self.budget, self.clock, self.sleep, **options
+            )
             return got, None
         except (NotImplementedError, AssertionError):
             raise
@@ -147,7 +163,9 @@ class _World:
             ) from None
         except Exception as error:
             if error not in self.raised and not isinstance(error, FlservingError):
-                raise AssertionError(f"call_with_retry raised {type(error).__name__}: {error}") from error
+                raise AssertionError(
+                    f"call_with_retry raised {type(error).__name__}: {error}"
+                ) from error
             return None, error
 
     def _count(self) -> None:
@@ -156,7 +174,9 @@ class _World:
             raise _EnoughError
 
 
-def _busy(kind: type[FlservingError] = errors.OverloadedError, retry_after_s: float = 0.0) -> FlservingError:
+def _busy(
+    kind: type[FlservingError] = errors.OverloadedError, retry_after_s: float = 0.0
+) -> FlservingError:
     error = kind("busy")
     error.retry_after_s = retry_after_s  # type: ignore[attr-defined]
     return error
@@ -181,7 +201,9 @@ def _used_up(RetryBudget: Callable[[float], Any]) -> None:
     assert allowed == 4, f"{told} after 4 failures 6 are left, more than half, after 5 no longer"
     small = ask("RetryBudget(2)", RetryBudget, 2)
     got = ask("may_retry()", small.may_retry)
-    assert not got, "of 2 tokens 1 is left after a failure, just half, and may_retry() said yes: take half of `most`"
+    assert not got, (
+        "of 2 tokens 1 is left after a failure, just half, and may_retry() said yes: take half of `most`"
+    )
 
 
 def _filled(RetryBudget: Callable[[float], Any]) -> None:
@@ -208,7 +230,9 @@ def _filled(RetryBudget: Callable[[float], Any]) -> None:
         "long outage is punished for long after"
     )
     left = getattr(budget, "tokens", None)
-    assert left is None or equal(left, round(10 * left) / 10), f"an answer earns 0.1 token, {left!r} are left"
+    assert left is None or equal(left, round(10 * left) / 10), (
+        f"an answer earns 0.1 token, {left!r} are left"
+    )
 
 
 def _failures_until_no(budget: Any) -> int:
@@ -238,9 +262,15 @@ def _own(RetryBudget: Callable[[float], Any]) -> None:
 def _answers(call_with_retry: Call) -> None:
     world = _World(["the answer", "a second answer"], deadline_s=2)
     got, error = world.run(call_with_retry)
-    assert got == "the answer" and error is None, f"send answered at once, and call_with_retry returned {got!r}"
-    assert len(world.tries) == 1, f"send answered at once and was called {len(world.tries)} times: return the answer"
-    assert not world.sleeps, f"send answered at once and the caller had to wait {sum(world.sleeps):g} s more"
+    assert got == "the answer" and error is None, (
+        f"send answered at once, and call_with_retry returned {got!r}"
+    )
+    assert len(world.tries) == 1, (
+        f"send answered at once and was called {len(world.tries)} times: return the answer"
+    )
+    assert not world.sleeps, (
+        f"send answered at once and the caller had to wait {sum(world.sleeps):g} s more"
+    )
 
 
 def _raises_what_is_final(call_with_retry: Call) -> None:
@@ -249,7 +279,9 @@ def _raises_what_is_final(call_with_retry: Call) -> None:
         got, error = world.run(call_with_retry)
         name = kind.__name__
         status = kind.http_status
-        assert len(world.tries) == 1, f"{name} ({status}) was tried {len(world.tries)} times: {why}; raise it at once"
+        assert len(world.tries) == 1, (
+            f"{name} ({status}) was tried {len(world.tries)} times: {why}; raise it at once"
+        )
         _check_raised(got, error, first, f"after {name} ({status})")
         assert not world.sleeps, f"it slept before it raised {name}: there is nothing to wait for"
 
@@ -259,10 +291,13 @@ def _asks_again(call_with_retry: Call) -> None:
         world = _World([_busy(kind), _busy(kind), "the answer"], deadline_s=10)
         got, error = world.run(call_with_retry)
         told = f"{kind.__name__} ({kind.http_status}) twice, then an answer, 10 s to spare:"
-        assert error is None, f"{told} it gave up after {len(world.tries)} tries; 429 and 503 are safe to try again"
+        assert error is None, (
+            f"{told} it gave up after {len(world.tries)} tries; 429 and 503 are safe to try again"
+        )
         assert got == "the answer", f"{told} it returned {got!r}"
         gaps = [
-            later[0] - earlier[0] - world.took_s for earlier, later in zip(world.tries, world.tries[1:], strict=False)
+            later[0] - earlier[0] - world.took_s
+            for earlier, later in zip(world.tries, world.tries[1:], strict=False)
         ]
         assert max(gaps) > _CLOSE_S, (
             f"{told} it asked again at once, without a wait: that is how a busy server is kept busy"
@@ -280,7 +315,9 @@ def _passes_on_what_is_left(call_with_retry: Call) -> None:
         assert abs(timeout_s - world.deadline_s) > _CLOSE_S or number == 1, (
             f"{told}, the whole deadline, when only {left_s:.3f} s were left: the server works on for nobody"
         )
-        raise AssertionError(f"{told} when {left_s:.3f} s were left: pass on what is left until the deadline")
+        raise AssertionError(
+            f"{told} when {left_s:.3f} s were left: pass on what is left until the deadline"
+        )
 
 
 def _gives_up(call_with_retry: Call) -> None:
@@ -291,9 +328,15 @@ def _gives_up(call_with_retry: Call) -> None:
         assert world.now_s <= world.end_s + world.took_s, (
             f"{told} it gave up after {world.now_s - world.start_s:.2f} s: do not start a wait that ends too late"
         )
-        late = [timeout_s for at_s, timeout_s in world.tries if at_s >= world.end_s or timeout_s <= 0]
-        assert not late, f"{told} it called send({late[0]:.3f}) when no time was left: give up instead"
-        assert len(world.tries) >= 3, f"{told} it gave up after {len(world.tries)} tries: there was time for more"
+        late = [
+            timeout_s for at_s, timeout_s in world.tries if at_s >= world.end_s or timeout_s <= 0
+        ]
+        assert not late, (
+            f"{told} it called send({late[0]:.3f}) when no time was left: give up instead"
+        )
+        assert len(world.tries) >= 3, (
+            f"{told} it gave up after {len(world.tries)} tries: there was time for more"
+        )
         _check_raised(got, error, world.raised[-1], f"{told} at the end", world.raised[0])
 
 
@@ -304,11 +347,15 @@ def _honours_retry_after(call_with_retry: Call) -> None:
     assert waited_s >= 0.7 - _CLOSE_S, (
         f"the server said Retry-After 0.7 s, and was asked again after {waited_s:.2f} s: it knows best when it has room"
     )
-    assert waited_s < 5, f"the server said Retry-After 0.7 s, and was asked again only after {waited_s:.2f} s"
+    assert waited_s < 5, (
+        f"the server said Retry-After 0.7 s, and was asked again only after {waited_s:.2f} s"
+    )
     world = _World(_for_ever(retry_after_s=5), deadline_s=2)
     got, error = world.run(call_with_retry)
     told = "the server said Retry-After 5 s, the deadline is 2 s:"
-    assert not sum(world.sleeps), f"{told} it slept {sum(world.sleeps):.2f} s in vain; raise the error at once"
+    assert not sum(world.sleeps), (
+        f"{told} it slept {sum(world.sleeps):.2f} s in vain; raise the error at once"
+    )
     _check_raised(got, error, world.raised[0], told)
 
 
@@ -320,7 +367,9 @@ def _backs_off_with_jitter(call_with_retry: Call) -> None:
         ends = zip(world.tries, world.tries[1:], strict=False)
         waits.append([later[0] - earlier[0] - world.took_s for earlier, later in ends])
     table = np.array(waits)
-    assert table.shape == (40, 4), "four times 429, then an answer, 1000 s to spare: it gave up before the answer"
+    assert table.shape == (40, 4), (
+        "four times 429, then an answer, 1000 s to spare: it gave up before the answer"
+    )
     mean_s = table.mean(axis=0)
     spread = table.std(axis=0)
     assert (spread > 0.05 * mean_s).all(), (
@@ -342,8 +391,12 @@ def _keeps_to_the_budget(call_with_retry: Call) -> None:
         f"the budget allowed 2 retries and there were {tries - 1}: ask budget.may_retry() after each failure; without "
         "it the callers keep a server down that has room for them"
     )
-    assert tries == 3, f"the budget allowed 2 retries and there were {tries - 1}: ask it once for each failure"
-    assert len(world.sleeps) <= 2, "the budget said no, and it slept before it raised: there is nothing to wait for"
+    assert tries == 3, (
+        f"the budget allowed 2 retries and there were {tries - 1}: ask it once for each failure"
+    )
+    assert len(world.sleeps) <= 2, (
+        "the budget said no, and it slept before it raised: there is nothing to wait for"
+    )
     _check_raised(got, error, world.raised[-1], "when the budget said no", world.raised[0])
     world = _World([_busy(errors.InvalidInputError)], deadline_s=2)
     world.run(call_with_retry)
@@ -355,7 +408,9 @@ def _keeps_to_the_budget(call_with_retry: Call) -> None:
     assert world.budget.answers, (
         "an answer was not told to the budget: without budget.answered() a few bad minutes end all retries for good"
     )
-    assert world.budget.answers == 1, f"one answer was told to the budget {world.budget.answers} times"
+    assert world.budget.answers == 1, (
+        f"one answer was told to the budget {world.budget.answers} times"
+    )
 
 
 def _repeats_only_what_is_safe(call_with_retry: Call) -> None:
@@ -374,14 +429,22 @@ def _repeats_only_what_is_safe(call_with_retry: Call) -> None:
 
 
 def _check_raised(
-    got: Any, error: BaseException | None, wanted: BaseException, when: str, first: BaseException | None = None
+    got: Any,
+    error: BaseException | None,
+    wanted: BaseException,
+    when: str,
+    first: BaseException | None = None,
 ) -> None:
     name = type(wanted).__name__
     assert error is not None, (
         f"{when} it returned {got!r}: the caller takes that for an answer; raise {name}, the last error"
     )
-    assert error is not first or first is wanted, f"{when} it raised the first error again: raise the last one"
-    assert error is wanted, f"{when} it raised {type(error).__name__}: raise the {name} that send raised; it says why"
+    assert error is not first or first is wanted, (
+        f"{when} it raised the first error again: raise the last one"
+    )
+    assert error is wanted, (
+        f"{when} it raised {type(error).__name__}: raise the {name} that send raised; it says why"
+    )
 
 
 def _told(numbers: Sequence[float] | np.ndarray[Any, Any]) -> str:
@@ -398,11 +461,18 @@ _PARTS = (
             "Inside the except, a bare `raise` raises what was caught.",
         ),
     ),
-    Part("tries 429 and 503 again", _asks_again, ("`if error.http_status not in (429, 503): raise`, else wait.",)),
+    Part(
+        "tries 429 and 503 again",
+        _asks_again,
+        ("`if error.http_status not in (429, 503): raise`, else wait.",),
+    ),
     Part(
         "tells each try what is left",
         _passes_on_what_is_left,
-        ("Note the end of the call once: `end_s = clock() + deadline_s`.", "`send(end_s - clock())`"),
+        (
+            "Note the end of the call once: `end_s = clock() + deadline_s`.",
+            "`send(end_s - clock())`",
+        ),
     ),
     Part(
         "gives up in time",
@@ -433,6 +503,9 @@ _PARTS = (
     Part(
         "repeats only what is safe",
         _repeats_only_what_is_safe,
-        ("A 429 was refused: nothing was done.", "`again = status == 429 or (idempotent and status == 503)`"),
+        (
+            "A 429 was refused: nothing was done.",
+            "`again = status == 429 or (idempotent and status == 503)`",
+        ),
     ),
 )

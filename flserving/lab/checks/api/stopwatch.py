@@ -1,4 +1,5 @@
-"""Checks of the exercises "a stopwatch on the client's side" and "what an offer gives" (notebook 06)."""
+"""Checks of the exercises "a stopwatch on the client's side" and "what an offer gives" (notebook
+06)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,9 +16,9 @@ _ANSWER = b'{"outputs": []}'
 def check_timed_call(timed_call: Callable[..., Any]) -> None:
     """Check ``timed_call(connection, path, body, headers, clock) -> (answer, ms)``.
 
-    ``connection`` is a :class:`http.client.HTTPConnection`, ``clock()`` gives seconds. Right is: one POST; ``answer``
-    the body that came back; ``ms`` a dict with the milliseconds of ``connect`` (none where the connection is open),
-    ``send``, ``wait`` and ``receive``.
+    ``connection`` is a :class:`http.client.HTTPConnection`, ``clock()`` gives seconds. Right is:
+    one POST; ``answer`` the body that came back; ``ms`` a dict with the milliseconds of ``connect``
+    (none where the connection is open), ``send``, ``wait`` and ``receive``.
 
     Raises:
         CheckError: Says which part was given the time of another.
@@ -44,15 +45,20 @@ def check_timed_call(timed_call: Callable[..., Any]) -> None:
         Part(
             "leaves an open connection open",
             _keeps_open,
-            ("`connection.sock` is None until it is open.", "`if connection.sock is None: connection.connect()`"),
+            (
+                "`connection.sock` is None until it is open.",
+                "`if connection.sock is None: connection.connect()`",
+            ),
         ),
     )
 
 
 def check_gains(gains: Callable[..., Any]) -> None:
-    """Check ``gains(parts_us, offers) -> {name: how many times faster the whole gets}``, the best offer first.
+    """Check ``gains(parts_us, offers) -> {name: how many times faster the whole gets}``, the best
+    offer first.
 
-    ``parts_us`` maps parts to microseconds, ``offers`` names to ``{part: how many times faster}``; infinity is allowed.
+    ``parts_us`` maps parts to microseconds, ``offers`` names to ``{part: how many times faster}``;
+    infinity is allowed.
 
     Raises:
         CheckError: Recognises the usual mistakes by the number that they give.
@@ -72,17 +78,21 @@ def check_gains(gains: Callable[..., Any]) -> None:
         Part(
             "several parts, slower ones too",
             _several_parts,
-            ("One new total for the whole offer; gains of single parts can neither be added nor multiplied.",),
+            (
+                "One new total for the whole offer; gains of single parts can neither be added nor multiplied.",
+            ),
         ),
         Part(
             "the best offer first",
             _best_first,
-            ("`sorted(found.items(), key=lambda item: item[1], reverse=True)`, and a dict of that.",),
+            (
+                "`sorted(found.items(), key=lambda item: item[1], reverse=True)`, and a dict of that.",
+            ),
         ),
     )
 
 
-# ------------------------------------------------------------------------------------------------ the stopwatch
+# ------------------------------------------------------------------------------------ the stopwatch
 
 
 class _Response:
@@ -116,16 +126,24 @@ class _Connection:
         self.sock = object()
 
     def request(
-        self, method: str, url: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         if self.sock is None:  # as the real one does
             self.connect()
-        assert self.done[-1] != "wait", "the next request was sent before the answer to the last was read: read() it"
+        assert self.done[-1] != "wait", (
+            "the next request was sent before the answer to the last was read: read() it"
+        )
         self.take("send")
         self.asked = (method, url, body, headers)
 
     def getresponse(self) -> _Response:
-        assert self.done and self.done[-1] == "send", "getresponse() was called before request(...): ask first"
+        assert self.done and self.done[-1] == "send", (
+            "getresponse() was called before request(...): ask first"
+        )
         self.take("wait")
         return _Response(self)
 
@@ -137,7 +155,9 @@ def _run(timed_call: Callable[..., Any], connection: _Connection) -> dict[str, A
     path, body, headers = _CALL
     got = ask("timed_call(connection, path, body, headers, clock)", timed_call, connection, path, body, headers,
               connection.clock)  # fmt: skip
-    assert isinstance(got, tuple) and len(got) == 2, f"timed_call returned {got!r}: return two things, answer and ms"
+    assert isinstance(got, tuple) and len(got) == 2, (
+        f"timed_call returned {got!r}: return two things, answer and ms"
+    )
     answer, times_ms = got
     assert answer == _ANSWER, f"the answer is {answer!r}: the bytes that read() gave"
     assert isinstance(times_ms, dict) and list(times_ms) == list(NAMES), (
@@ -153,7 +173,9 @@ def _asks(timed_call: Callable[..., Any]) -> None:
         f"request(...) got {connection.asked!r:.120}: it is 'POST', the path, the body and the headers"
     )
     steps = connection.done
-    assert steps.count("send") == 1, f"one call sent {steps.count('send')} requests: the server does the work twice"
+    assert steps.count("send") == 1, (
+        f"one call sent {steps.count('send')} requests: the server does the work twice"
+    )
     assert steps.count("connect") == 1, f"one call connected {steps.count('connect')} times"
 
 
@@ -164,11 +186,15 @@ def _splits(timed_call: Callable[..., Any]) -> None:
     mistakes: dict[str, Mapping[str, float]] = {
         "in seconds: a second has 1000 ms": _TAKES_S,
         "in microseconds: a second has 1000 ms": {name: 1e3 * ms for name, ms in right.items()},
-        "negative: a part is its end minus its beginning": {name: -ms for name, ms in right.items()},
+        "negative: a part is its end minus its beginning": {
+            name: -ms for name, ms in right.items()
+        },
         "times since the beginning: each counts all earlier parts again; take differences": since,
     }
     for mistake, values in mistakes.items():
-        assert not all(equal(got[name], values[name]) for name in NAMES), f"the milliseconds are {mistake}"
+        assert not all(equal(got[name], values[name]) for name in NAMES), (
+            f"the milliseconds are {mistake}"
+        )
     hidden = equal(got["connect"], 0) and equal(got["send"], right["connect"] + right["send"])
     assert not hidden, (
         "send has the time of connect: request() opens the connection by itself; call connect() before it, or a far "
@@ -197,11 +223,15 @@ def _keeps_open(timed_call: Callable[..., Any]) -> None:
         "the connection was open, and timed_call opened it again: each request pays a way there and back more, and the "
         "old socket is left behind"
     )
-    assert equal(got["connect"], 0), f"the connection was open, and connect says {got['connect']!r}: it took 0 ms"
-    assert equal(got["wait"], 62.5), f"on an open connection wait says {got['wait']!r}, it took 62.5 ms"
+    assert equal(got["connect"], 0), (
+        f"the connection was open, and connect says {got['connect']!r}: it took 0 ms"
+    )
+    assert equal(got["wait"], 62.5), (
+        f"on an open connection wait says {got['wait']!r}, it took 62.5 ms"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ what an offer gives
+# ------------------------------------------------------------------------------ what an offer gives
 
 
 _PARTS_US = {"client": 100.0, "wire": 300.0, "parse": 50.0, "infer": 50.0}
@@ -211,14 +241,18 @@ def _of(gains: Callable[..., Any], **offer: float) -> Any:
     given = dict(_PARTS_US)
     got = ask(f"gains(parts_us, {{'it': {offer}}})", gains, given, {"it": offer})
     assert given == _PARTS_US, "gains changed parts_us: the next offer starts from another request"
-    assert isinstance(got, dict) and list(got) == ["it"], f"gains returned {got!r}: a dict, name of the offer -> gain"
+    assert isinstance(got, dict) and list(got) == ["it"], (
+        f"gains returned {got!r}: a dict, name of the offer -> gain"
+    )
     return got["it"]
 
 
 def _recognised(got: Any, right: float, told: str, mistakes: Mapping[str, float]) -> None:
     for mistake, value in mistakes.items():
         assert not equal(got, value), f"{told} the gain is {float(got):.3g}, {mistake}"
-    assert equal(got, right), f"{told} the gain is {got!r}, it is old total over new total, {right:.4f}"
+    assert equal(got, right), (
+        f"{told} the gain is {got!r}, it is old total over new total, {right:.4f}"
+    )
 
 
 def _one_part(gains: Callable[..., Any]) -> None:
@@ -237,7 +271,9 @@ def _one_part(gains: Callable[..., Any]) -> None:
     got = _of(gains)
     assert equal(got, 1), f"an offer that changes nothing has the gain {got!r}: 1"
     got = _of(gains, infer=float("inf"))
-    assert equal(got, 500 / 450), f"infer gets infinitely fast and the gain is {got!r}: 500 us become 450"
+    assert equal(got, 500 / 450), (
+        f"infer gets infinitely fast and the gain is {got!r}: 500 us become 450"
+    )
 
 
 def _several_parts(gains: Callable[..., Any]) -> None:
@@ -250,19 +286,33 @@ def _several_parts(gains: Callable[..., Any]) -> None:
         "that of one of the two": 500 / 450,
     }
     _recognised(
-        _of(gains, wire=2, client=2), 500 / 300, "wire (300 us) and client (100 us) get 2 times faster:", mistakes
+        _of(gains, wire=2, client=2),
+        500 / 300,
+        "wire (300 us) and client (100 us) get 2 times faster:",
+        mistakes,
     )
     told = "wire gets 1.5 times faster and client 5 times slower (0.2):"
     _recognised(
-        _of(gains, wire=1.5, client=0.2), 500 / 800, told, {"and may be below 1: that offer makes it slower": 1}
+        _of(gains, wire=1.5, client=0.2),
+        500 / 800,
+        told,
+        {"and may be below 1: that offer makes it slower": 1},
     )
 
 
 def _best_first(gains: Callable[..., Any]) -> None:
     offers = {"a": {"infer": 2}, "b": {"wire": 2}, "c": {"client": 0.5}, "d": {"client": 4}}
     got = ask("gains(parts_us, four offers)", gains, dict(_PARTS_US), offers)
-    assert isinstance(got, dict) and set(got) == set(offers), f"gains of the offers a, b, c and d returned {got!r}"
+    assert isinstance(got, dict) and set(got) == set(offers), (
+        f"gains of the offers a, b, c and d returned {got!r}"
+    )
     order = list(got)
-    assert order != ["c", "a", "d", "b"], "the worst offer stands first: the best one is what somebody reads"
-    assert order != list("abcd"), "the offers stand in the order in which they came: the best one first"
-    assert order == ["b", "d", "a", "c"], f"the offers stand as {order}: by their gain, the largest first"
+    assert order != ["c", "a", "d", "b"], (
+        "the worst offer stands first: the best one is what somebody reads"
+    )
+    assert order != list("abcd"), (
+        "the offers stand in the order in which they came: the best one first"
+    )
+    assert order == ["b", "d", "a", "c"], (
+        f"the offers stand as {order}: by their gain, the largest first"
+    )

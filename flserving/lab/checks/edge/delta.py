@@ -1,4 +1,5 @@
-"""Checks of the exercises "encode a delta" and "decode a delta" (notebook 07): int8, one scale a tensor."""
+"""Checks of the exercises "encode a delta" and "decode a delta" (notebook 07): int8, one scale a
+tensor."""
 
 import warnings
 import zlib
@@ -15,14 +16,20 @@ from flserving.lab.checks.parts import Part, judge
 State = dict[str, Tensor]
 Encode = Callable[[State, State], bytes]
 Decode = Callable[[bytes, State], tuple[State, Mapping[str, float]]]
-_SHAPES = {"head.weight": (3, 5), "body.0.bias": (5,), "body.0.weight": (5, 4)}  # as in a file: in no order
+_SHAPES = {
+    "head.weight": (3, 5),
+    "body.0.bias": (5,),
+    "body.0.weight": (5, 4),
+}  # as in a file: in no order
 _SCALE_NBYTES = 4
 
 
 def check_encode_delta(encode_delta: Encode) -> None:
-    """Check ``encode_delta(new, old)``: zlib of scale (float32) and codes (int8), for each name in sorted order.
+    """Check ``encode_delta(new, old)``: zlib of scale (float32) and codes (int8), for each name in
+    sorted order.
 
-    The scale is the largest change of the tensor over 127; a code is its weight's change in scales, rounded.
+    The scale is the largest change of the tensor over 127; a code is its weight's change in scales,
+    rounded.
 
     Raises:
         AssertionError: Recognises the usual mistakes by the scales and codes that they give.
@@ -63,15 +70,19 @@ def check_encode_delta(encode_delta: Encode) -> None:
             ),
         ),
         Part(
-            "leaves both versions as they are", _leaves_both, ("Work on the difference, which is a tensor of yours.",)
+            "leaves both versions as they are",
+            _leaves_both,
+            ("Work on the difference, which is a tensor of yours.",),
         ),
     )
 
 
 def check_decode_delta(decode_delta: Decode) -> None:
-    """Check ``decode_delta(data, old)``: the version that the bytes lead to, and how far off its weights may be.
+    """Check ``decode_delta(data, old)``: the version that the bytes lead to, and how far off its
+    weights may be.
 
-    Right is ``old`` plus scale times code for every weight, and half a scale as the bound of each tensor.
+    Right is ``old`` plus scale times code for every weight, and half a scale as the bound of each
+    tensor.
 
     Raises:
         AssertionError: Recognises the usual mistakes by the weights that they give.
@@ -104,12 +115,17 @@ def check_decode_delta(decode_delta: Decode) -> None:
                 "Between two multiples nothing is farther from the nearest than half a scale.",
             ),
         ),
-        Part("leaves the old version as it is", _leaves_the_old, ("`a + b` is a new tensor, `a += b` changes a.",)),
+        Part(
+            "leaves the old version as it is",
+            _leaves_the_old,
+            ("`a + b` is a new tensor, `a += b` changes a.",),
+        ),
     )
 
 
 def _versions() -> tuple[State, State]:
-    """A version and the next; every tensor changes on another scale, and the largest change is a fall."""
+    """A version and the next; every tensor changes on another scale, and the largest change is a
+    fall."""
     generator = torch.Generator().manual_seed(7)
     old = {name: torch.randn(shape, generator=generator) for name, shape in _SHAPES.items()}
     new = {}
@@ -130,7 +146,9 @@ def _encoded(encode_delta: Encode, new: State, old: State) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a division by zero a sentence tells
         data = ask("encode_delta(new, old)", encode_delta, new, old)
-    assert isinstance(data, bytes), f"encode_delta returned {type(data).__name__}: return the bytes that travel"
+    assert isinstance(data, bytes), (
+        f"encode_delta returned {type(data).__name__}: return the bytes that travel"
+    )
     try:
         plain = zlib.decompress(data)
     except zlib.error:
@@ -142,12 +160,16 @@ def _encoded(encode_delta: Encode, new: State, old: State) -> bytes:
     got = len(plain)
     mistakes = {
         weights: "there is no scale: nobody knows what a code of 1 means",
-        wanted + 3 * weights: "four bytes for each weight are as long as the weights: .astype(np.int8)",
-        wanted + 7 * weights: "eight bytes for each weight are longer than the weights: .astype(np.int8)",
+        wanted
+        + 3 * weights: "four bytes for each weight are as long as the weights: .astype(np.int8)",
+        wanted
+        + 7 * weights: "eight bytes for each weight are longer than the weights: .astype(np.int8)",
         wanted + weights: "two bytes for each weight: .astype(np.int8) has one",
         wanted + _SCALE_NBYTES * len(new): "a scale has eight bytes: make it an np.float32",
-        weights + _SCALE_NBYTES: "there is one scale for all: a tensor that hardly changes would get no steps",
-        5 * weights: "there is a scale for each weight: that is the difference itself, in four bytes",
+        weights
+        + _SCALE_NBYTES: "there is one scale for all: a tensor that hardly changes would get no steps",
+        5
+        * weights: "there is a scale for each weight: that is the difference itself, in four bytes",
     }
     assert got == wanted, (
         f"before zlib there are {got} bytes for {weights} weights in {len(new)} tensors, {wanted} are right: "
@@ -185,7 +207,9 @@ def _has_the_right_scales(encode_delta: Encode) -> None:
     weights = [tensor.numpy() for _, tensor in sorted(_versions()[0].items())]
     mistakes: dict[str, list[float]] = {
         "the largest change itself: one step of that size is all there would be; divide by 127": largest,
-        "the largest change over 128: its code would be 128, and int8 ends at 127": [one / 128 for one in largest],
+        "the largest change over 128: its code would be 128, and int8 ends at 127": [
+            one / 128 for one in largest
+        ],
         "the largest change over 255 or 256: codes have a sign, so 127 steps must reach the largest": [
             one / 255 for one in largest
         ],
@@ -198,8 +222,11 @@ def _has_the_right_scales(encode_delta: Encode) -> None:
         "of the mean change: what changes by more does not fit into 127 steps": [
             float(np.abs(change).mean()) / 127 for change in changes
         ],
-        "one for all tensors: one that hardly changes gets no steps": [max(largest) / 127] * len(changes),
-        "127 over the largest change: what is sent is the size of a step": [127 / one for one in largest],
+        "one for all tensors: one that hardly changes gets no steps": [max(largest) / 127]
+        * len(changes),
+        "127 over the largest change: what is sent is the size of a step": [
+            127 / one for one in largest
+        ],
     }
     for why, wrong in mistakes.items():
         assert not np.allclose(got, wrong, rtol=1e-3), f"the scales are {why}"
@@ -217,14 +244,20 @@ def _rounds_to_the_nearest(encode_delta: Encode) -> None:
         steps = change / (np.abs(change).max() / 127)
         codes = got[name][1].astype(float)
         mistakes = {
-            "cut off behind the point, so all of them are too near to zero: round to the nearest": np.trunc(steps),
-            "rounded down, so all weights drift downwards, round after round: round to the nearest": np.floor(steps),
+            "cut off behind the point, so all of them are too near to zero: round to the nearest": np.trunc(
+                steps
+            ),
+            "rounded down, so all weights drift downwards, round after round: round to the nearest": np.floor(
+                steps
+            ),
             "of old minus new: the device would go the other way": -np.rint(steps),
             "without a sign: a weight that falls would rise": np.abs(np.rint(steps)),
             "all 0 or 1 or -1: divide by the scale first, then round": np.rint(change),
         }
         for why, wrong in mistakes.items():
-            assert np.abs(codes - wrong).max() > 0 or np.array_equal(wrong, np.rint(steps)), f"the codes are {why}"
+            assert np.abs(codes - wrong).max() > 0 or np.array_equal(wrong, np.rint(steps)), (
+                f"the codes are {why}"
+            )
         off = np.abs(codes - steps)
         worst = int(off.argmax())
         assert off[worst] <= 0.51, (
@@ -241,7 +274,9 @@ def _bears_no_change(encode_delta: Encode) -> None:
         "a tensor that is the same in both versions got codes that are not 0: change / scale is 0 / 0 there; "
         "a layer that is not trained is such a tensor"
     )
-    assert abs(scale) < 1e-30, f"a tensor that is the same in both versions got the scale {scale:.3g}: its change is 0"
+    assert abs(scale) < 1e-30, (
+        f"a tensor that is the same in both versions got the scale {scale:.3g}: its change is 0"
+    )
 
 
 def _leaves_both(encode_delta: Encode) -> None:
@@ -249,14 +284,17 @@ def _leaves_both(encode_delta: Encode) -> None:
     ask("encode_delta(new, old)", encode_delta, new, old)
     for told, now, before in zip(("new", "old"), (new, old), _versions(), strict=True):
         same = all(torch.equal(now[name], before[name]) for name in before)
-        assert same, f"encode_delta changed {told}: the server goes on with it, and the next device gets nonsense"
+        assert same, (
+            f"encode_delta changed {told}: the server goes on with it, and the next device gets nonsense"
+        )
 
 
-# ------------------------------------------------------------------------------------------- decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 def _data() -> tuple[bytes, State, dict[str, tuple[float, Any]]]:
-    """Bytes, the old version, and scale and codes by name; no code is its own negative or its neighbour's."""
+    """Bytes, the old version, and scale and codes by name; no code is its own negative or its
+    neighbour's."""
     _, old = _versions()
     rng = np.random.default_rng(3)
     found = {}
@@ -282,11 +320,15 @@ def _decoded(decode_delta: Decode) -> tuple[State, Mapping[str, float]]:
         )
     for name, tensor in old.items():
         its = state[name]
-        assert isinstance(its, Tensor), f"state[{name!r}] is a {type(its).__name__}: a server loads tensors"
+        assert isinstance(its, Tensor), (
+            f"state[{name!r}] is a {type(its).__name__}: a server loads tensors"
+        )
         assert its.shape == tensor.shape, (
             f"state[{name!r}] has the shape {tuple(its.shape)}, old has {tuple(tensor.shape)}: reshape what you read"
         )
-        assert its.dtype == torch.float32, f"state[{name!r}] is {its.dtype}: the server takes torch.float32"
+        assert its.dtype == torch.float32, (
+            f"state[{name!r}] is {its.dtype}: the server takes torch.float32"
+        )
     return state, bound
 
 
@@ -306,10 +348,12 @@ def _finds_every_change(decode_delta: Decode) -> None:
     mistakes = {
         "the old weights alone: add what changed": before,
         "what changed alone: a delta starts from the old weights, add them": scales * codes,
-        "old minus the change: the device would go away from the new version": before - scales * codes,
+        "old minus the change: the device would go away from the new version": before
+        - scales * codes,
         "old plus the codes: a code counts scales, multiply": before + codes,
         "old plus code / 127: multiply by the tensor's own scale": before + codes / 127,
-        "read without a sign: a code of -1 became 255; read np.int8": before + scales * codes.view(np.uint8),
+        "read without a sign: a code of -1 became 255; read np.int8": before
+        + scales * codes.view(np.uint8),
     }
     for why, wrong in mistakes.items():
         assert not np.allclose(got, wrong, atol=1e-5), f"the weights are {why}"
@@ -336,13 +380,18 @@ def _bounds_the_error(decode_delta: Decode) -> None:
         wanted = scale / 2
         mistakes = {
             "a whole scale: what lies between two steps is at most half a step from the nearest": scale,
-            "the largest change: rounding is off by half a step of it": float(np.abs(codes).max()) * scale,
-            "half of the largest change: a step is a 127th of that": float(np.abs(codes).max()) * scale / 2,
+            "the largest change: rounding is off by half a step of it": float(np.abs(codes).max())
+            * scale,
+            "half of the largest change: a step is a 127th of that": float(np.abs(codes).max())
+            * scale
+            / 2,
             "zero: 127 steps do not hit every change": 0.0,
         }
         got = float(bound[name])
         for why, wrong in mistakes.items():
-            assert not np.isclose(got, wrong, rtol=1e-3, atol=1e-12), f"bound[{name!r}] is {got:.3g}, {why}"
+            assert not np.isclose(got, wrong, rtol=1e-3, atol=1e-12), (
+                f"bound[{name!r}] is {got:.3g}, {why}"
+            )
         assert np.isclose(got, wanted, rtol=1e-3), (
             f"bound[{name!r}] is {got:.3g}: a weight of scale {scale:g} is at most {wanted:.3g} off"
         )
@@ -353,4 +402,6 @@ def _leaves_the_old(decode_delta: Decode) -> None:
     before = {name: tensor.clone() for name, tensor in old.items()}
     ask("decode_delta(data, old)", decode_delta, data, old)
     same = all(torch.equal(old[name], tensor) for name, tensor in before.items())
-    assert same, "decode_delta changed old: the device still answers with it, in the middle of a request"
+    assert same, (
+        "decode_delta changed old: the device still answers with it, in the middle of a request"
+    )

@@ -1,4 +1,5 @@
-"""Check of the exercise "fit a head" (notebook 08): gradient descent on frozen features, pulled to the shared head."""
+"""Check of the exercise "fit a head" (notebook 08): gradient descent on frozen features, pulled to
+the shared head."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +22,9 @@ _STEPS = 3
 def check_fit_head(fit_head: Fit) -> None:
     """Check ``fit_head(features, labels, shared, pull, rate, steps)``.
 
-    Right is: from the shared head, ``steps`` steps of ``rate`` against the gradient of the mean cross entropy plus
-    ``pull / 2`` times the squared distance to the shared head; the bias is the last row.
+    Right is: from the shared head, ``steps`` steps of ``rate`` against the gradient of the mean
+    cross entropy plus ``pull / 2`` times the squared distance to the shared head; the bias is the
+    last row.
 
     Raises:
         AssertionError: Recognises the usual mistakes by the head that they lead to.
@@ -35,7 +37,11 @@ def check_fit_head(fit_head: Fit) -> None:
             _begins_at_the_shared_head,
             ("`head = shared.clone()`, and the loop runs `steps` times.",),
         ),
-        Part("leaves what it was given", _leaves_its_arguments, ("`head -= ...` changes head: begin with a clone.",)),
+        Part(
+            "leaves what it was given",
+            _leaves_its_arguments,
+            ("`head -= ...` changes head: begin with a clone.",),
+        ),
         Part(
             "goes down the cross entropy",
             partial(_descends, pull=0.0, steps=1),
@@ -53,7 +59,10 @@ def check_fit_head(fit_head: Fit) -> None:
         Part(
             "is pulled to the shared head",
             partial(_descends, pull=0.7, steps=_STEPS),
-            ("The second term of the gradient is `pull * (head - shared)`; it is 0 in the first step, and not later.",),
+            (
+                "The second term of the gradient is `pull * (head - shared)`; "
+                "it is 0 in the first step, and not later.",
+            ),
         ),
         Part(
             "a client without samples",
@@ -76,9 +85,13 @@ def _fitted(fit_head: Fit, *, rows: int = _ROWS, pull: float = 0.0, steps: int =
     features, labels, shared = _samples(rows)
     got = ask(f"fit_head(..., pull={pull}, rate={_RATE}, steps={steps})", fit_head, features, labels, shared, pull,
               _RATE, steps)  # fmt: skip
-    assert isinstance(got, Tensor), f"fit_head returned {type(got).__name__}: return the head, a tensor"
+    assert isinstance(got, Tensor), (
+        f"fit_head returned {type(got).__name__}: return the head, a tensor"
+    )
     shape = (_INPUTS + 1, _CLASSES)
-    assert tuple(got.shape) == shape, f"fit_head returned the shape {tuple(got.shape)}, the shared head has {shape}"
+    assert tuple(got.shape) == shape, (
+        f"fit_head returned the shape {tuple(got.shape)}, the shared head has {shape}"
+    )
     return got.detach()
 
 
@@ -88,7 +101,9 @@ def _begins_at_the_shared_head(fit_head: Fit) -> None:
         "without a step the head is all zeros: begin at the shared head, else a client with few samples forgets what "
         "all the others know"
     )
-    assert torch.allclose(got, _samples()[2]), "with steps=0 the head must be the shared one: begin there"
+    assert torch.allclose(got, _samples()[2]), (
+        "with steps=0 the head must be the shared one: begin there"
+    )
 
 
 def _descends(fit_head: Fit, *, pull: float, steps: int) -> None:
@@ -114,7 +129,9 @@ def _bears_no_samples(fit_head: Fit) -> None:
     assert torch.isfinite(got).all(), (
         "for a client without samples the head holds NaN: whoever asks with it gets no answer; return the shared head"
     )
-    assert torch.allclose(got, _samples()[2]), "a client without samples gets the shared head, as it is"
+    assert torch.allclose(got, _samples()[2]), (
+        "a client without samples gets the shared head, as it is"
+    )
 
 
 def _leaves_its_arguments(fit_head: Fit) -> None:
@@ -146,30 +163,49 @@ def _expected(pull: float, steps: int, **mistake: Any) -> Tensor:
             break
         gradient = x.T @ error / mistake.get("divide", _ROWS)
         bound = pull * mistake.get("times", 1.0) * (head - anchor)
-        head = head - _RATE * mistake.get("sign", 1.0) * gradient - _RATE * mistake.get("away", 1.0) * bound
+        head = (
+            head
+            - _RATE * mistake.get("sign", 1.0) * gradient
+            - _RATE * mistake.get("away", 1.0) * bound
+        )
     return head
 
 
 _MISTAKES: dict[str, dict[str, Any]] = {
-    "the head went up the hill: step against the gradient, `head -= rate * gradient`": {"sign": -1.0, "away": -1.0},
+    "the head went up the hill: step against the gradient, `head -= rate * gradient`": {
+        "sign": -1.0,
+        "away": -1.0,
+    },
     "the head does not move: is the gradient subtracted from it?": {"sign": 0.0, "times": 0.0},
     "only one step was made: the loop runs `steps` times": {"kind": "once"},
     "the gradient is a sum over the samples: divide by their number, else a client with many makes giant steps": {
         "divide": 1
     },
-    "the gradient is divided by samples times classes: the loss is a mean over samples": {"divide": _ROWS * _CLASSES},
+    "the gradient is divided by samples times classes: the loss is a mean over samples": {
+        "divide": _ROWS * _CLASSES
+    },
     "the bias never moves: append a 1 to the features": {"kind": "no bias"},
     "the 1 for the bias stands first: the bias is the last row of the head": {"kind": "bias first"},
     "softmax went over the rows: a client's samples are no alternatives, its classes are; take dim=1": {
         "kind": "over rows"
     },
-    "the error was taken of the logits: softmax makes probabilities of them first": {"kind": "logits"},
+    "the error was taken of the logits: softmax makes probabilities of them first": {
+        "kind": "logits"
+    },
     "the head is not pulled at all: add pull * (head - shared)": {"times": 0.0},
     "the head is pulled to zero: a client with few samples forgets what all others know; pull it to the shared head": {
         "kind": "to zero"
     },
-    "the head is pushed away from the shared one: its gradient is pull * (head - shared)": {"times": -1.0},
-    "the pull is twice as strong: pull / 2 times the square has the gradient pull * (head - shared)": {"times": 2.0},
-    "the pull is half as strong: pull / 2 times the square has the gradient pull * (head - shared)": {"times": 0.5},
-    "the pull was divided by the number of samples: it does not belong to the mean": {"times": 1 / _ROWS},
+    "the head is pushed away from the shared one: its gradient is pull * (head - shared)": {
+        "times": -1.0
+    },
+    "the pull is twice as strong: pull / 2 times the square has the gradient pull * (head - shared)": {
+        "times": 2.0
+    },
+    "the pull is half as strong: pull / 2 times the square has the gradient pull * (head - shared)": {
+        "times": 0.5
+    },
+    "the pull was divided by the number of samples: it does not belong to the mean": {
+        "times": 1 / _ROWS
+    },
 }

@@ -1,4 +1,5 @@
-"""Check of the exercise "find the head" (notebook 08): own heads in their slots, the shared one for everybody else."""
+"""Check of the exercise "find the head" (notebook 08): own heads in their slots, the shared one for
+everybody else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,12 @@ _HEADS = ("the shared head", "ada's head", "bob's head", "ada's first head")
 
 
 def check_head_table(kind: Kind) -> None:
-    """Check ``HeadTable(shared, body)`` with ``put(client, head, trained_on)``, ``find(clients)`` and ``weights()``.
+    """Check ``HeadTable(shared, body)`` with ``put(client, head, trained_on)``, ``find(clients)``
+    and ``weights()``.
 
-    Right is: slot 0 holds the shared head and answers whoever has no head of this body; a new head of a client takes
-    the place of its old one; what is put is copied; ``find`` gives a slot and a word for each row.
+    Right is: slot 0 holds the shared head and answers whoever has no head of this body; a new head
+    of a client takes the place of its old one; what is put is copied; ``find`` gives a slot and a
+    word for each row.
 
     Raises:
         AssertionError: Names the client that is answered by the wrong head, or with the wrong word.
@@ -28,28 +31,43 @@ def check_head_table(kind: Kind) -> None:
         "head-table",
         kind,
         Part(
-            "its own head answers a client", _own, ("A client's slot is `len(self.heads)` before its head is added.",)
+            "its own head answers a client",
+            _own,
+            ("A client's slot is `len(self.heads)` before its head is added.",),
         ),
         Part(
             "the shared head answers a stranger",
             _stranger,
-            ("`if client in self.slots` asks before a key is missing.", "The slot of whoever is not in it is 0."),
+            (
+                "`if client in self.slots` asks before a key is missing.",
+                "The slot of whoever is not in it is 0.",
+            ),
         ),
         Part(
             "the shared head answers for a stale one",
             _stale,
-            ("Keep what each head was trained on in a dict, and compare it with `self.body` in `find`.",),
+            (
+                "Keep what each head was trained on in a dict, and compare it with `self.body` in `find`.",
+            ),
         ),
         Part(
             "a new head replaces the old one",
             _replaced,
-            ("Only a new client gets a new slot; of one that is known, `self.heads[slot]` is set anew.",),
+            (
+                "Only a new client gets a new slot; of one that is known, `self.heads[slot]` is set anew.",
+            ),
         ),
-        Part("keeps copies", _copied, ("`head.clone()` stays as it is when the client's tensor changes.",)),
+        Part(
+            "keeps copies",
+            _copied,
+            ("`head.clone()` stays as it is when the client's tensor changes.",),
+        ),
         Part(
             "any batch",
             _any_batch,
-            ("One slot and one word for each row, in the order of the rows; of no rows, an empty tensor.",),
+            (
+                "One slot and one word for each row, in the order of the rows; of no rows, an empty tensor.",
+            ),
         ),
     )
 
@@ -70,11 +88,13 @@ def _expect(table: Any, why: str, *rows: tuple[str, str, str]) -> None:
     """Each row: who asks, the head that must answer, the word for it."""
     clients = [client for client, *_ in rows]
     found = ask(f"find({clients})", table.find, clients)
-    assert isinstance(found, tuple) and len(found) == 2, f"find({clients}) returned {found!r}: return slots and words"
-    slots, words = found
-    assert isinstance(slots, Tensor) and slots.dtype == torch.int64 and slots.shape == (len(rows),), (
-        f"find({clients}) returned the slots {slots!r}: give a tensor of int64 with one for each row"
+    assert isinstance(found, tuple) and len(found) == 2, (
+        f"find({clients}) returned {found!r}: return slots and words"
     )
+    slots, words = found
+    assert (
+        isinstance(slots, Tensor) and slots.dtype == torch.int64 and slots.shape == (len(rows),)
+    ), f"find({clients}) returned the slots {slots!r}: give a tensor of int64 with one for each row"
     heads = ask("weights()", table.weights)
     assert isinstance(heads, Tensor) and heads.shape[1:] == (3, 2), (
         "weights() must stack the heads to one tensor, [K, D + 1, C]"
@@ -82,11 +102,15 @@ def _expect(table: Any, why: str, *rows: tuple[str, str, str]) -> None:
     assert isinstance(words, list) and len(words) == len(rows), f"find({clients}) returned the words {words!r}: give "\
         "a list with one for each row"  # fmt: skip
     for (client, wanted, right), slot, word in zip(rows, slots.tolist(), words, strict=True):
-        assert 0 <= slot < len(heads), f"{client} got slot {slot}, and weights() has {len(heads)} heads: {why}"
+        assert 0 <= slot < len(heads), (
+            f"{client} got slot {slot}, and weights() has {len(heads)} heads: {why}"
+        )
         known = (name for name in _HEADS if torch.equal(heads[slot], _head(name)))
         got = next(known, "a head that nobody put")
         assert got == wanted, f"{client} is answered by {got}, not by {wanted}: {why}"
-        assert word == right, f"{client} is answered by {wanted}, and find says {word!r}: that is {right!r}"
+        assert word == right, (
+            f"{client} is answered by {wanted}, and find says {word!r}: that is {right!r}"
+        )
 
 
 _ADA = ("ada", "ada's head", _BODY)
@@ -95,7 +119,9 @@ _BOB = ("bob", "bob's head", _BODY)
 
 def _own(kind: Kind) -> None:
     why = "each client's head has a slot of its own, after the shared one"
-    _expect(_table(kind, _ADA, _BOB), why, ("ada", "ada's head", "own"), ("bob", "bob's head", "own"))
+    _expect(
+        _table(kind, _ADA, _BOB), why, ("ada", "ada's head", "own"), ("bob", "bob's head", "own")
+    )
 
 
 def _stranger(kind: Kind) -> None:

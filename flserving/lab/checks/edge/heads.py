@@ -1,4 +1,5 @@
-"""Checks of the exercises "batch the heads" and "own head or shared" (notebook 08). Work is counted, not timed."""
+"""Checks of the exercises "batch the heads" and "own head or shared" (notebook 08). Work is
+counted, not timed."""
 
 import gc
 import sys
@@ -32,9 +33,10 @@ _COMPOSITIONS = {
 def check_heads(batched_heads: Batched) -> None:
     """Check ``batched_heads(features, weights, slots) -> logits``.
 
-    ``features`` is float32 [N, D], ``weights`` float32 [K, D + 1, C] with the bias as the last row, ``slots`` int64
-    [N]: whose head a row gets. Right is what a loop over ``nn.Linear`` gives, float32 [N, C], from a number of
-    operations that does not grow with the rows, without touching heads that nobody in the batch asked for.
+    ``features`` is float32 [N, D], ``weights`` float32 [K, D + 1, C] with the bias as the last row,
+    ``slots`` int64 [N]: whose head a row gets. Right is what a loop over ``nn.Linear`` gives,
+    float32 [N, C], from a number of operations that does not grow with the rows, without touching
+    heads that nobody in the batch asked for.
 
     Raises:
         AssertionError: Names the mistake, and the batch that showed it.
@@ -76,7 +78,10 @@ def _batch(slots: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _one_by_one(features: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
     return torch.stack(
-        [row @ weights[slot, :-1] + weights[slot, -1] for row, slot in zip(features, slots, strict=True)]
+        [
+            row @ weights[slot, :-1] + weights[slot, -1]
+            for row, slot in zip(features, slots, strict=True)
+        ]
     )
 
 
@@ -85,11 +90,17 @@ def _compares(compositions: Sequence[tuple[str, list[int]]], batched_heads: Batc
         _compare(batched_heads, told, *_batch(torch.tensor(slots), 7))
 
 
-def _compare(batched_heads: Batched, told: str, features: Tensor, weights: Tensor, slots: Tensor) -> None:
+def _compare(
+    batched_heads: Batched, told: str, features: Tensor, weights: Tensor, slots: Tensor
+) -> None:
     before = [features.clone(), weights.clone(), slots.clone()]
     got = ask(f"batched_heads with {told}", batched_heads, features, weights, slots)
-    for name, old, new in zip(("features", "weights", "slots"), before, (features, weights, slots), strict=True):
-        assert torch.equal(old, new), f"batched_heads changed {name}: they belong to the caller, and to the next batch"
+    for name, old, new in zip(
+        ("features", "weights", "slots"), before, (features, weights, slots), strict=True
+    ):
+        assert torch.equal(old, new), (
+            f"batched_heads changed {name}: they belong to the caller, and to the next batch"
+        )
     right = _one_by_one(features, weights, slots)
     assert got is not None, f"batched_heads returned None for {told}: return the logits"
     got = torch.as_tensor(got).detach()
@@ -108,16 +119,24 @@ def _compare(batched_heads: Batched, told: str, features: Tensor, weights: Tenso
         "the first row of a head was taken for its bias: the bias is the last row": (
             features[:, None] @ weights[slots, 1:] + weights[slots, :1]
         )[:, 0],
-        "row k got head number k: it must get head number slots[k]": _one_by_one(features, weights, every),
+        "row k got head number k: it must get head number slots[k]": _one_by_one(
+            features, weights, every
+        ),
         "every row got the head of the first row: each has its own": _one_by_one(
             features, weights, slots[:1].repeat(count)
         ),
         "the heads were averaged: an average of heads is nobody's head": _one_by_one(
-            features, weights[slots].mean(dim=0, keepdim=True), torch.zeros(count, dtype=torch.int64)
+            features,
+            weights[slots].mean(dim=0, keepdim=True),
+            torch.zeros(count, dtype=torch.int64),
         ),
-        "softmax was applied: return the logits, the server's postprocessor does the rest": right.softmax(dim=1),
+        "softmax was applied: return the logits, the server's postprocessor does the rest": right.softmax(
+            dim=1
+        ),
         "the answers come in the order of the slots: answer k belongs to row k": right[order],
-        "the biases belong to other rows: take the bias with the same index as the weights": right - bias + bias[:1],
+        "the biases belong to other rows: take the bias with the same index as the weights": right
+        - bias
+        + bias[:1],
     }
     for guess, value in guesses.items():
         assert not torch.allclose(got.float(), value, atol=1e-4), f"for {told}, {guess}"
@@ -128,7 +147,8 @@ def _compare(batched_heads: Batched, told: str, features: Tensor, weights: Tenso
 
 
 def _counts_work(batched_heads: Batched) -> None:
-    """Steps of Python, and tensors that torch makes: neither may grow with the rows or with the heads."""
+    """Steps of Python, and tensors that torch makes: neither may grow with the rows or with the
+    heads."""
     few, many, alike = torch.arange(8), torch.arange(64), torch.zeros(64, dtype=torch.int64)
     batches = {
         "few": _batch(few, 100),
@@ -160,7 +180,9 @@ def _counts_work(batched_heads: Batched) -> None:
 
 def _work(batched_heads: Batched, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
     """Lines of Python that were run, calls of torch, numbers in the largest new tensor."""
-    ask(f"batched_heads with {len(batch[0])} rows", batched_heads, *batch)  # what happens only once has happened
+    ask(
+        f"batched_heads with {len(batch[0])} rows", batched_heads, *batch
+    )  # what happens only once has happened
     with _Calls() as calls:
         batched_heads(*batch)
     steps, kept, collects = 0, sys.gettrace(), gc.isenabled()
@@ -190,7 +212,8 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here. Else torch imports its compiler and sympy, 2 s, at the first call."""
+        """Nothing is compiled here. Else torch imports its compiler and sympy, 2 s, at the first
+        call."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -205,8 +228,9 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def check_head_choice(choose_heads: Choose) -> None:
     """Check ``choose_heads(right) -> {client: "own" or "shared"}``.
 
-    ``right[client][split][head]``: whether each sample was answered right, bool [n]; splits "train" and "held_out",
-    heads "own" and "shared". Right is "own" where it is right on more of the held-out samples, else "shared".
+    ``right[client][split][head]``: whether each sample was answered right, bool [n]; splits "train"
+    and "held_out", heads "own" and "shared". Right is "own" where it is right on more of the
+    held-out samples, else "shared".
 
     Raises:
         AssertionError: Names the client that is served by the wrong head, and why it is wrong.
@@ -217,7 +241,9 @@ def check_head_choice(choose_heads: Choose) -> None:
         Part(
             "a choice for every client",
             _chooses_for_all,
-            ("Begin with `choice = {}`, and give every client of `right` an entry: 'own' or 'shared'.",),
+            (
+                "Begin with `choice = {}`, and give every client of `right` an entry: 'own' or 'shared'.",
+            ),
         ),
         Part(
             "by the samples that nobody trained on",
@@ -227,13 +253,21 @@ def check_head_choice(choose_heads: Choose) -> None:
                 '`splits["held_out"]["own"].sum()` counts.',
             ),
         ),
-        Part("shared where both are equally good", _chooses_where_equal, ("Own must be *more* often right: `>`.",)),
+        Part(
+            "shared where both are equally good",
+            _chooses_where_equal,
+            ("Own must be *more* often right: `>`.",),
+        ),
         Part(
             "shared where nothing can be said",
             _chooses_without_samples,
             ("The sum of an empty array is 0, for both heads; its mean is NaN.",),
         ),
-        Part("the better head", _chooses_the_better, ("Compare the two sums of each client by themselves.",)),
+        Part(
+            "the better head",
+            _chooses_the_better,
+            ("Compare the two sums of each client by themselves.",),
+        ),
     )
 
 
@@ -253,11 +287,17 @@ def _choices(choose_heads: Choose) -> dict[str, str]:
     """What was chosen for each client."""
     right = _clients()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of no samples is NaN, and no larger than another
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # the mean of no samples is NaN, and no larger than another
         got = ask("choose_heads", choose_heads, right)
-    assert isinstance(got, dict), f"choose_heads returned {got!r}: return a dict client -> 'own' or 'shared'"
+    assert isinstance(got, dict), (
+        f"choose_heads returned {got!r}: return a dict client -> 'own' or 'shared'"
+    )
     missing = [client for client in right if client not in got]
-    assert not missing, f"choose_heads chose nothing for {missing[0]!r}: whoever has no held-out samples is served too"
+    assert not missing, (
+        f"choose_heads chose nothing for {missing[0]!r}: whoever has no held-out samples is served too"
+    )
     odd = next((value for value in got.values() if value not in ("own", "shared")), None)
     assert odd is None, f"choose_heads chose {odd!r}: choose 'own' or 'shared'"
     return got
@@ -276,23 +316,35 @@ def _chooses_by_held_out(choose_heads: Choose) -> None:
     wanted = _by_hits(right, "held_out")
     turned = {client: "shared" if choice == "own" else "own" for client, choice in wanted.items()}
     guesses = [
-        (_by_hits(right, "train"), "a head wins on the samples that it was trained on: use the held-out ones"),
+        (
+            _by_hits(right, "train"),
+            "a head wins on the samples that it was trained on: use the held-out ones",
+        ),
         (_by_hits(right, "train", "held_out"), "leave the training samples out, also of a sum"),
-        (turned | {"cem": got["cem"], "fay": got["fay"]}, "that is the head that is right less often"),
+        (
+            turned | {"cem": got["cem"], "fay": got["fay"]},
+            "that is the head that is right less often",
+        ),
     ]
     for guess, why in guesses:
         client = next((client for client in guess if guess[client] != wanted[client]), "")
-        assert got != guess, f"{client} got {got[client]!r} where {wanted[client]!r} is right: {why}"
+        assert got != guess, (
+            f"{client} got {got[client]!r} where {wanted[client]!r} is right: {why}"
+        )
 
 
 def _chooses_where_equal(choose_heads: Choose) -> None:
     got = _choices(choose_heads)
-    assert got["cem"] == "shared", "cem's heads are equally good on held-out samples: then shared, it needs no care"
+    assert got["cem"] == "shared", (
+        "cem's heads are equally good on held-out samples: then shared, it needs no care"
+    )
 
 
 def _chooses_without_samples(choose_heads: Choose) -> None:
     got = _choices(choose_heads)
-    assert got["fay"] == "shared", "fay has no held-out samples, so nothing says that its own head is better: shared"
+    assert got["fay"] == "shared", (
+        "fay has no held-out samples, so nothing says that its own head is better: shared"
+    )
 
 
 def _chooses_the_better(choose_heads: Choose) -> None:
@@ -316,10 +368,15 @@ def _by_hits(right: Right, *splits: str) -> dict[str, str]:
     return {client: "own" if own > shared else "shared" for client, (own, shared) in hits.items()}
 
 
-def _client(train: tuple[int, int], held_out: tuple[int, int], count: int) -> dict[str, dict[str, Any]]:
-    """So many right by the own and by the shared head, of 10 training samples and of ``count`` held-out ones."""
+def _client(
+    train: tuple[int, int], held_out: tuple[int, int], count: int
+) -> dict[str, dict[str, Any]]:
+    """So many right by the own and by the shared head, of 10 training samples and of ``count``
+    held-out ones."""
     return {
-        split: {head: np.arange(n) < hits for head, hits in zip(("own", "shared"), both, strict=True)}
+        split: {
+            head: np.arange(n) < hits for head, hits in zip(("own", "shared"), both, strict=True)
+        }
         for split, both, n in (("train", train, 10), ("held_out", held_out, count))
     }
 

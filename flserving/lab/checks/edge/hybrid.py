@@ -1,9 +1,15 @@
-"""Check of the exercise "write the hybrid policy" (notebook 07), against devices and clouds that keep a record."""
+"""Check of the exercise "write the hybrid policy" (notebook 07), against devices and clouds that
+keep a record."""
 
 from collections.abc import Callable
 from typing import Any
 
-from flserving.errors import DeadlineExceededError, OverloadedError, ServerClosedError, StaleModelError
+from flserving.errors import (
+    DeadlineExceededError,
+    OverloadedError,
+    ServerClosedError,
+    StaleModelError,
+)
 from flserving.lab.checks.asking import ask
 from flserving.lab.checks.parts import Part, judge
 
@@ -15,9 +21,12 @@ KEYS = ("prediction", "confidence", "round", "age_s", "path")
 
 
 class _World:
-    """A device, its cache of cloud answers, and a cloud, which all write down what they are asked."""
+    """A device, its cache of cloud answers, and a cloud, which all write down what they are
+    asked."""
 
-    def __init__(self, *, confidence: float = 0.6, age_s: float = 10, away: Exception | None = None) -> None:
+    def __init__(
+        self, *, confidence: float = 0.6, age_s: float = 10, away: Exception | None = None
+    ) -> None:
         self.local = {"prediction": 3, "confidence": confidence, "round": 7, "age_s": age_s}
         self.fresh = {"prediction": 8, "confidence": 0.97, "round": 9, "age_s": 1}
         self.away = away
@@ -44,21 +53,27 @@ class _World:
     def run(self, hybrid: Hybrid, row: object = ROW, **limits: Any) -> dict[str, Any]:
         got = ask("hybrid(row, device, cache, cloud, ...)", hybrid, row, self.device, self, self.cloud,
                   *(LIMITS | limits).values())  # fmt: skip
-        assert isinstance(got, dict), f"hybrid returned {got!r}: return the answer, a dict with the key path"
+        assert isinstance(got, dict), (
+            f"hybrid returned {got!r}: return the answer, a dict with the key path"
+        )
         missing = [key for key in KEYS if key not in got]
-        assert not missing, f"the answer {got} lacks {', '.join(missing)}: take the whole answer and add the path to it"
+        assert not missing, (
+            f"the answer {got} lacks {', '.join(missing)}: take the whole answer and add the path to it"
+        )
         return got
 
 
 def check_hybrid(hybrid: Hybrid) -> None:
     """Check ``hybrid(row, device, cache, cloud, threshold, fresh_s, refuse_s, consent)``.
 
-    Right is: the device, if its confidence reaches ``threshold`` and its model is at most ``fresh_s`` old; else an
-    earlier answer of the cloud from the cache; else, with consent, the cloud, whose answer goes into the cache; else
-    the device's answer as ``degraded``, or a StaleModelError if its model is older than ``refuse_s``.
+    Right is: the device, if its confidence reaches ``threshold`` and its model is at most
+    ``fresh_s`` old; else an earlier answer of the cloud from the cache; else, with consent, the
+    cloud, whose answer goes into the cache; else the device's answer as ``degraded``, or a
+    StaleModelError if its model is older than ``refuse_s``.
 
     Raises:
-        AssertionError: Says what the user, the owner of the data or the network suffers from the mistake.
+        AssertionError: Says what the user, the owner of the data or the network suffers from the
+            mistake.
     """
     judge(
         "hybrid-policy",
@@ -95,7 +110,10 @@ def check_hybrid(hybrid: Hybrid) -> None:
         Part(
             "nothing leaves without consent",
             _consent,
-            ("Only the call of the cloud sends something.", "`if consent:` stands around that call, and nothing else."),
+            (
+                "Only the call of the cloud sends something.",
+                "`if consent:` stands around that call, and nothing else.",
+            ),
         ),
         Part(
             "the cloud may fail",
@@ -108,12 +126,17 @@ def check_hybrid(hybrid: Hybrid) -> None:
         Part(
             "too old to be given at all",
             _too_old,
-            ("This is asked last: only where nobody else answered.", '`if local["age_s"] > refuse_s: raise ...`'),
+            (
+                "This is asked last: only where nobody else answered.",
+                '`if local["age_s"] > refuse_s: raise ...`',
+            ),
         ),
         Part(
             "what was said stays as it was",
             _keeps_what_it_said,
-            ('`answer | {"path": ...}` makes a new dict, `answer["path"] = ...` changes the one in the cache.',),
+            (
+                '`answer | {"path": ...}` makes a new dict, `answer["path"] = ...` changes the one in the cache.',
+            ),
         ),
     )
 
@@ -121,21 +144,35 @@ def check_hybrid(hybrid: Hybrid) -> None:
 def _sure(hybrid: Hybrid) -> None:
     world = _World(confidence=0.95)
     got = world.run(hybrid)
-    assert not world.asked_cloud, "the device was sure (0.95, threshold 0.9) and fresh, and you asked the cloud"
+    assert not world.asked_cloud, (
+        "the device was sure (0.95, threshold 0.9) and fresh, and you asked the cloud"
+    )
     _expect(got, world.local, "local", "the device was sure and fresh")
-    assert world.asked_device == 1, f"you asked the device {world.asked_device} times for one answer: once is enough"
-    assert not world.stored, "you put the device's own answer into the cache: it is for answers of the cloud"
+    assert world.asked_device == 1, (
+        f"you asked the device {world.asked_device} times for one answer: once is enough"
+    )
+    assert not world.stored, (
+        "you put the device's own answer into the cache: it is for answers of the cloud"
+    )
     world = _World(confidence=0.9)
     world.run(hybrid)
-    assert not world.asked_cloud, "a confidence of 0.9 reaches the threshold 0.9: the device answers"
+    assert not world.asked_cloud, (
+        "a confidence of 0.9 reaches the threshold 0.9: the device answers"
+    )
 
 
 def _unsure(hybrid: Hybrid) -> None:
     world = _World()
     got = world.run(hybrid)
-    assert got["path"] != "local", "the device was not sure (0.6, threshold 0.9), and its answer was given as local"
-    assert world.asked_cloud, "the device was not sure, nothing was cached, the cloud was there: ask the cloud"
-    assert world.asked_cloud == 1, f"you asked the cloud {world.asked_cloud} times for one answer: once is enough"
+    assert got["path"] != "local", (
+        "the device was not sure (0.6, threshold 0.9), and its answer was given as local"
+    )
+    assert world.asked_cloud, (
+        "the device was not sure, nothing was cached, the cloud was there: ask the cloud"
+    )
+    assert world.asked_cloud == 1, (
+        f"you asked the cloud {world.asked_cloud} times for one answer: once is enough"
+    )
     _expect(got, world.fresh, "cloud", "the cloud answered")
 
 
@@ -145,38 +182,66 @@ def _stale(hybrid: Hybrid) -> None:
     assert world.asked_cloud, (
         "the device was sure, but its model was 500 s old and fresh_s is 100: an old model may be sure and wrong"
     )
-    _expect(got, world.fresh, "cloud", "the device's model was too old to be trusted, the cloud answered")
+    _expect(
+        got,
+        world.fresh,
+        "cloud",
+        "the device's model was too old to be trusted, the cloud answered",
+    )
     world = _World(confidence=0.99, age_s=100)
     world.run(hybrid)
-    assert not world.asked_cloud, "a model of 100 s is fresh where fresh_s is 100: the device answers"
+    assert not world.asked_cloud, (
+        "a model of 100 s is fresh where fresh_s is 100: the device answers"
+    )
 
 
 def _remembers(hybrid: Hybrid) -> None:
     world = _World()
     world.run(hybrid)
-    assert world.known, "the cloud answered and nothing was put into the cache: the same row will travel again"
+    assert world.known, (
+        "the cloud answered and nothing was put into the cache: the same row will travel again"
+    )
     got = world.run(hybrid)
-    assert world.asked_cloud == 1, "the cloud's answer was in the cache, and you sent the row a second time"
+    assert world.asked_cloud == 1, (
+        "the cloud's answer was in the cache, and you sent the row a second time"
+    )
     _expect(got, world.fresh, "cache", "the answer came from the cache")
     got = world.run(hybrid, OTHER)
-    assert got["path"] == "cloud", "another row was asked, and the first one's answer came from the cache"
+    assert got["path"] == "cloud", (
+        "another row was asked, and the first one's answer came from the cache"
+    )
     world.local["confidence"] = 0.95
     got = world.run(hybrid)
-    assert got["path"] == "local", "the device was sure, and you preferred an older answer from the cache: device first"
+    assert got["path"] == "local", (
+        "the device was sure, and you preferred an older answer from the cache: device first"
+    )
 
 
 def _consent(hybrid: Hybrid) -> None:
     world = _World()
     got = world.run(hybrid, consent=False)
-    assert not world.asked_cloud, "without consent the row was sent to the cloud: nothing may leave the device"
-    _expect(got, world.local, "degraded", "there was no consent, so the device's answer is the best there is")
+    assert not world.asked_cloud, (
+        "without consent the row was sent to the cloud: nothing may leave the device"
+    )
+    _expect(
+        got,
+        world.local,
+        "degraded",
+        "there was no consent, so the device's answer is the best there is",
+    )
     world.known[ROW] = dict(world.fresh)
     got = world.run(hybrid, consent=False)
-    assert got["path"] == "cache", "a cached answer sends nothing: it may be given without consent, too"
+    assert got["path"] == "cache", (
+        "a cached answer sends nothing: it may be given without consent, too"
+    )
 
 
 def _away(hybrid: Hybrid) -> None:
-    for error in (OverloadedError("busy"), DeadlineExceededError("too late"), ServerClosedError("gone")):
+    for error in (
+        OverloadedError("busy"),
+        DeadlineExceededError("too late"),
+        ServerClosedError("gone"),
+    ):
         world = _World(away=error)
         try:
             got = world.run(hybrid)
@@ -187,10 +252,14 @@ def _away(hybrid: Hybrid) -> None:
                 f"the cloud raised {type(error).__name__} and so did you: the device has an answer, give it as degraded"
             ) from told
         _expect(got, world.local, "degraded", f"the cloud raised {type(error).__name__}")
-        assert not world.stored, "the cloud failed, and something was put into the cache: the next caller gets it"
+        assert not world.stored, (
+            "the cloud failed, and something was put into the cache: the next caller gets it"
+        )
         world.away = None
         got = world.run(hybrid)
-        assert got["path"] == "cloud", f"the cloud came back, and the path was {got['path']!r}: ask it again"
+        assert got["path"] == "cloud", (
+            f"the cloud came back, and the path was {got['path']!r}: ask it again"
+        )
 
 
 def _too_old(hybrid: Hybrid) -> None:
@@ -213,7 +282,9 @@ def _too_old(hybrid: Hybrid) -> None:
                 f"the model was 2000 s old, refuse_s 1000, {why}: raise StaleModelError, not: {told}"
             )
         else:
-            raise AssertionError(f"the model was 2000 s old, refuse_s is 1000, {why}: you answered {got['path']!r}")
+            raise AssertionError(
+                f"the model was 2000 s old, refuse_s is 1000, {why}: you answered {got['path']!r}"
+            )
     world = _World(age_s=1000, away=ServerClosedError("gone"))
     world.run(hybrid)  # exactly at the limit: still given
 

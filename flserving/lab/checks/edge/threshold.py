@@ -14,7 +14,8 @@ Choose = Callable[..., float | None]
 
 
 class World(NamedTuple):
-    """Held-out requests, and what is asked of the threshold. In each, whatever way one counts a p95 gives the same."""
+    """Held-out requests, and what is asked of the threshold. In each, whatever way one counts a p95
+    gives the same."""
 
     candidates: tuple[float, ...]
     confidence: np.ndarray[Any, Any]
@@ -46,15 +47,16 @@ class World(NamedTuple):
 
 
 def check_threshold(choose_threshold: Choose) -> None:
-    """Check ``choose_threshold(candidates, confidence, local_right, cloud_right, local_ms, cloud_ms, floor,
-    budget_ms)``.
+    """Check ``choose_threshold(candidates, confidence, local_right, cloud_right, local_ms,
+    cloud_ms, floor, budget_ms)``.
 
-    Right is: the smallest candidate with which at least ``floor`` of all answers are right and the 95th percentile of
-    the latency is at most ``budget_ms``; None if there is none. A request below the threshold takes the device's time
-    and the cloud's.
+    Right is: the smallest candidate with which at least ``floor`` of all answers are right and the
+    95th percentile of the latency is at most ``budget_ms``; None if there is none. A request below
+    the threshold takes the device's time and the cloud's.
 
     Raises:
-        AssertionError: Recognises the usual mistakes by the thresholds that they choose in fifty worlds.
+        AssertionError: Recognises the usual mistakes by the thresholds that they choose in fifty
+            worlds.
     """
     judge(
         "threshold",
@@ -94,9 +96,15 @@ def _chooses_as_in(worlds: Callable[[], list[World]], choose_threshold: Choose) 
     wanted = right[first]
     asked = f"floor {world.floor:.1%}, budget {world.budget_ms:.0f} ms:"
     assert chose is not None, f"{asked} you found no threshold, but {_told(world, wanted)}"
-    assert chose in world.candidates, f"{asked} you chose {chose!r}, which is not one of the candidates"
-    assert wanted is not None, f"{asked} you chose {chose}, but {_told(world, chose)}; no candidate keeps both: None"
-    raise AssertionError(f"{asked} you chose {chose}, {_told(world, chose)}; right is {_told(world, wanted)}")
+    assert chose in world.candidates, (
+        f"{asked} you chose {chose!r}, which is not one of the candidates"
+    )
+    assert wanted is not None, (
+        f"{asked} you chose {chose}, but {_told(world, chose)}; no candidate keeps both: None"
+    )
+    raise AssertionError(
+        f"{asked} you chose {chose}, {_told(world, chose)}; right is {_told(world, wanted)}"
+    )
 
 
 @functools.cache
@@ -177,7 +185,9 @@ def _variant(
     *,
     right: Callable[[World, float], float] = World.right,
     ms: Callable[[World, float], float] = World.p95_ms,
-    pick: Callable[[World, Sequence[float]], float | None] = lambda world, good: min(good, default=None),
+    pick: Callable[[World, Sequence[float]], float | None] = lambda world, good: min(
+        good, default=None
+    ),
     strict: bool = False,
     floor: bool = True,
     budget: bool = True,
@@ -265,11 +275,17 @@ MISTAKES: Mapping[str, Callable[[World], float | None]] = {
     "you take the first candidate that keeps both budgets: they come in any order, take the smallest": _variant(
         pick=lambda w, good: good[0] if good else None
     ),
-    "a threshold that reaches the floor or the budget exactly keeps it: compare with >= and <=": _variant(strict=True),
+    "a threshold that reaches the floor or the budget exactly keeps it: compare with >= and <=": _variant(
+        strict=True
+    ),
     "you never look at the latency budget": _variant(budget=False),
     "you never look at the floor of the accuracy": _variant(floor=False),
     "where no candidate keeps both budgets you still name one: whoever relies on it breaks a promise; return None": (
-        _variant(pick=lambda w, good: min(good, default=max(w.candidates, key=lambda t: (w.right(t), -t))))
+        _variant(
+            pick=lambda w, good: min(
+                good, default=max(w.candidates, key=lambda t: (w.right(t), -t))
+            )
+        )
     ),
     "where no candidate keeps both budgets you name the largest one: return None": _variant(
         pick=lambda w, good: min(good, default=max(w.candidates))

@@ -1,4 +1,5 @@
-"""Check of the exercise "an interval that may be looked at" (notebook 10): a thousand looks, and numbers by hand."""
+"""Check of the exercise "an interval that may be looked at" (notebook 10): a thousand looks, and
+numbers by hand."""
 
 import functools
 import math
@@ -22,10 +23,11 @@ _NEW = {"eve": (50, 20.0), "finn": (25, 20.0), "gina": (25, 5.0)}
 
 
 def check_always_valid(test_class: Callable[..., Any]) -> None:
-    """Check ``test_class(alpha, effect)`` with ``half_width(variance)``, ``mean(rewards)`` and ``interval(old, new)``.
+    """Check ``test_class(alpha, effect)`` with ``half_width(variance)``, ``mean(rewards)`` and
+    ``interval(old, new)``.
 
-    Right is: the normal mixture's half width; the mean of all rewards with the variance of a ratio of client sums; the
-    interval around new minus old.
+    Right is: the normal mixture's half width; the mean of all rewards with the variance of a ratio
+    of client sums; the interval around new minus old.
 
     Raises:
         AssertionError: Says which false alarms, or which losses, the mistake brings.
@@ -77,7 +79,9 @@ def _half(test: Any, variance: Any) -> Any:
     told = f"half_width of {np.size(variance)} variances"
     got = ask(told, test.half_width, variance)
     assert got is not None, f"{told} returned None: return the number"
-    assert np.shape(got) == np.shape(variance), f"{told} has the shape {np.shape(got)}: one for each"
+    assert np.shape(got) == np.shape(variance), (
+        f"{told} has the shape {np.shape(got)}: one for each"
+    )
     return got
 
 
@@ -100,7 +104,9 @@ def _looked_at(test_class: Callable[..., Any]) -> None:
     gap, variance = _equals()
     half = np.asarray(_half(_made(test_class), variance.copy()), float)
     strange = half[~(np.isfinite(half) & (half > 0))]
-    assert not strange.size, f"half_width gives {strange[0]!r} for a variance above 0: it must be a number above 0"
+    assert not strange.size, (
+        f"half_width gives {strange[0]!r} for a variance above 0: it must be a number above 0"
+    )
     alarms = (np.abs(gap) > half).any(axis=1).mean()
     alike = np.allclose(half, 1.96 * np.sqrt(variance), rtol=0.01)
     why = " (that is the interval for one look, 1.96 deviations)" if alike else ""
@@ -129,14 +135,19 @@ def _formula(test_class: Callable[..., Any]) -> None:
             (1 + variance / _EFFECT) * evidence: "tau is squared in 1 + V / tau^2",
             (1 + 1 / ratio) * evidence: "V and tau^2 are the other way round in 1 + V / tau^2",
             (1 + ratio)
-            * (of_alpha + math.log1p(ratio)): "the evidence grows as the variance falls, tau^2 / V is in it",
+            * (
+                of_alpha + math.log1p(ratio)
+            ): "the evidence grows as the variance falls, tau^2 / V is in it",
             (1 + ratio) * (of_alpha / 2 + of_tau): "it is 2 ln(1 / alpha)",
             right / math.log(10): "ln is the natural logarithm, np.log",
-            (1 + ratio) * (evidence + 2 * math.log(2)): "it is ln(1 / alpha), both sides are in it already",
+            (1 + ratio)
+            * (evidence + 2 * math.log(2)): "it is ln(1 / alpha), both sides are in it already",
         }.items():
             assert abs(got**2 / variance - wrong) > 1e-6 * wrong, f"{told}: {why}"
         assert abs(got - wanted) < 1e-9, f"{told}: " + (
-            "every test would take longer than it must" if got > wanted else "compare with the formula"
+            "every test would take longer than it must"
+            if got > wanted
+            else "compare with the formula"
         )
 
 
@@ -146,12 +157,16 @@ def _by_client(test_class: Callable[..., Any]) -> None:
     k = len(counts)
     mean, variance = statistics.mean_of(_OLD)
     got = ask("mean(rewards)", _made(test_class).mean, dict(_OLD))
-    assert _two(got), f"mean(rewards) returned {got!r:.80}: return two numbers, the mean and the variance of that mean"
+    assert _two(got), (
+        f"mean(rewards) returned {got!r:.80}: return two numbers, the mean and the variance of that mean"
+    )
     assert abs(got[0] - (sums / counts).mean()) > 1e-6, (
         f"the mean is {got[0]:.4f}, each client's own mean with equal weight; the arm's mean is all rewards over all "
         f"requests, {mean:.4f}"
     )
-    assert abs(got[0] - mean) < 1e-9, f"the mean is {got[0]:.4f}: {sums.sum():g} of {n:g} rewards are {mean:.4f}"
+    assert abs(got[0] - mean) < 1e-9, (
+        f"the mean is {got[0]:.4f}: {sums.sum():g} of {n:g} rewards are {mean:.4f}"
+    )
     plain = ((sums - mean * counts) ** 2).sum() / n**2
     for wrong, why in (
         (mean * (1 - mean) / n, "that counts requests: 100 answers to 4 clients are not 100 independent trials, and "
@@ -162,7 +177,9 @@ def _by_client(test_class: Callable[..., Any]) -> None:
         (((sums - sums.mean()) ** 2).sum() / n**2 * k / (k - 1), "compare a client's sum with mean * its count, not "
          "with the mean sum: a client that asks more has more right answers"),
     ):  # fmt: skip
-        assert abs(got[1] - wrong) > 1e-9, f"the variance of the mean is {got[1]:.3g}, not {variance:.3g}: {why}"
+        assert abs(got[1] - wrong) > 1e-9, (
+            f"the variance of the mean is {got[1]:.3g}, not {variance:.3g}: {why}"
+        )
     assert abs(got[1] - variance) < 1e-9, (
         f"the variance of the mean is {got[1]:.3g}, not {variance:.3g}: sum of (sum - mean * count)^2 over n^2, times "
         "k / (k - 1), for k clients with n rewards"
@@ -187,7 +204,9 @@ def _interval(test_class: Callable[..., Any]) -> None:
     half = (high - low) / 2
     wanted = float(test.half_width(old_variance + new_variance))
     told = f"the old version is right in {old:.0%}, the new in {new:.0%}; the middle of the interval is {middle:+.3f}"
-    assert abs(middle - (old - new)) > 1e-6, f"{told}: that is old minus new, and a loss would look like a gain"
+    assert abs(middle - (old - new)) > 1e-6, (
+        f"{told}: that is old minus new, and a loss would look like a gain"
+    )
     assert abs(middle - (new - old)) < 1e-6, f"{told}: it must be {new - old:+.3f}, new minus old"
     for wrong, why in (
         (test.half_width(abs(old_variance - new_variance)), "the variances are subtracted, they add"),

@@ -1,4 +1,5 @@
-"""Check of the exercise "Thompson sampling" (notebook 10): what it believes, and how often it takes each arm."""
+"""Check of the exercise "Thompson sampling" (notebook 10): what it believes, and how often it takes
+each arm."""
 
 import functools
 import random
@@ -19,8 +20,9 @@ _FIVE_SIGMA = 2.5 / _DRAWS**0.5
 def check_thompson(bandit_class: Callable[..., Any]) -> None:
     """Check ``bandit_class(arms, seed)`` with ``learn(known)`` and ``choose() -> arm``.
 
-    Right is: each arm is taken as often as it is the best one under Beta(1 + sum, 1 + count - sum), the sums being
-    those of the last ``learn``; random numbers of its own, which follow from the seed.
+    Right is: each arm is taken as often as it is the best one under Beta(1 + sum, 1 + count - sum),
+    the sums being those of the last ``learn``; random numbers of its own, which follow from the
+    seed.
 
     Raises:
         AssertionError: Says what the bandit believes, and which mistake gives just that.
@@ -170,7 +172,11 @@ def _own_dice(bandit_class: Callable[..., Any]) -> None:
         "two bandits with the same seed chose differently: a day that went wrong could not be played again; make the "
         "generator from the seed"
     )
-    assert taken[0] != taken[2], "bandits with seeds 7 and 8 chose the same 60 times: use the seed that is given"
+    assert taken[0] != taken[2], (
+        "bandits with seeds 7 and 8 chose the same 60 times: use the seed that is given"
+    )
     ask("learn", one.learn, {"a": (50, 50.0)})
     shares = _shares(same, "of a bandit that learned nothing", "abc", 300)
-    assert shares["a"] < 0.7, "a second bandit knows what the first one learned: keep it in self, not in the class"
+    assert shares["a"] < 0.7, (
+        "a second bandit knows what the first one learned: keep it in self, not in the class"
+    )

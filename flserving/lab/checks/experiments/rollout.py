@@ -1,4 +1,5 @@
-"""Check of the exercise "write the router" (notebook 10): sticky, weighted, and calm when the weights change."""
+"""Check of the exercise "write the router" (notebook 10): sticky, weighted, and calm when the
+weights change."""
 
 import builtins
 import math
@@ -28,9 +29,9 @@ MOST_MOVES = 1.25  # times as many clients as must; one draw per version needs a
 def check_router(route: Route) -> None:
     """Check ``route(client, weights, key)``.
 
-    Right is: one of the versions, the same one for a client always and in every process, each version with its share
-    of the clients within five standard deviations, another split for another key; and when the weights change, hardly
-    more clients than must get another version.
+    Right is: one of the versions, the same one for a client always and in every process, each
+    version with its share of the clients within five standard deviations, another split for another
+    key; and when the weights change, hardly more clients than must get another version.
 
     Raises:
         AssertionError: Says what users or the test would suffer from the mistake.
@@ -38,7 +39,11 @@ def check_router(route: Route) -> None:
     judge(
         "router",
         route,
-        Part("returns one of the versions", _answers, ("Return a key of weights, and leave weights as it was.",)),
+        Part(
+            "returns one of the versions",
+            _answers,
+            ("Return a key of weights, and leave weights as it was.",),
+        ),
         Part(
             "sticky in every process",
             _sticky_everywhere,
@@ -70,16 +75,22 @@ def check_router(route: Route) -> None:
 def _ask(route: Route, client: str, weights: Mapping[str, float], key: bytes = KEY) -> str:
     given = dict(weights)
     got: str = ask(f"route({client!r}, {given}, key)", route, client, given, key)
-    assert given == weights, "route changed the dict of weights that it was given: the next client gets other shares"
+    assert given == weights, (
+        "route changed the dict of weights that it was given: the next client gets other shares"
+    )
     try:
         known = got in weights
     except TypeError:  # cannot be hashed
         known = False
-    assert known, f"route({client!r}, {weights}, key) returned {got!r}: return one of the versions {', '.join(weights)}"
+    assert known, (
+        f"route({client!r}, {weights}, key) returned {got!r}: return one of the versions {', '.join(weights)}"
+    )
     return got
 
 
-def _all(route: Route, weights: Mapping[str, float], key: bytes = KEY, clients: int = len(CLIENTS)) -> list[str]:
+def _all(
+    route: Route, weights: Mapping[str, float], key: bytes = KEY, clients: int = len(CLIENTS)
+) -> list[str]:
     return [_ask(route, client, weights, key) for client in CLIENTS[:clients]]
 
 
@@ -114,7 +125,8 @@ def _dice() -> object:
 
 
 def _every_process(route: Route) -> None:
-    """Whether it calls the built-in hash(): of a str it differs between processes (PYTHONHASHSEED)."""
+    """Whether it calls the built-in hash(): of a str it differs between processes
+    (PYTHONHASHSEED)."""
     called = []
     here = threading.current_thread()
     true_hash = builtins.hash
@@ -134,7 +146,12 @@ def _every_process(route: Route) -> None:
 
 def _shares(route: Route) -> None:
     seen = {}
-    for weights in ({"1": 0.5, "2": 0.5}, {"1": 0.95, "2": 0.05}, {"1": 0.2, "2": 0.3, "3": 0.5}, {"7": 1.0}):
+    for weights in (
+        {"1": 0.5, "2": 0.5},
+        {"1": 0.95, "2": 0.05},
+        {"1": 0.2, "2": 0.3, "3": 0.5},
+        {"7": 1.0},
+    ):
         counts = Counter(_all(route, weights))
         n = len(CLIENTS)
         seen[str(weights)] = counts
@@ -152,7 +169,11 @@ def _shares(route: Route) -> None:
 
 def _why(weights: Mapping[str, float], counts: Mapping[str, int]) -> str:
     even = all(abs(counts[version] / len(CLIENTS) - 1 / len(weights)) < 0.03 for version in weights)
-    return ": you split evenly, whatever the weights are" if even and len(set(weights.values())) > 1 else ""
+    return (
+        ": you split evenly, whatever the weights are"
+        if even and len(set(weights.values())) > 1
+        else ""
+    )
 
 
 def _any_order(route: Route) -> None:

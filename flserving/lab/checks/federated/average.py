@@ -15,10 +15,12 @@ _COUNTS = [120, 7, 61, 12, 300, 45, 33]
 
 
 def check_fedavg(fedavg: FedAvg) -> None:
-    """Check ``fedavg(updates, counts) -> state``: each tensor's mean, weighted by the clients' samples.
+    """Check ``fedavg(updates, counts) -> state``: each tensor's mean, weighted by the clients'
+    samples.
 
-    ``updates`` is a list of states (name -> float32 tensor) and ``counts`` their numbers of samples. Right is the
-    answer of :func:`flserving.federated.aggregate`, to the last bit: summed in float64, returned as float32.
+    ``updates`` is a list of states (name -> float32 tensor) and ``counts`` their numbers of
+    samples. Right is the answer of :func:`flserving.federated.aggregate`, to the last bit: summed
+    in float64, returned as float32.
 
     Raises:
         AssertionError: Recognises the usual averages that are not this one.
@@ -68,9 +70,15 @@ def _two() -> list[State]:
 
 def _returns_a_state(fedavg: FedAvg) -> Mapping[str, Tensor]:
     got = ask("fedavg(two updates, [30, 10])", fedavg, _two(), [30, 10])
-    assert isinstance(got, Mapping), f"fedavg returned {type(got).__name__}: return a dict, name -> mean tensor"
-    assert list(got) == ["w"], f"fedavg returned the names {list(got)}: each update has the one tensor 'w'"
-    assert isinstance(got["w"], Tensor), f"got['w'] is a {type(got['w']).__name__}: return tensors, as the updates are"
+    assert isinstance(got, Mapping), (
+        f"fedavg returned {type(got).__name__}: return a dict, name -> mean tensor"
+    )
+    assert list(got) == ["w"], (
+        f"fedavg returned the names {list(got)}: each update has the one tensor 'w'"
+    )
+    assert isinstance(got["w"], Tensor), (
+        f"got['w'] is a {type(got['w']).__name__}: return tensors, as the updates are"
+    )
     return got
 
 
@@ -83,7 +91,9 @@ def _leaves_the_updates(fedavg: FedAvg) -> None:
         for one, kept in zip(updates, before, strict=True)
         for name, tensor in kept.items()
     )
-    assert same, "fedavg changed an update that it was given: that is a client's own model; sum into a new tensor"
+    assert same, (
+        "fedavg changed an update that it was given: that is a client's own model; sum into a new tensor"
+    )
 
 
 def _weights_by_samples(fedavg: FedAvg) -> None:
@@ -93,8 +103,14 @@ def _weights_by_samples(fedavg: FedAvg) -> None:
         f"{shown} has shape {tuple(mean.shape)}: average over the clients, number by number"
     )
     mistakes = {
-        (4, 6): "the plain mean: a client with 10 samples counts as much as one with 30; weight by counts",
-        (80, 200): "the sum of count times update: divide by all 40 samples, or the model grows with every round",
+        (
+            4,
+            6,
+        ): "the plain mean: a client with 10 samples counts as much as one with 30; weight by counts",
+        (
+            80,
+            200,
+        ): "the sum of count times update: divide by all 40 samples, or the model grows with every round",
         (40, 100): "a sum divided by the number of clients: divide by all 40 samples",
         (6, 7): "weighted the wrong way round: the client with FEWER samples counts more",
         (8, 8): "the last update: add the others, do not replace them",
@@ -110,14 +126,19 @@ def _weights_by_samples(fedavg: FedAvg) -> None:
 def _seven() -> list[State]:
     generator = torch.Generator().manual_seed(1)
     shapes = {"body.weight": (40, 60), "body.bias": (40,), "head.weight": (10, 40)}
-    return [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in _COUNTS]
+    return [
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        for _ in _COUNTS
+    ]
 
 
 def _agrees_to_the_last_bit(fedavg: FedAvg) -> None:
     wanted = aggregate(_seven(), _COUNTS)
     got = ask("fedavg(seven updates, their counts)", fedavg, _seven(), list(_COUNTS))
     missing = sorted(wanted.keys() - got.keys())
-    assert not missing, f"the mean of an update with {list(wanted)} lacks {missing}: average every tensor"
+    assert not missing, (
+        f"the mean of an update with {list(wanted)} lacks {missing}: average every tensor"
+    )
     for name, tensor in wanted.items():
         mean = got[name]
         assert mean.dtype == torch.float32, (
@@ -133,4 +154,6 @@ def _agrees_to_the_last_bit(fedavg: FedAvg) -> None:
             f"{name} is off by {off:.0e}: the digits that float32 loses in a sum; add up in float64 and convert once, "
             "at the end, so that every order of the clients gives the same model"
         )
-        raise AssertionError(f"{name} is off by {off:.2g}: it must be the mean weighted by {_COUNTS}")
+        raise AssertionError(
+            f"{name} is off by {off:.2g}: it must be the mean weighted by {_COUNTS}"
+        )

@@ -1,4 +1,5 @@
-"""Checks of the exercises "publish" and "promote" (notebook 01): the power fails at every call, in every way it can."""
+"""Checks of the exercises "publish" and "promote" (notebook 01): the power fails at every call, in
+every way it can."""
 
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -18,8 +19,9 @@ _MOST_CALLS = 100
 def check_publish(publish: Publish) -> None:
     """Check ``publish(disk, data) -> version``.
 
-    Right is: the next number; a file of that name with the SHA-256 of ``data`` (64 hex digits) and ``data``; whatever
-    call the power fails at, the file is whole or not there; once ``publish`` has returned, it is there for good.
+    Right is: the next number; a file of that name with the SHA-256 of ``data`` (64 hex digits) and
+    ``data``; whatever call the power fails at, the file is whole or not there; once ``publish`` has
+    returned, it is there for good.
 
     Raises:
         AssertionError: Says at which call the power failed, and what was on the disk then.
@@ -75,8 +77,9 @@ def check_publish(publish: Publish) -> None:
 def check_promote(promote: Promote) -> None:
     """Check ``promote(disk, version)``.
 
-    Right is: the file ``default`` holds the number of the version, as text; whatever call the power fails at, it holds
-    the old number or the new one; once ``promote`` has returned, the new one. NotFoundError: no such version.
+    Right is: the file ``default`` holds the number of the version, as text; whatever call the power
+    fails at, it holds the old number or the new one; once ``promote`` has returned, the new one.
+    NotFoundError: no such version.
 
     Raises:
         AssertionError: Says at which call the power failed, and what was on the disk then.
@@ -121,7 +124,9 @@ def _started(publish: Publish, before: Mapping[str, bytes]) -> tuple[str, bytes]
     """The name and the content of what publish writes when nothing goes wrong."""
     disk = FragileDisk(before)
     name = str(ask("publish(disk, data)", publish, disk, _DATA[3]))
-    assert name in disk.names(), f"publish returned {name}, and there is no file of that name: {disk.names()}"
+    assert name in disk.names(), (
+        f"publish returned {name}, and there is no file of that name: {disk.names()}"
+    )
     return name, disk.read(name)
 
 
@@ -135,8 +140,12 @@ def _content(publish: Publish) -> None:
         assert stored != sha256(data).digest() + data, (
             "the digest is 32 raw bytes: write it as 64 hex digits (hexdigest)"
         )
-        assert stored != data + sha256(data).hexdigest().encode(), "the digest stands behind the data: put it in front"
-        assert stored[64:] == data, f"after 64 digits of the digest the file holds {stored[64:90]!r}: data must follow"
+        assert stored != data + sha256(data).hexdigest().encode(), (
+            "the digest stands behind the data: put it in front"
+        )
+        assert stored[64:] == data, (
+            f"after 64 digits of the digest the file holds {stored[64:90]!r}: data must follow"
+        )
         assert stored[:64] == sha256(data).hexdigest().encode(), (
             f"the file begins with {stored[:12]!r}: that is not the SHA-256 of the data"
         )
@@ -145,7 +154,9 @@ def _content(publish: Publish) -> None:
 def _whole_or_not_there(publish: Publish) -> None:
     before = _stored(1, 2) | {"default": b"2"}
     name, whole = _started(publish, before)
-    for disk, told in _every_cut(before, "publish(disk, data)", lambda disk: publish(disk, _DATA[3])):
+    for disk, told in _every_cut(
+        before, "publish(disk, data)", lambda disk: publish(disk, _DATA[3])
+    ):
         for files in disk.after_a_cut():
             _older(files, before, told)
             found = files.get(name)
@@ -157,7 +168,9 @@ def _whole_or_not_there(publish: Publish) -> None:
 
 def _publishes_again(publish: Publish) -> None:
     before = _stored(1, 2) | {"default": b"2"}
-    for disk, told in _every_cut(before, "publish(disk, data)", lambda disk: publish(disk, _DATA[3])):
+    for disk, told in _every_cut(
+        before, "publish(disk, data)", lambda disk: publish(disk, _DATA[3])
+    ):
         for files in disk.after_a_cut():
             again = FragileDisk(files)
             number = ask(f"publish(disk, data), after {told},", publish, again, _DATA[4])
@@ -165,7 +178,9 @@ def _publishes_again(publish: Publish) -> None:
             assert str(number) not in taken and str(number) in again.names(), (
                 f"{told}, and the next publish took number {number!r}: what a dead publisher left must not disturb it"
             )
-            assert again.read(str(number)).count(_DATA[4]) == 1, f"{told}, and the next version was not written whole"
+            assert again.read(str(number)).count(_DATA[4]) == 1, (
+                f"{told}, and the next version was not written whole"
+            )
 
 
 def _there_for_good(publish: Publish) -> None:
@@ -196,14 +211,18 @@ def _old_or_new(promote: Promote) -> None:
         for files in disk.after_a_cut():
             _older(files, _stored(1, 2), told)
             found = files.get("default")
-            assert found is not None, f"{told}, and there was no default any more: nobody is answered until it is back"
+            assert found is not None, (
+                f"{told}, and there was no default any more: nobody is answered until it is back"
+            )
             assert found in (b"1", b"2"), (
                 f"{told}, and default held {found!r}: write the number to another file, sync that, and rename it to "
                 "default in one step"
             )
             again = FragileDisk(files)
             ask("promote(disk, 2)", promote, again, 2)
-            assert again.read("default") == b"2", f"{told}, and the next promote did not come through"
+            assert again.read("default") == b"2", (
+                f"{told}, and the next promote did not come through"
+            )
 
 
 def _promoted_for_good(promote: Promote) -> None:
@@ -222,23 +241,35 @@ def _numbers(publish: Publish) -> None:
         before = _files(disk)
         got = ask(f"publish(disk, data), the {number}. time", publish, disk, _DATA[number])
         told = (
-            f"with the versions 1 to {number - 1} on the disk, publish" if number > 1 else "on an empty disk, publish"
+            f"with the versions 1 to {number - 1} on the disk, publish"
+            if number > 1
+            else "on an empty disk, publish"
         )
         assert got is not None, f"{told} returned None: return the number of the version"
         assert type(got) is int, f"{told} returned {got!r}: return the number, an int"
-        changed = [name for name, data in before.items() if name.isdecimal() and _files(disk).get(name) != data]
+        changed = [
+            name
+            for name, data in before.items()
+            if name.isdecimal() and _files(disk).get(name) != data
+        ]
         assert not changed, (
             f"{told} overwrote version {changed[0]}: versions never change; compare numbers, not text ('9' > '10')"
         )
         assert got == number, f"{told} returned {got}: the next number is {number}"
-        assert str(got) in disk.names(), f"{told} returned {got}, and there is no file {str(got)!r}: {disk.names()}"
+        assert str(got) in disk.names(), (
+            f"{told} returned {got}, and there is no file {str(got)!r}: {disk.names()}"
+        )
     for extra, why in (("staged", "a file that is no version"), ("default", "the alias")):
         disk = FragileDisk(_stored(1, 2) | {extra: b"2"})
         got = ask("publish(disk, data)", publish, disk, _DATA[3])
-        assert got == 3, f"with 1, 2 and {extra!r} on the disk publish returned {got}: {why} is not counted"
+        assert got == 3, (
+            f"with 1, 2 and {extra!r} on the disk publish returned {got}: {why} is not counted"
+        )
     disk = FragileDisk(_stored(1, 5))
     got = ask("publish(disk, data)", publish, disk, _DATA[6])
-    assert got == 6, f"with the versions 1 and 5 on the disk publish returned {got}: one more than the largest is 6"
+    assert got == 6, (
+        f"with the versions 1 and 5 on the disk publish returned {got}: one more than the largest is 6"
+    )
 
 
 def _every_cut(
@@ -262,12 +293,18 @@ def _older(files: Mapping[str, bytes], before: Mapping[str, bytes], told: str) -
         )
 
 
-def _points(files: Mapping[str, bytes], wanted: str, told: str, before: Mapping[str, bytes]) -> None:
+def _points(
+    files: Mapping[str, bytes], wanted: str, told: str, before: Mapping[str, bytes]
+) -> None:
     assert "default" in files, f"{told}, and there is no file 'default': {sorted(files)}"
     found = files["default"]
     assert found != before.get("default"), f"{told}, and default is still {found!r}"
-    assert found == wanted.encode(), f"{told}, and default holds {found[:20]!r}: write the number as text, {wanted!r}"
-    assert {name: files.get(name) for name in ("1", "2")} == _stored(1, 2), f"{told}, and a version is gone or changed"
+    assert found == wanted.encode(), (
+        f"{told}, and default holds {found[:20]!r}: write the number as text, {wanted!r}"
+    )
+    assert {name: files.get(name) for name in ("1", "2")} == _stored(1, 2), (
+        f"{told}, and a version is gone or changed"
+    )
 
 
 def _refuses_the_unknown(promote: Promote) -> None:
@@ -283,8 +320,12 @@ def _refuses_the_unknown(promote: Promote) -> None:
             "get a 404 that says so"
         ) from error
     else:
-        raise AssertionError("promote(disk, 9) returned, there is no version 9: every request would fail; refuse it")
-    assert _files(disk) == before, "promote(disk, 9) raised and yet changed the disk: look before you write"
+        raise AssertionError(
+            "promote(disk, 9) returned, there is no version 9: every request would fail; refuse it"
+        )
+    assert _files(disk) == before, (
+        "promote(disk, 9) raised and yet changed the disk: look before you write"
+    )
 
 
 def _stored(*numbers: int) -> dict[str, bytes]:

@@ -13,9 +13,10 @@ Choose = Callable[[Sequence[dict[str, Any]], float], int | None]
 def check_version_choice(choose_version: Choose) -> None:
     """Check ``choose_version(rounds, floor) -> version or None``.
 
-    ``rounds`` is a list of dicts with the keys ``version`` (int), ``global_accuracy`` and ``worst_client_accuracy`` (in
-    [0, 1]; NaN if it was not measured). Right is the version whose worst client does best, the older one if two are
-    equal, and None if no worst client reaches ``floor``.
+    ``rounds`` is a list of dicts with the keys ``version`` (int), ``global_accuracy`` and
+    ``worst_client_accuracy`` (in [0, 1]; NaN if it was not measured). Right is the version whose
+    worst client does best, the older one if two are equal, and None if no worst client reaches
+    ``floor``.
 
     Raises:
         AssertionError: Names the rule that was broken, and shows the rounds.
@@ -59,7 +60,12 @@ def check_version_choice(choose_version: Choose) -> None:
 
 
 def _four_rounds() -> list[dict[str, Any]]:
-    return [_round(4, 0.80, 0.30), _round(5, 0.86, 0.62), _round(6, 0.93, 0.41), _round(7, 0.91, 0.55)]
+    return [
+        _round(4, 0.80, 0.30),
+        _round(5, 0.86, 0.62),
+        _round(6, 0.93, 0.41),
+        _round(7, 0.91, 0.55),
+    ]
 
 
 def _takes_the_best(choose_version: Choose) -> None:
@@ -69,29 +75,45 @@ def _takes_the_best(choose_version: Choose) -> None:
     assert rounds == before, (
         "choose_version changed the list that it was given: it belongs to the caller, copy it first"
     )
-    assert not isinstance(got, dict), f"choose_version returned the whole round {got}: return its version number, 5"
-    assert got != 1, "choose_version returned 1, a position in the list: return the version number, 5"
+    assert not isinstance(got, dict), (
+        f"choose_version returned the whole round {got}: return its version number, 5"
+    )
+    assert got != 1, (
+        "choose_version returned 1, a position in the list: return the version number, 5"
+    )
     assert got != 0.62, "choose_version returned 0.62, the accuracy: return the version number, 5"
-    assert got != 7, "choose_version took version 7, the newest: a later round can be worse for some client"
+    assert got != 7, (
+        "choose_version took version 7, the newest: a later round can be worse for some client"
+    )
     assert got != 6, (
         "choose_version took version 6, the best global accuracy: its worst client has 0.41, version 5 has 0.62"
     )
-    assert got != 4, "choose_version took version 4, whose worst client is the worst of all (0.30): take the largest"
+    assert got != 4, (
+        "choose_version took version 4, whose worst client is the worst of all (0.30): take the largest"
+    )
     assert got == 5, f"choose_version returned {got!r}: version 5 has the best worst client (0.62)"
 
 
 def _keeps_the_floor(choose_version: Choose) -> None:
     rounds = _four_rounds()
     got = _choose(choose_version, rounds, 0.7)
-    assert got is None, f"choose_version returned {got!r} though no worst client reaches the floor 0.7: return None"
+    assert got is None, (
+        f"choose_version returned {got!r} though no worst client reaches the floor 0.7: return None"
+    )
     got = _choose(choose_version, rounds, 0.62)
-    assert got == 5, f"choose_version returned {got!r}: a worst client exactly at the floor 0.62 reaches it"
+    assert got == 5, (
+        f"choose_version returned {got!r}: a worst client exactly at the floor 0.62 reaches it"
+    )
     got = _choose(choose_version, [], 0.5)
     assert got is None, f"choose_version returned {got!r} for an empty list of rounds: return None"
 
 
 def _leaves_out_unmeasured(choose_version: Choose) -> None:
-    for unmeasured in (0, 1, 2):  # max() keeps a NaN that comes first, and drops one that comes later
+    for unmeasured in (
+        0,
+        1,
+        2,
+    ):  # max() keeps a NaN that comes first, and drops one that comes later
         mixed = [_round(1, 0.9, 0.6), _round(2, 0.9, 0.7)]
         mixed.insert(unmeasured, _round(9, 0.9, math.nan))
         got = _choose(choose_version, mixed, 0.5)
@@ -123,4 +145,10 @@ def _choose(choose_version: Choose, rounds: Sequence[dict[str, Any]], floor: flo
 
 
 def _told(rounds: Sequence[dict[str, Any]]) -> str:
-    return "[" + ", ".join(f"version {one['version']}: worst {one['worst_client_accuracy']}" for one in rounds) + "]"
+    return (
+        "["
+        + ", ".join(
+            f"version {one['version']}: worst {one['worst_client_accuracy']}" for one in rounds
+        )
+        + "]"
+    )

@@ -1,4 +1,5 @@
-"""Check of the exercise "a burn-rate alert" (notebook 11): scripted traffic, scraped once a minute."""
+"""Check of the exercise "a burn-rate alert" (notebook 11): scripted traffic, scraped once a
+minute."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +16,15 @@ _OLD = 50  # failures before the first scrape
 
 
 def check_burn_rate_alert(alert_class: Callable[..., Any]) -> None:
-    """Check ``alert_class()`` with ``scraped(t_s, asked, failed) -> bool``, ``burn_rate(window_s)`` and
-    ``left(requests)``.
+    """Check ``alert_class()`` with ``scraped(t_s, asked, failed) -> bool``, ``burn_rate(window_s)``
+    and ``left(requests)``.
 
-    Right is: burn rates of the requests inside the window, by seconds; a counter that falls began again; on while both
-    windows of a pair are above its burn rate.
+    Right is: burn rates of the requests inside the window, by seconds; a counter that falls began
+    again; on while both windows of a pair are above its burn rate.
 
     Raises:
-        AssertionError: Says who would be woken for nothing, or sleep while the month's budget burns.
+        AssertionError: Says who would be woken for nothing, or sleep while the month's budget
+            burns.
     """
     judge(
         "burn-rate-alert",
@@ -51,7 +53,11 @@ def check_burn_rate_alert(alert_class: Callable[..., Any]) -> None:
                 "any(min(self.burn_rate(long), self.burn_rate(short)) > rate for long, short, rate in self.pairs)",
             ),
         ),
-        Part("knows what is left of the budget", _left, ("1 - failed so far / (self.budget * requests)",)),
+        Part(
+            "knows what is left of the budget",
+            _left,
+            ("1 - failed so far / (self.budget * requests)",),
+        ),
     )
 
 
@@ -61,7 +67,13 @@ def _made(alert_class: Callable[..., Any]) -> Any:
 
 def _feed(alert: Any, times_s: Floats, asked: Floats, failed: Floats) -> list[bool]:
     return [
-        ask(f"scraped({t_s:g}, {total:g}, {lost:g})", alert.scraped, float(t_s), float(total), float(lost))
+        ask(
+            f"scraped({t_s:g}, {total:g}, {lost:g})",
+            alert.scraped,
+            float(t_s),
+            float(total),
+            float(lost),
+        )
         for t_s, total, lost in zip(times_s, asked, failed, strict=True)
     ]
 
@@ -86,22 +98,38 @@ def _rates(alert_class: Callable[..., Any]) -> None:
         (5 / 300, "that is the share; 0.1 % may fail, divide by the budget"),
         (5 / 300 / 0.999, "divide by the budget, 1 - target, not by the target"),
         (5 / 295 / 0.001, "divide by all valid requests, not by the answered ones"),
-        (12 / 5900 / 0.001, "those are the counters since the server began; the window is the growth inside it"),
-        (5 / 900 / 0.001, "everything since the first scrape; only what is inside the window counts"),
+        (
+            12 / 5900 / 0.001,
+            "those are the counters since the server began; the window is the growth inside it",
+        ),
+        (
+            5 / 900 / 0.001,
+            "everything since the first scrape; only what is inside the window counts",
+        ),
         (5 / 0.001, "failures alone say nothing, divide by the requests"),
-        (3 / 240 / 0.001, "the window reaches back to the scrape of 600 s, which is just not older than 300 s"),
+        (
+            3 / 240 / 0.001,
+            "the window reaches back to the scrape of 600 s, which is just not older than 300 s",
+        ),
     ):
         assert abs(got - wrong) > 1e-6, f"{told}: {why}"
     assert abs(got - wanted) < 1e-6, f"{told}: a window is a time, not a number of scrapes"
     quiet = _made(alert_class)
     _feed(quiet, np.array([0, 60, 120.0]), np.full(3, 100.0), np.full(3, 5.0))
     got = _burn(quiet, 60)
-    assert got == 0, f"nobody asked for two minutes, and burn_rate(60) is {got}: nothing burns, return 0"
+    assert got == 0, (
+        f"nobody asked for two minutes, and burn_rate(60) is {got}: nothing burns, return 0"
+    )
 
 
 def _restart(alert_class: Callable[..., Any]) -> None:
     alert = _made(alert_class)
-    _feed(alert, np.array([0, 60, 120, 180.0]), np.array([900, 960, 40, 100.0]), np.array([50, 51, 1, 2.0]))
+    _feed(
+        alert,
+        np.array([0, 60, 120, 180.0]),
+        np.array([900, 960, 40, 100.0]),
+        np.array([50, 51, 1, 2.0]),
+    )
     got = _burn(alert, 300)
     wanted = 3 / 160 / 0.001
     assert abs(got - wanted) < 1e-6, (
@@ -137,7 +165,9 @@ def _pages(alert_class: Callable[..., Any]) -> None:
         if wrong.size:
             minute = int(wrong[0])
             why = sleeps if got[minute] else wakes
-            raise AssertionError(f"{told}; in minute {minute} the alert is {'on' if got[minute] else 'off'}: {why}")
+            raise AssertionError(
+                f"{told}; in minute {minute} the alert is {'on' if got[minute] else 'off'}: {why}"
+            )
 
 
 def _left(alert_class: Callable[..., Any]) -> None:
@@ -149,9 +179,14 @@ def _left(alert_class: Callable[..., Any]) -> None:
         (1 - wanted, "that is what was spent"),
         (2592 - 900, "a share of the budget, not a number of requests"),
         (1 - 900 / 2_592_000, "divide by what may fail, budget times requests"),
-        (1 - 950 / 2592, f"the {_OLD} failures that the first scrape showed may be of last month; only growth counts"),
+        (
+            1 - 950 / 2592,
+            f"the {_OLD} failures that the first scrape showed may be of last month; only growth counts",
+        ),
     ):
         assert abs(got - wrong) > 1e-6, (
             f"900 of a month's 2,592,000 requests failed; left(2_592_000) is {got:.4g}: {why}"
         )
-    assert abs(got - wanted) < 1e-6, f"900 failed and 2,592 may; left(2_592_000) is {got:.4g}, not {wanted:.4g}"
+    assert abs(got - wanted) < 1e-6, (
+        f"900 failed and 2,592 may; left(2_592_000) is {got:.4g}, not {wanted:.4g}"
+    )

@@ -14,7 +14,15 @@ from flserving.lab.checks.parts import Part, judge
 Scrape = dict[tuple[str, tuple[tuple[str, str], ...]], float]  # (name, sorted labels) -> value
 _TARGET_S = 0.05
 _CLIENTS = 1000
-_WORK = ((0.004, False), (0.040, False), (0.060, False), (0.020, True), (0.900, False), (2.0, True), (0.030, False))
+_WORK = (
+    (0.004, False),
+    (0.040, False),
+    (0.060, False),
+    (0.020, True),
+    (0.900, False),
+    (2.0, True),
+    (0.030, False),
+)
 _USE_REGISTRY = "pass registry=registry to each metric, so that two servers do not share one"
 
 
@@ -31,7 +39,8 @@ class _World:
         self.inside = list[Scrape]()
         self._nested = self.watch = False
         self.server = ask(
-            "creating a server", lambda: self._no_clash(server_class, self.model, self.registry, lambda: self.now_s)
+            "creating a server",
+            lambda: self._no_clash(server_class, self.model, self.registry, lambda: self.now_s),
         )
 
     @staticmethod
@@ -57,7 +66,8 @@ class _World:
         return f"answer {seconds}"
 
     def call(self, seconds: float, fails: bool, client: str, nested: bool = False) -> None:
-        """One request through the student's server; what it answers must be what the model answered."""
+        """One request through the student's server; what it answers must be what the model
+        answered."""
         self._nested = nested
         what = f"predict for client {client!r}"
         try:
@@ -75,22 +85,30 @@ class _World:
         assert not fails, (
             f"the model raised RowError and predict returned {got!r}: measure a failure, then raise it again"
         )
-        assert got == f"answer {seconds}", f"predict returned {got!r} where the model answered 'answer {seconds}'"
+        assert got == f"answer {seconds}", (
+            f"predict returned {got!r} where the model answered 'answer {seconds}'"
+        )
 
     def families(self) -> list[Metric]:
         text = generate_latest(self.registry).decode()
         return [f for f in text_string_to_metric_families(text) if not f.name.endswith("_created")]
 
     def scrape(self) -> Scrape:
-        return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in self.families() for s in f.samples}
+        return {
+            (s.name, tuple(sorted(s.labels.items()))): s.value
+            for f in self.families()
+            for s in f.samples
+        }
 
 
 def check_metrics(server_class: Callable[..., Any]) -> None:
-    """Check ``server_class(model, registry, clock)`` with ``predict(features, client)`` by what a scrape of it says.
+    """Check ``server_class(model, registry, clock)`` with ``predict(features, client)`` by what a
+    scrape of it says.
 
-    Right is: the model's answer or error, unchanged; in ``registry`` one Counter of requests with a label that tells
-    failures apart, one Histogram of seconds over all requests with a bound at 0.05, one Gauge of requests in progress;
-    and a number of series that does not depend on who asks or on what goes wrong.
+    Right is: the model's answer or error, unchanged; in ``registry`` one Counter of requests with a
+    label that tells failures apart, one Histogram of seconds over all requests with a bound at
+    0.05, one Gauge of requests in progress; and a number of series that does not depend on who asks
+    or on what goes wrong.
 
     Raises:
         AssertionError: Names the rule, and what the scrape said.
@@ -98,11 +116,17 @@ def check_metrics(server_class: Callable[..., Any]) -> None:
     judge(
         "metrics",
         server_class,
-        Part("answers as the model does", _worked, ("What stands in finally happens for an answer and for an error.",)),
+        Part(
+            "answers as the model does",
+            _worked,
+            ("What stands in finally happens for an answer and for an error.",),
+        ),
         Part(
             "has labels from a closed set",
             _closed_labels,
-            ("Only the outcome is a label, answered or failed: neither the client nor the error's text is.",),
+            (
+                "Only the outcome is a label, answered or failed: neither the client nor the error's text is.",
+            ),
         ),
         Part(
             "has a counter, a histogram and a gauge",
@@ -125,7 +149,11 @@ def check_metrics(server_class: Callable[..., Any]) -> None:
                 "buckets=(..., 0.025, 0.05, 0.1, ...) has the target among its bounds.",
             ),
         ),
-        Part("knows the requests in progress", _in_progress, (".inc() before the try, .dec() in finally.",)),
+        Part(
+            "knows the requests in progress",
+            _in_progress,
+            (".inc() before the try, .dec() in finally.",),
+        ),
     )
 
 
@@ -156,10 +184,19 @@ def _kinds(families: Iterable[Metric]) -> tuple[Metric, Metric, Metric]:
             f"{family.name} is a summary: it cannot say which share took at most 0.05 s; use a Histogram"
         )
     found = []
-    for kind, use in (("counter", "requests"), ("histogram", "seconds"), ("gauge", "requests in progress")):
+    for kind, use in (
+        ("counter", "requests"),
+        ("histogram", "seconds"),
+        ("gauge", "requests in progress"),
+    ):
         names = [family.name for family in by_kind.get(kind, [])]
-        assert len(names) == 1, f"the scrape holds {len(names)} metrics of type {kind} {names}: make one, for {use}" + (
-            "; one counter whose label tells outcomes apart can be summed and divided" if len(names) > 1 else ""
+        assert len(names) == 1, (
+            f"the scrape holds {len(names)} metrics of type {kind} {names}: make one, for {use}"
+            + (
+                "; one counter whose label tells outcomes apart can be summed and divided"
+                if len(names) > 1
+                else ""
+            )
         )
         found += by_kind[kind]
     return found[0], found[1], found[2]
@@ -168,12 +205,22 @@ def _kinds(families: Iterable[Metric]) -> tuple[Metric, Metric, Metric]:
 def _named(server_class: Callable[..., Any]) -> None:
     counter, histogram, gauge = _found(server_class)
     wrong_unit = re.search(r"(_ms|millis|_us|micros|_minutes)", histogram.name)
-    assert not wrong_unit, f"{histogram.name} is not in a base unit: measure seconds, and say so: ..._seconds"
-    assert histogram.name.endswith("_seconds"), f"{histogram.name} does not say its unit: end the name with _seconds"
-    assert "request" in counter.name, f"{counter.name}_total does not say what it counts: ..._requests_total"
+    assert not wrong_unit, (
+        f"{histogram.name} is not in a base unit: measure seconds, and say so: ..._seconds"
+    )
+    assert histogram.name.endswith("_seconds"), (
+        f"{histogram.name} does not say its unit: end the name with _seconds"
+    )
+    assert "request" in counter.name, (
+        f"{counter.name}_total does not say what it counts: ..._requests_total"
+    )
     for family in (counter, histogram, gauge):
-        assert "_" in family.name, f"{family.name} has no prefix that says whose it is: bare_{family.name}"
-        assert family.documentation.strip(), f"{family.name} has no help text: say in a sentence what it is"
+        assert "_" in family.name, (
+            f"{family.name} has no prefix that says whose it is: bare_{family.name}"
+        )
+        assert family.documentation.strip(), (
+            f"{family.name} has no help text: say in a sentence what it is"
+        )
 
 
 def _closed_labels(server_class: Callable[..., Any]) -> None:
@@ -185,9 +232,12 @@ def _closed_labels(server_class: Callable[..., Any]) -> None:
     for name, labels in grown:
         for label, value in labels:
             told = f"{len(before)} series became {len(before) + len(grown)} after {_CLIENTS} requests: {name} has "
-            assert "stranger" not in value, told + f"a label {label} with one value per client; leave it out"
+            assert "stranger" not in value, (
+                told + f"a label {label} with one value per client; leave it out"
+            )
             assert "row number" not in value, (
-                told + f"an error's text as label {label}; free text never ends, use the error's class or 'failed'"
+                told
+                + f"an error's text as label {label}; free text never ends, use the error's class or 'failed'"
             )
     assert not grown, (
         f"{len(before)} series became {len(before) + len(grown)} after {_CLIENTS} more requests of the same kinds, "
@@ -207,11 +257,20 @@ def _counts(server_class: Callable[..., Any]) -> None:
         answered = answered + (not fails)
         failed = failed + fails
         after = world.scrape()
-        steps = {key: value - before.get(key, 0) for key, value in after.items() if key[0] == f"{name}_total"}
+        steps = {
+            key: value - before.get(key, 0)
+            for key, value in after.items()
+            if key[0] == f"{name}_total"
+        }
         total = sum(value for key, value in after.items() if key[0] == f"{name}_total")
         kind = "a failed" if fails else "an answered"
-        assert sum(steps.values()) != 0, f"{name}_total stands at {total:g} before and after {kind} request: " + (
-            "count failures too, or the failure rate is always 0" if fails else "call .inc() for every request"
+        assert sum(steps.values()) != 0, (
+            f"{name}_total stands at {total:g} before and after {kind} request: "
+            + (
+                "count failures too, or the failure rate is always 0"
+                if fails
+                else "call .inc() for every request"
+            )
         )
         assert sum(steps.values()) == 1, (
             f"{name}_total grew by {sum(steps.values()):g} with {kind} request: count each request once, when it ends"
@@ -238,7 +297,9 @@ def _durations(server_class: Callable[..., Any]) -> None:
         f"{name}_count is {count:g} after {len(_WORK)} requests: the failed ones are missing; one that failed after "
         "2 s was a slow one, observe it too (finally)"
     )
-    assert count == len(_WORK), f"{name}_count is {count:g} after {len(_WORK)} requests: observe each once"
+    assert count == len(_WORK), (
+        f"{name}_count is {count:g} after {len(_WORK)} requests: observe each once"
+    )
     assert abs(seconds - 1000 * spent_s) > 1e-3, (
         f"{name}_sum is {seconds:g} where {spent_s:g} s passed: those are milliseconds, the base unit is the second"
     )
@@ -249,7 +310,11 @@ def _durations(server_class: Callable[..., Any]) -> None:
     assert abs(seconds - spent_s) < 1e-6, (
         f"{name}_sum is {seconds:g} where {spent_s:g} s passed: observe end - beginning"
     )
-    within = [(dict(labels)["le"], value) for (n, labels), value in scrape.items() if n == f"{name}_bucket"]
+    within = [
+        (dict(labels)["le"], value)
+        for (n, labels), value in scrape.items()
+        if n == f"{name}_bucket"
+    ]
     bounds = sorted({float(le) for le, _ in within})
     assert _TARGET_S in bounds, (
         f"the buckets of {name} end at {bounds}, none at 0.05: the share of requests within the target of 50 ms "
@@ -266,8 +331,12 @@ def _in_progress(server_class: Callable[..., Any]) -> None:
     world.watch = True  # what a scrape says while the model runs
     world.call(0.01, False, "a")
     seen = _sum(world.inside[-1], name)
-    assert seen == 1, f"{name} is {seen:g} while one request is in the model: .inc() before the model is called"
-    assert (rest := _sum(world.scrape(), name)) == 0, f"{name} is {rest:g} when all are answered: .dec() at the end"
+    assert seen == 1, (
+        f"{name} is {seen:g} while one request is in the model: .inc() before the model is called"
+    )
+    assert (rest := _sum(world.scrape(), name)) == 0, (
+        f"{name} is {rest:g} when all are answered: .dec() at the end"
+    )
     world.call(0.01, False, "a", nested=True)
     inner, outer = (_sum(scrape, name) for scrape in world.inside[-2:])
     assert (inner, outer) == (2, 1), (
@@ -276,7 +345,9 @@ def _in_progress(server_class: Callable[..., Any]) -> None:
     )
     world.call(0.01, True, "a")
     rest = _sum(world.scrape(), name)
-    assert rest == 0, f"{name} is {rest:g} after a failed request, and nothing is running: .dec() in a finally block"
+    assert rest == 0, (
+        f"{name} is {rest:g} after a failed request, and nothing is running: .dec() in a finally block"
+    )
 
 
 def _sum(scrape: Scrape, name: str) -> float:

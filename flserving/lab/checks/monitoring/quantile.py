@@ -1,4 +1,5 @@
-"""Check of the exercise "a quantile from buckets" (notebook 11), by the rules of Prometheus' histogram_quantile."""
+"""Check of the exercise "a quantile from buckets" (notebook 11), by the rules of Prometheus'
+histogram_quantile."""
 
 import math
 import random
@@ -13,10 +14,11 @@ _BUCKETS = {0.01: 10.0, 0.02: 40.0, 0.05: 90.0, 0.1: 96.0, math.inf: 100.0}
 
 
 def check_quantile(quantile: Quantile) -> None:
-    """Check ``quantile(q, buckets)``; ``buckets`` maps the upper bounds, the last infinite, to cumulative counts.
+    """Check ``quantile(q, buckets)``; ``buckets`` maps the upper bounds, the last infinite, to
+    cumulative counts.
 
-    Right is what Prometheus answers: linear in the bucket that holds the rank ``q * count``, from 0 in the first one;
-    the largest finite bound for a rank in the last one; NaN without requests.
+    Right is what Prometheus answers: linear in the bucket that holds the rank ``q * count``, from 0
+    in the first one; the largest finite bound for a rank in the last one; NaN without requests.
 
     Raises:
         AssertionError: Says which rule was broken, and what somebody would read off the dashboard.
@@ -33,7 +35,11 @@ def check_quantile(quantile: Quantile) -> None:
                 "low + (high - low) * (rank - below) / (count - below)",
             ),
         ),
-        Part("begins the first bucket at 0", _first, ("The first bucket has none before it: low = 0 and below = 0.",)),
+        Part(
+            "begins the first bucket at 0",
+            _first,
+            ("The first bucket has none before it: low = 0 and below = 0.",),
+        ),
         Part(
             "does not guess beyond the last bound",
             _beyond,
@@ -50,7 +56,9 @@ def check_quantile(quantile: Quantile) -> None:
 def _ask(quantile: Quantile, q: float, buckets: Mapping[float, float]) -> float:
     got = ask(f"quantile({q}, {_told(buckets)})", quantile, q, dict(buckets))
     number = isinstance(got, int | float)
-    assert number, f"quantile({q}, {_told(buckets)}) returned {got!r:.60}: return a number of seconds"
+    assert number, (
+        f"quantile({q}, {_told(buckets)}) returned {got!r:.60}: return a number of seconds"
+    )
     return float(got)
 
 
@@ -65,13 +73,18 @@ def _inside(quantile: Quantile) -> None:
         (0.05, "that is the upper end of the bucket: a p80 just above 20 ms would look like 50 ms"),
         (0.02, "that is the lower end of the bucket"),
         (0.035, "that is its middle, wherever the rank lies in it"),
-        (0.02 + 0.03 * 80 / 90, "begin to count at the bucket's lower end: rank less the 40 requests before it"),
+        (
+            0.02 + 0.03 * 80 / 90,
+            "begin to count at the bucket's lower end: rank less the 40 requests before it",
+        ),
         (0.03 * 0.8, "the line begins at the lower end of the bucket, add it"),
         (0.02 + 0.03 * 40 / 90, "divide by the 50 requests of this bucket; counts are cumulative"),
         (0.0008, "q is a share, 0.8, and not a percentage"),
     ):
         assert abs(got - wrong) > 1e-9, f"{told}: {why}"
-    assert abs(got - 0.044) < 1e-9, f"{told}: rank 80 is the 40th of 50 in the bucket from 0.02 to 0.05"
+    assert abs(got - 0.044) < 1e-9, (
+        f"{told}: rank 80 is the 40th of 50 in the bucket from 0.02 to 0.05"
+    )
     gap = {**_BUCKETS, 0.1: 90.0}
     got = _ask(quantile, 0.9, gap)
     assert abs(got - 0.05) < 1e-9, (
@@ -94,13 +107,17 @@ def _beyond(quantile: Quantile) -> None:
         f"quantile(0.99, {_told(_BUCKETS)}) is {got}: nobody knows how long the last 4 requests took; say the largest "
         "finite bound, 0.1, and a dashboard can draw it"
     )
-    assert abs(got - 0.1) < 1e-9, f"quantile(0.99, {_told(_BUCKETS)}) is {got:.5g}: say the largest finite bound, 0.1"
+    assert abs(got - 0.1) < 1e-9, (
+        f"quantile(0.99, {_told(_BUCKETS)}) is {got:.5g}: say the largest finite bound, 0.1"
+    )
 
 
 def _odd(quantile: Quantile) -> None:
     turned = dict(reversed(_BUCKETS.items()))
     got = _ask(quantile, 0.8, turned)
-    assert abs(got - 0.044) < 1e-9, f"with the same buckets in another order it is {got:.5g}: sort the bounds"
+    assert abs(got - 0.044) < 1e-9, (
+        f"with the same buckets in another order it is {got:.5g}: sort the bounds"
+    )
     got = _ask(quantile, 0.5, dict.fromkeys(_BUCKETS, 0.0))
     assert math.isnan(got), (
         f"without a request the quantile is {got}: it is not known, NaN; 0 s would look like a very fast server"
@@ -113,4 +130,6 @@ def _odd(quantile: Quantile) -> None:
         q = rng.randint(1, 99) / 100
         got = _ask(quantile, q, buckets)
         wanted = slo.histogram_quantile(q, buckets)
-        assert abs(got - wanted) < 1e-9, f"quantile({q}, {_told(buckets)}) is {got:.5g}, Prometheus says {wanted:.5g}"
+        assert abs(got - wanted) < 1e-9, (
+            f"quantile({q}, {_told(buckets)}) is {got:.5g}, Prometheus says {wanted:.5g}"
+        )

@@ -13,19 +13,24 @@ from flserving.lab.checks.asking import ask
 from flserving.lab.checks.parts import Part, judge
 
 Floats: TypeAlias = NDArray[np.float32]
-Layers: TypeAlias = Sequence[tuple[Tensor, Tensor]]  # weight [out, in] and bias [out], from the first to the last
+Layers: TypeAlias = Sequence[
+    tuple[Tensor, Tensor]
+]  # weight [out, in] and bias [out], from the first to the last
 _SPAN = np.array([-25.75, -3.1, 0, 0.2, 7.4, 101.75], np.float32)  # 255 steps of exactly 0.5
 _ROWS = np.array([[0.254, -0.1, 0.02], [25.4, 3, -7]], np.float32)
 
 
 def check_int8(Int8Tensor: Callable[..., Any]) -> None:
-    """Check ``Int8Tensor(values, per_row=False, symmetric=False)`` with q, scale, zero_point and ``dequantised()``.
+    """Check ``Int8Tensor(values, per_row=False, symmetric=False)`` with q, scale, zero_point and
+    ``dequantised()``.
 
-    Right is: a range from the smallest to the largest value that has 0 in it, in 255 steps; symmetric, from -m to m in
-    254 steps with the zero point 0. The numbers are rounded and clipped to int8.
+    Right is: a range from the smallest to the largest value that has 0 in it, in 255 steps;
+    symmetric, from -m to m in 254 steps with the zero point 0. The numbers are rounded and clipped
+    to int8.
 
     Raises:
-        CheckError: Recognises the usual mistakes by the scale, the zero point and the values that they give.
+        CheckError: Recognises the usual mistakes by the scale, the zero point and the values that
+            they give.
     """
     judge(
         "int8-by-hand",
@@ -70,27 +75,39 @@ def check_int8(Int8Tensor: Callable[..., Any]) -> None:
                 "`axis = 1 if per_row else None`, and min and max over that axis with keepdims=True.",
             ),
         ),
-        Part("zeros only", _zeros, ("Where the range is empty, take any scale that is not 0: np.where(...).",)),
+        Part(
+            "zeros only",
+            _zeros,
+            ("Where the range is empty, take any scale that is not 0: np.where(...).",),
+        ),
     )
 
 
 def _made(Int8Tensor: Callable[..., Any], values: Floats, **options: bool) -> Any:
     given = values.copy()  # a solution that changes it must not change what the next try gets
     made = ask(f"Int8Tensor(values, **{options})", lambda: Int8Tensor(given, **options))
-    assert np.array_equal(values, given), "the values that were given have changed: they are the model's own"
+    assert np.array_equal(values, given), (
+        "the values that were given have changed: they are the model's own"
+    )
     return made
 
 
 def _number(found: Any, name: str) -> float:
     numbers = np.asarray(found, np.float64)
-    assert numbers.size == 1, f"{name} has the shape {numbers.shape}: without per_row there is one for all values"
+    assert numbers.size == 1, (
+        f"{name} has the shape {numbers.shape}: without per_row there is one for all values"
+    )
     return float(numbers.reshape(()))
 
 
 def _told(name: str, found: float, right: float, mistakes: Mapping[str, float], of: Floats) -> None:
     for why, value in mistakes.items():
-        assert not np.isclose(found, value, rtol=1e-4), f"{name} of {of.tolist()} is {found:.6g}, {why}"
-    assert np.isclose(found, right, rtol=1e-5), f"{name} of {of.tolist()} is {found:.6g}, right is {right:g}"
+        assert not np.isclose(found, value, rtol=1e-4), (
+            f"{name} of {of.tolist()} is {found:.6g}, {why}"
+        )
+    assert np.isclose(found, right, rtol=1e-5), (
+        f"{name} of {of.tolist()} is {found:.6g}, right is {right:g}"
+    )
 
 
 def _scale(Int8Tensor: Callable[..., Any]) -> None:
@@ -129,20 +146,28 @@ def _rounds_and_clips(Int8Tensor: Callable[..., Any]) -> None:
     )
     back = np.asarray(ask("dequantised()", made.dequantised))
     assert back.shape == _SPAN.shape, f"dequantised() of 6 values has the shape {back.shape}"
-    assert back.dtype == np.float32, f"dequantised() is {back.dtype}: compute with float32, as the model does"
+    assert back.dtype == np.float32, (
+        f"dequantised() is {back.dtype}: compute with float32, as the model does"
+    )
     assert back[-1] > 0, (
         f"101.75 came back as {back[-1]:g}: 128 does not fit into int8 and starts again at -128; clip before astype"
     )
     raw = np.asarray(made.q, np.float32)
-    assert not np.allclose(back, raw * 0.5), "dequantised() is q * scale: subtract zero_point from q first"
+    assert not np.allclose(back, raw * 0.5), (
+        "dequantised() is q * scale: subtract zero_point from q first"
+    )
     assert back[2] == 0, f"0.0 came back as {back[2]:g}: (q - zero_point) * scale gives exactly 0"
     off = np.abs(back - _SPAN)[:-1].max()
-    assert off <= 0.26, f"a value came back wrong by {off:g}, half a step is 0.25: round, astype cuts the fraction off"
+    assert off <= 0.26, (
+        f"a value came back wrong by {off:g}, half a step is 0.25: round, astype cuts the fraction off"
+    )
     rng = np.random.default_rng(9)
     many = rng.normal(3, 2, 4000).astype(np.float32)
     made = _made(Int8Tensor, many)
     off = np.abs(made.dequantised() - many).max() / float(np.asarray(made.scale).reshape(()))
-    assert off <= 1.01, f"of 4,000 values one came back wrong by {off:.2f} steps: at most one, at the ends of the range"
+    assert off <= 1.01, (
+        f"of 4,000 values one came back wrong by {off:.2f} steps: at most one, at the ends of the range"
+    )
 
 
 def _symmetric(Int8Tensor: Callable[..., Any]) -> None:
@@ -156,7 +181,9 @@ def _symmetric(Int8Tensor: Callable[..., Any]) -> None:
         "twice the largest magnitude over 127: from -127 to 127 there are 254 steps": 0.04,
     }, values)  # fmt: skip
     zero = np.asarray(made.zero_point)
-    assert not zero.any(), f"the symmetric zero_point is {zero.tolist()}: it is 0, so that a product needs none"
+    assert not zero.any(), (
+        f"the symmetric zero_point is {zero.tolist()}: it is 0, so that a product needs none"
+    )
     assert made.q.tolist() == [-127, -50, 0, 15, 64], (
         f"symmetric, {values.tolist()} became {made.q.tolist()}: [-127, -50, 0, 15, 64] is right (63.5 rounds to even)"
     )
@@ -165,11 +192,19 @@ def _symmetric(Int8Tensor: Callable[..., Any]) -> None:
 def _per_row(Int8Tensor: Callable[..., Any]) -> None:
     made = _made(Int8Tensor, _ROWS, per_row=True, symmetric=True)
     scale = np.asarray(made.scale)
-    assert scale.size != 1, "per_row, there is one scale for both rows: the large row decides how the small one rounds"
-    assert scale.size != 3, "per_row, there are three scales, one a column: a row of the matrix is one output channel"
-    assert scale.shape == (2, 1), f"per_row, scale has the shape {scale.shape}: a column [2, 1], so that it broadcasts"
+    assert scale.size != 1, (
+        "per_row, there is one scale for both rows: the large row decides how the small one rounds"
+    )
+    assert scale.size != 3, (
+        "per_row, there are three scales, one a column: a row of the matrix is one output channel"
+    )
+    assert scale.shape == (2, 1), (
+        f"per_row, scale has the shape {scale.shape}: a column [2, 1], so that it broadcasts"
+    )
     off = np.abs(made.dequantised() - _ROWS).max(axis=1)
-    assert (off <= [0.0011, 0.11]).all(), f"per_row, the rows came back wrong by {off.tolist()}: each has its own scale"
+    assert (off <= [0.0011, 0.11]).all(), (
+        f"per_row, the rows came back wrong by {off.tolist()}: each has its own scale"
+    )
     rows = np.abs(_ROWS)
     made = _made(Int8Tensor, rows, per_row=True)
     assert np.abs(made.dequantised() - rows).max() <= 0.06, (
@@ -183,8 +218,12 @@ def _zeros(Int8Tensor: Callable[..., Any]) -> None:
     for symmetric in (False, True):
         with np.errstate(all="ignore"):
             made = _made(Int8Tensor, values, per_row=True, symmetric=symmetric)
-        assert np.all(np.asarray(made.scale) > 0), "a row of zeros has the scale 0: to divide by it gives no number"
-        assert not made.dequantised()[0].any(), f"a row of zeros came back as {made.dequantised()[0].tolist()}"
+        assert np.all(np.asarray(made.scale) > 0), (
+            "a row of zeros has the scale 0: to divide by it gives no number"
+        )
+        assert not made.dequantised()[0].any(), (
+            f"a row of zeros came back as {made.dequantised()[0].tolist()}"
+        )
 
 
 def check_masks(magnitude_masks: Callable[[Mapping[str, Tensor], float], Any]) -> None:
@@ -225,17 +264,25 @@ def check_masks(magnitude_masks: Callable[[Mapping[str, Tensor], float], Any]) -
     )
 
 
-def _masks(magnitude_masks: Callable[..., Any], weights: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+def _masks(
+    magnitude_masks: Callable[..., Any], weights: dict[str, Tensor], share: float
+) -> dict[str, Tensor]:
     before = {name: tensor.clone() for name, tensor in weights.items()}
     got = ask(f"magnitude_masks(weights, {share})", magnitude_masks, weights, share)
     for name, tensor in before.items():
-        assert torch.equal(tensor, weights[name]), f"{name} has changed: return masks, the weights are the caller's"
+        assert torch.equal(tensor, weights[name]), (
+            f"{name} has changed: return masks, the weights are the caller's"
+        )
     assert isinstance(got, Mapping) and got.keys() == weights.keys(), (
         f"magnitude_masks returned {type(got).__name__}: a dict with the names {', '.join(weights)}"
     )
     for name, mask in got.items():
-        assert isinstance(mask, Tensor) and mask.shape == weights[name].shape, f"the mask of {name} has another shape"
-        assert mask.dtype == torch.bool, f"the mask of {name} is {mask.dtype}: bool, True where a weight stays"
+        assert isinstance(mask, Tensor) and mask.shape == weights[name].shape, (
+            f"the mask of {name} has another shape"
+        )
+        assert mask.dtype == torch.bool, (
+            f"the mask of {name} is {mask.dtype}: bool, True where a weight stays"
+        )
     return dict(got)
 
 
@@ -251,13 +298,20 @@ def _smallest(magnitude_masks: Callable[..., Any]) -> None:
     found = _masks(magnitude_masks, weights, 0.5)["w"].tolist()
     shown = "of [0.5, -4, 3, -0.25], half taken away, "
     assert found != [True, False, False, True], f"{shown}the two largest went: True is what stays"
-    assert found != [True, False, True, False], f"{shown}the two negative ones went: compare magnitudes, not values"
+    assert found != [True, False, True, False], (
+        f"{shown}the two negative ones went: compare magnitudes, not values"
+    )
     assert found == [False, True, True, False], f"{shown}the mask is {found}: -4 and 3 stay"
 
 
 def _together(magnitude_masks: Callable[..., Any]) -> None:
-    found = {name: mask.flatten().tolist() for name, mask in _masks(magnitude_masks, _layers(), 0.5).items()}
-    assert sum(map(sum, found.values())) == 4, f"4 of 8 weights go at a share of 0.5, 4 stay: the masks are {found}"
+    found = {
+        name: mask.flatten().tolist()
+        for name, mask in _masks(magnitude_masks, _layers(), 0.5).items()
+    }
+    assert sum(map(sum, found.values())) == 4, (
+        f"4 of 8 weights go at a share of 0.5, 4 stay: the masks are {found}"
+    )
     assert found == {"body": [True, True, True, False], "head": [False, False, False, True]}, (
         f"half of two layers, 4 of 8 weights: the masks are {found}. 0.125, 0.25, 0.375 and 0.4375 are the smallest of "
         "all; was each layer judged by itself?"
@@ -274,14 +328,17 @@ def _share(magnitude_masks: Callable[..., Any]) -> None:
     whole = {"w": torch.arange(1.0, 38.0)}
     for share, wanted in ((0.0, 37), (0.98, 1), (0.7, 11)):
         left = int(_masks(magnitude_masks, whole, share)["w"].sum())
-        assert left == wanted, f"of 37 weights {left} stay at a share of {share}: round({share} * 37) go, {wanted} stay"
+        assert left == wanted, (
+            f"of 37 weights {left} stay at a share of {share}: round({share} * 37) go, {wanted} stay"
+        )
 
 
 def check_cut(cut_units: Callable[[Layers, float], Any]) -> None:
     """Check ``cut_units(layers, share)``: the layers without the weakest hidden units.
 
-    ``layers`` is a list of (weight [out, in], bias [out]). Right is: of each hidden layer the units stay whose norm of
-    incoming weights and bias, times the norm of outgoing weights, is largest; at least one; in their old order.
+    ``layers`` is a list of (weight [out, in], bias [out]). Right is: of each hidden layer the units
+    stay whose norm of incoming weights and bias, times the norm of outgoing weights, is largest; at
+    least one; in their old order.
 
     Raises:
         CheckError: Says where the smaller network is not the old one with these units at zero.
@@ -321,17 +378,25 @@ def check_cut(cut_units: Callable[[Layers, float], Any]) -> None:
 def _random_layers(sizes: Sequence[int], seed: int) -> list[tuple[Tensor, Tensor]]:
     source = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(out, into, generator=source), torch.randn(out, generator=source)) for into, out in pairwise(sizes)
+        (torch.randn(out, into, generator=source), torch.randn(out, generator=source))
+        for into, out in pairwise(sizes)
     ]
 
 
-def _cut(cut_units: Callable[..., Any], layers: Layers, share: float) -> list[tuple[Tensor, Tensor]]:
+def _cut(
+    cut_units: Callable[..., Any], layers: Layers, share: float
+) -> list[tuple[Tensor, Tensor]]:
     before = [tensor.clone() for layer in layers for tensor in layer]
     got = ask(f"cut_units(layers, {share})", cut_units, layers, share)
-    same = all(torch.equal(a, b) for a, b in zip(before, (it for layer in layers for it in layer), strict=True))
+    same = all(
+        torch.equal(a, b)
+        for a, b in zip(before, (it for layer in layers for it in layer), strict=True)
+    )
     assert same, "the layers that were given have changed: the original is still served"
     found = list(got)
-    assert len(found) == len(layers), f"{len(layers)} layers came in and {len(found)} came out: the last one stays, too"
+    assert len(found) == len(layers), (
+        f"{len(layers)} layers came in and {len(found)} came out: the last one stays, too"
+    )
     return found
 
 
@@ -343,12 +408,16 @@ def _count(cut_units: Callable[..., Any]) -> None:
         assert len(found[-1][0]) == 3, (
             f"the last layer has {len(found[-1][0])} outputs left: classes are no hidden units"
         )
-        assert units == wanted, f"share {share} of 8 and 12 hidden units left {units}, right is {wanted}"
+        assert units == wanted, (
+            f"share {share} of 8 and 12 hidden units left {units}, right is {wanted}"
+        )
 
 
 def _as_masked(cut_units: Callable[..., Any]) -> None:
     layers = _random_layers((5, 8, 12, 3), 2)
-    for (weight, bias), (after, _) in pairwise(layers):  # every second unit weighs next to nothing, and goes
+    for (weight, bias), (after, _) in pairwise(
+        layers
+    ):  # every second unit weighs next to nothing, and goes
         for part in (weight, bias, after.T):
             part[::2] *= 1e-9
     found = _cut(cut_units, layers, 0.5)
@@ -357,7 +426,9 @@ def _as_masked(cut_units: Callable[..., Any]) -> None:
         f"the weights have the shapes {shapes}: a layer has fewer units, and the next one still expects all of them; "
         "take its columns away"
     )
-    assert shapes == [(4, 5), (6, 4), (3, 6)], f"the weights have the shapes {shapes}: (4, 5), (6, 4), (3, 6) fit"
+    assert shapes == [(4, 5), (6, 4), (3, 6)], (
+        f"the weights have the shapes {shapes}: (4, 5), (6, 4), (3, 6) fit"
+    )
     assert [tuple(bias.shape) for _, bias in found] == [(4,), (6,), (3,)], (
         "a bias has not as many entries as its layer has units: they go together"
     )
@@ -385,7 +456,11 @@ def _weakest(cut_units: Callable[..., Any]) -> None:
     assert kept not in ([0, 2], [0, 3]), (
         f"{shown}: unit 0 has a large weight, but its outgoing weight is 0.1; look at both, and multiply"
     )
-    assert kept != [1, 3], f"{shown}: is the outgoing weight all that counts, or was unit 2's bias of 6 forgotten?"
+    assert kept != [1, 3], (
+        f"{shown}: is the outgoing weight all that counts, or was unit 2's bias of 6 forgotten?"
+    )
     assert sorted(kept) != [0, 1], f"{shown}: those are not the largest products of the two norms"
-    assert kept == sorted(kept), f"{shown}, in this order: sort the places, so that a unit is found again"
+    assert kept == sorted(kept), (
+        f"{shown}, in this order: sort the places, so that a unit is found again"
+    )
     assert kept == [1, 2], f"{shown}: incoming times outgoing norm is 0.9, 5, 9 and 4"

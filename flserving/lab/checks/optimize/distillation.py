@@ -17,8 +17,9 @@ Pair: TypeAlias = tuple[Tensor, Tensor]
 def check_distillation(distillation_loss: Loss) -> None:
     """Check ``distillation_loss(student, teacher, temperature, labels=None, label_share=0.0)``.
 
-    Right is ``(1 - label_share) T^2 CE(softmax(teacher / T), student / T) + label_share CE(labels, student)``, the mean
-    of the rows. The Kullback-Leibler divergence is right as well: no weight of the student changes the difference.
+    Right is ``(1 - label_share) T^2 CE(softmax(teacher / T), student / T) + label_share CE(labels,
+    student)``, the mean of the rows. The Kullback-Leibler divergence is right as well: no weight of
+    the student changes the difference.
 
     Raises:
         CheckError: Recognises the usual mistakes by the number that they give.
@@ -37,12 +38,16 @@ def check_distillation(distillation_loss: Loss) -> None:
         Part(
             "softened by T",
             _softened,
-            ("Both are divided by T before their softmax: `teacher / temperature`, `student / temperature`.",),
+            (
+                "Both are divided by T before their softmax: `teacher / temperature`, `student / temperature`.",
+            ),
         ),
         Part(
             "gradients of one size",
             _gradients,
-            ("T appears twice in the gradient as 1 / T: multiply the soft part by `temperature**2`.",),
+            (
+                "T appears twice in the gradient as 1 / T: multiply the soft part by `temperature**2`.",
+            ),
         ),
         Part(
             "labels where there are some",
@@ -60,7 +65,9 @@ def check_distillation(distillation_loss: Loss) -> None:
         Part(
             "sure answers",
             _sure,
-            ("log(softmax(x)) is log(0) where an answer is sure; `torch.log_softmax(x, dim=1)` is not.",),
+            (
+                "log(softmax(x)) is log(0) where an answer is sure; `torch.log_softmax(x, dim=1)` is not.",
+            ),
         ),
     )
 
@@ -78,8 +85,12 @@ def _entropy(logits: Tensor) -> Tensor:
 
 def _asked(distillation_loss: Loss, *arguments: Any) -> Tensor:
     got = ask("distillation_loss(student, teacher, ...)", distillation_loss, *arguments)
-    assert isinstance(got, Tensor), f"the loss is a {type(got).__name__}: a tensor, which backward() can start from"
-    assert got.ndim == 0, f"the loss has the shape {tuple(got.shape)}: one number, the mean over the rows"
+    assert isinstance(got, Tensor), (
+        f"the loss is a {type(got).__name__}: a tensor, which backward() can start from"
+    )
+    assert got.ndim == 0, (
+        f"the loss has the shape {tuple(got.shape)}: one number, the mean over the rows"
+    )
     return got
 
 
@@ -88,12 +99,15 @@ def _is(got: Tensor, *right: Tensor) -> bool:
 
 
 def _expect(got: Tensor, what: str, right: Pair, mistakes: dict[str, Pair]) -> None:
-    """Each pair is a cross entropy, and what is subtracted from it where somebody took the divergence."""
+    """Each pair is a cross entropy, and what is subtracted from it where somebody took the
+    divergence."""
     if _is(got, right[0], right[0] - right[1]):
         return
     for why, (wrong, entropy) in mistakes.items():
         assert not _is(got, wrong, wrong - entropy), f"{what} the loss is {got:.4g}, {why}"
-    raise AssertionError(f"{what} the loss is {got:.4g}; cross entropy to the soft targets gives {right[0]:.4g}")
+    raise AssertionError(
+        f"{what} the loss is {got:.4g}; cross entropy to the soft targets gives {right[0]:.4g}"
+    )
 
 
 def _plain(distillation_loss: Loss) -> None:
@@ -141,7 +155,9 @@ def _softened(distillation_loss: Loss) -> None:
             return
         for why, wrong in mistakes.items():
             assert not _is(got, factor * wrong), f"At temperature 4 the loss is {got:.4g}: {why}"
-    raise AssertionError(f"At temperature 4 the loss is {got:.4g}; T^2 times the softened one is {16 * right:.4g}")
+    raise AssertionError(
+        f"At temperature 4 the loss is {got:.4g}; T^2 times the softened one is {16 * right:.4g}"
+    )
 
 
 def _gradients(distillation_loss: Loss) -> None:
@@ -150,11 +166,15 @@ def _gradients(distillation_loss: Loss) -> None:
     for temperature in (8.0, 32.0):
         logits = student.clone().requires_grad_()
         loss = _asked(distillation_loss, logits, teacher, temperature)
-        assert loss.requires_grad, "the loss knows nothing of the student: no .detach(), .item() or numpy on its way"
+        assert loss.requires_grad, (
+            "the loss knows nothing of the student: no .detach(), .item() or numpy on its way"
+        )
         lengths[temperature] = float(torch.autograd.grad(loss, logits)[0].norm())
     ratio = lengths[32.0] / max(lengths[8.0], 1e-12)
     told = f"from T = 8 to T = 32 the gradient becomes {ratio:.2g} times as long"
-    assert ratio > 0.2, f"{told}: it falls as 1 / T^2, so a softer lesson would teach less; multiply by T^2"
+    assert ratio > 0.2, (
+        f"{told}: it falls as 1 / T^2, so a softer lesson would teach less; multiply by T^2"
+    )
     assert ratio > 0.5, f"{told}: the factor is T^2, not T"
     assert ratio < 2, f"{told}: the factor is T^2"
 
@@ -190,4 +210,6 @@ def _teacher_stays(distillation_loss: Loss) -> None:
 def _sure(distillation_loss: Loss) -> None:
     student = torch.tensor([[200.0, 0.0, 0.0]])
     got = _asked(distillation_loss, student, student.clone(), 1.0)
-    assert torch.isfinite(got), f"where both are sure of a class, the loss is {got}: log(0) is minus infinity"
+    assert torch.isfinite(got), (
+        f"where both are sure of a class, the loss is {got}: log(0) is minus infinity"
+    )

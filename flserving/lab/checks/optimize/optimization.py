@@ -1,4 +1,5 @@
-"""Check of the exercise "quantise, and prove it" (notebook 09): a version, four numbers and a decision."""
+"""Check of the exercise "quantise, and prove it" (notebook 09): a version, four numbers and a
+decision."""
 
 import functools
 import tempfile
@@ -24,9 +25,12 @@ Prove = Callable[..., dict[str, Any]]
 
 
 class World(NamedTuple):
-    """Two versions, made up: who is right about which rows, and how long each call takes, in turns."""
+    """Two versions, made up: who is right about which rows, and how long each call takes, in
+    turns."""
 
-    right: tuple[tuple[NDArray[np.bool_], ...], tuple[NDArray[np.bool_], ...]]  # before and after, of each client
+    right: tuple[
+        tuple[NDArray[np.bool_], ...], tuple[NDArray[np.bool_], ...]
+    ]  # before and after, of each client
     us: tuple[NDArray[np.float64], NDArray[np.float64]]  # before and after, [turns, calls]
     budget: float
 
@@ -67,11 +71,13 @@ class _Tried(NamedTuple):
 def check_proof(prove: Prove) -> None:
     """Check ``prove(registry, clients, answers, measure, budget)``.
 
-    Right is: a static int8 version, its ranges from the clients' training rows, published without moving an alias; and
-    a report whose numbers follow from the two files, from the held-out rows, and from the turns of ``measure``.
+    Right is: a static int8 version, its ranges from the clients' training rows, published without
+    moving an alias; and a report whose numbers follow from the two files, from the held-out rows,
+    and from the turns of ``measure``.
 
     Raises:
-        CheckError: Recognises the usual mistakes by the numbers that they give. NotSupportedError: no onnx.
+        CheckError: Recognises the usual mistakes by the numbers that they give. NotSupportedError:
+            no onnx.
     """
     tried = functools.cache(lambda: [_try(prove, world) for world in worlds()])
 
@@ -130,7 +136,9 @@ def check_proof(prove: Prove) -> None:
 def _try(prove: Prove, world: World) -> _Tried:
     with _registry() as registry:
         got = _asked(registry, prove, world)
-        manifests = {number: registry.manifest(NAME, number) for number in registry.version_numbers(NAME)}
+        manifests = {
+            number: registry.manifest(NAME, number) for number in registry.version_numbers(NAME)
+        }
         return _Tried(world, got, registry.resolve(NAME), manifests)
 
 
@@ -152,14 +160,18 @@ def _asked(registry: Registry, prove: Prove, world: World) -> dict[str, Any]:
 
     def measure(versions: Sequence[int]) -> Mapping[int, NDArray[np.float64]]:
         numbers = [registry.resolve(NAME, it) for it in versions]
-        assert len(set(numbers)) > 1, f"measure was asked for {list(versions)}: time both versions, in the same turns"
+        assert len(set(numbers)) > 1, (
+            f"measure was asked for {list(versions)}: time both versions, in the same turns"
+        )
         taken = {}
         for version, number in zip(versions, numbers, strict=True):
             taken[version] = world.us[number != 1].copy()
         return taken
 
     got = ask("prove(...)", prove, registry, clients(), answers, measure, world.budget)
-    assert isinstance(got, dict) and got.keys() == KEYS, f"return a dict with the keys {', '.join(sorted(KEYS))}"
+    assert isinstance(got, dict) and got.keys() == KEYS, (
+        f"return a dict with the keys {', '.join(sorted(KEYS))}"
+    )
     return got
 
 
@@ -168,8 +180,10 @@ def _smaller(tried: _Tried) -> None:
     before = tried.manifests[1].weights_nbytes
     after = tried.manifests[made].weights_nbytes
     mistakes = {
-        "that is the new file over the old one: 'times smaller' is the other way round": after / before,
-        "that is the share that was saved, not how many times smaller the file is": 1 - after / before,
+        "that is the new file over the old one: 'times smaller' is the other way round": after
+        / before,
+        "that is the share that was saved, not how many times smaller the file is": 1
+        - after / before,
         "this is a difference in bytes: divide": float(before - after),
     }
     _check_number("smaller", tried.got["smaller"], before / after, mistakes)
@@ -202,16 +216,22 @@ def _times(world: World) -> dict[str, float]:
     before, after = world.us
     turns = np.median(before, axis=1) / np.median(after, axis=1)
     return {
-        "that is the new time over the old one: 'times faster' is the other way round": 1 / world.faster,
-        "that is a ratio of means: one slow call in each turn decides it; take medians": before.mean() / after.mean(),
+        "that is the new time over the old one: 'times faster' is the other way round": 1
+        / world.faster,
+        "that is a ratio of means: one slow call in each turn decides it; take medians": before.mean()
+        / after.mean(),
         "that is a ratio of means in each turn: one slow call decides it; take medians within the turn": float(
             np.median(before.mean(axis=1) / after.mean(axis=1))
         ),
         "that is one ratio over all turns: other load came and went, so compare within each turn, then take the "
         "median of the ratios": float(np.median(before) / np.median(after)),
-        "that is the mean of the turns' ratios: one odd turn decides it; take their median": float(turns.mean()),
+        "that is the mean of the turns' ratios: one odd turn decides it; take their median": float(
+            turns.mean()
+        ),
         "that is the best turn: take a typical one": float(turns.max()),
-        "that pairs single calls: take the median of each turn first": float(np.median(before / after)),
+        "that pairs single calls: take the median of each turn first": float(
+            np.median(before / after)
+        ),
     }
 
 
@@ -233,7 +253,9 @@ def _changes(world: World) -> dict[str, float]:
 
 
 def _check_number(key: str, got: Any, right: float, mistakes: Mapping[str, float]) -> None:
-    assert isinstance(got, float | int | np.number) and not isinstance(got, bool), f"{key} is {got!r}: give one number"
+    assert isinstance(got, float | int | np.number) and not isinstance(got, bool), (
+        f"{key} is {got!r}: give one number"
+    )
     if np.isclose(got, right, rtol=1e-6, atol=1e-9):
         return
     for mistake, value in mistakes.items():
@@ -246,18 +268,26 @@ def _version(tried: _Tried) -> None:
         f"default points to version {tried.default}: publish without an alias, nothing was proven yet"
     )
     version = tried.got["version"]
-    assert not isinstance(version, Manifest), "version is a whole manifest: return its number, manifest.version"
+    assert not isinstance(version, Manifest), (
+        "version is a whole manifest: return its number, manifest.version"
+    )
     assert version in tried.manifests, f"version is {version!r}: the registry has no such version"
-    assert version != 1, "version is 1, the one that you started from: return the number of the quantised one"
+    assert version != 1, (
+        "version is 1, the one that you started from: return the number of the quantised one"
+    )
     made = tried.manifests[version]
     how = made.extra.get("optimisation")
-    assert how == "quantised, static", f'version {version} was made by {how!r}: use the method "static"'
+    assert how == "quantised, static", (
+        f'version {version} was made by {how!r}: use the method "static"'
+    )
     seen = _digests()
     assert made.digests.weights != seen["held-out"], (
         "the ranges come from held-out rows: then these rows cannot judge the result any more; give the clients, whose "
         "training rows are used"
     )
-    assert made.digests.weights == seen["train"], "the ranges come from other rows than the clients': give all clients"
+    assert made.digests.weights == seen["train"], (
+        "the ranges come from other rows than the clients': give all clients"
+    )
 
 
 def _check_serve(got: Any, world: World) -> None:
@@ -268,8 +298,12 @@ def _check_serve(got: Any, world: World) -> None:
         f"{world.faster:.2f} times faster, {world.points:+.1f} points on all rows, {world.worst_points:+.1f} for the "
         f"worst client, budget {world.budget:g} points: serve is {got}"
     )
-    assert not got or world.faster > 1, f"{told}, but it is slower, and then there is nothing to win"
-    assert not got or world.points >= -world.budget, f"{told}, but the accuracy fell by more than the budget"
+    assert not got or world.faster > 1, (
+        f"{told}, but it is slower, and then there is nothing to win"
+    )
+    assert not got or world.points >= -world.budget, (
+        f"{told}, but the accuracy fell by more than the budget"
+    )
     assert not got, f"{told}, but the worst client pays for the others' speed"
     raise AssertionError(f"{told}, but it is faster and keeps the budget for everybody")
 
@@ -288,7 +322,8 @@ def clients() -> tuple[Client, ...]:
 
 @functools.cache
 def worlds() -> tuple[World, ...]:
-    """To be served; slower; too many wrong answers; the worst client pays; and another client becomes the worst."""
+    """To be served; slower; too many wrong answers; the worst client pays; and another client
+    becomes the worst."""
     wrong = (  # wrong rows of each client, before and after
         ((2, 1, 4, 6), (1, 1, 5, 8)),
         ((2, 1, 4, 6), (2, 1, 5, 7)),
@@ -299,7 +334,9 @@ def worlds() -> tuple[World, ...]:
     made = []
     for seed, (counts, faster) in enumerate(zip(wrong, (1.7, 0.8, 2.1, 3.0, 1.4), strict=True)):
         rng = np.random.default_rng(seed)
-        load = rng.uniform(1, 4, (11, 1)) * rng.uniform(0.9, 1.15, (2, 11, 1))  # of the machine, in each turn
+        load = rng.uniform(1, 4, (11, 1)) * rng.uniform(
+            0.9, 1.15, (2, 11, 1)
+        )  # of the machine, in each turn
         of_calls = rng.uniform(0.95, 1.05, (2, 11, 7))
         us = 100 * load * of_calls
         us[1] /= faster
@@ -320,7 +357,8 @@ def _right(wrong: Sequence[int]) -> tuple[NDArray[np.bool_], ...]:
 
 @functools.cache
 def _graph() -> bytes:
-    """The version to quantise, an mlp 64-96-10. It is written down layer by layer: torch's exporter takes 6 s."""
+    """The version to quantise, an mlp 64-96-10. It is written down layer by layer: torch's exporter
+    takes 6 s."""
     onnx = need("onnx", "onnx")
     rng = np.random.default_rng(9)
     weights = {
@@ -349,7 +387,9 @@ def _graph() -> bytes:
 def _registry() -> Iterator[Registry]:
     with tempfile.TemporaryDirectory() as folder, Registry(folder) as registry:
         model = OnnxModel.of(_graph(), 64, 10)
-        registry.publish(NAME, model, architecture="onnx", parameters=model.parameters_of, alias="default")
+        registry.publish(
+            NAME, model, architecture="onnx", parameters=model.parameters_of, alias="default"
+        )
         yield registry
 
 

@@ -1,4 +1,5 @@
-"""Check of the exercise "admission control" (notebook 02): a bound on the rows inside, for many threads."""
+"""Check of the exercise "admission control" (notebook 02): a bound on the rows inside, for many
+threads."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +13,9 @@ MakeAdmission = Callable[[int], Any]
 
 _PLACES = 4
 _CALLERS = 8
-_PATIENCE_S = 2.0  # after which a request counts as stuck: a busy machine may look away for a second
+_PATIENCE_S = (
+    2.0  # after which a request counts as stuck: a busy machine may look away for a second
+)
 _PAUSE_S = 0.01
 _IN = "entered"
 _OUT = "was refused"
@@ -20,7 +23,8 @@ _STUCK = "is stuck"
 
 
 class _Slow(int):
-    """A number of rows that takes its time to be counted: another thread gets between reading and writing."""
+    """A number of rows that takes its time to be counted: another thread gets between reading and
+    writing."""
 
     def __add__(self, other: int) -> int:
         time.sleep(_PAUSE_S)
@@ -34,10 +38,11 @@ class _Slow(int):
 
 
 def check_admission(admission_class: MakeAdmission) -> None:
-    """Check ``admission_class(max_rows)`` with ``enter(rows)``, for ``with``: places for the time of a block.
+    """Check ``admission_class(max_rows)`` with ``enter(rows)``, for ``with``: places for the time
+    of a block.
 
-    What does not fit raises OverloadedError at once, and takes no place. A request of more than ``max_rows`` enters
-    when it is alone. Many threads enter and leave at the same time.
+    What does not fit raises OverloadedError at once, and takes no place. A request of more than
+    ``max_rows`` enters when it is alone. Many threads enter and leave at the same time.
 
     Raises:
         AssertionError: Says who was inside, and what happened to the next one.
@@ -105,7 +110,9 @@ def _end(admission: Any, rows: int) -> str:
     if isinstance(end, NotImplementedError | AssertionError):
         raise end
     if isinstance(end, BaseException):
-        return _OUT if isinstance(end, OverloadedError) else f"ended with {type(end).__name__}: {end}"
+        return (
+            _OUT if isinstance(end, OverloadedError) else f"ended with {type(end).__name__}: {end}"
+        )
     return str(end)
 
 
@@ -128,14 +135,18 @@ def _refuses(admission_class: MakeAdmission) -> None:
         "go one by one"
     )
     (end,) = _inside(_made(admission_class), _PLACES, 1)
-    assert end != _IN, f"a request of {_PLACES} rows has all places, and 1 row entered: count rows, not requests"
+    assert end != _IN, (
+        f"a request of {_PLACES} rows has all places, and 1 row entered: count rows, not requests"
+    )
     (end,) = _inside(_made(admission_class), 3, 2)
     told = f"3 of {_PLACES} places are taken, and a request of 2 rows {end}"
     assert end != _STUCK, f"{told}: refuse at once, wait for nobody"
     assert end != _IN, f"{told}: let in only what fits, 5 rows are inside"
     assert end == _OUT, f"{told}: raise OverloadedError, which REST answers with 429"
     (end,) = _inside(_made(admission_class), 3, 1)
-    assert end == _IN, f"3 of {_PLACES} places are taken, and a request of 1 row {end}: exactly full is not too full"
+    assert end == _IN, (
+        f"3 of {_PLACES} places are taken, and a request of 1 row {end}: exactly full is not too full"
+    )
 
 
 def _gives_back(admission_class: MakeAdmission) -> None:
@@ -147,7 +158,9 @@ def _gives_back(admission_class: MakeAdmission) -> None:
         "requests nobody ever enters"
     )
     end = _end(admission, _PLACES)
-    assert end == _IN, f"all have left, and a request of {_PLACES} rows {end}: give back as many places as were taken"
+    assert end == _IN, (
+        f"all have left, and a request of {_PLACES} rows {end}: give back as many places as were taken"
+    )
     _, again, small, last = _inside(_made(admission_class), 2, 3, 3, 1, 3)
     assert again != _IN, (
         "a request of 3 rows was refused, tried again, and entered although nobody had left: a refused request gives "
@@ -169,9 +182,13 @@ def _after_an_error(admission_class: MakeAdmission) -> None:
         with admission.enter(3):
             raise problem
     except Exception as error:
-        assert error is problem, f"the block raised ValueError, the caller got {type(error).__name__}: {error}"
+        assert error is problem, (
+            f"the block raised ValueError, the caller got {type(error).__name__}: {error}"
+        )
     else:
-        raise AssertionError("the block raised ValueError, and enter swallowed it: the caller would take it for done")
+        raise AssertionError(
+            "the block raised ValueError, and enter swallowed it: the caller would take it for done"
+        )
     end = _end(admission, _PLACES)
     assert end == _IN, (
         f"a block of 3 rows raised, and then a request of {_PLACES} rows {end}: some bad requests, and the server "
@@ -186,9 +203,13 @@ def _large(admission_class: MakeAdmission) -> None:
         "ever, however often it tries again"
     )
     (end,) = _inside(_made(admission_class), 1, _PLACES + 1)
-    assert end != _IN, f"1 row is inside, and a request of {_PLACES + 1} rows entered: it may only when it is alone"
+    assert end != _IN, (
+        f"1 row is inside, and a request of {_PLACES + 1} rows entered: it may only when it is alone"
+    )
     (end,) = _inside(_made(admission_class), _PLACES + 1, 1)
-    assert end != _IN, f"a request of {_PLACES + 1} rows is inside, and one of 1 row entered: no place is free"
+    assert end != _IN, (
+        f"a request of {_PLACES + 1} rows is inside, and one of 1 row entered: no place is free"
+    )
 
 
 def _many_threads(admission_class: MakeAdmission) -> None:
@@ -211,13 +232,17 @@ def _many_threads(admission_class: MakeAdmission) -> None:
             told.append(_OUT)
 
     ends = together(call, _CALLERS, _PATIENCE_S)
-    assert len(ends) == _CALLERS, f"{_CALLERS - len(ends)} of {_CALLERS} threads never came out of enter(1)"
+    assert len(ends) == _CALLERS, (
+        f"{_CALLERS - len(ends)} of {_CALLERS} threads never came out of enter(1)"
+    )
     assert max(crowds, default=0) <= _PLACES, (
         f"{_CALLERS} threads asked for one of {_PLACES} places at the same time, and {max(crowds)} were inside: they "
         "read the same count; compare and take inside one `with self.lock`"
     )
     entered = told.count(_IN)
-    assert entered >= _PLACES, f"{_CALLERS} threads asked for one of {_PLACES} places each, and only {entered} entered"
+    assert entered >= _PLACES, (
+        f"{_CALLERS} threads asked for one of {_PLACES} places each, and only {entered} entered"
+    )
     end = _end(admission, _PLACES)
     assert end == _IN, (
         f"{entered} threads left at the same time, and then a request of {_PLACES} rows {end}: places were lost, "

@@ -1,4 +1,5 @@
-"""Check of the exercise "how long does a version survive?" (notebook 03): Che's characteristic time."""
+"""Check of the exercise "how long does a version survive?" (notebook 03): Che's characteristic
+time."""
 
 import math
 import sys
@@ -19,10 +20,11 @@ _MOST_LINES = 30_000  # of the student's code in one call; halving an interval t
 
 
 def check_characteristic_time(solve: Solve) -> None:
-    """Check ``solve(shares, cache_size)``: the T with sum(1 - exp(-shares T)) = cache_size, in requests.
+    """Check ``solve(shares, cache_size)``: the T with sum(1 - exp(-shares T)) = cache_size, in
+    requests.
 
-    ``shares`` is float64 [versions], positive, with the sum 1. Right is T to a relative 1e-6, and ``math.inf`` where
-    all versions fit.
+    ``shares`` is float64 [versions], positive, with the sum 1. Right is T to a relative 1e-6, and
+    ``math.inf`` where all versions fit.
 
     Raises:
         AssertionError: Recognises the usual mistakes by the number that they give.
@@ -93,7 +95,8 @@ def _knows_when_everything_fits(solve: Solve) -> None:
 
 
 def _asked(solve: Solve, shares: Floats, cache_size: int) -> tuple[float, float, str]:
-    """What the student's function returns, if that is a number and comes in time; what is right; what was asked."""
+    """What the student's function returns, if that is a number and comes in time; what is right;
+    what was asked."""
     told = f"{len(shares)} versions and {cache_size} {'place' if cache_size == 1 else 'places'}"
     lines = 0
     file = getattr(getattr(solve, "__code__", None), "co_filename", None)
@@ -121,13 +124,25 @@ def _asked(solve: Solve, shares: Floats, cache_size: int) -> tuple[float, float,
 
 def _mistakes(shares: Floats, cache_size: int, wanted: float) -> Iterator[tuple[float, str]]:
     """Numbers that a wrong idea gives, and the idea."""
-    yield cache_size, "the cache size: popular versions come again, so it takes more requests to fill the cache"
-    yield theory.lru_hit_rate(shares, cache_size), "the hit rate: return T, and the hit rate follows from it"
+    yield (
+        cache_size,
+        "the cache size: popular versions come again, so it takes more requests to fill the cache",
+    )
+    yield (
+        theory.lru_hit_rate(shares, cache_size),
+        "the hit rate: return T, and the hit rate follows from it",
+    )
     yield -wanted, "negative: the exponent is -p T, and T counts requests"
     yield (
         -len(shares) * math.log1p(-cache_size / len(shares)),
         ("what equally popular versions would give: each version has its own share in the sum"),
     )
-    yield math.ceil(wanted), "a whole number: T is a mean, so the search must not step from request to request"
+    yield (
+        math.ceil(wanted),
+        "a whole number: T is a mean, so the search must not step from request to request",
+    )
     for other in {cache_size + 1, max(1, cache_size - 1)} - {cache_size}:
-        yield theory.characteristic_time(shares, other), f"solved for {other} places: the sum is to be C itself"
+        yield (
+            theory.characteristic_time(shares, other),
+            f"solved for {other} places: the sum is to be C itself",
+        )

@@ -1,4 +1,5 @@
-"""Check of the exercise "single flight" (notebook 03): many threads ask for one missing key, and it is loaded once."""
+"""Check of the exercise "single flight" (notebook 03): many threads ask for one missing key, and it
+is loaded once."""
 
 import threading
 import time
@@ -37,10 +38,12 @@ class _Store:
 
 
 def check_single_flight(flight_class: Callable[[Any], Any]) -> None:
-    """Check ``flight_class(cache)`` with ``get(key, load) -> value``, which many threads call at once.
+    """Check ``flight_class(cache)`` with ``get(key, load) -> value``, which many threads call at
+    once.
 
-    The cache has ``get(key)``, None on a miss, and ``put(key, value)``; it is for one thread at a time. A missing key
-    is loaded once, however many ask; what the load raises goes to all who wait, and is not kept.
+    The cache has ``get(key)``, None on a miss, and ``put(key, value)``; it is for one thread at a
+    time. A missing key is loaded once, however many ask; what the load raises goes to all who wait,
+    and is not kept.
 
     Raises:
         AssertionError: Says which threads did what. A thread that is stuck is left behind.
@@ -70,12 +73,16 @@ def check_single_flight(flight_class: Callable[[Any], Any]) -> None:
         Part(
             "lets one thread at a time into the cache",
             _one_thread_in_the_cache,
-            ("Every call of self.cache stands under `with self.lock`: the get, and the put as well.",),
+            (
+                "Every call of self.cache stands under `with self.lock`: the get, and the put as well.",
+            ),
         ),
         Part(
             "holds up no other key",
             _holds_up_no_other_key,
-            ("The lock is for the dict and the cache, which take microseconds: call load, and wait, without it.",),
+            (
+                "The lock is for the dict and the cache, which take microseconds: call load, and wait, without it.",
+            ),
         ),
         Part(
             "passes an error on, and forgets it",
@@ -101,8 +108,12 @@ def _asks_the_cache_then_loads(flight_class: Callable[[Any], Any]) -> None:
         return _alone(f"get({key!r}, load){when}", lambda: flight.get(key, load))
 
     got = get("a", "model a")
-    assert got == "model a", f"get('a', load) returned {got!r}, the load returned 'model a': return what was loaded"
-    assert len(loads) == 1, f"one caller, and load was called {len(loads)} times: call it once and keep its result"
+    assert got == "model a", (
+        f"get('a', load) returned {got!r}, the load returned 'model a': return what was loaded"
+    )
+    assert len(loads) == 1, (
+        f"one caller, and load was called {len(loads)} times: call it once and keep its result"
+    )
     assert store.values.get("a") == "model a", (
         "after get('a', load) the cache does not hold 'a': put it there, or every request loads the model again"
     )
@@ -135,7 +146,9 @@ def _loads_once_for_a_crowd(flight_class: Callable[[Any], Any]) -> None:
         "(flight.set_result), so these requests hang for ever"
     )
     wrong = [answer for answer in answers if type(answer) is not object or answer is not answers[0]]
-    assert not wrong, f"one model was loaded, and a thread got {wrong[0]!r}: all must get the object that was loaded"
+    assert not wrong, (
+        f"one model was loaded, and a thread got {wrong[0]!r}: all must get the object that was loaded"
+    )
 
 
 def _one_thread_in_the_cache(flight_class: Callable[[Any], Any]) -> None:
@@ -157,7 +170,9 @@ def _holds_up_no_other_key(flight_class: Callable[[Any], Any]) -> None:
         began.set()
         go_on.wait(2 * _PATIENCE_S)
 
-    threading.Thread(target=together, args=(lambda _: flight.get("a", slow), 1, _PATIENCE_S), daemon=True).start()
+    threading.Thread(
+        target=together, args=(lambda _: flight.get("a", slow), 1, _PATIENCE_S), daemon=True
+    ).start()
     assert began.wait(_PATIENCE_S), "get('a', load) never called load"
     why = "waited while 'a' was loading: the lock is held during a load, so one cold model stops the whole server"
     for key in "warm", "b":
@@ -183,15 +198,21 @@ def _passes_an_error_on(flight_class: Callable[[Any], Any]) -> None:
         f"the load raised OSError, and {len(wrong)} of {_CALLERS} threads got {wrong[0]!r}: an error is not an answer, "
         "and all who waited must see it"
     )
-    assert loads < _CALLERS, f"each of the {_CALLERS} threads tried the broken load for itself: one tries for all"
+    assert loads < _CALLERS, (
+        f"each of the {_CALLERS} threads tried the broken load for itself: one tries for all"
+    )
     try:
-        got = _alone("get('a', load) after a load that failed", lambda: flight.get("a", lambda: "model a"))
+        got = _alone(
+            "get('a', load) after a load that failed", lambda: flight.get("a", lambda: "model a")
+        )
     except OSError:
         raise AssertionError(
             "a load failed once, and the next get raised the same error without a new try: a disk that hung for a "
             "moment would break this model until the server is restarted; forget the flight when its load fails"
         ) from None
-    assert got == "model a", f"after a load that failed, get('a', load) returned {got!r}: it must load again"
+    assert got == "model a", (
+        f"after a load that failed, get('a', load) returned {got!r}: it must load again"
+    )
 
 
 def _made(flight_class: Callable[[Any], Any]) -> tuple[Any, _Store]:
@@ -217,7 +238,9 @@ def _crowd(flight: Any, store: _Store, load: Callable[[], Any]) -> tuple[list[An
 def _alone(what: str, call: Callable[[], Any]) -> Any:
     """What one call returns or raises; a thread makes it, because it may be stuck."""
     ends = together(lambda _: call(), 1, _PATIENCE_S)
-    assert ends, f"{what} does not return: it waits for a lock or a flight of its own, and so would a server"
+    assert ends, (
+        f"{what} does not return: it waits for a lock or a flight of its own, and so would a server"
+    )
     if isinstance(ends[0], BaseException):
         raise ends[0]
     return ends[0]

@@ -17,9 +17,10 @@ _BUDGET_MS = 50.0
 def check_latency_budget(latency_budget: Budget) -> None:
     """Check ``latency_budget(stages, budget_ms) -> {"p99_ms", "share", "within"}``.
 
-    ``stages`` maps a stage's name to its time in ms per request, float64 [N], the same N requests in each. Right is:
-    ``p99_ms`` the 99th percentile of a request's total, ``share`` each stage's part of all time spent (a dict that sums
-    to 1), ``within`` the share of the requests whose total is at most ``budget_ms``.
+    ``stages`` maps a stage's name to its time in ms per request, float64 [N], the same N requests
+    in each. Right is: ``p99_ms`` the 99th percentile of a request's total, ``share`` each stage's
+    part of all time spent (a dict that sums to 1), ``within`` the share of the requests whose total
+    is at most ``budget_ms``.
 
     Raises:
         AssertionError: Recognises the usual mistakes by the number that they give.
@@ -67,15 +68,21 @@ def _total_ms() -> Floats:
 
 
 def _stages() -> dict[str, Floats]:
-    # Whole milliseconds, so that sums are exact in any order; 1,001 requests, so that the 99th percentile is one
-    # of them, interpolated or not. The slow queue and the slow inference hit different requests, as in a real server.
+    # Whole milliseconds, so that sums are exact in any order; 1,001 requests, so that the 99th
+    # percentile is one of them, interpolated or not. The slow queue and the slow inference hit
+    # different requests, as in a real server.
     rng = np.random.default_rng(42)
     queue = rng.integers(0, 12, 1001)
     infer = rng.integers(4, 9, 1001)
     queue[rng.permutation(500)[:30]] += rng.integers(40, 90, 30)
     infer[500 + rng.permutation(500)[:30]] += rng.integers(30, 60, 30)
     infer[-1] += 50 - (queue[-1] + infer[-1] + 2)  # one request exactly at the budget
-    stages = {"queue": queue, "preprocess": np.ones(1001), "infer": infer, "postprocess": np.ones(1001)}
+    stages = {
+        "queue": queue,
+        "preprocess": np.ones(1001),
+        "infer": infer,
+        "postprocess": np.ones(1001),
+    }
     return {name: np.asarray(times, np.float64) for name, times in stages.items()}
 
 
@@ -85,18 +92,26 @@ def _p99(latency_budget: Budget) -> None:
     times = np.array(list(_stages().values()))  # float64 [stages, N]
     mistakes = {
         "the sum of the stages' own p99: the slow queue and the slow inference are not the same requests; "
-        "add the stages per request first, then take the percentile": np.percentile(times, 99, axis=1).sum(),
+        "add the stages per request first, then take the percentile": np.percentile(
+            times, 99, axis=1
+        ).sum(),
         "the mean: half of the users see worse, and one in a hundred far worse": total_ms.mean(),
         "the maximum: one outlier decides it": total_ms.max(),
         "the median: half of the users see worse": np.median(total_ms),
         "the p99 of single stage times: add the stages per request first": np.percentile(times, 99),
-        "the p99 of the slowest stage: a request waits for all of its stages": np.percentile(times, 99, axis=1).max(),
-        "the 0.99th percentile: np.percentile counts to 100, ask for 99": np.percentile(total_ms, 0.99),
+        "the p99 of the slowest stage: a request waits for all of its stages": np.percentile(
+            times, 99, axis=1
+        ).max(),
+        "the 0.99th percentile: np.percentile counts to 100, ask for 99": np.percentile(
+            total_ms, 0.99
+        ),
     }
     for mistake, value in mistakes.items():
         assert not equal(got, value), f"p99_ms is {float(got):g}, which is {mistake}"
     wanted = np.percentile(total_ms, 99)
-    assert equal(got, wanted), f"p99_ms is {got!r}, the 99th percentile of the requests' totals is {wanted:g} ms"
+    assert equal(got, wanted), (
+        f"p99_ms is {got!r}, the 99th percentile of the requests' totals is {wanted:g} ms"
+    )
 
 
 def _share(latency_budget: Budget) -> None:
@@ -108,9 +123,15 @@ def _share(latency_budget: Budget) -> None:
     )
     p99 = {name: np.percentile(times, 99) for name, times in stages.items()}
     mistakes: dict[str, dict[str, Any]] = {
-        "milliseconds, not shares: divide by the total time": {name: times.mean() for name, times in stages.items()},
-        "summed milliseconds, not shares: divide by the total time": {name: t.sum() for name, t in stages.items()},
-        "in percent: they must sum to 1": {name: 100 * t.sum() / total_ms.sum() for name, t in stages.items()},
+        "milliseconds, not shares: divide by the total time": {
+            name: times.mean() for name, times in stages.items()
+        },
+        "summed milliseconds, not shares: divide by the total time": {
+            name: t.sum() for name, t in stages.items()
+        },
+        "in percent: they must sum to 1": {
+            name: 100 * t.sum() / total_ms.sum() for name, t in stages.items()
+        },
         "shares of the percentiles: percentiles do not add up to anything that a request ever took": {
             name: value / sum(p99.values()) for name, value in p99.items()
         },
@@ -120,19 +141,29 @@ def _share(latency_budget: Budget) -> None:
         },
     }
     for mistake, values in mistakes.items():
-        assert not all(equal(got[name], values[name]) for name in stages), f"the shares are {mistake}"
+        assert not all(equal(got[name], values[name]) for name in stages), (
+            f"the shares are {mistake}"
+        )
     for name, times in stages.items():
         wanted = times.sum() / total_ms.sum()
-        assert equal(got[name], wanted), f"the share of {name} is {got[name]!r}, of all time spent it has {wanted:.4f}"
+        assert equal(got[name], wanted), (
+            f"the share of {name} is {got[name]!r}, of all time spent it has {wanted:.4f}"
+        )
 
 
 def _within(latency_budget: Budget) -> None:
     got = _asked(latency_budget)["within"]
     total_ms = _total_ms()
     inside = total_ms <= _BUDGET_MS
-    assert not equal(got, inside.sum()), f"within is {got}, a number of requests: divide by all {len(total_ms)}"
-    assert not equal(got, 1 - inside.mean()), "within is the share of requests OVER the budget: it must be those inside"
-    assert not equal(got, (total_ms < _BUDGET_MS).mean()), "within leaves out a request of exactly 50 ms: it is inside"
+    assert not equal(got, inside.sum()), (
+        f"within is {got}, a number of requests: divide by all {len(total_ms)}"
+    )
+    assert not equal(got, 1 - inside.mean()), (
+        "within is the share of requests OVER the budget: it must be those inside"
+    )
+    assert not equal(got, (total_ms < _BUDGET_MS).mean()), (
+        "within leaves out a request of exactly 50 ms: it is inside"
+    )
     assert not equal(got, 100 * inside.mean()), "within is in percent: it must be a share in [0, 1]"
     assert equal(got, inside.mean()), (
         f"within is {got!r}: {inside.mean():.4f} of the requests take at most 50 ms in all"

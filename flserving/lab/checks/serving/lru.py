@@ -25,7 +25,10 @@ def check_lru(cache_class: Callable[[int], Any]) -> None:
         Part(
             "keeps and replaces",
             _keeps_and_replaces,
-            ("A dict made in __init__ holds the values.", "`key in self.items` asks for the key, not for its value."),
+            (
+                "A dict made in __init__ holds the values.",
+                "`key in self.items` asks for the key, not for its value.",
+            ),
         ),
         Part(
             "holds exactly its capacity",
@@ -49,7 +52,8 @@ def check_lru(cache_class: Callable[[int], Any]) -> None:
 
 
 def _after(cache_class: Callable[[int], Any], capacity: int, story: str) -> dict[str, Any]:
-    """Play ``"a b get:a c"`` (a bare key is put with the value KEY1) and return what is still in the cache, by key."""
+    """Play ``"a b get:a c"`` (a bare key is put with the value KEY1) and return what is still in
+    the cache, by key."""
     cache, keys = ask(f"creating a cache of capacity {capacity}", cache_class, capacity), []
     for word in story.split():
         verb, _, key = word.rpartition(":")
@@ -59,7 +63,9 @@ def _after(cache_class: Callable[[int], Any], capacity: int, story: str) -> dict
             value = f"{key}2" if verb == "again" else f"{key}1"
             ask(f"put({key!r}, {value!r}) in {story!r}", cache.put, key, value)
             keys.append(key)
-    found = {key: ask(f"get({key!r}) after {story!r}", cache.get, key) for key in dict.fromkeys(keys)}
+    found = {
+        key: ask(f"get({key!r}) after {story!r}", cache.get, key) for key in dict.fromkeys(keys)
+    }
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -108,7 +114,9 @@ def _holds_exactly_its_capacity(cache_class: Callable[[int], Any]) -> None:
     assert "c" in kept, (
         "after 'a', 'b', 'c' into capacity 2, the new key 'c' is not there: evict an old one, store the new"
     )
-    assert len(kept) == 2, f"putting 'c' into the full cache ['a', 'b'] left only {sorted(kept)}: evict one, not all"
+    assert len(kept) == 2, (
+        f"putting 'c' into the full cache ['a', 'b'] left only {sorted(kept)}: evict one, not all"
+    )
     assert kept == {"b": "b1", "c": "c1"}, (
         "after 'a', 'b', 'c' into capacity 2, 'a' is still there and 'b' is gone: "
         "the most recently used was evicted, the least recently used must go"
@@ -137,7 +145,9 @@ def _evicts_the_least_recently_used(cache_class: Callable[[int], Any]) -> None:
         "that is least FREQUENTLY used; only the time of the last use counts"
     )
     kept = _after(cache_class, 2, "a b get:x c")
-    assert set(kept) == {"b", "c"}, f"after 'a', 'b', a miss on 'x' and 'c', capacity 2 holds {sorted(kept)}: {_MISS}"
+    assert set(kept) == {"b", "c"}, (
+        f"after 'a', 'b', a miss on 'x' and 'c', capacity 2 holds {sorted(kept)}: {_MISS}"
+    )
 
 
 def _agrees_on_random_traces(cache_class: Callable[[int], Any]) -> None:

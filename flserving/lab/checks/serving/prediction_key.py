@@ -1,4 +1,5 @@
-"""Check of the exercise "the key of a prediction" (notebook 03): all that an answer depends on, and nothing else."""
+"""Check of the exercise "the key of a prediction" (notebook 03): all that an answer depends on, and
+nothing else."""
 
 import pickle
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from flserving.lab.checks.parts import Part, judge
 
 MakeKey = Callable[..., Any]
 Change = dict[str, Any]
-Case = tuple[Change, Change, str]  # two requests that must not share an answer, by what differs from ROWS's, and why
+Case = tuple[
+    Change, Change, str
+]  # two requests that must not share an answer, by what differs from ROWS's, and why
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 LONG = np.linspace(0, 1, 4096, dtype=np.float32).reshape(1, 4096)
@@ -19,13 +22,15 @@ _MOST_NBYTES = 1000
 
 
 def check_prediction_key(make_key: MakeKey) -> None:
-    """Check ``make_key(model, version, rows, settings, client)``: equal for equal requests, else different.
+    """Check ``make_key(model, version, rows, settings, client)``: equal for equal requests, else
+    different.
 
-    ``rows`` is an array of any type and shape, ``settings`` a dict of numbers and texts; ``client`` is a text, or None
-    where an answer is nobody's own. The key is small, and a dict can hold it.
+    ``rows`` is an array of any type and shape, ``settings`` a dict of numbers and texts; ``client``
+    is a text, or None where an answer is nobody's own. The key is small, and a dict can hold it.
 
     Raises:
-        AssertionError: Names two requests of which the second gets the first one's answer, or does not find its own.
+        AssertionError: Names two requests of which the second gets the first one's answer, or does
+            not find its own.
     """
     judge(
         "prediction-key",
@@ -42,7 +47,9 @@ def check_prediction_key(make_key: MakeKey) -> None:
         Part(
             "knows the model and the version",
             _apart(_models),
-            ("Return a tuple, with model and version as two of its entries: texts in a row may run into each other.",),
+            (
+                "Return a tuple, with model and version as two of its entries: texts in a row may run into each other.",
+            ),
         ),
         Part(
             "knows every byte of the rows",
@@ -55,9 +62,15 @@ def check_prediction_key(make_key: MakeKey) -> None:
         Part(
             "knows the type and the shape of the rows",
             _apart(_forms),
-            ("The same bytes can be other numbers in other rows: `rows.dtype.str` and `rows.shape` tell them apart.",),
+            (
+                "The same bytes can be other numbers in other rows: `rows.dtype.str` and `rows.shape` tell them apart.",
+            ),
         ),
-        Part("knows the settings", _apart(_settings), ("Names and values: `tuple(sorted(settings.items()))`.",)),
+        Part(
+            "knows the settings",
+            _apart(_settings),
+            ("Names and values: `tuple(sorted(settings.items()))`.",),
+        ),
         Part(
             "knows whose answer it is",
             _apart(_clients),
@@ -66,7 +79,9 @@ def check_prediction_key(make_key: MakeKey) -> None:
         Part(
             "is small, and hard to forge",
             _is_small,
-            ("Keep a digest in place of the bytes: hashlib.sha256(...) gives 32 bytes, whatever the input's size.",),
+            (
+                "Keep a digest in place of the bytes: hashlib.sha256(...) gives 32 bytes, whatever the input's size.",
+            ),
         ),
     )
 
@@ -80,7 +95,9 @@ def _key(make_key: MakeKey, changed: Change) -> Any:
         "settings": settings,
         "client": "ada",
     } | changed
-    return ask(f"prediction_key for rows of shape {request['rows'].shape}", make_key, *request.values())
+    return ask(
+        f"prediction_key for rows of shape {request['rows'].shape}", make_key, *request.values()
+    )
 
 
 def _finds_the_same(make_key: MakeKey) -> None:
@@ -90,13 +107,17 @@ def _finds_the_same(make_key: MakeKey) -> None:
     try:
         hash(key)
     except TypeError as error:
-        raise AssertionError(f"no dict can hold this key ({error}): return a tuple of texts, numbers, bytes") from None
+        raise AssertionError(
+            f"no dict can hold this key ({error}): return a tuple of texts, numbers, bytes"
+        ) from None
     assert np.array_equal(rows, ROWS) and list(settings) == ["threshold", "output"], (
         "prediction_key changed what it was given: the model would answer to other rows or settings"
     )
     again = {
         "the same settings in another order, and the same rows in another array": {},
-        "the same rows, as every second column of a wider array": {"rows": np.repeat(ROWS, 2, axis=1)[:, ::2]},
+        "the same rows, as every second column of a wider array": {
+            "rows": np.repeat(ROWS, 2, axis=1)[:, ::2]
+        },
         "the same rows, laid out by columns": {"rows": np.asfortranarray(ROWS)},
     }
     for told, changed in again.items():
@@ -122,7 +143,11 @@ def _models() -> Iterator[Case]:
             "promotion all go on getting the old answers"
         ),
     )
-    yield {}, {"model": "letters"}, "'letters' gets the answer of 'digits' to the same rows: the key forgets the model"
+    yield (
+        {},
+        {"model": "letters"},
+        "'letters' gets the answer of 'digits' to the same rows: the key forgets the model",
+    )
     yield (
         {"model": "m", "version": "12"},
         {"model": "m1", "version": "2"},
@@ -137,9 +162,18 @@ def _bytes() -> Iterator[Case]:
     little[0, 1] = np.nextafter(little[0, 1], np.float32(2))
     for changed, told in (
         (LONG + 1, "any row gets the answer of the first one: the key forgets the rows"),
-        (LONG[:, ::-1].copy(), "a row gets the answer of its mirror image: a sum or a set does not know the order"),
-        (middle, "a row gets the answer of one that differs in the middle: the text of a long array has '...' there"),
-        (little, "a row gets the answer of one that differs in a bit: rounded, as in a text, they are the same"),
+        (
+            LONG[:, ::-1].copy(),
+            "a row gets the answer of its mirror image: a sum or a set does not know the order",
+        ),
+        (
+            middle,
+            "a row gets the answer of one that differs in the middle: the text of a long array has '...' there",
+        ),
+        (
+            little,
+            "a row gets the answer of one that differs in a bit: rounded, as in a text, they are the same",
+        ),
     ):
         yield {"rows": LONG.copy()}, {"rows": changed}, told
 
@@ -183,13 +217,17 @@ def _clients() -> Iterator[Case]:
     yield (
         {},
         {"client": "bob"},
-        ("Bob gets the answer of Ada's personal model, and learns what she asked: the key forgets the client"),
+        (
+            "Bob gets the answer of Ada's personal model, and learns what she asked: the key forgets the client"
+        ),
     )
     for name in ("None", ""):
         yield (
             {"client": None},
             {"client": name},
-            (f"a client who is called {name!r} gets what was answered to nobody in particular: keep None as it is"),
+            (
+                f"a client who is called {name!r} gets what was answered to nobody in particular: keep None as it is"
+            ),
         )
 
 

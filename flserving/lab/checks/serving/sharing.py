@@ -18,9 +18,10 @@ _TURNS = 5_000  # more than any of these stories needs
 def check_async_batcher(batcher_class: Callable[..., Any]) -> None:
     """Check ``batcher_class(batcher, model, max_wait_s)`` with ``await it.predict(row) -> output``.
 
-    ``batcher`` has ``queue``, ``max_batch_size``, ``submit(request_id, row)``, ``next_batch(idle_workers)`` and
-    ``run_batch(batch, model) -> {request_id: output or exception}``; ``model(rows)`` blocks its thread. A batch starts
-    when it is full, or ``max_wait_s`` after its batch task saw that something waits.
+    ``batcher`` has ``queue``, ``max_batch_size``, ``submit(request_id, row)``,
+    ``next_batch(idle_workers)`` and ``run_batch(batch, model) -> {request_id: output or
+    exception}``; ``model(rows)`` blocks its thread. A batch starts when it is full, or
+    ``max_wait_s`` after its batch task saw that something waits.
 
     Raises:
         AssertionError: Says who got what, and when.
@@ -77,7 +78,8 @@ def check_async_batcher(batcher_class: Callable[..., Any]) -> None:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop in virtual time. Another thread's work is done at once, and takes as long as the model said."""
+    """An event loop in virtual time. Another thread's work is done at once, and takes as long as
+    the model said."""
 
     def __init__(self) -> None:
         self.now_s = 500.0
@@ -90,7 +92,9 @@ class _Loop(asyncio.SelectorEventLoop):
 
         def jump(timeout: float | None = None) -> Any:
             self.turns += 1
-            assert self.turns < _TURNS, "the batch task never rests: await something that happens, do not ask in a loop"
+            assert self.turns < _TURNS, (
+                "the batch task never rests: await something that happens, do not ask in a loop"
+            )
             self.now_s += max(1e-7, timeout or 0.0)
             return select(0)
 
@@ -117,15 +121,28 @@ class _Loop(asyncio.SelectorEventLoop):
 class _Batcher(Line):
     """What the first exercise makes. An output that is an exception is the answer to a bad row."""
 
-    def run_batch(self, batch: Sequence[tuple[Any, Any]], model: Callable[[list[Any]], list[Any]]) -> dict[Any, Any]:
-        assert batch, "run_batch got an empty batch: nothing is left of it when all of its callers gave up"
-        return dict(zip([request_id for request_id, _ in batch], model([row for _, row in batch]), strict=True))
+    def run_batch(
+        self, batch: Sequence[tuple[Any, Any]], model: Callable[[list[Any]], list[Any]]
+    ) -> dict[Any, Any]:
+        assert batch, (
+            "run_batch got an empty batch: nothing is left of it when all of its callers gave up"
+        )
+        return dict(
+            zip(
+                [request_id for request_id, _ in batch],
+                model([row for _, row in batch]),
+                strict=True,
+            )
+        )
 
 
 class _Run:
-    """Callers of a batcher under test: what each of them got and when, and which rows ran when (in milliseconds)."""
+    """Callers of a batcher under test: what each of them got and when, and which rows ran when (in
+    milliseconds)."""
 
-    def __init__(self, batcher_class: Callable[..., Any], max_batch_size: int, max_wait_ms: float) -> None:
+    def __init__(
+        self, batcher_class: Callable[..., Any], max_batch_size: int, max_wait_ms: float
+    ) -> None:
         self.loop: Any = asyncio.get_running_loop()  # a _Loop
         self.began_s = self.loop.time()
         self.ran: list[tuple[int, list[str]]] = []
@@ -141,7 +158,10 @@ class _Run:
         self.overlapped |= self.loop.elsewhere and self.loop.time() < self.busy_until_s - 1e-6
         self.loop.works_s = _RUN_S
         self.busy_until_s = self.loop.time() + _RUN_S
-        return [ValueError(f"{row} is bad") if row.startswith("bad") else f"answer to {row}" for row in rows]
+        return [
+            ValueError(f"{row} is bad") if row.startswith("bad") else f"answer to {row}"
+            for row in rows
+        ]
 
     def _now_ms(self) -> int:
         return round(float(self.loop.time() - self.began_s) * 1e3)
@@ -160,7 +180,9 @@ class _Run:
         except (AssertionError, NotImplementedError):
             raise
         except Exception as error:
-            raise AssertionError(f"predict({row!r}) raised {type(error).__name__}: {error}") from error
+            raise AssertionError(
+                f"predict({row!r}) raised {type(error).__name__}: {error}"
+            ) from error
 
 
 def _play(
@@ -170,7 +192,8 @@ def _play(
     max_wait_ms: float = 0,
     gives_up: Mapping[str, float] = MappingProxyType({}),
 ) -> _Run:
-    """Let callers come, each at its millisecond, in an event loop of their own; a notebook's runs already."""
+    """Let callers come, each at its millisecond, in an event loop of their own; a notebook's runs
+    already."""
     tasks: list[asyncio.Task[Any]] = []
 
     def create(loop: Any, coroutine: Any, **options: Any) -> "asyncio.Task[Any]":
@@ -198,7 +221,9 @@ def _play(
             loop.turns = 0
             for each in tasks:
                 each.cancel()
-            with contextlib.suppress(AssertionError):  # of a task that does not let itself be cancelled
+            with contextlib.suppress(
+                AssertionError
+            ):  # of a task that does not let itself be cancelled
                 loop.run_until_complete(asyncio.wait([*tasks]))
             loop.close()
 
@@ -219,11 +244,15 @@ def _death(error: BaseException) -> BaseException:
 def _own_answers(batcher_class: Callable[..., Any]) -> None:
     run = _play(batcher_class, {"zoe": 0, "adam": 0, "mia": 0})
     for row, got in run.got.items():
-        assert not asyncio.isfuture(got), f"predict({row!r}) returned a future: await it, the caller wants the answer"
+        assert not asyncio.isfuture(got), (
+            f"predict({row!r}) returned a future: await it, the caller wants the answer"
+        )
         assert got != "nothing", (
             f"{row} waited a minute for an answer: nobody started a batch task, or nobody set its future's result"
         )
-        assert got == f"answer to {row}", f"{row} got {got!r}: each caller waits for the future of its own row"
+        assert got == f"answer to {row}", (
+            f"{row} got {got!r}: each caller waits for the future of its own row"
+        )
     run = _play(batcher_class, {"early": 0, "late": 1000})
     assert run.got["late"] == "answer to late", (
         "a caller who came when the first batch was long done got no answer: its batch task has ended, start another"
@@ -237,9 +266,15 @@ def _one_task(batcher_class: Callable[..., Any]) -> None:
     assert not run.overlapped, (
         f"{told} two executions ran at the same time: one batch task serves all, whoever calls finds it at work"
     )
-    assert sizes, f"{told} the model never ran: nobody started a batch task, or it never takes a batch"
-    assert max(sizes) > 1, f"{told} {len(sizes)} executions of one row: callers of the same moment share a batch"
-    assert sum(sizes) == 10, f"{told} only {sum(sizes)} rows ever ran: the batch task goes on while somebody waits"
+    assert sizes, (
+        f"{told} the model never ran: nobody started a batch task, or it never takes a batch"
+    )
+    assert max(sizes) > 1, (
+        f"{told} {len(sizes)} executions of one row: callers of the same moment share a batch"
+    )
+    assert sum(sizes) == 10, (
+        f"{told} only {sum(sizes)} rows ever ran: the batch task goes on while somebody waits"
+    )
     assert sizes == [4, 4, 2], f"{told} the executions had {sizes} rows, not 4, 4 and 2"
     run = _play(batcher_class, {"a": 0, "b": 3, "c": 5, "d": 7})
     assert run.blocked or [rows for _, rows in run.ran[1:]] in ([], [["b", "c", "d"]]), (
@@ -272,7 +307,9 @@ def _waits(batcher_class: Callable[..., Any]) -> None:
             assert late < 5000, (
                 f"{told} {row} started at {began[row]} ms: max_wait_s is in seconds, like asyncio's times"
             )
-            assert late >= -1, f"{told} {row} started at {began[row]} ms, not {ms}: the batch did not wait for others"
+            assert late >= -1, (
+                f"{told} {row} started at {began[row]} ms, not {ms}: the batch did not wait for others"
+            )
             assert late <= 1 or len(callers) < 4, (
                 f"{told} the batch was full at 20 ms and started at {began[row]}: who waits for more than a full batch?"
             )
@@ -288,9 +325,15 @@ def _waits(batcher_class: Callable[..., Any]) -> None:
 def _errors(batcher_class: Callable[..., Any]) -> None:
     run = _play(batcher_class, {"a": 0, "bad": 0, "c": 0, "d": 40})
     got = run.got["bad"]
-    assert got != "nothing", "the caller of the bad row waits for ever: its answer is an exception, hand that on"
-    assert "bad" in run.raised, f"the caller of the bad row got {got!r}: an error is an error, not an answer"
-    assert "bad is bad" in str(got), f"the caller of the bad row got {got!r}: the error of its own row"
+    assert got != "nothing", (
+        "the caller of the bad row waits for ever: its answer is an exception, hand that on"
+    )
+    assert "bad" in run.raised, (
+        f"the caller of the bad row got {got!r}: an error is an error, not an answer"
+    )
+    assert "bad is bad" in str(got), (
+        f"the caller of the bad row got {got!r}: the error of its own row"
+    )
     for row in "ac":
         assert run.got[row] == f"answer to {row}", (
             f"one row of the batch was bad, and {row} got {run.got[row]!r}: run_batch has found who is at fault, "
@@ -310,6 +353,10 @@ def _cancelled(batcher_class: Callable[..., Any]) -> None:
         "b gave up while it waited, and its row ran nevertheless: work for nobody; ask `future.done()` before you run"
     )
     for row in "acd":
-        assert run.got[row] == f"answer to {row}", f"b gave up while it waited, and {row} got {run.got[row]!r}"
+        assert run.got[row] == f"answer to {row}", (
+            f"b gave up while it waited, and {row} got {run.got[row]!r}"
+        )
     run = _play(batcher_class, {"a": 0, "b": 2, "d": 30}, gives_up={"b": 6})
-    assert run.got["d"] == "answer to d", f"all of a batch gave up, and the next caller got {run.got['d']!r}"
+    assert run.got["d"] == "answer to d", (
+        f"all of a batch gave up, and the next caller got {run.got['d']!r}"
+    )

@@ -30,10 +30,11 @@ class _Clock:
 
 
 def check_stage_timer(StageTimer: MakeTimer) -> None:
-    """Check ``StageTimer(clock)``: ``with timer.stage(name): ...`` adds the block's time to ``timer.stages_ms[name]``.
+    """Check ``StageTimer(clock)``: ``with timer.stage(name): ...`` adds the block's time to
+    ``timer.stages_ms[name]``.
 
-    ``clock()`` gives seconds. A stage that is entered twice counts both times; a block that raises counts, and its
-    error goes on to the caller.
+    ``clock()`` gives seconds. A stage that is entered twice counts both times; a block that raises
+    counts, and its error goes on to the caller.
 
     Raises:
         AssertionError: Says which block was timed wrongly.
@@ -44,7 +45,10 @@ def check_stage_timer(StageTimer: MakeTimer) -> None:
         Part(
             "keeps its numbers to itself",
             _keeps_to_itself,
-            ("A dict in the class body belongs to all timers.", "Make it in __init__: `self.stages_ms = {}`."),
+            (
+                "A dict in the class body belongs to all timers.",
+                "Make it in __init__: `self.stages_ms = {}`.",
+            ),
         ),
         Part(
             "times a block in milliseconds",
@@ -74,10 +78,12 @@ def check_stage_timer(StageTimer: MakeTimer) -> None:
 
 
 def check_by_hand(by_hand: ByHand) -> None:
-    """Check ``by_hand(rows, network, mean, std, timer)``: what a server answers, in three timed stages.
+    """Check ``by_hand(rows, network, mean, std, timer)``: what a server answers, in three timed
+    stages.
 
-    ``rows`` is float32 [N, D]; ``mean`` and ``std`` are lists of D numbers. Right is a dict of lists, equal to the
-    server's answer to 1e-6: ``predictions``, ``confidences`` and ``probabilities``.
+    ``rows`` is float32 [N, D]; ``mean`` and ``std`` are lists of D numbers. Right is a dict of
+    lists, equal to the server's answer to 1e-6: ``predictions``, ``confidences`` and
+    ``probabilities``.
 
     Raises:
         AssertionError: Recognises the usual mistakes by the probabilities that they give.
@@ -133,13 +139,17 @@ class _Case:
         rng = np.random.default_rng(2)
         self.mean = [4.0, 0.0, -2.0, 9.0, 1.0]
         self.std = [2.0, 0.5, 3.0, 1.5, 4.0]
-        self.rows = np.float32(np.array(self.mean) + np.array(self.std) * rng.standard_normal((7, 5)))
+        self.rows = np.float32(
+            np.array(self.mean) + np.array(self.std) * rng.standard_normal((7, 5))
+        )
         self.network = _Network()
         self.timer = self.network.timer
         before = self.rows.copy()
         arguments = self.rows, self.network, self.mean, self.std, self.timer
         self.got = ask("by_hand(rows, network, mean, std, timer)", by_hand, *arguments)
-        assert np.array_equal(self.rows, before), "by_hand changed the rows that it was given: they are the caller's"
+        assert np.array_equal(self.rows, before), (
+            "by_hand changed the rows that it was given: they are the caller's"
+        )
 
 
 def _times_a_block(StageTimer: MakeTimer) -> None:
@@ -155,10 +165,16 @@ def _adds_up(StageTimer: MakeTimer) -> None:
     _run(timer, clock, "load", 0.25)
     clock.now_s += 5
     _run(timer, clock, "infer", 0.5)
-    _expect(timer, {"load": 250, "infer": 500}, "after 'load' (250 ms), 5 s of something else, and 'infer' (500 ms)")
+    _expect(
+        timer,
+        {"load": 250, "infer": 500},
+        "after 'load' (250 ms), 5 s of something else, and 'infer' (500 ms)",
+    )
     _run(timer, clock, "load", 0.125)
     _expect(
-        timer, {"load": 375, "infer": 500}, "'load' was entered again for 125 ms; both times count, the sum is 375:"
+        timer,
+        {"load": 375, "infer": 500},
+        "'load' was entered again for 125 ms; both times count, the sum is 375:",
     )
 
 
@@ -181,8 +197,12 @@ def _run(timer: Any, clock: _Clock, name: str, seconds: float) -> None:
 
 
 def _first(stages_ms: Any) -> None:
-    assert isinstance(stages_ms, dict), f"timer.stages_ms is {stages_ms!r}: it is a dict, name -> milliseconds"
-    assert list(stages_ms) == ["load"], f"after the stage 'load' stages_ms is {stages_ms}: its key is the stage's name"
+    assert isinstance(stages_ms, dict), (
+        f"timer.stages_ms is {stages_ms!r}: it is a dict, name -> milliseconds"
+    )
+    assert list(stages_ms) == ["load"], (
+        f"after the stage 'load' stages_ms is {stages_ms}: its key is the stage's name"
+    )
     mistakes = {
         0.25: "seconds: a second has 1000 ms",
         250_000: "microseconds: a second has 1000 ms",
@@ -192,7 +212,9 @@ def _first(stages_ms: Any) -> None:
         0: "no time at all: read the clock before `yield`, and again after it",
     }
     for wrong, why in mistakes.items():
-        assert not equal(stages_ms["load"], wrong), f"'load' took 250 ms by the clock, stages_ms says {wrong:g}, {why}"
+        assert not equal(stages_ms["load"], wrong), (
+            f"'load' took 250 ms by the clock, stages_ms says {wrong:g}, {why}"
+        )
     assert equal(stages_ms["load"], 250), (
         f"'load' took 250 ms by the clock that the timer was given, stages_ms says {stages_ms['load']!r}: "
         "does it read another clock?"
@@ -215,7 +237,9 @@ def _counts_errors(StageTimer: MakeTimer) -> None:
             clock.now_s += 0.0625
             raise problem
     except ValueError as error:
-        assert error is problem, f"the block raised ValueError({problem}), the timer made it {error!r}: let it through"
+        assert error is problem, (
+            f"the block raised ValueError({problem}), the timer made it {error!r}: let it through"
+        )
     except RuntimeError as error:
         raise AssertionError(
             f"a block raised an error and the timer answered with {error!r}: use try/finally"
@@ -269,8 +293,12 @@ def _in_three_stages(by_hand: ByHand) -> None:
     case = _Case(by_hand)
     timer = case.timer
     network = case.network
-    assert timer.seen == list(STAGES), f"the timer saw the stages {timer.seen}: enter each of {list(STAGES)} once"
-    assert len(network.ran) == 1, f"the network ran {len(network.ran)} times: once, for all rows together"
+    assert timer.seen == list(STAGES), (
+        f"the timer saw the stages {timer.seen}: enter each of {list(STAGES)} once"
+    )
+    assert len(network.ran) == 1, (
+        f"the network ran {len(network.ran)} times: once, for all rows together"
+    )
     stage, with_gradients = network.ran[0]
     assert stage == "infer", f"the network ran in the stage {stage!r}: its time belongs to 'infer'"
     assert not with_gradients, (
@@ -291,7 +319,9 @@ def _plain_lists(by_hand: ByHand) -> _Case:
         )
     shape = np.shape(got["probabilities"])
     assert shape == (7, 4), f"probabilities has the shape {shape} for 7 rows and 4 classes"
-    assert len(got["predictions"]) == len(got["confidences"]) == 7, "predictions and confidences have one entry a row"
+    assert len(got["predictions"]) == len(got["confidences"]) == 7, (
+        "predictions and confidences have one entry a row"
+    )
     return case
 
 
@@ -318,7 +348,9 @@ def _softmax_of_standardised_rows(by_hand: ByHand) -> None:
         ),
         "logits divided by their sum: use softmax": right / right.sum(axis=1, keepdims=True),
         "those of raw rows: the network was trained on standardised ones": _softmax(x @ weight.T),
-        "divided by the variance: std is already its root": _softmax(((x - mean) / std**2) @ weight.T),
+        "divided by the variance: std is already its root": _softmax(
+            ((x - mean) / std**2) @ weight.T
+        ),
         "multiplied by std: divide": _softmax(((x - mean) * std) @ weight.T),
         "without the division by std": _softmax((x - mean) @ weight.T),
         "without the subtraction of mean": _softmax((x / std) @ weight.T),
@@ -330,9 +362,13 @@ def _softmax_of_standardised_rows(by_hand: ByHand) -> None:
     for why, wrong in mistakes.items():
         assert not np.allclose(found, wrong, atol=1e-5), f"the probabilities are {why}"
     off = np.abs(found - _softmax(right)).max()
-    assert off < 1e-5, f"the probabilities differ from softmax(network((rows - mean) / std)) by up to {off:.2g}"
+    assert off < 1e-5, (
+        f"the probabilities differ from softmax(network((rows - mean) / std)) by up to {off:.2g}"
+    )
     far = np.full((1, 5), 3000, np.float32)
-    wide = ask("by_hand(one row of 3000, ...)", by_hand, far, case.network, case.mean, case.std, _Stages())
+    wide = ask(
+        "by_hand(one row of 3000, ...)", by_hand, far, case.network, case.mean, case.std, _Stages()
+    )
     assert np.isfinite(wide["probabilities"]).all(), (
         "a row far from the training data gives NaN: exp(large) overflows; subtract the row's largest logit first, as "
         "torch.softmax does"
@@ -343,7 +379,9 @@ def _most_probable_class(by_hand: ByHand) -> None:
     got = _plain_lists(by_hand).got
     table = np.array(got["probabilities"])
     predicted, confident = got["predictions"], got["confidences"]
-    assert all(type(one) is int for one in predicted), f"predictions are {predicted}: whole numbers, the classes"
+    assert all(type(one) is int for one in predicted), (
+        f"predictions are {predicted}: whole numbers, the classes"
+    )
     wanted = table.argmax(axis=1).tolist()
     assert predicted == wanted, (
         f"predictions are {predicted}: of each row the class with the highest probability, {wanted}"
@@ -361,4 +399,6 @@ def _equal_to_the_servers(by_hand: ByHand) -> None:
         served = server.predict(case.rows)
     for name in KEYS:
         off = np.abs(np.array(case.got[name]) - np.array(served[name])).max()
-        assert off < 1e-6, f"{name} differ from the server's by {off:.1g}: compute in float32, as the server does"
+        assert off < 1e-6, (
+            f"{name} differ from the server's by {off:.1g}: compute in float32, as the server does"
+        )
