@@ -57,9 +57,8 @@ ON_LINUX = sys.platform == "linux"
 LOCKED = ROOT / "requirements"
 # PyTorch's own; for Linux pip's index has CUDA builds only
 CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
-STAMP = (
-    "flserving-install.json"  # in the environment: what was installed there, and from which files
-)
+# in the environment: what was installed there, and from which files
+STAMP = "flserving-install.json"
 SOLVED = ROOT / "notebooks"  # the teacher's
 COPIES = ROOT / "student"
 FIRST_NOTEBOOK = "00_start_here.ipynb"
@@ -115,9 +114,8 @@ class Venv:
         environment = dict(os.environ, **variables)
         environment["PATH"] = str(self.python().parent) + os.pathsep + environment.get("PATH", "")
         environment["VIRTUAL_ENV"] = str(self.folder)
-        environment["JUPYTER_PREFER_ENV_PATH"] = (
-            "1"  # else a python3 kernel of another installation may win
-        )
+        # else a python3 kernel of another installation may win
+        environment["JUPYTER_PREFER_ENV_PATH"] = "1"
         environment.pop("PYTHONHOME", None)
         # Ctrl-C reaches the child as well, which decides (JupyterLab asks first): here it must only
         # not end the wait
@@ -178,9 +176,8 @@ class Venv:
         found = self.installed()
         if found.get("fingerprint") == stamp["fingerprint"]:
             extras = extras.union(found["extras"])
-        self.cuda = self.cuda or found.get(
-            "cuda", False
-        )  # who asked for CUDA once need not say it each time
+        # who asked for CUDA once need not say it each time
+        self.cuda = self.cuda or found.get("cuda", False)
         stamp["extras"] = sorted(extras)
         stamp["cuda"] = self.cuda
         if stamp == found:
@@ -199,9 +196,8 @@ def install_locked(venv, extras):
     named = [word for name in files for word in ("-r", str(LOCKED / (name + ".txt")))]
     venv.pip("--require-hashes", "--no-deps", *named)
     install_torch(venv, locked_torch())
-    venv.pip(
-        "--no-deps", "--no-build-isolation", "--editable", "."
-    )  # setuptools is among the locked ones
+    # setuptools is among the locked ones
+    venv.pip("--no-deps", "--no-build-isolation", "--editable", ".")
 
 
 def install_latest(venv, extras):
@@ -317,9 +313,8 @@ def test(arguments, venv):
     options = PYTEST_OPTIONS
     if "--latest" in arguments:
         install = install_latest
-        (venv.folder / STAMP).unlink(
-            missing_ok=True
-        )  # what is newest today is not known from last time
+        # what is newest today is not known from last time
+        (venv.folder / STAMP).unlink(missing_ok=True)
     if "--lowest" in arguments:
         install = install_lowest
         options = CORE_OPTIONS
@@ -361,9 +356,8 @@ def resolve(venv, extras, known):
     pins = venv.folder / "known.txt"
     build = venv.folder / "build.txt"
     pins.write_text("".join(known.values()), encoding="utf-8")
-    build.write_text(
-        "setuptools>=77\n", encoding="utf-8"
-    )  # builds the project itself: see pyproject.toml
+    # builds the project itself: see pyproject.toml
+    build.write_text("setuptools>=77\n", encoding="utf-8")
     command = [
         "pip",
         "compile",
@@ -392,9 +386,8 @@ def resolve(venv, extras, known):
         r"^(?=[A-Za-z0-9])", made.read_text(encoding="utf-8"), flags=re.MULTILINE
     )[1:]:
         name = block.split("==")[0]
-        blocks[name] = (
-            blocks.get(name, "") + block
-        )  # one name may stand there twice, for different Pythons
+        # one name may stand there twice, for different Pythons
+        blocks[name] = blocks.get(name, "") + block
     return blocks
 
 

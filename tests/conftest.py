@@ -68,9 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.keyword
     )
     if nothing_named and config.option.markexpr in config.getini("addopts"):
-        config.option.markexpr = (
-            f"({config.option.markexpr}) and not full"  # xdist hands it to its workers
-        )
+        # xdist hands it to its workers
+        config.option.markexpr = f"({config.option.markexpr}) and not full"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -105,8 +104,7 @@ def _log_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _live_widgets() -> Iterator[None]:
     """run.py sets this for the kernels of nbval; a test that wants it says so."""
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # one of its own: a test's is undone before the test's fixtures end
+    # one of its own: a test's is undone before the test's fixtures end
+    with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FLSERVING_STATIC", raising=False)
         yield

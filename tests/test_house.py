@@ -18,11 +18,8 @@ PACKAGE = Path(flserving.__file__).parent
 # Imports run down only, and never from a room into one on its own floor. The lab may import
 # everything.
 FLOORS = {
-    8: {
-        "__init__",
-        "__main__",
-        "integrations.ray",
-    },  # Ray's replicas run the command's server: above its room
+    # Ray's replicas run the command's server: above its room
+    8: {"__init__", "__main__", "integrations.ray"},
     7: {"api", "optimize"},
     6: {"edge", "federated", "integrations"},  # integrations: below the command, which calls them
     5: {"serving"},

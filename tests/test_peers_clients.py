@@ -282,9 +282,8 @@ def test_a_client_that_is_made_from_the_document_reads_every_answer(endpoint, tm
     """Nothing is left out in the making, and answers come back as objects with their numbers,
     refusals with why."""
     python = python_with("openapi_python_client")
-    (tmp_path / "config.yml").write_text(
-        "post_hooks: []\n"
-    )  # no formatter: its absence would be a warning
+    # no formatter: its absence would be a warning
+    (tmp_path / "config.yml").write_text("post_hooks: []\n")
     command = [
         python,
         "-m",

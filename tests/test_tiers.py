@@ -89,10 +89,11 @@ def pytest_in(project, *arguments, plugins=PLUGINS):
 
 CHOICES = {
     "nothing": ([], {"quick", "drawn", "00_start_here"}),
+    # --all
     "both folders": (
         ["tests", "notebooks"],
         {"quick", "drawn", "full", "00_start_here", "05_rest_and_grpc"},
-    ),  # --all
+    ),
     "a path": (["tests/test_full.py"], {"full"}),
     "a word": (["-k", "test_full"], {"full"}),
     "a mark": (["-m", "slow"], {"slow"}),
@@ -131,9 +132,8 @@ def test_workers_run_the_same_tier(project):
     assert "test_quick" in passed and "test_full" not in passed and "05_rest" not in passed
 
 
-@pytest.mark.parametrize(
-    "on_ci", [False, True]
-)  # Hypothesis has defaults of its own where CI is set
+# Hypothesis has defaults of its own where CI is set
+@pytest.mark.parametrize("on_ci", [False, True])
 def test_property_tests_draw_the_same_each_day_and_more_and_anew_in_the_fuzz_tier(
     project, monkeypatch, on_ci
 ):

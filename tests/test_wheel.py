@@ -251,9 +251,8 @@ def test_pip_installs_the_wheel_with_all_that_it_asks_for(built, tmp_path):
     with them."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     programs = tmp_path / "venv" / "bin"
-    (tmp_path / "torch.txt").write_text(
-        f"torch=={importlib.metadata.version('torch')}\n"
-    )  # this one is here already
+    # this one is here already
+    (tmp_path / "torch.txt").write_text(f"torch=={importlib.metadata.version('torch')}\n")
     installed = run(
         programs, "pip", "install", built[1], "--constraint", tmp_path / "torch.txt", timeout_s=1000
     )

@@ -51,9 +51,8 @@ class Tokens:
 
     def __init__(self) -> None:
         self._everybody: Identity | None = None
-        self._identities: dict[
-            bytes, tuple[bytes, Identity]
-        ] = {}  # first 8 bytes of the sha256 -> (sha256, who)
+        # first 8 bytes of the sha256 -> (sha256, who)
+        self._identities: dict[bytes, tuple[bytes, Identity]] = {}
 
     @classmethod
     def open(cls) -> Self:
@@ -166,9 +165,8 @@ class Tokens:
             )
         if isinstance(authorization, str):
             authorization = authorization.encode(errors="surrogatepass")
-        scheme, _, token = authorization.strip().partition(
-            b" "
-        )  # HTTP trims a header's blanks, gRPC does not
+        # HTTP trims a header's blanks, gRPC does not
+        scheme, _, token = authorization.strip().partition(b" ")
         if scheme.lower() == b"bearer":
             digest = sha256(token.strip()).digest()
             known, identity = self._identities.get(digest[:8], (b"", None))

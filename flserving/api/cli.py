@@ -38,14 +38,8 @@ _home = os.path.expanduser  # a shell leaves ~ alone in --registry=~/models
 # serve
 
 _PORTS = {"port": 8000, "grpc_port": 8001}
-_OWN = {
-    "grpc_port",
-    "tokens",
-    "admin",
-    "artifacts",
-    "origins",
-    "hosts",
-}  # of ApiOptions: not as they are typed
+# of ApiOptions: not as they are typed
+_OWN = {"grpc_port", "tokens", "admin", "artifacts", "origins", "hosts"}
 _OUTPUTS = "what answers show: full, label, top-K (classes) or rounded-D (decimals)"
 
 
@@ -127,9 +121,12 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     )
     for field in dataclasses.fields(ServingConfig):
         settings.add_argument(
-            _flag(field.name), type=str if isinstance(field.default, str) else _number, default=field.default,
-            choices=CHOICES.get(field.name), help=texts[field.name],
-        )  # fmt: skip
+            _flag(field.name),
+            type=str if isinstance(field.default, str) else _number,
+            default=field.default,
+            choices=CHOICES.get(field.name),
+            help=texts[field.name],
+        )
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -165,9 +162,12 @@ def _serve(arguments: argparse.Namespace) -> int:
         observability=_observability(arguments),
     )
     supervisor = Supervisor(
-        plan, arguments.workers, drain_s=arguments.grace_s, notice_s=arguments.notice_s,
+        plan,
+        arguments.workers,
+        drain_s=arguments.grace_s,
+        notice_s=arguments.notice_s,
         say=_log.warning,
-    )  # fmt: skip
+    )
 
     def announce(url: str, grpc_url: str | None) -> None:
         print(f"REST   {url}\ngRPC   {grpc_url or 'off'}\ntoken  {token}", flush=True)
@@ -290,9 +290,13 @@ def _edge_options(parser: argparse.ArgumentParser) -> None:
         "--fresh-s", type=float, help="an answer from an older model says that it is degraded"
     )
     parser.add_argument("--refuse-s", type=float, help="an older model does not answer")
-    parser.add_argument("--policy", choices=["local", "local_first", "as_drawn"], default="local",
-                        help="local: nothing that is asked leaves the device; the others ask the cloud where they are "
-                        "in doubt, and choosing one is the consent to that")  # fmt: skip
+    parser.add_argument(
+        "--policy",
+        choices=["local", "local_first", "as_drawn"],
+        default="local",
+        help="local: nothing that is asked leaves the device; the others ask the cloud where they are "
+        "in doubt, and choosing one is the consent to that",
+    )
     parser.add_argument("--outputs", default="full", help=_OUTPUTS)
     parser.add_argument(
         "--threshold", type=float, default=0.8, help="lowest confidence that is trusted"
@@ -337,19 +341,29 @@ def _edge(arguments: argparse.Namespace) -> int:
         edge = stack.enter_context(
             EdgeModelServer(
                 config=ServingConfig(engine=arguments.engine, outputs=arguments.outputs),
-                registry=registry, model=model, client=arguments.client, wall=memory.wall,
-                fresh_s=arguments.fresh_s, refuse_s=arguments.refuse_s,
+                registry=registry,
+                model=model,
+                client=arguments.client,
+                wall=memory.wall,
+                fresh_s=arguments.fresh_s,
+                refuse_s=arguments.refuse_s,
             )
-        )  # fmt: skip
+        )
         secret = _cloud_token(arguments.token_file)
         ca = None if arguments.ca is None else _read(arguments.ca)
         settings = SyncSettings(
             key=arguments.key, ca=ca, timeout_s=arguments.timeout_s, memory=memory
         )
         agent = SyncAgent(
-            arguments.cloud, secret, registry, edge=edge, model=arguments.model,
-            client=arguments.client, form=arguments.form, settings=settings,
-        )  # fmt: skip
+            arguments.cloud,
+            secret,
+            registry,
+            edge=edge,
+            model=arguments.model,
+            client=arguments.client,
+            form=arguments.form,
+            settings=settings,
+        )
         stack.callback(agent.close)
         server: Any = edge
         if arguments.policy != "local":
@@ -369,9 +383,8 @@ def _edge(arguments: argparse.Namespace) -> int:
         )
         pulling.start()
         stop.wait()
-        _say(
-            "stopping"
-        )  # also where the first look for an update is not over yet and has said nothing
+        # also where the first look for an update is not over yet and has said nothing
+        _say("stopping")
         endpoint.close()
         end_spans()
         pulling.join(_END_S)
@@ -382,8 +395,11 @@ def _edge(arguments: argparse.Namespace) -> int:
 
 
 def _hybrid(
-    arguments: argparse.Namespace, edge: "EdgeModelServer", token: str | None, stack: contextlib.ExitStack
-) -> "HybridServer":  # fmt: skip
+    arguments: argparse.Namespace,
+    edge: "EdgeModelServer",
+    token: str | None,
+    stack: contextlib.ExitStack,
+) -> "HybridServer":
     from flserving.api.client import Client
     from flserving.edge import HybridServer, HybridSettings
 
@@ -426,9 +442,8 @@ def _keep_up(
 
 
 def _say(line: str) -> None:
-    text = "".join(
-        char if char.isprintable() else "?" for char in line
-    )  # part of it may be the cloud's
+    # part of it may be the cloud's
+    text = "".join(char if char.isprintable() else "?" for char in line)
     _log.info("%s", text)
 
 

@@ -82,9 +82,8 @@ class V2:
     def __init__(self, server: ModelServer, admin: bool = False) -> None:
         self.server = server
         self.admin = admin
-        self.origins = set[
-            str
-        ]()  # web pages that may call, beside those of the options; may grow while serving
+        # web pages that may call, beside those of the options; may grow while serving
+        self.origins = set[str]()
         self.draining = False  # not ready any more, though what was let in is still answered
         self.others: Others = tuple
         self._policies = by_role(server.config.outputs)
@@ -250,9 +249,8 @@ class V2:
         request = Request(
             None, call.version, model=call.model, arrays=True, caller=call.who.caller, policy=policy
         )
-        request.identity = (
-            call.who.client
-        )  # whose arm it is, also where no personal answer is asked for
+        # whose arm it is, also where no personal answer is asked for
+        request.identity = call.who.client
         try:
             request.features = _features(call, policy)
             if call.parameters:
@@ -353,9 +351,8 @@ def _understand(call: Call, request: Request) -> None:
             raise ForbiddenError(
                 "personal answers need a credential of a client: ask for a token that names you"
             )
-        if (
-            said.get("client", client) != client
-        ):  # the same words whether or not there is such a client
+        # the same words whether or not there is such a client
+        if said.get("client", client) != client:
             raise NotFoundError(
                 "no personal head here under that name: leave the parameter client out"
             )

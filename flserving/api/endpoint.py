@@ -162,9 +162,8 @@ class _ServerThread:
         grpc = None
         try:
             if self._options.grpc_port is not None:
-                from flserving.api.grpc.server import (
-                    start_grpc,
-                )  # an endpoint without gRPC does not load grpcio
+                # an endpoint without gRPC does not load grpcio
+                from flserving.api.grpc.server import start_grpc
 
                 grpc = await start_grpc(self._v2, self._options, reuse_port=self._reuse_port)
             rest.open()

@@ -46,9 +46,8 @@ HUNG_S = 15.0
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 BUSY_TIMEOUT_S = 5.0  # how long a worker waits for a locked registry
 _KILL_S = 2.0  # beyond the grace time, before a worker that does not end is killed
-_STABLE_S = (
-    2.0  # a worker that answered for so long is replaced at once, others after a growing pause
-)
+# a worker that answered for so long is replaced at once, others after a growing pause
+_STABLE_S = 2.0
 _LONGEST_PAUSE_S = 30.0
 _FORKS = sys.platform == "linux"
 _CONTEXT: Any = multiprocessing.get_context("fork" if _FORKS else "spawn")
@@ -154,9 +153,8 @@ class Supervisor:
         """
         try:
             with _signals() as signals:
-                if (
-                    _FORKS and self._plan.config.engine == "torch"
-                ):  # they share its memory, and need not wait for it
+                # they share its memory, and need not wait for it
+                if _FORKS and self._plan.config.engine == "torch":
                     import flserving.models.modules  # noqa: F401
                 try:
                     for slot in self._slots:
@@ -229,9 +227,8 @@ class Supervisor:
         slot.ready_s = None
         slot.heard_s = time.monotonic()
         slot.killed = False
-        with (
-            _signals_blocked()
-        ):  # until a child has handlers of its own, its signals would be written to our socket
+        # until a child has handlers of its own, its signals would be written to our socket
+        with _signals_blocked():
             slot.process.start()
         theirs.close()
 
@@ -377,9 +374,8 @@ def work(
     if inherited is not None:
         inherited.close()
     signal.set_wakeup_fd(-1)  # the supervisor's, if forked
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group: the supervisor decides
+    # Ctrl-C reaches the whole group: the supervisor decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # blocked since before the fork
@@ -436,13 +432,11 @@ def _serve(plan: Plan, place: int, pipe: Connection, lifeline: Connection) -> No
             while not ready:
                 if beats != endpoint.beats:
                     beats = endpoint.beats
-                    with contextlib.suppress(
-                        OSError
-                    ):  # the supervisor is gone, as the lifeline will show
+                    # the supervisor is gone, as the lifeline will show
+                    with contextlib.suppress(OSError):
                         pipe.send(None)
-                with contextlib.suppress(
-                    OSError
-                ):  # a full disk makes the others' sums older, and stops nobody
+                # a full disk makes the others' sums older, and stops nobody
+                with contextlib.suppress(OSError):
                     totals.write()
                 ready = list(wait([lifeline, signals], EXCHANGE_S))
             orphaned = lifeline in ready  # nobody else would stop us, nor remove the folder

@@ -35,9 +35,8 @@ def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) 
     """
     listener = None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         if os.name == "posix":  # on Windows it would let two servers share a port by accident
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -40,9 +40,8 @@ class Totals:
     def others(self) -> list[Sums]:
         """All but this server's own. Writes first: what is shown now must not be lost when this
         worker is killed."""
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk must not hide the server from its operators
+        # a full disk must not hide the server from its operators
+        with contextlib.suppress(OSError):
             self.write()
         beside = self._beside()
         self._server.telemetry.elsewhere = _named(beside)

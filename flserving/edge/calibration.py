@@ -67,9 +67,8 @@ def calibrate(
     n = len(sure)
     # right[k]: rows answered correctly when the k least sure go to the cloud
     right = local.sum() + np.concatenate([[0], np.cumsum(cloud[order].astype(int) - local[order])])
-    cuts = np.concatenate(
-        [[0], 1 + np.flatnonzero(np.diff(sure)), [n]]
-    )  # equal confidences go together
+    # equal confidences go together
+    cuts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(sure)), [n]])
     good = right[cuts] >= math.ceil(accuracy * n - 1e-9)
     if not good.any():
         raise ConfigError(

@@ -36,9 +36,8 @@ from flserving.models.weights import (
 Form: TypeAlias = Literal["exact", "int8"]
 FORMS: tuple[Form, ...] = ("exact", "int8")
 _LEVEL = 9  # of zstd: above it the differences of floats shrink by less than 1 %
-_MAX_WINDOW = (
-    1 << 23
-)  # bytes: what a hostile frame may make the receiver hold; level 9 asks for half of it
+# bytes: what a hostile frame may make the receiver hold; level 9 asks for half of it
+_MAX_WINDOW = 1 << 23
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -171,9 +170,8 @@ def _joined(parts: Mapping[str, Array], like: Tensors) -> dict[str, AnyTensor]:
             most = magnitudes.view(np.float32).astype(np.float64)
             values = (part * most[:, None] / 127).astype(np.float32)
         values = values.reshape(array.shape)
-        tensors[name] = (
-            values if tensor is array else as_tensor(values)
-        )  # torch's come back as torch's
+        # torch's come back as torch's
+        tensors[name] = values if tensor is array else as_tensor(values)
     return tensors
 
 

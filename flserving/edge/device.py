@@ -146,9 +146,8 @@ class EdgeModelServer(ModelServer):
         try:
             for name in (self.model, self.local_model):
                 now = current(self.registry, name)
-                if (
-                    now is not None and self.config.engine == "numpy"
-                ):  # a device must not start with what cannot answer
+                # a device must not start with what cannot answer
+                if now is not None and self.config.engine == "numpy":
                     models.blueprint("numpy", now.architecture, now.parameters)
                 if self.registry.version_numbers(name):
                     self.serve(self.registry, name)
@@ -293,9 +292,8 @@ class EdgeModelServer(ModelServer):
                     head = HeadSet.from_states({self.client: head})
                 return self._install(state, head, published)
             earlier = None
-            with contextlib.suppress(
-                CorruptArtifactError
-            ):  # what is broken is replaced, its head with it
+            # what is broken is replaced, its head with it
+            with contextlib.suppress(CorruptArtifactError):
                 if now is not None:
                     store = self.registry.read(self.model, now.version).heads
                     if store is not None:
@@ -305,9 +303,8 @@ class EdgeModelServer(ModelServer):
             except InvalidModelError:
                 if earlier is None:
                     raise
-                return self._install(
-                    state, None, published
-                )  # a narrower body, or none: no head of before can fit it
+                # a narrower body, or none: no head of before can fit it
+                return self._install(state, None, published)
 
     @version_id_too
     def update_local(
@@ -346,9 +343,8 @@ class EdgeModelServer(ModelServer):
             trained = self.registry.manifest(self.model, self.registry.resolve(self.model, version))
             digest = trained_on(layout, trained.digests)
             heads = HeadSet.from_states({self.client: state}, layout, digest)
-            lineage = (
-                now.lineage or Lineage()
-            )  # a new head makes the body no younger, not even after a restart
+            # a new head makes the body no younger, not even after a restart
+            lineage = now.lineage or Lineage()
             extra = {**lineage.extra, UPDATED_AT: _updated_at(now)}
             lineage = msgspec.structs.replace(lineage, extra=extra)
             published = _as_before(now) | {
@@ -365,9 +361,8 @@ class EdgeModelServer(ModelServer):
         with self._updating:  # an update carries the head of before along
             for folder in self.registry.unreadable():
                 storage.remove(f"{self.registry.root}/models/{folder}")
-            with contextlib.suppress(
-                NotFoundError, CorruptArtifactError
-            ):  # of its head, nothing is here (any more)
+            # of its head, nothing is here (any more)
+            with contextlib.suppress(NotFoundError, CorruptArtifactError):
                 self.registry.forget(client)
             self.refresh()
 
@@ -409,9 +404,8 @@ class EdgeModelServer(ModelServer):
 
     def _build(self, key: Key) -> InferenceEngine:
         engine = super()._build(key)
-        if (
-            engine.personal is not None
-        ):  # a head's time runs out by the clock that tells the model's age
+        # a head's time runs out by the clock that tells the model's age
+        if engine.personal is not None:
             engine.personal.store.wall = self._wall
         return engine
 

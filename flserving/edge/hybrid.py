@@ -504,9 +504,8 @@ class CloudAnswer:
         self.notes = {name: answer[name] for name in _NOTES if name in answer}
         self._at_s = at_s
         self._age_s = float(answer.get("age_s") or 0.0)
-        whole = {len(output) for output in self.outputs.values()} == {
-            rows
-        } and "predictions" in self.outputs
+        lengths = {len(output) for output in self.outputs.values()}
+        whole = lengths == {rows} and "predictions" in self.outputs
         whole &= all(output.dtype.kind in "fiu" for output in self.outputs.values())
         if (
             not whole

@@ -114,9 +114,8 @@ class Signer:
         self._key = _private_key(registry.root)
         self.public = self._key.public_key().public_bytes_raw().hex()
         self._known: dict[str, Statement] = {}
-        self._describing = (
-            threading.Lock()
-        )  # after a change all devices ask at once: one reads the weights
+        # after a change all devices ask at once: one reads the weights
+        self._describing = threading.Lock()
 
     def release(
         self, model: str, nonce: str = "", by_version: bool = True, client: str | None = None
@@ -132,9 +131,8 @@ class Signer:
         """
         with self._describing:
             known = self._known.get(model)
-            while (
-                known is None or known.serial != self._serial()
-            ):  # also where it changed meanwhile
+            # also where it changed meanwhile
+            while known is None or known.serial != self._serial():
                 known = self._describe(model, self._serial())
                 self._known[model] = known
         issued = int(self._now())
@@ -345,9 +343,8 @@ def _decoded(data: bytes, kind: type[_Any]) -> _Any:
 
 
 def _label(kind: type[Struct]) -> bytes:
-    return (
-        b"flserving %s 1\n" % kind.__name__.encode()
-    )  # a signature of one kind is none of another
+    # a signature of one kind is none of another
+    return b"flserving %s 1\n" % kind.__name__.encode()
 
 
 def _private_key(root: str) -> Any:

@@ -601,9 +601,8 @@ class _Downloads:
         headers = {"range": f"bytes={start}-"} if start else {}
         with self._http.stream("GET", self.url + path, headers=headers) as response:
             if response.status_code not in (200, 206, 416):
-                body = b"".join(
-                    islice(response.iter_raw(), 4)
-                )  # a message is short, whatever is sent
+                # a message is short, whatever is sent
+                body = b"".join(islice(response.iter_raw(), 4))
                 raise answered(response.status_code, body, response.headers.get(REASON, ""))
             yield response
 

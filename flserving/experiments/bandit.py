@@ -17,9 +17,8 @@ class Thompson:
     """
 
     def __init__(self, arms: Iterable[str], seed: int | None = None) -> None:
-        self.known: Mapping[str, tuple[float, float]] = dict.fromkeys(
-            arms, (0, 0.0)
-        )  # rewards, their sum
+        # rewards, their sum
+        self.known: Mapping[str, tuple[float, float]] = dict.fromkeys(arms, (0, 0.0))
         self._random = random.Random(seed)
 
     def learn(self, known: Mapping[str, tuple[float, float]]) -> None:

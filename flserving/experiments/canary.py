@@ -102,9 +102,8 @@ def findings(policy: Policy, arms: Arms) -> Findings:
     checked = ~np.isnan(lowest) & (enough.sum(axis=1) >= wanted)
     spared = checked & (worst >= floor)
     ruined = lowest - max(policy.ruin, policy.worst_margin)
-    for one in np.flatnonzero(
-        spared & proven & (ruined > 0)
-    ):  # evidence is weighed only where it decides
+    # evidence is weighed only where it decides
+    for one in np.flatnonzero(spared & proven & (ruined > 0)):
         clients = enough[one]
         n = canary_n[one, clients]
         total = canary_sum[one, clients]

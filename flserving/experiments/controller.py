@@ -40,9 +40,8 @@ from flserving.registry.experiment import Experiment, TrafficSplit
 OF_THE_MODEL = ("ModelExecution", "CorruptArtifact", "ModelTooLarge", "Internal")
 JUDGE_S = 1.0
 FEEDBACK_S = 3.0  # longest wait for a reward to be counted
-MOST_SEEN = (
-    10_000  # arms and failing clients of a run that are counted while the store cannot take them
-)
+# arms and failing clients of a run that are counted while the store cannot take them
+MOST_SEEN = 10_000
 
 
 class Followed(Protocol):
@@ -100,22 +99,18 @@ class Experiments:
         self.shadow = Shadow(self._shadowed, busy)
         self.arm_of = Experiment.arm_of
         self.bandit: Callable[..., Any] = Thompson
-        self._lock = (
-            threading.Lock()
-        )  # of what an answer touches: held for a dictionary's change, never for a disk's
+        # of what an answer touches: held for a dictionary's change, never for a disk's
+        self._lock = threading.Lock()
         forks.fresh_locks_in_child(self, "_lock")
         self._stores: dict[str, FeedbackStore] = {}  # by the registry's folder
         self._clerks: dict[str, Clerk] = {}  # by the registry's folder
-        self._judged_s: dict[
-            str, float
-        ] = {}  # by the registry's folder, when its experiments were judged last
+        # by the registry's folder, when its experiments were judged last
+        self._judged_s: dict[str, float] = {}
         self._bandits: dict[str, Any] = {}  # by run, as the next one
-        self._seen: dict[
-            str, Counter[tuple[str, str | None]]
-        ] = {}  # by run: arm and who got an error, not stored yet
-        self._dropped: Counter[str] = (
-            Counter()
-        )  # by run: what was not counted, because too much waited to be
+        # by run: arm and who got an error, not stored yet
+        self._seen: dict[str, Counter[tuple[str, str | None]]] = {}
+        # by run: what was not counted, because too much waited to be
+        self._dropped: Counter[str] = Counter()
         router.on_look = self.wake
         router.on_experiments = self.prepare
 

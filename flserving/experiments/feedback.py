@@ -250,9 +250,8 @@ class FeedbackStore:
         return self._database
 
     def _connect(self) -> sqlite3.Connection:
-        with contextlib.suppress(
-            FileExistsError
-        ):  # not opened again: closing it would drop this process's locks on it
+        # not opened again: closing it would drop this process's locks on it
+        with contextlib.suppress(FileExistsError):
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         database = sqlite3.connect(
             self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False

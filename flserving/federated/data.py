@@ -165,9 +165,8 @@ def make_clients(
         resolution = 0.0
         if features is known or features.base is known:
             resolution = 1.0
-    rng, naming_rng = np.random.default_rng(seed).spawn(
-        2
-    )  # two, so that naming does not change who holds what
+    # two, so that naming does not change who holds what
+    rng, naming_rng = np.random.default_rng(seed).spawn(2)
     classes = int(labels.max()) + 1
     naming = _namings(classes, naming_rng)
     clients = []

@@ -183,13 +183,11 @@ class Publishing(Strategy):
             lineage={"extra": facts},
         )
         draft = validation.check(content, max_artifact_bytes=1 << 62)
-        encode(
-            draft.manifest
-        )  # what publishing would refuse after a round, is refused before the first
+        # what publishing would refuse after a round, is refused before the first
+        encode(draft.manifest)
 
-        def finish(
-            number: int, arrays: ArrayRecord
-        ) -> MetricRecord | None:  # the last that Flower does in a round
+        # the last that Flower does in a round
+        def finish(number: int, arrays: ArrayRecord) -> MetricRecord | None:
             measured = None
             if evaluate_fn is not None:
                 measured = evaluate_fn(number, arrays)

@@ -57,9 +57,8 @@ class LocalGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._idle = 0
         self._busy = False
-        if (
-            TaskIdentity._run_id is None
-        ):  # without it no message can be made; a real run has its own
+        # without it no message can be made; a real run has its own
+        if TaskIdentity._run_id is None:
             TaskIdentity.run_id = 1
             TaskIdentity.task_id = 1
             TaskIdentity.node_id = 1

@@ -43,12 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS", "Check", "Gate", "Verdict", "gated", "golden_rows"]
 
 CHECKS = ("finite", "form", "clients", "norm", "accuracy", "worst client", "agreement", "golden")
-_COMPARED = (
-    "norm",
-    "accuracy",
-    "worst client",
-    "agreement",
-)  # these need a version to compare with
+# these need a version to compare with
+_COMPARED = ("norm", "accuracy", "worst client", "agreement")
 _WINDOW = 10  # accepted updates that the next one is compared with
 _CONFIG = ServingConfig(warmup_samples=0, max_batch_size=512)
 _Right = NDArray[np.bool_]  # which rows are answered right

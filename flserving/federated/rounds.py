@@ -58,13 +58,11 @@ class Strategy:
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
         "fedavg": Strategy(),  # McMahan et al., AISTATS 2017 (arXiv 1602.05629)
-        "fedavg_ft": Strategy(
-            fine_tunes=True
-        ),  # the same, with fine-tuned heads: the base line of Collins et al.
+        # the same, with fine-tuned heads: the base line of Collins et al.
+        "fedavg_ft": Strategy(fine_tunes=True),
         "fedper": Strategy(keeps="head."),  # Arivazhagan et al. 2019 (arXiv 1912.00818)
-        "fedrep": Strategy(
-            keeps="head.", head_first=True
-        ),  # Collins et al., ICML 2021 (arXiv 2102.07078)
+        # Collins et al., ICML 2021 (arXiv 2102.07078)
+        "fedrep": Strategy(keeps="head.", head_first=True),
         "local": Strategy(keeps=""),  # nobody takes anything: what a federation has to beat
     }
 )
@@ -151,9 +149,8 @@ class Round:
     def model(self, client_id: str | None = None) -> nn.Module:
         """A new module, to be fed standardised features: the one that serves this client, or the
         global one."""
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a model that is overwritten at once must not cost random numbers
+        # a model that is overwritten at once must not cost random numbers
+        with torch.random.fork_rng(devices=[]):
             module = models.build(self.recipe.architecture, self.recipe.parameters)
         module.load_state_dict(self.state | self.personal.get(client_id or "", {}))
         return module.eval()

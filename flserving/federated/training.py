@@ -167,9 +167,8 @@ class _Federation:
         _check_fit(recipe, self.module, clients)
         mean = self.preprocessing["mean"]
         input_shape = None
-        if math.prod(shape) == len(
-            mean
-        ):  # else the rows do not fit either, and that error says more
+        # else the rows do not fit either, and that error says more
+        if math.prod(shape) == len(mean):
             input_shape = shape
         standardise = Preprocessor(  # as the server does
             mean=mean,
@@ -209,9 +208,8 @@ class _Federation:
         updates: dict[str, State] = {}
         raised = 0
         for index, client in enumerate(self.train):
-            _seed(
-                self.recipe.seed, number, index
-            )  # so that no client's fault changes another's shuffling
+            # so that no client's fault changes another's shuffling
+            _seed(self.recipe.seed, number, index)
             try:
                 update: Any = self._local_update(client)
             except (

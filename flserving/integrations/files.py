@@ -29,9 +29,8 @@ MOST_NBYTES = 2 << 30  # of a file, and of what it unfolds to: as of a version (
 _RATIO = 32  # weights do not compress much; deflate reaches 1,000 on zeros
 _MOST_MEMBERS = 10_000  # of an archive
 _STATE = "where it was made, save its numbers alone: torch.save(model.state_dict(), 'model.pt')"
-_ROUND = re.compile(
-    r"round[-_ ]?(\d{1,9})(?!\d)", re.IGNORECASE
-)  # Flower's examples: round-3-weights.npz
+# Flower's examples: round-3-weights.npz
+_ROUND = re.compile(r"round[-_ ]?(\d{1,9})(?!\d)", re.IGNORECASE)
 _NUMBERED = re.compile(r"arr_(\d+)")  # what np.savez calls arrays that it was given without names
 
 

@@ -19,10 +19,8 @@ from flserving.models import weights
 from flserving.registry import Registry, validation
 from flserving.registry.manifest import Manifest
 
-_SELF_DESCRIBED = {
-    "onnx",
-    "sequential",
-}  # their parameters tell all there is: never found by shapes
+# their parameters tell all there is: never found by shapes
+_SELF_DESCRIBED = {"onnx", "sequential"}
 Tensors = Mapping[str, Tensor]
 Found = tuple[str, models.Parameters]
 
@@ -139,9 +137,8 @@ def _fitting(file: ModelFile) -> Found:
     these sizes."""
     candidates: list[Found] = [(name, {}) for name in models.names() if name not in _SELF_DESCRIBED]
     fitting = [found for found in candidates if _fits(file, found)]
-    names = sorted(
-        file.tensors, key=_natural
-    )  # body.2 before body.10 before head; safetensors tells no order
+    # body.2 before body.10 before head; safetensors tells no order
+    names = sorted(file.tensors, key=_natural)
     layers = [file.tensors[name].shape for name in names if file.tensors[name].dim() == 2]
     if not fitting and layers:
         outputs = [shape[0] for shape in layers]

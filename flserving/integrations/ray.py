@@ -119,9 +119,8 @@ class Replica:
 
     def _write(self) -> None:
         while not self._closing.wait(EXCHANGE_S):
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk makes the others' sums older, and stops nobody
+            # a full disk makes the others' sums older, and stops nobody
+            with contextlib.suppress(OSError):
                 self._totals.write()
 
     def __del__(self) -> None:
@@ -157,9 +156,8 @@ def running(plan: Plan, scale: Scale, address: str | None = None) -> Iterator[st
         from ray import serve
     with listen(options.host, options.port) as probe:
         options = replace(options, grpc_port=None, port=probe.getsockname()[1])
-    with serving(
-        plan
-    ):  # here and not only in a replica: what is wrong with it is then said at once, and in words
+    # here and not only in a replica: what is wrong with it is then said at once, and in words
+    with serving(plan):
         pass
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(
@@ -202,9 +200,8 @@ def running(plan: Plan, scale: Scale, address: str | None = None) -> Iterator[st
             logging_config=quiet,
             **router,
         )
-        registry = os.path.abspath(
-            os.path.expanduser(plan.registry)
-        )  # replicas run in other folders
+        # replicas run in other folders
+        registry = os.path.abspath(os.path.expanduser(plan.registry))
         plan = replace(
             plan, registry=registry, options=options, folder=os.path.join(folder, "totals")
         )
@@ -306,9 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         scale = Scale(min_replicas=given.min_replicas, max_replicas=given.max_replicas)
         with running(plan, scale, given.address) as url:
             stop = threading.Event()
-            for (
-                number
-            ) in STOPPING:  # only now: Ray puts handlers of its own in place when it starts
+            # only now: Ray puts handlers of its own in place when it starts
+            for number in STOPPING:
                 signal.signal(number, lambda *_: stop.set())
             print(f"REST   {url}\ntoken  {token}", flush=True)
             stop.wait()
@@ -319,8 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from flserving.integrations import (
-        ray as module,
-    )  # so that replicas find its classes by this name
+    # so that replicas find its classes by this name
+    from flserving.integrations import ray as module
 
     sys.exit(module.main())

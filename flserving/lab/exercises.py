@@ -32,9 +32,8 @@ other cell needs it."""
 _REGION = re.compile(rf"^([ \t]*){BEGIN}[ \t]*\n(.*?)^[ \t]*{END}[ \t]*$", re.DOTALL | re.MULTILINE)
 
 _KEEPS = re.compile(r"\bkeep\(")
-_PARTS = re.compile(
-    r"^(\d+) of (\d+) parts are right", re.MULTILINE
-)  # as checks.parts.judge tells them
+# as checks.parts.judge tells them
+_PARTS = re.compile(r"^(\d+) of (\d+) parts are right", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,20 +71,17 @@ def main(arguments: Sequence[str]) -> int:
     except (FlservingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    address = (
-        f"/lab/tree/{quote(notebook.name)}"  # what the browser opens, and what the terminal shows
-    )
+    # what the browser opens, and what the terminal shows
+    address = f"/lab/tree/{quote(notebook.name)}"
     options = [f"--ServerApp.root_dir={notebook.parent}", f"--LabApp.default_url={address}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in arguments:
-        options.append(
-            "--allow-root"
-        )  # containers and cloud notebooks are root; JupyterLab refuses that by default
+        # containers and cloud notebooks are root; JupyterLab refuses that by default
+        options.append("--allow-root")
     command = [sys.executable, "-m", "jupyterlab", *options, *arguments[own:]]
     if os.name == "nt":
         return subprocess.call(command)
-    os.execv(
-        command[0], command
-    )  # in this process's place: signals reach JupyterLab, and torch leaves the memory
+    # in this process's place: signals reach JupyterLab, and torch leaves the memory
+    os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -110,9 +110,8 @@ def use_style() -> None:
     ``flserving.lab``."""
     matplotlib.rcParams.update(_RC)
     shell = get_ipython()
-    if (
-        shell is not None
-    ):  # else IPython takes over at the first plot of pandas: another size, and no text alternative
+    # else IPython takes over at the first plot of pandas: another size, and no text alternative
+    if shell is not None:
         shell.display_formatter.formatters["image/png"].for_type(LabFigure, LabFigure._repr_png_)
 
 

@@ -29,9 +29,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MAX_PARAMETERS_CHARS = 65_536  # of JSON: a manifest is a page, not a book
 
 
-@dataclass(
-    frozen=True, slots=True, eq=False
-)  # eq=False: two definitions of one name stay two keys of a cache
+# eq=False: two definitions of one name stay two keys of a cache
+@dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
     """A registered architecture: how to build it, and the shapes of one row in and out."""
 
@@ -288,9 +287,8 @@ def mlp(sizes: Sequence[int]) -> SplitModel:
     check_sizes(sizes)
     body = nn.Sequential()
     for inputs, outputs in pairwise(sizes[:-1]):
-        body.extend(
-            (nn.Linear(inputs, outputs), nn.ReLU(inplace=True))
-        )  # in place: one allocation less per layer
+        # in place: one allocation less per layer
+        body.extend((nn.Linear(inputs, outputs), nn.ReLU(inplace=True)))
     return SplitModel(body, nn.Linear(sizes[-2], sizes[-1]))
 
 

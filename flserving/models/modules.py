@@ -109,9 +109,8 @@ class Runner:
     @staticmethod
     def empty(shape: Shape) -> Floats:
         """Memory for heads."""
-        memory: Floats = torch.empty(
-            shape
-        ).numpy()  # aligned: a product of aligned rows is the same in any batch
+        # aligned: a product of aligned rows is the same in any batch
+        memory: Floats = torch.empty(shape).numpy()
         return memory
 
     @staticmethod
@@ -120,9 +119,8 @@ class Runner:
         ``generic``."""
         matrices = torch.from_numpy(heads)
         ones = inputs.new_ones(len(inputs), 1)
-        rows = torch.cat([inputs, ones], dim=1)[
-            :, None
-        ]  # one product with the bias inside: an eighth less than two
+        # one product with the bias inside: an eighth less than two
+        rows = torch.cat([inputs, ones], dim=1)[:, None]
         if generic is None:
             return torch.bmm(rows, matrices)[:, 0]
         return torch.baddbmm(generic[:, None], rows, matrices)[:, 0]
@@ -138,9 +136,8 @@ def copy_of(module: nn.Module, tensors: dict[int, Tensor] | None = None) -> nn.M
     memo: dict[int, Any] = dict(tensors or {})
     for part in module.modules():
         for value in vars(part).values():
-            if (
-                torch.is_tensor(value) and not value.is_leaf
-            ):  # pruning and weight_norm: torch does not copy these
+            # pruning and weight_norm: torch does not copy these
+            if torch.is_tensor(value) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(module, memo).eval().requires_grad_(False)
@@ -158,14 +155,12 @@ def lean(module: nn.Module) -> Steps:
     takes its forward from 15 to 8 us. Only exact types without hooks are unrolled, so the numbers
     are the module's own, bit for bit.
     """
-    if (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    ):  # changed on this very object
+    # changed on this very object
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return [(module, ())]
     if type(module) is nn.Sequential:
-        return [
-            step for child in module for step in lean(child)
-        ]  # not children(): it names a shared layer once
+        # not children(): it names a shared layer once
+        return [step for child in module for step in lean(child)]
     if type(module) is SplitModel:
         return lean(module.body) + lean(module.head)
     if type(module) is nn.Linear:

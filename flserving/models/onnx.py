@@ -39,14 +39,8 @@ _OPERATORS = (
     "Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze"
 )
 _FLOATS = {1, 10, 11}  # data types: float32, float16, float64
-_PLAIN = {
-    1,
-    2,
-    3,
-    6,
-    7,
-    8,
-}  # types of attributes: numbers, text and lists of them; no tensors, no graphs
+# types of attributes: numbers, text and lists of them; no tensors, no graphs
+_PLAIN = {1, 2, 3, 6, 7, 8}
 
 
 def check(graph: bytes, inputs: Shape, outputs: int) -> None:
@@ -136,9 +130,8 @@ def _shapes(onnx: Any, model: Any, rows: int) -> dict[str, int]:
     for it in graph.output:
         it.type.tensor_type.shape.dim[0].dim_value = rows
     for number, node in enumerate(graph.node):
-        if (
-            node.op_type == "MatMulNBits"
-        ):  # ONNX does not know it: a product with float32 [K, N], it says itself
+        # ONNX does not know it: a product with float32 [K, N], it says itself
+        if node.op_type == "MatMulNBits":
             size = {it.name: it.i for it in node.attribute}
             weight = helper.make_tensor_value_info(
                 f"{node.name} {number}", 1, [size["K"], size["N"]]
@@ -181,10 +174,8 @@ class OnnxModel(nn.Module):
 
     def __init__(self, inputs: int | Sequence[int], outputs: int, nbytes: int) -> None:
         super().__init__()
-        for package in (
-            "onnx",
-            "onnxruntime",
-        ):  # who cannot run it learns that before it downloads anything
+        # who cannot run it learns that before it downloads anything
+        for package in ("onnx", "onnxruntime"):
             need(package, "onnx")
         self.inputs = _shape(inputs)
         self.outputs = outputs
@@ -225,9 +216,8 @@ class OnnxModel(nn.Module):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # the cores are the server's
+        # the cores are the server's
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Without VNNI an int8 product adds pairs in 16 bits and saturates: other answers than the
         # graph defines, and than the same graph gives on a newer processor. This takes the exact,
         # slower way there, and only there.

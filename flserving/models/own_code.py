@@ -17,10 +17,14 @@ from flserving.errors import ConfigError
 def import_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--import`` to a command; the names come as ``imports``."""
     parser.add_argument(
-        "--import", action="append", default=[], metavar="MODULE", dest="imports",
+        "--import",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        dest="imports",
         help="run this Python module first, which registers architectures of your own (models.register); it is looked "
         "for in the current directory too; may be given more than once",
-    )  # fmt: skip
+    )
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -34,9 +38,8 @@ def import_modules(names: Sequence[str]) -> None:
         return
     from flserving.models import architectures  # loads torch
 
-    if (
-        "" not in sys.path and os.getcwd() not in sys.path
-    ):  # an installed command has its own folder there
+    # an installed command has its own folder there
+    if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):

@@ -198,6 +198,5 @@ def _gap(found: Tensor, wanted: Tensor, batch: Tensor) -> float:
     sizes = wanted.nan_to_num(0.0, 0.0, 0.0).abs().amax(1, keepdim=True)
     sizes += _FLOOR * largest
     share = (gap / sizes).nan_to_num(torch.inf)
-    return float(
-        share.masked_fill(gap == 0, 0.0).max()
-    )  # 0 / 0: all of a row's outputs are zero, or none is a number
+    # 0 / 0: all of a row's outputs are zero, or none is a number
+    return float(share.masked_fill(gap == 0, 0.0).max())

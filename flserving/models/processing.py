@@ -273,9 +273,8 @@ class Preprocessor:
     def _to_float32(self, features: NDArray[Any]) -> Floats:
         if features.dtype.kind not in _REAL:
             raise InvalidInputError(f"features have dtype {features.dtype}: send real numbers")
-        with np.errstate(
-            all="ignore"
-        ):  # what is too large for float32 becomes infinite, which is refused later
+        # what is too large for float32 becomes infinite, which is refused later
+        with np.errstate(all="ignore"):
             return features.astype(np.float32)
 
     def _flat(self, features: Floats) -> Floats:

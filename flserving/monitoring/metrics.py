@@ -29,10 +29,8 @@ of requests within it is then a quotient of two counters, not an estimate."""
 
 _FINE = [1e-6 * 1.05**step for step in range(426)]  # 1 us to 1,000 s
 EDGES = np.array(sorted({*BOUNDS_S, *_FINE}))
-_AT_MOST = [
-    0,
-    *np.searchsorted(EDGES, BOUNDS_S) + 1,
-]  # where in the fine buckets the exact ones begin
+# where in the fine buckets the exact ones begin
+_AT_MOST = [0, *np.searchsorted(EDGES, BOUNDS_S) + 1]
 
 
 class Histogram:
@@ -43,9 +41,8 @@ class Histogram:
     """
 
     def __init__(self) -> None:
-        self.counts = np.zeros(
-            len(EDGES) + 1, np.int64
-        )  # at most each edge, but more than the one before; the rest
+        # at most each edge, but more than the one before; the rest
+        self.counts = np.zeros(len(EDGES) + 1, np.int64)
         self.count = 0
         self.total_s = 0.0
         self.highest_s = 0.0

@@ -129,10 +129,8 @@ class ServerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         whole = merged([totals(self._server), *self._others])
-        for counts in (
-            "versions",
-            "failures",
-        ):  # what is not held any more is hidden before it is forgotten
+        # what is not held any more is hidden before it is forgotten
+        for counts in ("versions", "failures"):
             for name in whole[counts].keys() - whole["named"]:
                 del whole[counts][name]
         for name, text in _GAUGES.items():

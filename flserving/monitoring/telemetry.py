@@ -139,9 +139,8 @@ class Telemetry:
         self._lock = threading.Lock()
         forks.fresh_locks_in_child(self, "_lock")
         self._fresh: dict[str, Account] = {}  # by version: since the last look
-        self._totals: dict[
-            str, Sums
-        ] = {}  # totals by what is shown: a held version, all others of a model
+        # totals by what is shown: a held version, all others of a model
+        self._totals: dict[str, Sums] = {}
         self._seen_s: dict[str, float] = {}  # when each of those was held last
         self._failed: Counter[str] = Counter()
         self.elsewhere: Set[str] = frozenset()  # held by other processes behind the same address
@@ -151,9 +150,8 @@ class Telemetry:
             "path": Counter(),
             "delta": Counter(),
         }
-        self._codec_sums: dict[
-            str, list[float]
-        ] = {}  # protocol -> how many, parse seconds, serialise seconds
+        # protocol -> how many, parse seconds, serialise seconds
+        self._codec_sums: dict[str, list[float]] = {}
         self._latency = Histogram()
         self._stages = [Histogram() for _ in STAGES]
         self._runs = 0
@@ -387,9 +385,8 @@ class Refusals:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(
-            error, ConnectionResetError
-        ):  # that caller just left
+        # that caller just left
+        if isinstance(error, Exception) and not isinstance(error, ConnectionResetError):
             self._telemetry.refusal(self._protocol, getattr(error, "reason", "Internal"))
 
 

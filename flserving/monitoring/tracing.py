@@ -34,17 +34,8 @@ from flserving.monitoring import Observed
 from flserving.monitoring.metrics import STAGES
 from flserving.monitoring.telemetry import Exchange
 
-_METHODS = {
-    "CONNECT",
-    "DELETE",
-    "GET",
-    "HEAD",
-    "OPTIONS",
-    "PATCH",
-    "POST",
-    "PUT",
-    "TRACE",
-}  # others are _OTHER
+# others are _OTHER
+_METHODS = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 _SERVER_FAULTS = {
     "UNKNOWN",
     "DEADLINE_EXCEEDED",
@@ -92,10 +83,14 @@ def trace(server: Observed, tracer_provider: TracerProvider | None = None) -> No
         caller = propagate.extract({_text(name): _text(value) for name, value in exchange.headers})
         name, attributes = _opening(exchange)
         with tracer.start_as_current_span(
-            name, caller, kind=SpanKind.SERVER, attributes=attributes,
+            name,
+            caller,
+            kind=SpanKind.SERVER,
+            attributes=attributes,
             # its message may hold what the caller sent
-            record_exception=False, set_status_on_exception=False,
-        ) as span:  # fmt: skip
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
             exchange.trace_id = f"{span.get_span_context().trace_id:032x}"
             try:
                 yield

@@ -16,9 +16,8 @@ from flserving.federated.data import Client
 from flserving.federated.training import copied, isolated
 from flserving.models.processing import Preprocessor
 
-Data: TypeAlias = (
-    Sequence[Client] | NDArray[Any]
-)  # of clients the training rows; or rows [n, D] as callers send them
+# of clients the training rows; or rows [n, D] as callers send them
+Data: TypeAlias = Sequence[Client] | NDArray[Any]
 _BATCH = 32
 
 

@@ -306,9 +306,8 @@ def _publish(
         )
     facts = {**made.facts, "distance": round(distance, 6)}
     before = manifest.lineage or Lineage()
-    extra = {
-        key: value for key, value in before.extra.items() if not key.startswith(_PREFIX)
-    }  # the parent's own
+    # the parent's own
+    extra = {key: value for key, value in before.extra.items() if not key.startswith(_PREFIX)}
     extra[_PREFIX] = made.technique
     for key, value in facts.items():
         extra[f"{_PREFIX}_{key}"] = value
@@ -383,9 +382,8 @@ def without_neurons(module: nn.Module, share: float) -> nn.Module:
     kept = torch.arange(layers[0].in_features)
     sizes = [layers[0].in_features]
     for number, (layer, after) in enumerate(pairwise(layers)):
-        score = torch.cat([layer.weight, layer.bias[:, None]], dim=1).norm(
-            dim=1
-        ) * after.weight.norm(dim=0)
+        incoming = torch.cat([layer.weight, layer.bias[:, None]], dim=1)
+        score = incoming.norm(dim=1) * after.weight.norm(dim=0)
         stays = score.topk(max(1, round(len(score) * (1 - share)))).indices.sort().values
         state[f"body.{2 * number}.weight"] = layer.weight[stays][:, kept]
         state[f"body.{2 * number}.bias"] = layer.bias[stays]

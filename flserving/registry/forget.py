@@ -128,9 +128,8 @@ def naming(*names: str, others: Iterable[str] = ()) -> re.Pattern[str]:
                     )
             words.append(rf"(?<![^\W_]){longer}{name}{_ENDS}")
         else:
-            joined = (
-                "[ -]" if plain.lower() in _COMMON else "[ _-]"
-            )  # a metric is the mean_client_accuracy
+            # a metric is the mean_client_accuracy
+            joined = "[ -]" if plain.lower() in _COMMON else "[ _-]"
             words.append(rf"(?<=client{joined}){name}{_ENDS}|(?<![\w.-]){name}(?= rejected:)")
     return re.compile("|".join(words))
 
@@ -196,9 +195,8 @@ def typed(error: Exception, file: str, advice: str) -> FlservingError:
     code = _code(error)
     if code in _BUSY:
         return OverloadedError(f"other processes keep {file} busy ({error}): try again")
-    if code in _DAMAGED or isinstance(
-        error, UnicodeDecodeError
-    ):  # damage may reach the text of SQLite's own messages
+    # damage may reach the text of SQLite's own messages
+    if code in _DAMAGED or isinstance(error, UnicodeDecodeError):
         return CorruptArtifactError(f"{file} is damaged ({error}): {advice}")
     reason = error.strerror if isinstance(error, OSError) else error
     return FlservingError(f"{file} cannot be used ({reason}): check free space and permissions")
@@ -233,10 +231,8 @@ def feedback_of(root: str, client: str, who: bytes, remove: bool) -> int:
         return found
     try:
         with closing(sqlite3.connect(path, isolation_level=None)) as database:
-            names = (
-                who,
-                client.encode(errors="surrogatepass"),
-            )  # a store of layout 0 holds the id itself
+            # a store of layout 0 holds the id itself
+            names = (who, client.encode(errors="surrogatepass"))
             known = {
                 name
                 for (name,) in database.execute(

@@ -373,6 +373,5 @@ class HeadStore:
 
 
 def _rows_nbytes(num_heads: int, stride: int) -> int:
-    return (num_heads + 3) * (
-        stride + 1
-    )  # a row and a flag each; the last three are the neutral head
+    # a row and a flag each; the last three are the neutral head
+    return (num_heads + 3) * (stride + 1)

@@ -48,13 +48,11 @@ if TYPE_CHECKING:
 FILE_NAME = "registry.sqlite3"
 DEFAULT_ALIAS = "default"
 
-_NUMBER = re.compile(
-    r"0|[1-9][0-9]{0,18}"
-)  # one spelling of each: the server's routes know no other
+# one spelling of each: the server's routes know no other
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 _LOOKS = 10  # at files that others open and close, before they are taken to be a dead writer's
-_FULL_NBYTES = (
-    1 << 16
-)  # free space of a full disk, where a write that failed may look like somebody else's lock
+# free space of a full disk, where a write that failed may look like somebody else's lock
+_FULL_NBYTES = 1 << 16
 _LAYOUT = 3  # 2: experiments, 3: forgotten clients; an older registry gets them when it is opened
 _READABLE = 2
 _SCHEMA = """
@@ -292,9 +290,8 @@ class Index:
         Example: ``registry.set_alias("digits", "default", 3, who="ada", why="fairer")`` gives 2,
         where it pointed.
         """
-        wanted = self.resolve(
-            name, checked_version(name, version)
-        )  # versions are never removed: no race
+        # versions are never removed: no race
+        wanted = self.resolve(name, checked_version(name, version))
         with self._change(name, alias, who, why) as entry:
             now = self._last_move(entry).to_version or 0
             if if_at not in (None, now):
@@ -428,9 +425,15 @@ class Index:
         return experiment
 
     def conclude_experiment(
-        self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
+        self,
+        name: str,
+        alias: str = DEFAULT_ALIAS,
+        version: int | None = None,
+        *,
+        who: str,
+        why: str,
         run: str | None = None,
-    ) -> Experiment | None:  # fmt: skip
+    ) -> Experiment | None:
         """End the experiment on an alias and, in the same transaction, point the alias at
         ``version`` (None: it stays).
 
@@ -678,9 +681,8 @@ class Index:
         try:
             for setting in ("foreign_keys = ON", "synchronous = FULL", "journal_mode = WAL"):
                 connection.execute(f"PRAGMA {setting}").fetchall()
-            if (
-                _layout(connection) < _LAYOUT
-            ):  # two processes may both come here: the second finds everything in place
+            # two processes may both come here: the second finds everything in place
+            if _layout(connection) < _LAYOUT:
                 tables = _SCHEMA + _FORGOTTEN.format(kind="TABLE")
                 connection.executescript(
                     f"BEGIN IMMEDIATE; {tables} PRAGMA user_version = {_LAYOUT}; COMMIT;"
@@ -707,9 +709,8 @@ class Index:
                 return "mode=ro&immutable=1", (status.st_ino, status.st_mtime_ns, status.st_size)
             if shared:
                 return "mode=ro", status.st_ino
-            time.sleep(
-                0.02
-            )  # a writer that closes takes both away, and the next one makes both: look again
+            # a writer that closes takes both away, and the next one makes both: look again
+            time.sleep(0.02)
         raise FlservingError(
             f"{FILE_NAME} was not closed by who wrote it: open it once where it can be written"
         )

@@ -182,9 +182,8 @@ def encode(manifest: Manifest) -> bytes:
     """
     try:
         data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-        same = (
-            _decoder.decode(data) == manifest
-        )  # msgspec writes NaN as null: what does not come back, was not valid
+        # msgspec writes NaN as null: what does not come back, was not valid
+        same = _decoder.decode(data) == manifest
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidModelError(
             f"the manifest of {manifest.name!r} is not valid: {error}"

@@ -276,18 +276,23 @@ class Registry(Index):
         """The next version of ``name``, inside a transaction: what lies in its place is a dead
         publisher's."""
         version = self._next_version(name)
-        if os.path.lexists(
-            f"{self._models}/{name}/{version + 1}"
-        ):  # a dead publisher leaves one, not two
+        # a dead publisher leaves one, not two
+        if os.path.lexists(f"{self._models}/{name}/{version + 1}"):
             raise CorruptArtifactError(
                 f"{FILE_NAME} ends {name!r} at version {version - 1}, the folder goes on: restore the latest index"
             )
         return version
 
     def conclude_experiment(
-        self, name: str, alias: str = DEFAULT_ALIAS, version: int | None = None, *, who: str, why: str,
+        self,
+        name: str,
+        alias: str = DEFAULT_ALIAS,
+        version: int | None = None,
+        *,
+        who: str,
+        why: str,
         run: str | None = None,
-    ) -> Experiment | None:  # fmt: skip
+    ) -> Experiment | None:
         """:meth:`Index.conclude_experiment`, of a version that can be read. CorruptArtifactError:
         It is gone."""
         if version is not None:

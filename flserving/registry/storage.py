@@ -117,9 +117,8 @@ def kept_secret(root: str, name: str) -> bytes:
             try:
                 write_file(fresh, secrets.token_hex(32).encode(), PRIVATE)
                 with suppress(FileExistsError):
-                    os.link(
-                        fresh, path
-                    )  # unlike a rename it never replaces the secret of another process
+                    # unlike a rename it never replaces the secret of another process
+                    os.link(fresh, path)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(fresh)
@@ -164,11 +163,8 @@ def open_file(root: str, relative: str) -> tuple[int, int]:
     try:
         fd = os.open(f"{root}/{relative}", os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _BINARY)
     except OSError as error:
-        if error.errno in (
-            errno.EMFILE,
-            errno.ENFILE,
-            errno.EACCES,
-        ):  # the file may be as sound as ever
+        # the file may be as sound as ever
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.EACCES):
             raise FlservingError(
                 f"{relative} cannot be opened ({error.strerror}): check limits and permissions"
             ) from None
@@ -203,10 +199,8 @@ def replaced(path: str, digest: str, read: Callable[[str], T]) -> T:
     try:
         return read(path)
     except CorruptArtifactError:
-        for place in (
-            f"{os.path.dirname(path)}/{digest}",
-            path,
-        ):  # the second: it was put in place meanwhile
+        # the second: it was put in place meanwhile
+        for place in (f"{os.path.dirname(path)}/{digest}", path):
             with suppress(CorruptArtifactError):
                 return read(place)
         raise

@@ -59,9 +59,8 @@ def history(moves: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
     """One row per move, oldest first. ``from`` and ``to`` are missing (<NA>) where an alias pointed
     nowhere."""
     frame = pd.DataFrame(list(moves), columns=_HISTORY)
-    frame["when"] = pd.to_datetime(
-        frame["when"], utc=True, format="ISO8601", errors="coerce"
-    )  # damaged: NaT
+    # damaged: NaT
+    frame["when"] = pd.to_datetime(frame["when"], utc=True, format="ISO8601", errors="coerce")
     return frame.astype({"from": "Int64", "to": "Int64"})
 
 

@@ -205,9 +205,8 @@ class ModelCache:
             try:
                 flight.result(max(0.0, deadline - self._clock()))
             except TimeoutError as error:
-                if (
-                    flight.done()
-                ):  # the load itself ran into a deadline: it is the leader's, not ours
+                # the load itself ran into a deadline: it is the leader's, not ours
+                if flight.done():
                     continue
                 raise DeadlineExceededError(
                     f"loading {key!r} took longer than {timeout_s * 1e3:.0f} ms: try again, or raise timeout_ms"
@@ -286,9 +285,8 @@ class ModelCache:
         size = len(self._entries) + len(self._leaving) + len(self._arriving | {place})
         held = self.nbytes + nbytes - place.nbytes
         leave = set[Hashable]()
-        for candidate in sorted(
-            self._entries, key=lambda k: k != key
-        ):  # a stable sort: then coldest first
+        # a stable sort: then coldest first
+        for candidate in sorted(self._entries, key=lambda k: k != key):
             if self._fits(size, held):
                 break
             entry = self._entries[candidate]
@@ -348,9 +346,8 @@ class PredictionCache(Generic[V]):
             means never.
     """
 
-    OVERHEAD = (
-        1024  # key, digest, node and objects around one entry: 750 to 900 measured with tracemalloc
-    )
+    # key, digest, node and objects around one entry: 750 to 900 measured with tracemalloc
+    OVERHEAD = 1024
 
     def __init__(self, max_bytes: int, ttl_s: float = 0, clock: Clock = time.monotonic) -> None:
         check_number("max_bytes", max_bytes, 1, math.inf, whole=True)
@@ -359,9 +356,8 @@ class PredictionCache(Generic[V]):
         self.ttl_s = ttl_s
         self._clock = clock
         self._entries: dict[Hashable, tuple[V, float, int, _Shelf]] = {}
-        self._shelves: OrderedDict[Hashable, _Shelf] = (
-            OrderedDict()
-        )  # by owner, in the order in which they are asked
+        # by owner, in the order in which they are asked
+        self._shelves: OrderedDict[Hashable, _Shelf] = OrderedDict()
         self._flights: dict[Hashable, Future[V]] = {}
         self._lock = threading.Lock()
         forks.in_child(self, PredictionCache._begin_anew)

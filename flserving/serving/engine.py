@@ -114,9 +114,8 @@ class Engine:
         self._executions.add(total, seconds, len(lengths))
         seconds /= chunks  # of one forward
         typical_s = self.typical_s
-        if (
-            typical_s != math.inf
-        ):  # moves slowly: one hiccup must not send a fast model to the worker threads
+        # moves slowly: one hiccup must not send a fast model to the worker threads
+        if typical_s != math.inf:
             seconds = 0.9 * typical_s + 0.1 * seconds
         self.typical_s = seconds
         if len(lengths) == 1:

@@ -68,9 +68,8 @@ class PersonalizedServer(ModelServer):
             NotFoundError: No such version, or an unknown client where the configuration refuses it.
             InvalidInputError: Also ids that are not strings, or not one for each row.
         """
-        client: Sequence[str] = (
-            () if client_id is None else client_id
-        )  # the server takes None for "not asked"
+        # the server takes None for "not asked"
+        client: Sequence[str] = () if client_id is None else client_id
         return super().predict(features, version, client=client, **options)
 
     @version_id_too

@@ -67,12 +67,10 @@ class ModelHost:
         self._sources: dict[str, Source] = {}
         self._registries: dict[Registry, None] = {}  # in the order in which they were given
         self._router = Router(self._preload)
-        self._load_problems: dict[
-            str, str
-        ] = {}  # why a version could not be loaded when it was last tried
-        self._loaders = ThreadPoolExecutor(
-            2, thread_name_prefix="flserving-loader"
-        )  # starts no thread until used
+        # why a version could not be loaded when it was last tried
+        self._load_problems: dict[str, str] = {}
+        # starts no thread until used
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="flserving-loader")
         self._load_costs = Costs()  # by source
         self._costs_lock = threading.Lock()
         self._closed = False
@@ -350,9 +348,8 @@ class ModelHost:
             )
         except FlservingError as error:
             self._check_open()  # its files went while it loaded
-            if not isinstance(
-                error, OverloadedError | DeadlineExceededError
-            ):  # those say nothing of the version
+            # those say nothing of the version
+            if not isinstance(error, OverloadedError | DeadlineExceededError):
                 self._load_problems[problem] = str(error)
                 for oldest in list(self._load_problems)[:-_PROBLEMS]:
                     self._load_problems.pop(oldest, None)
@@ -404,9 +401,8 @@ class ModelHost:
         try:
             return job.result()
         finally:
-            del (
-                job
-            )  # an error's frames must not hold what holds the error: it would keep models alive
+            # an error's frames must not hold what holds the error: it would keep models alive
+            del job
 
     def _size(self, key: Key) -> int:
         return self._sources[key[0]].nbytes(key[1], self.config.head_cache_bytes)

@@ -46,37 +46,30 @@ class Request:
     # admitted
     started_s: float = field(init=False)
     deadline_s: float = field(init=False)
-    key: Any = field(
-        init=False, default=None
-    )  # (model, version); None while the routes do not know it
-    chosen: Chosen | None = field(
-        init=False, default=None
-    )  # the arm, where the alias is in an experiment
-    lease: Any = field(
-        init=False, default=None
-    )  # pins the model in memory; None while it is not there
+    # (model, version); None while the routes do not know it
+    key: Any = field(init=False, default=None)
+    # the arm, where the alias is in an experiment
+    chosen: Chosen | None = field(init=False, default=None)
+    # pins the model in memory; None while it is not there
+    lease: Any = field(init=False, default=None)
 
     # prepared
     engine: Any = field(init=False)  # the version's own
-    runner: Any = field(
-        init=False
-    )  # what the batch runs on: the version's own engine, or the one of its heads
+    # what the batch runs on: the version's own engine, or the one of its heads
+    runner: Any = field(init=False)
     rows: Floats = field(init=False)
-    slots: NDArray[np.int64] | None = field(
-        init=False, default=None
-    )  # of the clients' heads, one a row
-    head: Any = field(
-        init=False, default=None
-    )  # what was found of the client's head, or of each row's
+    # of the clients' heads, one a row
+    slots: NDArray[np.int64] | None = field(init=False, default=None)
+    # what was found of the client's head, or of each row's
+    head: Any = field(init=False, default=None)
     prepared_s: float = field(init=False)
 
     # run
     looked_up_s: float = field(init=False)
     cache_key: Any = field(init=False)
     flight: Any = field(init=False)  # the future of an identical request at the same time
-    leads: bool = field(
-        init=False
-    )  # whether this one computes what the others of the flight wait for
+    # whether this one computes what the others of the flight wait for
+    leads: bool = field(init=False)
     prediction: Prediction = field(init=False)
 
     @property
@@ -94,9 +87,8 @@ async def finished(future: Future[Any], timeout_s: float) -> bool:
         with suppress(RuntimeError):  # the loop was closed: nobody waits there any more
             loop.call_soon_threadsafe(done.set)
 
-    future.add_done_callback(
-        wake
-    )  # not asyncio.wrap_future: who is cancelled must not cancel the others' work
+    # not asyncio.wrap_future: who is cancelled must not cancel the others' work
+    future.add_done_callback(wake)
     with suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             await done.wait()

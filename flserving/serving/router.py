@@ -65,12 +65,10 @@ class Routes:
     """One state of the table; never changed, only replaced."""
 
     models: Mapping[str, Served] = field(default_factory=dict)
-    targets: Mapping[tuple[str, str], Key] = field(
-        default_factory=dict
-    )  # (model, version or alias) -> key
-    model: str | None = (
-        None  # answers who names none: the first that was promoted, whatever the alphabet says
-    )
+    # (model, version or alias) -> key
+    targets: Mapping[tuple[str, str], Key] = field(default_factory=dict)
+    # answers who names none: the first that was promoted, whatever the alphabet says
+    model: str | None = None
 
     def of(self, name: str | None) -> Served:
         """What is known of a model; nothing of an unknown one."""
@@ -99,9 +97,8 @@ class Router:
     """
 
     WATCH_S = 0.25  # how soon changes by other processes are seen
-    RETRY_LOOKS = (
-        20  # a version that could not be loaded is tried again at every such look of the watcher
-    )
+    # a version that could not be loaded is tried again at every such look of the watcher
+    RETRY_LOOKS = 20
 
     def __init__(self, preload: Callable[[Key], object]) -> None:
         self.routes = Routes()
@@ -123,9 +120,8 @@ class Router:
         """The key that a version id or an alias leads to (``default`` when None); None when
         :meth:`refresh` might know more."""
         name = (self.routes.model or "") if model is None else str(model)
-        followed = self._followed.get(
-            name
-        )  # before the routes: those may be newer than this, never older
+        # before the routes: those may be newer than this, never older
+        followed = self._followed.get(name)
         if followed is not None and followed.registry.local_changes != followed.local_changes:
             return None  # this process moved an alias just now: do not wait for the watcher
         return self.routes.targets.get((name, DEFAULT if version is None else str(version)))

@@ -94,9 +94,8 @@ class ModelServer(ModelHost):
             self.prediction_cache = PredictionCache(
                 config.prediction_cache_bytes, config.prediction_cache_ttl_s, clock
             )
-        held = weakref.WeakMethod(
-            self._held
-        )  # threads know the telemetry: they must not keep a forgotten server
+        # threads know the telemetry: they must not keep a forgotten server
+        held = weakref.WeakMethod(self._held)
 
         def held_versions() -> set[str]:
             alive = held()
@@ -104,9 +103,8 @@ class ModelServer(ModelHost):
 
         self.telemetry = Telemetry(clock, largest_batch=config.max_batch_size, held=held_versions)
         self.fleet = Fleet()
-        self._forgets: dict[
-            str, int
-        ] = {}  # by model: how often clients had been forgotten when it was looked
+        # by model: how often clients had been forgotten when it was looked
+        self._forgets: dict[str, int] = {}
         self._router.on_read = self._follow_forgets
         self._batcher = Batcher(config, self.telemetry.execution, clock)
         self.experiments = Experiments(
@@ -447,9 +445,8 @@ class ModelServer(ModelHost):
             if self.prediction_cache is not None:
                 self.prediction_cache.clear()
             for key in keys:
-                with contextlib.suppress(
-                    FlservingError
-                ):  # the next request tries again, and says why
+                # the next request tries again, and says why
+                with contextlib.suppress(FlservingError):
                     self._preload(key)
             self._forgets[model] = forgets
 
@@ -479,9 +476,8 @@ class ModelServer(ModelHost):
                 return
 
     def _set_key(self, request: Request) -> None:
-        request.rows = (
-            request.rows.copy()
-        )  # what is hashed is what runs, whatever becomes of the caller's array
+        # what is hashed is what runs, whatever becomes of the caller's array
+        request.rows = request.rows.copy()
         request.cache_key = self.cache_key(request)
 
     def cache_key(self, request: Request) -> Hashable:
@@ -500,9 +496,8 @@ class ModelServer(ModelHost):
             scope = request.client
         content = hashlib.blake2b(request.rows.data, digest_size=32)
         scope = (scope, request.policy)
-        content.update(
-            repr(scope).encode()
-        )  # in the hash: the key's size does not count in the cache's budget
+        # in the hash: the key's size does not count in the cache's budget
+        content.update(repr(scope).encode())
         return request.runner.identity, request.rows.shape, content.digest()
 
     def _look_up(self, request: Request, cache: PredictionCache[Outputs]) -> bool:
@@ -527,9 +522,8 @@ class ModelServer(ModelHost):
             prediction = request.prediction
             outputs = prediction.execution.outputs.copy_rows(prediction.start, prediction.stop)
             owner = None
-            if (
-                request.caller is not None
-            ):  # as a digest: its length does not count in the cache's budget either
+            # as a digest: its length does not count in the cache's budget either
+            if request.caller is not None:
                 owner = hashlib.blake2b(repr(request.caller).encode(), digest_size=16).digest()
             cache.finish(request.cache_key, flight, outputs, owner=owner)
         except Exception as error:

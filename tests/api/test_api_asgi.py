@@ -168,9 +168,8 @@ async def test_the_surroundings_scope_is_left_as_it_was(server):
         ({"max_body_bytes": 1024, "max_numbers": 1024}, "infer", {}, 413),
         ({"max_numbers": 1024}, "infer", {}, 413),
     ],
-    ids=lambda value: re.sub(
-        " object at 0x\\w+", "", str(value)
-    ),  # the same in every worker of xdist
+    # the same in every worker of xdist
+    ids=lambda value: re.sub(" object at 0x\\w+", "", str(value)),
 )
 async def test_credentials_names_and_sizes_are_checked_as_serve_checks_them(
     server, options, role, headers, status

@@ -118,10 +118,8 @@ def test_bf16_is_the_upper_half_of_a_float32(x):
     st.text(max_size=20),
 )
 def test_responses_are_read_back_as_they_were(probabilities, predictions, request_id):
-    outputs = {
-        "predictions": predictions,
-        "probabilities": probabilities[::-1],
-    }  # a view that is not contiguous
+    # a view that is not contiguous
+    outputs = {"predictions": predictions, "probabilities": probabilities[::-1]}
     values = {"flag": True, "latency_us": 2**40, "model_type": "global"}
     answer = m.InferResponse.FromString(m.response("m", "v1", request_id, outputs, values))
     assert (answer.model_name, answer.model_version, answer.id) == ("m", "v1", request_id)

@@ -232,9 +232,8 @@ def test_tritonclient_http_finds_everything_that_it_knows(endpoint, server):
         client.load_model("local", headers)
     assert client.infer("local", [one], headers=headers).as_numpy("predictions").shape == (5,)
     client.close()
-    client.close = lambda: (
-        None
-    )  # its __del__ closes again, in whichever thread collects it: gevent refuses that
+    # its __del__ closes again, in whichever thread collects it: gevent refuses that
+    client.close = lambda: None
 
 
 async def test_tritonclient_http_aio_infers(endpoint, server):

@@ -24,14 +24,8 @@ def endpoint(server):
 # Who may
 
 
-ABSENT = {
-    "unload",
-    "release",
-    "manifest",
-    "weights",
-    "delta",
-    "head",
-}  # a registry has them: test_api_artifacts.py
+# a registry has them: test_api_artifacts.py
+ABSENT = {"unload", "release", "manifest", "weights", "delta", "head"}
 ROUTES = [
     (o.method, o.path.format(model="local", version="v1"), o.role, o.name) for o in OPERATIONS
 ]
@@ -140,9 +134,8 @@ def test_a_named_page_may_ask_and_read(guarded):
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization",
     }
-    preflight = httpx.options(
-        guarded.url + INFER, headers=asked
-    )  # a browser sends no credential with it
+    # a browser sends no credential with it
+    preflight = httpx.options(guarded.url + INFER, headers=asked)
     assert (
         preflight.status_code == 204
         and preflight.headers["access-control-allow-origin"] == page["Origin"]
@@ -166,10 +159,8 @@ def test_a_named_page_may_ask_and_read(guarded):
 def test_an_ipv4_address_is_a_name_of_a_socket_of_both_families(server):
     with door(server, host="::") as endpoint:
         port = endpoint.url.rpartition(":")[2]
-        for host, status in (
-            ("127.0.0.2", 200),
-            ("evil.example", 403),
-        ):  # 127.0.0.2 is no name that we know beforehand
+        # 127.0.0.2 is no name that we know beforehand
+        for host, status in (("127.0.0.2", 200), ("evil.example", 403)):
             headers = {"Host": f"{host}:{port}"}
             assert (
                 httpx.get(f"http://127.0.0.2:{port}/v2/health/live", headers=headers).status_code

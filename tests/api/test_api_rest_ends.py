@@ -68,9 +68,8 @@ def test_a_client_that_is_gone_takes_all_its_requests_along_and_nobody_logs_it(g
 def test_a_broken_request_does_not_cost_those_before_it_their_answers(monkeypatch):
     good = b"GET /v2/health/live HTTP/1.1\r\nHost: {host}\r\n\r\n"
     patient = functools.partial(uvicorn.Config, timeout_keep_alive=10 * PATIENCE_S)
-    monkeypatch.setattr(
-        uvicorn, "Config", patient
-    )  # no timer of idle connections closes them, and all() would end
+    # no timer of idle connections closes them, and all() would end
+    monkeypatch.setattr(uvicorn, "Config", patient)
     with two_versions() as server, door(server) as endpoint:
         for broken in (b"garbage\r\n\r\n", POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
             with Wire(endpoint) as wire:

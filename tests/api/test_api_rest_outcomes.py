@@ -126,9 +126,8 @@ async def test_a_draining_server_is_alive_but_not_ready():
 def test_a_client_that_hangs_up_takes_its_request_out_of_the_queue():
     probe = Probe()
     with serving(Gated(probe), max_batch_size=1, num_workers=1) as server, door(server) as endpoint:
-        server.engines[
-            "v1.0"
-        ].typical_s = 1e9  # a slow model runs on a worker, not on the event loop
+        # a slow model runs on a worker, not on the event loop
+        server.engines["v1.0"].typical_s = 1e9
         probe.shut()
         threads, url = Threads(), endpoint.url + INFER
         first = text(np.full((1, 2), 1, "f4"))

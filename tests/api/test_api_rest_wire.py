@@ -197,9 +197,8 @@ def test_clients_that_vanish_in_the_midst_leave_nothing_behind(endpoint):
         with Wire(endpoint) as wire:
             assert len(wire.head(whole) + body) < 400
             wire.say((wire.head(whole) + body)[:cut])
-            wire.socket.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )  # close by a reset
+            # close by a reset
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert (
         httpx.post(endpoint.url + INFER, content=body, headers=bearer("infer")).status_code == 200
     )

@@ -172,9 +172,8 @@ def test_statistics_count_what_was_sent(v2):
         infer(v2, inputs={"features": X[:, :5]}, version="2")
     served, failed = v2.statistics("digits")["model_stats"]
     assert (served["version"], served["inference_stats"]["success"]["count"]) == ("1", 3)
-    assert (
-        served["inference_count"] == 3 and served["execution_count"] == 1
-    )  # the others were cached
+    # the others were cached
+    assert served["inference_count"] == 3 and served["execution_count"] == 1
     assert (
         served["inference_stats"]["cache_miss"]["count"],
         served["inference_stats"]["cache_hit"]["count"],

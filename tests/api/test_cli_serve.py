@@ -63,9 +63,8 @@ def test_sigterm_while_a_worker_is_forked_lets_the_others_finish(registry_root):
     ) as served:
         victim, _ = served.workers()
         victim.kill()
-        assert (
-            served.process.stdout.readline() == "forked\n"
-        )  # from now on it sleeps: all calls reach the other one
+        # from now on it sleeps: all calls reach the other one
+        assert served.process.stdout.readline() == "forked\n"
         with Load(
             lambda n: served.client(0, retries=Retries(attempts=1)), threads=8, calls=1
         ) as load:

@@ -40,9 +40,8 @@ def test_every_worker_shows_the_sum_and_it_never_goes_down(served):
     headers, seen = {"authorization": f"Bearer {served.token}"}, [0]
 
     def shown():
-        text = httpx.get(
-            f"{served.url}/metrics", headers=headers
-        ).text  # a new connection: any worker
+        # a new connection: any worker
+        text = httpx.get(f"{served.url}/metrics", headers=headers).text
         found = {
             sample.name: sample.value
             for family in text_string_to_metric_families(text)
@@ -78,9 +77,8 @@ def test_a_promotion_reaches_every_worker_and_fails_no_request(served, registry_
                 registry.set_alias("digits", "default", version, who="test", why="promotion")
             told = {str(version)}
             wait_until(lambda told=told: set(load.latest) == told, "the new version")
-            turned = len(load.answers) + len(
-                load.latest
-            )  # those under way are noted after they came
+            # those under way are noted after they came
+            turned = len(load.answers) + len(load.latest)
             wait_until(lambda start=turned: len(load.answers) >= start + 200)
             assert {answer for _, answer in load.answers[turned:]} == told
     assert load.errors == []

@@ -20,9 +20,8 @@ import torch
 
 from flserving.lab.measuring.sweep import sweep
 
-CLAIMS: Mapping[
-    str, tuple[float, float]
-] = {  # the tutorial's: how many times faster, and percentage points lost
+# the tutorial's: how many times faster, and percentage points lost
+CLAIMS: Mapping[str, tuple[float, float]] = {
     "quantised": (2, 1),
     "pruned": (2, 1),
     "distilled": (5, 2),

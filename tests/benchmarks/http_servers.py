@@ -74,9 +74,8 @@ def started(
         str(registry),
         str(workers),
     ]
-    with pinned(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:  # uvicorn logs a lot
+    # uvicorn logs a lot
+    with pinned(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         system = System(NAMES[kind], process, target, None)
         await_answer(system)
         yield system

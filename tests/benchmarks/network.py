@@ -42,11 +42,8 @@ from network_model import build
 
 SERVERS = Path(__file__).parent / "servers"
 SIZES = {"small": [32, 64, 10], "large": [784, 512, 512, 10]}
-PEERS = {
-    "fastapi": "by_hand.py",
-    "litserve": "litserve_app.py",
-    "mlserver": "mlserver_model.py",
-}  # module -> server
+# module -> server
+PEERS = {"fastapi": "by_hand.py", "litserve": "litserve_app.py", "mlserver": "mlserver_model.py"}
 TOKEN = "benchmark"
 JSON_HEADERS = {"content-type": "application/json"}
 GRPC_HEADERS = {
@@ -90,9 +87,8 @@ class System:
 
 
 def free_port() -> int:
-    with (
-        socket.socket() as listener
-    ):  # three in a row: MLServer takes the next two for gRPC and metrics
+    # three in a row: MLServer takes the next two for gRPC and metrics
+    with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 

@@ -19,9 +19,8 @@ CHANGE_TIMEOUT_S = 100
 BUTTON_TIMEOUT_S = 5  # shorter: a button may have nothing to do where it stands
 STILL_S = 0.3  # a picture that has not changed for this long is taken to be finished
 FRAME_S = 1.0  # after a button: it may have started an animation, whose frames take less than this
-ANIMATION_S = (
-    1.5  # a picture that still changes this long after the kernel became idle moves by itself
-)
+# a picture that still changes this long after the kernel became idle moves by itself
+ANIMATION_S = 1.5
 PICTURES = ".widget-html img, img.widget-image, canvas, .widget-output img"
 # What a person can move: ipywidgets' sliders, plain sliders, lists, ticks, buttons
 CONTROLS = ".widget-slider, input[type=range], select, input[type=checkbox], button:not([disabled])"
@@ -77,17 +76,15 @@ class LabPage:
         """Click beside a cell and press Ctrl-Enter; return what stands below it once it has run,
         error or not."""
         cell = self.cell(index)
-        cell.locator(
-            ".jp-InputPrompt"
-        ).click()  # its number, not its text: a click there would move the cursor
+        # its number, not its text: a click there would move the cursor
+        cell.locator(".jp-InputPrompt").click()
         self.page.evaluate(WATCH_RUN, index)
         self.page.keyboard.press("Control+Enter")
         assert self.page.evaluate(ENDED, RUN_TIMEOUT_S), (
             f"{self.name}, cell {index}: not run in {RUN_TIMEOUT_S} s"
         )
-        self._poll(
-            IDLE, bool, f"kernel idle after cell {index}", RUN_TIMEOUT_S
-        )  # its outputs are here then
+        # its outputs are here then
+        self._poll(IDLE, bool, f"kernel idle after cell {index}", RUN_TIMEOUT_S)
         outputs = cell.locator(".jp-OutputArea-output").all_inner_texts()  # without their numbers
         return " ".join(" ".join(outputs).split())
 

@@ -138,9 +138,8 @@ def test_a_guess_and_an_exercise_are_there_the_next_day(open_in_lab, served_fold
     with open_in_lab(NOTEBOOK) as lab:
         assert lab.source(cells["exercise"]) == solved(stub, CORRECT)
         asked = lab.cell(cells["guess"])
-        asked.get_by_text(
-            "25 %, 48 %, 63 % or 80 %?"
-        ).wait_for()  # no widget before the cell has run
+        # no widget before the cell has run
+        asked.get_by_text("25 %, 48 %, 63 % or 80 %?").wait_for()
         lab.run_cell(cells["first"])
         lab.run_cell(cells["guess"])
         guessed = asked.get_by_role("radio", name="63 %")

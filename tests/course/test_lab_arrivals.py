@@ -29,9 +29,8 @@ def test_poisson_gaps_are_exponential_and_independent(seed):
     drawn = gaps(Poisson(200), 5000, seed)
     assert stats.kstest(drawn, "expon", args=(0, 1 / 200)).pvalue > 0.01
     assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 3 / math.sqrt(len(drawn))
-    assert (
-        stats.kstest(drawn, "expon", args=(0, 1 / 220)).pvalue < 1e-3
-    )  # the test can tell 10 % apart
+    # the test can tell 10 % apart
+    assert stats.kstest(drawn, "expon", args=(0, 1 / 220)).pvalue < 1e-3
 
 
 def test_poisson_counts_have_dispersion_one():
@@ -64,9 +63,8 @@ def test_bursty_has_the_stated_rate_and_the_dispersion_of_the_cookbook(process):
     rate_noise, index_noise = math.sqrt(limit / len(times_s)), math.sqrt(2 * window_s / times_s[-1])
     assert len(times_s) / times_s[-1] == pytest.approx(process.rate_per_s, rel=3 * rate_noise)
     assert dispersion(times_s, window_s) == pytest.approx(index, rel=4 * index_noise)
-    assert (
-        index > 5 and rate_noise < 0.03 and index_noise < 0.05
-    )  # far from Poisson, and measured well enough
+    # far from Poisson, and measured well enough
+    assert index > 5 and rate_noise < 0.03 and index_noise < 0.05
 
 
 def test_on_off_is_silent_when_off():

@@ -188,12 +188,8 @@ def test_an_attack_in_a_training_never_becomes_the_default(tmp_path, clients):
             on_round=hostile.watch(judge),
             progress=False,
         )
-        assert [verdict.passed for verdict in verdicts] == [
-            True,
-            True,
-            True,
-            False,
-        ]  # in round 1 it knows no model
+        # in round 1 it knows no model
+        assert [verdict.passed for verdict in verdicts] == [True, True, True, False]
         assert registry.resolve("m") == 3 and registry.version_numbers("m") == [1, 2, 3, 4]
 
 
@@ -230,9 +226,8 @@ def test_the_table_over_many_rounds(alpha):
     assert table.loc["clean", "cases"] == 48 and table.loc["clean", "refused"] <= 0.05
     for attack in ("NaN, 1 of 10", "1e30 everywhere, 1 of 10", "silence, 8 of 10"):
         assert table.loc[attack, "stopped"] == 1
-    assert (
-        table.loc["scaled x100, 1 of 10", "stopped"] >= 0.8
-    )  # a client of ten samples moves nothing
+    # a client of ten samples moves nothing
+    assert table.loc["scaled x100, 1 of 10", "stopped"] >= 0.8
     assert not table["missed, worst"].max() > 0.1
     assert table.loc["backdoor, 1 of 10", "refused"] < 0.2
     assert (

@@ -18,13 +18,8 @@ CHOSEN = (
     "08_personalization_heads.ipynb",
     "09_model_optimization.ipynb",
 )  # formulas, hints, widgets, exercises, folded cells
-LOADS = (
-    "src",
-    "srcset",
-    "poster",
-    "data",
-    "action",
-)  # attributes that make a browser ask for something
+# attributes that make a browser ask for something
+LOADS = ("src", "srcset", "poster", "data", "action")
 
 
 @pytest.fixture(scope="module", params=["student", "instructor"])

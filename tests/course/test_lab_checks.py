@@ -125,9 +125,8 @@ def test_an_exception_in_the_students_code_names_the_call():
         AssertionError, match=r"put\('a', 'a1'\) raised AttributeError: .*'item'"
     ) as caught:
         checks.check_lru(Broken)
-    assert isinstance(
-        caught.value.__cause__, AttributeError
-    )  # the student's own traceback stays visible
+    # the student's own traceback stays visible
+    assert isinstance(caught.value.__cause__, AttributeError)
 
 
 def test_a_batch_may_be_none_or_a_tuple():

@@ -228,9 +228,8 @@ def test_the_keyboard_draws_and_erases(opened):
     page.keyboard.press(" ")
     idle(page)
     assert shown(page)[1][3] == 16  # at the edge the cursor stops
-    assert (
-        page.evaluate("window.leaked") == 1
-    )  # the Shift key alone: a notebook's shortcuts never see the others
+    # the Shift key alone: a notebook's shortcuts never see the others
+    assert page.evaluate("window.leaked") == 1
 
 
 @pytest.mark.browser

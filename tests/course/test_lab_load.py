@@ -69,13 +69,11 @@ def test_one_stall_is_felt_by_every_request_that_should_have_been_sent():
     report = open_loop(
         call, Every(0.01), requests=2000, threads=1, progress=False, clock=time, sleep=time.sleep
     )
-    assert (
-        report.service_ms > 100
-    ).sum() == 1  # the omitting view: one slow request in 2,000, p99 untouched
+    # the omitting view: one slow request in 2,000, p99 untouched
+    assert (report.service_ms > 100).sum() == 1
     assert np.percentile(report.service_ms, 99) == pytest.approx(1, abs=0.01)
-    assert (report.latency_ms > 100).sum() == pytest.approx(
-        1100, abs=5
-    )  # 10 s of backlog drained at 900 per s
+    # 10 s of backlog drained at 900 per s
+    assert (report.latency_ms > 100).sum() == pytest.approx(1100, abs=5)
     assert report.percentile_ms(100) == pytest.approx(10_000, abs=1)
     assert report.percentile_ms(50) > 100
 
@@ -143,9 +141,8 @@ def test_what_cannot_be_sent_is_reported_as_unsent_and_the_run_ends():
     report = open_loop(lambda item: time.sleep(1.0), Every(0.125), seconds=5, threads=1, progress=False,
                        clock=time, sleep=time.sleep)  # fmt: skip
     assert len(report) == 39  # every arrival before 5 s is accounted for
-    assert report.ok.sum() == 6 and report.failures == {
-        "Unsent": 33
-    }  # five seconds and one of grace
+    # five seconds and one of grace
+    assert report.ok.sum() == 6 and report.failures == {"Unsent": 33}
     assert np.isnan(report.start_s[~report.ok]).all() and len(report.late_ms) == 6
     assert report.messages == {"Unsent": "no caller was free to send it in time"}
     assert report.seconds == pytest.approx(6.125)
@@ -155,9 +152,8 @@ def test_what_cannot_be_sent_is_reported_as_unsent_and_the_run_ends():
 
 
 def test_closed_loop_keeps_exactly_its_callers_busy():
-    barrier = threading.Barrier(
-        4
-    )  # breaks with a timeout if fewer than four callers are ever inside
+    # breaks with a timeout if fewer than four callers are ever inside
+    barrier = threading.Barrier(4)
     report = closed_loop(lambda item: barrier.wait(10), callers=4, requests=40, progress=False)
     assert len(report) == 40 and report.failures == {}
     assert report.arrival_s.tolist() == sorted(report.arrival_s)

@@ -363,9 +363,8 @@ def test_the_canvas_shows_the_boxes_of_the_frame_to_scale(opened):
         for index in range(3)
     ]
     per_ms = whole[2][1] / length[2][1]  # one box of 8 ms
-    assert whole[1] == pytest.approx(
-        [per_ms * 4, per_ms * 2], rel=0.08
-    )  # corners and labels cost a little
+    # corners and labels cost a little
+    assert whole[1] == pytest.approx([per_ms * 4, per_ms * 2], rel=0.08)
     assert whole[2][0] == pytest.approx(per_ms * length[2][0], rel=0.08)
 
 

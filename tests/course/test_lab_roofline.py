@@ -30,9 +30,8 @@ def test_work_is_counted_as_torch_counts_it():
 
 def test_reading_takes_as_long_as_measured_of_that_size():
     assert MACHINE.read_s(1_000) == pytest.approx(1_000 / 4e9)
-    assert (
-        MACHINE.read_s(1_000_000) == MACHINE.read_s(2_000_000) / 2 == pytest.approx(1e-3)
-    )  # beyond: as the largest
+    # beyond: as the largest
+    assert MACHINE.read_s(1_000_000) == MACHINE.read_s(2_000_000) / 2 == pytest.approx(1e-3)
 
 
 def test_a_machine_is_measured():

@@ -21,9 +21,8 @@ def test_only_retries_without_bound_keep_a_server_down_that_has_room_for_all(sto
             healed.answered_share()[14:] == 1
         ).all()
         assert healed.tries_per_s()[20:].max() < 1.3 * 300
-    assert (
-        dropped.answered.mean() > budget.answered.mean()
-    )  # who drops late work answers even those who asked again
+    # who drops late work answers even those who asked again
+    assert dropped.answered.mean() > budget.answered.mean()
 
 
 def test_without_an_outage_nobody_asks_again():
@@ -72,9 +71,8 @@ def test_a_policy_that_blocks_meets_the_same_storm():
     stood = storm.simulate_storm(policy=policy, make_budget=Budget, deadline_s=2, **settings)
     assert random.getstate() == before
     first_s, second_s = sorted(set(stood.try_s) - set(stood.call_s))[0], stood.call_s[0]
-    assert first_s == pytest.approx(
-        second_s + 0.75
-    )  # half a second as the policy said, then its wait
+    # half a second as the policy said, then its wait
+    assert first_s == pytest.approx(second_s + 0.75)
     assert len(asked) == len(stood.try_s) - len(told) and len(told) == stood.answered.sum()
     calm = storm.simulate_storm(policy=policy, make_budget=Budget, stands_still_s=(5, 5), seconds=5)
     assert calm.answered.all() and len(calm.try_s) == len(calm.call_s)

@@ -82,9 +82,8 @@ def test_che_properties(items, skew, data):
     shares = Zipf(items, skew).probabilities
     size = data.draw(st.integers(1, items - 1))
     per_item = theory.lru_item_hit_rates(shares, size)
-    assert per_item.sum() == pytest.approx(
-        size, rel=1e-6
-    )  # the definition of the characteristic time
+    # the definition of the characteristic time
+    assert per_item.sum() == pytest.approx(size, rel=1e-6)
     assert (np.diff(per_item) <= 1e-12).all()
     assert theory.lru_hit_rate(shares, size) <= theory.lru_hit_rate(shares, size + 1) + 1e-9
     assert theory.lru_hit_rate(shares, size) >= size / items - 1e-9  # skew can only help

@@ -98,9 +98,8 @@ def test_without_a_cloud_the_hybrid_degrades_and_its_breaker_saves_the_waiting(a
     assert set(played["path"]) == {"degraded"} and (played["right"] == asked["local_right"]).all()
     waited = played["latency_s"] > 0.4
     devices = asked["device"].nunique()
-    assert (
-        devices * 3 <= waited.sum() <= devices * (3 + SPAN_S / 5)
-    )  # three failures, then one probe each 5 s
+    # three failures, then one probe each 5 s
+    assert devices * 3 <= waited.sum() <= devices * (3 + SPAN_S / 5)
     assert (played["latency_s"][~waited] == COSTS.local_s).all() and (
         played["sent"] == waited
     ).all()

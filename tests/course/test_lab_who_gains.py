@@ -52,9 +52,8 @@ def test_the_table_holds_every_setting_that_the_controls_reach():
 @pytest.mark.full
 def test_the_table_is_what_a_training_gives():
     fresh, stored = who_gains.measure(**SETTING), who_gains.looked_up(**SETTING)
-    assert (
-        fresh["mean"] - stored["mean"]
-    ).abs().max() < 0.05  # another processor may round otherwise
+    # another processor may round otherwise
+    assert (fresh["mean"] - stored["mean"]).abs().max() < 0.05
     assert (
         fresh.loc["FedPer", ["mean", "gain"]] > fresh.loc[who_gains.GLOBAL, ["mean", "gain"]] + 0.3
     ).all()

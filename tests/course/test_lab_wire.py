@@ -80,10 +80,8 @@ def test_varints_and_fixed_numbers_have_their_own_wire_types():
         field.path: (field.wire_type, field.end - field.content)
         for field in wire.wire_fields(reply)
     }
-    assert kinds["parameters.value.int64_param"] == (
-        "VARINT",
-        2,
-    )  # 300 takes two groups of seven bits
+    # 300 takes two groups of seven bits
+    assert kinds["parameters.value.int64_param"] == ("VARINT", 2)
     assert kinds["parameters.value.double_param"] == ("I64", 8)
 
 

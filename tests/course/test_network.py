@@ -37,9 +37,8 @@ def test_a_lost_small_message_costs_timeouts_that_double():
     2^(k-1) T."""
     link = Link(loss=0.2, seed=3)
     assert link.rto_s == 0.2
-    assert link.mean_transfer_s(100) == pytest.approx(
-        0.2 * 0.2 / (1 - 2 * 0.2), rel=0.05
-    )  # 60 s cap: a little less
+    # 60 s cap: a little less
+    assert link.mean_transfer_s(100) == pytest.approx(0.2 * 0.2 / (1 - 2 * 0.2), rel=0.05)
     waits = link.transfers_s(np.full(100_000, 100.0))
     steps = np.array([0, 0.2, 0.6, 1.4, 3.0])
     shares = [np.isclose(waits, step).mean() for step in steps]
@@ -64,9 +63,8 @@ def test_a_long_transfer_under_loss_runs_at_mathis_throughput():
     assert throughput == pytest.approx(
         SEGMENT_NBYTES / 0.1 * math.sqrt(3 / 2) / math.sqrt(0.01), rel=0.05
     )
-    narrow = Link(
-        rtt_ms=100, down_bytes_s=10_000, loss=0.01
-    )  # the line, not the loss, is what binds
+    # the line, not the loss, is what binds
+    narrow = Link(rtt_ms=100, down_bytes_s=10_000, loss=0.01)
     assert 1 * MB / narrow.mean_transfer_s(1 * MB, up=False) == pytest.approx(10_000, rel=0.05)
 
 

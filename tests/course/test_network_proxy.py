@@ -263,9 +263,8 @@ def test_losses_cost_the_timeouts_that_the_links_seed_draws(port):
 
 def test_every_byte_arrives_in_order_and_is_counted(port):
     with Proxy(Link(rtt_ms=2, rtt_p99_ms=20), "127.0.0.1", port) as proxy, connect(proxy) as caller:
-        exchange(
-            caller, 9_000_000, 9_000_000
-        )  # more than may be under way; `exchange` checks what comes back
+        # more than may be under way; `exchange` checks what comes back
+        exchange(caller, 9_000_000, 9_000_000)
         assert (proxy.up_nbytes, proxy.down_nbytes) == (9_000_000, 9_000_000)
 
 

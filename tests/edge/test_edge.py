@@ -170,10 +170,8 @@ def test_sixteen_threads_see_each_update_whole_or_not_at_all(edge):
                 body = update
                 head = head_of(update + 0.5) if update % 2 else None
                 version = edge.update_global(state_of(body), round=body, head=head).version
-                expected[str(version)] = (
-                    body,
-                    (body + 0.5 if update % 2 else body),
-                )  # a carried head is stale
+                # a carried head is stale
+                expected[str(version)] = body, (body + 0.5 if update % 2 else body)
             else:
                 version = edge.update_local(head_of(update + 0.25)).version
                 expected[str(version)] = body, update + 0.25
@@ -310,9 +308,8 @@ def test_an_alias_that_another_process_moves_back_is_as_old_as_what_it_leads_to(
             )
         edge.refresh()
         assert told(edge.predict(ROW)) == (2, "global", "none", 2)
-        registry.rollback(
-            "model", who="test", why="back"
-        )  # this very process: no refresh is needed
+        # this very process: no refresh is needed
+        registry.rollback("model", who="test", why="back")
         with pytest.raises(StaleModelError, match="version 1 is 100 s old"):
             edge.predict(ROW)
         with pytest.raises(StaleModelError, match="version 1 "):
@@ -351,10 +348,8 @@ def test_a_bad_update_leaves_what_served_before(edge, monkeypatch):
     bad = [
         (InvalidModelError, lambda: edge.update_global({"body.0.weight": torch.zeros(2, 2)})),
         (InvalidModelError, lambda: edge.update_global(state_of(float("nan")))),
-        (
-            ModelExecutionError,
-            lambda: edge.update_global(infinite),
-        ),  # finite weights, infinite answers
+        # finite weights, infinite answers
+        (ModelExecutionError, lambda: edge.update_global(infinite)),
         (
             InvalidModelError,
             lambda: edge.update_global(state_of(2), head={"head.weight": torch.zeros(1, 3)}),
@@ -431,7 +426,6 @@ def test_a_temporary_registry_goes_with_its_server_and_a_given_one_stays(tmp_pat
             edge.update_global(
                 state_of(1), round=4, output_type="regression", head=head_of(1.5), **MLP
             )
-        with EdgeModelServer(
-            config=CONFIG, registry=registry
-        ) as edge:  # started again, without anybody to ask
+        # started again, without anybody to ask
+        with EdgeModelServer(config=CONFIG, registry=registry) as edge:
             assert told(edge.predict(ROW)) == (1.5, "personal", "own", 4)

@@ -33,10 +33,8 @@ from serving_models import PATIENCE_S, Gated, Probe, Threads, wait_until
 pytestmark = pytest.mark.timeout(120)
 CONFIG = ServingConfig(warmup_samples=1, timeout_ms=PATIENCE_S * 1e3)
 MLP = {"architecture": "mlp", "parameters": {"sizes": [2, 2, 2]}}
-SURE, UNSURE = (
-    [4.0, 0.0],
-    [0.1, 0.0],
-)  # the device answers 0 with confidences 0.98 and 0.52; the cloud answers 1
+# the device answers 0 with confidences 0.98 and 0.52; the cloud answers 1
+SURE, UNSURE = [4.0, 0.0], [0.1, 0.0]
 HEAD = {"head.weight": torch.eye(2), "head.bias": torch.tensor([0.01, 0.0])}
 
 
@@ -242,9 +240,8 @@ def test_without_consent_not_a_byte_leaves_the_device(policy):
         port = listener.getsockname()[1]
         try:
             with Client(f"http://127.0.0.1:{port}") as world.cloud:
-                hybrid = HybridServer(
-                    world.edge, world.cloud, policy
-                )  # consent is off unless somebody gives it
+                # consent is off unless somebody gives it
+                hybrid = HybridServer(world.edge, world.cloud, policy)
                 world.hybrids.append(hybrid)
                 for row in (SURE, UNSURE):
                     assert hybrid.predict(row)["path"] in ("local", "degraded")
@@ -284,9 +281,8 @@ def test_cached_answers_are_private_and_gone_after_a_promotion_on_either_side(wo
     world.edge.update_global(state(1.1), round=5)  # the device heard of a new round
     assert [path(), path()] == ["cloud", "cache"]
     world.cloud.version = "10"
-    assert (
-        hybrid.predict([UNSURE, UNSURE])["path"] == "cloud"
-    )  # here it is told that the cloud has a new version
+    # here it is told that the cloud has a new version
+    assert hybrid.predict([UNSURE, UNSURE])["path"] == "cloud"
     assert [path(), path()] == ["cloud", "cache"]
     world.now_s += 49
     assert hybrid.predict(UNSURE)["age_s"] == 49
@@ -434,9 +430,8 @@ async def test_the_event_loop_goes_on_while_the_cloud_is_asked(world):
         await cancelled
     world.cloud.gate.set()
     assert (await waiting)["path"] == "cloud"
-    assert (await hybrid.apredict([UNSURE, UNSURE]))[
-        "path"
-    ] == "cloud"  # nobody waits for the cancelled one
+    # nobody waits for the cancelled one
+    assert (await hybrid.apredict([UNSURE, UNSURE]))["path"] == "cloud"
 
 
 def test_a_slow_device_is_waited_for():

@@ -32,9 +32,8 @@ class Cut:
         self._socket.bind(("127.0.0.1", 0))
         scheme = "https" if how == "tls" else "http"
         self.url = f"{scheme}://127.0.0.1:{self._socket.getsockname()[1]}"
-        if (
-            how != "refused"
-        ):  # bound and not listening: nobody else gets the port, and nobody answers
+        # bound and not listening: nobody else gets the port, and nobody answers
+        if how != "refused":
             self._socket.listen(64)
             self._socket.settimeout(0.02)
             self._threads.start(self._accept)

@@ -268,18 +268,10 @@ NEWER = {"serial": 7, "manifest_sha256": "c" * 64}
         (NEWER | {"version": 2, "round": 9, "undone": 3}, RAN, NOW_S, None),
         (NEWER | {"version": 2, "round": 9, "undone": 0}, RAN, NOW_S, "version 2, 3 ran here"),
         (NEWER | {"version": 1, "undone": 2, "rollback": 99}, RAN, NOW_S, "version 1, 3 ran here"),
-        (
-            NEWER | {"version": 4, "round": 1},
-            RAN,
-            NOW_S,
-            "round 1, 3 ran here",
-        ),  # a cloud of before ``undone``
-        (
-            NEWER | {"version": 4, "round": 1, "undone": 0},
-            SEEN,
-            NOW_S,
-            "round 1, 3 ran here",
-        ),  # what ran, is unknown
+        # a cloud of before ``undone``
+        (NEWER | {"version": 4, "round": 1}, RAN, NOW_S, "round 1, 3 ran here"),
+        # what ran, is unknown
+        (NEWER | {"version": 4, "round": 1, "undone": 0}, SEEN, NOW_S, "round 1, 3 ran here"),
     ],
     ids=range(22),
 )

@@ -338,9 +338,8 @@ def test_replays_are_refused_whatever_the_clock_says(served, liar, tmp_path):
     old = recorded(endpoint.url)
     publish(released, 2)
     with device(tmp_path / "edge", liar.url, wall=lambda: now_s[0]) as (registry, agent):
-        with pytest.raises(
-            ForbiddenError, match="expired"
-        ):  # the device's clock runs ahead of the cloud's
+        # the device's clock runs ahead of the cloud's
+        with pytest.raises(ForbiddenError, match="expired"):
             agent.pull()
         for clock_s in (0.0, 1_000_000_000.0):
             now_s[0] = clock_s

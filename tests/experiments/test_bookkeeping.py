@@ -443,9 +443,8 @@ def test_a_store_with_names_in_it_forgets_them_and_keeps_what_they_said(tmp_path
     old = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
     old.executescript(f"PRAGMA journal_mode = WAL; {OLD_STORE}")
     old.execute("INSERT INTO secret VALUES (1, ?)", (b"s" * 32,))
-    old.execute(
-        "INSERT INTO rewards VALUES ('run', 'a', 'a-text-of-ward-7', 1, 0.5)"
-    )  # stores older still hold text
+    # stores older still hold text
+    old.execute("INSERT INTO rewards VALUES ('run', 'a', 'a-text-of-ward-7', 1, 0.5)")
     for place, name in enumerate(NAMES):
         said = name.encode(errors="surrogatepass")
         old.execute("INSERT INTO rewards VALUES ('run', 'a', ?, ?, 1.0)", (said, place + 1))

@@ -608,10 +608,8 @@ def test_a_canary_that_fails_is_rolled_back_by_what_all_processes_saw(
         for asked, clients in ((server, [new, *[others[0]] * 20]), (other, [others[1]])):
             assert asked.predict(ROW, client=old)["predictions"] == [1]
             asks = [{"client": client} for client in clients]
-            for options in (
-                *asks,
-                {"version": 4},
-            ):  # who names the version is no part of the experiment
+            # who names the version is no part of the experiment
+            for options in (*asks, {"version": 4}):
                 with pytest.raises(ModelExecutionError):
                     asked.predict(LOUD, **options)
             with pytest.raises(InvalidInputError):

@@ -31,9 +31,8 @@ from flserving.registry import Registry
 X, Y = digits()
 UNSCALED = {"mean": [0.0] * 64, "std": [1.0] * 64}
 PIXELS = {"mean": [0.0] * 64, "std": [16.0] * 64}
-FOUR = make_clients(
-    X[:200], Y[:200], num_clients=4, alpha=1.0
-)  # enough to train on, small enough to be quick
+# enough to train on, small enough to be quick
+FOUR = make_clients(X[:200], Y[:200], num_clients=4, alpha=1.0)
 
 
 def train(strategy="fedavg", **options):
@@ -115,9 +114,8 @@ def gradient_descent(clients, steps, learning_rate=0.1, trained=("body", "head")
         hidden = np.maximum(x @ w["body.0.weight"].T + w["body.0.bias"], 0)
         logits = hidden @ w["head.weight"].T + w["head.bias"]
         error = np.exp(logits - logits.max(axis=1, keepdims=True))
-        error = (error / error.sum(axis=1, keepdims=True) - np.eye(10)[y]) / len(
-            y
-        )  # softmax minus one-hot
+        # softmax minus one-hot
+        error = (error / error.sum(axis=1, keepdims=True) - np.eye(10)[y]) / len(y)
         below = (error @ w["head.weight"]) * (hidden > 0)
         gradients = {
             "head.weight": error.T @ hidden,
@@ -330,9 +328,8 @@ def test_fine_tuned_heads_serve_but_never_reach_the_global_model():
 
 
 def test_local_clients_never_learn_from_each_other():
-    statistics = {
-        "preprocessing": PIXELS
-    }  # computed from all clients otherwise: the one thing that they share
+    # computed from all clients otherwise: the one thing that they share
+    statistics = {"preprocessing": PIXELS}
     together, without = train("local", **statistics), train("local", clients=FOUR[:3], **statistics)
     assert together.final.personal[FOUR[0].id].keys() == together.final.state.keys()
     for client in FOUR[:3]:
@@ -684,9 +681,8 @@ def test_one_clients_fault_changes_no_other_clients_update_or_head(faulty):
         return seen, train("fedavg_ft", rounds=1, corrupt=watch)
 
     fine, expected = updates(lambda update: update)
-    noisy, run = updates(
-        lambda update: (torch.rand(7), update)[1]
-    )  # draws from the training's own generator
+    # draws from the training's own generator
+    noisy, run = updates(lambda update: (torch.rand(7), update)[1])
     assert all(equal(fine[client.id], noisy[client.id]) for client in FOUR)
     assert all(
         equal(expected.final.personal[client.id], run.final.personal[client.id]) for client in FOUR

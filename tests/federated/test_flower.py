@@ -237,9 +237,8 @@ def test_every_round_is_a_version_with_its_lineage(play, registry, apps):
         accuracies = it.client_accuracy.values()
         assert len(accuracies) == K and manifest.metrics["worst_client_accuracy"] == min(accuracies)
         assert manifest.metrics["mean_client_accuracy"] == pytest.approx(np.mean(list(accuracies)))
-    assert (
-        result.evaluate_metrics_serverapp[0]["accuracy"] == 0.5
-    )  # the start was judged, and not published
+    # the start was judged, and not published
+    assert result.evaluate_metrics_serverapp[0]["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -278,9 +277,8 @@ def test_an_answer_comes_from_a_flower_round(play, registry):
         answer = server.predict(rows)
     assert answer["model_version"] == "3"
     right = np.mean(np.array(answer["predictions"]) == labels)
-    assert right == pytest.approx(
-        rounds[-1].metrics["global_accuracy"]
-    )  # the clients', who hold these rows
+    # the clients', who hold these rows
+    assert right == pytest.approx(rounds[-1].metrics["global_accuracy"])
     assert fit_heads(rounds[-1], clients=CLIENTS).accuracy.keys() == {
         client.id for client in CLIENTS
     }
@@ -426,9 +424,8 @@ def test_a_client_keeps_its_state_but_for_a_call_that_failed(flower, apps):
         told += [
             it.error.reason if it.has_error() else it.content["told"]["n"] for it in replies[:1]
         ]
-    assert told[:2] == [1, 2] and all(
-        "AssertionError: third time" in it for it in told[2:]
-    )  # the count stays 2
+    # the count stays 2
+    assert told[:2] == [1, 2] and all("AssertionError: third time" in it for it in told[2:])
     assert content["asked"]["n"] == 7
     pushed = grid.push_messages([grid.create_message(deepcopy(content), "query", 9, "g")])
     (reply,) = grid.pull_messages([*pushed, "unknown"])
@@ -596,9 +593,8 @@ def test_the_readmes_app_runs_by_flwr_run(flower, ray, tmp_path):
     with Registry(tmp_path / "models") as registry:
         assert registry.version_numbers("flower") == [1, 2, 3], done.stdout
         manifest = registry.manifest("flower", 3)
-        assert (
-            manifest.heads.num_heads == manifest.lineage.num_clients == 2
-        )  # flwr simulates two by default
+        # flwr simulates two by default
+        assert manifest.heads.num_heads == manifest.lineage.num_clients == 2
 
 
 def with_head(reply, **changes):
@@ -810,9 +806,8 @@ def test_what_no_version_takes_is_told_before_the_first_round(flower, strategies
     with pytest.raises(InvalidModelError, match=r"head\.bias is .*\[11\], not .*\[10\]"):
         start(ArrayRecord(state | {"head.bias": torch.zeros(11)}))
     with pytest.raises(InvalidModelError, match="'digits_mlp': 0 is unexpected"):
-        start(
-            ArrayRecord([tensor.numpy() for tensor in state.values()])
-        )  # as a list, without their names
+        # as a list, without their names
+        start(ArrayRecord([tensor.numpy() for tensor in state.values()]))
     with pytest.raises(InvalidModelError, match="cannot be read as tensors"):
         start(ArrayRecord({"trees": Array("", (), "", b"{}")}))
     with pytest.raises(ConfigError, match="statistics have 1 features, the model takes 64"):

@@ -34,6 +34,5 @@ def test_a_round_of_another_framework_is_published_and_gets_heads(tmp_path):
     assert lineage.strategy == "FedOther" and lineage.num_clients == 3
     assert lineage.extra == facts | {"rejected_clients": 0}
     ours, theirs = (fit_heads(it, clients=run.clients).heads.weights for it in (run.final, result))
-    assert (
-        ours == theirs
-    ).all()  # this run's settings are the defaults, which the other round falls back on
+    # this run's settings are the defaults, which the other round falls back on
+    assert (ours == theirs).all()

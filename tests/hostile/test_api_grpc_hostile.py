@@ -61,9 +61,8 @@ def test_every_malformed_request_gets_a_reason_and_leaves_nothing_behind(caller)
 
     def refuse_all():
         for what, body in CORPUS.items():
-            code, text = caller.refused(
-                INFER, body, timeout=None
-            )  # a deadline would replace absurd timeouts
+            # a deadline would replace absurd timeouts
+            code, text = caller.refused(INFER, body, timeout=None)
             assert code in CALLERS_FAULT, (what, code, text)
             assert 5 < len(text) <= 600 and text != "internal error", (what, text)
 
@@ -157,14 +156,12 @@ def test_messages_over_the_limit_are_refused_before_they_fill_memory(target, cal
     before = here.memory_info().rss
     code, text = caller.refused(INFER, big)
     assert code == "RESOURCE_EXHAUSTED" and "larger than max" in text
-    code, _ = caller.refused(
-        INFER, big, compression=grpc.Compression.Gzip
-    )  # 100 KB that become 100 MB
+    # 100 KB that become 100 MB
+    code, _ = caller.refused(INFER, big, compression=grpc.Compression.Gzip)
     assert code == "RESOURCE_EXHAUSTED"
     del big
-    assert (
-        here.memory_info().rss - before < 40 << 20
-    )  # the client's own copies are in this process, too
+    # the client's own copies are in this process, too
+    assert here.memory_info().rss - before < 40 << 20
     just_under = request(X, id="x" * ((1 << 20) - 200))
     assert caller.call(INFER, just_under)
     assert answers(caller)
@@ -261,9 +258,8 @@ def test_headers_without_a_message_take_no_places(server, path):
         attackers = [connected(target) for _ in range(2)]
         try:
             for client in attackers:
-                with contextlib.suppress(
-                    OSError
-                ):  # cut off already: it never agreed to the server's settings
+                # cut off already: it never agreed to the server's settings
+                with contextlib.suppress(OSError):
                     for stream in range(1, 2000, 2):
                         client.sendall(opening(path, stream))
             wait_until(lambda: answered(caller), "an answer beside the attackers")
@@ -278,9 +274,8 @@ def answered(caller):
     try:
         return answers(caller) and status(health(caller.channel)) == "SERVING"
     except grpc.RpcError as error:
-        assert error.code().name in ("RESOURCE_EXHAUSTED", "CANCELLED"), (
-            error
-        )  # by the server, by gRPC's core
+        # by the server, by gRPC's core
+        assert error.code().name in ("RESOURCE_EXHAUSTED", "CANCELLED"), error
         return False
 
 

@@ -36,9 +36,8 @@ def answered(endpoint):
 
 
 @pytest.mark.parametrize("ends", ["stays", "shuts its side down", "asks for the last answer"])
-@pytest.mark.parametrize(
-    "number", [300, 2000]
-)  # rows whose answer stays below, and goes above, the mark for writing
+# rows whose answer stays below, and goes above, the mark for writing
+@pytest.mark.parametrize("number", [300, 2000])
 def test_who_never_reads_a_large_answer_loses_its_place(number, ends):
     body = text(rows(number))
     last = [b"Connection: close"] * (ends == "asks for the last answer")
@@ -47,9 +46,8 @@ def test_who_never_reads_a_large_answer_loses_its_place(number, ends):
         door(server, slow_client_s=SLOW_S, max_connections=PLACES) as endpoint,
         contextlib.ExitStack() as stack,
     ):
-        endpoint._thread._listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, 1024
-        )  # what is accepted inherits it
+        # what is accepted inherits it
+        endpoint._thread._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024)
         for _ in range(PLACES):
             wire = stack.enter_context(Wire(endpoint, receive_nbytes=1024))
             wire.say(wire.head(b"Content-Length: %d" % len(body), *last) + body)

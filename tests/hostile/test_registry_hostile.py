@@ -212,9 +212,8 @@ def test_a_manifest_over_its_limit_is_refused_before_it_is_read(registry: Regist
     enthrone(registry, MANIFEST, b" " * (MAX_MANIFEST_NBYTES + 1))
     with pytest.raises(CorruptArtifactError, match=r"m/1/manifest\.json has 4,194,305 bytes"):
         registry.read("m", 1)
-    os.truncate(
-        folder(registry) / MANIFEST, 1 << 42
-    )  # a file of holes: who read it would run out of memory
+    # a file of holes: who read it would run out of memory
+    os.truncate(folder(registry) / MANIFEST, 1 << 42)
     with pytest.raises(
         CorruptArtifactError, match=r"m/1/manifest\.json has 4,398,046,511,104 bytes"
     ):
@@ -249,9 +248,8 @@ def test_a_file_swapped_after_the_read_does_not_matter(
 
     def swap_after(root: str, relative: str, max_nbytes: int) -> bytes:
         image = read_file(root, relative, max_nbytes)
-        Path(root, relative).write_bytes(
-            b"\0" * len(image)
-        )  # in place: a memory map would change now
+        # in place: a memory map would change now
+        Path(root, relative).write_bytes(b"\0" * len(image))
         return image
 
     monkeypatch.setattr(storage, "read_file", swap_after)

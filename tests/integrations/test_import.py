@@ -151,9 +151,8 @@ def test_more_than_ten_arrays_go_by_number(tmp_path, registry):
     np.savez(tmp_path / "a.npz", *[tensor.numpy() for tensor in state.values()])
     found = read_model(tmp_path / "a.npz", "m").content
     assert found.parameters == {"sizes": sizes}
-    safetensors.torch.save_file(
-        state, tmp_path / "a.safetensors"
-    )  # which tells its tensors in no order
+    # which tells its tensors in no order
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
     assert read_model(tmp_path / "a.safetensors", "m").content.parameters == {"sizes": sizes}
     assert all(torch.equal(found.model[name], tensor) for name, tensor in state.items())
 

@@ -21,9 +21,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    monkeypatch.setattr(
-        os, "environ", dict(os.environ)
-    )  # what Ray would read at its import is taken back
+    # what Ray would read at its import is taken back
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setitem(sys.modules, "ray", None)
 
 

@@ -146,9 +146,8 @@ def test_a_model_whose_rows_see_each_other_is_neither_published_nor_loaded(
     with pytest.raises(InvalidModelError, match="its rows see each other"):
         registry.publish("m", made(kind), architecture="sees")
     assert registry.models() == []
-    monkeypatch.setattr(
-        validation, "_check_service", lambda *_: None
-    )  # by a flserving that did not look
+    # by a flserving that did not look
+    monkeypatch.setattr(validation, "_check_service", lambda *_: None)
     registry.publish("m", made(kind), architecture="sees")
     with pytest.raises(ModelExecutionError, match="version '1': its rows see each other"):
         load_engine(RegistrySource(registry, "m"), "1", ServingConfig(warmup_samples=0))

@@ -302,9 +302,8 @@ def test_exact_buckets_count_what_is_at_most_their_bound(seconds):
 
 def test_totals_hold_what_the_statistics_of_a_version_need():
     telemetry, before_ms = Telemetry(lambda: 100.0, largest_batch=8), int(time.time() * 1e3)
-    telemetry.success(
-        "m/1", 2, marks(90.0, 0.1, 0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
-    )  # no prediction cache
+    # no prediction cache
+    telemetry.success("m/1", 2, marks(90.0, 0.1, 0.0, 0.3, 0.4, 0.5, 0.6, 0.7))
     telemetry.success("m/2", 1, marks(95.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7))  # a miss
     telemetry.success("m/2", 1, marks(99.0, 0.1, 0.25, 0.125, 0.0, 0.0, 0.0, 0.125))  # a hit
     telemetry.failure("Overloaded", "m/2", 0.5)
@@ -370,9 +369,8 @@ def test_totals_of_processes_add_up_to_those_of_one(requests, processes):
     one, sums = alone.totals(), merged([telemetry.totals() for telemetry in several])
     for account in (*one["versions"].values(), *sums["versions"].values()):
         del account["last_inference_ms"]
-    assert (
-        one.pop("named").keys() == sums.pop("named").keys()
-    )  # there are as many as processes hold them
+    # there are as many as processes hold them
+    assert one.pop("named").keys() == sums.pop("named").keys()
     assert sums == one
 
 
@@ -437,9 +435,8 @@ def test_a_monitor_counts_each_request_once_whatever_versions_come_and_go(
     for place, version, count in steps:
         place %= processes
         name = f"m/{version}"
-        fleet.held[place] = (
-            {*sorted(fleet.held[place])[-1:], name} if count % 2 else set()
-        )  # cold: gone again
+        # cold: gone again
+        fleet.held[place] = {*sorted(fleet.held[place])[-1:], name} if count % 2 else set()
         for _ in range(count):
             fleet.members[place].success(name, 1, marks(fleet.now_s, 0.1))
         asked += count

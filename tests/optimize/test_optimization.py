@@ -125,9 +125,8 @@ def test_server_and_device_serve_them_unchanged(exported, run):
             answer = server.predict(row, version=version)
             assert (answer["predictions"], answer["model_version"]) == (wanted, version)
     parts = RegistrySource(exported, "digits").parts("3")
-    engine = InferenceEngine(
-        parts.module, parts.preprocessor
-    )  # works on a copy, with a session of its own
+    # works on a copy, with a session of its own
+    engine = InferenceEngine(parts.module, parts.preprocessor)
     assert (
         engine.predict(row)["predictions"] == wanted
         and engine.model._session is not parts.module._session

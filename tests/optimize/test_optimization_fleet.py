@@ -75,9 +75,8 @@ def test_a_device_pulls_smaller_versions_and_answers_as_the_cloud_does(tmp_path,
                 "cloud_form",
             }
             mine, theirs = edge.predict(X)["probabilities"], client.predict(X)["probabilities"]
-            if (
-                form == "exact" or kind != "prune"
-            ):  # a graph is bytes: the form int8 leaves them alone
+            # a graph is bytes: the form int8 leaves them alone
+            if form == "exact" or kind != "prune":
                 np.testing.assert_array_equal(np.float32(mine), np.float32(theirs))
             assert not agent.pull().changed
 

@@ -603,7 +603,6 @@ def test_a_version_whose_heads_are_gone_is_corrupt(registry):
     os.unlink(f"{registry.root}/models/m/1/heads.bin")
     with pytest.raises(CorruptArtifactError, match=r"m/1/heads\.bin"):
         registry.read("m", 1)
-    with pytest.raises(
-        CorruptArtifactError, match=r"m/1/heads\.bin"
-    ):  # compare reads both versions whole
+    # compare reads both versions whole
+    with pytest.raises(CorruptArtifactError, match=r"m/1/heads\.bin"):
         registry.compare("m", 1, 1)

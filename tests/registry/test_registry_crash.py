@@ -137,9 +137,8 @@ def test_a_failed_commit_leaves_no_version_and_no_gap(
             with pytest.raises(ZeroDivisionError):
                 registry_crash.publish_next(registry)
         assert registry.version_numbers("m") == [] and registry.models() == []
-        assert (
-            tmp_path / "models" / "m" / "1"
-        ).is_dir()  # in place, but without a row it does not exist
+        # in place, but without a row it does not exist
+        assert (tmp_path / "models" / "m" / "1").is_dir()
         registry_crash.publish_next(registry)
     assert registry_crash.check(tmp_path, 0) == 1
 
@@ -210,9 +209,8 @@ def test_a_snapshot_is_published_although_training_goes_on(
                 tensor.fill_(float("nan"))
             return stage(folder)
 
-        monkeypatch.setattr(
-            storage, "staging", train_meanwhile
-        )  # after the checks, before hashing and writing
+        # after the checks, before hashing and writing
+        monkeypatch.setattr(storage, "staging", train_meanwhile)
         registry.publish("m", state, architecture="mlp", parameters={"sizes": registry_crash.SIZES})
         artifact = registry.read("m", 1)
     assert all(bool(tensor.isnan().all()) for tensor in state.values())

@@ -49,9 +49,8 @@ def worker(asked, answers):
 
 
 @pytest.mark.parametrize("how", START)
-@pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)  # fork, Python 3.12
+# fork, Python 3.12
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_worker_gets_the_registry_through_a_queue_and_serves_it(registry, how):
     context = multiprocessing.get_context(how)
     asked, answers = context.Queue(), context.Queue()

@@ -16,9 +16,8 @@ from flserving.lab.queueing.simulate import simulate_batching
 from flserving.serving.batching.policy import MARGIN, BatchQueue, QueuedRequest
 
 POLICIES = ("work_conserving", "hold_until_full")
-TENTHS = st.integers(0, 30).map(
-    lambda tenths: tenths / 10
-)  # not exact in binary: sums and differences round
+# not exact in binary: sums and differences round
+TENTHS = st.integers(0, 30).map(lambda tenths: tenths / 10)
 
 
 class Server:
@@ -378,9 +377,8 @@ def run_in_virtual_time(queue, arrivals_s, service_s, workers):
         if queue:
             events_s += [queue.next_ready_s()] if idle else []
             events_s += [t for t in free_s if t > now_s]
-        now_s = min(
-            t for t in events_s if t > now_s
-        )  # an event that stands still would be a lost wake-up
+        # an event that stands still would be a lost wake-up
+        now_s = min(t for t in events_s if t > now_s)
     return [batch_of[request] for request in requests], starts_s
 
 

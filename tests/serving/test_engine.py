@@ -123,9 +123,8 @@ def test_pre_and_postprocessing_are_the_engines():
 
 def test_latency_is_measured_with_the_given_clock():
     engine = InferenceEngine(Spy(), clock=Clock())
-    assert (
-        engine.predict([1.0])["latency_ms"] == 5000.0
-    )  # start; start, preprocessed, inferred, postprocessed; end
+    # start; start, preprocessed, inferred, postprocessed; end
+    assert engine.predict([1.0])["latency_ms"] == 5000.0
 
 
 # The caller's module
@@ -341,9 +340,8 @@ def test_eight_threads_get_right_answers_from_one_engine():
 def test_a_warm_up_runs_single_rows_then_a_full_batch_and_is_not_in_the_statistics():
     engine, sizes = spied(max_batch_size=8, warmup_samples=3, clock=Clock())
     assert engine.typical_s == math.inf
-    assert (
-        engine.warmup([5.0]) == engine.typical_s == 3.0
-    )  # start to postprocessed: three looks at the clock
+    # start to postprocessed: three looks at the clock
+    assert engine.warmup([5.0]) == engine.typical_s == 3.0
     assert sizes == [1, 1, 1, 8]
     stats = engine.get_stats()
     assert (

@@ -761,9 +761,8 @@ def test_a_model_that_does_not_run_is_found_at_the_publish_and_if_it_is_there_at
     models.register("broken", input_shape=(8,), output_shape=(3,))(lambda: Broken(8, 3))
     with pytest.raises(InvalidModelError, match=r"does not answer a row of shape.*only here"):
         registry.publish("m", Broken(8, 3), architecture="broken")
-    monkeypatch.setattr(
-        validation, "_check_service", lambda *_: None
-    )  # as by a flserving that did not look
+    # as by a flserving that did not look
+    monkeypatch.setattr(validation, "_check_service", lambda *_: None)
     registry.publish("m", Broken(8, 3), architecture="broken")
     with pytest.raises(ModelExecutionError, match="model '1' failed on rows of shape"):
         load_engine(RegistrySource(registry, "m"), "1", CONFIG)

@@ -123,9 +123,8 @@ def test_holds_the_same_models_in_the_same_order_as_cachetools(max_size, max_byt
         """Put it into the oracle; False if it is too large."""
         if model.nbytes > oracle.maxsize:
             return False
-        oracle.pop(
-            key, None
-        )  # cachetools makes room beside the old value of a key; here it leaves first
+        # cachetools makes room beside the old value of a key; here it leaves first
+        oracle.pop(key, None)
         while len(oracle) >= max_size:
             oracle.popitem()
         oracle[key] = model
@@ -167,9 +166,8 @@ def test_is_never_above_budget_and_never_evicts_what_is_in_use_under_eight_threa
     disturbed, threads
 ):
     cache = Watched(max_size=4, max_bytes=100)
-    sizes = {
-        key: 5 + 7 * key for key in range(10)
-    }  # 5 ... 68 bytes: sometimes one fits, sometimes four
+    # 5 ... 68 bytes: sometimes one fits, sometimes four
+    sizes = {key: 5 + 7 * key for key in range(10)}
     barrier = threading.Barrier(8)
 
     def work(seed: int) -> int:
@@ -616,9 +614,8 @@ def test_a_model_that_found_no_room_is_freed_with_the_error(no_gc, threads):
         leader = threads.submit(refused, 0.05)
         eventually(lambda: "b" in cache._loading)
         assert refused(SOON_S) and leader.result(SOON_S) and cache.failed_loads == 1
-    eventually(
-        lambda: not loaded
-    )  # circles of references would keep it until the garbage collector
+    # circles of references would keep it until the garbage collector
+    eventually(lambda: not loaded)
 
 
 def test_evicted_engines_are_freed_and_memory_stays_flat_over_a_thousand_cycles(no_gc):

@@ -214,10 +214,8 @@ def test_a_training_publishes_the_heads_that_its_clients_keep(tmp_path, strategy
         )
         for version, result in enumerate(run.rounds, 1):
             engine = load_engine(RegistrySource(registry, "m"), str(version), ServingConfig())
-            if strategy in (
-                "fedavg",
-                "local",
-            ):  # nobody differs from the global model, or in the body as well
+            # nobody differs from the global model, or in the body as well
+            if strategy in ("fedavg", "local"):
                 assert engine.personal is None and registry.manifest("m", version).heads is None
                 continue
             for client in run.clients:

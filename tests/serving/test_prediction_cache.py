@@ -137,9 +137,8 @@ def test_concurrent_misses_of_one_key_are_computed_once():
         joined.release()
         if leads:
             for _ in range(16):
-                assert joined.acquire(
-                    timeout=SOON_S
-                )  # everybody has asked before the answer is there
+                # everybody has asked before the answer is there
+                assert joined.acquire(timeout=SOON_S)
             computed.append(Value())
             cache.finish("k", flight, computed[-1])
             return computed[-1]
@@ -264,9 +263,8 @@ def test_the_accounted_bytes_cover_the_real_ones_also_after_hits(entries, classe
             cache.begin(key)[0].lists()  # what a hit does
         del key
         gc.collect()
-        real = (
-            tracemalloc.get_traced_memory()[0] - before - 8 * entries
-        )  # without this test's list of keys
+        # without this test's list of keys
+        real = tracemalloc.get_traced_memory()[0] - before - 8 * entries
     finally:
         tracemalloc.stop()
     accounted = entries * (OVERHEAD + answer(0).nbytes)

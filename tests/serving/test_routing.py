@@ -41,9 +41,8 @@ class FakeRegistry:
             0,
         )
         self.error, self.reads, self.running = None, 0, {}
-        self.after_token = lambda: (
-            None
-        )  # what happens once, between the answer to change_token and its reader
+        # what happens once, between the answer to change_token and its reader
+        self.after_token = lambda: None
 
     def change_token(self):
         if self.error:
@@ -666,9 +665,8 @@ def test_a_registry_that_is_gone_leaves_what_was_served(server, published, quick
 
 def test_local_models_live_beside_a_registry(server, published):
     server.load_model("v1", Constant(7), output_type="regression", num_features=2)
-    published.publish(
-        "digits", constant(4), architecture="tutorial_mlp"
-    )  # a change that the next request looks at
+    # a change that the next request looks at
+    published.publish("digits", constant(4), architecture="tutorial_mlp")
     server.load_model("v2", Constant(8), output_type="regression", num_features=2)
     assert server.predict(row(0), model="local")["predictions"] == [7.0], (
         "the default moves by set_default only"
@@ -936,10 +934,8 @@ def test_a_model_whose_default_cannot_be_loaded_stays_out_of_service():
     with pytest.raises(ModelUnloadedError):
         router.require(None, "m")
     router._preload = lambda key: None
-    registry.token, registry.moved = (
-        1,
-        {"default": 2},
-    )  # what happened meanwhile is seen before it answers
+    # what happened meanwhile is seen before it answers
+    registry.token, registry.moved = 1, {"default": 2}
     router.restore("m")
     assert router.require(None, "m") == ("m", "2")
     router.close()

@@ -645,9 +645,8 @@ def test_many_threads_may_load_models_at_once(serve):
 
 def test_a_version_never_changes(serve):
     server = serve(Constant(1))
-    server.load_model(
-        "v1.0", Constant(1), output_type="regression", num_features=2
-    )  # the same again is fine
+    # the same again is fine
+    server.load_model("v1.0", Constant(1), output_type="regression", num_features=2)
     with pytest.raises(ConflictError, match=r"'v1\.0'"):
         server.load_model("v1.0", Constant(2), output_type="regression", num_features=2)
     assert server.predict(row(0))["predictions"] == [1.0]

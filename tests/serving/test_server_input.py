@@ -291,9 +291,8 @@ def test_statistics_of_a_mixed_run_add_up():
         callers.start(thread, seed, share) if seed < 1000 else callers.start(
             lambda seed=seed, share=share: asyncio.run(tasks(seed, share))
         )
-    while any(
-        thread.is_alive() for thread in callers._threads
-    ):  # a snapshot at any moment is consistent
+    # a snapshot at any moment is consistent
+    while any(thread.is_alive() for thread in callers._threads):
         running = server.get_all_stats()["server"]
         assert running["requests"] == running["succeeded"] + running["failed"]
         assert running["stages_total_ms"] == pytest.approx(running["latency_total_ms"], rel=1e-9)

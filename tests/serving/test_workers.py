@@ -29,11 +29,8 @@ from flserving.serving.config import ServingConfig
 from serving_models import PATIENCE_S, POISON, Probe, Threads, flserving_threads, wait_until
 
 pytestmark = pytest.mark.timeout(60)
-REACHES_THE_MODEL_S = (
-    0.05,
-    0.5,
-    5.0,
-)  # deadlines: on a machine that is busy elsewhere the first may pass in the queue
+# deadlines: on a machine that is busy elsewhere the first may pass in the queue
+REACHES_THE_MODEL_S = (0.05, 0.5, 5.0)
 
 
 class Lane:
@@ -707,10 +704,8 @@ def test_a_cancelled_coroutine_leaves_nothing(harness, when):
     h.assert_idle()
     assert not h.batcher._here.side.waiting
     ran = {
-        "before its turn ends": [
-            ["next"],
-            ["cancelled", "next"],
-        ],  # it may end before the coroutine hears of it
+        # it may end before the coroutine hears of it
+        "before its turn ends": [["next"], ["cancelled", "next"]],
         "in the queue": [["first", "next"]],
         "while it runs": [["cancelled", "next"]],
     }
@@ -891,9 +886,8 @@ def test_close_on_the_loop_answers_what_waits_there(harness):
 
     async def main():
         calls = [asyncio.create_task(h.arun(lane, i)) for i in range(3)]
-        asyncio.get_running_loop().call_soon(
-            h.batcher.close
-        )  # runs before the end of their turn does
+        # runs before the end of their turn does
+        asyncio.get_running_loop().call_soon(h.batcher.close)
         return await asyncio.gather(*calls)
 
     assert asyncio.run(main()) == [("lane", i) for i in range(3)]

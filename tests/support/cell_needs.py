@@ -22,9 +22,8 @@ from notebook_gates import code_cells
 class Names(NamedTuple):
     read: frozenset[str]  # before the cell binds them itself
     bound: frozenset[str]
-    changed: frozenset[
-        str
-    ]  # by assignment to a part, or by a call for its effect: server.promote(2)
+    # by assignment to a part, or by a call for its effect: server.promote(2)
+    changed: frozenset[str]
     imported: frozenset[str]
 
 

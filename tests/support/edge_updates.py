@@ -87,9 +87,8 @@ def main(root: Path, kills: int, seed: int) -> dict[str, int]:
     for _ in range(kills):
         reports, report = os.pipe()
         pid = fork(lambda report=report: update_forever(root, report))
-        for _ in range(
-            rng.choice((1, 2, 2, 3)) if known else 3
-        ):  # its registry is open, it has made an update ...
+        # its registry is open, it has made an update ...
+        for _ in range(rng.choice((1, 2, 2, 3)) if known else 3):
             started_s = time.monotonic()
             os.read(reports, 1)
             update_s = 0.8 * update_s + 0.2 * (time.monotonic() - started_s)
@@ -101,9 +100,8 @@ def main(root: Path, kills: int, seed: int) -> dict[str, int]:
         )
         os.close(reports)
         os.close(report)
-        answer, told = (
-            os.pipe()
-        )  # checked in a child too: threads must not be alive across the next fork
+        # checked in a child too: threads must not be alive across the next fork
+        answer, told = os.pipe()
         checker = fork(lambda told=told, known=known: os.write(told, b"%d" % check(root, known)))
         assert os.waitpid(checker, 0)[1] == 0, "the device did not start again as it was"
         known = int(os.read(answer, 20))

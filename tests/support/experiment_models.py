@@ -22,9 +22,8 @@ def published(root, versions=3, **options):
 def publish(registry, value, fragile=False, name="m", **options):
     state = models.build("mlp", {"sizes": [4, 2, 1]}).state_dict()
     for part, tensor in state.items():
-        tensor.fill_(
-            1e30 if fragile and part.endswith("weight") else 0.0
-        )  # finite, but not what it makes of a 1
+        # finite, but not what it makes of a 1
+        tensor.fill_(1e30 if fragile and part.endswith("weight") else 0.0)
     state["head.bias"].fill_(float(value))
     return registry.publish(
         name,

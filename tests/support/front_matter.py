@@ -18,24 +18,15 @@ import nbformat
 from nbformat import NotebookNode
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-WORDS_PER_MIN, LINES_PER_MIN, WIDGET_MIN, SOLUTION_LINE_MIN = (
-    110,
-    8,
-    5,
-    3,
-)  # how the notebooks' minutes are estimated
+# how the notebooks' minutes are estimated
+WORDS_PER_MIN, LINES_PER_MIN, WIDGET_MIN, SOLUTION_LINE_MIN = 110, 8, 5, 3
 WEEKS = 12
 
 # Which sections a workshop of two days does; of the other sections the cells are run, and nothing
 # is read.
 WORKSHOP: tuple[dict[str, tuple[int, ...]], ...] = (
-    {
-        "00": (),
-        "01": (1, 3, 5, 6),
-        "02": (1, 2, 3, 7),
-        "03": (1, 2, 5, 6),
-        "04": (1, 2, 3),
-    },  # () is all sections
+    # () is all sections
+    {"00": (), "01": (1, 3, 5, 6), "02": (1, 2, 3, 7), "03": (1, 2, 5, 6), "04": (1, 2, 3)},
     {
         "05": (1, 2, 5),
         "06": (2, 3),
@@ -268,21 +259,10 @@ def with_tables(text: str, course: Sequence[Chapter]) -> str:
 
 # The concept map
 
-INK, PAPER, EDGE, LINE = (
-    "#1b2733",
-    "#eef3f8",
-    "#44617d",
-    "#7a8793",
-)  # boxes bring their paper along: any theme
-TEXT_PX, LINE_PX, WIDTH_PX, BOX_PX, GAP_PX, DROP_PX, PAD_PX = (
-    14,
-    18,
-    880,
-    206,
-    16,
-    44,
-    6,
-)  # 14 px are 10.5 pt
+# boxes bring their paper along: any theme
+INK, PAPER, EDGE, LINE = "#1b2733", "#eef3f8", "#44617d", "#7a8793"
+# 14 px are 10.5 pt
+TEXT_PX, LINE_PX, WIDTH_PX, BOX_PX, GAP_PX, DROP_PX, PAD_PX = 14, 18, 880, 206, 16, 44, 6
 
 BOLD = ' font-weight="bold"'
 

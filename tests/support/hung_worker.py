@@ -20,9 +20,8 @@ class Hasty(processes.Supervisor):
     def _start(self, slot):
         global started
         started += 1
-        processes.START_S = (
-            5.0 if started == 3 else 60.0
-        )  # the one that starts well may take its time
+        # the one that starts well may take its time
+        processes.START_S = 5.0 if started == 3 else 60.0
         super()._start(slot)
 
     def _watch(self, signals):

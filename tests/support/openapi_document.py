@@ -131,17 +131,13 @@ class About(NamedTuple):
 
 _NONCE = {
     "nonce": {"type": "string", "pattern": "^[0-9a-f]{0,64}$"},
-    "device": {
-        "type": "string",
-        "pattern": "^[0-9a-f]{16}$",
-    },  # with what it runs now, for the picture of the fleet
+    # with what it runs now, for the picture of the fleet
+    "device": {"type": "string", "pattern": "^[0-9a-f]{16}$"},
     "version": {"type": "integer", "minimum": 0},
     "round": {"type": "integer", "minimum": 0},
     "age_s": {"type": "number", "minimum": 0},
-    "by": {
-        "type": "string",
-        "enum": ["version"],
-    },  # what was taken back is told in versions, not in rounds alone
+    # what was taken back is told in versions, not in rounds alone
+    "by": {"type": "string", "enum": ["version"]},
     "forgotten": {"type": "string", "enum": ["1"]},  # whether the client was forgotten is told too
 }
 _DELTA = {
@@ -220,9 +216,8 @@ def document() -> dict[str, Any]:
     for schema in components.values():
         for field in schema["properties"].values():
             if "default" in field and field["default"] is None:
-                del field[
-                    "default"
-                ]  # null here says that it may be left out: it is no array's or string's default
+                # null here says that it may be left out: it is no array's or string's default
+                del field["default"]
     schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:

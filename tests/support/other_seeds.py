@@ -43,9 +43,8 @@ def shift_seeds(shift: int) -> None:
 
     class SeedSequence(np.random.SeedSequence):
         def __init__(self, entropy: Any = None, **named: Any) -> None:
-            super().__init__(
-                entropy if "spawn_key" in named else shifted(entropy), **named
-            )  # a child's is shifted
+            # a child's is shifted
+            super().__init__(entropy if "spawn_key" in named else shifted(entropy), **named)
 
     class Random(random.Random):
         def __init__(self, seed: Any = None) -> None:

@@ -188,9 +188,8 @@ def every_line(root: Path, step: int) -> dict[str, int]:
             return {"lines": line, "before": visible[0], "after": visible[1]}
         known = check(folder, 0)
         visible[known] += 1
-        with Registry(
-            folder
-        ) as opened:  # the next publisher takes the next number, whatever lies there
+        # the next publisher takes the next number, whatever lies there
+        with Registry(folder) as opened:
             publish_next(opened)
         assert check(folder, 0) == known + 1
     raise AssertionError("the publish never came to an end")
@@ -219,9 +218,8 @@ def together(root: Path, workers: int, turns: int) -> dict[str, Any]:
 
     def work(worker: int) -> None:
         os.close(gate[1])
-        os.read(
-            gate[0], 1
-        )  # until the parent closes the other end: all start at once, the first opening included
+        # until the parent closes the other end: all start at once, the first opening included
+        os.read(gate[0], 1)
         mine = []
         with Registry(root) as opened:
             for turn in range(turns):
@@ -408,15 +406,11 @@ def start(mode: str, root: Path, *numbers: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] in (
-        "random",
-        "lines",
-    ):  # one publishes at a time: what is there then, the killed one left
+    # one publishes at a time: what is there then, the killed one left
+    if sys.argv[1] in ("random", "lines"):
         storage.LEFT_AFTER_S = 0.0
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        Registry(scratch) as warm,
-    ):  # forks start from a warm process
+    # forks start from a warm process
+    with tempfile.TemporaryDirectory() as scratch, Registry(scratch) as warm:
         publish_next(warm)
         warm.read("m", 1)
     print(json.dumps(MODES[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:]))))

@@ -129,9 +129,8 @@ class Wire:
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def say(self, data):
-        with contextlib.suppress(
-            BrokenPipeError, ConnectionResetError
-        ):  # closed while we spoke: the answer tells why
+        # closed while we spoke: the answer tells why
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.socket.sendall(data)
 
     def answer(self):

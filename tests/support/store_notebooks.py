@@ -31,16 +31,14 @@ def stored(notebook: NotebookNode, folder: Path) -> NotebookNode:
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
     notebook.metadata.pop("widgets", None)
-    notebook.metadata["language_info"] = {
-        "name": "python"
-    }  # not the patch version of whoever ran it last
+    # not the patch version of whoever ran it last
+    notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             for output in cell.outputs:
-                if "text/markdown" in output.get(
-                    "data", {}
-                ):  # a question, which can be read without its buttons
+                # a question, which can be read without its buttons
+                if "text/markdown" in output.get("data", {}):
                     output.data.pop(VIEW, None)
             cell.outputs = [output for output in cell.outputs if VIEW not in output.get("data", {})]
     return with_slides(notebook)
@@ -55,9 +53,8 @@ def main() -> int:
     found = 0
     for path in paths:
         began_s = time.monotonic()
-        with (
-            tempfile.TemporaryDirectory() as empty
-        ):  # as for a student: no part was kept before, and no guess made
+        # as for a student: no part was kept before, and no guess made
+        with tempfile.TemporaryDirectory() as empty:
             notebook = stored(nbformat.read(path, as_version=4), Path(empty))
         nbformat.write(notebook, path)
         wrong = problems(notebook, name=path.name, nbytes=path.stat().st_size)

@@ -83,9 +83,8 @@ class _Calls:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Any] | None = None,
     ) -> None:
-        if isinstance(url, str) and _TARGET.fullmatch(
-            url
-        ):  # as gRPC writes addresses, and Endpoint.grpc_url
+        # as gRPC writes addresses, and Endpoint.grpc_url
+        if isinstance(url, str) and _TARGET.fullmatch(url):
             url = f"grpc://{url}" if ca is None else f"grpcs://{url}"
         parts = address(url, _PORTS)
         headers = {}

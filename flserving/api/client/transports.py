@@ -39,10 +39,8 @@ MAX_ANSWER_NBYTES = 1 << 28
 """More than any answer has: whoever sends it is no server of predictions, or wants the caller's
 memory."""
 
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "INT64": np.dtype("<i8"),
-    "FP32": np.dtype("<f4"),
-}  # of every output
+# of every output
+_DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _LENGTH = "inference-header-content-length"
 _ABOUT = {  # what is asked -> the route of the server, the end of a model's route
     "metadata": ("/v2", ""),
@@ -366,9 +364,8 @@ class RestTransport:
             with contextlib.closing(response):
                 for chunk in response.iter_raw():
                     _add(body, chunk)
-                    if (
-                        time.monotonic() > until_s
-                    ):  # httpx's timeout is of each read: an answer may drip for ever
+                    # httpx's timeout is of each read: an answer may drip for ever
+                    if time.monotonic() > until_s:
                         raise _late(timeout_s)
         return _reply(response, bytes(body))
 
@@ -419,9 +416,8 @@ def _grpc_refusal(where: str, error: Any, timeout_s: float) -> Refused:
     headers = {name: value for name, value in trailing if isinstance(value, str)}
     if code == "DEADLINE_EXCEEDED" and REASON not in headers:
         return _late(timeout_s)
-    if (
-        code == "CANCELLED"
-    ):  # by a server that stops, in the moment in which the call came: it was not let in
+    # by a server that stops, in the moment in which the call came: it was not let in
+    if code == "CANCELLED":
         code = "UNAVAILABLE"
     text = error.details() or code
     too_large = "message larger than max" in text  # gRPC's own words

@@ -93,9 +93,8 @@ class Parser(argparse.ArgumentParser):
                 setattr(found, dest, getattr(found, dest) or value)
             if getattr(found, dest) is value:  # else the command line has gone before it
                 used[dest] = name
-        if rest and hasattr(
-            found, "words"
-        ):  # of a command that hands its words on: another program knows these
+        # of a command that hands its words on: another program knows these
+        if rest and hasattr(found, "words"):
             found.words = args
             rest = []
         found.environment = getattr(found, "environment", {}) | used

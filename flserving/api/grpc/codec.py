@@ -57,10 +57,8 @@ _SHORT = 64 << 10  # bytes that hold too few fields to take long
 _FIELD_COST = 64  # what a field takes to read, and to be counted here, in numbers
 # number of a field -> what is in it: fields, or how many numbers a byte may hold (1 and a half for
 # what is text)
-_CONTENTS_COSTS = {
-    6: 1 / 4,
-    7: 1 / 8,
-}  # fp32_contents and fp64_contents have the size of their numbers
+# fp32_contents and fp64_contents have the size of their numbers
+_CONTENTS_COSTS = {6: 1 / 4, 7: 1 / 8}
 # the id; the inputs and their contents; raw_input_contents, which are not looked at
 _INFER_COSTS: dict[int, Any] = {3: 0.05, 5: {5: _CONTENTS_COSTS}, 7: 0.0}
 
@@ -247,8 +245,13 @@ def requested(request: Any) -> list[str] | None:
     return names or None
 
 
-def response(model: str, version: str, request_id: str, outputs: Mapping[str, NDArray[Any]],
-             values: Mapping[str, bool | int | str]) -> bytes:  # fmt: skip
+def response(
+    model: str,
+    version: str,
+    request_id: str,
+    outputs: Mapping[str, NDArray[Any]],
+    values: Mapping[str, bool | int | str],
+) -> bytes:
     """A ModelInferResponse, the numbers in raw_output_contents: the only place where every client
     looks for them."""
     answer = InferResponse(id=request_id) if request_id else InferResponse()

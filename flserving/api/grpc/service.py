@@ -39,9 +39,8 @@ _LOG = logging.getLogger(__name__)
 _LONGEST_DETAIL = 600  # characters of up to 12 bytes on the wire: clients refuse 8 KiB of trailers
 _LONGEST_WAIT_S = 3600.0  # a deadline beyond the longest timeout is none
 MOST_WATCHERS = 64  # they need no credential
-MOST_STRANGERS = (
-    4  # calls without a credential whose message is still to come: each may hold a message's size
-)
+# calls without a credential whose message is still to come: each may hold a message's size
+MOST_STRANGERS = 4
 _POLL_S = 0.1
 
 _HealthRequest = codec.message("grpc.health.v1.HealthCheckRequest")
@@ -127,9 +126,8 @@ class Service:
                     reply = await _answered(context, call)
                     exchange.status = "OK"
                 except BaseException:
-                    exchange.status = getattr(
-                        context.code(), "name", "CANCELLED"
-                    )  # 0 where nothing has set one
+                    # 0 where nothing has set one
+                    exchange.status = getattr(context.code(), "name", "CANCELLED")
                     raise
             return reply
 
@@ -220,10 +218,8 @@ class Service:
         kind, reply = _kinds(method)
 
         async def call(context: Any) -> bytes:
-            if method in (
-                "ServerLive",
-                "ServerReady",
-            ):  # nobody has to wait for a message that is always empty
+            # nobody has to wait for a message that is always empty
+            if method in ("ServerLive", "ServerReady"):
                 return codec.encode(reply, answer(None, None))
             who = None if role is None else self._check(context, role)
             request = codec.decode(kind, await self._message(context, known=role is not None))
@@ -290,9 +286,8 @@ class Service:
         clients watch again by themselves.
         """
         try:
-            service = codec.decode(
-                _HealthRequest, await self._message(context, known=False)
-            ).service
+            message = await self._message(context, known=False)
+            service = codec.decode(_HealthRequest, message).service
             if self._watchers >= MOST_WATCHERS:
                 raise OverloadedError(
                     f"{MOST_WATCHERS} callers watch already: ask Check now and then instead"
@@ -371,9 +366,8 @@ def _within(remaining_s: float | None, said: dict[str, Any]) -> dict[str, Any]:
         )
     left_us = math.ceil(remaining_s * 1e6)
     timeout_us = said.get("timeout", 0)
-    if type(timeout_us) is int and (
-        timeout_us == 0 or timeout_us > left_us
-    ):  # others are refused where they are read
+    # others are refused where they are read
+    if type(timeout_us) is int and (timeout_us == 0 or timeout_us > left_us):
         said["timeout"] = left_us
     return said
 

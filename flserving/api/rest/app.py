@@ -326,9 +326,8 @@ class RestApp:
         return {"counted": True}
 
     async def _metrics(self, request: Request) -> Any:
-        from flserving.monitoring.prometheus import (
-            exposition,
-        )  # prometheus-client is loaded when somebody asks
+        # prometheus-client is loaded when somebody asks
+        from flserving.monitoring.prometheus import exposition
 
         accept = request.headers.get("accept", "")
         content, media_type = await asyncio.to_thread(

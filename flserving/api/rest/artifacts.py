@@ -45,9 +45,8 @@ from flserving.serving.loader import RegistrySource
 from flserving.serving.server import ModelServer
 
 _CHUNK = 1 << 18  # bytes
-_DELTAS_NBYTES = (
-    1 << 30
-)  # that are kept; each is made once, for all devices that have the same version
+# that are kept; each is made once, for all devices that have the same version
+_DELTAS_NBYTES = 1 << 30
 _PLACES = 1  # deltas that are made at a time for one client: a device asks for one
 _SHARED_PLACES = 8  # for a credential without a client, which a fleet may share
 _RETRY_S = 60.0  # after which deltas are tried again where none could be kept
@@ -76,9 +75,8 @@ class Artifacts:
         self._encoding = asyncio.Lock()
         self._making: dict[_Delta, asyncio.Task[bytes | None]] = {}
         self._places: Counter[Hashable] = Counter()
-        self._retry_s: dict[
-            str, float
-        ] = {}  # when deltas may be made again for a folder that keeps none
+        # when deltas may be made again for a folder that keeps none
+        self._retry_s: dict[str, float] = {}
         # What is asked of an old version may need a long read: heads of the released one do not
         # wait for that.
         self._released_heads = _Stores(most=2)
@@ -109,9 +107,8 @@ class Artifacts:
             raise NotFoundError(
                 f"the cloud cannot keep a delta to version {wanted.version}: download the weights"
             )
-        return Response(
-            content, media_type="application/octet-stream"
-        )  # nothing else brings this form
+        # nothing else brings this form
+        return Response(content, media_type="application/octet-stream")
 
     async def head(self, request: Request) -> Response:
         client = request.state.who.client
@@ -215,9 +212,8 @@ class Artifacts:
 
         self._places[caller] += 1
         making = self._making[wanted] = asyncio.create_task(make())
-        making.add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )  # also where all callers left
+        # also where all callers left
+        making.add_done_callback(lambda task: task.cancelled() or task.exception())
         return making
 
     def _made(self, wanted: "_Delta") -> bytes | None:
@@ -319,9 +315,8 @@ def _keep_delta(delta: _Delta, content: bytes) -> None:
     folder.mkdir(exist_ok=True)
     fresh = folder / f".{secrets.token_hex(8)}"
     try:
-        write_file(
-            str(fresh), content
-        )  # on the disk first: after a power cut nobody would make it again
+        # on the disk first: after a power cut nobody would make it again
+        write_file(str(fresh), content)
         fresh.replace(folder / delta.name)
     finally:
         with contextlib.suppress(OSError):

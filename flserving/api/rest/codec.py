@@ -22,8 +22,20 @@ from flserving.api.dataplane import Arrays
 from flserving.errors import InvalidInputError, NotSupportedError, TooLargeError
 
 T = TypeVar("T")
-_LETTERS = {"BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "INT8": "b", "INT16": "h",
-            "INT32": "i", "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d"}  # fmt: skip
+_LETTERS = {
+    "BOOL": "?",
+    "UINT8": "B",
+    "UINT16": "H",
+    "UINT32": "I",
+    "UINT64": "Q",
+    "INT8": "b",
+    "INT16": "h",
+    "INT32": "i",
+    "INT64": "q",
+    "FP16": "e",
+    "FP32": "f",
+    "FP64": "d",
+}
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(f"<{letter}") for name, letter in _LETTERS.items()
 }
@@ -34,9 +46,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_TENSORS = 16
 _MOST_DIMS = 8
 _MOST_PARAMETERS = 64
-_SHORT = (
-    16 << 10
-)  # bytes of JSON that hold too few lists to wake the garbage collector often, or to take long
+# bytes of JSON that hold too few lists to wake the garbage collector often, or to take long
+_SHORT = 16 << 10
 MOST_NUMBERS = 1 << 19
 """Numbers in a body that are read while everybody else waits: 25 to 50 ns each. 8,192 rows of 64
 features."""
@@ -55,9 +66,8 @@ class InputTensor(msgspec.Struct, frozen=True):
 
     name: _Name
     shape: _Shape
-    datatype: Annotated[
-        str, Meta(extra_json_schema={"enum": [*DTYPES, "BF16"]})
-    ]  # refused in words where it is none
+    # refused in words where it is none
+    datatype: Annotated[str, Meta(extra_json_schema={"enum": [*DTYPES, "BF16"]})]
     data: Annotated[Any, Meta(extra_json_schema={"type": "array", "items": {}})] = None
     parameters: _Parameters | None = None
 
@@ -194,9 +204,8 @@ def write_infer(
     if request.id is not None:
         message["id"] = request.id
     message["outputs"] = tensors
-    text = orjson.dumps(
-        message, option=orjson.OPT_SERIALIZE_NUMPY
-    )  # float32 as its shortest decimal form
+    # float32 as its shortest decimal form
+    text = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
     return (b"".join((text, *blobs)), len(text)) if blobs else (text, None)
 
 
@@ -218,9 +227,8 @@ def read_json(text: bytes | memoryview, kind: type[T], most_numbers: int = MOST_
     try:
         return msgspec.convert(orjson.loads(text), kind)
     except orjson.JSONDecodeError as error:
-        raise InvalidInputError(
-            f"the body is not JSON: {error}"
-        ) from None  # its frames hold the text
+        # its frames hold the text
+        raise InvalidInputError(f"the body is not JSON: {error}") from None
     except msgspec.ValidationError as error:
         raise InvalidInputError(f"the body is not a {kind.__name__}: {error}") from None
     finally:

@@ -33,18 +33,14 @@ from flserving.api.sockets import readable, refuse
 
 GONE = "the client is gone"
 """With what a request's task is cancelled when its connection is lost."""
-HALF_CLOSED_S = (
-    0.5  # how long to answer a client that has shut its side down: most of those have gone
-)
+# how long to answer a client that has shut its side down: most of those have gone
+HALF_CLOSED_S = 0.5
 _MOST_HEADER_BYTES = 64 << 10
 _MOST_CHUNKS = 1 << 16
 _MOST_JOINED = 64 << 10  # bytes of an answer that is one write
 _MOST_PIPELINED = 128
-_REASONS = {
-    400: "InvalidInput",
-    408: "DeadlineExceeded",
-    501: "NotSupported",
-}  # others are too large
+# others are too large
+_REASONS = {400: "InvalidInput", 408: "DeadlineExceeded", 501: "NotSupported"}
 _LONG_HEAD = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
 
 
@@ -126,16 +122,13 @@ class Http1(HttpToolsProtocol):
     sweeping: ClassVar[asyncio.TimerHandle | None] = None
 
     _task: asyncio.Task[None] | None = None
-    _running: RequestResponseCycle | None = (
-        None  # what ``_task`` answers; ``cycle`` is the newest, which may wait
-    )
-    _ended = (
-        False  # nothing more is read: what has come whole is answered, then the connection closes
-    )
+    # what ``_task`` answers; ``cycle`` is the newest, which may wait
+    _running: RequestResponseCycle | None = None
+    # nothing more is read: what has come whole is answered, then the connection closes
+    _ended = False
     _waits_since_s: float | None = None  # for the rest of a request
-    _stalled_since_s: float | None = (
-        None  # nobody takes the answer, or what is left of it when we close
-    )
+    # nobody takes the answer, or what is left of it when we close
+    _stalled_since_s: float | None = None
     _head_bytes = _chunks = 0
     _in_head = True
     _problem: tuple[int, str] | None = None
@@ -292,9 +285,8 @@ class Http1(HttpToolsProtocol):
             self.pipeline.popleft()  # the newest, which will never be whole
         earlier = self.pipeline[0][0] if self.pipeline else self._running
         if earlier is not None and self._answering and not earlier.more_body:
-            earlier.keep_alive = (
-                False  # those before are still to be answered: that is the last one then
-            )
+            # those before are still to be answered: that is the last one then
+            earlier.keep_alive = False
             self.flow.pause_reading()
             return
         if self._in_head or not self.cycle.response_complete:  # else in a body that nobody wanted
@@ -446,9 +438,8 @@ class RestServer:
                 await asyncio.sleep(self.POLL_S)
                 continue
             self._admit(connection)
-            with contextlib.suppress(
-                OSError
-            ):  # a crowd comes in at once, not one a pass of the loop
+            # a crowd comes in at once, not one a pass of the loop
+            with contextlib.suppress(OSError):
                 for _ in range(self.SURPLUS):
                     self._admit(self._listener.accept()[0])
 

@@ -58,9 +58,8 @@ class Guard:
         self._names = {*_LOOPBACK, options.host.lower()}
         self._listed = {host.lower() for host in options.hosts}
         self._origins = origins
-        self._known: set[tuple[bytes, Any]] = (
-            set()
-        )  # Host headers that passed, by the address that they reached
+        # Host headers that passed, by the address that they reached
+        self._known: set[tuple[bytes, Any]] = set()
 
     def headers(self, scope: Scope) -> Headers:
         """The headers by name, once the Host is one of ours.
@@ -85,9 +84,8 @@ class Guard:
         server = tuple(scope.get("server") or ("", None))
         if (host, server) not in self._known:
             self._check_host(host, server)
-            if (
-                len(self._known) >= _MOST_KNOWN
-            ):  # spellings of allowed names: few, but a client's choice
+            # spellings of allowed names: few, but a client's choice
+            if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known.add((host, server))
         return headers

@@ -97,9 +97,8 @@ def elsewhere(function: Callable[[], _Result]) -> _Result:
             errors.append(error)
         ended.set()
 
-    ended = (
-        threading.Event()
-    )  # join, when it is interrupted, takes a thread that runs for one that has ended
+    # join, when it is interrupted, takes a thread that runs for one that has ended
+    ended = threading.Event()
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:

@@ -10,9 +10,8 @@ from flserving.lab.checks import limits
 from flserving.lab.workbook.answers import record, recorded
 from flserving.lab.workbook.sentences import STUB, students_lines, wrapped
 
-_failed_tries: Counter[tuple[str, str]] = (
-    Counter()
-)  # (exercise, part) -> how often it was the first to fail
+# (exercise, part) -> how often it was the first to fail
+_failed_tries: Counter[tuple[str, str]] = Counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +66,8 @@ def judge(exercise: str, solution: Any, *parts: Part) -> None:
     with limits.few_lines():
         for part in parts:
             if any(isinstance(error.__cause__, limits.TooLongError) for error in failures.values()):
-                failures[part.name] = AssertionError(
-                    f"{part.name}: not judged"
-                )  # it would hang here, too
+                # it would hang here, too
+                failures[part.name] = AssertionError(f"{part.name}: not judged")
             elif failure := _failure(exercise, part, solution):
                 failures[part.name] = failure
     before = recorded("checks").get(exercise, {})

@@ -134,9 +134,8 @@ ATTACKS = (
     Attack("all labels flipped, 1 of 10", 0.1, poison=flipped),
     Attack("7 called 1, 3 of 10", 0.3, poison=swapped),
     Attack("backdoor, 1 of 10", 0.1, poison=backdoored),
-    Attack(
-        "backdoor x6, 1 of 10", 0.1, stretched(6), backdoored
-    ),  # as loud as the limit of the norm allows
+    # as loud as the limit of the norm allows
+    Attack("backdoor x6, 1 of 10", 0.1, stretched(6), backdoored),
     Attack("backdoor x10, 1 of 10", 0.1, stretched(10), backdoored),
     Attack("silence, 8 of 10", 0.8, lambda update, before: None),
 )

@@ -35,12 +35,8 @@ TABLE = Path(__file__).with_suffix(".csv")
 ALPHAS = (0.1, 0.3, 1, 3, 100)
 CLIENTS = (5, 20, 5)  # low, high, step, as a slider takes it
 SAMPLES = (20, 80, 20)  # of a client on average, both splits together
-START = {
-    "alpha": 0.3,
-    "clients": 10,
-    "samples": 40,
-    "private": False,
-}  # where the sliders stand first
+# where the sliders stand first
+START = {"alpha": 0.3, "clients": 10, "samples": 40, "private": False}
 SETTING = ["alpha", "clients", "samples", "private"]
 GLOBAL = "shared model"
 METHODS = {
@@ -95,9 +91,8 @@ def measure(
             name: training.train(name, rounds=rounds, clients=parts, seed=seed, progress=False)
             for name in METHODS
         }
-        shared = global_accuracy(
-            runs["fedavg_ft"]
-        )  # fine-tuning leaves the global model alone: it is FedAvg's
+        # fine-tuning leaves the global model alone: it is FedAvg's
+        shared = global_accuracy(runs["fedavg_ft"])
         rows = {GLOBAL: _row(shared, shared)}
         for name, run in runs.items():
             rows[METHODS[name]] = _row(own_accuracy(run), shared)

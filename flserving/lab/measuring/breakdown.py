@@ -58,9 +58,8 @@ PARTS: dict[str, tuple[str, ...]] = {
 class Stamp(nn.Module):
     """A layer that changes nothing and notes when a batch came through (the last 1,000 times)."""
 
-    seen: ClassVar[deque[float]] = deque(
-        maxlen=1000
-    )  # of the class: a server works on a copy of the module
+    # of the class: a server works on a copy of the module
+    seen: ClassVar[deque[float]] = deque(maxlen=1000)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         self.seen.append(time.perf_counter())
@@ -168,9 +167,8 @@ class Stopwatch:
 
         for rows, version in payloads:
             for way in ways:
-                self.ask(
-                    way, rows, version
-                )  # not counted: the first one makes connections and buffers
+                # not counted: the first one makes connections and buffers
+                self.ask(way, rows, version)
         kinds = [(way, rows, version) for rows, version in payloads for way in ways]
         numbers = np.repeat(np.arange(len(kinds)), repeats)
         lines = []

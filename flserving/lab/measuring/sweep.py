@@ -82,9 +82,8 @@ def compiled_engine(engine: InferenceEngine) -> InferenceEngine:
         )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", r".*torch\.jit\.script", DeprecationWarning
-            )  # torch's own, at import
+            # torch's own, at import
+            warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)
             module: Any = torch.compile(engine.model, dynamic=True)
             made = InferenceEngine(
                 module,

@@ -97,9 +97,8 @@ class Link:
             per_rtt = SEGMENT_NBYTES * math.sqrt(1.5 / loss)
             self._mathis_rate = per_rtt / self.mean_rtt_s
 
-        spread = 2 * math.erf(
-            self._sigma / math.sqrt(8)
-        )  # E|RTT - mean| of the lognormal, in means
+        # E|RTT - mean| of the lognormal, in means
+        spread = 2 * math.erf(self._sigma / math.sqrt(8))
         deviation_s = spread * self.mean_rtt_s
         self.rto_s = max(_MIN_RTO_S, self.mean_rtt_s + 4 * deviation_s)
         doubled_s = self.rto_s * 2.0 ** np.arange(63)

@@ -58,9 +58,8 @@ class _Renderer(IPythonRenderer):
     def inline_math(self, body: str) -> str:
         return formula(body)
 
-    def block_html(
-        self, html: str
-    ) -> str:  # nbconvert's own would close at once what a later block ends: <details>
+    # nbconvert's own would close at once what a later block ends: <details>
+    def block_html(self, html: str) -> str:
         return html
 
 

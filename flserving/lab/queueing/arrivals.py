@@ -71,13 +71,11 @@ class Bursty:
     def gaps_s(self, rng: np.random.Generator) -> Iterator[float]:
         rates = (self.quiet_per_s, self.burst_per_s)
         switch_per_s = (1 / self.quiet_s, 1 / self.burst_s)
-        state = int(
-            rng.random() < self.burst_s / (self.quiet_s + self.burst_s)
-        )  # start in the steady state
+        # start in the steady state
+        state = int(rng.random() < self.burst_s / (self.quiet_s + self.burst_s))
         gap = 0.0
-        while (
-            True
-        ):  # both clocks are memoryless: draw the next event of either kind, then which kind it was
+        # both clocks are memoryless: draw the next event of either kind, then which kind it was
+        while True:
             total_per_s = rates[state] + switch_per_s[state]
             gap += rng.exponential(1 / total_per_s)
             if rng.random() * total_per_s < rates[state]:

@@ -205,9 +205,10 @@ def simulate_storm(
         for call, at_s in enumerate(call_s.tolist()):
             client = call % clients
             calls.append(
-                _ClientCall(retries[client], at_s) if policy is None
+                _ClientCall(retries[client], at_s)
+                if policy is None
                 else _PolicyCall(policy, deadline_s, budgets[client], at_s, seed=call)
-            )  # fmt: skip
+            )
             later(calls[call].begin(), "try", call)
         answered = np.zeros(len(call_s), np.bool_)
         try_s = list[float]()

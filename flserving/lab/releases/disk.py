@@ -84,9 +84,8 @@ class FragileDisk:
 
     def __init__(self, files: Mapping[str, bytes] | None = None, cut_at: int | None = None) -> None:
         self._files = {name: _File(data) for name, data in (files or {}).items()}
-        self._names_since = [
-            dict(self._files)
-        ]  # the names that the disk has, then those after each change
+        # the names that the disk has, then those after each change
+        self._names_since = [dict(self._files)]
         self._cut_at = cut_at
         self.done: list[str] = []
 

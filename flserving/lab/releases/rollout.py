@@ -88,8 +88,14 @@ def _shortened(value: Any, most: int) -> Any:
     return value
 
 
-def keep_asking(server: ModelServer, row: Features, moves: Sequence[Callable[[], object]], *, every_s: float = 0.1,
-                pause_s: float = 0.0005) -> tuple[list[Answered], list[float]]:  # fmt: skip
+def keep_asking(
+    server: ModelServer,
+    row: Features,
+    moves: Sequence[Callable[[], object]],
+    *,
+    every_s: float = 0.1,
+    pause_s: float = 0.0005,
+) -> tuple[list[Answered], list[float]]:
     """Send one row again and again from a thread of its own while ``moves`` happen, at least
     ``every_s`` apart.
 

@@ -123,9 +123,8 @@ class Users:
         answer = self.server.predict(self.x[i : i + 1], model=self.model, client=name)
         right = int(answer["predictions"][0]) == int(self.y[i])
         if "receipt" in answer:
-            with contextlib.suppress(
-                ConflictError
-            ):  # the experiment ended between answer and feedback
+            # the experiment ended between answer and feedback
+            with contextlib.suppress(ConflictError):
                 self.server.experiments.feedback(self.model, answer["receipt"], float(right), name)
         return name, answer.get("arm"), int(answer["model_version"]), right
 

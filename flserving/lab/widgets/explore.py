@@ -212,9 +212,8 @@ def _widget(name: str, control: Control, start: Any, look: dict[str, Any]) -> wi
             f"control {name} is {control!r}: use (low, high, step), a list of choices, or True/False"
         )
     whole = all(isinstance(part, Integral) for part in control)
-    low, high, step = (
-        int(part) if whole else float(part) for part in control
-    )  # numpy's numbers, too
+    # numpy's numbers, too
+    low, high, step = (int(part) if whole else float(part) for part in control)
     if low >= high or not 0 < step <= high - low:
         raise ConfigError(
             f"control {name} is {control!r}: it needs low < high and 0 < step <= high - low"

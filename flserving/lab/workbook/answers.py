@@ -25,9 +25,8 @@ from flserving.errors import ConfigError
 from flserving.lab.style import is_static
 
 FOLDER = Path("my_stack")  # beside the notebook: a kernel runs in its folder
-QUIZZES = (
-    Path(__file__).parents[1] / "quizzes"
-)  # files apart: an answer must not stand in the cell that asks
+# files apart: an answer must not stand in the cell that asks
+QUIZZES = Path(__file__).parents[1] / "quizzes"
 _memory: dict[str, dict[str, Any]] = {}  # where nothing is written
 _told_unwritable = False
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from IPython import get_ipython
 
-STUB = (
-    "replace this line with your code"  # how the line ends that stands where a solution will stand
-)
+# how the line ends that stands where a solution will stand
+STUB = "replace this line with your code"
 _CHECK = re.compile(r"^\s*check_\w+\(", re.MULTILINE)
 
 

@@ -133,9 +133,8 @@ def _store(path: Path, text: str) -> bool:
     versions = path.parent / "versions"
     versions.mkdir(parents=True, exist_ok=True)
     content = text.encode()
-    before = (
-        path.read_bytes() if path.exists() else None
-    )  # bytes: an editor may have saved it in another encoding
+    # bytes: an editor may have saved it in another encoding
+    before = path.read_bytes() if path.exists() else None
     if before == content:
         return False
     for one in (before, content):

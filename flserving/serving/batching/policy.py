@@ -231,9 +231,8 @@ class BatchQueue(Generic[E]):
         size = min(self._engine_rows[engine], self.max_batch_size)
         while True:
             batch, hopeless, rows, seen = self._chosen(line, size, now_s)
-            if (
-                2 * rows > size or size == 1 or len(batch) + len(hopeless) == seen
-            ):  # nobody was passed over
+            # nobody was passed over
+            if 2 * rows > size or size == 1 or len(batch) + len(hopeless) == seen:
                 break
             size //= 2
         for request in batch:
@@ -305,9 +304,8 @@ class BatchQueue(Generic[E]):
         work_s = 0.0
         for engine, rows in self._engine_rows.items():
             if engine == request.engine:
-                rows = (
-                    rows // self.max_batch_size * self.max_batch_size
-                )  # the rest is in its own batch
+                # the rest is in its own batch
+                rows = rows // self.max_batch_size * self.max_batch_size
             if rows:
                 work_s += self.usual_s(engine, rows, now_s)
         known = self._clients.get(request.client)

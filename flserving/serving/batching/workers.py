@@ -355,9 +355,8 @@ class Batcher:
                         return
             self._settle_late(expired)
             if batch:
-                with contextlib.suppress(
-                    BaseException
-                ):  # its callers know; a thread that ends here would be missed
+                # its callers know; a thread that ends here would be missed
+                with contextlib.suppress(BaseException):
                     self._execute(batch, slot)
 
     def _execute(self, batch: list[Queued], slot: Run) -> None:
@@ -430,9 +429,8 @@ class Batcher:
             # instead
             middle = len(batch) // 2
             for half in (batch[:middle], batch[middle:]):
-                now_s = (
-                    self._clock()
-                )  # failing took time: who is late or gone by now does not reach the model again
+                # failing took time: who is late or gone by now does not reach the model again
+                now_s = self._clock()
                 self._settle_late([request for request in half if request.deadline_s <= now_s])
                 rest = [
                     request
@@ -485,9 +483,8 @@ class Batcher:
                 self._call_worker()
         until_s = time.monotonic() + drain_s
         joined = {threading.current_thread()}
-        while (
-            threads := self._threads - joined
-        ):  # while it drains, a caller who gives its slot back may start one
+        # while it drains, a caller who gives its slot back may start one
+        while threads := self._threads - joined:
             for thread in threads:
                 thread.join(max(0.0, until_s - time.monotonic()))
             joined |= threads

@@ -143,9 +143,8 @@ def _latencies(open_loop: Generator, server: _Server, plan_s: Sequence[float]) -
             f"open_loop(ask, plan_s, clock) raised {type(error).__name__}: {error}"
         ) from error
     finally:
-        if (
-            not server.loop.is_running()
-        ):  # else its thread was left behind, in a call that nothing interrupts
+        # else its thread was left behind, in a call that nothing interrupts
+        if not server.loop.is_running():
             server.loop.close()
     assert got is not None, "open_loop returned None: return the latencies in ms, a list"
     numbers = cast("list[float]", list(got))

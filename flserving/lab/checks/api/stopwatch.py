@@ -153,8 +153,15 @@ class _Connection:
 
 def _run(timed_call: Callable[..., Any], connection: _Connection) -> dict[str, Any]:
     path, body, headers = _CALL
-    got = ask("timed_call(connection, path, body, headers, clock)", timed_call, connection, path, body, headers,
-              connection.clock)  # fmt: skip
+    got = ask(
+        "timed_call(connection, path, body, headers, clock)",
+        timed_call,
+        connection,
+        path,
+        body,
+        headers,
+        connection.clock,
+    )
     assert isinstance(got, tuple) and len(got) == 2, (
         f"timed_call returned {got!r}: return two things, answer and ms"
     )

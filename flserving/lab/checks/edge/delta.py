@@ -16,11 +16,8 @@ from flserving.lab.checks.parts import Part, judge
 State = dict[str, Tensor]
 Encode = Callable[[State, State], bytes]
 Decode = Callable[[bytes, State], tuple[State, Mapping[str, float]]]
-_SHAPES = {
-    "head.weight": (3, 5),
-    "body.0.bias": (5,),
-    "body.0.weight": (5, 4),
-}  # as in a file: in no order
+# as in a file: in no order
+_SHAPES = {"head.weight": (3, 5), "body.0.bias": (5,), "body.0.weight": (5, 4)}
 _SCALE_NBYTES = 4
 
 

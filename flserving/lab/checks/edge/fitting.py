@@ -83,8 +83,16 @@ def _samples(rows: int = _ROWS) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fitted(fit_head: Fit, *, rows: int = _ROWS, pull: float = 0.0, steps: int = _STEPS) -> Tensor:
     features, labels, shared = _samples(rows)
-    got = ask(f"fit_head(..., pull={pull}, rate={_RATE}, steps={steps})", fit_head, features, labels, shared, pull,
-              _RATE, steps)  # fmt: skip
+    got = ask(
+        f"fit_head(..., pull={pull}, rate={_RATE}, steps={steps})",
+        fit_head,
+        features,
+        labels,
+        shared,
+        pull,
+        _RATE,
+        steps,
+    )
     assert isinstance(got, Tensor), (
         f"fit_head returned {type(got).__name__}: return the head, a tensor"
     )

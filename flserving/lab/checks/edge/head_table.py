@@ -99,8 +99,9 @@ def _expect(table: Any, why: str, *rows: tuple[str, str, str]) -> None:
     assert isinstance(heads, Tensor) and heads.shape[1:] == (3, 2), (
         "weights() must stack the heads to one tensor, [K, D + 1, C]"
     )
-    assert isinstance(words, list) and len(words) == len(rows), f"find({clients}) returned the words {words!r}: give "\
-        "a list with one for each row"  # fmt: skip
+    assert isinstance(words, list) and len(words) == len(rows), (
+        f"find({clients}) returned the words {words!r}: give a list with one for each row"
+    )
     for (client, wanted, right), slot, word in zip(rows, slots.tolist(), words, strict=True):
         assert 0 <= slot < len(heads), (
             f"{client} got slot {slot}, and weights() has {len(heads)} heads: {why}"

@@ -180,9 +180,8 @@ def _counts_work(batched_heads: Batched) -> None:
 
 def _work(batched_heads: Batched, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
     """Lines of Python that were run, calls of torch, numbers in the largest new tensor."""
-    ask(
-        f"batched_heads with {len(batch[0])} rows", batched_heads, *batch
-    )  # what happens only once has happened
+    # what happens only once has happened
+    ask(f"batched_heads with {len(batch[0])} rows", batched_heads, *batch)
     with _Calls() as calls:
         batched_heads(*batch)
     steps, kept, collects = 0, sys.gettrace(), gc.isenabled()
@@ -287,9 +286,8 @@ def _choices(choose_heads: Choose) -> dict[str, str]:
     """What was chosen for each client."""
     right = _clients()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", RuntimeWarning
-        )  # the mean of no samples is NaN, and no larger than another
+        # the mean of no samples is NaN, and no larger than another
+        warnings.simplefilter("ignore", RuntimeWarning)
         got = ask("choose_heads", choose_heads, right)
     assert isinstance(got, dict), (
         f"choose_heads returned {got!r}: return a dict client -> 'own' or 'shared'"

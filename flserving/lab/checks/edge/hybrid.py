@@ -51,8 +51,15 @@ class _World:
         self.known[row] = answer
 
     def run(self, hybrid: Hybrid, row: object = ROW, **limits: Any) -> dict[str, Any]:
-        got = ask("hybrid(row, device, cache, cloud, ...)", hybrid, row, self.device, self, self.cloud,
-                  *(LIMITS | limits).values())  # fmt: skip
+        got = ask(
+            "hybrid(row, device, cache, cloud, ...)",
+            hybrid,
+            row,
+            self.device,
+            self,
+            self.cloud,
+            *(LIMITS | limits).values(),
+        )
         assert isinstance(got, dict), (
             f"hybrid returned {got!r}: return the answer, a dict with the key path"
         )

@@ -169,14 +169,20 @@ def _by_client(test_class: Callable[..., Any]) -> None:
     )
     plain = ((sums - mean * counts) ** 2).sum() / n**2
     for wrong, why in (
-        (mean * (1 - mean) / n, "that counts requests: 100 answers to 4 clients are not 100 independent trials, and "
-         "every second test of equals would find a winner"),
+        (
+            mean * (1 - mean) / n,
+            "that counts requests: 100 answers to 4 clients are not 100 independent trials, and "
+            "every second test of equals would find a winner",
+        ),
         (plain, "the factor k / (k - 1) is missing: with few clients the interval is too narrow"),
         (math.sqrt(variance), "that is the deviation, its square is the variance"),
         (variance * n, "divide by the square of the number of rewards"),
-        (((sums - sums.mean()) ** 2).sum() / n**2 * k / (k - 1), "compare a client's sum with mean * its count, not "
-         "with the mean sum: a client that asks more has more right answers"),
-    ):  # fmt: skip
+        (
+            ((sums - sums.mean()) ** 2).sum() / n**2 * k / (k - 1),
+            "compare a client's sum with mean * its count, not "
+            "with the mean sum: a client that asks more has more right answers",
+        ),
+    ):
         assert abs(got[1] - wrong) > 1e-9, (
             f"the variance of the mean is {got[1]:.3g}, not {variance:.3g}: {why}"
         )
@@ -209,12 +215,21 @@ def _interval(test_class: Callable[..., Any]) -> None:
     )
     assert abs(middle - (new - old)) < 1e-6, f"{told}: it must be {new - old:+.3f}, new minus old"
     for wrong, why in (
-        (test.half_width(abs(old_variance - new_variance)), "the variances are subtracted, they add"),
-        (test.half_width(old_variance) + test.half_width(new_variance), "that adds two half widths"),
-        (test.half_width(new_variance), "only the new version's variance is in it; the old mean is estimated, too"),
+        (
+            test.half_width(abs(old_variance - new_variance)),
+            "the variances are subtracted, they add",
+        ),
+        (
+            test.half_width(old_variance) + test.half_width(new_variance),
+            "that adds two half widths",
+        ),
+        (
+            test.half_width(new_variance),
+            "only the new version's variance is in it; the old mean is estimated, too",
+        ),
         (wanted / 2, "half_width is half of the interval already"),
         (2 * wanted, "half_width is half of the interval already"),
-    ):  # fmt: skip
+    ):
         assert abs(half - wrong) > 1e-6, f"half of the interval is {half:.3f}: {why}"
     assert abs(half - wanted) < 1e-6, (
         f"half of the interval is {half:.3f}, not {wanted:.3f}: half_width of the sum of both variances"

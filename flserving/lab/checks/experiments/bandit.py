@@ -115,13 +115,25 @@ def _believes(bandit_class: Callable[..., Any]) -> None:
     )
     for wrong, why in (
         (0.5, "the rewards change nothing; choose must draw from what learn was given"),
-        (_best((2, 5), (5, 7)), "that is the mirror image, the worse arm is preferred; the first parameter of Beta "
-         "grows with the right answers"),
-        (_best((5, 6), (7, 11)), "the second parameter must count the wrong answers, count - total, not all of them"),
-        (_best((4, 1), (6, 4)), "Beta(total, count - total) forgets the 1 that stands for an arm of which nothing is "
-         "known: it is too sure, and without a right answer it fails"),
-        (8 / 14, "that is proportional to the means, and stays so for ever: the worst arm never loses its share"),
-    ):  # fmt: skip
+        (
+            _best((2, 5), (5, 7)),
+            "that is the mirror image, the worse arm is preferred; the first parameter of Beta "
+            "grows with the right answers",
+        ),
+        (
+            _best((5, 6), (7, 11)),
+            "the second parameter must count the wrong answers, count - total, not all of them",
+        ),
+        (
+            _best((4, 1), (6, 4)),
+            "Beta(total, count - total) forgets the 1 that stands for an arm of which nothing is "
+            "known: it is too sure, and without a right answer it fails",
+        ),
+        (
+            8 / 14,
+            "that is proportional to the means, and stays so for ever: the worst arm never loses its share",
+        ),
+    ):
         assert abs(share - wrong) > _FIVE_SIGMA, f"{told}: {why}"
     right = _best((5, 2), (7, 5))
     assert abs(share - right) < _FIVE_SIGMA, (

@@ -109,11 +109,8 @@ def _keeps_the_floor(choose_version: Choose) -> None:
 
 
 def _leaves_out_unmeasured(choose_version: Choose) -> None:
-    for unmeasured in (
-        0,
-        1,
-        2,
-    ):  # max() keeps a NaN that comes first, and drops one that comes later
+    # max() keeps a NaN that comes first, and drops one that comes later
+    for unmeasured in (0, 1, 2):
         mixed = [_round(1, 0.9, 0.6), _round(2, 0.9, 0.7)]
         mixed.insert(unmeasured, _round(9, 0.9, math.nan))
         got = _choose(choose_version, mixed, 0.5)

@@ -147,17 +147,32 @@ def _script(hours: float, begin: int, end: int, share: float) -> tuple[Floats, F
 
 def _pages(alert_class: Callable[..., Any]) -> None:
     for told, script, sleeps, wakes in (
-        ("all requests of a single minute failed by half", (8, 400, 401, 0.5), "one bad minute costs 1 % of the "
-         "month's budget; the short window alone would wake somebody for it", ""),
-        ("from minute 400 on, 5 % failed for 40 minutes", (9, 400, 440, 0.05),
-         "the trouble is over and the long window remembers it for an hour; both windows of a pair must burn",
-         "the fast pair, 1 h and 5 min above 14.4, must wake somebody"),
-        ("from minute 400 on, 0.9 % failed for six hours", (13, 400, 760, 0.009),
-         "one page needs both of its own windows above its own rate",
-         "5 % of the month is gone: the slow pair, 6 h and 30 min above 6, must wake somebody; one pair is enough"),
-        ("from minute 400 on, 0.3 % failed for six hours", (13, 400, 760, 0.003),
-         "a burn rate of 3 lasts for ten days: a ticket, and no reason to wake anybody", ""),
-    ):  # fmt: skip
+        (
+            "all requests of a single minute failed by half",
+            (8, 400, 401, 0.5),
+            "one bad minute costs 1 % of the "
+            "month's budget; the short window alone would wake somebody for it",
+            "",
+        ),
+        (
+            "from minute 400 on, 5 % failed for 40 minutes",
+            (9, 400, 440, 0.05),
+            "the trouble is over and the long window remembers it for an hour; both windows of a pair must burn",
+            "the fast pair, 1 h and 5 min above 14.4, must wake somebody",
+        ),
+        (
+            "from minute 400 on, 0.9 % failed for six hours",
+            (13, 400, 760, 0.009),
+            "one page needs both of its own windows above its own rate",
+            "5 % of the month is gone: the slow pair, 6 h and 30 min above 6, must wake somebody; one pair is enough",
+        ),
+        (
+            "from minute 400 on, 0.3 % failed for six hours",
+            (13, 400, 760, 0.003),
+            "a burn rate of 3 lasts for ten days: a ticket, and no reason to wake anybody",
+            "",
+        ),
+    ):
         traffic = _script(*script)
         wanted = np.logical_or(*(slo.firing(*traffic, pair) for pair in (slo.FAST, slo.SLOW)))
         got = np.array([bool(each) for each in _feed(_made(alert_class), *traffic)])

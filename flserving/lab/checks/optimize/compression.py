@@ -13,9 +13,8 @@ from flserving.lab.checks.asking import ask
 from flserving.lab.checks.parts import Part, judge
 
 Floats: TypeAlias = NDArray[np.float32]
-Layers: TypeAlias = Sequence[
-    tuple[Tensor, Tensor]
-]  # weight [out, in] and bias [out], from the first to the last
+# weight [out, in] and bias [out], from the first to the last
+Layers: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 _SPAN = np.array([-25.75, -3.1, 0, 0.2, 7.4, 101.75], np.float32)  # 255 steps of exactly 0.5
 _ROWS = np.array([[0.254, -0.1, 0.02], [25.4, 3, -7]], np.float32)
 
@@ -112,24 +111,38 @@ def _told(name: str, found: float, right: float, mistakes: Mapping[str, float], 
 
 def _scale(Int8Tensor: Callable[..., Any]) -> None:
     found = _number(getattr(_made(Int8Tensor, _SPAN), "scale", np.empty(0)), "scale")
-    _told("scale", found, 0.5, {
-        "the range over 256: 256 numbers have 255 steps between them": 127.5 / 256,
-        "the range over 127: without symmetric all of -128 to 127 is there, 255 steps": 127.5 / 127,
-        "the largest magnitude over 127: that is the symmetric one, which wastes what lies below -26": 101.75 / 127,
-        "the largest value over 255: the range begins at the smallest": 101.75 / 255,
-        "its reciprocal: scale is what one step is worth": 2,
-    }, _SPAN)  # fmt: skip
+    _told(
+        "scale",
+        found,
+        0.5,
+        {
+            "the range over 256: 256 numbers have 255 steps between them": 127.5 / 256,
+            "the range over 127: without symmetric all of -128 to 127 is there, 255 steps": 127.5
+            / 127,
+            "the largest magnitude over 127: that is the symmetric one, which wastes what lies below -26": 101.75
+            / 127,
+            "the largest value over 255: the range begins at the smallest": 101.75 / 255,
+            "its reciprocal: scale is what one step is worth": 2,
+        },
+        _SPAN,
+    )
 
 
 def _zero_point(Int8Tensor: Callable[..., Any]) -> None:
     found = _number(_made(Int8Tensor, _SPAN).zero_point, "zero_point")
-    _told("zero_point", found, -76, {
-        "with the wrong sign": 76,
-        "not rounded: zero must be a whole number, or 0.0 is not kept exactly": -76.5,
-        "0: the symmetric one": 0,
-        "as for 0 to 255: int8 begins at -128": 52,
-        "the value of the range's lower end, not its place": -25.75,
-    }, _SPAN)  # fmt: skip
+    _told(
+        "zero_point",
+        found,
+        -76,
+        {
+            "with the wrong sign": 76,
+            "not rounded: zero must be a whole number, or 0.0 is not kept exactly": -76.5,
+            "0: the symmetric one": 0,
+            "as for 0 to 255: int8 begins at -128": 52,
+            "the value of the range's lower end, not its place": -25.75,
+        },
+        _SPAN,
+    )
     for values in (np.array([2, 3], np.float32), np.array([-9, -4], np.float32)):
         made = _made(Int8Tensor, values)
         zero = _number(made.zero_point, "zero_point")
@@ -173,13 +186,19 @@ def _rounds_and_clips(Int8Tensor: Callable[..., Any]) -> None:
 def _symmetric(Int8Tensor: Callable[..., Any]) -> None:
     values = np.array([-2.54, -1, 0, 0.3, 1.27], np.float32)
     made = _made(Int8Tensor, values, symmetric=True)
-    _told("the symmetric scale", _number(made.scale, "scale"), 0.02, {
-        "the largest magnitude over 128: then +m would be 128, which int8 has not": 2.54 / 128,
-        "the largest value over 127: -2.54 is larger, look at magnitudes": 0.01,
-        "the range over 255: that is not symmetric about 0": 3.81 / 255,
-        "twice the largest magnitude over 255: without -128 there are 254 steps": 5.08 / 255,
-        "twice the largest magnitude over 127: from -127 to 127 there are 254 steps": 0.04,
-    }, values)  # fmt: skip
+    _told(
+        "the symmetric scale",
+        _number(made.scale, "scale"),
+        0.02,
+        {
+            "the largest magnitude over 128: then +m would be 128, which int8 has not": 2.54 / 128,
+            "the largest value over 127: -2.54 is larger, look at magnitudes": 0.01,
+            "the range over 255: that is not symmetric about 0": 3.81 / 255,
+            "twice the largest magnitude over 255: without -128 there are 254 steps": 5.08 / 255,
+            "twice the largest magnitude over 127: from -127 to 127 there are 254 steps": 0.04,
+        },
+        values,
+    )
     zero = np.asarray(made.zero_point)
     assert not zero.any(), (
         f"the symmetric zero_point is {zero.tolist()}: it is 0, so that a product needs none"
@@ -415,9 +434,8 @@ def _count(cut_units: Callable[..., Any]) -> None:
 
 def _as_masked(cut_units: Callable[..., Any]) -> None:
     layers = _random_layers((5, 8, 12, 3), 2)
-    for (weight, bias), (after, _) in pairwise(
-        layers
-    ):  # every second unit weighs next to nothing, and goes
+    # every second unit weighs next to nothing, and goes
+    for (weight, bias), (after, _) in pairwise(layers):
         for part in (weight, bias, after.T):
             part[::2] *= 1e-9
     found = _cut(cut_units, layers, 0.5)

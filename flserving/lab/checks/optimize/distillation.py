@@ -118,22 +118,39 @@ def _plain(distillation_loss: Loss) -> None:
     right = cross_entropy(student, targets)
     entropy = _entropy(teacher)
     none = torch.zeros(())
-    _expect(got, "At temperature 1", (right, entropy), {
-        "negative: minus the sum of targets times logarithms": (-right, -entropy),
-        "the sum of the rows: take their mean, or a larger batch takes larger steps": (6 * right, 6 * entropy),
-        "a mean over rows and classes: sum over the classes": (right / 5, entropy / 5),
-        "of the teacher's best class: then only the winner is taught, not how near the others are": (
-            cross_entropy(student, teacher.argmax(dim=1)), none
-        ),
-        "with teacher and student exchanged: the student's logarithms, the teacher's probabilities": (
-            cross_entropy(teacher, student.softmax(dim=1)), _entropy(student)
-        ),
-        "a squared difference of logits: compare probabilities": ((student - teacher).square().mean(), none),
-        "a softmax over the rows: dim=1 are the classes": (
-            -(teacher.softmax(dim=0) * student.log_softmax(dim=0)).sum(dim=1).mean(), none
-        ),
-        "of raw logits as targets: softmax makes probabilities of them": (-(teacher * logs).sum(dim=1).mean(), none),
-    })  # fmt: skip
+    _expect(
+        got,
+        "At temperature 1",
+        (right, entropy),
+        {
+            "negative: minus the sum of targets times logarithms": (-right, -entropy),
+            "the sum of the rows: take their mean, or a larger batch takes larger steps": (
+                6 * right,
+                6 * entropy,
+            ),
+            "a mean over rows and classes: sum over the classes": (right / 5, entropy / 5),
+            "of the teacher's best class: then only the winner is taught, not how near the others are": (
+                cross_entropy(student, teacher.argmax(dim=1)),
+                none,
+            ),
+            "with teacher and student exchanged: the student's logarithms, the teacher's probabilities": (
+                cross_entropy(teacher, student.softmax(dim=1)),
+                _entropy(student),
+            ),
+            "a squared difference of logits: compare probabilities": (
+                (student - teacher).square().mean(),
+                none,
+            ),
+            "a softmax over the rows: dim=1 are the classes": (
+                -(teacher.softmax(dim=0) * student.log_softmax(dim=0)).sum(dim=1).mean(),
+                none,
+            ),
+            "of raw logits as targets: softmax makes probabilities of them": (
+                -(teacher * logs).sum(dim=1).mean(),
+                none,
+            ),
+        },
+    )
 
 
 def _softened(distillation_loss: Loss) -> None:
@@ -186,15 +203,27 @@ def _labels(distillation_loss: Loss) -> None:
     hard = cross_entropy(student, labels)
     got = _asked(distillation_loss, student, teacher, 2.0, labels, 0.25)
     softened = cross_entropy(student / 2, labels)
-    _expect(got, "With a quarter for the labels", (0.75 * soft + 0.25 * hard, 0.75 * entropy), {
-        "with the shares exchanged: label_share is that of the labels": (0.25 * soft + 0.75 * hard, 0.25 * entropy),
-        "without the labels": (soft, entropy),
-        "the soft part with its full weight: it gets 1 - label_share": (soft + 0.25 * hard, entropy),
-        "with softened labels' part: compare with labels at temperature 1": (
-            0.75 * soft + 0.25 * softened, 0.75 * entropy
-        ),
-        "with T^2 on the labels' part, too": (0.75 * soft + hard, 0.75 * entropy),
-    })  # fmt: skip
+    _expect(
+        got,
+        "With a quarter for the labels",
+        (0.75 * soft + 0.25 * hard, 0.75 * entropy),
+        {
+            "with the shares exchanged: label_share is that of the labels": (
+                0.25 * soft + 0.75 * hard,
+                0.25 * entropy,
+            ),
+            "without the labels": (soft, entropy),
+            "the soft part with its full weight: it gets 1 - label_share": (
+                soft + 0.25 * hard,
+                entropy,
+            ),
+            "with softened labels' part: compare with labels at temperature 1": (
+                0.75 * soft + 0.25 * softened,
+                0.75 * entropy,
+            ),
+            "with T^2 on the labels' part, too": (0.75 * soft + hard, 0.75 * entropy),
+        },
+    )
 
 
 def _teacher_stays(distillation_loss: Loss) -> None:

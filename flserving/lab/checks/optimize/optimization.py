@@ -28,9 +28,8 @@ class World(NamedTuple):
     """Two versions, made up: who is right about which rows, and how long each call takes, in
     turns."""
 
-    right: tuple[
-        tuple[NDArray[np.bool_], ...], tuple[NDArray[np.bool_], ...]
-    ]  # before and after, of each client
+    # before and after, of each client
+    right: tuple[tuple[NDArray[np.bool_], ...], tuple[NDArray[np.bool_], ...]]
     us: tuple[NDArray[np.float64], NDArray[np.float64]]  # before and after, [turns, calls]
     budget: float
 
@@ -334,9 +333,8 @@ def worlds() -> tuple[World, ...]:
     made = []
     for seed, (counts, faster) in enumerate(zip(wrong, (1.7, 0.8, 2.1, 3.0, 1.4), strict=True)):
         rng = np.random.default_rng(seed)
-        load = rng.uniform(1, 4, (11, 1)) * rng.uniform(
-            0.9, 1.15, (2, 11, 1)
-        )  # of the machine, in each turn
+        # of the machine, in each turn
+        load = rng.uniform(1, 4, (11, 1)) * rng.uniform(0.9, 1.15, (2, 11, 1))
         of_calls = rng.uniform(0.95, 1.05, (2, 11, 7))
         us = 100 * load * of_calls
         us[1] /= faster

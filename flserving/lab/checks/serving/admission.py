@@ -13,9 +13,8 @@ MakeAdmission = Callable[[int], Any]
 
 _PLACES = 4
 _CALLERS = 8
-_PATIENCE_S = (
-    2.0  # after which a request counts as stuck: a busy machine may look away for a second
-)
+# after which a request counts as stuck: a busy machine may look away for a second
+_PATIENCE_S = 2.0
 _PAUSE_S = 0.01
 _IN = "entered"
 _OUT = "was refused"

@@ -12,9 +12,8 @@ from flserving.lab.checks.parts import Part, judge
 
 MakeKey = Callable[..., Any]
 Change = dict[str, Any]
-Case = tuple[
-    Change, Change, str
-]  # two requests that must not share an answer, by what differs from ROWS's, and why
+# two requests that must not share an answer, by what differs from ROWS's, and why
+Case = tuple[Change, Change, str]
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 LONG = np.linspace(0, 1, 4096, dtype=np.float32).reshape(1, 4096)

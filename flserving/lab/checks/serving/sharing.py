@@ -221,9 +221,8 @@ def _play(
             loop.turns = 0
             for each in tasks:
                 each.cancel()
-            with contextlib.suppress(
-                AssertionError
-            ):  # of a task that does not let itself be cancelled
+            # of a task that does not let itself be cancelled
+            with contextlib.suppress(AssertionError):
                 loop.run_until_complete(asyncio.wait([*tasks]))
             loop.close()
 

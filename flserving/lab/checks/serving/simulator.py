@@ -98,9 +98,8 @@ class Line:
         return batch
 
 
-Story = tuple[
-    str, Sequence[float], Callable[[int], float], Line, int
-]  # what is told, arrivals, service, ...
+# what is told, arrivals, service, ...
+Story = tuple[str, Sequence[float], Callable[[int], float], Line, int]
 
 
 def _simulated(simulate: Callable[..., Any], story: Story) -> tuple[Floats, Floats]:
