@@ -1,14 +1,13 @@
 """flserving in a few commands. Nothing but Python 3.11 or newer is needed; the same on Linux, macOS
 and Windows.
 
-    python run.py lab  [NOTEBOOK] [options of jupyter lab]   open your copy of the course in
-    JupyterLab python run.py lab  --solutions                           open the teacher's
-    notebooks, which hold the solutions python run.py test [options of pytest]                   run
-    the quick tests, or those that the options name python run.py test --all
-    run what CI runs: every notebook, and a real browser python run.py test --fuzz
-    run the property tests with new and more examples python run.py book [FOLDER] [--instructor]
-    write the course as a book in HTML, into the folder book python run.py slides NN
-    write a notebook as slides, into the folder slides
+    python run.py lab  [NOTEBOOK] [options of jupyter lab]   your copy of the course in JupyterLab
+    python run.py lab  --solutions                           the teacher's, with the solutions
+    python run.py test [options of pytest]       the quick tests, or those that the options name
+    python run.py test --all                     what CI runs: every notebook, and a real browser
+    python run.py test --fuzz                    the property tests with new and more examples
+    python run.py book [FOLDER] [--instructor]   the course as a book in HTML, in the folder book
+    python run.py slides NN                      a notebook as slides, in the folder slides
 
 All keep everything that they install in the folder .venv next to this file; the first call takes a
 few minutes, later calls install again only after pyproject.toml or requirements/ has changed. What
@@ -29,9 +28,9 @@ Options of run.py itself:
 
 For those who change flserving:
 
-    python run.py test --latest   with the newest versions that pyproject.toml allows, in
-    .venv-latest python run.py test --lowest   the core's tests with the oldest ones, in
-    .venv-lowest python run.py lock            write requirements/ anew, with the newest versions
+    python run.py test --latest   with the newest versions that are allowed, in .venv-latest
+    python run.py test --lowest   the core's tests with the oldest ones, in .venv-lowest
+    python run.py lock            write requirements/ anew, with the newest versions
 """
 
 # This file must parse on every Python that people still have, so that the refusal below can be

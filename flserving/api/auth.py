@@ -140,8 +140,8 @@ class Tokens:
         """Who sent this ``Authorization`` header.
 
         Raises:
-            UnauthorizedError: No token, or one that is not known. ForbiddenError: A role below
-                ``needed``.
+            UnauthorizedError: No token, or one that is not known.
+            ForbiddenError: A role below ``needed``.
         """
         identity = self._everybody or self._find(authorization)
         if identity.role < needed:

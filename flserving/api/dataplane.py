@@ -222,8 +222,8 @@ class V2:
         service.
 
         Raises:
-            ForbiddenError: Not switched on. NotFoundError, CorruptArtifactError, OverloadedError:
-                Nothing changed.
+            ForbiddenError: Not switched on.
+            NotFoundError, CorruptArtifactError, OverloadedError: Nothing changed.
         """
         self._check_admin()
         await asyncio.to_thread(self.server.reload, model)

@@ -395,7 +395,7 @@ def serving(plan: Plan) -> Iterator[ModelServer]:
 
     Raises:
         ConfigError: No registry there, an empty one, or modules that cannot be imported.
-            NotFoundError: No such model.
+        NotFoundError: No such model.
     """
     import_modules(plan.imports)
     if not (Path(plan.registry).expanduser() / FILE_NAME).is_file():

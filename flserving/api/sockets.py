@@ -30,8 +30,8 @@ def listen(host: str, port: int, reuse_port: bool = False, backlog: int = 2048) 
     ``reuse_port``.
 
     Raises:
-        ConflictError: The port is in use. ConfigError: There is no such address here, or the port
-            needs more rights.
+        ConflictError: The port is in use.
+        ConfigError: There is no such address here, or the port needs more rights.
     """
     listener = None
     try:

@@ -279,8 +279,8 @@ class EdgeModelServer(ModelServer):
 
         Raises:
             InvalidModelError: The first update names no architecture, or what
-            :meth:`Registry.publish` raises; a model that does not answer a row of zeros raises what
-            it raised. The model before serves on.
+                :meth:`Registry.publish` raises; a model that does not answer a row of zeros raises
+                what it raised. The model before serves on.
         """
         with self._updating:
             now = current(self.registry, self.model)
@@ -327,8 +327,8 @@ class EdgeModelServer(ModelServer):
             layout: See :class:`HeadSet`.
 
         Raises:
-            NotFoundError: There is no global model yet. InvalidModelError: The head is of the wrong
-                shape.
+            NotFoundError: There is no global model yet.
+            InvalidModelError: The head is of the wrong shape.
         """
         with self._updating:
             if not isinstance(state, Mapping) or not all(

@@ -104,8 +104,8 @@ class Signer:
         now: Seconds since 1970.
 
     Raises:
-        CorruptArtifactError: The key file is not one. FlservingError: It can be neither read nor
-            made.
+        CorruptArtifactError: The key file is not one.
+        FlservingError: It can be neither read nor made.
     """
 
     def __init__(self, registry: Registry, now: Callable[[], float] = time.time) -> None:
@@ -254,8 +254,9 @@ def open_head(data: bytes, key: str, model: str, manifest_sha256: str, client: s
     """The head of ``client`` that belongs to a version, verified. Raises as :func:`verify`.
 
     Raises:
-        ForbiddenError: It is another client's, or another version's. CorruptArtifactError: Its
-            numbers are not those that were signed. InvalidModelError: They make no head.
+        ForbiddenError: It is another client's, or another version's.
+        CorruptArtifactError: Its numbers are not those that were signed.
+        InvalidModelError: They make no head.
     """
     head = _decoded(data, Head)
     signed, _ = verify(msgspec.json.encode(head.release), HeadStatement, key)

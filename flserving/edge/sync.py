@@ -216,8 +216,8 @@ class SyncAgent:
             ServerClosedError, DeadlineExceededError: The cloud does not answer, or stopped. Try
                 again later.
             UnauthorizedError, ForbiddenError: The cloud does not know this device; or a statement
-            that must not be followed, see :func:`release.check`. NotFoundError: The cloud has no
-            such model, or no default of it.
+                that must not be followed, see :func:`release.check`.
+            NotFoundError: The cloud has no such model, or no default of it.
             CorruptArtifactError, TooLargeError, ModelTooLargeError: Something else came than what
                 was signed.
             FlservingError: The disk is full.

@@ -181,12 +181,11 @@ class Experiments:
         Raises:
             ForbiddenError: No client, a forged receipt, somebody else's, or this client has given
                 too many.
-            ConflictError: Given already, too late, or the experiment is over. InvalidInputError: No
-                such reward.
+            ConflictError: Given already, too late, or the experiment is over.
+            InvalidInputError: No such reward.
             NotFoundError: No such model. Nothing has changed then.
             OverloadedError: Too much feedback waits, or the store keeps it waiting.
-                CorruptArtifactError,
-            FlservingError: The store cannot be used.
+            CorruptArtifactError, FlservingError: The store cannot be used.
         """
         job = self._give(model, receipt, reward, client)
         try:

@@ -141,8 +141,9 @@ class FeedbackStore:
         """Count a reward in [0, 1], once.
 
         Raises:
-            InvalidInputError: Not in [0, 1]. ConflictError: Given already. ForbiddenError: The
-            client has given ``most_per_client``. Nothing has changed then.
+            InvalidInputError: Not in [0, 1].
+            ConflictError: Given already.
+            ForbiddenError: The client has given ``most_per_client``. Nothing has changed then.
         """
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not 0 <= reward <= 1:
             raise InvalidInputError(f"reward is {reward!r:.64}: send a number in [0, 1]")

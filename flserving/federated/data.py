@@ -156,8 +156,8 @@ def make_clients(
             else 0.
 
     Raises:
-        ConfigError: A setting out of range. InvalidInputError: Features or labels that a client
-            cannot hold.
+        ConfigError: A setting out of range.
+        InvalidInputError: Features or labels that a client cannot hold.
     """
     check_number("seed", seed, 0, math.inf, whole=True)
     if resolution is None:
@@ -288,8 +288,8 @@ def federated_statistics(
             divided by it, the next stray dot would be 100 sigma.
 
     Raises:
-        ConfigError: min_std is not a number > 0. InvalidInputError: No clients, or clients with
-            different features.
+        ConfigError: min_std is not a number > 0.
+        InvalidInputError: No clients, or clients with different features.
     """
     if min_std is not None:
         check_number("min_std", min_std, sys.float_info.min, sys.float_info.max)

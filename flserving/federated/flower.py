@@ -110,11 +110,11 @@ class Publishing(Strategy):
     as it was, and says so; if it is the first one, the client app is broken, and the training ends.
 
     Raises:
-        ConfigError: Wrong arguments; clients that do not tell ``samples``. NotFoundError: No such
-            architecture.
+        ConfigError: Wrong arguments; clients that do not tell ``samples``.
+        NotFoundError: No such architecture.
         InvalidModelError: ``initial_arrays`` do not fit the architecture (before a round is
-            played), or the arrays of a round are not finite. ModelExecutionError: No valid reply in
-            the first round.
+            played), or the arrays of a round are not finite.
+        ModelExecutionError: No valid reply in the first round.
     """
 
     def __init__(

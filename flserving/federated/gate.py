@@ -158,10 +158,10 @@ class Gate:
         so.
 
         Raises:
-            NotFoundError: No such version. CorruptArtifactError: Its bytes are not what was
-                published.
-            NotSupportedError: A regression. InvalidInputError: Held-out or golden rows of another
-                width.
+            NotFoundError: No such version.
+            CorruptArtifactError: Its bytes are not what was published.
+            NotSupportedError: A regression.
+            InvalidInputError: Held-out or golden rows of another width.
 
         Cost: loads both versions and answers the held-out rows with each; reads the last 11
         accepted versions.

@@ -63,9 +63,9 @@ def fit_heads(
             framework's round has none of them, and gets the defaults of ``Recipe``.
 
     Raises:
-        ConfigError: No clients, the same one twice, or a setting out of range. InvalidModelError:
-            The model has no body
-        and linear head. InvalidInputError: Samples that the model does not take.
+        ConfigError: No clients, the same one twice, or a setting out of range.
+        InvalidModelError: The model has no body and linear head.
+        InvalidInputError: Samples that the model does not take.
 
     Cost: mini-batch SGD on a linear layer over features that are computed once: about 3 ms a client
     on digits.

@@ -87,7 +87,8 @@ def train(
 
     Raises:
         ModelExecutionError: The training of every client raised.
-        ConfigError: A setting out of range. NotFoundError: No such architecture.
+        ConfigError: A setting out of range.
+        NotFoundError: No such architecture.
         InvalidModelError: An architecture that does not take these features and labels, or lacks
             the head that the strategy needs.
 

@@ -140,9 +140,10 @@ def running(plan: Plan, scale: Scale, address: str | None = None) -> Iterator[st
             machine and stopped.
 
     Raises:
-        NotSupportedError: Ray is not installed. ConfigError: Too few cores, or too little memory,
-        for ``max_replicas``; no cluster at ``address``; ``admin``. ConflictError: The port is in
-        use.
+        NotSupportedError: Ray is not installed.
+        ConfigError: Too few cores, or too little memory, for ``max_replicas``; no cluster at
+            ``address``; ``admin``.
+        ConflictError: The port is in use.
     """
     options = plan.options
     if options.admin:

@@ -77,8 +77,8 @@ def blueprint(engine: EngineName, architecture: str, parameters: Parameters) -> 
     """How ``engine`` builds an architecture.
 
     Raises:
-        NotFoundError: The architecture is not registered. InvalidModelError: The parameters do not
-            fit it.
+        NotFoundError: The architecture is not registered.
+        InvalidModelError: The parameters do not fit it.
         NotSupportedError: The engine cannot run it; the message says which it can.
     """
     if engine == "numpy":

@@ -26,7 +26,8 @@ class Blueprint:
         probed: Whether nothing has to look if rows see each other.
 
     Raises:
-        NotFoundError: It is not registered. InvalidModelError: The parameters do not fit it.
+        NotFoundError: It is not registered.
+        InvalidModelError: The parameters do not fit it.
     """
 
     probed = False

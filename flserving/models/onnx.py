@@ -49,8 +49,8 @@ def check(graph: bytes, inputs: Shape, outputs: int) -> None:
 
     Raises:
         InvalidModelError: Not ONNX, an operator that is not listed, weights in another file, or a
-            tensor that is too large or not proportional to the rows. NotSupportedError: onnx is not
-            installed.
+            tensor that is too large or not proportional to the rows.
+        NotSupportedError: onnx is not installed.
 
     Cost: two shape inferences, about 1 ms, and two copies of the graph.
     """

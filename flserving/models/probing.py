@@ -60,8 +60,8 @@ def check_rows(module: Forward, shape: Shape, tolerance: float = TOLERANCE) -> N
 
     Raises:
         InvalidModelError: A row is answered otherwise in other company; or it is answered otherwise
-            each time; or some rows are answered, but not together. ModelExecutionError: None of the
-            rows is answered.
+            each time; or some rows are answered, but not together.
+        ModelExecutionError: None of the rows is answered.
 
     Cost: six forwards of 16 rows in all; eight more where a row is refused (word numbers, say, are
     no fractions).

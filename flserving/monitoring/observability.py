@@ -75,7 +75,8 @@ class Observability:
 
         Raises:
             NotSupportedError: ``otel`` is given and its extra is not installed. Where only a
-            variable names a collector, as it may for every program of a machine, that is logged.
+                variable names a collector, as it may for every program of a machine, that is
+                logged.
         """
         if self.access_log:
             server.telemetry.watchers["access"] = _logged

@@ -71,7 +71,8 @@ def to_onnx(
     Raises:
         InvalidModelError: It cannot be exported (its forward depends on values, say), an operator
             is not listed in ``backends``, or the new version's answers are too far from its
-            parent's. NotSupportedError: onnx is not installed.
+            parent's.
+        NotSupportedError: onnx is not installed.
 
     Cost: 1 to 3 s, and 5 s more the first time.
     """
@@ -101,8 +102,8 @@ def quantise(
     for it (VNNI), that takes more time.
 
     Raises:
-        ConfigError: No such method, or no data for ``static``. InvalidModelError: No layer of the
-        kind, or as :func:`to_onnx`.
+        ConfigError: No such method, or no data for ``static``.
+        InvalidModelError: No layer of the kind, or as :func:`to_onnx`.
     """
     if method not in METHODS or (data is None) == (method == "static"):
         raise ConfigError(
@@ -145,7 +146,8 @@ def prune(
         options: Fields of :class:`Lesson` (``epochs`` is 20 here), and those of :func:`to_onnx`.
 
     Raises:
-        ConfigError: A share outside (0, 1). InvalidModelError: No layers of the kind.
+        ConfigError: A share outside (0, 1).
+        InvalidModelError: No layers of the kind.
     """
     if not isinstance(share, float) or not 0 < share < 1:
         raise ConfigError(f"share is {share!r}: use a number between 0 and 1")
@@ -192,8 +194,9 @@ def distil(
         options: Fields of :class:`Lesson`, and those of :func:`to_onnx`.
 
     Raises:
-        ConfigError: A setting out of range, or labels wanted of bare rows. InvalidModelError: The
-        architecture takes or gives other shapes than the parent, or the parent is no classifier.
+        ConfigError: A setting out of range, or labels wanted of bare rows.
+        InvalidModelError: The architecture takes or gives other shapes than the parent, or the
+            parent is no classifier.
 
     Cost: ``rounds`` x ``epochs`` passes of Adam, about 0.1 s each on digits with 20 clients.
     """
@@ -286,7 +289,8 @@ def _publish(
     """Compare with the parent, then publish.
 
     Raises:
-        ConfigError: ``tolerance`` is no number >= 0. InvalidModelError: It is exceeded.
+        ConfigError: ``tolerance`` is no number >= 0.
+        InvalidModelError: It is exceeded.
     """
     manifest = parent.manifest
     output_type = manifest.signature.output_type

@@ -2,10 +2,12 @@
 
 ::
 
-    header      64 bytes: what it is, layout, shape, number of heads records     one a head, in
-    order of the index, each on a 64-byte boundary: float32 [inputs + 1, outputs], bias last index
-    128-bit hash of the client id (two columns, sorted), checksum of the record, number of its
-    digest digests     sha256 of what the heads were trained on: usually one for all
+    header      64 bytes: what it is, layout, shape, number of heads
+    records     one a head, in order of the index, each on a 64-byte boundary:
+                float32 [inputs + 1, outputs], bias last
+    index       128-bit hash of the client id (two columns, sorted), checksum of the record,
+                number of its digest
+    digests     sha256 of what the heads were trained on: usually one for all
 
 sha256 of header, index and digests is in the manifest and is verified at the opening; a record is
 read when its client comes, and verified by its checksum then. So a file of gigabytes opens in the
@@ -151,7 +153,8 @@ class HeadFile:
         as they are, with their checksums.
 
         Raises:
-            CorruptArtifactError: The file cannot be read. OSError: As :func:`storage.write_parts`.
+            CorruptArtifactError: The file cannot be read.
+            OSError: As :func:`storage.write_parts`.
         """
         fewer = msgspec.structs.replace(entry, num_heads=entry.num_heads - 1)
         first = header(fewer)

@@ -99,7 +99,7 @@ class HeadSet:
 
     Raises:
         InvalidModelError: Another shape or dtype, ids twice, too long or not text, no such time.
-        (Values are checked at publish.)
+            (Values are checked at publish.)
     """
 
     def __init__(
@@ -180,8 +180,8 @@ class HeadSet:
         "this version" is.
 
         Raises:
-            InvalidModelError: A head holds NaN or infinities. OSError: As
-                :func:`storage.write_parts`.
+            InvalidModelError: A head holds NaN or infinities.
+            OSError: As :func:`storage.write_parts`.
 
         Cost: one pass over the weights, about 1 s per GB beside the disk.
         """

@@ -212,8 +212,8 @@ class Index:
         alias "default".
 
         Raises:
-            NotFoundError: There is none. InvalidInputError: ``ref`` is neither a number, a string
-                nor None.
+            NotFoundError: There is none.
+            InvalidInputError: ``ref`` is neither a number, a string nor None.
         """
         check_name("model name", name)
         if ref is None:
@@ -396,9 +396,9 @@ class Index:
 
         Raises:
             ConfigError: Weights that do not sum to one, an empty arm, a policy that does not fit.
-            NotFoundError: No such version or alias. ConflictError: The alias is in another
-            experiment, or in one that cannot be read, or this one runs with other arms. Nothing has
-            changed then.
+            NotFoundError: No such version or alias.
+            ConflictError: The alias is in another experiment, or in one that cannot be read, or
+                this one runs with other arms. Nothing has changed then.
         """
         experiment.check()
         for version in experiment.versions:
@@ -440,8 +440,9 @@ class Index:
         Returns what ended; None where that cannot be read here.
 
         Raises:
-            NotFoundError: No experiment there, or no such version. ConflictError: It is another
-            ``run`` than the one meant, or it cannot be told. Nothing has changed then.
+            NotFoundError: No experiment there, or no such version.
+            ConflictError: It is another ``run`` than the one meant, or it cannot be told. Nothing
+                has changed then.
         """
         wanted = None
         if version is not None:

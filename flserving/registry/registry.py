@@ -218,7 +218,8 @@ class Registry(Index):
                 manifest entry; a model that does not run, whose rows see each other, or, with an
                 alias, that does not answer a row of zeros. Nothing is stored then, and the alias
                 stays where it was.
-            ConfigError: Invalid preprocessing statistics. NotFoundError: An unknown architecture.
+            ConfigError: Invalid preprocessing statistics.
+            NotFoundError: An unknown architecture.
 
         Example: ``registry.publish("digits", module, architecture="digits_mlp", lineage={"round":
         3})``
@@ -306,8 +307,8 @@ class Registry(Index):
         us.
 
         Raises:
-            NotFoundError: No such version. CorruptArtifactError: The file is not what was
-                published.
+            NotFoundError: No such version.
+            CorruptArtifactError: The file is not what was published.
 
         Example: ``registry.manifest("digits", 3).metrics["worst_client_accuracy"]``
         """
@@ -336,7 +337,8 @@ class Registry(Index):
         comes.
 
         Raises:
-            NotFoundError: No such version. CorruptArtifactError: A file is not what was published.
+            NotFoundError: No such version.
+            CorruptArtifactError: A file is not what was published.
             ModelTooLargeError: The weights are larger than ``max_artifact_bytes``.
 
         Example: ``registry.read("digits", registry.resolve("digits", "canary")).tensors``
@@ -425,9 +427,10 @@ class Registry(Index):
         back, names inside of longer words.
 
         Raises:
-            NotFoundError: Nothing here is of this client, nor was. InvalidInputError: It is no id.
+            NotFoundError: Nothing here is of this client, nor was.
+            InvalidInputError: It is no id.
             CorruptArtifactError: Nothing that can be read is of this client, and a version cannot
-            be read. After an error nothing has changed, unless its message says so.
+                be read. After an error nothing has changed, unless its message says so.
 
         Example: ``print(registry.forget("client-07"))``
 

@@ -107,7 +107,8 @@ def kept_secret(root: str, name: str) -> bytes:
     file of hex digits.
 
     Raises:
-        ForbiddenError: Other users can read it. CorruptArtifactError: It is no such secret.
+        ForbiddenError: Other users can read it.
+        CorruptArtifactError: It is no such secret.
         FlservingError: It cannot be read, or not be made.
     """
     path = f"{root}/{name}"

@@ -155,9 +155,9 @@ class ModelCache:
 
         Raises:
             DeadlineExceededError: Another caller's load took longer than ``timeout_s``.
-                OverloadedError: No room in
-            time. ModelTooLargeError: It exceeds the byte budget. What ``load`` raises: to everyone
-                who waited for it.
+            OverloadedError: No room in time.
+            ModelTooLargeError: It exceeds the byte budget.
+            What ``load`` raises: to everyone who waited for it.
         """
         deadline = self._clock() + timeout_s
         entry = self._join(key, timeout_s, deadline)

@@ -172,8 +172,8 @@ class InferenceEngine(Engine):
         owned: The module is the engine's own already (the loader's): skip the copy.
 
     Raises:
-        InvalidModelError: Not a module, or one that cannot be copied. ConfigError: ``config`` is
-            something else.
+        InvalidModelError: Not a module, or one that cannot be copied.
+        ConfigError: ``config`` is something else.
 
     Example:
         >>> engine = InferenceEngine(torch.nn.Linear(2, 3), version="v1.0")
@@ -227,8 +227,8 @@ class InferenceEngine(Engine):
             ``latency_ms``, ``model_version``, ``model_type``.
 
         Raises:
-            InvalidInputError: See :meth:`Preprocessor.validate`. ModelExecutionError: The model
-                failed.
+            InvalidInputError: See :meth:`Preprocessor.validate`.
+            ModelExecutionError: The model failed.
         """
         return self.batch_predict([features])[0]
 
@@ -377,8 +377,8 @@ class PersonalEngine(Engine):
         each, in order.
 
         Raises:
-            ModelExecutionError: As :meth:`InferenceEngine.execute`. CorruptArtifactError: A head's
-                bytes have changed.
+            ModelExecutionError: As :meth:`InferenceEngine.execute`.
+            CorruptArtifactError: A head's bytes have changed.
         """
         rows = np.concatenate([rows for rows, _ in payloads])
         slots = np.concatenate([slots for _, slots in payloads])

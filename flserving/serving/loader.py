@@ -65,10 +65,10 @@ def load_engine(source: "Source", version: str, config: ServingConfig) -> Infere
     """Make ``version`` ready to serve: nothing of it answers before all of it is right.
 
     Raises:
-        NotFoundError: No such version. CorruptArtifactError: Its bytes or its weights are not
-            whole.
+        NotFoundError: No such version.
+        CorruptArtifactError: Its bytes or its weights are not whole.
         ModelExecutionError: It does not answer a row of its own input shape, or its rows see each
-        other (see :func:`flserving.models.probing.check_rows`).
+            other (see :func:`flserving.models.probing.check_rows`).
 
     Example::
 

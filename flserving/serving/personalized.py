@@ -119,8 +119,9 @@ class PersonalizedServer(ModelServer):
             head), ``worst_client`` (its id), ``own_heads`` (how many clients have one that fits).
 
         Raises:
-            InvalidInputError: No clients. NotFoundError: No such version, or a client without a
-            head where the configuration refuses it.
+            InvalidInputError: No clients.
+            NotFoundError: No such version, or a client without a head where the configuration
+                refuses it.
         """
         with of_extra("course"):
             import pandas as pd

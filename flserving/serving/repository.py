@@ -106,9 +106,10 @@ class ModelHost:
 
         Raises:
             InvalidModelError, ConfigError, ConflictError: See :meth:`ModuleStore.add` and
-                ``transforms``. ConfigError: Also a part that is given twice, as an object and by
-                its settings. ConflictError: Also where a registry's model has the name "local".
-                NotSupportedError: The configuration's engine is not torch.
+                ``transforms``.
+            ConfigError: Also a part that is given twice, as an object and by its settings.
+            ConflictError: Also where a registry's model has the name "local".
+            NotSupportedError: The configuration's engine is not torch.
         """
         self._check_open()
         if self.config.engine != "torch":
@@ -144,8 +145,8 @@ class ModelHost:
         other processes move.
 
         Raises:
-            NotFoundError: It has no version. ConflictError: The name is taken by another registry
-                or ``load_model``.
+            NotFoundError: It has no version.
+            ConflictError: The name is taken by another registry or ``load_model``.
         """
         self._check_open()
         source = RegistrySource(registry, name, threshold, self.config.engine)
@@ -179,8 +180,8 @@ class ModelHost:
         moves.
 
         Raises:
-            NotFoundError: No such version. ConflictError: The model's aliases belong to its
-                registry.
+            NotFoundError: No such version.
+            ConflictError: The model's aliases belong to its registry.
         """
         self._check_open()
         if model is None:

@@ -170,8 +170,9 @@ class Router:
         """Load a version, then let ``alias`` lead to it.
 
         Raises:
-            NotFoundError: No such version. ConflictError: The model's aliases belong to its
-            registry, or ``alias`` is the id of a version. Whatever the load raises.
+            NotFoundError: No such version.
+            ConflictError: The model's aliases belong to its registry, or ``alias`` is the id of a
+                version. Whatever the load raises.
         """
         with self._admin:
             name, version = key

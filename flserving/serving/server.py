@@ -167,16 +167,15 @@ class ModelServer(ModelHost):
             answered: "unknown" (no head of this client), "stale" (its head was trained on another
             body), "expired" (the time that it was published for is over), "none" (the version has
             no heads); a list of them for one id a row. Where its lineage tells it, the federated
-            ``round`` of the version. Where the
-            alias is in an experiment and one client asks: ``arm``, and the ``receipt`` with which
-            that client may give feedback (``experiments.feedback``).
+            ``round`` of the version. Where the alias is in an experiment and one client asks:
+            ``arm``, and the ``receipt`` with which that client may give feedback
+            (``experiments.feedback``).
 
         Raises:
             InvalidInputError, NotFoundError (also an unknown client, where ``unknown_client`` is
-            "refuse"), ForbiddenError (``outputs`` that show more than the config allows),
-            OverloadedError, DeadlineExceededError, ModelExecutionError,
-            CorruptArtifactError, ServerClosedError: Each counted under its reason in the
-                statistics.
+                "refuse"), ForbiddenError (``outputs`` that show more than the config allows),
+                OverloadedError, DeadlineExceededError, ModelExecutionError, CorruptArtifactError,
+                ServerClosedError: Each counted under its reason in the statistics.
         """
         request = Request(
             features,

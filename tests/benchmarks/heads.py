@@ -1,8 +1,8 @@
 """What personal heads cost: batches of all-different clients against the same batches with one
 shared head.
 
-    python tests/benchmarks/heads.py                 # about two minutes and 2.7 GB of disk python
-    tests/benchmarks/heads.py --quick         # seconds; too short to quote, and 20,000 heads only
+    python tests/benchmarks/heads.py           # about two minutes and 2.7 GB of disk
+    python tests/benchmarks/heads.py --quick   # seconds; too short to quote, only 20,000 heads
 
 Digits' model (64-64-10), one intra-op thread. All sides of a ratio take turns within one run, so
 that other load on the machine hits all; a ratio is the median over the turns, in brackets the

@@ -2,9 +2,8 @@
 uvicorn, granian.
 
     python tests/benchmarks/http_servers.py                    # today's and uvicorn: 8 minutes
-    python tests/benchmarks/http_servers.py --granian PYTHON   # an interpreter that has granian
-    too: 11 minutes python tests/benchmarks/http_servers.py --quick            # seconds; its
-    numbers are too short to quote
+    python tests/benchmarks/http_servers.py --granian PYTHON   # one that has granian: 11 minutes
+    python tests/benchmarks/http_servers.py --quick            # seconds; too short to quote
 
 All three run the same application, and each gets the limits that it offers (3 s for slow clients).
 For speed all are driven in turns, medians over the turns; CPU is that of the whole process tree.

@@ -1,7 +1,7 @@
 """Speed of the stack in one process, as ratios against what one would write by hand.
 
-    python tests/benchmarks/in_process.py            # about a minute; prints MEASURED.md's first
-    table python tests/benchmarks/in_process.py --quick    # seconds; too short to quote
+    python tests/benchmarks/in_process.py            # about a minute; MEASURED.md's first table
+    python tests/benchmarks/in_process.py --quick    # seconds; too short to quote
 
 Both sides of a ratio are timed in turns within one run, so that other load on the machine hits
 both; a row shows the median ratio over the turns, and the range of the middle half of them. One

@@ -1,10 +1,9 @@
 """Speed over the network: flserving against a floor written by hand, and against what a user would
 pick instead.
 
-    python tests/benchmarks/network.py                          # REST and gRPC against their
-    floors: 6 minutes python tests/benchmarks/network.py --peers PYTHON [PYTHON]  # also FastAPI by
-    hand, LitServe, MLServer python tests/benchmarks/network.py --quick                  # seconds;
-    too short to quote
+    python tests/benchmarks/network.py                    # REST and gRPC against floors: 6 minutes
+    python tests/benchmarks/network.py --peers PYTHON [...]   # also FastAPI, LitServe, MLServer
+    python tests/benchmarks/network.py --quick                # seconds; too short to quote
 
 Every server has one core, the load generator (wrk for REST, h2load for gRPC: Debian's wrk and
 nghttp2-client) the other. All servers stay up and are driven in turns; a ratio is taken within a

@@ -1,9 +1,8 @@
 """Ray Serve in front of model servers: does it start, how much does it answer, do clients find
 their heads again?
 
-    .ray/bin/python tests/benchmarks/ray_serve.py            # about ten minutes on two busy cores;
-    prints the table .ray/bin/python tests/benchmarks/ray_serve.py --quick    # one start, few
-    requests, five minutes; too short to quote
+    .ray/bin/python tests/benchmarks/ray_serve.py            # prints the table: ten minutes
+    .ray/bin/python tests/benchmarks/ray_serve.py --quick    # five minutes, too short to quote
 
 Heads read from the file are counted where they are read, in each replica; predictions by the
 servers' own counters, which ``/metrics`` adds up. Callers are threads of this process, each with

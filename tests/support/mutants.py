@@ -1,7 +1,7 @@
 """Mutation check: does a test fail when one thing in a module is wrong?
 
-    python tests/support/mutants.py serving.cache                          # 50 mutants, some
-    minutes python tests/support/mutants.py federated.gate --number 20 --seed 2
+    python tests/support/mutants.py serving.cache     # 50 mutants, some minutes
+    python tests/support/mutants.py federated.gate --number 20 --seed 2
 
 A mutant is a copy of the package in which one operator, constant, condition, ``return`` or
 statement is another one. The tests of the module run on it until the first one fails: then it is

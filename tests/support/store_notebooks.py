@@ -1,8 +1,7 @@
 """Run notebooks top to bottom and store them as the gates want them: outputs and counts, no widget
 state.
 
-python tests/support/store_notebooks.py notebooks/03_caching.ipynb [...]      # all of notebooks/
-when none is named
+python tests/support/store_notebooks.py notebooks/03_caching.ipynb [...]      # none named: all
 """
 
 import os

@@ -68,7 +68,7 @@ def check_cost(body: bytes, most_numbers: int) -> None:
 
     Raises:
         TooLargeError: To read it takes as long as more than ``most_numbers`` numbers.
-            InvalidInputError: It is none.
+        InvalidInputError: It is none.
     """
     if len(body) > _SHORT:
         try:

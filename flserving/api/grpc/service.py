@@ -142,8 +142,8 @@ class Service:
                 way.
 
         Raises:
-            DeadlineExceededError: It did not come in time. OverloadedError: Newer strangers came
-                before it did.
+            DeadlineExceededError: It did not come in time.
+            OverloadedError: Newer strangers came before it did.
             InvalidInputError: None came.
         """
         body = await self._next(context, known)

@@ -215,7 +215,7 @@ def read_json(text: bytes | memoryview, kind: type[T], most_numbers: int = MOST_
     Raises:
         InvalidInputError: It is not JSON (nested at most 1,024 deep), or not such a message.
         TooLargeError: To read it takes as long as more than ``most_numbers`` numbers; it is not
-        read.
+            read.
     """
     if len(text) > _SHORT:
         _check_cost(text, most_numbers)

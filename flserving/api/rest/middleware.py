@@ -162,7 +162,8 @@ async def read_body(headers: Headers, receive: Receive, most_bytes: int) -> byte
         TooLargeError: More than ``most_bytes``, as sent or inflated; no more than that is ever
             held.
         UnsupportedEncodingError: A content type or encoding that is not read here.
-        InvalidInputError: The compressed body is broken. ConnectionResetError: The client is gone.
+        InvalidInputError: The compressed body is broken.
+        ConnectionResetError: The client is gone.
     """
     _check_type(headers)
     encoding = headers.get(b"content-encoding", b"identity").lower()

@@ -136,8 +136,8 @@ def membership_table(
 
     Returns:
         One row per weight decay and policy: ``attack`` (rows guessed right; 50 is what a coin
-            gives), and what the
-        model is worth: ``members`` and ``others``, the rows of each that it labels right.
+        gives), and what the model is worth: ``members`` and ``others``, the rows of each that it
+        labels right.
 
     Cost: about two seconds a seed for each weight decay.
     """

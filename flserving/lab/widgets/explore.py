@@ -92,8 +92,8 @@ def explore(
 
     Raises:
         ConfigError: A control or start value makes no sense, or ``model`` does not take these
-            names.
-        Exception: Whatever ``model`` or ``draw`` raises, with a note that says at which values.
+            names. Exception: Whatever ``model`` or ``draw`` raises, with a note that says at which
+            values.
 
     Cost: one model call, one drawing (about 60 ms) and a 20 kB PNG per step.
     """

@@ -152,8 +152,8 @@ class BatchQueue(Generic[E]):
 
         Raises:
             OverloadedError: It could not end before its deadline; or more than ``max_rows`` rows
-            would wait, and its client has its share of them. A single larger request is let into an
-            empty queue.
+                would wait, and its client has its share of them. A single larger request is let
+                into an empty queue.
         """
         self._check_time(request, request.arrival_s if now_s is None else now_s)
         dropped = self._make_room(request)

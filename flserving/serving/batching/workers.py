@@ -144,7 +144,7 @@ class Batcher:
 
         Raises:
             OverloadedError, DeadlineExceededError, ServerClosedError, or what the model raised for
-            this request.
+                this request.
         """
         with self._lock:
             now_s = self._admit(arrival_s, deadline_s)

@@ -1,8 +1,7 @@
 """Our REST application behind one of three HTTP servers, each with the limits that it offers.
 
-python http_server.py ours|uvicorn|granian PORT REGISTRY WORKERS     # until SIGTERM python
-http_server.py ours|uvicorn|granian PORT REGISTRY thread      # in a thread, as a notebook does:
-prints two times
+python http_server.py ours|uvicorn|granian PORT REGISTRY WORKERS  # until SIGTERM
+python http_server.py ours|uvicorn|granian PORT REGISTRY thread   # as in a notebook; two times
 """
 
 import asyncio

@@ -75,8 +75,8 @@ def check_proof(prove: Prove) -> None:
     and from the turns of ``measure``.
 
     Raises:
-        CheckError: Recognises the usual mistakes by the numbers that they give. NotSupportedError:
-            no onnx.
+        CheckError: Recognises the usual mistakes by the numbers that they give.
+        NotSupportedError: no onnx.
     """
     tried = functools.cache(lambda: [_try(prove, world) for world in worlds()])
 
