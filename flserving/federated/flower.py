@@ -77,9 +77,10 @@ class Publishing(Strategy):
 
     ::
 
-        strategy = FedAdam(fraction_evaluate=1.0) strategy = Publishing(strategy,
-        on_round=publish_rounds(registry, "digits", alias="default"), ...) strategy.start(grid=grid,
-        initial_arrays=arrays, num_rounds=5)
+        strategy = FedAdam(fraction_evaluate=1.0)
+        publish = publish_rounds(registry, "digits", alias="default")
+        strategy = Publishing(strategy, on_round=publish, architecture="digits_mlp")
+        strategy.start(grid=grid, initial_arrays=arrays, num_rounds=5)
 
     Args:
         strategy: Any of ``flwr.serverapp.strategy`` or of your own; it trains as it would by

@@ -105,8 +105,8 @@ class Registry(Index):
     Example::
 
         with Registry("~/models") as registry:
-            manifest = registry.publish("digits", module, architecture="digits_mlp",
-            alias="default") artifact = registry.read("digits", manifest.version)
+            manifest = registry.publish("digits", models.build("digits_mlp"), alias="default")
+            artifact = registry.read("digits", manifest.version)
 
     Args:
         root: The folder; made if it is missing, for its owner alone; ``~`` is your home. Use a

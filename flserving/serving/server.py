@@ -139,8 +139,7 @@ class ModelServer(ModelHost):
         Example::
 
             server = create_serving_pipeline(models.build("tutorial_mlp"))
-            server.predict(np.zeros(32))  # {"predictions": [7], "confidences": [0.12], ...,
-            "model_version": "v1.0"}
+            server.predict(np.zeros(32))  # {"predictions": [7], "confidences": [0.12], ...}
 
         Args:
             version: A version id or an alias; the alias ``default`` when not given. Also by the

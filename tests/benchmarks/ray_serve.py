@@ -1,7 +1,7 @@
 """Ray Serve in front of model servers: does it start, how much does it answer, do clients find
 their heads again?
 
-    .ray/bin/python tests/benchmarks/ray_serve.py            # prints the table: ten minutes
+    .ray/bin/python tests/benchmarks/ray_serve.py            # prints the table: five minutes
     .ray/bin/python tests/benchmarks/ray_serve.py --quick    # five minutes, too short to quote
 
 Heads read from the file are counted where they are read, in each replica; predictions by the
