@@ -105,7 +105,8 @@ class Registry(Index):
     Example::
 
         with Registry("~/models") as registry:
-            manifest = registry.publish("digits", models.build("digits_mlp"), alias="default")
+            model = models.build("digits_mlp")
+            manifest = registry.publish("digits", model, architecture="digits_mlp")
             artifact = registry.read("digits", manifest.version)
 
     Args:
