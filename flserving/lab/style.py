@@ -138,7 +138,8 @@ def png(fig: Figure) -> bytes:
     buffer = io.BytesIO()
     canvas = fig.canvas if isinstance(fig.canvas, FigureCanvasAgg) else FigureCanvasAgg(fig)
     with styled():
-        canvas.print_png(buffer)  # type: ignore[no-untyped-call]
+        # a widget sends one at every step: the usual compression is a tenth of its time
+        canvas.print_png(buffer, pil_kwargs={"compress_level": 1})  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 

@@ -204,6 +204,55 @@ def test_error_text_is_escaped():
     assert "<img" not in box.problem.value and "&lt;img" in box.problem.value
 
 
+@pytest.mark.parametrize(
+    ("changed", "stays"),
+    [
+        ({"ylabel": "other"}, True),
+        ({"ylim": (0, 1e6)}, False),  # the label would stand outside of the figure
+        ({"title": "another"}, True),
+        ({"title": "two\nlines"}, False),
+        ({"height_in": 4}, False),
+        ({"cols": 2}, False),
+    ],
+)
+def test_a_step_keeps_the_places_of_the_axes_while_the_texts_fit(changed, stays):
+    drawn = []
+
+    def panels(cols=1, height_in=3.2, **changes):
+        fig, axes = style.figure(cols=cols, height_in=height_in)
+        for ax in axes:
+            ax.plot([0, 1])
+            ax.set(**{"title": "one line", "ylabel": "rate (per s)", **changes})
+        drawn.append(fig)
+        return fig
+
+    box = explore(lambda other: changed if other else {}, lambda it: panels(**it), other=False)
+    box.controls["other"].value = True
+    first, second = ([ax.get_position().bounds for ax in fig.axes] for fig in drawn)
+    assert (second == first) is stays
+    if not stays:
+        with style.styled():
+            assert shown(box) == style.png(panels(**changed))
+
+
+def test_a_step_between_panels_is_laid_out_anew_where_a_label_would_reach_the_next_one():
+    drawn = []
+
+    def two(top):
+        fig, axes = style.figure(cols=2)
+        for ax in axes:
+            ax.set(ylim=(0, top), ylabel="rate (per s)")
+        drawn.append(fig)
+        return fig
+
+    box = explore(lambda top: top, two, top=[1, 10**7])
+    box.controls["top"].value = 10**7
+    first, second = ([ax.get_position().bounds for ax in fig.axes] for fig in drawn)
+    assert second != first
+    with style.styled():
+        assert shown(box) == style.png(two(10**7))
+
+
 def test_draw_must_return_a_figure():
     with pytest.raises(
         ConfigError, match="draw returned NoneType: it must return the matplotlib Figure"

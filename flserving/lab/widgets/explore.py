@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import ipywidgets as widgets
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from flserving.errors import ConfigError
 from flserving.lab import style
@@ -177,6 +179,8 @@ def _pairs(values: Mapping[str, Any]) -> set[Any]:
 def _renderer(
     model: Callable[..., Any], draw: Callable[[Any], Figure]
 ) -> Callable[[dict[str, Any]], str]:
+    layout = _Layout()
+
     def picture(**values: Any) -> str:
         with style.styled():
             drawn = draw(model(**values))
@@ -184,10 +188,53 @@ def _renderer(
                 raise ConfigError(
                     f"draw returned {type(drawn).__name__}: it must return the matplotlib Figure"
                 )
-            image = base64.b64encode(style.png(drawn))
+            image = base64.b64encode(layout.png(drawn))
             return style.picture_tag(image.decode(), style.alternative(drawn))
 
     return lambda values: _at(values, picture)
+
+
+class _Layout:
+    """Where the axes of a figure stand. To lay it out takes longer than to draw it, so the next
+    picture keeps the places while its texts fit; and nothing jumps while a slider moves."""
+
+    def __init__(self) -> None:
+        self._places: list[Bbox] = []
+        self._grid: object = None
+
+    def png(self, fig: Figure) -> bytes:
+        grid = [str(ax.get_subplotspec()) for ax in fig.axes], *fig.get_size_inches()
+        engine = fig.get_layout_engine()
+        if engine is not None and grid == self._grid:
+            fig.set_layout_engine("none")
+            for ax, place in zip(fig.axes, self._places, strict=True):
+                ax.set_position(place)
+                ax.set_in_layout(True)  # set_position takes it out of the layout
+            image = style.png(fig)
+            if _texts_fit(fig):
+                return image
+            fig.set_layout_engine(engine)
+        image = style.png(fig)
+        self._places = [ax.get_position(original=True) for ax in fig.axes]
+        self._grid = grid if _texts_fit(fig) else None
+        return image
+
+
+def _texts_fit(fig: Figure) -> bool:
+    """Whether titles, labels and notes are within the figure, and in no other axes. Labels of ticks
+    stand between the axes and their label."""
+    for ax in fig.axes:
+        others = [other.bbox for other in fig.axes if not other.bbox.overlaps(ax.bbox)]
+        at_ticks = {*ax.get_xticklabels(which="both"), *ax.get_yticklabels(which="both")}
+        for text in ax.findobj(Text):
+            if text in at_ticks or not text.get_visible() or not text.get_text():
+                continue
+            box = text.get_window_extent()
+            inside = fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1
+            inside &= fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1
+            if not inside or any(map(box.overlaps, others)):
+                return False
+    return True
 
 
 def _at(values: Mapping[str, Any], function: Callable[..., Result]) -> Result:
