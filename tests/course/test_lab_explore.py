@@ -213,16 +213,21 @@ def test_error_text_is_escaped():
         ({"title": "two\nlines"}, False),
         ({"height_in": 4}, False),
         ({"cols": 2}, False),
+        ({"entries": 2}, True),
+        ({"entries": 7}, False),  # four rows in the legend below: it would stand over the label
     ],
 )
 def test_a_step_keeps_the_places_of_the_axes_while_the_texts_fit(changed, stays):
     drawn = []
 
-    def panels(cols=1, height_in=3.2, **changes):
+    def panels(cols=1, height_in=3.2, entries=1, **changes):
         fig, axes = style.figure(cols=cols, height_in=height_in)
         for ax in axes:
-            ax.plot([0, 1])
-            ax.set(**{"title": "one line", "ylabel": "rate (per s)", **changes})
+            for entry in range(entries):
+                ax.plot([0, 1], label=f"line {entry}")
+            ax.set(title="one line", xlabel="time (s)", ylabel="rate (per s)")
+            ax.set(**changes)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         drawn.append(fig)
         return fig
 

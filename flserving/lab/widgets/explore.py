@@ -221,10 +221,11 @@ class _Layout:
 
 
 def _texts_fit(fig: Figure) -> bool:
-    """Whether titles, labels and notes are within the figure, and in no other axes. Labels of ticks
-    stand between the axes and their label."""
+    """Whether titles, labels and notes are within the figure, and in no other axes nor in what
+    stands between axes. Labels of ticks stand between the axes and their label."""
+    between = [it.get_window_extent() for it in (*fig.legends, *fig.texts)]
     for ax in fig.axes:
-        others = [other.bbox for other in fig.axes if not other.bbox.overlaps(ax.bbox)]
+        others = [it.bbox for it in fig.axes if not it.bbox.overlaps(ax.bbox)] + between
         at_ticks = {*ax.get_xticklabels(which="both"), *ax.get_yticklabels(which="both")}
         for text in ax.findobj(Text):
             if text in at_ticks or not text.get_visible() or not text.get_text():
