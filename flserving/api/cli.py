@@ -38,7 +38,7 @@ _home = os.path.expanduser  # a shell leaves ~ alone in --registry=~/models
 # serve
 
 _PORTS = {"port": 8000, "grpc_port": 8001}
-# of ApiOptions: not as they are typed
+# settings of ApiOptions that are not passed on as they are typed
 _OWN = {"grpc_port", "tokens", "admin", "artifacts", "origins", "hosts"}
 _OUTPUTS = "what answers show: full, label, top-K (classes) or rounded-D (decimals)"
 

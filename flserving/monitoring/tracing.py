@@ -34,7 +34,7 @@ from flserving.monitoring import Observed
 from flserving.monitoring.metrics import STAGES
 from flserving.monitoring.telemetry import Exchange
 
-# others are _OTHER
+# methods that have a name of their own; all others are _OTHER
 _METHODS = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 _SERVER_FAULTS = {
     "UNKNOWN",

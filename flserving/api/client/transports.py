@@ -39,7 +39,7 @@ MAX_ANSWER_NBYTES = 1 << 28
 """More than any answer has: whoever sends it is no server of predictions, or wants the caller's
 memory."""
 
-# of every output
+# the types that an output may have
 _DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _LENGTH = "inference-header-content-length"
 _ABOUT = {  # what is asked -> the route of the server, the end of a model's route

@@ -24,7 +24,7 @@ _SWITCH = {
     "off": False,
 }
 
-# so Kubernetes sets FLSERVING_PORT in every pod beside a Service of the name flserving
+# how Kubernetes sets FLSERVING_PORT in every pod beside a Service of the name flserving
 _SERVICE_LINK = "tcp://"
 
 

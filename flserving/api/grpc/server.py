@@ -88,7 +88,7 @@ def _server(options: ApiOptions, reuse_port: bool) -> grpc.aio.Server:
         "grpc.max_connection_idle_ms": slow_client_ms,  # clients connect again by themselves
         "grpc.max_allowed_incoming_connections": options.max_connections,
         "grpc.absolute_max_metadata_size": 8192,  # as what gRPC calls the soft limit
-        # that the event loop has not seen: from here on some are refused,
+        # calls that the event loop has not seen: from here on some are refused,
         "grpc.server.max_pending_requests": 256,
         "grpc.server.max_pending_requests_hard_limit": 512,  # and here all
         "grpc.server_handshake_timeout_ms": slow_client_ms,

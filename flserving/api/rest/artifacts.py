@@ -45,7 +45,7 @@ from flserving.serving.loader import RegistrySource
 from flserving.serving.server import ModelServer
 
 _CHUNK = 1 << 18  # bytes
-# that are kept; each is made once, for all devices that have the same version
+# deltas that are kept; each is made once, for all devices that have the same version
 _DELTAS_NBYTES = 1 << 30
 _PLACES = 1  # deltas that are made at a time for one client: a device asks for one
 _SHARED_PLACES = 8  # for a credential without a client, which a fleet may share

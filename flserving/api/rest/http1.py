@@ -39,7 +39,7 @@ _MOST_HEADER_BYTES = 64 << 10
 _MOST_CHUNKS = 1 << 16
 _MOST_JOINED = 64 << 10  # bytes of an answer that is one write
 _MOST_PIPELINED = 128
-# others are too large
+# every other status says that something is too large
 _REASONS = {400: "InvalidInput", 408: "DeadlineExceeded", 501: "NotSupported"}
 _LONG_HEAD = 431, f"the headers have more than {_MOST_HEADER_BYTES} bytes: send fewer"
 
