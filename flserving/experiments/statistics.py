@@ -110,15 +110,6 @@ def sample_size(information: float, mean: float, share: float = 0.5) -> int:
     return math.ceil(information * variance * arms)
 
 
-def p_value(difference: float, variance: float) -> float:
-    """Of the two-sided z-test. Valid for one look at a size fixed before; here to show what peeking
-    does to it."""
-    if math.isinf(variance):  # nothing is known yet
-        return 1.0
-    z = abs(difference) / math.sqrt(variance)
-    return 2 * _Z.cdf(-z)
-
-
 def exceeds(n: int, total: float, limit: float, alpha: float) -> bool:
     """Whether ``n`` trials in [0, 1] that add up to ``total`` show a mean above ``limit``: wrong
     with ``alpha`` at most, however often it is asked."""

@@ -13,6 +13,7 @@ them. The alphabet of names keeps every path inside ``root``. Names, aliases and
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -448,31 +449,19 @@ class Registry(Index):
             with self._transaction() as at:
                 self._settle()
                 found = self._without(client, who.hex())
-                found = msgspec.structs.replace(
-                    found, rewards=feedback_of(self.root, client, who, remove=False)
-                )
+                rewards = feedback_of(self.root, client, who, remove=False)
+                found = msgspec.structs.replace(found, rewards=rewards)
                 if found.documents or found.rewards:
-                    self._log_forgotten(
-                        client, msgspec.structs.replace(found, left=[], unread=[]), at
-                    )
-                else:  # by who did not come to the end, or long ago
-                    before = self.forgotten(client)[2]
-                    if before is None:
-                        if found.unread:
-                            raise CorruptArtifactError(
-                                f"nobody knows whose heads it has: {found.unread[0]}"
-                            )
-                        raise NotFoundError(
-                            f"nothing here is of client {client[:80]!r}: check its id"
-                        )
-                    found = msgspec.structs.replace(before, left=found.left, unread=found.unread)
+                    kept = msgspec.structs.replace(found, left=[], unread=[])
+                    self._log_forgotten(client, kept, at)
+                else:
+                    found = self._forgotten_before(client, found)
         except BaseException as error:
             with suppress(Exception), self._transaction():
                 self._settle()
             if isinstance(error, OSError) and not isinstance(error, FlservingError):
-                advice = "check the registry's free space and permissions"
                 raise FlservingError(
-                    f"nothing was forgotten ({error.strerror}): {advice}"
+                    f"nothing was forgotten ({error.strerror}): check the registry's free space and permissions"
                 ) from error
             raise
         try:
@@ -485,6 +474,16 @@ class Registry(Index):
                 f"forgotten, but not all has left the disk yet ({error}): forget again"
             ) from error
         return found
+
+    def _forgotten_before(self, client: str, found: Forgotten) -> Forgotten:
+        """The report of an earlier forgetting, long ago or by who did not come to the end, where
+        nothing of the client was found."""
+        _, _, before = self.forgotten(client)
+        if before is not None:
+            return msgspec.structs.replace(before, left=found.left, unread=found.unread)
+        if found.unread:
+            raise CorruptArtifactError(f"nobody knows whose heads it has: {found.unread[0]}")
+        raise NotFoundError(f"nothing here is of client {client[:80]!r}: check its id")
 
     def unreadable(self) -> dict[str, str]:
         """The folders of versions whose manifest or heads cannot be read -> why; so nobody knows
@@ -526,37 +525,43 @@ class Registry(Index):
             heads={}, documents=0, rewards=0, learned={}, unknown={}, unread=[*unreadable.values()]
         )
         for manifest in manifests:
-            name = manifest.name
-            number = manifest.version
-            entry = manifest.heads
-            folder = f"{name}/{number}"
-            slot = -1
-            if entry is not None:
-                file = self._open_heads(f"{folder}/{HEADS}", entry)
-                slot = file.find(client)
-            lineage = manifest.lineage or Lineage()
-            if slot >= 0 or client in (lineage.clients or ()):
-                found.learned.setdefault(name, []).append(manifest.round or number)
-            elif manifest.round is not None and lineage.clients is None:
-                found.unknown.setdefault(name, []).append(manifest.round)
-            new = without(manifest, client, names, took_part=slot >= 0)
-            if entry is not None and slot >= 0:
-                found.heads.setdefault(name, []).append(number)
-                entry = (
-                    file.without(slot, entry, f"{self._models}/{folder}")
-                    if entry.num_heads > 1
-                    else None
-                )
-                new = msgspec.structs.replace(new, heads=entry)
+            new = self._manifest_without(manifest, client, names, found)
             data = encode(new)
+            folder = f"{self._models}/{manifest.name}/{manifest.version}"
             if new != manifest:
                 documents += 1
-                storage.write_file(f"{self._models}/{folder}/{sha256(data)}", data)
-                storage.sync_directory(f"{self._models}/{folder}")
-                self._change_version(name, number, sha256(data))
+                storage.write_file(f"{folder}/{sha256(data)}", data)
+                storage.sync_directory(folder)
+                self._change_version(manifest.name, manifest.version, sha256(data))
             if names.search(data.decode()):
-                left.append(f"the manifest of {folder}")
+                left.append(f"the manifest of {manifest.name}/{manifest.version}")
         return msgspec.structs.replace(found, documents=documents, left=left)
+
+    def _manifest_without(
+        self, manifest: Manifest, client: str, names: re.Pattern[str], found: Forgotten
+    ) -> Manifest:
+        """The manifest of a version without the client, whose heads are written anew; ``found``
+        learns what there was."""
+        name = manifest.name
+        number = manifest.version
+        entry = manifest.heads
+        slot = -1
+        if entry is not None:
+            file = self._open_heads(f"{name}/{number}/{HEADS}", entry)
+            slot = file.find(client)
+        lineage = manifest.lineage or Lineage()
+        if slot >= 0 or client in (lineage.clients or ()):
+            found.learned.setdefault(name, []).append(manifest.round or number)
+        elif manifest.round is not None and lineage.clients is None:
+            found.unknown.setdefault(name, []).append(manifest.round)
+        new = without(manifest, client, names, took_part=slot >= 0)
+        if entry is None or slot < 0:
+            return new
+        found.heads.setdefault(name, []).append(number)
+        others = None
+        if entry.num_heads > 1:
+            others = file.without(slot, entry, f"{self._models}/{name}/{number}")
+        return msgspec.structs.replace(new, heads=others)
 
     def _open_heads(self, path: str, entry: HeadsEntry) -> HeadFile:
         return storage.replaced(

@@ -34,6 +34,7 @@ from flserving.monitoring.fleet import Fleet
 from flserving.monitoring.metrics import STAGES
 from flserving.monitoring.telemetry import Telemetry
 from flserving.registry.experiment import TrafficSplit
+from flserving.serving.batching.policy import in_ms
 from flserving.serving.batching.workers import Batcher
 from flserving.serving.cache import ModelCache, PredictionCache
 from flserving.serving.config import ServingConfig, deadline_s
@@ -94,14 +95,11 @@ class ModelServer(ModelHost):
             self.prediction_cache = PredictionCache(
                 config.prediction_cache_bytes, config.prediction_cache_ttl_s, clock
             )
-        # threads know the telemetry: they must not keep a forgotten server
+        # threads know the telemetry: they must not keep a forgotten server, which holds nothing
         held = weakref.WeakMethod(self._held)
-
-        def held_versions() -> set[str]:
-            alive = held()
-            return set() if alive is None else alive()
-
-        self.telemetry = Telemetry(clock, largest_batch=config.max_batch_size, held=held_versions)
+        self.telemetry = Telemetry(
+            clock, largest_batch=config.max_batch_size, held=lambda: (held() or set)()
+        )
         self.fleet = Fleet()
         # by model: how often clients had been forgotten when it was looked
         self._forgets: dict[str, int] = {}
@@ -371,10 +369,7 @@ class ModelServer(ModelHost):
             answer = policy.shown(prediction.arrays(), request.arrays)
         answered_s = self._clock()
         if answered_s > request.deadline_s:
-            raise DeadlineExceededError(
-                f"the answer took {(answered_s - started_s) * 1e3:.1f} ms, the deadline was "
-                f"{(request.deadline_s - started_s) * 1e3:.0f} ms: raise timeout_ms"
-            )
+            raise too_late(request, answered_s)
         ran_s = prediction.execution.marks_s
         marks_s = (started_s, request.prepared_s, request.looked_up_s, *ran_s, answered_s)
         self.telemetry.success(engine.served_as, len(request.rows), marks_s)
@@ -390,10 +385,7 @@ class ModelServer(ModelHost):
                 request.chosen, engine.version, request.rows, prediction
             )
         if request.stages:
-            spent = zip(STAGES, pairwise(marks_s), strict=True)
-            answer["stages_ms"] = {
-                name: (end_s - start_s) * 1e3 for name, (start_s, end_s) in spent
-            }
+            answer["stages_ms"] = stages_ms(marks_s)
         return answer
 
     def _say_head(self, request: Request, answer: Answer) -> None:
@@ -605,6 +597,20 @@ class ModelServer(ModelHost):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def too_late(request: Request, answered_s: float) -> DeadlineExceededError:
+    took = in_ms(answered_s - request.started_s)
+    allowed = in_ms(request.deadline_s - request.started_s)
+    return DeadlineExceededError(
+        f"the answer took {took}, the deadline was {allowed}: raise timeout_ms"
+    )
+
+
+def stages_ms(marks_s: Sequence[float]) -> dict[str, float]:
+    """Milliseconds of each of ``STAGES``, from the times between which they lie."""
+    spent = zip(STAGES, pairwise(marks_s), strict=True)
+    return {name: (end_s - start_s) * 1e3 for name, (start_s, end_s) in spent}
 
 
 def dealt_out(answer: Answer, lengths: Iterable[int]) -> list[Answer]:

@@ -125,11 +125,7 @@ class RestApp:
 
     async def _route(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         method = scope["method"]
-        if (
-            b"access-control-request-method" in headers
-            and b"origin" in headers
-            and method == "OPTIONS"
-        ):
+        if method == "OPTIONS" and {b"origin", b"access-control-request-method"} <= headers.keys():
             await _respond(send, 204, PREFLIGHT, b"")
             return
         path = _sent_path(scope)
