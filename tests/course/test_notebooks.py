@@ -74,6 +74,22 @@ def judge(notebook, name="09_sample.ipynb", nbytes=10_000):
     return problems(notebook, name=name, nbytes=nbytes)
 
 
+def test_the_source_that_is_shown_is_the_packages_own():
+    """A notebook that shows a method was stored after the method was last changed."""
+    package = NOTEBOOKS[0].parents[1]
+    shown = 0
+    for path in NOTEBOOKS:
+        for _, cell in code_cells(nbformat.read(path, as_version=4)):
+            for output in cell.outputs if "lab.show(" in cell.source else ():
+                if "data" in output:
+                    file, *lines = output.data["text/plain"].splitlines()
+                    source = (package / file).read_text("utf-8").splitlines()
+                    stale = {line.strip() for line in lines} - {line.strip() for line in source}
+                    assert not stale - {""}, f"{path.name}: store it anew"
+                    shown += 1
+    assert shown >= 6
+
+
 def test_the_gates_let_a_good_notebook_pass():
     assert judge(good_notebook()) == []
 
