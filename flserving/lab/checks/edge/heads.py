@@ -111,8 +111,10 @@ def _compare(
     )
     if torch.allclose(got.float(), right, atol=1e-4):
         return
-    row, bias = int((got - right).abs().amax(dim=1).argmax()), weights[slots, -1]
-    count, order = len(slots), torch.argsort(slots)
+    row = int((got - right).abs().amax(dim=1).argmax())
+    bias = weights[slots, -1]
+    count = len(slots)
+    order = torch.argsort(slots)
     every = torch.arange(count)
     guesses = {
         "the bias is missing: add the last row of each head": right - bias,
@@ -130,8 +132,8 @@ def _compare(
             weights[slots].mean(dim=0, keepdim=True),
             torch.zeros(count, dtype=torch.int64),
         ),
-        "softmax was applied: return the logits, the server's postprocessor does the rest": right.softmax(
-            dim=1
+        "softmax was applied: return the logits, the server's postprocessor does the rest": (
+            right.softmax(dim=1)
         ),
         "the answers come in the order of the slots: answer k belongs to row k": right[order],
         "the biases belong to other rows: take the bias with the same index as the weights": right
@@ -149,7 +151,9 @@ def _compare(
 def _counts_work(batched_heads: Batched) -> None:
     """Steps of Python, and tensors that torch makes: neither may grow with the rows or with the
     heads."""
-    few, many, alike = torch.arange(8), torch.arange(64), torch.zeros(64, dtype=torch.int64)
+    few = torch.arange(8)
+    many = torch.arange(64)
+    alike = torch.zeros(64, dtype=torch.int64)
     batches = {
         "few": _batch(few, 100),
         "many": _batch(many, 100),
@@ -171,7 +175,8 @@ def _counts_work(batched_heads: Batched) -> None:
     assert work["heads"][0] <= few_steps + 350 and work["heads"][1] <= few_calls + 350, (
         "with 800 heads in the table instead of 100 the same 8 rows take longer: that is a loop over all heads"
     )
-    largest, fair = work["heads"][2], 8 * (_INPUTS + 1) * _CLASSES
+    largest = work["heads"][2]
+    fair = 8 * (_INPUTS + 1) * _CLASSES
     assert largest <= 4 * fair, (
         f"for 8 rows and 800 heads a tensor of {largest:,} numbers was made: the 8 heads that are wanted have {fair}; "
         "gather first, with weights[slots], then compute"
@@ -184,7 +189,9 @@ def _work(batched_heads: Batched, batch: tuple[Tensor, Tensor, Tensor]) -> tuple
     ask(f"batched_heads with {len(batch[0])} rows", batched_heads, *batch)
     with _Calls() as calls:
         batched_heads(*batch)
-    steps, kept, collects = 0, sys.gettrace(), gc.isenabled()
+    steps = 0
+    kept = sys.gettrace()
+    collects = gc.isenabled()
 
     def trace(_: object, event: str, __: object) -> Any:
         nonlocal steps
@@ -350,7 +357,9 @@ def _chooses_the_better(choose_heads: Choose) -> None:
     right = _clients()
     for client, choice in _by_hits(right, "held_out").items():
         held = right[client]["held_out"]
-        own, shared, count = held["own"].sum(), held["shared"].sum(), len(held["own"])
+        own = held["own"].sum()
+        shared = held["shared"].sum()
+        count = len(held["own"])
         assert got[client] == choice, (
             f"{client} got {got[client]!r}: of {count} held-out samples its own head gets {own} right, the shared one "
             f"{shared}"
